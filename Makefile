@@ -1,0 +1,116 @@
+# pyvmm: `make run` boots a guest, `make test` proves it.  `make help` lists the rest.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+KERNEL_PACKAGES := gcc libc6-dev make flex bison bc libelf-dev lz4 xz-utils linux-source-6.1
+IMAGE_PACKAGES := busybox-static e2fsprogs
+LAB_PACKAGES := qemu-system-x86 busybox-static kmod cpio xz-utils zstd
+TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs
+
+# $(call need,PACKAGES): as root install the missing ones, else print the command that does.
+define need
+missing=; for p in $(1); do
+  [ "$$(dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null || true)" = installed ] || missing="$$missing $$p"
+done
+if [ -n "$$missing" ]; then
+  if ! command -v apt-get >/dev/null; then
+    echo "pyvmm: please install what Debian calls:$$missing" >&2; exit 1
+  elif [ "$$(id -u)" = 0 ]; then
+    echo "pyvmm: installing$$missing"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -o DPkg::Lock::Timeout=600 update -qq
+    apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends $$missing >/dev/null
+  else
+    echo "pyvmm: packages are missing; install them with:" >&2
+    echo "  sudo apt-get install --no-install-recommends$$missing" >&2; exit 1
+  fi
+fi
+endef
+
+# Sets $$host to what a command that needs a KVM for stock kernels is put behind.
+define choose_host
+host=
+if ! $(BIN)/pyvmm doctor --quiet; then
+  echo "pyvmm: this host's KVM cannot run a stock kernel ($(BIN)/pyvmm doctor says why): using the lab" >&2
+  $(call need,$(LAB_PACKAGES))
+  host="$(BIN)/pyvmm lab $(1) --"
+fi
+endef
+
+.PHONY: help run shell test lint unit vm-test kernel image venv dev doctor clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: venv kernel image ## boot build/root.img on build/bzImage; ARGS='...' adds options of pyvmm run
+	@$(call choose_host,)
+	$$host $(BIN)/pyvmm run --kernel build/bzImage --disk build/root.img -v $(ARGS)
+
+shell: ARGS += --append pyvmm.shell
+shell: run ## the same, with a shell on the guest's console (Ctrl-A x quits)
+
+test: lint unit vm-test ## everything: lint, types, unit tests, bare guests, Linux guests
+
+lint: dev ## ruff, mypy --strict, import-linter
+	@$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: dev kernel image ## tests that need no KVM, and bare guests if there is a /dev/kvm
+	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES))
+	select="not kvm"
+	if ! [ -r /dev/kvm -a -w /dev/kvm ]; then
+	  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not bare"
+	fi
+	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
+
+vm-test: dev kernel image ## Linux guests; in the lab where this host's KVM cannot
+	@$(call choose_host,--timeout 2400)
+	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
+	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS)
+
+kernel: build/bzImage build/vmlinux ## build/bzImage and build/vmlinux (minutes the first time, then cached)
+
+build/bzImage build/vmlinux &: kernels/pyvmm.config kernels/build.py
+	@$(call need,$(KERNEL_PACKAGES))
+	$(PYTHON) kernels/build.py --out build
+	touch build/bzImage build/vmlinux
+
+image: build/root.img ## build/root.img: busybox on ext4, 64 MiB
+
+build/root.img: guest/init guest/build_image.py
+	@$(call need,$(IMAGE_PACKAGES))
+	mkdir -p build
+	$(PYTHON) guest/build_image.py --out build/root.img
+
+venv: .venv/.installed ## .venv/bin/pyvmm
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pyvmm: $(PYTHON) is $$($(PYTHON) -V); pyvmm needs Python 3.11 or newer" >&2; exit 1; }
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call need,python3-venv); }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml
+	@$(BIN)/pip install -q --disable-pip-version-check -e .
+	touch $@
+
+dev: .venv/.dev-installed ## the same, with what the tests and linters need
+
+.venv/.dev-installed: .venv/.installed pyproject.toml
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+doctor: venv ## what this host's KVM can do
+	@$(BIN)/pyvmm doctor
+
+clean: ## remove build/ and .venv/ (the caches in ~/.cache/pyvmm stay)
+	rm -rf build .venv

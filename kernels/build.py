@@ -1,0 +1,407 @@
+#!/usr/bin/env python3
+"""Build the guest kernel: Debian's linux-source-6.1, tinyconfig and the options of pyvmm.config.
+
+    python3 kernels/build.py --out build        leaves build/bzImage and build/vmlinux
+
+The result is kept by content in the cache directory ($PYVMM_CACHE, $XDG_CACHE_HOME/pyvmm or
+~/.cache/pyvmm), so a second run copies two files.  Needs no root.  Standard library only: this
+runs before there is a virtual environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import filecmp
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+
+HERE = Path(__file__).resolve().parent
+FRAGMENT = HERE / "pyvmm.config"
+PACKAGE = "linux-source-6.1"
+TARBALL = Path("/usr/src") / f"{PACKAGE}.tar.xz"
+ARTEFACTS = {"bzImage": "arch/x86/boot/bzImage", "vmlinux": "vmlinux"}
+
+# What makes a kernel out of the source; part of the cache key, so a change here builds anew.
+TINY_CONFIGS = (
+    "kernel/configs/tiny-base.config",
+    "kernel/configs/tiny.config",
+    "arch/x86/configs/tiny.config",
+)
+MAKE_VARIABLES = ("ARCH=x86_64", "KBUILD_BUILD_USER=pyvmm", "KBUILD_BUILD_HOST=pyvmm",
+                  "KBUILD_BUILD_VERSION=1")
+MAKE_TARGETS = ("bzImage", "vmlinux")
+
+# Half of the source: nothing here is read by an x86 build, not even by Kconfig.
+UNPACK_EXCLUDE = ("*/Documentation/*/*", "*/drivers/gpu/drm/amd/include")
+WORK_BYTES = 1_500_000_000
+EXPECTED_STEPS = 1250
+"""Lines an ordinary build prints; an estimate that only the progress line uses."""
+
+# Tool or header -> Debian package.  The kernel's own tools need libc, its objtool libelf.
+TOOLS = {
+    "gcc": "gcc", "ld": "binutils", "make": "make", "bc": "bc", "flex": "flex", "bison": "bison",
+    "lz4": "lz4", "tar": "tar", "xz": "xz-utils", "stdio.h": "libc6-dev", "libelf.h": "libelf-dev",
+}
+# Variables of an outer make or of a user's shell that would change what is built.
+UNWANTED_ENVIRONMENT = re.compile(
+    r"MAKE.*|MFLAGS|GNUMAKEFLAGS|K(BUILD|CONFIG)_.*|K?[CAR]?FLAGS|KCFLAGS|LDFLAGS|ARCH|SUBARCH"
+    r"|CROSS_COMPILE|LLVM.*|CC|HOSTCC|HOSTCFLAGS|LOCALVERSION|INSTALL.*|O|V|C|W|M"
+)
+
+
+class BuildError(Exception):
+    """The kernel cannot be built; the message says why and, where it can, what to type."""
+
+
+# ---- the fragment ------------------------------------------------------------------------------
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """Options of a ``.config`` or a fragment: ``{"CONFIG_SMP": "n", "CONFIG_HZ": "100"}``."""
+    options = {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"(CONFIG_\w+)=(.*)", line):
+            options[match[1]] = match[2]
+        elif match := re.fullmatch(r"# (CONFIG_\w+) is not set", line):
+            options[match[1]] = "n"
+    return options
+
+
+def refused_options(wanted: Mapping[str, str], final: Mapping[str, str]) -> list[str]:
+    """Each wanted option that the final configuration does not have, said in one phrase."""
+    return [
+        f"{name}={value} (became {final.get(name, 'n')})"
+        for name, value in wanted.items()
+        if final.get(name, "n") != value
+    ]
+
+
+# ---- the source --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A kernel source package: ``tarball`` is None until it is downloaded."""
+
+    version: str
+    tarball: Path | None
+
+
+def find_source(cache: Path) -> Source:
+    """The installed package, else one already downloaded, else the one apt would download."""
+    if TARBALL.exists():
+        version = _output("dpkg-query", "-W", "-f", "${Version}", PACKAGE)
+        return Source(version=version or _sha256(TARBALL), tarball=TARBALL)
+    show = _output("apt-cache", "show", "--no-all-versions", PACKAGE) or ""
+    if match := re.search(r"^Version: (\S+)$", show, re.MULTILINE):
+        downloaded = cache / f"{PACKAGE}_{match[1]}.tar.xz"
+        return Source(version=match[1], tarball=downloaded if downloaded.exists() else None)
+    if kept := sorted(cache.glob(f"{PACKAGE}_*.tar.xz")):
+        version = kept[-1].name.removeprefix(f"{PACKAGE}_").removesuffix(".tar.xz")
+        return Source(version=version, tarball=kept[-1])
+    raise BuildError(f"no kernel source: {TARBALL} is missing; {_install_hint([PACKAGE])}")
+
+
+def download_source(version: str, cache: Path, work: Path) -> Path:
+    """Fetch the package with apt, as any user, and keep its tarball in the cache."""
+    say(f"downloading {PACKAGE} {version} (130 MB)")
+    scratch = work / "package"
+    scratch.mkdir()
+    command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root",
+               f"{PACKAGE}={version}"]
+    result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+    packages = list(scratch.glob("*.deb"))
+    if result.returncode or len(packages) != 1:
+        reason = (result.stderr.strip().splitlines() or ["no file"])[-1]
+        raise BuildError(f"apt-get download {PACKAGE}: {reason}; {_install_hint([PACKAGE])}")
+    subprocess.run(["dpkg-deb", "-x", packages[0], scratch / "x"], check=True)
+    target = cache / f"{PACKAGE}_{version}.tar.xz"
+    os.replace(scratch / "x/usr/src" / TARBALL.name, target)
+    shutil.rmtree(scratch)
+    return target
+
+
+# ---- the build ---------------------------------------------------------------------------------
+
+
+def cache_key(options: Mapping[str, str], source_version: str, compiler: str) -> str:
+    """What the kernel depends on, as 16 hex digits.  Comments and order of options do not count."""
+    recipe = [TINY_CONFIGS, MAKE_VARIABLES, MAKE_TARGETS]
+    return _sha256(repr([sorted(options.items()), source_version, compiler, recipe]).encode())[:16]
+
+
+def build(fragments: Sequence[Path], cache: Path) -> Path:
+    """Build the kernel unless it is cached; the directory with bzImage, vmlinux and config.
+
+    Racing runs are safe: the first builds under a lock, the others wait and take its result.
+    """
+    if missing := missing_tools():
+        raise BuildError(f"building a kernel needs {', '.join(missing)}; "
+                         f"{_install_hint(sorted({TOOLS[tool] for tool in missing}))}")
+    options: dict[str, str] = {}
+    for fragment in fragments:
+        options |= parse_config(fragment.read_text())
+    if re.search(r"[\s:]", str(cache)):
+        raise BuildError(f"{cache}: a kernel cannot be built under a path with spaces or colons; "
+                         "set PYVMM_CACHE to another directory")
+    cache.mkdir(parents=True, exist_ok=True)
+    source = find_source(cache)
+    compiler = _output("gcc", "--version").splitlines()[0]
+    key = cache_key(options, source.version, compiler)
+    done = cache / key
+    if is_complete(done):
+        say(f"cached: {done}")
+        return done
+    with locked(cache / f"{key}.lock"):
+        if is_complete(done):
+            return done
+        work = cache / f"{key}.work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            if (free := shutil.disk_usage(cache).free) < WORK_BYTES:
+                raise BuildError(f"{cache}: {free >> 20} MiB free, the build needs "
+                                 f"{WORK_BYTES >> 20} MiB for a while")
+            tarball = source.tarball or download_source(source.version, cache, work)
+            say(f"building Linux from {PACKAGE} {source.version}: a few minutes, once")
+            _build_in(work, tarball, options, cache / f"{key}.log")
+            shutil.rmtree(done, ignore_errors=True)
+            os.rename(work / "result", done)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return done
+
+
+def _build_in(work: Path, tarball: Path, options: Mapping[str, str], log: Path) -> None:
+    """Unpack, configure, verify and make under ``work``; leaves ``work/result``."""
+    tree, result = work / "linux", work / "result"
+    tree.mkdir()
+    jobs = f"-j{len(os.sched_getaffinity(0))}"
+    environment = build_environment(os.environ)
+    # A fixed date: the same source gives the same kernel, whoever builds it and when.
+    stamp = time.strftime("%Y-%m-%d", time.gmtime(tarball.stat().st_mtime))
+    make = ["make", *MAKE_VARIABLES, f"KBUILD_BUILD_TIMESTAMP={stamp}"]
+    with log.open("w") as output, Progress(output, environment) as progress:
+        exclude = [f"--exclude={pattern}" for pattern in UNPACK_EXCLUDE]
+        progress.run("unpacking", ["tar", "-xJf", str(tarball), "-C", str(tree),
+                                   "--strip-components=1", *exclude], cwd=work)
+        merged = [(tree / name).read_text() for name in TINY_CONFIGS]
+        merged += [line_of(name, value) for name, value in options.items()]
+        wanted = work / "wanted.config"
+        wanted.write_text("\n".join(merged))
+        # allnoconfig with these answers is what tinyconfig is, with ours given the last word.
+        progress.run("configuring", [*make, f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig"], cwd=tree)
+        final = (tree / ".config").read_text()
+        if refused := refused_options(options, parse_config(final)):
+            raise BuildError("the kernel's configuration refused: " + ", ".join(refused)
+                             + " (a dependency is missing, or the option does not exist)")
+        progress.run("compiling", [*make, jobs, *MAKE_TARGETS], cwd=tree, steps=EXPECTED_STEPS)
+    result.mkdir()
+    (result / "config").write_text(final)
+    for name, path in ARTEFACTS.items():
+        os.rename(tree / path, result / name)
+    os.rename(log, result / "build.log")
+
+
+def line_of(name: str, value: str) -> str:
+    """An option as a ``.config`` spells it."""
+    return f"# {name} is not set" if value == "n" else f"{name}={value}"
+
+
+def build_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` without what an outer make or the user's shell would slip in."""
+    kept = {k: v for k, v in environment.items() if not UNWANTED_ENVIRONMENT.fullmatch(k)}
+    return kept | {"LC_ALL": "C", "KCONFIG_NOTIMESTAMP": "1"}
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether ``directory`` holds a finished build (it appears by one rename)."""
+    return all((directory / name).exists() for name in ARTEFACTS)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``; says so when another run has it, and waits."""
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            say(f"another run (pid {lock.read().strip() or '?'}) is building this; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+class Progress:
+    """Runs commands into a log and shows how far they are: a moving line, or one every 15 s."""
+
+    def __init__(self, log: IO[str], environment: Mapping[str, str]) -> None:
+        self._log = log
+        self._environment = environment
+        self._tty = sys.stderr.isatty()
+        self._start = self._shown = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._tty:
+            sys.stderr.write("\r\033[K")
+
+    def run(self, what: str, command: Sequence[str], *, cwd: Path, steps: int = 0) -> None:
+        """Run ``command``; BuildError with the log's tail and path when it fails."""
+        self._show(what, 0, steps, "", force=self._tty or not steps)
+        self._log.write(f"$ {' '.join(command)}\n")
+        self._log.flush()
+        with subprocess.Popen(command, cwd=cwd, env=dict(self._environment), text=True,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, errors="replace") as process:
+            try:
+                for count, line in enumerate(process.stdout or (), 1):
+                    self._log.write(line)
+                    self._show(what, count, steps, line.split()[-1] if line.split() else "")
+            except BaseException:
+                process.terminate()
+                raise
+        self._log.flush()
+        if process.returncode:
+            path = Path(self._log.name)
+            tail = "".join(f"  | {line}\n" for line in path.read_text().splitlines()[-20:])
+            raise BuildError(f"{what} failed with status {process.returncode}; "
+                             f"the log is {path} and ends so:\n{tail}")
+
+    def _show(self, what: str, count: int, steps: int, item: str, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._shown < (0.2 if self._tty else 15):
+            return
+        self._shown = now
+        elapsed = int(now - self._start)
+        line = f"kernel: {what} {elapsed // 60}:{elapsed % 60:02d}"
+        if steps and count:
+            line += f" {min(99, 100 * count // steps)} % ({count} objects) {item}"
+        if self._tty:
+            columns = shutil.get_terminal_size().columns
+            sys.stderr.write(f"\r{line[: columns - 1]}\033[K")
+            sys.stderr.flush()
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+# ---- small things ------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """One line to the person."""
+    print(f"kernel: {text}", file=sys.stderr, flush=True)
+
+
+def missing_tools() -> list[str]:
+    """The tools and headers that the build needs and this machine lacks."""
+    return [tool for tool in TOOLS if not (_has_header(tool) if tool.endswith(".h")
+                                           else shutil.which(tool))]
+
+
+def _has_header(name: str) -> bool:
+    if not shutil.which("gcc"):
+        return False
+    return subprocess.run(["gcc", "-E", "-x", "c", "-"], input=f"#include <{name}>", text=True,
+                          capture_output=True, check=False).returncode == 0
+
+
+def missing_packages(cache: Path) -> list[str]:
+    """Debian packages to install before ``build`` can work."""
+    packages = {TOOLS[tool] for tool in missing_tools()}
+    if not TARBALL.exists() and not list(cache.glob(f"{PACKAGE}_*.tar.xz")):
+        packages.add(PACKAGE)
+    return sorted(packages)
+
+
+def cache_directory(environment: Mapping[str, str]) -> Path:
+    """Where built kernels are kept: the project's cache directory, outside the tree."""
+    if value := environment.get("PYVMM_CACHE"):
+        return Path(value).absolute() / "kernels"
+    base = environment.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pyvmm" / "kernels"
+
+
+def install(source: Path, target: Path) -> None:
+    """Copy atomically; an identical file is left alone, with its time."""
+    if target.exists() and filecmp.cmp(source, target, shallow=False):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _install_hint(packages: Sequence[str]) -> str:
+    sudo = "" if os.geteuid() == 0 else "sudo "
+    return f"run: {sudo}apt-get install -y --no-install-recommends {' '.join(packages)}"
+
+
+def _output(*command: str) -> str:
+    """What ``command`` prints, stripped; empty when it fails or does not exist."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _sha256(data: bytes | Path) -> str:
+    if isinstance(data, Path):
+        with data.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 0, or 1 with one line on stderr."""
+    parser = argparse.ArgumentParser(description="Build the guest kernel, once, from Debian's "
+                                     "linux-source-6.1 and kernels/pyvmm.config.")
+    parser.add_argument("--out", type=Path, default=Path("build"), metavar="DIR",
+                        help="where bzImage and vmlinux go (default: build)")
+    parser.add_argument("--fragment", type=Path, action="append", default=[], metavar="FILE",
+                        help="further options over pyvmm.config; repeatable, the last one wins")
+    parser.add_argument("--missing", action="store_true",
+                        help="print the Debian packages that are needed and missing, and end")
+    options = parser.parse_args(arguments)
+    cache = cache_directory(os.environ)
+    if options.missing:
+        print(*missing_packages(cache))
+        return 0
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        done = build([FRAGMENT, *options.fragment], cache)
+        for name in ARTEFACTS:
+            install(done / name, options.out / name)
+    except KeyboardInterrupt:
+        return 130
+    except (BuildError, OSError, subprocess.CalledProcessError) as error:
+        print(f"kernels/build.py: {error}", file=sys.stderr)
+        return 1
+    say(f"{options.out / 'bzImage'} and {options.out / 'vmlinux'} are ready")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

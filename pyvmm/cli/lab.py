@@ -1,0 +1,132 @@
+"""``pyvmm lab``: run a command on an emulated Linux host whose KVM is complete."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from pyvmm.config import parse_size
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.lab import CommandError, LabConfig, default_writable, run
+
+LAB_FAILED_STATUS = 125
+
+DESCRIPTION = """\
+Run CMD on a Linux host that has a genuine, complete /dev/kvm (kvm_amd), for machines that have
+none.  The host is emulated by QEMU, in software: it is slow, and correct.  It is up in about two
+seconds and is thrown away when CMD ends.
+
+CMD finds your files, environment and working directory as they are here.  What it writes in the
+git checkout around the working directory (or in each --rw DIR) stays; everything else it writes
+is dropped.  There is no network.
+"""
+
+EPILOG = """\
+exit status:
+  CMD's own; 124 timeout; 125 the lab itself failed; 126 CMD is not executable; 127 not found;
+  128+n stopped by signal n
+
+Ctrl-C interrupts CMD, a second Ctrl-C kills the lab.  When input and output are a terminal, CMD
+has a terminal too, Ctrl-C is a key like any other, and Ctrl-] three times kills the lab.
+Inside the lab the environment variable PYVMM_LAB is 1.
+
+It needs the packages qemu-system-x86 and busybox-static.  The first use downloads Debian's kernel
+(about 70 MB) into ~/.cache/pyvmm (PYVMM_CACHE says where else); nothing is installed.
+
+examples:
+  pyvmm lab -- pyvmm doctor
+  pyvmm lab --timeout 600 -- python3 -m pytest -q
+  pyvmm lab -- bash
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, status 125."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("pyvmm lab", f"{message} (pyvmm lab --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``pyvmm lab``."""
+    p = _Parser(
+        prog="pyvmm lab",
+        usage="pyvmm lab [OPTIONS] -- CMD...",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--cpus", metavar="N", type=int, default=1,
+                   help="processors of the emulated host (default 1; more are slower unless CMD "
+                   "needs them)")
+    p.add_argument("--memory", metavar="SIZE", default="2G",
+                   help="its memory, as 512M or 4G (default 2G)")
+    p.add_argument("--timeout", metavar="S", type=float,
+                   help="end CMD S seconds after it started, with exit status 124")
+    p.add_argument("--rw", metavar="DIR", action="append",
+                   help="a directory whose changes are kept; repeat for several "
+                   "(default: the git checkout)")
+    p.add_argument("-v", "--verbose", action="count", default=0,
+                   help="show the lab's own console on standard error; -vv: tracebacks of errors")
+    p.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER,
+                   help="the command and its arguments")
+    return p
+
+
+def config_from(args: argparse.Namespace) -> LabConfig:
+    """Parsed options -> a validated LabConfig; ConfigError names the option."""
+    try:
+        cwd = Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError("working directory", "does not exist any more") from error
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    writable = tuple(Path(text) for text in args.rw) if args.rw else default_writable(cwd)
+    # Parents first, so that a mount does not hide one inside it.
+    resolved = sorted({path.resolve() for path in writable})
+    return LabConfig(
+        command=tuple(command),
+        cwd=cwd,
+        environment=dict(os.environb),
+        writable=tuple(resolved),
+        cpus=args.cpus,
+        memory_bytes=parse_size("--memory", args.memory),
+        timeout_s=args.timeout,
+        verbose=args.verbose > 0,
+    )
+
+
+def lab_main(argv: list[str]) -> int:
+    """Run one command in the lab; its exit status, or 125 and one line when the lab failed."""
+    _open_standard_descriptors()
+    tracebacks = False
+    try:
+        args = parser().parse_args(argv)
+        tracebacks = args.verbose > 1
+        return run(config_from(args), _say)
+    except PyvmmError as error:
+        if tracebacks:
+            raise
+        _say(str(error).removeprefix("lab: "))
+        return error.exit_status if isinstance(error, CommandError) else LAB_FAILED_STATUS
+    except KeyboardInterrupt:
+        return 128 + 2
+
+
+def _say(line: str) -> None:
+    # The terminal may be raw: the carriage return keeps lines at the left edge.
+    end = "\r\n" if os.isatty(2) else "\n"
+    sys.stderr.write(f"lab: {line}{end}")
+    sys.stderr.flush()
+
+
+def _open_standard_descriptors() -> None:
+    """Fill closed standard descriptors, lest a socket of ours becomes standard output."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

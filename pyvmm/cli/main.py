@@ -1,0 +1,73 @@
+"""``pyvmm``: find the subcommand, load only its code, turn errors into one line and status 125."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pyvmm
+from pyvmm.errors import PyvmmError
+
+HOST_ERROR_STATUS = 125
+
+USAGE = """\
+usage: pyvmm COMMAND [OPTIONS]
+
+pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
+
+commands:
+  run      boot a kernel:  pyvmm run --kernel bzImage --disk root.img
+  doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
+  lab      run a command on an emulated host whose KVM is complete:  pyvmm lab -- CMD...
+
+  pyvmm COMMAND --help    the options of a command
+  pyvmm --version         the version
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``pyvmm`` with ``argv`` (default: the process's); the exit status."""
+    args = sys.argv[1:] if argv is None else argv
+    command = args[0] if args else ""
+    rest = args[1:]
+    try:
+        match command:
+            case "run":
+                from pyvmm.cli.run import run_main
+
+                return run_main(rest)
+            case "doctor":
+                from pyvmm.cli.doctor import doctor_main
+
+                return doctor_main(rest)
+            case "lab":
+                from pyvmm.cli.lab import lab_main
+
+                return lab_main(rest)
+            case "--version" | "-V":
+                print(f"pyvmm {pyvmm.__version__}")
+                return 0
+            case "--help" | "-h" | "help":
+                print(USAGE, end="")
+                return 0
+            case "":
+                print(USAGE, end="", file=sys.stderr)
+                return HOST_ERROR_STATUS
+            case _:
+                print(
+                    f"pyvmm: {command}: no such command; there are run, doctor and lab "
+                    "(pyvmm --help)",
+                    file=sys.stderr,
+                )
+                return HOST_ERROR_STATUS
+    except PyvmmError as error:
+        if "-vv" in rest:
+            raise
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return HOST_ERROR_STATUS
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + 2

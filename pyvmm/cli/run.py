@@ -1,0 +1,131 @@
+"""``pyvmm run``: command line -> RunConfig -> a machine -> an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from pyvmm.config import DEFAULT_CMDLINE, RunConfig, parse_disk, parse_size
+from pyvmm.errors import ConfigError
+from pyvmm.outcome import Kind, Outcome
+from pyvmm.report import Reporter
+from pyvmm.x86.cpuid import parse_cpu_option
+
+EPILOG = """\
+exit status:
+  0-119  what the guest reported through I/O port 0xf4; 0 too when it rebooted or shut down
+  121    kernel panic          122    triple fault        123    KVM internal error
+  124    timeout               125    bad option, bad file or unusable host
+  128+n  stopped by signal n
+
+keys, when standard input is a terminal:
+  Ctrl-A x quits, Ctrl-A ? helps, Ctrl-A Ctrl-A sends Ctrl-A; all others go to the guest.
+
+examples:
+  pyvmm run --kernel bzImage --disk root.img
+  pyvmm run --kernel bzImage --disk root.img --append pyvmm.run='uname -a' --timeout 60
+  pyvmm run --kernel vmlinux --disk root.img,ro --disk data.img,serial=data --console boot.log
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, status 125."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("pyvmm run", f"{message} (pyvmm run --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``pyvmm run``."""
+    p = _Parser(
+        prog="pyvmm run",
+        description="Boot a Linux kernel in a virtual machine, with disks from image files.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--kernel", metavar="FILE", required=True,
+                   help="the kernel: a bzImage or an ELF vmlinux, 64-bit x86")
+    p.add_argument("--disk", metavar="FILE[,ro][,serial=ID]", action="append", default=[],
+                   help="a raw disk image or block device, seen as /dev/vda; repeat for vdb, ... "
+                   "ro: the guest cannot write; serial: what /sys/block/vda/serial says")
+    p.add_argument("--initrd", metavar="FILE", help="an initial RAM disk (initramfs) to load")
+    p.add_argument("--cmdline", metavar="S",
+                   help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
+                   "what announces the disks is always added in front")
+    p.add_argument("--append", metavar="S", default="",
+                   help="text added at the end of the kernel command line")
+    p.add_argument("--memory", metavar="SIZE", default="256M",
+                   help="guest RAM, as 256M or 1G (default 256M)")
+    p.add_argument("--cpu", metavar="MODEL", default="host",
+                   help="host, then features to take away: host,-xsave,-avx2 (default host)")
+    p.add_argument("--timeout", metavar="S", type=float,
+                   help="stop the guest after S seconds, with exit status 124")
+    p.add_argument("--console", metavar="WHERE", default="stdio",
+                   help="the guest's serial console: stdio, none, or a file to write "
+                   "(default stdio)")
+    p.add_argument("-v", "--verbose", action="count", default=0,
+                   help="say how the run went, on standard error; -vv: tracebacks of errors too")
+    return p
+
+
+def config_from(args: argparse.Namespace) -> RunConfig:
+    """Parsed options -> a validated RunConfig; ConfigError names the option."""
+    return RunConfig(
+        kernel=Path(args.kernel),
+        disks=tuple(parse_disk(text) for text in args.disk),
+        initrd=Path(args.initrd) if args.initrd is not None else None,
+        cmdline=args.cmdline,
+        append=args.append,
+        memory_bytes=parse_size("--memory", args.memory),
+        cpu=parse_cpu_option(args.cpu),
+        timeout_s=args.timeout,
+        console=args.console,
+    )
+
+
+def run_main(argv: list[str]) -> int:
+    """Run one machine to its end; the exit status of its outcome."""
+    started_s = _process_start_s()
+    args = parser().parse_args(argv)
+    config = config_from(args)
+
+    from pyvmm.machine import build
+
+    report = Reporter(sys.stderr)
+    with build(config, report=report) as machine:
+        outcome = machine.run()
+    user_space_s = machine.user_space_seen_s
+    report.close()
+    _say(outcome, args.verbose, started_s, user_space_s)
+    return outcome.exit_status
+
+
+def _say(
+    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None
+) -> None:
+    quiet_kinds = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.QUIT)
+    if verbose and user_space_s is not None:
+        print(f"pyvmm: user space after {user_space_s - started_s:.2f} s", file=sys.stderr)
+    if verbose or outcome.kind not in quiet_kinds:
+        total_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+        print(f"pyvmm: {outcome}", file=sys.stderr)
+        if verbose:
+            print(f"pyvmm: ran {total_s:.2f} s, exit status {outcome.exit_status}",
+                  file=sys.stderr)
+
+
+def _process_start_s() -> float:
+    """When this process was started (before the interpreter was), on CLOCK_BOOTTIME."""
+    from os import sysconf
+
+    try:
+        stat = Path("/proc/self/stat").read_text("ascii", "replace")
+        # proc(5): field 22, starttime in clock ticks; fields are counted after the last ')'.
+        ticks = int(stat.rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return ticks / sysconf("SC_CLK_TCK")

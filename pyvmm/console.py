@@ -1,0 +1,233 @@
+"""The guest's console on the host: a terminal, a file or nothing.
+
+Guest output is written by vCPU threads into a bounded buffer and moved to the host by the main
+thread, so that a terminal that is slow or stopped never makes a run unstoppable; a full buffer
+makes the vCPU wait, so that no byte is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import termios
+import threading
+from collections.abc import Callable
+
+from pyvmm.errors import ConfigError
+
+ESCAPE = 0x01  # Ctrl-A
+HELP = (
+    "\nCtrl-A x  quit (the guest is stopped at once)\n"
+    "Ctrl-A ?  this help\n"
+    "Ctrl-A Ctrl-A  send Ctrl-A to the guest\n"
+)
+
+
+class OutputBuffer:
+    """Bytes on their way from the guest to a host file descriptor (None: nowhere).
+
+    ``wake`` is called, from the writer's thread, when there is something to drain.  ``observe``
+    sees every byte once, in order, from the draining thread.
+    """
+
+    LIMIT = 64 * 1024
+    CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
+
+    def __init__(
+        self, fd: int | None, wake: Callable[[], None], observe: Callable[[bytes], None]
+    ) -> None:
+        self.fd = fd
+        self._wake = wake
+        self._observe = observe
+        self._room = threading.Condition()
+        self._data = bytearray()
+        self._open = True
+
+    def write(self, data: bytes, *, wait: bool = True) -> None:
+        """Add ``data``; waits while the buffer is full, unless the buffer was shut.
+
+        The draining thread itself must not wait.
+        """
+        with self._room:
+            while wait and len(self._data) >= self.LIMIT and self._open:
+                self._room.wait()
+            was_empty = not self._data
+            self._data += data
+        if was_empty:
+            self._wake()
+
+    @property
+    def pending(self) -> bool:
+        """Whether bytes wait to be drained."""
+        return bool(self._data)
+
+    def drain(self) -> None:
+        """Write one chunk to the host; OSError if the host refuses (the bytes are dropped)."""
+        with self._room:
+            chunk = bytes(self._data[: self.CHUNK])
+            if not chunk:
+                return
+        done = len(chunk)
+        try:
+            if self.fd is not None:
+                with contextlib.suppress(BlockingIOError):
+                    done = 0
+                    done = os.write(self.fd, chunk)
+        except OSError:
+            done = len(chunk)
+            raise
+        finally:
+            with self._room:
+                del self._data[:done]
+                self._room.notify_all()
+            self._observe(chunk[:done])
+
+    def shut(self) -> None:
+        """Let writers through from now on: the run is over and what comes is the last of it."""
+        with self._room:
+            self._open = False
+            self._room.notify_all()
+
+
+class LineWatch:
+    """Splits console output into lines and shows each to ``on_line``, at most ``LIMIT`` bytes."""
+
+    LIMIT = 1024
+
+    def __init__(self, on_line: Callable[[bytes], None]) -> None:
+        self._on_line = on_line
+        self._partial = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of output; call ``on_line`` for every line they complete."""
+        *lines, rest = (self._partial + data).split(b"\n")
+        for line in lines:
+            self._on_line(line[: self.LIMIT].rstrip(b"\r"))
+        self._partial = rest[: self.LIMIT]
+
+
+class EscapeFilter:
+    """Takes Ctrl-A sequences out of what is typed; the rest is the guest's."""
+
+    def __init__(self, on_quit: Callable[[], None], on_help: Callable[[], None]) -> None:
+        self._on_quit = on_quit
+        self._on_help = on_help
+        self._escaped = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes of ``data`` that are for the guest."""
+        out = bytearray()
+        for byte in data:
+            if not self._escaped:
+                if byte == ESCAPE:
+                    self._escaped = True
+                else:
+                    out.append(byte)
+                continue
+            self._escaped = False
+            match chr(byte):
+                case "x" | "X":
+                    self._on_quit()
+                case "?" | "h" | "H":
+                    self._on_help()
+                case "\x01":
+                    out.append(byte)
+                case _:
+                    out += bytes((ESCAPE, byte))
+        return bytes(out)
+
+
+class RawTerminal:
+    """A terminal in raw mode for as long as the context lasts; every byte goes to the guest.
+
+    Only the foreground process group touches a terminal; in the background it is left alone.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._saved: list[object] | None = None
+
+    def __enter__(self) -> RawTerminal:
+        try:
+            if os.isatty(self.fd) and os.tcgetpgrp(self.fd) == os.getpgrp():
+                saved = termios.tcgetattr(self.fd)
+                raw = termios.tcgetattr(self.fd)
+                raw[0] &= ~(termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
+                            | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON)
+                # OPOST stays: lines of ours and of others on the same terminal stay lines.
+                raw[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG
+                            | termios.IEXTEN)
+                raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
+                termios.tcsetattr(self.fd, termios.TCSADRAIN, raw)
+                self._saved = list(saved)
+        except (OSError, termios.error):
+            self._saved = None
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether the terminal is in raw mode because of us."""
+        return self._saved is not None
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._saved is not None:
+            saved, self._saved = self._saved, None
+            # The terminal may have gone away meanwhile; then there is nothing to restore.
+            with contextlib.suppress(OSError, termios.error):
+                termios.tcsetattr(self.fd, termios.TCSADRAIN, saved)  # type: ignore[arg-type]
+
+
+class Console:
+    """Where the guest's console goes: ``input_fd`` (None: no input) and ``output_fd``."""
+
+    def __init__(
+        self, input_fd: int | None, output_fd: int | None, *, owns_output: bool = False
+    ) -> None:
+        self.input_fd = input_fd
+        self.output_fd = output_fd
+        self._owns_output = owns_output
+
+    @classmethod
+    def open(cls, where: str) -> Console:
+        """``stdio``, ``none``, or a file to (over)write; ConfigError if it cannot be."""
+        if where == "none":
+            return cls(None, None)
+        if where == "stdio":
+            sys.stdout.flush()
+            return cls(_readable(0), 1 if _is_open(1) else None)
+        try:
+            fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConfigError(
+                f"--console {where}", f"cannot be written: {error.strerror}; "
+                "give stdio, none, or a file that can be created"
+            ) from None
+        return cls(None, fd, owns_output=True)
+
+    def close(self) -> None:
+        """Close a file opened by ``open``; idempotent."""
+        if self._owns_output and self.output_fd is not None:
+            os.close(self.output_fd)
+            self.output_fd = None
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return True
+
+
+def _readable(fd: int) -> int | None:
+    """``fd`` if it can be read without being stopped for it (a background job's terminal)."""
+    if not _is_open(fd):
+        return None
+    try:
+        if os.isatty(fd) and os.tcgetpgrp(fd) != os.getpgrp():
+            return None
+    except OSError:
+        return None
+    return fd

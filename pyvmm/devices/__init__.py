@@ -1,0 +1,1 @@
+"""Legacy devices on the PIO bus: 16550A serial port, i8042, debug exit."""

@@ -1,0 +1,24 @@
+"""The debug-exit port: the byte a guest writes there ends the run and becomes its status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvmm.devices.byte_device import ByteDevice
+
+
+class DebugExit(ByteDevice):
+    """One write-only port.  ``on_exit`` gets the byte, 0-255."""
+
+    LENGTH = 1
+
+    def __init__(self, on_exit: Callable[[int], None]) -> None:
+        self._on_exit = on_exit
+
+    def read_byte(self, offset: int) -> int:
+        """Write-only: reads as an unmapped port does."""
+        return 0xFF
+
+    def write_byte(self, offset: int, value: int) -> None:
+        """End the run with ``value``."""
+        self._on_exit(value)

@@ -1,0 +1,184 @@
+"""A 16550A UART with real interrupts (National Semiconductor PC16550D data sheet).
+
+Transmission takes no time: THRE and TEMT are always set, and writing THR raises the
+THR-empty interrupt again.  Reception is paced by the guest: the receive FIFO holds 16 bytes, and
+the host's bytes wait outside until there is room and the guest has enabled the receive interrupt.
+So none is lost to an overrun, nor to a driver that clears the FIFO while it starts up.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from pyvmm.devices.byte_device import ByteDevice
+
+FIFO_SIZE = 16
+
+
+class Register(enum.IntEnum):
+    """Offsets; 0 and 1 are the divisor latch while LCR.DLAB is set."""
+
+    DATA = 0  # read RBR, write THR, or DLL
+    IER = 1  # or DLM
+    IIR_FCR = 2  # read IIR, write FCR
+    LCR = 3
+    MCR = 4
+    LSR = 5
+    MSR = 6
+    SCR = 7
+
+
+IER_RX, IER_THRE, IER_LINE, IER_MODEM = 0x01, 0x02, 0x04, 0x08
+IIR_NONE, IIR_THRE, IIR_RX, IIR_FIFO_ON = 0x01, 0x02, 0x04, 0xC0
+FCR_ENABLE, FCR_CLEAR_RX = 0x01, 0x02
+LCR_DLAB = 0x80
+MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
+LSR_DATA_READY, LSR_THRE, LSR_TEMT = 0x01, 0x20, 0x40
+MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
+
+
+class Serial(ByteDevice):
+    """The UART.  ``transmit`` gets each byte sent; ``set_irq`` is the interrupt line's level.
+
+    ``on_room`` is called (from the vCPU's thread) when the guest has emptied the receive FIFO:
+    time to ``receive()`` more.  Registers are used by the vCPU's thread, ``receive`` by the
+    console's; the lock is held for the few instructions between them.
+    """
+
+    LENGTH = 8
+
+    def __init__(
+        self,
+        transmit: Callable[[bytes], None],
+        set_irq: Callable[[bool], None],
+        on_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._transmit = transmit
+        self._set_irq = set_irq
+        self._on_room = on_room
+        self._lock = threading.Lock()
+        self._fifo: deque[int] = deque()
+        self._ier = 0
+        self._fcr = 0
+        self._lcr = 0x03
+        self._mcr = MCR_OUT2
+        self._scr = 0
+        self._divisor = 12
+        self._thre_pending = False
+        self._irq_level = False
+
+    def receive(self, data: bytes) -> int:
+        """Put as much of ``data`` as fits into the receive FIFO; the number of bytes taken."""
+        with self._lock:
+            if self._mcr & MCR_LOOP or not self._ier & IER_RX:
+                return 0  # cut off from the line, or nobody listens yet: the bytes wait
+            taken = data[: FIFO_SIZE - len(self._fifo)]
+            self._fifo.extend(taken)
+            self._update_irq()
+            return len(taken)
+
+    def read_byte(self, offset: int) -> int:
+        """BusDevice: read a register."""
+        room = False
+        with self._lock:
+            match offset:
+                case Register.DATA:
+                    if self._lcr & LCR_DLAB:
+                        return self._divisor & 0xFF
+                    if not self._fifo:
+                        return 0
+                    value = self._fifo.popleft()
+                    room = not self._fifo
+                    self._update_irq()
+                case Register.IER:
+                    value = self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
+                case Register.IIR_FCR:
+                    value = self._read_iir()
+                case Register.LCR:
+                    value = self._lcr
+                case Register.MCR:
+                    value = self._mcr
+                case Register.LSR:
+                    value = LSR_THRE | LSR_TEMT | (LSR_DATA_READY if self._fifo else 0)
+                case Register.MSR:
+                    value = self._read_msr()
+                case _:
+                    value = self._scr
+        if room:
+            self._on_room()
+        return value
+
+    def write_byte(self, offset: int, value: int) -> None:
+        """BusDevice: write a register."""
+        sent = room = False
+        with self._lock:
+            match offset:
+                case Register.DATA:
+                    if self._lcr & LCR_DLAB:
+                        self._divisor = self._divisor & 0xFF00 | value
+                    else:
+                        self._thre_pending = True
+                        sent = not self._mcr & MCR_LOOP
+                        if not sent and len(self._fifo) < FIFO_SIZE:
+                            self._fifo.append(value)
+                case Register.IER:
+                    if self._lcr & LCR_DLAB:
+                        self._divisor = self._divisor & 0xFF | value << 8
+                    else:
+                        if value & IER_THRE and not self._ier & IER_THRE:
+                            self._thre_pending = True  # the holding register is empty already
+                        room = bool(value & ~self._ier & IER_RX)
+                        self._ier = value & 0x0F
+                case Register.IIR_FCR:
+                    if value & FCR_CLEAR_RX or (value ^ self._fcr) & FCR_ENABLE:
+                        self._fifo.clear()
+                        room = True
+                    self._fcr = value & FCR_ENABLE
+                case Register.LCR:
+                    self._lcr = value
+                case Register.MCR:
+                    room = bool(self._mcr & ~value & MCR_LOOP)
+                    self._mcr = value & 0x1F
+                case Register.SCR:
+                    self._scr = value
+                case _:
+                    pass  # LSR and MSR are read-only
+            self._update_irq()
+        # Outside the lock: a full console makes this wait, and must not stop receive().
+        if sent:
+            self._transmit(value.to_bytes(1, "little"))
+        if room:
+            self._on_room()
+
+    def _pending(self) -> int:
+        """IIR's identification bits for the highest-priority enabled interrupt."""
+        if self._ier & IER_RX and self._fifo:
+            return IIR_RX
+        if self._ier & IER_THRE and self._thre_pending:
+            return IIR_THRE
+        return IIR_NONE
+
+    def _read_iir(self) -> int:
+        pending = self._pending()
+        if pending == IIR_THRE:
+            self._thre_pending = False  # reading IIR is what acknowledges THR empty
+            self._update_irq()
+        return pending | (IIR_FIFO_ON if self._fcr & FCR_ENABLE else 0)
+
+    def _read_msr(self) -> int:
+        if not self._mcr & MCR_LOOP:
+            return MSR_CTS | MSR_DSR | MSR_DCD  # a cable that is always connected
+        # In loopback the four outputs appear on the four inputs; Linux checks this to find a UART.
+        loops = ((MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD))
+        return sum(status for control, status in loops if self._mcr & control)
+
+    def _update_irq(self) -> None:
+        # On a PC, OUT2 gates the UART's interrupt line; loopback disconnects it.
+        connected = self._mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2
+        level = connected and self._pending() != IIR_NONE
+        if level != self._irq_level:
+            self._irq_level = level
+            self._set_irq(level)

@@ -1,0 +1,62 @@
+"""The exception tree, ordered by culprit: who has to change something for the error to go away.
+
+``ConfigError`` is the user's, ``HostError`` the host's, ``GuestError`` the guest driver's.
+The CLI turns the first two into one line and exit status 125; a ``GuestError`` never leaves
+the device model: it becomes a request status or DEVICE_NEEDS_RESET.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class PyvmmError(Exception):
+    """Base of everything pyvmm raises on purpose."""
+
+
+class ConfigError(PyvmmError):
+    """A file or option the user gave cannot be used.
+
+    ``subject`` is the file or option ("--memory", "vmlinux"), ``problem`` says what is wrong
+    with it and, where there is one, the limit.
+    """
+
+    def __init__(self, subject: str, problem: str) -> None:
+        super().__init__(f"{subject}: {problem}")
+        self.subject = subject
+        self.problem = problem
+
+
+class HostError(PyvmmError):
+    """The host refused something that a correct configuration may ask for."""
+
+
+class KvmError(HostError):
+    """A KVM ioctl failed; carries the ioctl's name and the errno."""
+
+    def __init__(self, ioctl: str, error: int, detail: str = "") -> None:
+        hint = f" ({detail})" if detail else ""
+        super().__init__(f"{ioctl}: {os.strerror(error)} [errno {error}]{hint}")
+        self.ioctl = ioctl
+        self.errno = error
+
+
+class GuestError(PyvmmError):
+    """The guest broke a rule of an interface; never ends the process."""
+
+
+class GuestMemoryError(GuestError):
+    """``length`` bytes at guest physical address ``gpa`` are not (all) RAM."""
+
+    def __init__(self, gpa: int, length: int) -> None:
+        super().__init__(f"guest memory {gpa:#x}+{length:#x} is not RAM")
+        self.gpa = gpa
+        self.length = length
+
+
+class RingError(GuestError):
+    """A virtqueue is malformed: the device stops and sets DEVICE_NEEDS_RESET."""
+
+
+class ActivateError(PyvmmError):
+    """A device could not be activated with the features and queues the driver set up."""

@@ -1,0 +1,272 @@
+"""The page shared with the kernel (``struct kvm_run``), and what it says after an exit.
+
+There are two ways to read an exit.  The vCPU loop takes port and MMIO accesses, which come by the
+million, straight from ``RunPage.io()`` and ``RunPage.mmio()``: one ``struct`` call each, 0.1 us.
+Everything that ends a run or is seldom goes through ``decode()``, which returns a typed object.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from pyvmm.kvm import abi
+
+
+class ExitReason(IntEnum):
+    """Why KVM_RUN returned (``kvm_run.exit_reason``)."""
+
+    UNKNOWN = abi.KVM_EXIT_UNKNOWN
+    EXCEPTION = abi.KVM_EXIT_EXCEPTION
+    IO = abi.KVM_EXIT_IO
+    HYPERCALL = abi.KVM_EXIT_HYPERCALL
+    DEBUG = abi.KVM_EXIT_DEBUG
+    HLT = abi.KVM_EXIT_HLT
+    MMIO = abi.KVM_EXIT_MMIO
+    IRQ_WINDOW_OPEN = abi.KVM_EXIT_IRQ_WINDOW_OPEN
+    SHUTDOWN = abi.KVM_EXIT_SHUTDOWN
+    FAIL_ENTRY = abi.KVM_EXIT_FAIL_ENTRY
+    INTR = abi.KVM_EXIT_INTR
+    SET_TPR = abi.KVM_EXIT_SET_TPR
+    TPR_ACCESS = abi.KVM_EXIT_TPR_ACCESS
+    NMI = abi.KVM_EXIT_NMI
+    INTERNAL_ERROR = abi.KVM_EXIT_INTERNAL_ERROR
+    SYSTEM_EVENT = abi.KVM_EXIT_SYSTEM_EVENT
+    IOAPIC_EOI = abi.KVM_EXIT_IOAPIC_EOI
+    X86_RDMSR = abi.KVM_EXIT_X86_RDMSR
+    X86_WRMSR = abi.KVM_EXIT_X86_WRMSR
+
+
+class Direction(IntEnum):
+    """Which way a port access goes (``kvm_run.io.direction``)."""
+
+    IN = abi.KVM_EXIT_IO_IN
+    OUT = abi.KVM_EXIT_IO_OUT
+
+
+def _offset(name: str) -> int:
+    offset: int = getattr(abi.kvm_run, name).offset
+    return offset
+
+
+_IMMEDIATE_EXIT = _offset("immediate_exit")
+_REASON = _offset("exit_reason")
+_UNION = _offset("io")  # every member of the exit union starts here
+_MMIO_DATA = _UNION + 8
+
+# These mirror abi.kvm_run's members; tests/kvm/test_exits.py holds them against it.
+_IO = struct.Struct("<BBHIQ")
+_MMIO = struct.Struct("<QQIB")
+_HEAD = struct.Struct("<II")
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_MAX_DATA = 16
+
+_MASK = (1 << 64) - 1
+
+
+class RunPage:
+    """Pre-bound access to one vCPU's ``struct kvm_run``; offsets and lengths are in bytes.
+
+    ``buffer`` is the mapping of the vCPU fd; a test may give any bytearray of two pages.
+    """
+
+    __slots__ = ("_view",)
+
+    def __init__(self, buffer: mmap.mmap | bytearray) -> None:
+        self._view = memoryview(buffer)
+
+    @property
+    def exit_reason(self) -> int:
+        """Why KVM_RUN returned: an ``ExitReason``, or a number newer than this program."""
+        reason: int = _U32.unpack_from(self._view, _REASON)[0]
+        return reason
+
+    def set_immediate_exit(self, on: bool) -> None:
+        """While on, KVM_RUN returns EINTR at once; safe from another thread or a handler."""
+        self._view[_IMMEDIATE_EXIT] = on
+
+    def io(self) -> tuple[int, int, int, int, int]:
+        """A port access: ``(direction, size, port, count, data_offset)``.
+
+        ``count`` items of ``size`` bytes each lie at ``data_offset`` (REP INS/OUTS: count > 1);
+        ``get_int`` and ``set_int`` reach them.
+        """
+        return _IO.unpack_from(self._view, _UNION)
+
+    def mmio(self) -> tuple[int, int, int, int]:
+        """A memory access: ``(address, data, length, is_write)``.
+
+        ``data`` is the eight data bytes as a little-endian integer; on a write only the low
+        ``length`` bytes mean anything, on a read none does.
+        """
+        return _MMIO.unpack_from(self._view, _UNION)
+
+    def set_mmio_data(self, value: int) -> None:
+        """Answer an MMIO read; KVM takes as many of the low bytes as the guest asked for."""
+        _U64.pack_into(self._view, _MMIO_DATA, value & _MASK)
+
+    def get_int(self, offset: int, size: int) -> int:
+        """The little-endian integer of ``size`` bytes at ``offset``."""
+        return int.from_bytes(self._view[offset : offset + size], "little")
+
+    def set_int(self, offset: int, size: int, value: int) -> None:
+        """Store the low ``size`` bytes of ``value`` at ``offset``."""
+        masked = value & ((1 << (8 * size)) - 1)
+        self._view[offset : offset + size] = masked.to_bytes(size, "little")
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of ``length`` bytes at ``offset``; ValueError outside the page."""
+        if offset < 0 or length < 0 or offset + length > len(self._view):
+            raise ValueError(f"run page has no {length} bytes at {offset}")
+        return bytes(self._view[offset : offset + length])
+
+    def union(self, length: int) -> bytes:
+        """A copy of the exit union's first ``length`` bytes."""
+        return self.read(_UNION, length)
+
+    def release(self) -> None:
+        """Drop the view, so that the mapping under it can be closed."""
+        self._view.release()
+
+
+@dataclass(frozen=True, slots=True)
+class IoExit:
+    """IN or OUT: ``count`` items of ``size`` bytes at ``data_offset`` of the run page."""
+
+    direction: Direction
+    size: int
+    port: int
+    count: int
+    data_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class MmioExit:
+    """An access to a physical address without memory; ``data`` has ``length`` bytes."""
+
+    address: int
+    length: int
+    is_write: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HltExit:
+    """HLT with no in-kernel interrupt controller to wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownExit:
+    """A triple fault."""
+
+
+_SUBERRORS = {
+    abi.KVM_INTERNAL_ERROR_EMULATION: "KVM cannot emulate an instruction",
+    abi.KVM_INTERNAL_ERROR_SIMUL_EX: "simultaneous exceptions",
+    abi.KVM_INTERNAL_ERROR_DELIVERY_EV: "exit while an event was being delivered",
+    abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON: "unexpected hardware exit",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InternalErrorExit:
+    """KVM gave up; ``data`` is what it says about why, in 64-bit words."""
+
+    suberror: int
+    data: tuple[int, ...]
+
+    @property
+    def instruction(self) -> bytes:
+        """The bytes KVM could not emulate, if it tells; else empty."""
+        flag = abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        if self.suberror != abi.KVM_INTERNAL_ERROR_EMULATION or len(self.data) < 3:
+            return b""
+        if not self.data[0] & flag:
+            return b""
+        size, *code = struct.pack("<2Q", *self.data[1:3])
+        return bytes(code[:size])
+
+    def __str__(self) -> str:
+        text = _SUBERRORS.get(self.suberror, "internal error")
+        text = f"{text} (suberror {self.suberror})"
+        if self.instruction:
+            return f"{text}: {self.instruction.hex(' ')}"
+        return text + "".join(f" {word:#x}" for word in self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class FailEntryExit:
+    """The hardware refused the vCPU's state; ``hardware_reason`` is its own code."""
+
+    hardware_reason: int
+    cpu: int
+
+
+@dataclass(frozen=True, slots=True)
+class SystemEventExit:
+    """KVM_SYSTEM_EVENT_*: shutdown, reset or crash asked for through the kernel."""
+
+    type: int
+    data: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownExit:
+    """A reason this program does not handle; ``hardware_reason`` only with KVM_EXIT_UNKNOWN."""
+
+    reason: int
+    hardware_reason: int = 0
+
+    def __str__(self) -> str:
+        try:
+            name = f"KVM_EXIT_{ExitReason(self.reason).name}"
+        except ValueError:
+            name = "unknown exit"
+        hardware = f", hardware reason {self.hardware_reason:#x}" if self.hardware_reason else ""
+        return f"{name} ({self.reason}{hardware})"
+
+
+Exit = (
+    IoExit
+    | MmioExit
+    | HltExit
+    | ShutdownExit
+    | InternalErrorExit
+    | FailEntryExit
+    | SystemEventExit
+    | UnknownExit
+)
+
+
+def _words(page: RunPage) -> tuple[int, tuple[int, ...]]:
+    """``internal`` and ``system_event``: a code, then up to 16 words."""
+    union = page.union(_HEAD.size + 8 * _MAX_DATA)
+    code, count = _HEAD.unpack_from(union)
+    return code, struct.unpack_from(f"<{min(count, _MAX_DATA)}Q", union, _HEAD.size)
+
+
+def decode(page: RunPage) -> Exit:
+    """The exit that ``page`` describes; never raises for a reason it does not know."""
+    reason = page.exit_reason
+    if reason == ExitReason.IO:
+        direction, size, port, count, data_offset = page.io()
+        return IoExit(Direction(direction), size, port, count, data_offset)
+    if reason == ExitReason.MMIO:
+        address, data, length, is_write = page.mmio()
+        return MmioExit(address, length, bool(is_write), data.to_bytes(8, "little")[:length])
+    if reason == ExitReason.HLT:
+        return HltExit()
+    if reason == ExitReason.SHUTDOWN:
+        return ShutdownExit()
+    if reason == ExitReason.INTERNAL_ERROR:
+        return InternalErrorExit(*_words(page))
+    if reason == ExitReason.FAIL_ENTRY:
+        return FailEntryExit(*struct.unpack_from("<QI", page.union(12)))
+    if reason == ExitReason.SYSTEM_EVENT:
+        return SystemEventExit(*_words(page))
+    if reason == ExitReason.UNKNOWN:
+        return UnknownExit(reason, int.from_bytes(page.union(8), "little"))
+    return UnknownExit(reason)

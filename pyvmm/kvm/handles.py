@@ -1,0 +1,352 @@
+"""``Kvm``, ``Vm`` and ``Vcpu``: one object for each kind of KVM fd, closed by it alone.
+
+A failing ioctl is a ``KvmError`` that names it.  Closing is idempotent, and a closed handle's
+``fd`` is -1, so that using it is EBADF and never an ioctl on somebody else's file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from pyvmm.errors import HostError, KvmError
+from pyvmm.kvm import abi
+from pyvmm.kvm.exits import RunPage
+from pyvmm.kvm.ioctl import ioctl, run_vcpu
+
+DEFAULT_PATH = "/dev/kvm"
+_MAX_CPUID_ENTRIES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CpuidEntry:
+    """What CPUID answers for EAX=``function``, and ECX=``index`` where ``has_index``."""
+
+    function: int
+    index: int
+    has_index: bool
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+class _Handle:
+    """An fd and its one owner."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Close the fd; idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Kvm(_Handle):
+    """``/dev/kvm``: KvmError if it cannot be opened, HostError if it is not API version 12."""
+
+    __slots__ = ("api_version",)
+
+    def __init__(self, path: str = DEFAULT_PATH) -> None:
+        try:
+            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise KvmError(
+                f"open {path}", error.errno or errno.EIO, "pyvmm doctor says what to do"
+            ) from error
+        try:
+            self.api_version = ioctl(self.fd, abi.KVM_GET_API_VERSION)
+            if self.api_version != abi.KVM_API_VERSION:
+                raise HostError(
+                    f"{path}: KVM API version {self.api_version}, not {abi.KVM_API_VERSION}"
+                )
+        except HostError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Kvm:
+        return self
+
+    def check_extension(self, capability: int) -> int:
+        """What KVM says of a ``KVM_CAP_*``: 0 if it lacks it, else 1 or a capability's number."""
+        return ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
+
+    @property
+    def vcpu_mmap_size(self) -> int:
+        """Bytes of a vCPU's run page and what follows it."""
+        return ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
+
+    def supported_cpuid(self) -> list[CpuidEntry]:
+        """The CPUID this host can give a guest; KVM does not set the hypervisor bit in it."""
+        count = 256
+        while True:
+            buffer = bytearray(bytes(abi.kvm_cpuid2(nent=count)))
+            buffer += bytes(count * ctypes.sizeof(abi.kvm_cpuid_entry2))
+            try:
+                ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, buffer)
+                break
+            except KvmError as error:
+                if error.errno != errno.E2BIG or count >= _MAX_CPUID_ENTRIES:
+                    raise
+                count *= 2
+        count = abi.kvm_cpuid2.from_buffer_copy(buffer).nent
+        entries = (abi.kvm_cpuid_entry2 * count).from_buffer_copy(
+            buffer, ctypes.sizeof(abi.kvm_cpuid2)
+        )
+        return [
+            CpuidEntry(
+                e.function,
+                e.index,
+                bool(e.flags & abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+                e.eax,
+                e.ebx,
+                e.ecx,
+                e.edx,
+            )
+            for e in entries
+        ]
+
+    def create_vm(self) -> Vm:
+        """A VM with no memory and no vCPU; it outlives this handle."""
+        return Vm(ioctl(self.fd, abi.KVM_CREATE_VM), self.vcpu_mmap_size)
+
+
+class Vm(_Handle):
+    """One virtual machine: its memory slots, interrupt chips and vCPUs."""
+
+    __slots__ = ("_mmap_bytes",)
+
+    def __init__(self, fd: int, mmap_bytes: int) -> None:
+        super().__init__(fd)
+        self._mmap_bytes = mmap_bytes
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def set_user_memory_region(
+        self,
+        slot: int,
+        gpa: int,
+        size_bytes: int,
+        host_address: int,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """Map ``size_bytes`` of this process's memory at ``gpa``; size 0 removes the slot.
+
+        With ``read_only`` guest reads see the memory and guest writes are MMIO exits.  The
+        caller keeps the memory mapped as long as the VM lives.
+        """
+        region = abi.kvm_userspace_memory_region(
+            slot=slot,
+            flags=abi.KVM_MEM_READONLY if read_only else 0,
+            guest_phys_addr=gpa,
+            memory_size=size_bytes,
+            userspace_addr=host_address,
+        )
+        ioctl(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
+
+    def create_irqchip(self) -> None:
+        """The in-kernel 8259 pair, IOAPIC and, for vCPUs made afterwards, local APICs."""
+        ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
+
+    def create_pit2(self) -> None:
+        """The in-kernel 8254, port 0x61 included: TSC calibration spins on that port."""
+        ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=abi.KVM_PIT_SPEAKER_DUMMY))
+
+    def set_tss_addr(self, gpa: int) -> None:
+        """Three pages below 4 GiB that Intel's real-mode emulation may use."""
+        ioctl(self.fd, abi.KVM_SET_TSS_ADDR, gpa)
+
+    def set_identity_map_addr(self, gpa: int) -> None:
+        """One page that Intel's real-mode emulation may use; before the first vCPU."""
+        ioctl(
+            self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, bytearray(gpa.to_bytes(8, sys.byteorder))
+        )
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Set the level of interrupt line ``gsi``."""
+        ioctl(self.fd, abi.KVM_IRQ_LINE, abi.kvm_irq_level(irq=gsi, level=int(level)))
+
+    def irqfd(self, fd: int, gsi: int, *, deassign: bool = False) -> None:
+        """Pulse ``gsi`` in the kernel whenever eventfd ``fd`` is written (an edge)."""
+        flags = abi.KVM_IRQFD_FLAG_DEASSIGN if deassign else 0
+        ioctl(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=fd, gsi=gsi, flags=flags))
+
+    def ioeventfd(
+        self,
+        fd: int,
+        address: int,
+        length: int,
+        *,
+        datamatch: int | None = None,
+        pio: bool = False,
+        deassign: bool = False,
+    ) -> None:
+        """Signal eventfd ``fd`` when the guest writes ``length`` bytes at ``address``.
+
+        Such a write makes no exit.  With ``datamatch`` only that value counts; ``pio`` means
+        ``address`` is a port.
+        """
+        flags = abi.KVM_IOEVENTFD_FLAG_PIO if pio else 0
+        if datamatch is not None:
+            flags |= abi.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if deassign:
+            flags |= abi.KVM_IOEVENTFD_FLAG_DEASSIGN
+        request = abi.kvm_ioeventfd(
+            datamatch=datamatch or 0, addr=address, len=length, fd=fd, flags=flags
+        )
+        ioctl(self.fd, abi.KVM_IOEVENTFD, request)
+
+    def create_vcpu(self, index: int) -> Vcpu:
+        """vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
+        fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
+        try:
+            return Vcpu(fd, mmap.mmap(fd, self._mmap_bytes))
+        except OSError as error:
+            os.close(fd)
+            raise HostError(f"cannot map the run page of vCPU {index}: {error}") from error
+
+
+class Vcpu(_Handle):
+    """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
+
+    __slots__ = ("_map", "page")
+
+    def __init__(self, fd: int, mapping: mmap.mmap) -> None:
+        super().__init__(fd)
+        self._map = mapping
+        self.page = RunPage(mapping)
+
+    def __enter__(self) -> Vcpu:
+        return self
+
+    def run(self) -> int:
+        """Enter the guest until it needs us; returns the exit reason (see ``exits``).
+
+        InterruptedError if a signal or ``request_exit`` ended it, KvmError if KVM refused.
+        """
+        try:
+            run_vcpu(self.fd)
+        except InterruptedError:
+            raise
+        except OSError as error:
+            raise KvmError("KVM_RUN", error.errno or errno.EIO) from error
+        return self.page.exit_reason
+
+    def request_exit(self) -> None:
+        """Make the next KVM_RUN return at once; with a signal to its thread, the current one.
+
+        Safe from any thread and from a signal handler (KVM_CAP_IMMEDIATE_EXIT).
+        """
+        self.page.set_immediate_exit(True)
+
+    def clear_exit_request(self) -> None:
+        """Let KVM_RUN run again."""
+        self.page.set_immediate_exit(False)
+
+    def get_regs(self) -> abi.kvm_regs:
+        """The general registers, rip and rflags."""
+        regs = abi.kvm_regs()
+        ioctl(self.fd, abi.KVM_GET_REGS, regs)
+        return regs
+
+    def set_regs(self, regs: abi.kvm_regs) -> None:
+        """Set the general registers, rip and rflags."""
+        ioctl(self.fd, abi.KVM_SET_REGS, regs)
+
+    def get_sregs(self) -> abi.kvm_sregs:
+        """Segments, descriptor tables, control registers, EFER."""
+        sregs = abi.kvm_sregs()
+        ioctl(self.fd, abi.KVM_GET_SREGS, sregs)
+        return sregs
+
+    def set_sregs(self, sregs: abi.kvm_sregs) -> None:
+        """Set segments, descriptor tables, control registers, EFER."""
+        ioctl(self.fd, abi.KVM_SET_SREGS, sregs)
+
+    def get_fpu(self) -> abi.kvm_fpu:
+        """x87 and SSE state."""
+        fpu = abi.kvm_fpu()
+        ioctl(self.fd, abi.KVM_GET_FPU, fpu)
+        return fpu
+
+    def set_fpu(self, fpu: abi.kvm_fpu) -> None:
+        """Set x87 and SSE state, but for MXCSR, which KVM ignores here (it is 0x1F80 at reset)."""
+        ioctl(self.fd, abi.KVM_SET_FPU, fpu)
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """The values of those MSRs that KVM knows, up to the first that it does not."""
+        wanted = list(indices)
+        buffer = _msr_buffer(dict.fromkeys(wanted, 0))
+        count = ioctl(self.fd, abi.KVM_GET_MSRS, buffer)
+        entries = (abi.kvm_msr_entry * count).from_buffer_copy(buffer, ctypes.sizeof(abi.kvm_msrs))
+        return {entry.index: entry.data for entry in entries}
+
+    def set_msrs(self, msrs: Mapping[int, int]) -> None:
+        """Set MSRs by index, in order; KvmError names the first that KVM refuses."""
+        count = ioctl(self.fd, abi.KVM_SET_MSRS, _msr_buffer(msrs))
+        if count < len(msrs):
+            refused = list(msrs)[count]
+            raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {refused:#x} refused")
+
+    def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
+        """What CPUID answers in the guest; before the first run."""
+        records = [
+            abi.kvm_cpuid_entry2(
+                function=entry.function,
+                index=entry.index,
+                flags=abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX if entry.has_index else 0,
+                eax=entry.eax,
+                ebx=entry.ebx,
+                ecx=entry.ecx,
+                edx=entry.edx,
+            )
+            for entry in entries
+        ]
+        head = bytes(abi.kvm_cpuid2(nent=len(records)))
+        ioctl(self.fd, abi.KVM_SET_CPUID2, bytearray(head + b"".join(map(bytes, records))))
+
+    def translate(self, linear_address: int) -> int | None:
+        """The guest physical address that the vCPU's page tables give; None if unmapped."""
+        request = abi.kvm_translation(linear_address=linear_address)
+        ioctl(self.fd, abi.KVM_TRANSLATE, request)
+        address: int = request.physical_address
+        return address if request.valid else None
+
+    def get_mp_state(self) -> int:
+        """A ``KVM_MP_STATE_*``: runnable, halted, waiting for INIT or SIPI."""
+        state = abi.kvm_mp_state()
+        ioctl(self.fd, abi.KVM_GET_MP_STATE, state)
+        number: int = state.mp_state
+        return number
+
+    def close(self) -> None:
+        """Unmap the run page and close the fd; idempotent."""
+        self.page.release()
+        self._map.close()
+        super().close()
+
+
+def _msr_buffer(msrs: Mapping[int, int]) -> bytearray:
+    head = bytes(abi.kvm_msrs(nmsrs=len(msrs)))
+    entries = (bytes(abi.kvm_msr_entry(index=i, data=value)) for i, value in msrs.items())
+    return bytearray(head + b"".join(entries))

@@ -1,0 +1,203 @@
+"""The lab: a Linux host with a genuine kvm_amd, under emulated hardware, for hosts without one.
+
+``run`` executes a command in it.  The command sees the host's whole file system, may change all
+of it, and changes nothing but the directories named as writable; its output, input and exit
+status are those of a command run on the host.  There is no network but 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.lab import initramfs, kernel, qemu
+from pyvmm.lab.session import Session, Wiring
+
+INSIDE = "PYVMM_LAB"
+"""The environment variable that is 1 inside the lab."""
+
+MIN_MEMORY_BYTES = 512 << 20
+MAX_CPUS = 64
+
+
+class CommandError(ConfigError):
+    """CMD cannot be run; ``exit_status`` is what a shell would give, 126 or 127."""
+
+    def __init__(self, command: str, problem: str, exit_status: int) -> None:
+        super().__init__(command, problem)
+        self.exit_status = exit_status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabConfig:
+    """One command to run in the lab.
+
+    ``writable`` directories are written back to the host; all else that CMD writes is dropped.
+    ``timeout_s`` counts from the start of CMD; None means no limit.
+    """
+
+    command: Sequence[str]
+    cwd: Path
+    environment: Mapping[bytes, bytes]
+    writable: Sequence[Path]
+    cpus: int = 1
+    memory_bytes: int = 2 << 30
+    timeout_s: float | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise ConfigError("pyvmm lab", "no command given; write: pyvmm lab -- CMD...")
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise ConfigError(f"--cpus {self.cpus}", f"must be between 1 and {MAX_CPUS}")
+        if self.memory_bytes < MIN_MEMORY_BYTES:
+            raise ConfigError(
+                f"--memory {self.memory_bytes >> 20}M",
+                f"too small for the lab's Linux; the least is {MIN_MEMORY_BYTES >> 20}M",
+            )
+        if self.timeout_s is not None and not 0 < self.timeout_s < float("inf"):
+            raise ConfigError(f"--timeout {self.timeout_s:g}", "must be a number of seconds above 0")
+        for directory in self.writable:
+            if not directory.is_dir():
+                raise ConfigError(f"--rw {directory}", "is not a directory")
+            if directory == Path("/"):
+                raise ConfigError("--rw /", "would give away the whole host; name a directory")
+
+
+def default_writable(cwd: Path) -> tuple[Path, ...]:
+    """The git checkout around ``cwd``, else ``cwd`` itself; never the host's root."""
+    checkout = next((path for path in (cwd, *cwd.parents) if (path / ".git").exists()), cwd)
+    return () if checkout == Path("/") else (checkout,)
+
+
+def resolve_command(
+    command: Sequence[str], cwd: Path, environment: Mapping[bytes, bytes]
+) -> tuple[str, ...]:
+    """``command`` with its program found on ``PATH``, as the lab shares the host's files.
+
+    CommandError tells a missing program before a machine is started for it.
+    """
+    program = command[0]
+    search = os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath)))
+    here = program if "/" in program else shutil.which(program, path=search)
+    if not program or here is None or not (cwd / here).exists():
+        raise CommandError(program, "command not found", 127)
+    if (cwd / here).is_dir() or not os.access(cwd / here, os.X_OK):
+        raise CommandError(program, "not an executable file", 126)
+    return (here if "/" in program else str(cwd / here), *command[1:])
+
+
+def lab_environment(environment: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """The host's environment, the mark that this is the lab, and git's leave.
+
+    git refuses a checkout whose owner is not the user, and in the lab everyone is root.
+    """
+    count = environment.get(b"GIT_CONFIG_COUNT", b"0")
+    count = count if count.isdigit() else b"0"
+    return {
+        **environment,
+        INSIDE.encode(): b"1",
+        b"GIT_CONFIG_COUNT": b"%d" % (int(count) + 1),
+        b"GIT_CONFIG_KEY_" + count: b"safe.directory",
+        b"GIT_CONFIG_VALUE_" + count: b"*",
+    }
+
+
+def run(config: LabConfig, say: Callable[[str], None]) -> int:
+    """Run ``config.command`` in the lab; its exit status, 124 on timeout, 128+n on signal n.
+
+    To be called on the main thread (it handles signals) with file descriptors 0, 1 and 2 open.
+    ``say`` gets lines about progress.  CommandError for a command that cannot be run, HostError
+    when the lab fails.
+    """
+    if os.environ.get(INSIDE):
+        raise HostError(f"lab: this already is the lab ({INSIDE} is set); run the command directly")
+    busybox = qemu.find_busybox()
+    command = resolve_command(config.command, config.cwd, config.environment)
+    linux = kernel.obtain(kernel.cache_directory(), say)
+
+    foreground = _in_foreground()
+    on_terminal = foreground and os.isatty(1)
+    size = os.get_terminal_size(0) if on_terminal else None
+    mark = secrets.token_hex(16)
+    archive = initramfs.pack_initramfs(
+        busybox,
+        linux.modules,
+        initramfs.run_settings(
+            config.writable, mark, (size.lines, size.columns) if size else None, os.isatty(2)
+        ),
+        initramfs.command_script(command, config.cwd, lab_environment(config.environment)),
+    )
+    with contextlib.ExitStack() as stack:
+        initramfs_fd = os.memfd_create("pyvmm-lab-initramfs")
+        stack.callback(os.close, initramfs_fd)
+        with open(initramfs_fd, "wb", closefd=False) as file:
+            file.write(archive)
+        names = ["terminal", "err", "control"] if on_terminal else ["in", "out", "err", "control"]
+        ours, theirs = _socket_pairs(stack, [*names, "console", "messages"])
+        arguments = qemu.command_line(
+            vmlinux=linux.vmlinux,
+            initramfs_fd=initramfs_fd,
+            cpus=config.cpus,
+            memory_bytes=config.memory_bytes,
+            writable=config.writable,
+            ports={name: theirs[name].fileno() for name in names},
+            console_fd=theirs["console"].fileno(),
+            quiet=not config.verbose,
+        )
+        # Its own session: the terminal's Ctrl-C is for us to pass on, not for QEMU to die of.
+        machine = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=theirs["messages"],
+            stderr=theirs["messages"],
+            pass_fds=[initramfs_fd, *(sock.fileno() for sock in theirs.values())],
+            start_new_session=True,
+        )
+        stack.callback(machine.wait)
+        stack.callback(machine.kill)
+        # Ours must be the only copies, or the end of QEMU would not be seen as the end.
+        for sock in theirs.values():
+            sock.close()
+        session = Session(
+            Wiring(
+                ports={name: ours[name] for name in names},
+                console=ours["console"],
+                messages=ours["messages"],
+                end_mark=b"\0" + mark.encode(),
+                verbose=config.verbose,
+            ),
+            kill=machine.kill,
+            say=say,
+            timeout_s=config.timeout_s,
+            stdin_fd=0 if foreground or not os.isatty(0) else None,
+        )
+        return session.run()
+
+
+def _socket_pairs(
+    stack: contextlib.ExitStack, names: Sequence[str]
+) -> tuple[dict[str, socket.socket], dict[str, socket.socket]]:
+    """Connected sockets by name: ours, which do not block, and QEMU's."""
+    ours, theirs = {}, {}
+    for name in names:
+        mine, other = socket.socketpair()
+        ours[name], theirs[name] = stack.enter_context(mine), stack.enter_context(other)
+        mine.setblocking(False)
+    return ours, theirs
+
+
+def _in_foreground() -> bool:
+    """Whether standard input is a terminal and we may read it without being stopped."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False

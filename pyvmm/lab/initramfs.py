@@ -1,0 +1,94 @@
+"""The lab's first file system: a cpio archive made anew, in memory, for every run.
+
+It holds busybox, the kernel modules, ``init.sh`` as ``/init``, and two files about this run:
+``/lab/run`` (shell settings that ``/init`` sources) and ``/lab/command`` (the script that becomes
+CMD, inside the host's file system).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+DIRECTORIES = ("bin", "dev", "proc", "sys", "modules", "lab", "lower", "upper", "new")
+BUSYBOX_IN_HOST = "/run/lab/busybox"
+"""Where ``init.sh`` puts busybox in the file system that CMD sees."""
+
+
+def pack_cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
+    """``(name, mode, contents)`` entries -> a "newc" archive.
+
+    Documentation/driver-api/early-userspace/buffer-format.rst: a header of thirteen 8-digit
+    hexadecimal fields, name and contents each padded to 4 bytes.
+    """
+    archive = bytearray()
+    for inode, (name, mode, contents) in enumerate([*entries, ("TRAILER!!!", 0, b"")], 1):
+        path = os.fsencode(name) + b"\0"
+        links = 2 if stat.S_ISDIR(mode) else 1
+        fields = (inode, mode, 0, 0, links, 0, len(contents), 0, 0, 0, 0, len(path), 0)
+        archive += b"070701" + b"".join(b"%08X" % field for field in fields)
+        archive += path
+        archive += bytes(-len(archive) % 4)
+        archive += contents
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def command_script(
+    command: Sequence[str], cwd: Path, environment: Mapping[bytes, bytes]
+) -> bytes:
+    """The shell script that turns its process into ``command``, there in ``cwd``.
+
+    It leaves its process id, which is CMD's, where ``/init`` finds it to send signals.  ``env``
+    takes any bytes for a name, as an exported bash function has; shell assignments do not.
+    """
+    pairs = [os.fsdecode(name + b"=" + value) for name, value in environment.items()]
+    words = [BUSYBOX_IN_HOST, "env", "-i", *pairs, *command]
+    directory = shlex.quote(str(cwd))
+    lines = (
+        "echo $$ >/run/lab/pid",
+        f"cd {directory} || exit 125",
+        f"exec {shlex.join(words)}",
+    )
+    return os.fsencode("\n".join(lines) + "\n")
+
+
+def run_settings(
+    writable: Sequence[Path], end_mark: str, terminal: tuple[int, int] | None,
+    stderr_on_terminal: bool,
+) -> bytes:
+    """The shell fragment that ``/init`` sources; ``terminal`` is its size, (rows, columns)."""
+    rows, columns = terminal or (0, 0)
+    mounts = [f"mount_writable w{i} {shlex.quote(str(path))}" for i, path in enumerate(writable)]
+    lines = (
+        f"END={shlex.quote(end_mark)}",
+        f"TERMINAL={int(terminal is not None)} ROWS={rows} COLUMNS={columns}",
+        f"STDERR_ON_TERMINAL={int(stderr_on_terminal)}",
+        "mount_all_writable() {",
+        ":",
+        *mounts,
+        "}",
+    )
+    return os.fsencode("\n".join(lines) + "\n")
+
+
+def pack_initramfs(
+    busybox: Path, modules: Sequence[Path], settings: bytes, script: bytes
+) -> bytes:
+    """The whole archive for one run."""
+    init = resources.files("pyvmm.lab").joinpath("init.sh").read_bytes()
+    entries = [(name, stat.S_IFDIR | 0o755, b"") for name in DIRECTORIES]
+    entries += [
+        ("init", stat.S_IFREG | 0o755, init),
+        ("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()),
+        ("lab/run", stat.S_IFREG | 0o644, settings),
+        ("lab/command", stat.S_IFREG | 0o644, script),
+    ]
+    entries += [
+        (f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules
+    ]
+    return pack_cpio(entries)

@@ -1,0 +1,99 @@
+"""The lab's hardware: QEMU in pure emulation, an AMD machine with SVM.
+
+The flags are measured choices: PVH entry needs no firmware; ``nokaslr`` and ``norandmaps`` let QEMU
+reuse translations; mitigations and page clearing cost most under emulation.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pyvmm.errors import HostError
+from pyvmm.lab.kernel import install_command
+
+BINARY = "qemu-system-x86_64"
+PORT_NUMBERS = {"terminal": 0, "in": 1, "out": 2, "err": 3, "control": 4}
+"""The virtio-serial ports; ``init.sh`` knows the numbers too.  0 can be a console: hvc0."""
+
+KERNEL_COMMAND_LINE = (
+    "console=ttyS0 panic=-1 tsc=reliable nokaslr norandmaps mitigations=off init_on_alloc=0"
+)
+
+
+def find_busybox() -> Path:
+    """The static busybox; HostError, with the one command that helps, if a package is missing."""
+    busybox = shutil.which("busybox")
+    missing = []
+    if shutil.which(BINARY) is None:
+        missing.append("qemu-system-x86")
+    if busybox is None or not is_static(Path(busybox).read_bytes()):
+        missing.append("busybox-static")
+    if busybox is None or missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise HostError(
+            f"lab: {' and '.join(missing)} {verb} missing; run: {install_command(missing)}"
+        )
+    return Path(busybox)
+
+
+def is_static(program: bytes) -> bool:
+    """Whether a 64-bit ELF ``program`` runs without a loader: it has no PT_INTERP segment."""
+    if program[:5] != b"\x7fELF\x02" or len(program) < 64:
+        return False
+    table, entry_size, entries = *struct.unpack_from("<Q", program, 32), *struct.unpack_from(
+        "<HH", program, 54
+    )
+    pt_interp = 3
+    return all(
+        struct.unpack_from("<I", program, table + index * entry_size) != (pt_interp,)
+        for index in range(entries)
+        if table + index * entry_size + 4 <= len(program)
+    )
+
+
+def command_line(
+    *,
+    vmlinux: Path,
+    initramfs_fd: int,
+    cpus: int,
+    memory_bytes: int,
+    writable: Sequence[Path],
+    ports: Mapping[str, int],
+    console_fd: int,
+    quiet: bool,
+) -> list[str]:
+    """QEMU's arguments; ``ports`` (by name) and ``console_fd`` are connected sockets it inherits."""
+    append = KERNEL_COMMAND_LINE + (" quiet loglevel=4" if quiet else "")
+    # setpriv: QEMU dies with us even when we are killed by SIGKILL.
+    arguments = [
+        "setpriv", "--pdeathsig", "KILL", BINARY,
+        "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
+        "-M", "q35,usb=off,sata=off,smbus=off", "-accel", "tcg,thread=multi",
+        "-cpu", "max,+svm,-la57", "-smp", str(cpus), "-m", str(memory_bytes >> 20),
+        "-kernel", str(vmlinux), "-initrd", f"/proc/self/fd/{initramfs_fd}", "-append", append,
+        "-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console",
+        *_shared_directory("host", Path("/"), read_only=True),
+    ]  # fmt: skip
+    for index, directory in enumerate(writable):
+        arguments += _shared_directory(f"w{index}", directory, read_only=False)
+    arguments += ["-device", "virtio-serial-pci,id=serial"]
+    # In ascending order: /init takes the last port's connection as proof of the others'.
+    for name in sorted(ports, key=PORT_NUMBERS.__getitem__):
+        kind = "virtconsole" if name == "terminal" else "virtserialport"
+        arguments += [
+            "-chardev", f"socket,id={name},fd={ports[name]}",
+            "-device", f"{kind},bus=serial.0,nr={PORT_NUMBERS[name]},chardev={name}",
+        ]  # fmt: skip
+    return arguments
+
+
+def _shared_directory(tag: str, directory: Path, *, read_only: bool) -> list[str]:
+    path = str(directory).replace(",", ",,")
+    options = f"local,id={tag},path={path},security_model=none,multidevs=remap"
+    return [
+        "-fsdev", options + (",readonly=on" if read_only else ""),
+        "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
+    ]  # fmt: skip

@@ -1,0 +1,268 @@
+"""One run of the lab's machine, from power on to exit status: a single loop around poll(2).
+
+The lab has its own signal handling because it is a program of its own (it shares no process with
+a virtual machine of pyvmm's), and no threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import select
+import signal
+import socket
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from pyvmm.errors import HostError
+from pyvmm.lab.streams import Input, Keyboard, Lines, Output, Signals, Source, Tail, describe
+
+BOOT_LIMIT_S = 180.0
+"""A loaded host may need ten times the usual two seconds; a hung machine is told all the same."""
+GRACE_S = 5.0
+"""Between SIGTERM and SIGKILL after a timeout, and between SIGKILL and pulling the plug."""
+DRAIN_S = 5.0
+"""How long the last output may take to arrive after CMD's status."""
+
+TIMEOUT_STATUS = 124
+
+
+class Phase(enum.Enum):
+    """Where the run is; each phase has one deadline."""
+
+    BOOT = enum.auto()
+    RUNNING = enum.auto()
+    TERMINATING = enum.auto()
+    KILLING = enum.auto()
+    DRAINING = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """Our ends of the machine's sockets, by port name, and what travels on them.
+
+    With a port "terminal" there is no "in" or "out".
+    """
+
+    ports: Mapping[str, socket.socket]
+    console: socket.socket
+    messages: socket.socket
+    end_mark: bytes
+    verbose: bool
+
+
+class Session:
+    """Serves a started machine.  ``kill`` ends it at once; ``timeout_s`` None means no limit."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        *,
+        kill: Callable[[], None],
+        say: Callable[[str], None],
+        timeout_s: float | None = None,
+        stdin_fd: int | None = 0,
+    ) -> None:
+        self._wiring = wiring
+        self._kill = kill
+        self._say = say
+        self._timeout_s = timeout_s
+        self._stdin_fd = stdin_fd
+        self._phase = Phase.BOOT
+        self._started_s = time.monotonic()
+        self._deadline_s: float | None = self._started_s + BOOT_LIMIT_S
+        self._interrupts = 0
+        self._status: int | None = None
+        self._verdict: int | None = None
+        """Ours, not CMD's: overrides ``_status``."""
+        self._failure = ""
+        self._stopped = False
+
+        self._control = wiring.ports["control"]
+        self._terminal = wiring.ports.get("terminal")
+        self._saved_terminal: list[object] | None = None
+        self._console = Tail(wiring.console.fileno(), 2 if wiring.verbose else None)
+        self._messages = Tail(wiring.messages.fileno())
+        out = self._terminal or wiring.ports["out"]
+        self._outputs = [
+            Output(port.fileno(), fd, wiring.end_mark, lambda error, fd=fd: self._hangup(fd, error))
+            for fd, port in ((1, out), (2, wiring.ports["err"]))
+        ]
+        self._commands = Lines(self._control.fileno(), self._on_control)
+        self._sources: list[Source] = [
+            self._commands, *self._outputs, self._console, self._messages
+        ]
+
+    def run(self) -> int:
+        """CMD's exit status, or ours: 124 timeout, 128+n signal.  HostError if the lab failed."""
+        read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._sources.append(Signals(read_fd, self._on_signal))
+        try:
+            with _signals_to(write_fd):
+                self._tell("hello")
+                while not self._finished():
+                    self._turn()
+        finally:
+            self._restore_terminal()
+            os.close(read_fd)
+            os.close(write_fd)
+        if self._verdict is not None:
+            return self._verdict
+        if self._status is None:
+            self._explain()
+            raise HostError(f"lab: {self._failure or 'its machine ended without a status'}")
+        return self._status
+
+    def _finished(self) -> bool:
+        if self._stopped:
+            return True
+        over = self._status is not None or self._commands.ended
+        return over and all(output.complete for output in self._outputs)
+
+    def _turn(self) -> None:
+        """Wait for one thing or the deadline, and serve all that is ready."""
+        poller = select.poll()
+        waits = [(source, wait) for source in self._sources if (wait := source.waiting_for())]
+        events_by_fd: dict[int, int] = {}
+        for _, (fd, events) in waits:
+            events_by_fd[fd] = events_by_fd.get(fd, 0) | events
+        for fd, events in events_by_fd.items():
+            poller.register(fd, events)
+        timeout_ms = None
+        if self._deadline_s is not None:
+            timeout_ms = max(0.0, self._deadline_s - time.monotonic()) * 1000 + 1
+        ready = dict(poller.poll(timeout_ms))
+        errors = select.POLLERR | select.POLLHUP | select.POLLNVAL
+        for source, (fd, events) in waits:
+            if ready.get(fd, 0) & (events | errors):
+                source.step()
+                if self._phase is Phase.DRAINING and source in self._outputs:
+                    self._deadline_s = time.monotonic() + DRAIN_S
+        if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
+            self._expire()
+
+    def _enter(self, phase: Phase, limit_s: float | None) -> None:
+        self._phase = phase
+        self._deadline_s = None if limit_s is None else time.monotonic() + limit_s
+
+    def _expire(self) -> None:
+        """The deadline of the phase has passed."""
+        match self._phase:
+            case Phase.BOOT:
+                self._fail(f"its machine did not start within {BOOT_LIMIT_S:g} s")
+            case Phase.RUNNING:
+                self._say(f"timeout after {self._timeout_s:g} s")
+                self._verdict = TIMEOUT_STATUS
+                self._tell("signal TERM")
+                self._enter(Phase.TERMINATING, GRACE_S)
+            case Phase.TERMINATING:
+                self._tell("signal KILL")
+                self._enter(Phase.KILLING, GRACE_S)
+            case Phase.DRAINING if any(output.pending for output in self._outputs):
+                # It is the reader of our output who is slow, not the lab.
+                self._deadline_s = time.monotonic() + DRAIN_S
+            case Phase.KILLING | Phase.DRAINING:
+                self._stop()
+
+    def _on_control(self, line: str) -> None:
+        verb, _, rest = line.partition(" ")
+        if verb == "ready":
+            if self._wiring.verbose:
+                self._say(f"ready after {time.monotonic() - self._started_s:.1f} s")
+            self._enter(Phase.RUNNING, self._timeout_s)
+            self._connect_input()
+        elif verb == "exit":
+            self._status = int(rest)
+            self._enter(Phase.DRAINING, DRAIN_S)
+        elif verb == "fail":
+            self._fail(rest)
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGWINCH:
+            self._send_window_size()
+        elif number == signal.SIGINT and self._interrupts == 0 and self._phase is not Phase.BOOT:
+            self._interrupts += 1
+            self._say("interrupt passed on; press Ctrl-C again to kill the lab")
+            self._tell("signal INT")
+        else:
+            self._verdict = 128 + number
+            self._stop()
+
+    def _hangup(self, fd: int, error: OSError) -> None:
+        if reason := describe(error):
+            self._say(f"cannot write {'standard output' if fd == 1 else 'standard error'}: {reason}")
+        self._tell(f"hangup {fd}")
+
+    def _connect_input(self) -> None:
+        if self._terminal is not None:
+            self._saved_terminal = termios.tcgetattr(0)
+            tty.setraw(0, termios.TCSADRAIN)
+            self._sources.append(Keyboard(0, self._terminal, self._escape))
+            self._send_window_size()
+        elif self._stdin_fd is not None:
+            self._sources.append(Input(self._stdin_fd, self._wiring.ports["in"]))
+        else:
+            self._wiring.ports["in"].shutdown(socket.SHUT_WR)
+
+    def _escape(self) -> None:
+        self._verdict = 128 + signal.SIGINT
+        self._stop()
+
+    def _send_window_size(self) -> None:
+        if self._terminal is not None:
+            columns, rows = os.get_terminal_size(0)
+            self._tell(f"winsize {rows} {columns}")
+
+    def _restore_terminal(self) -> None:
+        if self._saved_terminal is not None:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, self._saved_terminal)
+            self._saved_terminal = None
+
+    def _tell(self, line: str) -> None:
+        """Send a control line; a dead machine is noticed elsewhere."""
+        with contextlib.suppress(OSError):
+            self._control.send(line.encode() + b"\n")
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        self._stop()
+
+    def _stop(self) -> None:
+        self._kill()
+        self._stopped = True
+
+    def _explain(self) -> None:
+        """What the machine and QEMU said last, for whoever has to mend it."""
+        while any(tail.waiting_for() for tail in (self._console, self._messages)):
+            for tail in (self._console, self._messages):
+                if not tail.ended:
+                    tail.step()
+        shown = [] if self._wiring.verbose else self._console.lines(25)
+        for line in [*shown, *self._messages.lines(10)]:
+            self._say(f"| {line}")
+
+
+@contextlib.contextmanager
+def _signals_to(fd: int) -> Iterator[None]:
+    """Write the numbers of the signals that concern us to ``fd``, instead of acting on them.
+
+    A signal that our parent had us ignore (nohup, a background job) stays ignored.
+    """
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+    saved_fd = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    saved = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(saved_fd)

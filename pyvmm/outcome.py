@@ -1,0 +1,66 @@
+"""How a run ended: one typed outcome, one exit status.  docs/architecture.md has the table."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Kind(enum.Enum):
+    """Every way a run can end."""
+
+    GUEST_STATUS = "guest reported a status"
+    RESET = "guest rebooted"
+    SHUTDOWN = "guest shut down"
+    QUIT = "quit at the console"
+    PANIC = "kernel panic"
+    TRIPLE_FAULT = "triple fault"
+    INTERNAL_ERROR = "KVM internal error"
+    TIMEOUT = "timeout"
+    HOST_ERROR = "host error"
+    SIGNAL = "stopped by a signal"
+
+
+MAX_GUEST_STATUS = 119
+_FIXED_STATUS = {
+    Kind.RESET: 0,
+    Kind.SHUTDOWN: 0,
+    Kind.QUIT: 0,
+    Kind.PANIC: 121,
+    Kind.TRIPLE_FAULT: 122,
+    Kind.INTERNAL_ERROR: 123,
+    Kind.TIMEOUT: 124,
+    Kind.HOST_ERROR: 125,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One way a run ended.
+
+    ``value`` is the byte the guest reported (GUEST_STATUS) or the signal number (SIGNAL);
+    ``detail`` is text for a person: the panic line, the registers, the error.
+    """
+
+    kind: Kind
+    value: int = 0
+    detail: str = ""
+
+    @property
+    def exit_status(self) -> int:
+        """The process's exit status: 0-119 from the guest, 121-125 by kind, 128+n by signal."""
+        if self.kind is Kind.GUEST_STATUS:
+            return min(self.value, MAX_GUEST_STATUS)
+        if self.kind is Kind.SIGNAL:
+            return 128 + self.value
+        return _FIXED_STATUS[self.kind]
+
+    def __str__(self) -> str:
+        text = self.kind.value
+        if self.kind is Kind.GUEST_STATUS:
+            text += f" {self.value}"
+            if self.value > MAX_GUEST_STATUS:
+                text += f" (over {MAX_GUEST_STATUS}, so the exit status is {MAX_GUEST_STATUS})"
+        elif self.kind is Kind.SIGNAL:
+            text += f" ({self.value})"
+        return f"{text}: {self.detail}" if self.detail else text

@@ -1,0 +1,322 @@
+"""Running a machine: the only place that starts threads or handles signals.
+
+One thread a vCPU sits in KVM_RUN, one thread an I/O worker waits for its devices' ioeventfds, and
+the main thread moves console bytes, watches the clock and takes signals.  The first ``finish()``
+decides the outcome; every thread is then kicked, stopped and joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, RawTerminal
+from pyvmm.outcome import Kind, Outcome
+from pyvmm.report import Reporter
+from pyvmm.vcpu_loop import VcpuLoop
+
+KICK_SIGNAL = signal.SIGRTMIN
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+JOIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 2.0
+HALT_WATCH_S = 3.0
+INPUT_LIMIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class IoSource:
+    """A queue's doorbell: after ``eventfd`` fires, ``service()`` until it says no more work."""
+
+    eventfd: int
+    service: Callable[[], bool]
+
+
+class Runner:
+    """Runs vCPUs, I/O workers and the console until somebody calls ``finish``.
+
+    ``finish`` and ``wake`` may be called from any thread, all else belongs to the main thread.
+    """
+
+    def __init__(self, report: Reporter) -> None:
+        self._report = report
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # Appending is atomic, so also safe in a signal handler that interrupts an append.
+        self._outcomes: list[Outcome] = []
+        self._stopping = False
+        self._deadlines: list[tuple[float, Outcome]] = []
+        self._halt_watch_until_s = 0.0
+        self._threads: list[threading.Thread] = []
+        self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
+
+    def finish(self, outcome: Outcome) -> None:
+        """End the run with ``outcome``; the first call wins."""
+        self._outcomes.append(outcome)
+        self._stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the main thread look again: console bytes to move, room for input, an outcome."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._wake_fd, 1)
+
+    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
+        """End the run with ``outcome`` in ``delay_s`` seconds, if nothing else ended it before."""
+        self._deadlines.append((time.monotonic() + delay_s, outcome))
+
+    def watch_for_halt(self) -> None:
+        """The guest said that it halts: end the run once a vCPU has, with interrupts off."""
+        self._halt_watch_until_s = time.monotonic() + HALT_WATCH_S
+
+    def run(
+        self,
+        *,
+        vcpus: Sequence[VcpuLoop],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
+        console: Console,
+        output: OutputBuffer,
+        receive: Callable[[bytes], int],
+    ) -> Outcome:
+        """Run to the end; every thread is stopped and the terminal restored when this returns.
+
+        ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
+        never holds up another.  ``receive`` takes typed bytes and says how many it took.
+        """
+        switch_interval_s = sys.getswitchinterval()
+        # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
+        sys.setswitchinterval(1e-4)
+        try:
+            with (
+                _Signals(self._on_signal) as signals,
+                RawTerminal(-1 if console.input_fd is None else console.input_fd) as terminal,
+            ):
+                try:
+                    self._start(vcpus, workers)
+                    self._main_loop(console, output, receive, terminal.active, signals.wakeup_fd)
+                finally:
+                    output.shut()
+                    self._stop()
+                self._drain(output)
+        finally:
+            sys.setswitchinterval(switch_interval_s)
+        return self._outcomes[0]
+
+    def close(self) -> None:
+        """Close the runner's own eventfds; idempotent, after ``run``."""
+        for name in ("_wake_fd", "_stop_fd"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                setattr(self, name, -1)
+                os.close(fd)
+
+    # The main thread ---------------------------------------------------------------------------
+
+    def _main_loop(
+        self,
+        console: Console,
+        output: OutputBuffer,
+        receive: Callable[[bytes], int],
+        interactive: bool,
+        signal_fd: int,
+    ) -> None:
+        escapes = EscapeFilter(
+            on_quit=lambda: self.finish(Outcome(Kind.QUIT)),
+            on_help=lambda: output.write(HELP.encode(), wait=False),
+        )
+        typed = bytearray()
+        input_fd = console.input_fd
+        while not self._stopping:
+            poller = select.poll()
+            poller.register(self._wake_fd, select.POLLIN)
+            poller.register(signal_fd, select.POLLIN)
+            # A terminal is read even while the guest is not listening, or Ctrl-A x would not work.
+            if input_fd is not None and (interactive or len(typed) < INPUT_LIMIT):
+                poller.register(input_fd, select.POLLIN)
+            if output.pending and output.fd is not None:
+                poller.register(output.fd, select.POLLOUT)
+            ready = dict(poller.poll(self._poll_timeout_ms()))
+            if self._wake_fd in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
+            if signal_fd in ready:
+                os.read(signal_fd, 4096)  # the handler has run by now
+            if output.pending and (output.fd is None or output.fd in ready):
+                self._drain_once(output)
+            if input_fd is not None and input_fd in ready:
+                data = _read_input(input_fd)
+                if not data:
+                    input_fd = None
+                typed += escapes.feed(data) if interactive else data
+                if len(typed) > 256 * INPUT_LIMIT:
+                    del typed[256 * INPUT_LIMIT :]
+            if typed:
+                del typed[: receive(bytes(typed))]
+            self._check_clock()
+
+    def _poll_timeout_ms(self) -> int | None:
+        if self._halt_watch_until_s:
+            return 50
+        if not self._deadlines:
+            return None
+        left_s = min(at_s for at_s, _ in self._deadlines) - time.monotonic()
+        return max(0, min(1 << 30, int(left_s * 1000) + 1))
+
+    def _check_clock(self) -> None:
+        now_s = time.monotonic()
+        for at_s, outcome in self._deadlines:
+            if now_s >= at_s:
+                self.finish(outcome)
+        if self._halt_watch_until_s:
+            if now_s >= self._halt_watch_until_s:
+                self._halt_watch_until_s = 0.0
+            for loop, _ in self._vcpus:
+                loop.inspect = True
+            self._kick()
+
+    def _drain_once(self, output: OutputBuffer) -> None:
+        try:
+            output.drain()
+        except BrokenPipeError:
+            output.fd = None
+            self.finish(Outcome(Kind.SIGNAL, signal.SIGPIPE, "nobody reads the console any more"))
+        except OSError as error:
+            output.fd = None
+            self._report(f"console output is lost from here on: {error.strerror}")
+
+    def _drain(self, output: OutputBuffer) -> None:
+        """The last of the console's output, for as long as the host takes it."""
+        until_s = time.monotonic() + DRAIN_TIMEOUT_S
+        while output.pending and time.monotonic() < until_s:
+            if output.fd is not None:
+                poller = select.poll()
+                poller.register(output.fd, select.POLLOUT)
+                if not poller.poll(100):
+                    continue
+            self._drain_once(output)
+
+    def _on_signal(self, number: int) -> None:
+        self.finish(Outcome(Kind.SIGNAL, number, signal.Signals(number).name))
+
+    # Threads -----------------------------------------------------------------------------------
+
+    def _start(
+        self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
+    ) -> None:
+        for name, sources in workers:
+            self._spawn(name, functools.partial(self._io_loop, sources))
+        for index, loop in enumerate(vcpus):
+            self._vcpus.append((loop, self._spawn(f"vcpu{index}", loop.run)))
+
+    def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                body()
+            except Exception as error:  # a defect of ours: it ends the run, and says so
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                self.finish(Outcome(
+                    Kind.HOST_ERROR,
+                    detail=f"internal error in {name}: {type(error).__name__}: {error} "
+                    f"({place.filename}:{place.lineno})",
+                ))
+
+        # Daemon: a thread stuck in a dead disk's system call must not keep the process alive.
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+        return thread
+
+    def _kick(self) -> None:
+        for loop, thread in self._vcpus:
+            if thread.is_alive() and thread.ident is not None:
+                loop.vcpu.request_exit()
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pthread_kill(thread.ident, KICK_SIGNAL)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for loop, _ in self._vcpus:
+            loop.stopping = True
+        os.eventfd_write(self._stop_fd, 1)
+        until_s = time.monotonic() + JOIN_TIMEOUT_S
+        self._kick()
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+        stuck = [thread.name for thread in self._threads if thread.is_alive()]
+        if stuck:
+            self._report(f"{', '.join(stuck)} did not stop within {JOIN_TIMEOUT_S:g} s")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no thread of the run is left; only then may what they use be closed."""
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _io_loop(self, sources: Sequence[IoSource]) -> None:
+        poller = select.epoll()
+        with poller:
+            by_fd = {source.eventfd: source for source in sources}
+            for fd in (*by_fd, self._stop_fd):
+                poller.register(fd, select.EPOLLIN)
+            busy: dict[int, IoSource] = {}
+            while not self._stopping:
+                # Every source gets one bounded pass in turn while there is work.
+                for fd, _ in poller.poll(0 if busy else None):
+                    if fd in by_fd:
+                        with contextlib.suppress(BlockingIOError):
+                            os.eventfd_read(fd)
+                        busy[fd] = by_fd[fd]
+                for fd, source in list(busy.items()):
+                    if not source.service():
+                        del busy[fd]
+
+
+def _read_input(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1024)
+    except BlockingIOError:
+        return b""
+    except OSError:
+        return b""  # the terminal hung up
+
+
+class _Signals:
+    """Signal handlers for the length of a run; the previous ones come back afterwards.
+
+    ``wakeup_fd`` becomes readable at every signal: the kernel may hand one to any thread, and
+    then nothing else interrupts the main thread's poll.
+    """
+
+    def __init__(self, on_stop: Callable[[int], None]) -> None:
+        self._on_stop = on_stop
+        self._saved: dict[int, object] = {}
+        self._previous_wakeup_fd = -1
+        self.wakeup_fd = self._wakeup_write_fd = -1
+
+    def __enter__(self) -> _Signals:
+        self.wakeup_fd, self._wakeup_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(
+            self._wakeup_write_fd, warn_on_full_buffer=False
+        )
+        for number in STOP_SIGNALS:
+            # What was ignored stays ignored (nohup, a shell's background job).
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))
+        # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
+        self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self._saved.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._saved.clear()
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        os.close(self.wakeup_fd)
+        os.close(self._wakeup_write_fd)

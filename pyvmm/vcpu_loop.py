@@ -1,0 +1,110 @@
+"""What happens between two KVM_RUNs: port and memory accesses to devices, and how a vCPU ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvmm.bus import Bus
+from pyvmm.errors import KvmError
+from pyvmm.kvm import abi
+from pyvmm.kvm.exits import ExitReason, SystemEventExit, decode
+from pyvmm.kvm.handles import Vcpu
+from pyvmm.outcome import Kind, Outcome
+
+RFLAGS_IF = 1 << 9
+
+
+class VcpuLoop:
+    """Runs one vCPU in the calling thread until ``stopping`` is set.
+
+    ``describe`` gives the vCPU's registers as text for an outcome's detail; ``finish`` takes the
+    outcome if this vCPU decides it.  Another thread stops the loop by setting ``stopping`` and
+    then kicking the vCPU; with ``inspect`` set a kick makes it look whether the guest has halted.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        *,
+        pio: Bus,
+        mmio: Bus,
+        describe: Callable[[], str],
+        finish: Callable[[Outcome], None],
+    ) -> None:
+        self.vcpu = vcpu
+        self.stopping = False
+        self.inspect = False
+        self._pio = pio
+        self._mmio = mmio
+        self._describe = describe
+        self._finish = finish
+
+    def run(self) -> None:
+        """Enter the guest again and again."""
+        vcpu, page, pio, mmio = self.vcpu, self.vcpu.page, self._pio, self._mmio
+        enter, reason_io, reason_mmio = vcpu.run, int(ExitReason.IO), int(ExitReason.MMIO)
+        while not self.stopping:
+            try:
+                reason = enter()
+            except InterruptedError:
+                # KVM completes a pending access before it returns, so no access is lost here.
+                vcpu.clear_exit_request()
+                if self.inspect:
+                    self.inspect = False
+                    self._finish_if_halted()
+                continue
+            except KvmError as error:
+                self._fail(str(error))
+                return
+            if reason == reason_io:
+                direction, size, port, count, offset = page.io()
+                for item in range(offset, offset + count * size, size):
+                    if direction:
+                        pio.write(port, size, page.get_int(item, size))
+                    else:
+                        page.set_int(item, size, pio.read(port, size))
+            elif reason == reason_mmio:
+                address, data, length, is_write = page.mmio()
+                if is_write:
+                    mmio.write(address, length, data & (1 << 8 * length) - 1)
+                else:
+                    page.set_mmio_data(mmio.read(address, length))
+            elif not self._rare_exit(reason):
+                return
+
+    def _rare_exit(self, reason: int) -> bool:
+        """Whether the vCPU may be entered again."""
+        if reason in (ExitReason.INTR, ExitReason.IRQ_WINDOW_OPEN):
+            return True
+        event = decode(self.vcpu.page)
+        match reason:
+            case ExitReason.SHUTDOWN:
+                self._finish(Outcome(Kind.TRIPLE_FAULT, detail=self._registers()))
+            case ExitReason.HLT:
+                # Only without an in-kernel irqchip: nothing could ever wake this vCPU.
+                self._finish(Outcome(Kind.SHUTDOWN, detail="halted"))
+            case ExitReason.SYSTEM_EVENT if isinstance(event, SystemEventExit):
+                kinds = {
+                    abi.KVM_SYSTEM_EVENT_SHUTDOWN: Kind.SHUTDOWN,
+                    abi.KVM_SYSTEM_EVENT_RESET: Kind.RESET,
+                    abi.KVM_SYSTEM_EVENT_CRASH: Kind.PANIC,
+                }
+                self._finish(Outcome(kinds.get(event.type, Kind.INTERNAL_ERROR), detail=str(event)))
+            case _:
+                self._fail(str(event))
+        return False
+
+    def _fail(self, what: str) -> None:
+        self._finish(Outcome(Kind.INTERNAL_ERROR, detail=f"{what}\n{self._registers()}"))
+
+    def _registers(self) -> str:
+        try:
+            return self._describe()
+        except KvmError as error:
+            return f"no registers: {error}"
+
+    def _finish_if_halted(self) -> None:
+        """End the run if the guest sits in HLT with interrupts off: nothing will wake it."""
+        halted = self.vcpu.get_mp_state() == abi.KVM_MP_STATE_HALTED
+        if halted and not self.vcpu.get_regs().rflags & RFLAGS_IF:
+            self._finish(Outcome(Kind.SHUTDOWN, detail="halted with interrupts off"))

@@ -1,0 +1,98 @@
+"""One block request: from a descriptor chain to what is asked (5.2.6 "Device Operation").
+
+Nothing is assumed about framing (2.7.4 "Message Framing"): the header is the first 16 readable
+bytes, the status the last writable byte, wherever descriptors begin and end.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from pyvmm.errors import GuestError, GuestMemoryError
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio.queue import Buffer, Chain
+from pyvmm.virtio.spec import BlockStatus
+
+# struct virtio_blk_req { le32 type; le32 reserved; le64 sector; u8 data[]; u8 status; }
+_HEADER = struct.Struct("<IIQ")
+HEADER_SIZE = _HEADER.size
+STATUS_SIZE = 1
+
+
+class UnusableChain(GuestError):
+    """The chain has no complete header or no place for a status: it cannot be answered."""
+
+
+class UnsupportedRequest(GuestError):
+    """The request's type is unknown or was not negotiated."""
+
+
+class BadRequest(GuestError):
+    """The request is understood and wrong: length, range, direction, or a read-only disk."""
+
+
+def status_of(error: OSError | GuestError) -> BlockStatus:
+    """The status byte that tells the driver about ``error``."""
+    if isinstance(error, UnsupportedRequest):
+        return BlockStatus.UNSUPP
+    return BlockStatus.IOERR
+
+
+class Request(NamedTuple):
+    """A request as the driver made it; ``type`` and the buffers are not yet judged.
+
+    ``sector`` is in units of 512 bytes.  ``readable`` holds the data behind the header,
+    ``writable`` the room in front of the status byte; ``status`` is a view of that byte.
+    """
+
+    type: int
+    sector: int
+    readable: list[Buffer]
+    writable: list[Buffer]
+    status: memoryview
+
+    @classmethod
+    def parse(cls, chain: Chain, memory: GuestMemory) -> Request:
+        """Take ``chain`` apart; UnusableChain if it has no header or status in RAM.
+
+        The header is copied once; nothing is written.
+        """
+        try:
+            header, readable = _split_header(chain.readable, memory)
+            status, writable = _split_status(chain.writable, memory)
+        except GuestMemoryError as error:
+            raise UnusableChain(str(error)) from error
+        request_type, _, sector = _HEADER.unpack(header)
+        return cls(request_type, sector, readable, writable, status)
+
+
+def data_views(buffers: list[Buffer], memory: GuestMemory) -> list[memoryview]:
+    """RAM itself, as views of ``buffers``; GuestMemoryError if any of it is not RAM."""
+    return [memory.view(gpa, length) for gpa, length in buffers]
+
+
+def _split_header(buffers: list[Buffer], memory: GuestMemory) -> tuple[bytes, list[Buffer]]:
+    """A copy of the first 16 bytes, and the buffers behind them."""
+    if buffers and buffers[0][1] == HEADER_SIZE:
+        return memory.read(buffers[0][0], HEADER_SIZE), buffers[1:]
+    header = bytearray()
+    for index, (gpa, length) in enumerate(buffers):
+        taken = min(length, HEADER_SIZE - len(header))
+        header += memory.read(gpa, taken)
+        if len(header) == HEADER_SIZE:
+            rest = [(gpa + taken, length - taken)] if length > taken else []
+            return bytes(header), rest + buffers[index + 1 :]
+    raise UnusableChain(f"the header has {len(header)} bytes of {HEADER_SIZE}")
+
+
+def _split_status(buffers: list[Buffer], memory: GuestMemory) -> tuple[memoryview, list[Buffer]]:
+    """A view of the last byte, and the buffers in front of it."""
+    if not buffers:
+        raise UnusableChain("no room for a status")
+    gpa, length = buffers[-1]
+    front = length - STATUS_SIZE
+    rest = buffers[:-1]
+    if front:
+        rest.append((gpa, front))
+    return memory.view(gpa + front, STATUS_SIZE), rest

@@ -1,0 +1,133 @@
+"""The contract between a virtio device and its transport.
+
+A device knows features, configuration space, queues and requests.  It knows nothing of
+registers, addresses of its own, threads or KVM: ``activate`` gives it guest memory and an
+``Interrupt``, and ``process_queue`` does one pass of work on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar, Protocol
+
+from pyvmm.errors import ActivateError, GuestError, RingError
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio.queue import Chain, Queue, Ring
+from pyvmm.virtio.spec import DeviceType, Feature
+from pyvmm.virtio.split import SplitRing
+
+
+class Interrupt(Protocol):
+    """How a device reaches its driver; safe to call from any thread."""
+
+    def notify_used(self, queue_index: int) -> None:
+        """Tell the driver that queue ``queue_index`` has used buffers."""
+
+    def notify_config(self) -> None:
+        """Tell the driver that the configuration space or the device status changed."""
+
+
+def make_ring(queue: Queue, memory: GuestMemory, features: int) -> Ring:
+    """The ring that ``features`` (as negotiated) make of ``queue``; RingError if malformed."""
+    return SplitRing(queue, memory, indirect=bool(features & Feature.INDIRECT_DESC))
+
+
+class VirtioDevice(abc.ABC):
+    """A virtio device: features, queues and activation; what a request means is a subclass's.
+
+    Not thread-safe: the transport calls every method under one lock.
+    """
+
+    device_type: ClassVar[DeviceType]
+
+    def __init__(self, *, avail_features: int, queue_max_sizes: tuple[int, ...]) -> None:
+        self.avail_features = int(avail_features)
+        self.queue_max_sizes = queue_max_sizes
+        self.queues = [Queue(max_size) for max_size in queue_max_sizes]
+        self._acked_features = 0
+        self._memory: GuestMemory | None = None
+        self._interrupt: Interrupt | None = None
+        self._rings: list[Ring | None] = []
+
+    @property
+    def acked_features(self) -> int:
+        """The features the driver accepted; 0 until it has."""
+        return self._acked_features
+
+    def set_acked_features(self, features: int) -> None:
+        """Take ``features`` as what the driver accepts, in place of any earlier set.
+
+        GuestError if they cannot be: then the transport "MUST fail to set the FEATURES_OK
+        device status bit" (2.2.2 "Device Requirements: Feature Bits").
+        """
+        unoffered = features & ~self.avail_features
+        if unoffered:
+            raise GuestError(f"feature bits {unoffered:#x} were not offered")
+        if not features & Feature.VERSION_1:
+            # 6.2 "Device Requirements: Reserved Feature Bits": "A device MAY fail to operate
+            # further if VIRTIO_F_VERSION_1 is not accepted."
+            raise GuestError("VIRTIO_F_VERSION_1 was not accepted; legacy is not served")
+        self._acked_features = features
+
+    @abc.abstractmethod
+    def read_config(self, offset: int, length: int) -> bytes:
+        """``length`` bytes of configuration space from ``offset``; zeros behind its end."""
+
+    @abc.abstractmethod
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes ``data`` at ``offset``; whatever is not writable is ignored."""
+
+    @abc.abstractmethod
+    def _serve(self, chain: Chain, memory: GuestMemory) -> int:
+        """Do what ``chain`` asks; the number of bytes written into it.  Never raises for what
+        the guest or the host did wrong: that is answered inside the chain."""
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether the device runs: from ``activate`` to ``reset``."""
+        return self._memory is not None
+
+    def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """Start serving the queues that are ready.  The transport calls it once per DRIVER_OK;
+        ActivateError if the device runs already or a queue is malformed."""
+        if self.is_activated:
+            raise ActivateError("the device is active; it has to be reset first")
+        try:
+            self._rings = [
+                make_ring(queue, memory, self._acked_features) if queue.ready else None
+                for queue in self.queues
+            ]
+        except RingError as error:
+            raise ActivateError(str(error)) from error
+        self._memory = memory
+        self._interrupt = interrupt
+
+    def reset(self) -> None:
+        """Back to the state before any driver; drops every view of guest memory."""
+        self._acked_features = 0
+        self._memory = None
+        self._interrupt = None
+        self._rings = []
+        for queue in self.queues:
+            queue.reset()
+
+    def process_queue(self, index: int) -> bool:
+        """One pass: serve what waits in queue ``index``, at most a queue's length of chains,
+        then publish them all and interrupt once.
+
+        Returns whether more is waiting.  A queue that is not ready, or a device that is not
+        active, has no work.  RingError where the ring is malformed; the chains served before
+        that point have been published.
+        """
+        if self._memory is None or self._interrupt is None or not self.queues[index].ready:
+            return False
+        ring = self._rings[index]
+        if ring is None:
+            return False
+        try:
+            for chain in ring.chains():
+                ring.push(chain, self._serve(chain, self._memory))
+        finally:
+            if ring.publish():
+                self._interrupt.notify_used(index)
+        return ring.pending()

@@ -1,0 +1,339 @@
+"""The virtio-mmio transport, version 2 (virtio 1.2, 4.2 "Virtio Over MMIO").
+
+The registers are one 4 KiB page of memory that the transport owns.  Reads come from the page;
+writes go to the transport, which updates the page before it returns, so that selecting a queue
+changes what the page shows.  The page can therefore be served by trapping every access
+(``read`` and ``write``) or be mapped into the guest read-only, where only writes arrive here.
+
+Two locks: one for registers and queues, held for a whole pass over a queue, so that a reset waits
+for the pass that is under way; and a small one for InterruptStatus, so that acknowledging an
+interrupt never waits for a disk.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable
+
+from pyvmm.errors import ActivateError, GuestError, RingError
+from pyvmm.memory import PAGE_SIZE, GuestMemory
+from pyvmm.virtio.device import VirtioDevice, make_ring
+from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, InterruptBit, Register, Status
+
+VENDOR_ID = int.from_bytes(b"PVMM", "little")
+
+_WORD = 0xFFFF_FFFF
+_REGISTER_SIZE = 4
+
+_ACKNOWLEDGED = int(Status.ACKNOWLEDGE)
+_DRIVEN = _ACKNOWLEDGED | Status.DRIVER
+_NEGOTIATED = _DRIVEN | Status.FEATURES_OK
+_RUNNING = _NEGOTIATED | Status.DRIVER_OK
+_STOPPED = int(Status.DEVICE_NEEDS_RESET | Status.FAILED)
+
+# 3.1.1 "Driver Requirements: Device Initialization": the one way up, as (status, written).
+# Besides these: 0 resets from anywhere, FAILED may be added anywhere, and after FAILED or
+# DEVICE_NEEDS_RESET only a reset helps.  Every other write is ignored: "The driver MUST NOT clear
+# a device status bit" (2.1.1), nor skip a step.
+_TRANSITIONS = frozenset(
+    {
+        (0, _ACKNOWLEDGED),
+        (_ACKNOWLEDGED, _DRIVEN),
+        (_DRIVEN, _NEGOTIATED),
+        (_NEGOTIATED, _RUNNING),
+    }
+)
+
+
+class _InterruptLine:
+    """InterruptStatus in the register page, and the interrupt line behind it."""
+
+    def __init__(self, words: memoryview, raise_irq: Callable[[], None]) -> None:
+        self._words = words
+        self._raise_irq = raise_irq
+        self._lock = threading.Lock()
+
+    def notify_used(self, queue_index: int) -> None:
+        """Used buffer notification; virtio-mmio has one line for all queues."""
+        self._set(InterruptBit.USED_BUFFER)
+
+    def notify_config(self) -> None:
+        """Configuration change notification."""
+        self._set(InterruptBit.CONFIG_CHANGE)
+
+    def _set(self, bit: int) -> None:
+        with self._lock:
+            self._words[Register.INTERRUPT_STATUS // 4] |= bit
+        self._raise_irq()
+
+    def acknowledge(self, bits: int) -> None:
+        """Clear ``bits``; those that are not set stay so."""
+        with self._lock:
+            self._words[Register.INTERRUPT_STATUS // 4] &= ~bits
+
+
+class MmioTransport:
+    """One virtio-mmio device: ``device`` behind a register page.
+
+    ``raise_irq`` pulses the device's interrupt line; ``report`` says a line to the person who
+    runs the VMM.  Both may be called from any thread that calls a method here.  A guest can
+    make no method raise.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        raise_irq: Callable[[], None],
+        *,
+        report: Callable[[str], None],
+    ) -> None:
+        self.page = mmap.mmap(-1, PAGE_SIZE)
+        self._device = device
+        self._memory = memory
+        self._report = report
+        self._lock = threading.Lock()
+        self._words = memoryview(self.page).cast("I")
+        self._interrupt = _InterruptLine(self._words, raise_irq)
+        self._writers: dict[int, Callable[[int], None]] = {
+            Register.DEVICE_FEATURES_SEL: self._select_device_features,
+            Register.DRIVER_FEATURES_SEL: self._select_driver_features,
+            Register.DRIVER_FEATURES: self._write_driver_features,
+            Register.QUEUE_SEL: self._select_queue,
+            Register.QUEUE_NUM: self._write_queue_num,
+            Register.QUEUE_READY: self._write_queue_ready,
+            Register.QUEUE_DESC_LOW: self._address_writer("descriptor_area", 0),
+            Register.QUEUE_DESC_HIGH: self._address_writer("descriptor_area", 32),
+            Register.QUEUE_DRIVER_LOW: self._address_writer("driver_area", 0),
+            Register.QUEUE_DRIVER_HIGH: self._address_writer("driver_area", 32),
+            Register.QUEUE_DEVICE_LOW: self._address_writer("device_area", 0),
+            Register.QUEUE_DEVICE_HIGH: self._address_writer("device_area", 32),
+            Register.STATUS: self._write_status,
+        }
+        self._show(Register.MAGIC_VALUE, MAGIC)
+        self._show(Register.VERSION, MMIO_VERSION)
+        self._show(Register.DEVICE_ID, device.device_type)
+        self._show(Register.VENDOR_ID, VENDOR_ID)
+        # No shared memory regions: "Reading from a non-existent region [...] results in a length
+        # of -1", and in the same base address.
+        for register in (
+            Register.SHM_LEN_LOW,
+            Register.SHM_LEN_HIGH,
+            Register.SHM_BASE_LOW,
+            Register.SHM_BASE_HIGH,
+        ):
+            self._show(register, _WORD)
+        self._show_config()
+        self._reset()
+
+    # The faces: the bus calls read and write, an I/O thread calls service.
+
+    def read(self, offset: int, size: int) -> int:
+        """``size`` bytes of the page at ``offset``, little-endian; ones outside the page."""
+        if offset < 0 or offset + size > PAGE_SIZE:
+            return (1 << 8 * size) - 1
+        return int.from_bytes(self.page[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """The driver writes the ``size`` low bytes of ``value`` at ``offset``.
+
+        "The driver MUST only use 32 bit wide and aligned reads and writes to access the control
+        registers": other writes to them are ignored, and so are writes to what is read-only.
+        A QueueNotify that arrives here is served before the call returns.
+        """
+        if offset >= Register.CONFIG:
+            if offset + size <= PAGE_SIZE:
+                self._write_config(offset - Register.CONFIG, size, value)
+            return
+        if size != _REGISTER_SIZE:
+            return
+        value &= _WORD
+        if offset == Register.QUEUE_NOTIFY:
+            self.service(value)
+        elif offset == Register.INTERRUPT_ACK:
+            self._interrupt.acknowledge(value)
+        elif offset in self._writers:
+            with self._lock:
+                self._writers[offset](value)
+
+    def service(self, queue_index: int) -> bool:
+        """One bounded pass over queue ``queue_index``, on the caller's thread.
+
+        Returns whether more work is waiting.  Notifications for a queue that does not exist or
+        is not set up, or that come before DRIVER_OK, do nothing.
+        """
+        with self._lock:
+            if not self._is_running or queue_index >= len(self._device.queues):
+                return False
+            try:
+                return self._device.process_queue(queue_index)
+            except RingError as error:
+                self._need_reset(f"queue {queue_index}: {error}")
+                return False
+
+    def config_changed(self) -> None:
+        """The device's configuration space has new contents: show them, tell the driver."""
+        with self._lock:
+            # A driver that reads meanwhile sees the generation change, before or after; should
+            # it read between the two, the interrupt makes it read once more.
+            self._bump_generation()
+            self._show_config()
+            self._bump_generation()
+            if self._status & Status.DRIVER_OK:
+                self._interrupt.notify_config()
+
+    def close(self) -> None:
+        """Let the pass under way end, stop the device and free the page; idempotent.
+
+        The device's backend stays open: it belongs to whoever made it.
+        """
+        with self._lock:
+            if self.page.closed:
+                return
+            self._device.reset()
+            self._words.release()
+            self.page.close()
+
+    # Status
+
+    @property
+    def _status(self) -> int:
+        return self._words[Register.STATUS // 4]
+
+    @property
+    def _is_running(self) -> bool:
+        return not self.page.closed and self._status & (_RUNNING | _STOPPED) == _RUNNING
+
+    def _write_status(self, value: int) -> None:
+        status = self._status
+        if value == 0:
+            self._reset()
+            return
+        value &= ~Status.DEVICE_NEEDS_RESET  # the device's bit; drivers write back what they read
+        if value == status & ~_STOPPED | Status.FAILED:
+            self._show(Register.STATUS, status | Status.FAILED)
+        elif (status, value) in _TRANSITIONS:
+            if value == _NEGOTIATED and not self._negotiate():
+                return
+            self._show(Register.STATUS, value)
+            if value == _RUNNING:
+                self._activate()
+
+    def _negotiate(self) -> bool:
+        """Whether the device accepts what the driver wrote into DriverFeatures."""
+        try:
+            self._device.set_acked_features(self._driver_features)
+        except GuestError as error:
+            self._report(f"{self._name}: FEATURES_OK refused: {error}")
+            return False
+        return True
+
+    def _activate(self) -> None:
+        try:
+            self._device.activate(self._memory, self._interrupt)
+        except ActivateError as error:
+            self._need_reset(str(error))
+
+    def _need_reset(self, reason: str) -> None:
+        """Stop until the driver resets: "the device MUST send a device configuration change
+        notification" (2.1.2 "Device Requirements: Device Status Field")."""
+        self._show(Register.STATUS, self._status | Status.DEVICE_NEEDS_RESET)
+        self._interrupt.notify_config()
+        self._report(f"{self._name}: stopped until the guest resets it: {reason}")
+
+    def _reset(self) -> None:
+        """2.4 "Device Reset".  The lock is held, so no pass is under way."""
+        self._device.reset()
+        self._driver_features = 0
+        self._driver_features_sel = 0
+        self._queue: Queue | None = None
+        self._select_device_features(0)
+        self._select_queue(0)
+        self._interrupt.acknowledge(_WORD)
+        self._show(Register.STATUS, 0)
+
+    # Features
+
+    def _select_device_features(self, word: int) -> None:
+        features = self._device.avail_features >> 32 * word if word < 2 else 0
+        self._show(Register.DEVICE_FEATURES, features & _WORD)
+
+    def _select_driver_features(self, word: int) -> None:
+        self._driver_features_sel = word
+
+    def _write_driver_features(self, value: int) -> None:
+        """32 of the driver's feature bits; frozen once FEATURES_OK is set (3.1.1 step 5)."""
+        word = self._driver_features_sel
+        if word < 2 and not self._status & Status.FEATURES_OK:
+            shift = 32 * word
+            self._driver_features = self._driver_features & ~(_WORD << shift) | value << shift
+
+    # Queues
+
+    def _select_queue(self, index: int) -> None:
+        queues = self._device.queues
+        self._queue = queues[index] if index < len(queues) else None
+        self._show(Register.QUEUE_NUM_MAX, self._queue.max_size if self._queue else 0)
+        self._show(Register.QUEUE_READY, bool(self._queue and self._queue.ready))
+
+    @property
+    def _open_queue(self) -> Queue | None:
+        """The selected queue while its registers may be written: "When QueueReady is not zero,
+        the driver MUST NOT access" them, and after DRIVER_OK the set-up is over."""
+        queue = self._queue
+        if queue is None or queue.ready or self._status & (Status.DRIVER_OK | _STOPPED):
+            return None
+        return queue
+
+    def _write_queue_num(self, value: int) -> None:
+        if queue := self._open_queue:
+            queue.size = value
+
+    def _address_writer(self, area: str, shift: int) -> Callable[[int], None]:
+        """A writer of 32 bits, from bit ``shift``, of the queue address called ``area``."""
+
+        def write(value: int) -> None:
+            if queue := self._open_queue:
+                address = getattr(queue, area) or 0
+                setattr(queue, area, address & ~(_WORD << shift) | value << shift)
+
+        return write
+
+    def _write_queue_ready(self, value: int) -> None:
+        """1 hands the queue to the device, which checks it; 0 stops the queue, and because the
+        lock is held, nothing of it is touched afterwards."""
+        if value == 0 and self._queue:
+            self._queue.ready = False
+            self._show(Register.QUEUE_READY, 0)
+        elif value == 1 and (queue := self._open_queue):
+            try:
+                make_ring(queue, self._memory, self._device.acked_features)
+            except RingError as error:
+                self._need_reset(f"queue {self._device.queues.index(queue)}: {error}")
+                return
+            queue.ready = True
+            self._show(Register.QUEUE_READY, 1)
+
+    # Configuration space and the page
+
+    def _write_config(self, offset: int, size: int, value: int) -> None:
+        data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        with self._lock:
+            self._device.write_config(offset, data)
+            self._show_config()
+
+    def _show_config(self) -> None:
+        self.page[Register.CONFIG :] = self._device.read_config(0, PAGE_SIZE - Register.CONFIG)
+
+    def _bump_generation(self) -> None:
+        generation = self._words[Register.CONFIG_GENERATION // 4] + 1
+        self._show(Register.CONFIG_GENERATION, generation & _WORD)
+
+    def _show(self, register: Register, value: int) -> None:
+        self._words[register // 4] = value
+
+    @property
+    def _name(self) -> str:
+        return f"virtio {self._device.device_type.name.lower()} device"

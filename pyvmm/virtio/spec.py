@@ -1,0 +1,124 @@
+"""Numbers of virtio 1.2, under the names of the specification; no logic.
+
+Sections are cited by number *and* title, because numbers move between versions.  Everything is
+little-endian; this package serves x86 guests on x86 hosts only, so native views are used.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class DeviceType(enum.IntEnum):
+    """5 "Device Types"."""
+
+    BLOCK = 2
+
+
+class Status(enum.IntFlag):
+    """2.1 "Device Status Field"."""
+
+    ACKNOWLEDGE = 1
+    DRIVER = 2
+    DRIVER_OK = 4
+    FEATURES_OK = 8
+    DEVICE_NEEDS_RESET = 64
+    FAILED = 128
+
+
+class Feature(enum.IntFlag):
+    """6 "Reserved Feature Bits": what any device may offer."""
+
+    INDIRECT_DESC = 1 << 28
+    VERSION_1 = 1 << 32
+
+
+class Register(enum.IntEnum):
+    """4.2.2 "MMIO Device Register Layout": offsets in bytes."""
+
+    MAGIC_VALUE = 0x000
+    VERSION = 0x004
+    DEVICE_ID = 0x008
+    VENDOR_ID = 0x00C
+    DEVICE_FEATURES = 0x010
+    DEVICE_FEATURES_SEL = 0x014
+    DRIVER_FEATURES = 0x020
+    DRIVER_FEATURES_SEL = 0x024
+    QUEUE_SEL = 0x030
+    QUEUE_NUM_MAX = 0x034
+    QUEUE_NUM = 0x038
+    QUEUE_READY = 0x044
+    QUEUE_NOTIFY = 0x050
+    INTERRUPT_STATUS = 0x060
+    INTERRUPT_ACK = 0x064
+    STATUS = 0x070
+    QUEUE_DESC_LOW = 0x080
+    QUEUE_DESC_HIGH = 0x084
+    QUEUE_DRIVER_LOW = 0x090
+    QUEUE_DRIVER_HIGH = 0x094
+    QUEUE_DEVICE_LOW = 0x0A0
+    QUEUE_DEVICE_HIGH = 0x0A4
+    SHM_LEN_LOW = 0x0B0
+    SHM_LEN_HIGH = 0x0B4
+    SHM_BASE_LOW = 0x0B8
+    SHM_BASE_HIGH = 0x0BC
+    CONFIG_GENERATION = 0x0FC
+    CONFIG = 0x100
+
+
+MAGIC = 0x74726976
+"""MagicValue: "virt"."""
+MMIO_VERSION = 2
+
+
+class InterruptBit(enum.IntFlag):
+    """InterruptStatus and InterruptACK, 4.2.2 "MMIO Device Register Layout"."""
+
+    USED_BUFFER = 1
+    CONFIG_CHANGE = 2
+
+
+class DescriptorFlag(enum.IntFlag):
+    """2.7.5 "The Virtqueue Descriptor Table": ``flags`` of a split descriptor."""
+
+    NEXT = 1
+    WRITE = 2
+    INDIRECT = 4
+
+
+AVAIL_F_NO_INTERRUPT = 1
+"""2.7.6 "The Virtqueue Available Ring": the driver wants no interrupt for used buffers."""
+MAX_QUEUE_SIZE = 32768
+"""2.7 "Split Virtqueues": "The maximum Queue Size value is 32768"."""
+
+
+class BlockFeature(enum.IntFlag):
+    """5.2.3 "Feature bits" of the block device, as far as this device offers them."""
+
+    SEG_MAX = 1 << 2
+    RO = 1 << 5
+    BLK_SIZE = 1 << 6
+    FLUSH = 1 << 9
+
+
+class BlockRequestType(enum.IntEnum):
+    """5.2.6 "Device Operation" of the block device: ``type`` of a request served here."""
+
+    IN = 0
+    OUT = 1
+    FLUSH = 4
+    GET_ID = 8
+
+
+class BlockStatus(enum.IntEnum):
+    """5.2.6 "Device Operation" of the block device: the request's last byte."""
+
+    OK = 0
+    IOERR = 1
+    UNSUPP = 2
+
+
+SECTOR_SIZE = 512
+"""Bytes; the unit of ``sector`` and ``capacity`` whatever ``blk_size`` says (5.2.5)."""
+BLOCK_ID_SIZE = 20
+"""Bytes of the device ID string: "If the string is 20 bytes long then there is no NUL"."""

@@ -1,0 +1,120 @@
+"""Reading an ELF ``vmlinux`` (System V ABI, chapter 4 "Object Files" and 5 "Program Loading").
+
+Each PT_LOAD segment goes to its physical address (p_paddr), and execution starts in 64-bit mode
+at e_entry, which Linux gives as a physical address too.  That entry takes the same boot_params
+as a bzImage's.  A second way in (PVH, found in a note) would differ in ``entry`` only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+
+from pyvmm.memory import PAGE_SIZE
+from pyvmm.x86.image import ImageFile, Kernel, KernelKind, Segment, align_up, require_ram
+
+MAGIC = b"\x7fELF"
+HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+"""Elf64_Ehdr."""
+PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
+"""Elf64_Phdr."""
+
+ELFCLASS64, ELFDATA2LSB, EV_CURRENT = 2, 1, 1
+ET_EXEC = 2
+EM_X86_64 = 62
+PT_LOAD = 1
+
+# An ELF header says nothing of these; they are what every x86-64 Linux has in its setup header
+# (COMMAND_LINE_SIZE - 1, and initrd_addr_max in arch/x86/boot/header.S).
+CMDLINE_LIMIT = 2047
+INITRD_ADDR_MAX = 0x7FFF_FFFF
+
+
+def matches(head: bytes) -> bool:
+    """Whether a file that starts with ``head`` calls itself ELF."""
+    return head.startswith(MAGIC)
+
+
+def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
+    """The plan for loading the ELF kernel ``image``, whose first bytes are ``head``.
+
+    ``ram_end`` is the end of RAM below 4 GiB.  ConfigError names the field or the segment.
+    """
+    entry, table_offset, table_length = _read_header(image, head)
+    table = image.read_at(table_offset, table_length * PROGRAM_HEADER.size)
+    segments = []
+    extents = []
+    for index, fields in enumerate(PROGRAM_HEADER.iter_unpack(table)):
+        kind, _, offset, _, gpa, file_bytes, memory_bytes, _ = fields
+        if kind != PT_LOAD or memory_bytes == 0 == file_bytes:
+            continue
+        name = f"segment {index}"
+        if file_bytes > memory_bytes:
+            raise image.error(f"{name}: p_filesz {file_bytes:#x} is over "
+                              f"its p_memsz {memory_bytes:#x}")
+        if offset + file_bytes > image.size_bytes:
+            raise image.error(f"truncated: {name} ends at byte {offset + file_bytes}, "
+                              f"the file at {image.size_bytes}")
+        extents.append((gpa, gpa + memory_bytes, index))
+        # The rest of the segment, its bss, is zero already: RAM is fresh.
+        if file_bytes:
+            segments.append(Segment(file_offset=offset, gpa=gpa, length=file_bytes))
+    _check_extents(image, extents, ram_end)
+    if not any(s.gpa <= entry < s.gpa + s.length for s in segments):
+        raise image.error(f"entry {entry:#x} is in none of its {len(segments)} loaded segments "
+                          "(p_paddr to p_paddr + p_filesz)")
+    return Kernel(
+        path=image.path,
+        kind=KernelKind.ELF,
+        start=min(extents)[0],
+        end=align_up(max(end for _, end, _ in extents), PAGE_SIZE),
+        entry=entry,
+        segments=tuple(segments),
+        setup_header=None,
+        initrd_addr_max=INITRD_ADDR_MAX,
+        cmdline_limit=CMDLINE_LIMIT,
+        protocol=0,
+        version="",
+    )
+
+
+def _read_header(image: ImageFile, head: bytes) -> tuple[int, int, int]:
+    """``(entry, file offset of the program headers, their number)``."""
+    if len(head) < HEADER.size:
+        raise image.error(f"truncated: an ELF header is {HEADER.size} bytes, "
+                          f"the file {image.size_bytes}")
+    (ident, kind, machine, version, entry, table_offset, _, _, _, entry_size, table_length,
+     *_) = HEADER.unpack_from(head)
+    for name, value, wanted, meaning in (
+        ("EI_CLASS", ident[4], ELFCLASS64, "64-bit"),
+        ("EI_DATA", ident[5], ELFDATA2LSB, "little-endian"),
+        ("EI_VERSION", ident[6], EV_CURRENT, "current"),
+        ("e_type", kind, ET_EXEC, "an executable"),
+        ("e_machine", machine, EM_X86_64, "x86-64"),
+        ("e_version", version, EV_CURRENT, "current"),
+        ("e_phentsize", entry_size, PROGRAM_HEADER.size, "Elf64_Phdr"),
+    ):
+        if value != wanted:
+            raise image.error(f"ELF header: {name} is {value}, must be {wanted} ({meaning})")
+    if table_length == 0:
+        raise image.error("ELF header: e_phnum is 0: nothing to load")
+    table_end = table_offset + table_length * PROGRAM_HEADER.size
+    if table_end > image.size_bytes:
+        raise image.error(f"truncated: {table_length} program headers (e_phoff, e_phnum) end at "
+                          f"byte {table_end}, the file at {image.size_bytes}")
+    return entry, table_offset, table_length
+
+
+def _check_extents(
+    image: ImageFile, extents: list[tuple[int, int, int]], ram_end: int
+) -> None:
+    """Refuse none, any outside RAM, any two that overlap; each is ``(start, end, index)``."""
+    if not extents:
+        raise image.error("no PT_LOAD segment: nothing to load")
+    # From the top, so that the memory asked for is enough for all of them.
+    for start, end, index in sorted(extents, key=lambda extent: extent[1], reverse=True):
+        require_ram(image, f"segment {index}", start, end, ram_end)
+    for (_, end, first), (start, _, second) in itertools.pairwise(sorted(extents)):
+        if start < end:
+            raise image.error(f"segment {second} starts at {start:#x}, "
+                              f"inside segment {first}, which ends at {end:#x}")

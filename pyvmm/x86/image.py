@@ -1,0 +1,168 @@
+"""What the kernel loaders share: the file they read and the plan they make from it.
+
+``bzimage.parse`` and ``elf.parse`` only look: they read headers through an ``ImageFile``, judge
+every field, and return a ``Kernel`` whose segments say which bytes of the file go where.
+``loader`` then carries the plan out, so a file that is refused has changed nothing in RAM.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import stat
+from dataclasses import dataclass
+from types import TracebackType
+
+from pyvmm.errors import ConfigError
+from pyvmm.x86 import layout
+
+# O_NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for regular files.
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_FILE_TYPES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+class KernelKind(enum.Enum):
+    """The kernel formats that pyvmm boots."""
+
+    BZIMAGE = "bzImage"
+    ELF = "ELF vmlinux"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """``length`` bytes at ``file_offset`` of the kernel file, to be loaded at ``gpa``."""
+
+    file_offset: int
+    gpa: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A kernel that has passed every check, and where it lives in guest RAM.
+
+    Addresses are guest physical.  ``start`` and ``end`` (exclusive, page-aligned) bound what the
+    kernel needs before it reads its memory map, bss and decompression room included.  ``entry``
+    is where 64-bit execution starts.  ``setup_header`` is the bzImage's, from offset 0x1f1 of the
+    file; an ELF kernel has none.  ``initrd_addr_max`` is the highest address of an initrd's last
+    byte; ``cmdline_limit`` counts bytes without the NUL.  ``protocol`` is the boot protocol, major
+    in the high byte (0 for ELF); ``version`` is the kernel's own text, "" when it gives none.
+    """
+
+    path: str
+    kind: KernelKind
+    start: int
+    end: int
+    entry: int
+    segments: tuple[Segment, ...]
+    setup_header: bytes | None
+    initrd_addr_max: int
+    cmdline_limit: int
+    protocol: int
+    version: str
+
+
+class ImageFile:
+    """A kernel or initrd on the host, open for reading: a regular file that is not empty.
+
+    Its size is taken once, when it is opened.  A read returns everything asked for or raises
+    ConfigError naming the file, also when the file has shrunk since.
+    """
+
+    __slots__ = ("_fd", "path", "size_bytes")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._fd: int | None = None
+        try:
+            self._fd = os.open(self.path, _OPEN_FLAGS)
+            status = os.fstat(self._fd)
+        except OSError as error:
+            self.close()
+            raise self.error(f"cannot open: {error.strerror}") from error
+        except ValueError as error:  # a NUL in the name
+            raise self.error(f"cannot open: {error}") from error
+        self.size_bytes = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            kind = _FILE_TYPES.get(stat.S_IFMT(status.st_mode), "a special file")
+            raise self.error(f"is {kind}, and must be a regular file")
+        if self.size_bytes == 0:
+            self.close()
+            raise self.error("is empty (0 bytes; a file in /proc counts as empty)")
+
+    def error(self, problem: str) -> ConfigError:
+        """The error that blames this file for ``problem``."""
+        return ConfigError(self.path, problem)
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the file's bytes from ``offset``, however short the reads are."""
+        done = 0
+        with memoryview(buffer) as whole:
+            while done < len(whole):
+                with whole[done:] as rest:
+                    count = self._read_some(rest, offset + done)
+                if count == 0:
+                    raise self.error(f"ends after {offset + done} bytes while being read, "
+                                     f"but its size was {self.size_bytes}")
+                done += count
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        if self._fd is None:
+            raise ValueError(f"{self.path} is closed")
+        try:
+            return os.preadv(self._fd, [buffer], offset)
+        except OSError as error:
+            raise self.error(f"cannot read at byte {offset}: {error.strerror}") from error
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """A copy of exactly ``length`` bytes at ``offset``."""
+        data = bytearray(length)
+        self.read_into(data, offset)
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> ImageFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def align_up(value: int, alignment: int) -> int:
+    """``value`` rounded up to a multiple of ``alignment``, a power of two."""
+    return (value + alignment - 1) & -alignment
+
+
+def require_ram(image: ImageFile, what: str, start: int, end: int, ram_end: int) -> None:
+    """ConfigError unless [start, end) is RAM that a kernel may have.
+
+    That is from 1 MiB, above our boot structures and the BIOS hole, to ``ram_end``, the end of
+    RAM below 4 GiB.
+    """
+    if start < layout.HIGH_RAM_START:
+        raise image.error(f"{what} starts at {start:#x}; "
+                          f"the lowest address for a kernel is {layout.HIGH_RAM_START:#x}")
+    if end > layout.MMIO_GAP_START:
+        raise image.error(f"{what} ends at {end:#x}; "
+                          f"the highest end for a kernel is {layout.MMIO_GAP_START:#x}")
+    if end > ram_end:
+        needed = align_up(end, layout.MIB) // layout.MIB
+        raise image.error(f"{what} needs RAM up to {end:#x}, but RAM ends at {ram_end:#x}: "
+                          f"--memory must be at least {needed}M")

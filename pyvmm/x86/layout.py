@@ -1,0 +1,71 @@
+"""Every guest physical address and interrupt line of the machine, in one place.
+
+::
+
+    0x0_0000_0000  +-------------------------+
+                   | real-mode IVT, BIOS data|
+    0x0_0000_0500  | GDT                     |
+    0x0_0000_7000  | boot_params (zero page) |
+    0x0_0000_9000  | page tables: PML4, PDPT,|
+                   | four page directories   |
+    0x0_0002_0000  | kernel command line     |
+    0x0_0009_fc00  +-------------------------+  end of low RAM (e820)
+                   | EBDA, video, BIOS holes |
+    0x0_0010_0000  +-------------------------+
+                   | kernel, then initrd at  |
+                   | the top of low RAM      |
+    <= 0xc000_0000 +-------------------------+  end of RAM below 4 GiB
+    0x0_d000_0000  | virtio-mmio, 4 KiB each |
+    0x0_fec0_0000  | IOAPIC (in-kernel)      |
+    0x0_fee0_0000  | LAPIC (in-kernel)       |
+    0x0_fffb_c000  | KVM's identity map page |
+    0x0_fffb_d000  | KVM's TSS, three pages  |
+    0x1_0000_0000  +-------------------------+
+                   | rest of RAM             |
+                   +-------------------------+
+"""
+
+from __future__ import annotations
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+GDT = 0x500
+BOOT_PARAMS = 0x7000
+PAGE_TABLES = 0x9000
+PAGE_TABLES_END = PAGE_TABLES + 6 * 0x1000
+BOOT_STACK = 0x1FFF0
+CMDLINE = 0x20000
+CMDLINE_MAX = 0x10000
+"""Room for the command line, in bytes with its NUL; the kernel's own limit is lower."""
+LOW_RAM_END = 0x9FC00
+HIGH_RAM_START = 0x100000
+
+MMIO_GAP_START = 0xC000_0000
+MMIO_GAP_END = 0x1_0000_0000
+VIRTIO_MMIO = 0xD000_0000
+VIRTIO_MMIO_STRIDE = 0x1000
+IDENTITY_MAP = 0xFFFB_C000
+TSS = 0xFFFB_D000
+
+MIN_MEMORY = 16 * MIB
+MAX_MEMORY = 512 * GIB
+
+SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
+I8042_DATA, I8042_COMMAND = 0x60, 0x64
+DEBUG_EXIT_PORT = 0xF4
+VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14)
+"""GSIs for virtio-mmio devices, in device order: 8259 lines that nothing else here uses."""
+
+
+def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:
+    """Where ``memory_bytes`` of RAM go, as ``(gpa, length)``: around the hole below 4 GiB."""
+    low = min(memory_bytes, MMIO_GAP_START)
+    ranges = [(0, low)]
+    if memory_bytes > low:
+        ranges.append((MMIO_GAP_END, memory_bytes - low))
+    return ranges
+
+
+def virtio_slot(index: int) -> tuple[int, int]:
+    """``(base address, GSI)`` of virtio-mmio device ``index``."""
+    return VIRTIO_MMIO + index * VIRTIO_MMIO_STRIDE, VIRTIO_IRQS[index]

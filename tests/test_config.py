@@ -1,0 +1,103 @@
+"""Options and their limits: each refusal is one line that names the option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyvmm.config import DiskConfig, RunConfig, format_size, parse_disk, parse_size
+from pyvmm.errors import ConfigError
+
+KERNEL = Path("bzImage")
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("256M", 256 << 20), ("1G", 1 << 30), ("1g", 1 << 30), ("512MiB", 512 << 20),
+    ("1048576", 1 << 20), ("64KB", 64 << 10),
+])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("--memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1M", "1.5G", "lots", "256X", "٣M", "0x10"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--memory"):
+        parse_size("--memory", text)
+
+
+@pytest.mark.parametrize("size", [1 << 20, 256 << 20, 3 << 30, 1 << 40, 1000])
+def test_format_size_is_read_back(size: int) -> None:
+    assert parse_size("--memory", format_size(size)) == size
+
+
+@pytest.mark.parametrize(("text", "disk"), [
+    ("root.img", DiskConfig(path=Path("root.img"))),
+    ("root.img,ro", DiskConfig(path=Path("root.img"), read_only=True)),
+    ("a,,b.img,serial=X1", DiskConfig(path=Path("a,b.img"), serial="X1")),
+    ("d,serial=12345678901234567890,ro",
+     DiskConfig(path=Path("d"), read_only=True, serial="12345678901234567890")),
+])
+def test_disks(text: str, disk: DiskConfig) -> None:
+    assert parse_disk(text) == disk
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "names no file"), (",ro", "names no file"), ("d,rw", "'rw'"), ("d,serial=", "serial"),
+    ("d,serial=123456789012345678901", "limit is 20"), ("d,serial=\x07", "printable"),
+    ("d,ro=1", "'ro=1'"), ("d,", "''"),
+])
+def test_bad_disk_options_say_what_is_wrong(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="--disk") as caught:
+        parse_disk(text)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("memory_bytes", "limit"), [
+    (0, "16M"), (8 << 20, "16M"), (1 << 50, "512G"), ((256 << 20) + 512, "whole number"),
+])
+def test_memory_outside_the_limits(memory_bytes: int, limit: str) -> None:
+    with pytest.raises(ConfigError, match="--memory") as caught:
+        RunConfig(kernel=KERNEL, memory_bytes=memory_bytes)
+    assert limit in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_is_a_positive_number(timeout_s: float) -> None:
+    with pytest.raises(ConfigError, match="--timeout"):
+        RunConfig(kernel=KERNEL, timeout_s=timeout_s)
+
+
+def test_more_disks_than_lines() -> None:
+    with pytest.raises(ConfigError, match="9 disks.*8"):
+        RunConfig(kernel=KERNEL, disks=tuple(DiskConfig(path=Path(str(i))) for i in range(9)))
+
+
+def test_the_default_command_line_mounts_the_first_disk() -> None:
+    config = RunConfig(kernel=KERNEL, disks=(DiskConfig(path=Path("d")),), append="quiet")
+    assert config.kernel_command_line() == (
+        "virtio_mmio.device=4K@0xd0000000:5 console=ttyS0 reboot=k panic=-1 "
+        "root=/dev/vda rw quiet"
+    )
+
+
+def test_a_read_only_root_is_mounted_read_only() -> None:
+    config = RunConfig(kernel=KERNEL, disks=(DiskConfig(path=Path("d"), read_only=True),))
+    assert "root=/dev/vda ro" in config.kernel_command_line()
+
+
+def test_cmdline_replaces_the_base_but_not_the_devices() -> None:
+    disks = (DiskConfig(path=Path("a")), DiskConfig(path=Path("b")))
+    config = RunConfig(kernel=KERNEL, disks=disks, cmdline="console=ttyS0 init=/bin/sh")
+    assert config.kernel_command_line() == (
+        "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
+        "console=ttyS0 init=/bin/sh"
+    )
+
+
+def test_with_an_initrd_the_root_is_the_initrds_business() -> None:
+    config = RunConfig(
+        kernel=KERNEL, disks=(DiskConfig(path=Path("d")),), initrd=Path("initrd")
+    )
+    assert "root=" not in config.kernel_command_line()

@@ -1,0 +1,182 @@
+"""The console's host side: bounded buffer, lines, Ctrl-A, raw terminal, files."""
+
+from __future__ import annotations
+
+import os
+import pty
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.console import Console, EscapeFilter, LineWatch, OutputBuffer, RawTerminal
+from pyvmm.errors import ConfigError
+
+
+def drained(output: OutputBuffer) -> None:
+    while output.pending:
+        output.drain()
+
+
+def test_output_reaches_the_file_and_the_observer_once() -> None:
+    read_end, write_end = os.pipe()
+    seen, wakes = bytearray(), []
+    output = OutputBuffer(write_end, lambda: wakes.append(1), seen.extend)
+    output.write(b"hello ")
+    output.write(b"world")
+    assert wakes == [1], "one wake-up for as long as bytes wait"
+    drained(output)
+    assert os.read(read_end, 100) == b"hello world" == bytes(seen)
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_without_a_file_the_observer_still_sees_everything() -> None:
+    seen = bytearray()
+    output = OutputBuffer(None, lambda: None, seen.extend)
+    output.write(b"x" * 10_000)
+    drained(output)
+    assert bytes(seen) == b"x" * 10_000
+
+
+def test_a_full_buffer_makes_the_writer_wait_and_loses_nothing() -> None:
+    seen = bytearray()
+    output = OutputBuffer(None, lambda: None, seen.extend)
+    data = os.urandom(4 * OutputBuffer.LIMIT)
+
+    def guest() -> None:
+        for start in range(0, len(data), 1000):
+            output.write(data[start : start + 1000])
+
+    writer = threading.Thread(target=guest)
+    writer.start()
+    most = 0
+    while writer.is_alive() or output.pending:
+        most = max(most, len(output._data))
+        output.drain()
+    writer.join()
+    assert bytes(seen) == data
+    assert most <= OutputBuffer.LIMIT + 1000
+
+
+def test_shutting_lets_a_waiting_writer_go() -> None:
+    output = OutputBuffer(None, lambda: None, lambda _: None)
+    writer = threading.Thread(target=lambda: [output.write(b"x" * 1000) for _ in range(100)])
+    writer.start()
+    output.shut()
+    writer.join(10)
+    assert not writer.is_alive()
+
+
+def test_a_host_that_refuses_raises_and_does_not_repeat() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    output = OutputBuffer(write_end, lambda: None, lambda _: None)
+    output.write(b"x")
+    with pytest.raises(BrokenPipeError):
+        output.drain()
+    assert not output.pending
+    os.close(write_end)
+
+
+def test_a_pipe_that_is_full_keeps_the_bytes() -> None:
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(write_end, b"x" * 4096)
+    output = OutputBuffer(write_end, lambda: None, lambda _: None)
+    output.write(b"later")
+    output.drain()
+    assert output.pending
+    os.close(read_end)
+    os.close(write_end)
+
+
+@given(chunks=st.lists(st.binary(max_size=40), max_size=30))
+def test_lines_do_not_depend_on_how_the_bytes_arrive(chunks: list[bytes]) -> None:
+    lines: list[bytes] = []
+    watch = LineWatch(lines.append)
+    for chunk in chunks:
+        watch.feed(chunk)
+    whole = b"".join(chunks).split(b"\n")[:-1]
+    assert lines == [line.rstrip(b"\r") for line in whole]
+
+
+def test_an_endless_line_is_cut_not_kept() -> None:
+    lines: list[bytes] = []
+    watch = LineWatch(lines.append)
+    for _ in range(100):
+        watch.feed(b"x" * 1000)
+    watch.feed(b"\nnext\n")
+    assert [len(line) for line in lines] == [LineWatch.LIMIT, 4]
+
+
+@pytest.mark.parametrize(("typed", "passed", "quits", "helps"), [
+    (b"ls\r", b"ls\r", 0, 0),
+    (b"\x01x", b"", 1, 0),
+    (b"\x01?", b"", 0, 1),
+    (b"\x01\x01", b"\x01", 0, 0),
+    (b"a\x01bc", b"a\x01bc", 0, 0),
+    (b"\x03\x1a\x04", b"\x03\x1a\x04", 0, 0),
+])
+def test_ctrl_a_sequences(typed: bytes, passed: bytes, quits: int, helps: int) -> None:
+    counts = {"quit": 0, "help": 0}
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    whole = EscapeFilter(lambda: count("quit"), lambda: count("help"))
+    assert whole.feed(typed) == passed
+    assert (counts["quit"], counts["help"]) == (quits, helps)
+    bytewise = EscapeFilter(lambda: count("quit"), lambda: count("help"))
+    assert b"".join(bytewise.feed(bytes([b])) for b in typed) == passed
+
+
+def test_raw_mode_is_undone_also_after_an_error() -> None:
+    pid, master = pty.fork()
+    if pid == 0:  # the child has the terminal as its controlling one
+        before = termios.tcgetattr(0)
+        status = 1
+        try:
+            with RawTerminal(0) as terminal:
+                raw = termios.tcgetattr(0)
+                if terminal.active and not raw[3] & (termios.ECHO | termios.ISIG | termios.ICANON):
+                    raise KeyError
+        except KeyError:
+            status = 0 if termios.tcgetattr(0) == before else 2
+        os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_what_is_no_terminal_is_left_alone() -> None:
+    read_end, write_end = os.pipe()
+    with RawTerminal(read_end) as terminal:
+        assert not terminal.active
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_a_console_file_is_written_and_closed(tmp_path: Path) -> None:
+    console = Console.open(str(tmp_path / "boot.log"))
+    assert console.output_fd is not None
+    os.write(console.output_fd, b"booted")
+    console.close()
+    console.close()
+    assert (tmp_path / "boot.log").read_bytes() == b"booted"
+
+
+def test_a_console_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    where = str(tmp_path / "missing" / "boot.log")
+    with pytest.raises(ConfigError, match="--console") as caught:
+        Console.open(where)
+    assert where in str(caught.value)
+
+
+def test_console_none_has_neither_input_nor_output() -> None:
+    console = Console.open("none")
+    assert (console.input_fd, console.output_fd) == (None, None)

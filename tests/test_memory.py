@@ -1,0 +1,113 @@
+"""GuestMemory: every access is checked; what is outside RAM raises, whatever the numbers are."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.errors import GuestMemoryError, HostError
+from pyvmm.memory import GuestMemory
+
+LOW, GAP_END, HIGH = 0x8000, 0x20000, 0x4000
+
+
+def two_regions() -> GuestMemory:
+    return GuestMemory([(0, LOW), (GAP_END, HIGH)])
+
+
+def test_writes_are_read_back_in_both_regions() -> None:
+    with two_regions() as memory:
+        memory.write(0x10, b"low")
+        memory.write(GAP_END + HIGH - 4, b"high")
+        assert memory.read(0x10, 3) == b"low"
+        assert memory.read(GAP_END + HIGH - 4, 4) == b"high"
+        assert memory.size_bytes == LOW + HIGH
+
+
+def test_regions_are_contiguous_in_the_one_mapping() -> None:
+    with two_regions() as memory:
+        assert [(r.gpa, r.length, r.offset) for r in memory.regions] == [
+            (0, LOW, 0), (GAP_END, HIGH, LOW)
+        ]
+        assert memory.offset_of(GAP_END, 1) == LOW
+
+
+def test_integers_are_little_endian_and_range_checked() -> None:
+    with two_regions() as memory:
+        memory.write_int(8, 4, 0x11223344)
+        assert memory.read(8, 4) == bytes.fromhex("44332211")
+        assert memory.read_int(8, 2) == 0x3344
+        with pytest.raises(OverflowError):
+            memory.write_int(8, 2, 0x10000)
+
+
+def test_a_view_is_the_ram_itself() -> None:
+    with two_regions() as memory:
+        with memory.view(0x100, 4) as view:
+            view[:] = b"abcd"
+        assert memory.read(0x100, 4) == b"abcd"
+
+
+@given(gpa=st.integers(-(1 << 65), 1 << 65), length=st.integers(-(1 << 33), 1 << 65))
+def test_no_address_gives_bytes_outside_ram(gpa: int, length: int) -> None:
+    with two_regions() as memory:
+        inside = length >= 0 and (
+            (0 <= gpa and gpa + length <= LOW)
+            or (GAP_END <= gpa and gpa + length <= GAP_END + HIGH)
+        )
+        assert memory.contains(gpa, length) == inside
+        if inside:
+            assert len(memory.read(gpa, length)) == length
+        else:
+            with pytest.raises(GuestMemoryError) as caught:
+                memory.view(gpa, length)
+            assert (caught.value.gpa, caught.value.length) == (gpa, length)
+
+
+def test_an_access_across_the_hole_is_refused() -> None:
+    with two_regions() as memory, pytest.raises(GuestMemoryError):
+        memory.write(LOW - 1, b"xx")
+
+
+def test_shared_memory_is_seen_through_its_fd() -> None:
+    with GuestMemory([(0, 0x2000)], shared=True) as memory:
+        assert memory.fd is not None
+        memory.write(0x1000, b"shared")
+        with mmap.mmap(memory.fd, 0x2000) as other:
+            assert other[0x1000:0x1006] == b"shared"
+        fd = memory.fd
+    with pytest.raises(OSError):  # noqa: PT011 - EBADF: the fd was closed with the memory
+        os.fstat(fd)
+
+
+def test_close_is_idempotent() -> None:
+    memory = two_regions()
+    memory.close()
+    memory.close()
+
+
+def test_memory_the_host_cannot_map_is_a_host_error() -> None:
+    with pytest.raises(HostError, match="guest RAM"):
+        GuestMemory([(0, 1 << 62)])
+
+
+def test_over_a_buffer_of_the_callers() -> None:
+    buffer = bytearray(0x1000)
+    memory = GuestMemory.over(buffer, gpa=0x4000)
+    memory.write(0x4001, b"x")
+    assert buffer[1] == ord("x")
+    with pytest.raises(GuestMemoryError):
+        memory.read(0x3FFF, 1)
+    memory.close()
+    buffer.append(0)  # no view is left that would forbid it
+
+
+def test_private_memory_is_not_a_file() -> None:
+    with two_regions() as memory:
+        assert memory.fd is None
+        assert hex(memory.host_address)[2:] in Path("/proc/self/maps").read_text("ascii")
