@@ -86,10 +86,10 @@ build/bzImage build/vmlinux &: kernels/pyvmm.config kernels/build.py
 
 image: build/root.img ## build/root.img: busybox on ext4, 64 MiB
 
-build/root.img: guest/init guest/build_image.py
+build/root.img: guest/build_image.py guest/init $(wildcard guest/exit/*)
 	@$(call need,$(IMAGE_PACKAGES))
 	mkdir -p build
-	$(PYTHON) guest/build_image.py --out build/root.img
+	$(PYTHON) guest/build_image.py --out build/root.img --initrd build/initramfs.cpio.gz
 
 venv: .venv/.installed ## .venv/bin/pyvmm
 

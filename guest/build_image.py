@@ -5,8 +5,8 @@
     python3 guest/build_image.py --out build/fio.img --with-program /usr/bin/fio --size 256M
     python3 guest/build_image.py --initrd build/initramfs.cpio.gz
 
-Needs no root; uses busybox-static, e2fsprogs and gcc.  Standard library only.  Two runs over the same files give
-the same image: identifiers are fixed and times are SOURCE_DATE_EPOCH, or a constant.
+Needs no root; uses busybox-static, e2fsprogs and gcc.  Standard library only.  Two runs over the
+same files give the same image: identifiers are fixed, times are SOURCE_DATE_EPOCH or a constant.
 """
 
 from __future__ import annotations

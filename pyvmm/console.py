@@ -28,8 +28,9 @@ HELP = (
 class OutputBuffer:
     """Bytes on their way from the guest to a host file descriptor (None: nowhere).
 
-    ``wake`` is called, from the writer's thread, when there is something to drain.  ``observe``
-    sees every byte once, in order, from the draining thread.
+    ``wake`` is called, from the writer's thread, when the first byte comes and when a whole chunk
+    waits; in between the drainer may let bytes gather (a wake-up a byte would cost more than the
+    exits that bring them).  ``observe`` sees every byte once, in order, from the draining thread.
     """
 
     LIMIT = 64 * 1024
@@ -41,7 +42,9 @@ class OutputBuffer:
         self.fd = fd
         self._wake = wake
         self._observe = observe
-        self._room = threading.Condition()
+        # The lock is taken once a character: directly, not through the slower Condition.
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._data = bytearray()
         self._open = True
 
@@ -50,12 +53,12 @@ class OutputBuffer:
 
         The draining thread itself must not wait.
         """
-        with self._room:
+        with self._lock:
             while wait and len(self._data) >= self.LIMIT and self._open:
                 self._room.wait()
-            was_empty = not self._data
+            before = len(self._data)
             self._data += data
-        if was_empty:
+        if not before or before < self.CHUNK <= before + len(data):
             self._wake()
 
     @property
@@ -63,9 +66,14 @@ class OutputBuffer:
         """Whether bytes wait to be drained."""
         return bool(self._data)
 
+    @property
+    def has_chunk(self) -> bool:
+        """Whether so many wait that waiting for more makes no sense."""
+        return len(self._data) >= self.CHUNK
+
     def drain(self) -> None:
         """Write one chunk to the host; OSError if the host refuses (the bytes are dropped)."""
-        with self._room:
+        with self._lock:
             chunk = bytes(self._data[: self.CHUNK])
             if not chunk:
                 return
@@ -79,14 +87,14 @@ class OutputBuffer:
             done = len(chunk)
             raise
         finally:
-            with self._room:
+            with self._lock:
                 del self._data[:done]
                 self._room.notify_all()
             self._observe(chunk[:done])
 
     def shut(self) -> None:
         """Let writers through from now on: the run is over and what comes is the last of it."""
-        with self._room:
+        with self._lock:
             self._open = False
             self._room.notify_all()
 

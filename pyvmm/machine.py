@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from pyvmm.bus import Bus
 from pyvmm.config import RunConfig
@@ -147,13 +148,26 @@ def _eventfd(stack: contextlib.ExitStack) -> int:
     return fd
 
 
+class Ender(Protocol):
+    """What ConsoleWatch needs of the Runner."""
+
+    def finish(self, outcome: Outcome) -> None:
+        """See ``Runner.finish``."""
+
+    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
+        """See ``Runner.finish_after``."""
+
+    def watch_for_halt(self) -> None:
+        """See ``Runner.watch_for_halt``."""
+
+
 class ConsoleWatch:
     """Reads along on the guest's console: a panic, a halt, user space.
 
     ``user_space_seen_s`` is when the guest's init said hello, on CLOCK_BOOTTIME, or None.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Ender) -> None:
         self._runner = runner
         self._lines = LineWatch(self._on_line)
         self._panic: str | None = None

@@ -29,6 +29,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 JOIN_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 2.0
 HALT_WATCH_S = 3.0
+HALT_POLL_S = 0.05
+GATHER_S = 0.004
+"""How long console bytes may gather before they are shown."""
 INPUT_LIMIT = 4096
 
 
@@ -55,6 +58,7 @@ class Runner:
         self._stopping = False
         self._deadlines: list[tuple[float, Outcome]] = []
         self._halt_watch_until_s = 0.0
+        self._gathering_since_s: float | None = None
         self._threads: list[threading.Thread] = []
         self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
 
@@ -141,7 +145,8 @@ class Runner:
             # A terminal is read even while the guest is not listening, or Ctrl-A x would not work.
             if input_fd is not None and (interactive or len(typed) < INPUT_LIMIT):
                 poller.register(input_fd, select.POLLIN)
-            if output.pending and output.fd is not None:
+            show = self._is_time_to_show(output)
+            if show and output.fd is not None:
                 poller.register(output.fd, select.POLLOUT)
             ready = dict(poller.poll(self._poll_timeout_ms()))
             if self._wake_fd in ready:
@@ -149,8 +154,9 @@ class Runner:
                     os.eventfd_read(self._wake_fd)
             if signal_fd in ready:
                 os.read(signal_fd, 4096)  # the handler has run by now
-            if output.pending and (output.fd is None or output.fd in ready):
+            if show and (output.fd is None or output.fd in ready):
                 self._drain_once(output)
+                self._gathering_since_s = None
             if input_fd is not None and input_fd in ready:
                 data = _read_input(input_fd)
                 if not data:
@@ -162,13 +168,24 @@ class Runner:
                 del typed[: receive(bytes(typed))]
             self._check_clock()
 
+    def _is_time_to_show(self, output: OutputBuffer) -> bool:
+        """Whether console bytes wait and have gathered for long enough."""
+        if not output.pending:
+            return False
+        now_s = time.monotonic()
+        if self._gathering_since_s is None:
+            self._gathering_since_s = now_s
+        return output.has_chunk or now_s >= self._gathering_since_s + GATHER_S
+
     def _poll_timeout_ms(self) -> int | None:
+        waits_s = [at_s for at_s, _ in self._deadlines]
+        if self._gathering_since_s is not None:
+            waits_s.append(self._gathering_since_s + GATHER_S)
         if self._halt_watch_until_s:
-            return 50
-        if not self._deadlines:
+            waits_s.append(time.monotonic() + HALT_POLL_S)
+        if not waits_s:
             return None
-        left_s = min(at_s for at_s, _ in self._deadlines) - time.monotonic()
-        return max(0, min(1 << 30, int(left_s * 1000) + 1))
+        return max(0, min(1 << 30, int((min(waits_s) - time.monotonic()) * 1000) + 1))
 
     def _check_clock(self) -> None:
         now_s = time.monotonic()

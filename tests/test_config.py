@@ -70,7 +70,7 @@ def test_a_timeout_is_a_positive_number(timeout_s: float) -> None:
 
 
 def test_more_disks_than_lines() -> None:
-    with pytest.raises(ConfigError, match="9 disks.*8"):
+    with pytest.raises(ConfigError, match=r"9 disks.*8"):
         RunConfig(kernel=KERNEL, disks=tuple(DiskConfig(path=Path(str(i))) for i in range(9)))
 
 

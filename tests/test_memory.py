@@ -57,8 +57,8 @@ def test_a_view_is_the_ram_itself() -> None:
 def test_no_address_gives_bytes_outside_ram(gpa: int, length: int) -> None:
     with two_regions() as memory:
         inside = length >= 0 and (
-            (0 <= gpa and gpa + length <= LOW)
-            or (GAP_END <= gpa and gpa + length <= GAP_END + HIGH)
+            (gpa >= 0 and gpa + length <= LOW)
+            or (gpa >= GAP_END and gpa + length <= GAP_END + HIGH)
         )
         assert memory.contains(gpa, length) == inside
         if inside:

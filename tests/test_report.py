@@ -1,4 +1,4 @@
-"""Reporter: one line each, at a bounded rate, and nothing a guest chose reaches the terminal raw."""
+"""Reporter: one line each, at a bounded rate, and no control character of a guest's."""
 
 from __future__ import annotations
 

@@ -25,5 +25,8 @@ class ByteDevice:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """BusDevice: the low byte to ``offset``, the next to the register after it, ..."""
+        if size == 1:
+            self.write_byte(offset, value)
+            return
         for i in range(size):
             self.write_byte(offset + i, value >> 8 * i & 0xFF)

@@ -37,6 +37,7 @@ FCR_ENABLE, FCR_CLEAR_RX = 0x01, 0x02
 LCR_DLAB = 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
 LSR_DATA_READY, LSR_THRE, LSR_TEMT = 0x01, 0x20, 0x40
+LSR_IDLE = LSR_THRE | LSR_TEMT
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 
@@ -69,6 +70,15 @@ class Serial(ByteDevice):
         self._divisor = 12
         self._thre_pending = False
         self._irq_level = False
+        # Two of these calls make one character of the console: a table, not a chain of tests.
+        self._readers = (
+            self._read_data, self._read_ier, self._read_iir, self._read_lcr,
+            self._read_mcr, self._read_lsr, self._read_msr, self._read_scr,
+        )
+        self._writers = (
+            self._write_data, self._write_ier, self._write_fcr, self._write_lcr,
+            self._write_mcr, self._write_read_only, self._write_read_only, self._write_scr,
+        )
 
     def receive(self, data: bytes) -> int:
         """Put as much of ``data`` as fits into the receive FIFO; the number of bytes taken."""
@@ -82,76 +92,111 @@ class Serial(ByteDevice):
 
     def read_byte(self, offset: int) -> int:
         """BusDevice: read a register."""
-        room = False
+        return self._readers[offset]()
+
+    def write_byte(self, offset: int, value: int) -> None:
+        """BusDevice: write a register."""
+        self._writers[offset](value)
+
+    # Registers, in the order of their offsets.
+
+    def _read_data(self) -> int:
         with self._lock:
-            match offset:
-                case Register.DATA:
-                    if self._lcr & LCR_DLAB:
-                        return self._divisor & 0xFF
-                    if not self._fifo:
-                        return 0
-                    value = self._fifo.popleft()
-                    room = not self._fifo
-                    self._update_irq()
-                case Register.IER:
-                    value = self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
-                case Register.IIR_FCR:
-                    value = self._read_iir()
-                case Register.LCR:
-                    value = self._lcr
-                case Register.MCR:
-                    value = self._mcr
-                case Register.LSR:
-                    value = LSR_THRE | LSR_TEMT | (LSR_DATA_READY if self._fifo else 0)
-                case Register.MSR:
-                    value = self._read_msr()
-                case _:
-                    value = self._scr
+            if self._lcr & LCR_DLAB:
+                return self._divisor & 0xFF
+            if not self._fifo:
+                return 0
+            value = self._fifo.popleft()
+            room = not self._fifo
+            self._update_irq()
         if room:
             self._on_room()
         return value
 
-    def write_byte(self, offset: int, value: int) -> None:
-        """BusDevice: write a register."""
-        sent = room = False
+    def _write_data(self, value: int) -> None:
         with self._lock:
-            match offset:
-                case Register.DATA:
-                    if self._lcr & LCR_DLAB:
-                        self._divisor = self._divisor & 0xFF00 | value
-                    else:
-                        self._thre_pending = True
-                        sent = not self._mcr & MCR_LOOP
-                        if not sent and len(self._fifo) < FIFO_SIZE:
-                            self._fifo.append(value)
-                case Register.IER:
-                    if self._lcr & LCR_DLAB:
-                        self._divisor = self._divisor & 0xFF | value << 8
-                    else:
-                        if value & IER_THRE and not self._ier & IER_THRE:
-                            self._thre_pending = True  # the holding register is empty already
-                        room = bool(value & ~self._ier & IER_RX)
-                        self._ier = value & 0x0F
-                case Register.IIR_FCR:
-                    if value & FCR_CLEAR_RX or (value ^ self._fcr) & FCR_ENABLE:
-                        self._fifo.clear()
-                        room = True
-                    self._fcr = value & FCR_ENABLE
-                case Register.LCR:
-                    self._lcr = value
-                case Register.MCR:
-                    room = bool(self._mcr & ~value & MCR_LOOP)
-                    self._mcr = value & 0x1F
-                case Register.SCR:
-                    self._scr = value
-                case _:
-                    pass  # LSR and MSR are read-only
+            if self._lcr & LCR_DLAB:
+                self._divisor = self._divisor & 0xFF00 | value
+                return
+            self._thre_pending = True
+            looped = self._mcr & MCR_LOOP
+            if looped and len(self._fifo) < FIFO_SIZE:
+                self._fifo.append(value)
             self._update_irq()
         # Outside the lock: a full console makes this wait, and must not stop receive().
-        if sent:
+        if not looped:
             self._transmit(value.to_bytes(1, "little"))
-        if room:
+
+    def _read_ier(self) -> int:
+        return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
+
+    def _write_ier(self, value: int) -> None:
+        with self._lock:
+            if self._lcr & LCR_DLAB:
+                self._divisor = self._divisor & 0xFF | value << 8
+                return
+            if value & ~self._ier & IER_THRE:
+                self._thre_pending = True  # the holding register is empty already
+            listens = value & ~self._ier & IER_RX
+            self._ier = value & 0x0F
+            self._update_irq()
+        if listens:
             self._on_room()
+
+    def _read_iir(self) -> int:
+        with self._lock:
+            pending = self._pending()
+            if pending == IIR_THRE:
+                self._thre_pending = False  # reading IIR is what acknowledges THR empty
+                self._update_irq()
+            return pending | (IIR_FIFO_ON if self._fcr & FCR_ENABLE else 0)
+
+    def _write_fcr(self, value: int) -> None:
+        with self._lock:
+            cleared = value & FCR_CLEAR_RX or (value ^ self._fcr) & FCR_ENABLE
+            if cleared:
+                self._fifo.clear()
+            self._fcr = value & FCR_ENABLE
+            self._update_irq()
+        if cleared:
+            self._on_room()
+
+    def _read_lcr(self) -> int:
+        return self._lcr
+
+    def _write_lcr(self, value: int) -> None:
+        self._lcr = value
+
+    def _read_mcr(self) -> int:
+        return self._mcr
+
+    def _write_mcr(self, value: int) -> None:
+        with self._lock:
+            reconnected = self._mcr & ~value & MCR_LOOP
+            self._mcr = value & 0x1F
+            self._update_irq()
+        if reconnected:
+            self._on_room()
+
+    def _read_lsr(self) -> int:
+        return LSR_IDLE | LSR_DATA_READY if self._fifo else LSR_IDLE
+
+    def _read_msr(self) -> int:
+        mcr = self._mcr
+        if not mcr & MCR_LOOP:
+            return MSR_CTS | MSR_DSR | MSR_DCD  # a cable that is always connected
+        # In loopback the four outputs appear on the four inputs; Linux checks this to find a UART.
+        loops = ((MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD))
+        return sum(status for control, status in loops if mcr & control)
+
+    def _write_read_only(self, value: int) -> None:
+        """LSR and MSR: factory tests write them, drivers do not."""
+
+    def _read_scr(self) -> int:
+        return self._scr
+
+    def _write_scr(self, value: int) -> None:
+        self._scr = value
 
     def _pending(self) -> int:
         """IIR's identification bits for the highest-priority enabled interrupt."""
@@ -160,20 +205,6 @@ class Serial(ByteDevice):
         if self._ier & IER_THRE and self._thre_pending:
             return IIR_THRE
         return IIR_NONE
-
-    def _read_iir(self) -> int:
-        pending = self._pending()
-        if pending == IIR_THRE:
-            self._thre_pending = False  # reading IIR is what acknowledges THR empty
-            self._update_irq()
-        return pending | (IIR_FIFO_ON if self._fcr & FCR_ENABLE else 0)
-
-    def _read_msr(self) -> int:
-        if not self._mcr & MCR_LOOP:
-            return MSR_CTS | MSR_DSR | MSR_DCD  # a cable that is always connected
-        # In loopback the four outputs appear on the four inputs; Linux checks this to find a UART.
-        loops = ((MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD))
-        return sum(status for control, status in loops if self._mcr & control)
 
     def _update_irq(self) -> None:
         # On a PC, OUT2 gates the UART's interrupt line; loopback disconnects it.

@@ -157,10 +157,16 @@ class MmioExit:
 class HltExit:
     """HLT with no in-kernel interrupt controller to wait for."""
 
+    def __str__(self) -> str:
+        return "HLT"
+
 
 @dataclass(frozen=True, slots=True)
 class ShutdownExit:
     """A triple fault."""
+
+    def __str__(self) -> str:
+        return "triple fault"
 
 
 _SUBERRORS = {

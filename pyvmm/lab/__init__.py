@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.lab import initramfs, kernel, qemu
@@ -142,36 +143,37 @@ def run(config: LabConfig, say: Callable[[str], None]) -> int:
         with open(initramfs_fd, "wb", closefd=False) as file:
             file.write(archive)
         names = ["terminal", "err", "control"] if on_terminal else ["in", "out", "err", "control"]
-        ours, theirs = _socket_pairs(stack, [*names, "console", "messages"])
+        ours, theirs = _socket_pairs(stack, names)
         arguments = qemu.command_line(
             vmlinux=linux.vmlinux,
             initramfs_fd=initramfs_fd,
             cpus=config.cpus,
             memory_bytes=config.memory_bytes,
             writable=config.writable,
-            ports={name: theirs[name].fileno() for name in names},
-            console_fd=theirs["console"].fileno(),
+            ports={name: sock.fileno() for name, sock in theirs.items()},
             quiet=not config.verbose,
         )
+        console_in, console_out = _pipe(stack)
+        messages_in, messages_out = _pipe(stack)
         # Its own session: the terminal's Ctrl-C is for us to pass on, not for QEMU to die of.
         machine = subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
-            stdout=theirs["messages"],
-            stderr=theirs["messages"],
+            stdout=console_out,
+            stderr=messages_out,
             pass_fds=[initramfs_fd, *(sock.fileno() for sock in theirs.values())],
             start_new_session=True,
         )
         stack.callback(machine.wait)
         stack.callback(machine.kill)
         # Ours must be the only copies, or the end of QEMU would not be seen as the end.
-        for sock in theirs.values():
-            sock.close()
+        for end in (*theirs.values(), console_out, messages_out):
+            end.close()
         session = Session(
             Wiring(
-                ports={name: ours[name] for name in names},
-                console=ours["console"],
-                messages=ours["messages"],
+                ports=ours,
+                console_fd=console_in.fileno(),
+                messages_fd=messages_in.fileno(),
                 end_mark=b"\0" + mark.encode(),
                 verbose=config.verbose,
             ),
@@ -193,6 +195,15 @@ def _socket_pairs(
         ours[name], theirs[name] = stack.enter_context(mine), stack.enter_context(other)
         mine.setblocking(False)
     return ours, theirs
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
+    """A pipe's reading and writing end."""
+    read_fd, write_fd = os.pipe()
+    return (
+        stack.enter_context(os.fdopen(read_fd, "rb", buffering=0)),
+        stack.enter_context(os.fdopen(write_fd, "wb", buffering=0)),
+    )
 
 
 def _in_foreground() -> bool:

@@ -8,8 +8,9 @@
 #   hvc0      a terminal, instead of the first two ports, when pyvmm has one.
 # CMD's output ends with $END, so that pyvmm knows it has all of it.
 #
-# This busybox finds its own applets by name: no links are needed.
+# initramfs.py makes a link in /bin for each applet used here.
 
+export PATH=/bin
 P=trans=virtio,version=9p2000.L,msize=512000,access=any
 N=/new
 
@@ -90,7 +91,7 @@ mkfifo /lab/in /lab/out /lab/err
 
 # In the foreground, because a shell starts background commands with SIGINT ignored.
 echo ready >&3
-$SETSID /bin/busybox chroot $N /run/lab/busybox sh /run/lab/command \
+$SETSID chroot $N /run/lab/busybox sh /run/lab/command \
   <$IN >$OUT 2>$ERR 3<&- 4>&- 5>&-
 STATUS=$?
 

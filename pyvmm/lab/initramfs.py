@@ -15,6 +15,11 @@ from importlib import resources
 from pathlib import Path
 
 DIRECTORIES = ("bin", "dev", "proc", "sys", "modules", "lab", "lower", "upper", "new")
+APPLETS = (
+    "cat", "chmod", "chroot", "cp", "hostname", "ifconfig", "insmod", "ln", "mkdir", "mkfifo",
+    "mount", "poweroff", "setsid", "sleep", "stty", "sync",
+)  # fmt: skip
+"""The commands of ``init.sh`` that its shell has not built in."""
 BUSYBOX_IN_HOST = "/run/lab/busybox"
 """Where ``init.sh`` puts busybox in the file system that CMD sees."""
 
@@ -82,6 +87,7 @@ def pack_initramfs(
     """The whole archive for one run."""
     init = resources.files("pyvmm.lab").joinpath("init.sh").read_bytes()
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in DIRECTORIES]
+    entries += [(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in APPLETS]
     entries += [
         ("init", stat.S_IFREG | 0o755, init),
         ("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()),

@@ -62,10 +62,12 @@ def command_line(
     memory_bytes: int,
     writable: Sequence[Path],
     ports: Mapping[str, int],
-    console_fd: int,
     quiet: bool,
 ) -> list[str]:
-    """QEMU's arguments; ``ports`` (by name) and ``console_fd`` are connected sockets it inherits."""
+    """QEMU's arguments; ``ports`` are the connected sockets it inherits, by name.
+
+    The console is its standard output: a pipe, where a socket loses bytes written one by one.
+    """
     append = KERNEL_COMMAND_LINE + (" quiet loglevel=4" if quiet else "")
     # setpriv: QEMU dies with us even when we are killed by SIGKILL.
     arguments = [
@@ -74,12 +76,13 @@ def command_line(
         "-M", "q35,usb=off,sata=off,smbus=off", "-accel", "tcg,thread=multi",
         "-cpu", "max,+svm,-la57", "-smp", str(cpus), "-m", str(memory_bytes >> 20),
         "-kernel", str(vmlinux), "-initrd", f"/proc/self/fd/{initramfs_fd}", "-append", append,
-        "-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console",
+        "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
+        # The first virtio device, so that Linux calls its ports vport0pN.
+        "-device", "virtio-serial-pci,id=serial",
         *_shared_directory("host", Path("/"), read_only=True),
     ]  # fmt: skip
     for index, directory in enumerate(writable):
         arguments += _shared_directory(f"w{index}", directory, read_only=False)
-    arguments += ["-device", "virtio-serial-pci,id=serial"]
     # In ascending order: /init takes the last port's connection as proof of the others'.
     for name in sorted(ports, key=PORT_NUMBERS.__getitem__):
         kind = "virtconsole" if name == "terminal" else "virtserialport"

@@ -43,14 +43,14 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wiring:
-    """Our ends of the machine's sockets, by port name, and what travels on them.
+    """Our ends of the machine's ports, by name, and of QEMU's standard output and errors.
 
     With a port "terminal" there is no "in" or "out".
     """
 
     ports: Mapping[str, socket.socket]
-    console: socket.socket
-    messages: socket.socket
+    console_fd: int
+    messages_fd: int
     end_mark: bytes
     verbose: bool
 
@@ -85,8 +85,8 @@ class Session:
         self._control = wiring.ports["control"]
         self._terminal = wiring.ports.get("terminal")
         self._saved_terminal: list[object] | None = None
-        self._console = Tail(wiring.console.fileno(), 2 if wiring.verbose else None)
-        self._messages = Tail(wiring.messages.fileno())
+        self._console = Tail(wiring.console_fd, 2 if wiring.verbose else None)
+        self._messages = Tail(wiring.messages_fd)
         out = self._terminal or wiring.ports["out"]
         self._outputs = [
             Output(port.fileno(), fd, wiring.end_mark, lambda error, fd=fd: self._hangup(fd, error))

@@ -27,11 +27,18 @@ VENDOR_ID = int.from_bytes(b"PVMM", "little")
 _WORD = 0xFFFF_FFFF
 _REGISTER_SIZE = 4
 
+# Plain integers: the driver may write anything, and the complement of an IntFlag drops the bits
+# that have no name.
 _ACKNOWLEDGED = int(Status.ACKNOWLEDGE)
-_DRIVEN = _ACKNOWLEDGED | Status.DRIVER
-_NEGOTIATED = _DRIVEN | Status.FEATURES_OK
-_RUNNING = _NEGOTIATED | Status.DRIVER_OK
-_STOPPED = int(Status.DEVICE_NEEDS_RESET | Status.FAILED)
+_DRIVEN = _ACKNOWLEDGED | int(Status.DRIVER)
+_NEGOTIATED = _DRIVEN | int(Status.FEATURES_OK)
+_RUNNING = _NEGOTIATED | int(Status.DRIVER_OK)
+_NEEDS_RESET = int(Status.DEVICE_NEEDS_RESET)
+_FAILED = int(Status.FAILED)
+_STOPPED = _NEEDS_RESET | _FAILED
+
+_USED_BUFFER = int(InterruptBit.USED_BUFFER)
+_CONFIG_CHANGE = int(InterruptBit.CONFIG_CHANGE)
 
 # 3.1.1 "Driver Requirements: Device Initialization": the one way up, as (status, written).
 # Besides these: 0 resets from anywhere, FAILED may be added anywhere, and after FAILED or
@@ -57,11 +64,11 @@ class _InterruptLine:
 
     def notify_used(self, queue_index: int) -> None:
         """Used buffer notification; virtio-mmio has one line for all queues."""
-        self._set(InterruptBit.USED_BUFFER)
+        self._set(_USED_BUFFER)
 
     def notify_config(self) -> None:
         """Configuration change notification."""
-        self._set(InterruptBit.CONFIG_CHANGE)
+        self._set(_CONFIG_CHANGE)
 
     def _set(self, bit: int) -> None:
         with self._lock:
@@ -78,8 +85,8 @@ class MmioTransport:
     """One virtio-mmio device: ``device`` behind a register page.
 
     ``raise_irq`` pulses the device's interrupt line; ``report`` says a line to the person who
-    runs the VMM.  Both may be called from any thread that calls a method here.  A guest can
-    make no method raise.
+    runs the VMM.  Both are called on the thread that called a method here.  A guest can make no
+    method raise.
     """
 
     def __init__(
@@ -211,9 +218,9 @@ class MmioTransport:
         if value == 0:
             self._reset()
             return
-        value &= ~Status.DEVICE_NEEDS_RESET  # the device's bit; drivers write back what they read
-        if value == status & ~_STOPPED | Status.FAILED:
-            self._show(Register.STATUS, status | Status.FAILED)
+        value &= ~_NEEDS_RESET  # the device's bit; drivers write back what they read
+        if value == status & ~_NEEDS_RESET | _FAILED:
+            self._show(Register.STATUS, status | _FAILED)
         elif (status, value) in _TRANSITIONS:
             if value == _NEGOTIATED and not self._negotiate():
                 return
@@ -239,7 +246,7 @@ class MmioTransport:
     def _need_reset(self, reason: str) -> None:
         """Stop until the driver resets: "the device MUST send a device configuration change
         notification" (2.1.2 "Device Requirements: Device Status Field")."""
-        self._show(Register.STATUS, self._status | Status.DEVICE_NEEDS_RESET)
+        self._show(Register.STATUS, self._status | _NEEDS_RESET)
         self._interrupt.notify_config()
         self._report(f"{self._name}: stopped until the guest resets it: {reason}")
 

@@ -57,8 +57,7 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
                               f"the file at {image.size_bytes}")
         extents.append((gpa, gpa + memory_bytes, index))
         # The rest of the segment, its bss, is zero already: RAM is fresh.
-        if file_bytes:
-            segments.append(Segment(file_offset=offset, gpa=gpa, length=file_bytes))
+        segments.append(Segment(file_offset=offset, gpa=gpa, length=file_bytes))
     _check_extents(image, extents, ram_end)
     if not any(s.gpa <= entry < s.gpa + s.length for s in segments):
         raise image.error(f"entry {entry:#x} is in none of its {len(segments)} loaded segments "

@@ -79,7 +79,7 @@ class ImageFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._fd: int | None = None
+        self._fd = -1
         try:
             self._fd = os.open(self.path, _OPEN_FLAGS)
             status = os.fstat(self._fd)
@@ -114,8 +114,6 @@ class ImageFile:
                 done += count
 
     def _read_some(self, buffer: memoryview, offset: int) -> int:
-        if self._fd is None:
-            raise ValueError(f"{self.path} is closed")
         try:
             return os.preadv(self._fd, [buffer], offset)
         except OSError as error:
@@ -129,9 +127,9 @@ class ImageFile:
 
     def close(self) -> None:
         """Close the file; idempotent."""
-        if self._fd is not None:
+        if self._fd >= 0:
             os.close(self._fd)
-            self._fd = None
+            self._fd = -1
 
     def __enter__(self) -> ImageFile:
         return self

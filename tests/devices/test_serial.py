@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm.bus import Bus
 from pyvmm.devices import serial as uart
 from pyvmm.devices.serial import FIFO_SIZE, Register, Serial
 
@@ -157,11 +158,13 @@ def test_no_sequence_of_accesses_breaks_it(
     accesses: list[tuple[bool, int, int, int, bytes]],
 ) -> None:
     rig = Rig()
+    bus = Bus("PIO", 0)
+    bus.add(0x3F8, Serial.LENGTH, rig.serial)
     for is_write, offset, size, value, typed in accesses:
         if is_write:
-            rig.serial.write(offset, size, value & (1 << 8 * size) - 1)
+            bus.write(0x3F8 + offset, size, value & (1 << 8 * size) - 1)
         else:
-            assert 0 <= rig.serial.read(offset, size) < 1 << 8 * size
+            assert 0 <= bus.read(0x3F8 + offset, size) < 1 << 8 * size
         assert rig.serial.receive(typed) <= min(len(typed), FIFO_SIZE)
 
 

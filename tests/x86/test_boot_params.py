@@ -14,11 +14,10 @@ from pyvmm.memory import GuestMemory, Region
 from pyvmm.x86 import layout
 from pyvmm.x86.boot_params import BootE820Entry, BootParams, SetupHeader, e820_map
 from pyvmm.x86.loader import Kernel, load_kernel, write_boot_params
-from tests.support.kernels import MIB, SETUP_FIELDS, bzimage, elf
+from tests.support.kernels import GIB, MIB, SETUP_FIELDS, bzimage, elf
 from tests.support.loading import MakeFile, blank
 
 RAM, RESERVED = 1, 2
-GIB = 1 << 30
 BOOT_PARAMS = 0x7000
 _STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "setup_header": SetupHeader,
@@ -116,7 +115,7 @@ def test_an_elf_kernel_gets_a_minimal_header(memory: GuestMemory, elf_kernel: Ke
     write_boot_params(memory, elf_kernel, "console=ttyS0", (4 * MIB, 123))
     for name, value in {
         "boot_flag": 0xAA55, "header": 0x53726448, "version": 0x020C, "type_of_loader": 0xFF,
-        "loadflags": 1, "cmd_line_ptr": 0x20000, "cmdline_size": 2047,
+        "loadflags": 1, "cmd_line_ptr": 0x20000, "cmdline_size": 2047, "kernel_alignment": 16 * MIB,
         "ramdisk_image": 4 * MIB, "ramdisk_size": 123,
     }.items():
         assert header_field(memory, name) == value, name

@@ -64,6 +64,15 @@ def test_a_kernel_that_is_not_relocatable_may_be_unaligned(
     assert load_kernel(memory, path).start == MIB + 0x1000
 
 
+def test_a_kernel_may_need_no_more_than_its_code(memory: GuestMemory, image: MakeFile) -> None:
+    kernel = load_kernel(memory, image(bzimage(init_size=len(CODE))))
+    assert kernel.end == kernel.start + len(CODE)
+
+
+def test_a_kernel_may_start_at_1_mib(memory: GuestMemory, image: MakeFile) -> None:
+    assert load_kernel(memory, image(bzimage(kernel_alignment=MIB, pref_address=MIB))).start == MIB
+
+
 def test_a_kernel_may_need_all_of_ram_but_no_byte_more(
     memory: GuestMemory, image: MakeFile
 ) -> None:
@@ -133,7 +142,7 @@ def test_bad_input_94_bad_magic_or_protocol(
 
 
 def test_protocol_2_12_is_enough(memory: GuestMemory, image: MakeFile) -> None:
-    path = image(bzimage(version=0x020C, jump=0xEB | (0x268 - 0x202) << 8))
+    path = image(bzimage(version=0x020C, jump=0xEB | (0x264 - 0x202) << 8))
     assert load_kernel(memory, path).protocol == 0x020C
 
 

@@ -12,10 +12,10 @@ from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio.block.config import BlockConfig, config_space
 from pyvmm.virtio.block.request import (
     STATUS_SIZE,
-    BadRequest,
+    BadRequestError,
     Request,
-    UnsupportedRequest,
-    UnusableChain,
+    UnsupportedRequestError,
+    UnusableChainError,
     data_views,
     status_of,
 )
@@ -86,7 +86,7 @@ class BlockDevice(VirtioDevice):
         """Serve one request; bytes written: data and status, or 0 if there is no status."""
         try:
             request = Request.parse(chain, memory)
-        except UnusableChain:
+        except UnusableChainError:
             return 0
         try:
             written = self._execute(request, memory)
@@ -107,11 +107,11 @@ class BlockDevice(VirtioDevice):
             return 0
         if request.type == _GET_ID:
             return self._write_id(request, memory)
-        raise UnsupportedRequest(f"request type {request.type}")
+        raise UnsupportedRequestError(f"request type {request.type}")
 
     def _read(self, request: Request, memory: GuestMemory) -> int:
         if request.readable:
-            raise BadRequest("read request with device-readable data")
+            raise BadRequestError("read request with device-readable data")
         length = self._check_range(request.sector, request.writable)
         self._backend.readv(data_views(request.writable, memory), request.sector * SECTOR_SIZE)
         return length
@@ -120,9 +120,9 @@ class BlockDevice(VirtioDevice):
         if self._read_only:
             # 5.2.6.2: "A device MUST set the status byte to VIRTIO_BLK_S_IOERR for a write
             # request if the VIRTIO_BLK_F_RO feature if offered, and MUST NOT write any data."
-            raise BadRequest("write request to a read-only disk")
+            raise BadRequestError("write request to a read-only disk")
         if request.writable:
-            raise BadRequest("write request with device-writable data")
+            raise BadRequestError("write request with device-writable data")
         self._check_range(request.sector, request.readable)
         self._backend.writev(data_views(request.readable, memory), request.sector * SECTOR_SIZE)
         if self._flush_after_write:
@@ -130,20 +130,20 @@ class BlockDevice(VirtioDevice):
         return 0
 
     def _check_range(self, sector: int, buffers: list[Buffer]) -> int:
-        """The total length of ``buffers``; BadRequest unless it is whole sectors of the disk."""
+        """The bytes in ``buffers``; BadRequestError unless they are whole sectors of the disk."""
         length = 0
         for _, buffer_length in buffers:
             length += buffer_length
         if not length or length % SECTOR_SIZE or length > _MAX_DATA:
-            raise BadRequest(f"data of {length} bytes")
+            raise BadRequestError(f"data of {length} bytes")
         if sector + length // SECTOR_SIZE > self.capacity_sectors:
-            raise BadRequest(f"{length} bytes at sector {sector} of {self.capacity_sectors}")
+            raise BadRequestError(f"{length} bytes at sector {sector} of {self.capacity_sectors}")
         return length
 
     def _write_id(self, request: Request, memory: GuestMemory) -> int:
         """As much of the ID as there is room for, over as many buffers as it takes."""
         if request.readable:
-            raise BadRequest("ID request with device-readable data")
+            raise BadRequestError("ID request with device-readable data")
         rest = self._id
         for view in data_views(request.writable, memory):
             piece = rest[: len(view)]

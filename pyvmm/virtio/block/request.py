@@ -20,21 +20,21 @@ HEADER_SIZE = _HEADER.size
 STATUS_SIZE = 1
 
 
-class UnusableChain(GuestError):
+class UnusableChainError(GuestError):
     """The chain has no complete header or no place for a status: it cannot be answered."""
 
 
-class UnsupportedRequest(GuestError):
+class UnsupportedRequestError(GuestError):
     """The request's type is unknown or was not negotiated."""
 
 
-class BadRequest(GuestError):
+class BadRequestError(GuestError):
     """The request is understood and wrong: length, range, direction, or a read-only disk."""
 
 
 def status_of(error: OSError | GuestError) -> BlockStatus:
     """The status byte that tells the driver about ``error``."""
-    if isinstance(error, UnsupportedRequest):
+    if isinstance(error, UnsupportedRequestError):
         return BlockStatus.UNSUPP
     return BlockStatus.IOERR
 
@@ -54,7 +54,7 @@ class Request(NamedTuple):
 
     @classmethod
     def parse(cls, chain: Chain, memory: GuestMemory) -> Request:
-        """Take ``chain`` apart; UnusableChain if it has no header or status in RAM.
+        """Take ``chain`` apart; UnusableChainError if it has no header or status in RAM.
 
         The header is copied once; nothing is written.
         """
@@ -62,7 +62,7 @@ class Request(NamedTuple):
             header, readable = _split_header(chain.readable, memory)
             status, writable = _split_status(chain.writable, memory)
         except GuestMemoryError as error:
-            raise UnusableChain(str(error)) from error
+            raise UnusableChainError(str(error)) from error
         request_type, _, sector = _HEADER.unpack(header)
         return cls(request_type, sector, readable, writable, status)
 
@@ -83,13 +83,13 @@ def _split_header(buffers: list[Buffer], memory: GuestMemory) -> tuple[bytes, li
         if len(header) == HEADER_SIZE:
             rest = [(gpa + taken, length - taken)] if length > taken else []
             return bytes(header), rest + buffers[index + 1 :]
-    raise UnusableChain(f"the header has {len(header)} bytes of {HEADER_SIZE}")
+    raise UnusableChainError(f"the header has {len(header)} bytes of {HEADER_SIZE}")
 
 
 def _split_status(buffers: list[Buffer], memory: GuestMemory) -> tuple[memoryview, list[Buffer]]:
     """A view of the last byte, and the buffers in front of it."""
     if not buffers:
-        raise UnusableChain("no room for a status")
+        raise UnusableChainError("no room for a status")
     gpa, length = buffers[-1]
     front = length - STATUS_SIZE
     rest = buffers[:-1]

@@ -1,0 +1,5 @@
+# The shortest guest.
+        .code64
+        .globl  _start
+_start:
+        hlt

@@ -1,0 +1,192 @@
+"""What this host's KVM can do: one ``Check`` for each thing the machine needs or would like.
+
+Every fault that a host can have at this level ends as a failed ``Check`` with a remedy, never as
+an exception.  Whether a stock kernel runs is for ``x86/trial.py`` to find out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pyvmm.errors import HostError, KvmError
+from pyvmm.kvm import abi
+from pyvmm.kvm.handles import DEFAULT_PATH, Kvm
+
+LAB = "or use `pyvmm lab -- CMD`, which needs no KVM"
+_NEWER_KERNEL = f"use a newer host kernel, {LAB}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of the doctor's report; a failed check that is not ``required`` is a note."""
+
+    name: str
+    passed: bool
+    required: bool = True
+    detail: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """A ``KVM_CAP_*`` and what the machine does with it; ``minimum`` is the least useful answer."""
+
+    number: int
+    name: str
+    purpose: str
+    required: bool = True
+    minimum: int = 1
+
+
+CAPABILITIES = (
+    Capability(abi.KVM_CAP_USER_MEMORY, "USER_MEMORY", "guest RAM from this process"),
+    Capability(abi.KVM_CAP_EXT_CPUID, "EXT_CPUID", "a CPUID of our own making"),
+    Capability(abi.KVM_CAP_SET_TSS_ADDR, "SET_TSS_ADDR", "real-mode emulation pages"),
+    Capability(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR, "SET_IDENTITY_MAP_ADDR", "likewise"),
+    Capability(abi.KVM_CAP_IRQCHIP, "IRQCHIP", "8259, IOAPIC and local APIC in the kernel"),
+    Capability(abi.KVM_CAP_PIT2, "PIT2", "the 8254 timer in the kernel"),
+    Capability(abi.KVM_CAP_IRQFD, "IRQFD", "interrupts without a system call's detour"),
+    Capability(abi.KVM_CAP_IOEVENTFD, "IOEVENTFD", "doorbells without an exit"),
+    Capability(abi.KVM_CAP_MP_STATE, "MP_STATE", "to see that a guest has halted"),
+    Capability(abi.KVM_CAP_IMMEDIATE_EXIT, "IMMEDIATE_EXIT", "to stop a running vCPU"),
+    Capability(abi.KVM_CAP_NR_MEMSLOTS, "NR_MEMSLOTS", "memory slots", minimum=16),
+    Capability(abi.KVM_CAP_READONLY_MEM, "READONLY_MEM", "register pages read without exits", False),
+    Capability(abi.KVM_CAP_TSC_DEADLINE_TIMER, "TSC_DEADLINE_TIMER", "cheap guest timers", False),
+    Capability(abi.KVM_CAP_INTERNAL_ERROR_DATA, "INTERNAL_ERROR_DATA", "why KVM gave up", False),
+    Capability(abi.KVM_CAP_CLOCKSOURCE, "CLOCKSOURCE", "kvm-clock", False),
+    Capability(abi.KVM_CAP_MAX_VCPUS, "MAX_VCPUS", "virtual CPUs", False),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """Where to look; tests look elsewhere."""
+
+    device: str = DEFAULT_PATH
+    cpuinfo: str = "/proc/cpuinfo"
+    modules: str = "/sys/module"
+
+
+def modules(host: Host) -> list[str]:
+    """The KVM back ends loaded or built in: ``kvm_amd``, ``kvm_intel``, ``kvm_pvm``..."""
+    try:
+        names = os.listdir(host.modules)
+    except OSError:
+        return []
+    return sorted(name for name in names if name.startswith("kvm_"))
+
+
+def open_device(host: Host) -> tuple[Kvm | None, Check]:
+    """The open device, or None and what to do about it."""
+    try:
+        kvm = Kvm(host.device)
+    except KvmError as error:
+        check = Check(
+            name=host.device,
+            passed=False,
+            detail=f"{error.ioctl}: {os.strerror(error.errno)}",
+            remedy=_device_remedy(error.errno, host),
+        )
+        return None, check
+    except HostError as error:
+        return None, Check(
+            name="API version", passed=False, detail=str(error), remedy=_NEWER_KERNEL
+        )
+    detail = f"opens for reading and writing; API version {kvm.api_version}"
+    return kvm, Check(name=host.device, passed=True, detail=detail)
+
+
+def capabilities(kvm: Kvm) -> Iterator[Check]:
+    """One check for each of CAPABILITIES."""
+    for capability in CAPABILITIES:
+        name = f"KVM_CAP_{capability.name}"
+        try:
+            answer = kvm.check_extension(capability.number)
+        except KvmError as error:
+            yield Check(name=name, passed=False, required=capability.required, detail=str(error))
+            continue
+        passed = answer >= capability.minimum
+        detail = f"{answer} {capability.purpose}" if answer > 1 else capability.purpose
+        remedy = _NEWER_KERNEL if capability.required else ""
+        yield Check(
+            name=name,
+            passed=passed,
+            required=capability.required,
+            detail=detail,
+            remedy="" if passed else remedy,
+        )
+
+
+def create_vm(kvm: Kvm) -> Check:
+    """Whether a VM with its interrupt chips, timer and a vCPU can be made at all."""
+    name = "a virtual machine"
+    try:
+        with kvm.create_vm() as vm:
+            vm.create_irqchip()
+            vm.create_pit2()
+            with contextlib.closing(vm.create_vcpu(0)):
+                return Check(name=name, passed=True, detail="VM, chips and vCPU can be made")
+    except KvmError as error:
+        return Check(
+            name=name, passed=False, detail=str(error), remedy=_vm_remedy(error.errno)
+        )
+    except HostError as error:
+        return Check(name=name, passed=False, detail=str(error), remedy=_NEWER_KERNEL)
+
+
+def _vm_remedy(code: int) -> str:
+    if code == errno.EBUSY:
+        return f"stop the other hypervisor (VirtualBox, VMware, Xen), {LAB}"
+    if code == errno.ENOMEM:
+        return "free some memory"
+    if code in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return f"look for KVM's own message with `dmesg | grep -i kvm`, {LAB}"
+
+
+def _device_remedy(code: int, host: Host) -> str:
+    if code in (errno.EACCES, errno.EPERM):
+        return (
+            "`sudo usermod -aG kvm $USER`, then log in again; in a container also "
+            f"`--device {host.device}`; {LAB}"
+        )
+    if code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return _load_remedy(host)
+    if code == errno.EBUSY:
+        return f"stop the other hypervisor (VirtualBox, VMware, Xen), {LAB}"
+    if code == errno.ENOTTY:
+        return f"this is some other file: `sudo rm {host.device} && sudo modprobe kvm`, {LAB}"
+    return f"look for KVM's own message with `dmesg | grep -i kvm`, {LAB}"
+
+
+def _load_remedy(host: Host) -> str:
+    """The driver is not there: which one, and if none will load, why."""
+    flags = _cpu_flags(host)
+    container = f"in a container also `--device {host.device}`"
+    if "svm" in flags:
+        return f"`sudo modprobe kvm_amd`; {container}; {LAB}"
+    if "vmx" in flags:
+        return f"`sudo modprobe kvm_intel`; {container}; {LAB}"
+    if "hypervisor" in flags:
+        return (
+            "this is a virtual machine without nested virtualization: on its host, "
+            "`modprobe kvm_amd nested=1` or `modprobe kvm_intel nested=1` and the CPU model "
+            f"'host' (a cloud has instance types for it); {LAB}"
+        )
+    return f"switch virtualization (SVM, AMD-V, VT-x) on in the firmware's set-up; {LAB}"
+
+
+def _cpu_flags(host: Host) -> frozenset[str]:
+    """The flags of the first CPU in /proc/cpuinfo; none if it cannot be read."""
+    try:
+        with open(host.cpuinfo, encoding="ascii", errors="replace") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("flags"):
+                    return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()

@@ -1,0 +1,162 @@
+"""``pyvmm run`` refuses what cannot work: one line with file or option, fault and limit; 125.
+
+Each case is a whole ``pyvmm run``, so it also shows that nothing is left half-built.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from pyvmm.cli.main import main
+from tests.support.kernels import bzimage, elf
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Path:
+    path = tmp_path / "bzImage"
+    path.write_bytes(bzimage())
+    return path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *options: str | Path) -> str:
+    """The one line with which ``pyvmm run`` refuses ``options``."""
+    open_before = sorted(os.listdir("/proc/self/fd"))
+    assert main(["run", *map(str, options)]) == 125
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pyvmm: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert sorted(os.listdir("/proc/self/fd")) == open_before, "a descriptor was left open"
+    return captured.err
+
+
+def test_no_kernel_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--kernel" in refusal(capsys)
+
+
+def test_an_unknown_option(capsys: pytest.CaptureFixture[str], kernel: Path) -> None:
+    line = refusal(capsys, "--kernel", kernel, "--disks", "x")
+    assert "--disks" in line
+    assert "pyvmm run --help" in line
+
+
+def test_a_kernel_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    line = refusal(capsys, "--kernel", missing)
+    assert str(missing) in line
+    assert "No such file" in line
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("empty", b""), ("text", b"#!/bin/sh\n" * 100), ("elf32", elf()[:4] + b"\x01" + elf()[5:]),
+    ("cut", bzimage()[:700]),
+])
+def test_a_kernel_that_is_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert str(path) in refusal(capsys, "--kernel", path)
+
+
+@pytest.mark.parametrize(("memory", "words"), [
+    ("8M", "16M"), ("1P", "not a size"), ("999T", "512G"), ("16M", "--memory must be at least"),
+])
+def test_memory_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, memory: str, words: str
+) -> None:
+    path = tmp_path / "bzImage"
+    path.write_bytes(bzimage(init_size=20 << 20))
+    line = refusal(capsys, "--kernel", path, "--memory", memory)
+    assert "--memory" in line
+    assert words in line
+
+
+def test_a_command_line_that_is_too_long(
+    capsys: pytest.CaptureFixture[str], kernel: Path
+) -> None:
+    line = refusal(capsys, "--kernel", kernel, "--append", "x" * 3000)
+    assert "2047" in line
+
+
+def test_a_command_line_of_other_characters(
+    capsys: pytest.CaptureFixture[str], kernel: Path
+) -> None:
+    assert "--cmdline" in refusal(capsys, "--kernel", kernel, "--append", "ümlaut")
+
+
+def test_an_initrd_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], kernel: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "initrd"
+    assert str(missing) in refusal(capsys, "--kernel", kernel, "--initrd", missing)
+
+
+def test_an_initrd_too_large(
+    capsys: pytest.CaptureFixture[str], kernel: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "initrd"
+    with large.open("wb") as file:
+        file.truncate(1 << 30)
+    line = refusal(capsys, "--kernel", kernel, "--initrd", large)
+    assert str(large) in line
+    assert "limit" in line
+
+
+def test_a_disk_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], kernel: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "root.img"
+    line = refusal(capsys, "--kernel", kernel, "--disk", missing)
+    assert str(missing) in line
+    assert "no such file" in line
+
+
+def test_a_disk_that_is_a_directory(
+    capsys: pytest.CaptureFixture[str], kernel: Path, tmp_path: Path
+) -> None:
+    assert "directory" in refusal(capsys, "--kernel", kernel, "--disk", tmp_path)
+
+
+def test_bad_input_119_a_disk_in_use(
+    capsys: pytest.CaptureFixture[str], kernel: Path, disk: Path
+) -> None:
+    with disk.open("r+b") as other:
+        fcntl.fcntl(other, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+        line = refusal(capsys, "--kernel", kernel, "--disk", disk)
+    assert str(disk) in line
+    assert "locked" in line
+
+
+def test_the_same_disk_twice(
+    capsys: pytest.CaptureFixture[str], kernel: Path, disk: Path
+) -> None:
+    assert "locked" in refusal(capsys, "--kernel", kernel, "--disk", disk, "--disk", disk)
+
+
+@pytest.mark.parametrize("option", [
+    ("--disk", "d,rw"), ("--disk", ""), ("--cpu", "486"), ("--cpu", "host,-nonsense"),
+    ("--timeout", "0"), ("--timeout", "soon"), ("--console", "/nonexistent/file"),
+])
+def test_an_option_with_a_bad_value_is_named(
+    capsys: pytest.CaptureFixture[str], kernel: Path, option: tuple[str, str]
+) -> None:
+    assert option[0] in refusal(capsys, "--kernel", kernel, *option)
+
+
+def test_vv_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="No such file"):
+        main(["run", "-vv", "--kernel", str(tmp_path / "missing")])

@@ -1,0 +1,78 @@
+"""How guest/init reads the kernel command line, by its own functions under busybox sh."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+INIT = Path(__file__).resolve().parents[2] / "guest/init"
+
+
+def shell(script: str, *arguments: str) -> str:
+    """What busybox sh prints for ``script`` with the functions of init defined."""
+    command = ["busybox", "sh", "-eu", "-c", f'. "{INIT}"; {script}', "sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def parse(cmdline: str) -> tuple[bool, str, list[str]]:
+    """(whether there is a command, the command, the other words)"""
+    out = shell('parse_cmdline "$1"; printf "%s\\n" "$HAS_RUN" "$RUN" "$OTHER"', cmdline)
+    has_run, run, other = out.removesuffix("\n").split("\n")
+    return has_run == "yes", run, other.split()
+
+
+@pytest.mark.parametrize(("cmdline", "run", "other"), [
+    # Without a double quote: to the end.
+    ("pyvmm.run=exit 7", "exit 7", []),
+    ("console=ttyS0 rw pyvmm.run=exit 7", "exit 7", ["console=ttyS0", "rw"]),
+    ("pyvmm.run=ls -l /", "ls -l /", []),
+    ('rw pyvmm.run=sh -c "exit 3"', 'sh -c "exit 3"', ["rw"]),
+    ("pyvmm.run=echo 'a  b'; exit 2", "echo 'a  b'; exit 2", []),
+    ("pyvmm.run=echo pyvmm.shell", "echo pyvmm.shell", []),
+    ("pyvmm.run=true", "true", []),
+    ("pyvmm.run=", "", []),
+    # Quoted, in either place the kernel accepts: to the closing quote.
+    ('rw pyvmm.run="exit 7" quiet', "exit 7", ["rw", "quiet"]),
+    ('rw "pyvmm.run=exit 7" quiet', "exit 7", ["rw", "quiet"]),
+    ('pyvmm.run="exit 7"', "exit 7", []),
+    ('"pyvmm.run=exit 7"', "exit 7", []),
+    ('pyvmm.run="" ro', "", ["ro"]),
+    ('pyvmm.run="exit 7', "exit 7", []),
+    ('pyvmm.run="a=$x; b=*" ro', "a=$x; b=*", ["ro"]),
+    # The first one counts.
+    ('pyvmm.run="exit 1" pyvmm.run=exit 2', "exit 1", ["pyvmm.run=exit", "2"]),
+    ('pyvmm.run=echo "pyvmm.run=x"', 'echo "pyvmm.run=x"', []),
+    ('"pyvmm.run=echo pyvmm.run=x" ro', "echo pyvmm.run=x", ["ro"]),
+])
+def test_where_the_command_ends(cmdline: str, run: str, other: list[str]) -> None:
+    assert parse(cmdline) == (True, run, other)
+
+
+@pytest.mark.parametrize("cmdline", [
+    "", "console=ttyS0 root=/dev/vda rw", "xpyvmm.run=no", "pyvmm.runner=no", "pyvmm.shell"])
+def test_no_command(cmdline: str) -> None:
+    assert parse(cmdline) == (False, "", cmdline.split())
+
+
+@pytest.mark.parametrize(("cmdline", "word", "found"), [
+    ("rw pyvmm.shell", "pyvmm.shell", True),
+    ("pyvmm.shell=1", "pyvmm.shell", False),
+    ('pyvmm.run="true" pyvmm.shell', "pyvmm.shell", True),
+    ("pyvmm.run=echo pyvmm.shell", "pyvmm.shell", False),
+    ('pyvmm.run="mount -o ro x" rw', "ro", False),
+    ("root=/dev/vda ro", "ro", True),
+])
+def test_words_count_only_outside_the_command(cmdline: str, word: str, found: bool) -> None:
+    script = 'parse_cmdline "$1"; if has_word "$2"; then echo yes; else echo no; fi'
+    assert shell(script, cmdline, word) == ("yes\n" if found else "no\n")
+
+
+def test_nothing_runs_when_it_is_not_the_first_process() -> None:
+    assert shell("") == ""
+
+
+def test_the_first_line_is_the_one_the_host_watches_for() -> None:
+    assert shell('say "user space reached (Linux x)"') == (
+        "pyvmm-init: user space reached (Linux x)\n")

@@ -1,0 +1,209 @@
+"""kernels/build.py, against a source package whose Makefile only pretends to be a kernel's."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from kernels import build
+
+MAKEFILE = """\
+allnoconfig:
+\tgrep -v CONFIG_GHOST $(KCONFIG_ALLCONFIG) > .config
+bzImage: vmlinux
+\tmkdir -p arch/x86/boot
+\techo "bzImage of $(KBUILD_BUILD_USER), LOCALVERSION=$(LOCALVERSION)" > arch/x86/boot/bzImage
+vmlinux:
+\t@if grep -q CONFIG_BROKEN=y .config; then echo "cc: the compiler said no"; exit 1; fi
+\techo built >> $(HOME)/count
+\tsleep 0.3
+\techo vmlinux > vmlinux
+"""
+
+
+@pytest.fixture
+def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replaces the source package; the file returned gets a line for each build done."""
+    source = tmp_path / build.PACKAGE
+    for name in build.TINY_CONFIGS:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("CONFIG_EMBEDDED=y\n")
+    (source / "Makefile").write_text(MAKEFILE)
+    tarball = tmp_path / "source.tar.xz"
+    subprocess.run(["tar", "-cJf", tarball, "-C", tmp_path, build.PACKAGE], check=True)
+    count = tmp_path / "count"
+    count.touch()
+    monkeypatch.setattr(build, "TARBALL", tarball)
+    monkeypatch.setattr(build, "missing_tools", list)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return count
+
+
+@pytest.fixture
+def fragment(tmp_path: Path) -> Path:
+    path = tmp_path / "fragment.config"
+    path.write_text("# a reason\nCONFIG_A=y\n# CONFIG_B is not set\n")
+    return path
+
+
+def test_parse_config_reads_values_strings_and_unset_options() -> None:
+    text = '# CONFIG_SMP is not set\nCONFIG_HZ=100\nCONFIG_V="-x y"\n# prose CONFIG_NO=y\n'
+    assert build.parse_config(text) == {
+        "CONFIG_SMP": "n", "CONFIG_HZ": "100", "CONFIG_V": '"-x y"'}
+
+
+@pytest.mark.parametrize(("wanted", "final", "named"), [
+    ("CONFIG_A=y", "CONFIG_A=y", []),
+    ("# CONFIG_A is not set", "", []),
+    ("# CONFIG_A is not set", "# CONFIG_A is not set", []),
+    ("CONFIG_A=y", "", ["CONFIG_A=y (became n)"]),
+    ("CONFIG_A=y", "# CONFIG_A is not set", ["CONFIG_A=y (became n)"]),
+    ("CONFIG_A=y", "CONFIG_A=m", ["CONFIG_A=y (became m)"]),
+    ("# CONFIG_A is not set", "CONFIG_A=y", ["CONFIG_A=n (became y)"]),
+    ("CONFIG_N=1\nCONFIG_B=y", "CONFIG_N=4", ["CONFIG_N=1 (became 4)", "CONFIG_B=y (became n)"]),
+])
+def test_refused_options_are_named(wanted: str, final: str, named: list[str]) -> None:
+    assert build.refused_options(build.parse_config(wanted), build.parse_config(final)) == named
+
+
+def test_cache_key_follows_what_the_kernel_depends_on_and_nothing_else() -> None:
+    options = {"CONFIG_A": "y", "CONFIG_B": "n"}
+    key = build.cache_key(options, "6.1-1", "gcc 12")
+    assert key == build.cache_key(dict(reversed(options.items())), "6.1-1", "gcc 12")
+    assert key != build.cache_key(options | {"CONFIG_B": "y"}, "6.1-1", "gcc 12")
+    assert key != build.cache_key(options, "6.1-2", "gcc 12")
+    assert key != build.cache_key(options, "6.1-1", "gcc 13")
+
+
+def test_builds_once_and_leaves_only_the_result(
+    builds: Path, fragment: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    done = build.build([fragment], cache)
+    assert build.build([fragment], cache) == done
+    assert builds.read_text() == "built\n"
+    assert sorted(path.name for path in done.iterdir()) == [
+        "build.log", "bzImage", "config", "vmlinux"]
+    assert sorted(path.name for path in cache.iterdir()) == [done.name, f"{done.name}.lock"]
+
+
+def test_a_later_fragment_has_the_last_word(builds: Path, fragment: Path, tmp_path: Path) -> None:
+    extra = tmp_path / "extra.config"
+    extra.write_text("CONFIG_B=y\n")
+    done = build.build([fragment, extra], tmp_path / "cache")
+    assert build.parse_config((done / "config").read_text())["CONFIG_B"] == "y"
+
+
+def test_an_option_that_did_not_survive_fails_by_name(
+    builds: Path, fragment: Path, tmp_path: Path
+) -> None:
+    fragment.write_text("CONFIG_A=y\nCONFIG_GHOST=y\n")
+    with pytest.raises(build.BuildError, match=r"refused: CONFIG_GHOST=y \(became n\)"):
+        build.build([fragment], tmp_path / "cache")
+    assert builds.read_text() == ""
+
+
+def test_a_failed_build_shows_the_tail_and_the_path_of_its_log(
+    builds: Path, fragment: Path, tmp_path: Path
+) -> None:
+    fragment.write_text("CONFIG_BROKEN=y\n")
+    cache = tmp_path / "cache"
+    with pytest.raises(build.BuildError, match="the compiler said no") as failure:
+        build.build([fragment], cache)
+    (log,) = cache.glob("*.log")
+    assert str(log) in str(failure.value)
+    assert not list(cache.glob("*.work"))
+
+
+def test_two_racing_builds_both_succeed_and_build_once(
+    builds: Path, fragment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results: list[Path] = []
+    threads = [threading.Thread(
+        target=lambda: results.append(build.build([fragment], tmp_path / "cache")))
+        for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert builds.read_text() == "built\n"
+    assert "is building this; waiting for it" in capsys.readouterr().err
+
+
+def test_an_outer_make_does_not_leak_into_the_build(
+    builds: Path, fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALVERSION", "-leaked")
+    monkeypatch.setenv("MAKEFLAGS", " -- KBUILD_BUILD_USER=leaked")
+    done = build.build([fragment], tmp_path / "cache")
+    assert (done / "bzImage").read_text() == "bzImage of pyvmm, LOCALVERSION=\n"
+
+
+def test_a_build_sees_little_of_the_environment() -> None:
+    environment = {"PATH": "/bin", "HOME": "/root", "TMPDIR": "/t", "MAKEFLAGS": "-n",
+                   "MAKELEVEL": "1", "KCFLAGS": "-O0", "KBUILD_OUTPUT": "/o", "ARCH": "arm64"}
+    assert build.build_environment(environment) == {
+        "PATH": "/bin", "HOME": "/root", "TMPDIR": "/t", "LC_ALL": "C"}
+
+
+def test_main_copies_both_files_and_leaves_identical_ones_alone(
+    builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    assert build.main(["--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["bzImage", "vmlinux"]
+    before = (out / "bzImage").stat()
+    assert build.main(["--out", str(out)]) == 0
+    assert (out / "bzImage").stat().st_ino == before.st_ino
+
+
+def test_main_says_a_failure_in_one_line(
+    builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "with space"))
+    assert build.main(["--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "PYVMM_CACHE" in error
+
+
+def test_missing_tools_are_named_with_the_command_that_installs_them(
+    fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"apt-get install .*bison.*flex.*gcc.*libelf-dev"):
+        build.build([fragment], tmp_path / "cache")
+
+
+def test_missing_source_is_said_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "TARBALL", tmp_path / "absent")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt either
+    with pytest.raises(build.BuildError, match=r"apt-get install .*linux-source-6\.1"):
+        build.find_source(tmp_path)
+
+
+def test_a_tarball_downloaded_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "TARBALL", tmp_path / "absent")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    kept = tmp_path / f"{build.PACKAGE}_6.1.9-1.tar.xz"
+    kept.touch()
+    assert build.find_source(tmp_path) == build.Source(version="6.1.9-1", tarball=kept)
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({"PYVMM_CACHE": "/c", "XDG_CACHE_HOME": "/x"}, "/c/kernels"),
+    ({"XDG_CACHE_HOME": "/x"}, "/x/pyvmm/kernels"),
+])
+def test_cache_directory(environment: dict[str, str], expected: str) -> None:
+    assert build.cache_directory(environment) == Path(expected)

@@ -1,0 +1,39 @@
+"""The rules of kernels/pyvmm.config: short, every block with its reason, no option twice."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from kernels import build
+
+OPTION = re.compile(r"CONFIG_\w+=\S+|# CONFIG_\w+ is not set")
+
+
+def test_is_short() -> None:
+    assert len(build.FRAGMENT.read_text().splitlines()) < 150
+
+
+def test_every_line_is_an_option_a_reason_or_empty() -> None:
+    for line in build.FRAGMENT.read_text().splitlines():
+        assert not line or line.startswith("# ") or OPTION.fullmatch(line), line
+
+
+def test_every_block_of_options_starts_with_its_reason() -> None:
+    for block in build.FRAGMENT.read_text().strip().split("\n\n"):
+        first = block.splitlines()[0]
+        assert first.startswith("# "), block
+        assert not OPTION.fullmatch(first), block
+
+
+def test_no_option_stands_twice() -> None:
+    names = re.findall(r"^(?:# )?(CONFIG_\w+)(?:=| is not set)", build.FRAGMENT.read_text(),
+                       re.MULTILINE)
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_has_what_the_machine_offers() -> None:
+    options = build.parse_config(build.FRAGMENT.read_text())
+    for name in ("SERIAL_8250_CONSOLE", "VIRTIO_MMIO_CMDLINE_DEVICES", "VIRTIO_BLK", "EXT4_FS",
+                 "DEVTMPFS_MOUNT", "KVM_GUEST", "BLK_DEV_INITRD", "X86_IOPL_IOPERM"):
+        assert options[f"CONFIG_{name}"] == "y"

@@ -1,0 +1,54 @@
+"""Running ``pyvmm run`` on our kernel and image as a user does: a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+KERNEL, VMLINUX, IMAGE = BUILD / "bzImage", BUILD / "vmlinux", BUILD / "root.img"
+USER_SPACE = "pyvmm-init: user space reached"
+# Far above what a boot takes, and below pytest's own timeout.
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a finished run left: exit status, the guest's console, pyvmm's own lines."""
+
+    status: int
+    console: str
+    messages: str
+
+    def lines(self, prefix: str) -> list[str]:
+        """Console lines that start with ``prefix``, without it."""
+        found = (re.sub(r"^\[[ \d.]+\] ", "", line) for line in self.console.splitlines())
+        return [line.removeprefix(prefix) for line in found if line.startswith(prefix)]
+
+
+def command(*options: str | Path, kernel: Path = KERNEL) -> list[str]:
+    """The argument vector of ``pyvmm run`` with our kernel."""
+    arguments = ["--kernel", str(kernel), *map(str, options)]
+    return [sys.executable, "-m", "pyvmm", "run", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The environment in which ``python -m pyvmm`` finds this checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def boot(
+    *options: str | Path, typed: bytes = b"", kernel: Path = KERNEL, timeout_s: float = TIMEOUT_S
+) -> Run:
+    """Run to the end with ``typed`` on standard input."""
+    done = subprocess.run(
+        command("--timeout", str(timeout_s), *options, kernel=kernel),
+        input=typed, capture_output=True, env=environment(), timeout=timeout_s + 60, check=False,
+    )
+    console = done.stdout.decode(errors="replace").replace("\r\n", "\n")
+    return Run(done.returncode, console, done.stderr.decode(errors="replace"))

@@ -1,0 +1,99 @@
+"""ConsoleWatch: what the guest says on its console, and what that makes of a run's end."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pyvmm.machine import ConsoleWatch
+from pyvmm.outcome import Kind, Outcome
+
+
+class FakeRunner:
+    """Stands in for the Runner: remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.finished: list[Outcome] = []
+        self.later: list[Outcome] = []
+        self.halt_watches = 0
+
+    def finish(self, outcome: Outcome) -> None:
+        self.finished.append(outcome)
+
+    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
+        assert delay_s > 0
+        self.later.append(outcome)
+
+    def watch_for_halt(self) -> None:
+        self.halt_watches += 1
+
+
+@pytest.fixture
+def runner() -> FakeRunner:
+    return FakeRunner()
+
+
+PANIC = b"[    1.25] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n"
+
+
+def test_a_panic_explains_the_reboot_that_follows(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(PANIC)
+    outcome = watch.judge(Outcome(Kind.RESET))
+    assert outcome == Outcome(Kind.PANIC, detail="VFS: Unable to mount root fs")
+
+
+def test_a_panic_without_reboot_ends_the_run_in_a_while(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(PANIC)
+    assert [o.kind for o in runner.later] == [Kind.PANIC]
+    assert runner.finished == []
+    watch.feed(b"[    1.30] ---[ end Kernel panic - not syncing: VFS ]---\n")
+    assert [o.kind for o in runner.finished] == [Kind.PANIC]
+
+
+def test_the_status_a_guest_reports_stands_whatever_it_printed(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(PANIC)
+    assert watch.judge(Outcome(Kind.GUEST_STATUS, 3)) == Outcome(Kind.GUEST_STATUS, 3)
+
+
+@pytest.mark.parametrize("text", [
+    b"echo Kernel panic - not syncing: no\n", b"grep: Kernel panic - not syncing\n",
+    b"[    1.0] x: Kernel panic - not syncing\n",
+])
+def test_text_that_only_quotes_a_panic_is_none(runner: FakeRunner, text: bytes) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(text)
+    assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET
+
+
+def test_without_time_stamps_too(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(b"Kernel panic - not syncing: bad\n")
+    assert watch.judge(Outcome(Kind.TRIPLE_FAULT)).kind is Kind.PANIC
+
+
+@pytest.mark.parametrize("line", [b"reboot: System halted\n", b"[ 9.1] reboot: Power down\n"])
+def test_a_halt_is_watched_for(runner: FakeRunner, line: bytes) -> None:
+    ConsoleWatch(runner).feed(line)
+    assert runner.halt_watches == 1
+
+
+def test_user_space_is_timed_once(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    assert not watch.user_space_seen_s
+    before_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    watch.feed(b"pyvmm-init: user space reached (Linux 6.1)\r\n")
+    first_s = watch.user_space_seen_s
+    assert first_s
+    assert first_s >= before_s
+    watch.feed(b"pyvmm-init: user space reached (Linux 6.1)\r\n")
+    assert watch.user_space_seen_s == first_s
+
+
+def test_an_internal_error_points_to_the_doctor(runner: FakeRunner) -> None:
+    outcome = ConsoleWatch(runner).judge(Outcome(Kind.INTERNAL_ERROR, detail="suberror 17"))
+    assert "suberror 17" in outcome.detail
+    assert "pyvmm doctor" in outcome.detail

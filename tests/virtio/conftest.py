@@ -1,0 +1,54 @@
+"""Fixtures of the virtio tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from pyvmm.storage.backend import BlockBackend
+from pyvmm.virtio.block import BlockConfig
+from tests.support.rig import Hooked, Rig, make_rig
+
+MakeRig = Callable[..., Rig]
+
+
+@pytest.fixture
+def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
+    """Makes rigs over one image, closed in the end."""
+    with ExitStack() as stack:
+
+        def make(
+            *,
+            config: BlockConfig | None = None,
+            backend: BlockBackend | None = None,
+            queue_size: int = 16,
+        ) -> Rig:
+            rig = make_rig(
+                tmp_path / "disk.img", config=config, backend=backend, queue_size=queue_size
+            )
+            stack.callback(rig.backend.close)
+            stack.callback(rig.transport.close)
+            return rig
+
+        yield make
+
+
+@pytest.fixture
+def rig(new_rig: MakeRig) -> Rig:
+    """A running device with 16 entries and a disk of 64 sectors, sector i filled with i."""
+    rig = new_rig()
+    rig.driver.start()
+    return rig
+
+
+@pytest.fixture
+def hooked(new_rig: MakeRig) -> tuple[Rig, Hooked]:
+    """A running device over a backend whose methods a test can replace."""
+    plain = new_rig()
+    backend = Hooked(plain.backend)
+    rig = new_rig(backend=backend)
+    rig.driver.start()
+    return rig, backend

@@ -1,0 +1,497 @@
+"""The transport: registers, status machine, interrupts; bad inputs 72-90."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pytest
+
+from pyvmm.errors import ActivateError
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio.device import Interrupt, VirtioDevice
+from pyvmm.virtio.mmio import VENDOR_ID, MmioTransport
+from pyvmm.virtio.queue import Chain
+from pyvmm.virtio.spec import (
+    BlockFeature,
+    DeviceType,
+    Feature,
+    InterruptBit,
+    Register,
+    Status,
+)
+from tests.support.rig import Hooked, Rig
+from tests.support.virtio_driver import (
+    RAM_BASE,
+    VirtioDriver,
+    linked,
+    readable,
+    writable,
+)
+from tests.virtio.conftest import MakeRig
+
+CONFIG_SIZE = 0x1000 - Register.CONFIG
+WRITE_ONLY = (
+    Register.DEVICE_FEATURES_SEL,
+    Register.DRIVER_FEATURES,
+    Register.DRIVER_FEATURES_SEL,
+    Register.QUEUE_SEL,
+    Register.QUEUE_NUM,
+    Register.QUEUE_NOTIFY,
+    Register.INTERRUPT_ACK,
+    Register.QUEUE_DESC_LOW,
+    Register.QUEUE_DEVICE_HIGH,
+)
+READ_ONLY = (
+    Register.MAGIC_VALUE,
+    Register.VERSION,
+    Register.DEVICE_ID,
+    Register.VENDOR_ID,
+    Register.DEVICE_FEATURES,
+    Register.QUEUE_NUM_MAX,
+    Register.INTERRUPT_STATUS,
+    Register.SHM_LEN_LOW,
+    Register.CONFIG_GENERATION,
+)
+
+
+class EchoDevice(VirtioDevice):
+    """A device with two queues whose configuration space can be written and can change."""
+
+    device_type: ClassVar[DeviceType] = DeviceType.BLOCK
+
+    def __init__(self) -> None:
+        super().__init__(avail_features=int(Feature.VERSION_1), queue_max_sizes=(8, 4))
+        self.config = bytearray(8)
+        self.refuse_activation = False
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        return bytes(self.config[offset : offset + length]).ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        self.config[offset : offset + len(data)] = data
+        del self.config[8:]
+
+    def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
+        if self.refuse_activation:
+            raise ActivateError("out of order")
+        super().activate(memory, interrupt)
+
+    def _serve(self, chain: Chain, memory: GuestMemory) -> int:
+        gpa, length = chain.writable[0]
+        memory.write(gpa, bytes([length]) * length)
+        return length
+
+
+class EchoRig:
+    """EchoDevice behind a transport."""
+
+    def __init__(self) -> None:
+        self.device = EchoDevice()
+        self.memory = GuestMemory.over(bytearray(1 << 16), RAM_BASE)
+        self.irqs: list[int] = []
+        self.reports: list[str] = []
+        self.transport = MmioTransport(
+            self.device, self.memory, lambda: self.irqs.append(1), report=self.reports.append
+        )
+
+
+@pytest.fixture
+def echo() -> EchoRig:
+    return EchoRig()
+
+
+def test_identity_registers(rig: Rig) -> None:
+    driver = rig.driver
+    assert driver.reg(Register.MAGIC_VALUE) == int.from_bytes(b"virt", "little")
+    assert driver.reg(Register.VERSION) == 2
+    assert driver.reg(Register.DEVICE_ID) == 2
+    assert driver.reg(Register.VENDOR_ID) == VENDOR_ID
+
+
+def test_registers_are_read_from_the_page(rig: Rig) -> None:
+    assert rig.transport.page[0:4] == b"virt"
+    assert len(rig.transport.page) == 4096
+    rig.transport.page[0:4] = b"tirv"
+    assert rig.driver.reg(Register.MAGIC_VALUE) == int.from_bytes(b"tirv", "little")
+
+
+def test_device_features_sel_changes_what_the_page_shows(rig: Rig) -> None:
+    driver = rig.driver
+    wanted = Feature.VERSION_1 | Feature.INDIRECT_DESC
+    wanted |= BlockFeature.SEG_MAX | BlockFeature.BLK_SIZE | BlockFeature.FLUSH
+    assert driver.offered == wanted
+    driver.set(Register.DEVICE_FEATURES_SEL, 2)
+    assert driver.reg(Register.DEVICE_FEATURES) == 0
+    driver.set(Register.DEVICE_FEATURES_SEL, 0xFFFF_FFFF)
+    assert driver.reg(Register.DEVICE_FEATURES) == 0
+
+
+def test_shared_memory_regions_do_not_exist(rig: Rig) -> None:
+    for register in range(Register.SHM_LEN_LOW, Register.SHM_BASE_HIGH + 4, 4):
+        assert rig.driver.reg(register) == 0xFFFF_FFFF
+
+
+def test_queue_sel_changes_what_the_page_shows(echo: EchoRig) -> None:
+    driver = VirtioDriver(echo.transport, echo.memory, size=4, index=1)
+    driver.negotiate()
+    driver.setup_queue()
+    assert driver.reg(Register.QUEUE_NUM_MAX) == 4
+    assert driver.reg(Register.QUEUE_READY) == 1
+    driver.set(Register.QUEUE_SEL, 0)
+    assert driver.reg(Register.QUEUE_NUM_MAX) == 8
+    assert driver.reg(Register.QUEUE_READY) == 0
+
+
+def test_each_queue_is_served_by_its_own_notification(echo: EchoRig) -> None:
+    driver = VirtioDriver(echo.transport, echo.memory, size=4, index=1)
+    driver.start()
+    buffer = driver.alloc(3)
+    driver.write_table([writable(buffer, 3)])
+    driver.offer(0)
+    driver.set(Register.QUEUE_NOTIFY, 0)
+    assert driver.reap() == []
+    driver.notify()
+    assert driver.reap() == [(0, 3)]
+    assert echo.memory.read(buffer, 3) == b"\3\3\3"
+    assert len(echo.irqs) == 1
+
+
+def test_config_change_bumps_the_generation_and_interrupts(echo: EchoRig) -> None:
+    driver = VirtioDriver(echo.transport, echo.memory, size=4)
+    generation = driver.reg(Register.CONFIG_GENERATION)
+    echo.device.config[:] = b"12345678"
+    echo.transport.config_changed()
+    assert driver.reg(Register.CONFIG_GENERATION) != generation
+    assert echo.irqs == []  # nobody there yet: "before DRIVER_OK" nothing is sent
+    driver.start()
+    generation = driver.reg(Register.CONFIG_GENERATION)
+    echo.device.config[:] = b"abcdefgh"
+    echo.transport.config_changed()
+    assert driver.reg(Register.CONFIG_GENERATION) != generation
+    assert driver.reg(Register.INTERRUPT_STATUS) == InterruptBit.CONFIG_CHANGE
+    assert len(echo.irqs) == 1
+    assert driver.reg(Register.CONFIG) == int.from_bytes(b"abcd", "little")
+
+
+def test_config_write_is_seen_before_the_write_returns(echo: EchoRig) -> None:
+    echo.transport.write(Register.CONFIG + 2, 2, 0x4241)
+    assert echo.transport.read(Register.CONFIG, 4) == 0x4241_0000
+
+
+def test_activation_error_needs_reset_and_tells_the_driver(echo: EchoRig) -> None:
+    driver = VirtioDriver(echo.transport, echo.memory, size=4)
+    driver.negotiate()
+    driver.setup_queue()
+    echo.device.refuse_activation = True
+    driver.set(Register.STATUS, 15)
+    assert driver.status == 15 | Status.DEVICE_NEEDS_RESET
+    assert driver.reg(Register.INTERRUPT_STATUS) == InterruptBit.CONFIG_CHANGE
+    assert len(echo.irqs) == 1
+    assert "out of order" in echo.reports[0]
+    echo.device.refuse_activation = False
+    driver.start()
+    assert echo.device.is_activated
+
+
+def test_driver_that_fails_stops_the_device_until_reset(rig: Rig) -> None:
+    driver = rig.driver
+    driver.set(Register.STATUS, 15 | Status.FAILED)
+    assert driver.status == 15 | Status.FAILED
+    driver.submit([readable(driver.header(4), 16), writable(driver.status_byte(), 1)])
+    assert driver.reap() == []
+    driver.set(Register.STATUS, 15)
+    assert driver.status == 15 | Status.FAILED
+    rig.assert_works()
+
+
+def test_reset_clears_everything(rig: Rig) -> None:
+    driver = rig.driver
+    driver.request(4)
+    assert driver.reg(Register.INTERRUPT_STATUS) == InterruptBit.USED_BUFFER
+    driver.set(Register.STATUS, 0)
+    assert driver.status == 0
+    assert driver.reg(Register.INTERRUPT_STATUS) == 0
+    assert driver.reg(Register.QUEUE_READY) == 0
+    assert not rig.device.is_activated
+    assert rig.device.acked_features == 0
+    queue = rig.device.queues[0]
+    assert (queue.size, queue.ready, queue.descriptor_area) == (0, False, None)
+    # DriverFeatures too: FEATURES_OK without writing them again is refused.
+    for status in (1, 3, 11):
+        driver.set(Register.STATUS, status)
+    assert driver.status == 3
+
+
+def test_reset_can_be_repeated(rig: Rig) -> None:
+    for _ in range(50):
+        rig.assert_works()
+    assert rig.reports == []
+
+
+def test_stopped_queue_is_left_alone(rig: Rig) -> None:
+    driver = rig.driver
+    driver.set(Register.QUEUE_READY, 0)
+    assert driver.reg(Register.QUEUE_READY) == 0
+    driver.submit([readable(driver.header(4), 16), writable(driver.status_byte(), 1)])
+    assert driver.reap() == []
+    driver.set(Register.QUEUE_READY, 1)  # after DRIVER_OK it cannot be set up again
+    assert driver.reg(Register.QUEUE_READY) == 0
+    rig.assert_works()
+
+
+def test_queue_can_be_set_up_again_before_driver_ok(new_rig: MakeRig) -> None:
+    rig = new_rig()
+    rig.driver.negotiate()
+    rig.driver.setup_queue(desc=RAM_BASE + 0x8000)
+    rig.driver.set(Register.QUEUE_READY, 0)
+    rig.driver.setup_queue()
+    rig.driver.set(Register.STATUS, 15)
+    assert rig.driver.request(4).status == 0
+
+
+def test_service_says_whether_more_is_waiting(hooked: tuple[Rig, Hooked]) -> None:
+    rig, backend = hooked
+    driver = rig.driver
+    flush = [readable(driver.header(4), 16), writable(driver.status_byte(), 1)]
+    driver.write_table([*linked(flush, 0), *linked(flush, 2)])
+
+    def offer_another() -> None:
+        driver.offer(2)
+        backend.flush = lambda: None  # type: ignore[method-assign]
+
+    backend.flush = offer_another  # type: ignore[method-assign]
+    driver.offer(0)
+    assert rig.transport.service(0) is True
+    assert driver.reap() == [(0, 1)]
+    assert rig.transport.service(0) is False
+    assert driver.reap() == [(2, 1)]
+
+
+def test_one_interrupt_for_a_batch_and_none_when_unwanted(rig: Rig) -> None:
+    driver = rig.driver
+    status = driver.status_byte()
+    header = driver.header(4)
+    for head in range(0, 16, 2):
+        driver.write_table(linked([readable(header, 16), writable(status, 1)], head), head)
+    driver.offer(*range(0, 16, 2))
+    driver.notify()
+    assert len(driver.reap()) == 8
+    assert len(rig.irqs) == 1
+    rig.memory.write_int(driver.avail, 2, 1)  # VIRTQ_AVAIL_F_NO_INTERRUPT
+    driver.offer(0)
+    driver.notify()
+    assert driver.reap() == [(0, 1)]
+    assert len(rig.irqs) == 1
+    driver.notify()  # nothing new: nothing to tell
+    assert len(rig.irqs) == 1
+
+
+def test_close_frees_the_page_and_stops_the_device(rig: Rig) -> None:
+    rig.transport.close()
+    rig.transport.close()
+    assert rig.transport.page.closed
+    assert not rig.device.is_activated
+    assert rig.transport.service(0) is False
+
+
+def test_bad_input_72_access_of_1_2_or_8_bytes_to_a_register(rig: Rig) -> None:
+    for register in Register:
+        if register == Register.CONFIG:
+            continue
+        for size in (1, 2, 8):
+            assert 0 <= rig.transport.read(register, size) < 1 << 8 * size
+            rig.transport.write(register, size, (1 << 8 * size) - 1)
+            rig.transport.write(register, size, 0)
+    assert rig.driver.status == 15
+    assert rig.driver.request(0, 5, room=512).data == b"\5" * 512
+
+
+def test_bad_input_73_unaligned_access(rig: Rig) -> None:
+    for offset in range(0x100):
+        if offset % 4:
+            assert 0 <= rig.transport.read(offset, 4) < 1 << 32
+            rig.transport.write(offset, 4, 0xFFFF_FFFF)
+            rig.transport.write(offset, 4, 0)
+    assert rig.transport.read(0xFFD, 4) == 0xFFFF_FFFF
+    assert rig.transport.read(0xFFC, 8) == 0xFFFF_FFFF_FFFF_FFFF
+    rig.transport.write(0xFFD, 4, 1)
+    assert rig.driver.status == 15
+    assert rig.driver.request(0, 5, room=512).data == b"\5" * 512
+
+
+def test_bad_input_75_read_of_write_only_and_write_of_read_only_registers(rig: Rig) -> None:
+    driver = rig.driver
+    for register in WRITE_ONLY:
+        assert driver.reg(register) == 0
+    for register in READ_ONLY:
+        before = driver.reg(register)
+        driver.set(register, ~before & 0xFFFF_FFFF)
+        assert driver.reg(register) == before
+    assert driver.request(4).status == 0
+
+
+def test_bad_input_76_config_reads_past_the_structure(rig: Rig) -> None:
+    for offset in range(24, CONFIG_SIZE - 8):
+        assert rig.transport.read(Register.CONFIG + offset, 8) == 0
+    assert rig.transport.read(0x1000, 4) == 0xFFFF_FFFF
+    assert rig.driver.request(4).status == 0
+
+
+def test_bad_input_77_config_writes(rig: Rig) -> None:
+    before = rig.transport.page[Register.CONFIG :]
+    for size in (1, 2, 4, 8):
+        for offset in range(CONFIG_SIZE):
+            rig.transport.write(Register.CONFIG + offset, size, (1 << 64) - 1)
+    assert rig.transport.page[Register.CONFIG :] == before
+    assert rig.driver.request(4).status == 0
+
+
+def test_bad_input_78_notification_of_no_queue_or_before_driver_ok(new_rig: MakeRig) -> None:
+    rig = new_rig()
+    driver = rig.driver
+    driver.negotiate()
+    driver.setup_queue()
+    driver.write_table(linked([readable(driver.header(4), 16), writable(driver.alloc(1), 1)]))
+    driver.offer(0)
+    driver.notify()
+    assert driver.reap() == []
+    driver.set(Register.STATUS, 15)
+    for index in (1, 2, 0x1_0000, 0xFFFF_FFFF):
+        driver.set(Register.QUEUE_NOTIFY, index)
+        assert rig.transport.service(index) is False
+    assert driver.reap() == []
+    driver.notify()
+    assert driver.reap() == [(0, 1)]
+    # A queue that was never set up.
+    driver.negotiate()
+    driver.set(Register.STATUS, 15)
+    assert driver.status == 15
+    driver.notify()
+    assert driver.status == 15
+    assert rig.reports == []
+
+
+@pytest.mark.parametrize("bit", [0, 7, 12, 17, 29, 34, 40, 63])
+def test_bad_input_80_unoffered_feature_is_refused(new_rig: MakeRig, bit: int) -> None:
+    rig = new_rig()
+    driver = rig.driver
+    assert not driver.negotiate(Feature.VERSION_1 | 1 << bit)
+    assert driver.status == 3
+    assert rig.device.acked_features == 0
+    driver.set(Register.STATUS, 15)
+    assert driver.status == 3
+    driver.accept(Feature.VERSION_1)  # a driver may think again
+    driver.set(Register.STATUS, 11)
+    assert driver.status == 11
+    assert rig.device.acked_features == Feature.VERSION_1
+
+
+def test_bad_input_80_driver_without_version_1_is_refused(new_rig: MakeRig) -> None:
+    rig = new_rig()
+    assert not rig.driver.negotiate(int(BlockFeature.FLUSH))
+    assert rig.driver.status == 3
+    assert "VERSION_1" in rig.reports[0]
+    rig.assert_works()
+
+
+def test_features_are_frozen_by_features_ok(rig: Rig) -> None:
+    rig.driver.negotiate(int(Feature.VERSION_1))
+    rig.driver.accept(rig.driver.offered)
+    rig.driver.set(Register.STATUS, 15)
+    assert rig.device.acked_features == Feature.VERSION_1
+
+
+@pytest.mark.parametrize(
+    ("steps", "status"),
+    [
+        ([4], 0),
+        ([15], 0),
+        ([3], 0),
+        ([1, 5], 1),
+        ([1, 11], 1),
+        ([1, 3, 7], 3),
+        ([1, 3, 15], 3),
+        ([1, 3, 0x103], 3),
+        ([1, 3, 0x33], 3),
+        ([0x100], 0),
+        ([64], 0),
+    ],
+)
+def test_bad_input_82_driver_ok_skipping_steps(
+    new_rig: MakeRig, steps: list[int], status: int
+) -> None:
+    rig = new_rig()
+    rig.driver.accept(rig.driver.offered)
+    for step in steps:
+        rig.driver.set(Register.STATUS, step)
+    assert rig.driver.status == status
+    assert not rig.device.is_activated
+    rig.assert_works()
+
+
+def test_bad_input_83_clearing_status_bits(rig: Rig) -> None:
+    for value in (1, 3, 7, 11, 14, 13, 8, 4):
+        rig.driver.set(Register.STATUS, value)
+        assert rig.driver.status == 15
+    assert rig.driver.request(4).status == 0
+    rig.memory.write_int(rig.driver.avail + 2, 2, 0x8000)
+    rig.driver.notify()
+    assert rig.driver.needs_reset
+    rig.driver.set(Register.STATUS, 15)
+    rig.assert_needs_reset()
+
+
+def test_bad_input_86_reset_with_io_in_flight(hooked: tuple[Rig, Hooked]) -> None:
+    rig, backend = hooked
+    driver = rig.driver
+    reading, go_on, is_reset = threading.Event(), threading.Event(), threading.Event()
+
+    def slow_readv(buffers: Sequence[memoryview], offset: int) -> None:
+        reading.set()
+        go_on.wait(10)
+        backend.backend.readv(buffers, offset)
+
+    def reset() -> None:
+        driver.set(Register.STATUS, 0)
+        is_reset.set()
+
+    backend.readv = slow_readv  # type: ignore[method-assign]
+    buffer, status = driver.alloc(512), driver.status_byte()
+    driver.write_table(
+        linked([readable(driver.header(0, 9), 16), writable(buffer, 512), writable(status, 1)])
+    )
+    driver.offer(0)
+    server = threading.Thread(target=rig.transport.service, args=(0,))
+    resetter = threading.Thread(target=reset)
+    server.start()
+    assert reading.wait(10)
+    resetter.start()
+    assert not is_reset.wait(0.05), "the reset did not wait for the read"
+    assert driver.status == 15
+    assert driver.reg(Register.INTERRUPT_STATUS) == 0
+    driver.set(Register.INTERRUPT_ACK, 3)  # acknowledging does not wait for the disk
+    go_on.set()
+    resetter.join(10)
+    server.join(10)
+    assert driver.status == 0
+    assert driver.reg(Register.INTERRUPT_STATUS) == 0
+    assert rig.memory.read(buffer, 512) == b"\x09" * 512
+    driver.offer(0)
+    after = bytes(rig.ram)
+    assert rig.transport.service(0) is False
+    assert bytes(rig.ram) == after, "written to after the status read 0"
+    rig.assert_works()
+
+
+def test_bad_input_88_acknowledging_bits_that_are_not_set(rig: Rig) -> None:
+    driver = rig.driver
+    driver.set(Register.INTERRUPT_ACK, 0xFFFF_FFFF)
+    assert driver.reg(Register.INTERRUPT_STATUS) == 0
+    driver.request(4)
+    driver.set(Register.INTERRUPT_ACK, 0xFFFF_FFFE)
+    assert driver.reg(Register.INTERRUPT_STATUS) == InterruptBit.USED_BUFFER
+    driver.set(Register.INTERRUPT_ACK, 1)
+    assert driver.reg(Register.INTERRUPT_STATUS) == 0
+    assert driver.request(4).status == 0

@@ -1,0 +1,133 @@
+"""A person at the console: a shell on ttyS0 through a pseudo-terminal, signals, Ctrl-A x."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import select
+import signal
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.guest import IMAGE, USER_SPACE, command, environment
+
+pytestmark = pytest.mark.kvm
+
+
+class Terminal:
+    """A pseudo-terminal with ``pyvmm run`` in its foreground."""
+
+    def __init__(self, *options: str) -> None:
+        self.seen = b""
+        self.pid, self.master = pty.fork()
+        if self.pid == 0:
+            os.execve(
+                command()[0], command(*options), environment()
+            )
+
+    def wait_for(self, text: str, timeout_s: float = 60) -> None:
+        """Read until ``text`` has been shown behind what was waited for before."""
+        until_s = time.monotonic() + timeout_s
+        while text.encode() not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], until_s - time.monotonic())
+            assert ready, f"no {text!r} in {self.seen!r}"
+            self.seen += os.read(self.master, 4096)
+        self.seen = self.seen.partition(text.encode())[2]
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def status(self, timeout_s: float = 30) -> int:
+        """The exit status, while output goes on being read."""
+        until_s = time.monotonic() + timeout_s
+        while time.monotonic() < until_s:
+            if select.select([self.master], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):  # the other side is closed
+                    self.seen += os.read(self.master, 4096)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError(f"still running; {self.seen!r}")
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.master)
+
+
+@pytest.fixture
+def shell(image: Path) -> Iterator[Terminal]:
+    terminal = Terminal("--disk", str(image), "--append", "quiet pyvmm.shell")
+    terminal.wait_for("# ")
+    yield terminal
+    terminal.close()
+
+
+def test_a_shell_is_usable(shell: Terminal) -> None:
+    shell.type("echo $((6 * 7))\r")
+    shell.wait_for("42")
+    shell.wait_for("# ")
+    shell.type("cat > /root/pasted\r")
+    lines = [f"line {number} of a paste {'x' * 50}" for number in range(200)]
+    for line in lines:
+        shell.type(line + "\r")
+        shell.wait_for(line)
+    shell.type("\x04")
+    shell.wait_for("# ")
+    shell.type("wc -l < /root/pasted\r")
+    shell.wait_for("200")
+
+
+def test_ctrl_c_is_the_guests(shell: Terminal) -> None:
+    shell.type("sleep 1000\r")
+    time.sleep(0.5)
+    shell.type("\x03")
+    shell.wait_for("# ")
+    shell.type("exit 9\r")
+    assert shell.status() == 9
+
+
+def test_ctrl_a_x_quits_and_restores_the_terminal(shell: Terminal) -> None:
+    assert not termios.tcgetattr(shell.master)[3] & termios.ICANON
+    shell.type("\x01x")
+    assert shell.status() == 0
+    assert termios.tcgetattr(shell.master)[3] & (termios.ICANON | termios.ECHO)
+
+
+def test_a_signal_restores_the_terminal(shell: Terminal) -> None:
+    os.kill(shell.pid, signal.SIGTERM)
+    assert shell.status() == 128 + signal.SIGTERM
+    assert termios.tcgetattr(shell.master)[3] & (termios.ICANON | termios.ECHO)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        command("--disk", f"{IMAGE},ro", "--append", "pyvmm.run=sleep 1000"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment(),
+    ) as run:
+        assert run.stdout is not None
+        while USER_SPACE.encode() not in run.stdout.readline():
+            assert run.poll() is None
+        run.send_signal(number)
+        run.stdout.read()
+        assert run.wait(30) == 128 + number
+
+
+def test_a_reader_that_leaves_ends_the_run() -> None:
+    with subprocess.Popen(
+        command("--disk", f"{IMAGE},ro", "--append", "pyvmm.run=yes"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment(),
+    ) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.wait(60) == 128 + signal.SIGPIPE
