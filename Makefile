@@ -45,7 +45,7 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run shell test lint unit vm-test kernel image venv dev doctor clean
+.PHONY: help run shell test lint unit vm-test kernel image venv dev bench doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -108,6 +108,11 @@ dev: .venv/.dev-installed ## the same, with what the tests and linters need
 .venv/.dev-installed: .venv/.installed pyproject.toml
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
+
+bench: venv kernel image ## time to user space beside QEMU microvm
+	@$(call need,qemu-system-x86)
+	$(call choose_host,)
+	$$host $(BIN)/python bench/boot.py $(ARGS)
 
 doctor: venv ## what this host's KVM can do
 	@$(BIN)/pyvmm doctor

@@ -34,11 +34,8 @@ TARBALL = Path("/usr/src") / f"{PACKAGE}.tar.xz"
 ARTEFACTS = {"bzImage": "arch/x86/boot/bzImage", "vmlinux": "vmlinux"}
 
 # What makes a kernel out of the source; part of the cache key, so a change here builds anew.
-TINY_CONFIGS = (
-    "kernel/configs/tiny-base.config",
-    "kernel/configs/tiny.config",
-    "arch/x86/configs/tiny.config",
-)
+TINY_CONFIGS = ("kernel/configs/tiny-base.config", "kernel/configs/tiny.config",
+                "arch/x86/configs/tiny.config")
 MAKE_VARIABLES = ("ARCH=x86_64", "KBUILD_BUILD_USER=pyvmm", "KBUILD_BUILD_HOST=pyvmm",
                   "KBUILD_BUILD_VERSION=1")
 MAKE_TARGETS = ("bzImage", "vmlinux")
@@ -140,8 +137,9 @@ def download_source(version: str, cache: Path, work: Path) -> Path:
 
 def cache_key(options: Mapping[str, str], source_version: str, compiler: str) -> str:
     """What the kernel depends on, as 16 hex digits.  Comments and order of options do not count."""
-    recipe = [TINY_CONFIGS, MAKE_VARIABLES, MAKE_TARGETS]
-    return _sha256(repr([sorted(options.items()), source_version, compiler, recipe]).encode())[:16]
+    recipe = [sorted(options.items()), source_version, compiler, TINY_CONFIGS, MAKE_VARIABLES,
+              MAKE_TARGETS]
+    return _sha256(repr(recipe).encode())[:16]
 
 
 def build(fragments: Sequence[Path], cache: Path) -> Path:
@@ -223,8 +221,7 @@ def line_of(name: str, value: str) -> str:
 
 def build_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The part of ``environment`` that a build may see, and a fixed locale."""
-    return {name: environment[name] for name in ENVIRONMENT if name in environment} | {
-        "LC_ALL": "C"}
+    return {"LC_ALL": "C"} | {k: environment[k] for k in ENVIRONMENT if k in environment}
 
 
 def is_complete(directory: Path) -> bool:
@@ -373,8 +370,7 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0, or 1 with one line on stderr."""
-    parser = argparse.ArgumentParser(description="Build the guest kernel, once, from Debian's "
-                                     "linux-source-6.1 and kernels/pyvmm.config.")
+    parser = argparse.ArgumentParser(description="Build the guest kernel, once.")
     parser.add_argument("--out", type=Path, default=Path("build"), metavar="DIR",
                         help="where bzImage and vmlinux go (default: build)")
     parser.add_argument("--fragment", type=Path, action="append", default=[], metavar="FILE",

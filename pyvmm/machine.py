@@ -17,6 +17,7 @@ from pyvmm.console import Console, LineWatch, OutputBuffer
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
 from pyvmm.devices.serial import Serial
+from pyvmm.kvm.abi import KVM_CAP_TSC_DEADLINE_TIMER
 from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
@@ -92,7 +93,10 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             workers.append((f"virtio{index}", sources))
 
         vcpu = stack.enter_context(vm.create_vcpu(0))
-        vcpu.set_cpuid(cpuid.build(kvm.supported_cpuid(), config.cpu, 0))
+        tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+        vcpu.set_cpuid(
+            cpuid.build(kvm.supported_cpuid(), config.cpu, 0, tsc_deadline=tsc_deadline)
+        )
         cpu.setup_long_mode(memory, vcpu, kernel.entry, layout.BOOT_PARAMS)
         loop = VcpuLoop(
             vcpu, pio=pio, mmio=mmio, finish=runner.finish,

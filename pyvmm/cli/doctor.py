@@ -86,7 +86,7 @@ def _back_end(host: Host) -> Check:
 
 def _trials(kvm: Kvm, host: Host) -> Iterator[Check]:
     back_end = ", ".join(probe.modules(host)) or "this KVM"
-    remedy = f"{back_end} is not complete enough for a stock kernel: use kvm_amd or kvm_intel, "
+    remedy = f"{back_end} lacks this; a host with kvm_amd or kvm_intel has it, "
     for result in trial.run_trials(kvm):
         yield Check(
             name=f"guest trial: {result.name}",

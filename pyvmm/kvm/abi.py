@@ -75,7 +75,6 @@ class kvm_userspace_memory_region(Structure):
     ]
 
 
-KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
 
 
@@ -313,15 +312,12 @@ KVM_EXIT_X86_WRMSR = 30
 # --- Capabilities, for KVM_CHECK_EXTENSION -----------------------------------------------------
 
 KVM_CAP_IRQCHIP = 0
-KVM_CAP_HLT = 1
 KVM_CAP_USER_MEMORY = 3
 KVM_CAP_SET_TSS_ADDR = 4
 KVM_CAP_EXT_CPUID = 7
 KVM_CAP_CLOCKSOURCE = 8
-KVM_CAP_NR_VCPUS = 9  # recommended vCPUs of one VM
 KVM_CAP_NR_MEMSLOTS = 10  # memory slots of one VM
 KVM_CAP_MP_STATE = 14
-KVM_CAP_SYNC_MMU = 16
 KVM_CAP_IRQFD = 32
 KVM_CAP_PIT2 = 33
 KVM_CAP_IOEVENTFD = 36

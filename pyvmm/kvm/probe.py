@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi
@@ -54,7 +55,7 @@ CAPABILITIES = (
     Capability(abi.KVM_CAP_MP_STATE, "MP_STATE", "to see that a guest has halted"),
     Capability(abi.KVM_CAP_IMMEDIATE_EXIT, "IMMEDIATE_EXIT", "to stop a running vCPU"),
     Capability(abi.KVM_CAP_NR_MEMSLOTS, "NR_MEMSLOTS", "memory slots", minimum=16),
-    Capability(abi.KVM_CAP_READONLY_MEM, "READONLY_MEM", "register pages read without exits", False),
+    Capability(abi.KVM_CAP_READONLY_MEM, "READONLY_MEM", "registers read without exits", False),
     Capability(abi.KVM_CAP_TSC_DEADLINE_TIMER, "TSC_DEADLINE_TIMER", "cheap guest timers", False),
     Capability(abi.KVM_CAP_INTERNAL_ERROR_DATA, "INTERNAL_ERROR_DATA", "why KVM gave up", False),
     Capability(abi.KVM_CAP_CLOCKSOURCE, "CLOCKSOURCE", "kvm-clock", False),
@@ -152,21 +153,24 @@ def _device_remedy(code: int, host: Host) -> str:
     if code in (errno.EACCES, errno.EPERM):
         return (
             "`sudo usermod -aG kvm $USER`, then log in again; in a container also "
-            f"`--device {host.device}`; {LAB}"
+            f"`--device {DEFAULT_PATH}`; {LAB}"
         )
     if code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return _load_remedy(host)
     if code == errno.EBUSY:
         return f"stop the other hypervisor (VirtualBox, VMware, Xen), {LAB}"
     if code == errno.ENOTTY:
-        return f"this is some other file: `sudo rm {host.device} && sudo modprobe kvm`, {LAB}"
+        return f"this is not KVM's device: look what made it, {LAB}"
     return f"look for KVM's own message with `dmesg | grep -i kvm`, {LAB}"
 
 
 def _load_remedy(host: Host) -> str:
-    """The driver is not there: which one, and if none will load, why."""
+    """The device is not there: which driver to load, and if none will, why."""
+    container = f"in a container also `--device {DEFAULT_PATH}`"
+    loaded = modules(host)
+    if loaded:
+        return f"{loaded[0]} is loaded, only the device is missing here; {container}; {LAB}"
     flags = _cpu_flags(host)
-    container = f"in a container also `--device {host.device}`"
     if "svm" in flags:
         return f"`sudo modprobe kvm_amd`; {container}; {LAB}"
     if "vmx" in flags:
@@ -183,10 +187,8 @@ def _load_remedy(host: Host) -> str:
 def _cpu_flags(host: Host) -> frozenset[str]:
     """The flags of the first CPU in /proc/cpuinfo; none if it cannot be read."""
     try:
-        with open(host.cpuinfo, encoding="ascii", errors="replace") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("flags"):
-                    return frozenset(line.partition(":")[2].split())
+        text = Path(host.cpuinfo).read_text(encoding="ascii", errors="replace")
     except OSError:
-        pass
-    return frozenset()
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())

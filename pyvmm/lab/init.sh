@@ -89,10 +89,10 @@ mkfifo /lab/in /lab/out /lab/err
   poweroff -f  # pyvmm is gone
 } <&3 4>&- 5>&- 2>/dev/null &
 
-# In the foreground, because a shell starts background commands with SIGINT ignored.
+# In the foreground, because a shell starts background commands with SIGINT ignored; in a subshell,
+# because this one would write "Killed" to CMD's errors.
 echo ready >&3
-$SETSID chroot $N /run/lab/busybox sh /run/lab/command \
-  <$IN >$OUT 2>$ERR 3<&- 4>&- 5>&-
+(exec $SETSID chroot $N /run/lab/busybox sh /run/lab/command <$IN >$OUT 2>$ERR 3<&- 4>&- 5>&-)
 STATUS=$?
 
 # What CMD left running may still write, but not for ever.

@@ -29,6 +29,7 @@ DRAIN_S = 5.0
 """How long the last output may take to arrive after CMD's status."""
 
 TIMEOUT_STATUS = 124
+LAB_FAILED_STATUS = 125
 
 
 class Phase(enum.Enum):
@@ -194,7 +195,9 @@ class Session:
 
     def _hangup(self, fd: int, error: OSError) -> None:
         if reason := describe(error):
-            self._say(f"cannot write {'standard output' if fd == 1 else 'standard error'}: {reason}")
+            stream = "standard output" if fd == 1 else "standard error"
+            self._say(f"cannot write {stream}: {reason}")
+            self._verdict = LAB_FAILED_STATUS
         self._tell(f"hangup {fd}")
 
     def _connect_input(self) -> None:

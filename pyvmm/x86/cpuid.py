@@ -210,6 +210,7 @@ def _set_feature(entries: _Entries, name: str, on: bool) -> None:
 
 
 def _with(entry: CpuidEntry, registers: Mapping[str, int]) -> CpuidEntry:
+    # mypy cannot see that the names are of int fields only.
     return replace(entry, **registers)  # type: ignore[arg-type]
 
 

@@ -23,6 +23,8 @@ ELFCLASS64, ELFDATA2LSB, EV_CURRENT = 2, 1, 1
 ET_EXEC = 2
 EM_X86_64 = 62
 PT_LOAD = 1
+# What a program of an operating system has, and no kernel: a linker, libraries, threads.
+_PROGRAM_ONLY = {2: "PT_DYNAMIC", 3: "PT_INTERP", 7: "PT_TLS"}
 
 # An ELF header says nothing of these; they are what every x86-64 Linux has in its setup header
 # (COMMAND_LINE_SIZE - 1, and initrd_addr_max in arch/x86/boot/header.S).
@@ -46,6 +48,9 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
     extents = []
     for index, fields in enumerate(PROGRAM_HEADER.iter_unpack(table)):
         kind, _, offset, _, gpa, file_bytes, memory_bytes, _ = fields
+        if kind in _PROGRAM_ONLY:
+            raise image.error(f"is a program for an operating system, not a kernel: "
+                              f"segment {index} is {_PROGRAM_ONLY[kind]}")
         if kind != PT_LOAD or memory_bytes == 0 == file_bytes:
             continue
         name = f"segment {index}"

@@ -129,11 +129,11 @@ def try_part(kvm: Kvm, part: Part, *, deadline_s: float = DEADLINE_S) -> TrialRe
     try:
         with contextlib.ExitStack() as stack:
             vcpu, irq_fd = _machine(kvm, part, stack)
-            with _deadline(vcpu, deadline_s):
+            with deadline(vcpu, deadline_s):
                 problem = _converse(vcpu, heard, part.expected, irq_fd, deadline_s)
             if problem:
                 problem += f"; rip {vcpu.get_regs().rip:#x}"
-    except HostError as error:
+    except (HostError, OSError) as error:
         problem = str(error)
     if problem and heard:
         problem += f" ({_MEANING.get(heard[-1], 'unexpected answer')})"
@@ -205,20 +205,24 @@ def _converse(
 
 
 @contextlib.contextmanager
-def _deadline(vcpu: Vcpu, seconds: float) -> Iterator[None]:
-    """Make ``vcpu.run`` raise InterruptedError from ``seconds`` on; the caller's timer is kept.
+def deadline(vcpu: Vcpu, seconds: float) -> Iterator[None]:
+    """Make ``vcpu.run`` raise InterruptedError from ``seconds`` on; main thread only.
 
-    The timer repeats: one signal alone, arriving between the interpreter's check for signals and
-    KVM_RUN, would leave the guest running.
+    Uses SIGALRM; the caller's handler is put back and its timer set to what was left of it.  Ours
+    repeats: one signal alone, arriving between the interpreter's check for signals and KVM_RUN,
+    would leave the guest running.
     """
 
     def expire(_number: int, _frame: FrameType | None) -> None:
         vcpu.request_exit()
 
+    timer = signal.setitimer(signal.ITIMER_REAL, 0)
     handler = signal.signal(signal.SIGALRM, expire)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, _REPEAT_S)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _REPEAT_S)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        vcpu.clear_exit_request()

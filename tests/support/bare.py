@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import pytest
 
@@ -19,6 +17,7 @@ from pyvmm.kvm.exits import Direction, Exit, IoExit, MmioExit, decode
 from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import cpu, cpuid, layout
+from pyvmm.x86.trial import deadline
 
 SOURCES = Path(__file__).resolve().parents[2] / "guest" / "bare"
 LONG_MODE_ENTRY = 0x100000
@@ -78,7 +77,7 @@ class BareMachine:
 
     def run(self) -> Exit:
         """Run to the first exit that is not a port or memory access; fails after 20 s."""
-        with _deadline(self.vcpu):
+        with deadline(self.vcpu, DEADLINE_S):
             while True:
                 try:
                     self.vcpu.run()
@@ -111,24 +110,6 @@ class BareMachine:
             self.stored.append((seen.address, seen.data))
         else:
             self.vcpu.page.set_mmio_data(self.loads[seen.address])
-
-
-@contextlib.contextmanager
-def _deadline(vcpu: Vcpu) -> Iterator[None]:
-    """Make KVM_RUN raise InterruptedError after DEADLINE_S."""
-
-    def expire(_number: int, _frame: FrameType | None) -> None:
-        vcpu.request_exit()
-
-    handler = signal.signal(signal.SIGALRM, expire)
-    # It repeats, for a signal that comes just before KVM_RUN would otherwise be lost.
-    signal.setitimer(signal.ITIMER_REAL, DEADLINE_S, 0.1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        vcpu.clear_exit_request()
 
 
 @contextlib.contextmanager

@@ -92,13 +92,14 @@ def make_rig(
     config: BlockConfig | None = None,
     backend: BlockBackend | None = None,
     queue_size: int = 16,
+    ram_bytes: int = RAM_BYTES,
 ) -> Rig:
     """A rig over ``path``, which is made if missing; ``backend`` stands in for a raw file."""
     if not path.exists():
         path.write_bytes(b"".join(bytes([i]) * 512 for i in range(DISK_SECTORS)))
     reports: list[str] = []
     irqs: list[int] = []
-    ram = bytearray(RAM_BYTES)
+    ram = bytearray(ram_bytes)
     memory = GuestMemory.over(ram, RAM_BASE)
     if backend is None:
         backend = RawBackend(str(path), report=reports.append)

@@ -10,7 +10,7 @@ import pytest
 
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio.block import BlockConfig
-from tests.support.rig import Hooked, Rig, make_rig
+from tests.support.rig import RAM_BYTES, Hooked, Rig, make_rig
 
 MakeRig = Callable[..., Rig]
 
@@ -25,9 +25,14 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
             config: BlockConfig | None = None,
             backend: BlockBackend | None = None,
             queue_size: int = 16,
+            ram_bytes: int = RAM_BYTES,
         ) -> Rig:
             rig = make_rig(
-                tmp_path / "disk.img", config=config, backend=backend, queue_size=queue_size
+                tmp_path / "disk.img",
+                config=config,
+                backend=backend,
+                queue_size=queue_size,
+                ram_bytes=ram_bytes,
             )
             stack.callback(rig.backend.close)
             stack.callback(rig.transport.close)

@@ -35,6 +35,12 @@ def test_each_segment_goes_to_its_physical_address(memory: GuestMemory, image: M
     assert blank(memory.read(4 * MIB + 400, 4 * MIB - 400))
 
 
+@pytest.mark.parametrize("kind", [2, 3, 7])
+def test_a_user_program_is_no_kernel(memory: GuestMemory, image: MakeFile, kind: int) -> None:
+    path = image(elf(ElfSegment(), ElfSegment(p_type=kind, data=b"x")))
+    refused(memory, path, "is a program for an operating system, not a kernel")
+
+
 def test_segments_may_touch(memory: GuestMemory, image: MakeFile) -> None:
     path = image(elf(ElfSegment(p_paddr=2 * MIB + len(CODE)), ElfSegment(p_paddr=2 * MIB)))
     assert load_kernel(memory, path).start == 2 * MIB
