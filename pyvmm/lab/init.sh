@@ -104,6 +104,8 @@ STATUS=$?
     case " $$ $self $OUT_PID $ERR_PID " in *" $process "*) ;; *) kill -9 "$process" ;; esac
   done
 } >/dev/null 2>&1 3<&- 4>&- 5>&- &
+# The end of a session hangs its terminal up, and our descriptor with it.
+[ $TERMINAL = 0 ] || exec 4>/dev/hvc0
 [ -z "$OUT_PID$ERR_PID" ] || wait $OUT_PID $ERR_PID
 printf '\0%s' "$END" >&4
 printf '\0%s' "$END" >&5

@@ -136,7 +136,7 @@ class BlockDevice(VirtioDevice):
             length += buffer_length
         if not length or length % SECTOR_SIZE or length > _MAX_DATA:
             raise BadRequestError(f"data of {length} bytes")
-        if sector + length // SECTOR_SIZE > self.capacity_sectors:
+        if sector * SECTOR_SIZE + length > self._backend.size_bytes:
             raise BadRequestError(f"{length} bytes at sector {sector} of {self.capacity_sectors}")
         return length
 

@@ -7,7 +7,6 @@ bytes, the status the last writable byte, wherever descriptors begin and end.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from pyvmm.errors import GuestError, GuestMemoryError
 from pyvmm.memory import GuestMemory
@@ -39,18 +38,28 @@ def status_of(error: OSError | GuestError) -> BlockStatus:
     return BlockStatus.IOERR
 
 
-class Request(NamedTuple):
+class Request:
     """A request as the driver made it; ``type`` and the buffers are not yet judged.
 
     ``sector`` is in units of 512 bytes.  ``readable`` holds the data behind the header,
     ``writable`` the room in front of the status byte; ``status`` is a view of that byte.
     """
 
-    type: int
-    sector: int
-    readable: list[Buffer]
-    writable: list[Buffer]
-    status: memoryview
+    __slots__ = ("readable", "sector", "status", "type", "writable")
+
+    def __init__(
+        self,
+        request_type: int,
+        sector: int,
+        readable: list[Buffer],
+        writable: list[Buffer],
+        status: memoryview,
+    ) -> None:
+        self.type = request_type
+        self.sector = sector
+        self.readable = readable
+        self.writable = writable
+        self.status = status
 
     @classmethod
     def parse(cls, chain: Chain, memory: GuestMemory) -> Request:
@@ -58,12 +67,17 @@ class Request(NamedTuple):
 
         The header is copied once; nothing is written.
         """
+        readable, writable = chain.readable, chain.writable
         try:
-            header, readable = _split_header(chain.readable, memory)
-            status, writable = _split_status(chain.writable, memory)
+            if readable and readable[0][1] == HEADER_SIZE:  # as every driver does it
+                header = _HEADER.unpack_from(memory.view(readable[0][0], HEADER_SIZE))
+                readable = readable[1:]
+            else:
+                header, readable = _gather_header(readable, memory)
+            status, writable = _split_status(writable, memory)
         except GuestMemoryError as error:
             raise UnusableChainError(str(error)) from error
-        request_type, _, sector = _HEADER.unpack(header)
+        request_type, _, sector = header
         return cls(request_type, sector, readable, writable, status)
 
 
@@ -72,17 +86,17 @@ def data_views(buffers: list[Buffer], memory: GuestMemory) -> list[memoryview]:
     return [memory.view(gpa, length) for gpa, length in buffers]
 
 
-def _split_header(buffers: list[Buffer], memory: GuestMemory) -> tuple[bytes, list[Buffer]]:
-    """A copy of the first 16 bytes, and the buffers behind them."""
-    if buffers and buffers[0][1] == HEADER_SIZE:
-        return memory.read(buffers[0][0], HEADER_SIZE), buffers[1:]
+def _gather_header(
+    buffers: list[Buffer], memory: GuestMemory
+) -> tuple[tuple[int, int, int], list[Buffer]]:
+    """The header in the first 16 bytes of ``buffers``, and the buffers behind them."""
     header = bytearray()
     for index, (gpa, length) in enumerate(buffers):
         taken = min(length, HEADER_SIZE - len(header))
         header += memory.read(gpa, taken)
         if len(header) == HEADER_SIZE:
             rest = [(gpa + taken, length - taken)] if length > taken else []
-            return bytes(header), rest + buffers[index + 1 :]
+            return _HEADER.unpack(header), rest + buffers[index + 1 :]
     raise UnusableChainError(f"the header has {len(header)} bytes of {HEADER_SIZE}")
 
 
