@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyvmm.errors import ConfigError
+from pyvmm.storage.open import DiskSource
+from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpuid import CpuModel, parse_cpu_option
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
+MAX_QUEUES = 8  # a disk's
 MAX_DISKS = len(layout.VIRTIO_IRQS)
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -18,14 +21,23 @@ _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskConfig:
-    """One ``--disk``: a raw image or block device at ``path``.
+    """One ``--disk``.
 
     ``serial`` is what the guest reads by GET_ID (/sys/block/vda/serial), at most 20 bytes.
+    ``writeback`` is the cache mode the guest finds: with False every write is stable when it
+    completes.
     """
 
-    path: Path
-    read_only: bool = False
+    source: DiskSource
     serial: str = ""
+    queues: int = 1
+    writeback: bool = True
+    rate_limit: RateLimit = field(default_factory=RateLimit)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the guest cannot write."""
+        return self.source.read_only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,29 +117,95 @@ def format_size(size_bytes: int) -> str:
     return str(size_bytes)
 
 
+_DISK_FLAGS = ("ro", "snapshot")
+_DISK_VALUES = {
+    "overlay": "FILE",
+    "serial": "ID",
+    "queues": "N",
+    "writeback": "on|off",
+    "iops": "RATE[:BURST]",
+    "bps": "RATE[:BURST]",
+    "faults": "FILE",
+}
+_DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
+
+
 def parse_disk(text: str) -> DiskConfig:
-    """``PATH[,ro][,serial=ID]`` -> DiskConfig; a comma in the path is written twice."""
-    path, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
-    if not path:
-        raise ConfigError(f"--disk {text}", "names no file; write --disk FILE[,ro][,serial=ID]")
-    read_only, serial = False, ""
-    for option in options:
-        name, _, value = option.partition("=")
-        if option == "ro":
-            read_only = True
-        elif name == "serial":
-            if not value or not value.isascii() or not value.isprintable():
-                raise ConfigError(f"--disk {text}", "serial= wants printable ASCII characters")
-            if len(value) > SERIAL_MAX_BYTES:
-                raise ConfigError(
-                    f"--disk {text}",
-                    f"serial is {len(value)} characters; the limit is {SERIAL_MAX_BYTES}",
-                )
-            serial = value
-        else:
+    """``FILE[,option...]`` or ``nbd://...[,option...]`` -> DiskConfig (docs/disks.md).
+
+    A comma in a name is written twice.  ConfigError quotes ``text``.
+    """
+    option = f"--disk {text}"
+    location, *rest = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    if not location:
+        raise ConfigError(option, "names no file; write --disk FILE[,ro][,serial=ID]")
+    given: dict[str, str] = {}
+    for part in rest:
+        name, has_value, value = part.partition("=")
+        if not (name in _DISK_VALUES if has_value else name in _DISK_FLAGS):
             raise ConfigError(
-                f"--disk {text}",
-                f"does not know {option!r}; the options are ro and serial=ID "
+                option,
+                f"does not know {part!r}; the options are {_DISK_OPTIONS} "
                 "(a comma in the file's name is written ,,)",
             )
-    return DiskConfig(path=Path(path), read_only=read_only, serial=serial)
+        if name in given:
+            raise ConfigError(option, f"says {name} twice")
+        if has_value and not value:
+            raise ConfigError(option, f"{name}= wants a value: {name}={_DISK_VALUES[name]}")
+        given[name] = value
+    if "ro" in given and not given.keys().isdisjoint({"snapshot", "overlay"}):
+        raise ConfigError(option, "is either ro or a snapshot, which the guest may write to")
+    source = DiskSource(
+        location=location,
+        read_only="ro" in given,
+        snapshot="snapshot" in given or "overlay" in given,
+        overlay=given.get("overlay", ""),
+        faults=given.get("faults", ""),
+    )
+    return DiskConfig(
+        source=source,
+        serial=_disk_serial(option, given.get("serial", "")),
+        queues=_disk_queues(option, given.get("queues", "1")),
+        writeback=_disk_writeback(option, given.get("writeback", "on")),
+        rate_limit=_disk_rate_limit(option, given.get("iops", ""), given.get("bps", "")),
+    )
+
+
+def _disk_serial(option: str, value: str) -> str:
+    if not value.isascii() or not value.isprintable():
+        raise ConfigError(option, "serial= wants printable ASCII characters")
+    if len(value) > SERIAL_MAX_BYTES:
+        raise ConfigError(
+            option, f"serial is {len(value)} characters; the limit is {SERIAL_MAX_BYTES}"
+        )
+    return value
+
+
+def _disk_queues(option: str, value: str) -> int:
+    if value not in map(str, range(1, MAX_QUEUES + 1)):
+        raise ConfigError(option, f"queues={value} is not a number from 1 to {MAX_QUEUES}")
+    return int(value)
+
+
+def _disk_writeback(option: str, value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ConfigError(option, f"writeback={value} is neither on nor off")
+    return value == "on"
+
+
+def _disk_rate_limit(option: str, iops: str, bps: str) -> RateLimit:
+    ops_per_s, ops_burst = _rate(option, "iops", iops)
+    bytes_per_s, bytes_burst = _rate(option, "bps", bps)
+    return RateLimit(
+        ops_per_s=ops_per_s, ops_burst=ops_burst, bytes_per_s=bytes_per_s, bytes_burst=bytes_burst
+    )
+
+
+def _rate(option: str, name: str, value: str) -> tuple[int, int]:
+    """``RATE[:BURST]`` as sizes are written; 0 for what is not there."""
+    if not value:
+        return 0, 0
+    numbers = [parse_size(f"{option}: {name}", part) for part in value.split(":")]
+    if len(numbers) > 2 or not all(numbers):
+        raise ConfigError(option, f"{name}={value} is not RATE or RATE:BURST, both at least 1")
+    return numbers[0], numbers[1] if len(numbers) == 2 else 0

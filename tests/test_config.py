@@ -8,6 +8,8 @@ import pytest
 
 from pyvmm.config import DiskConfig, RunConfig, format_size, parse_disk, parse_size
 from pyvmm.errors import ConfigError
+from pyvmm.storage.open import DiskSource
+from pyvmm.virtio.rate_limit import RateLimit
 
 KERNEL = Path("bzImage")
 
@@ -31,21 +33,50 @@ def test_format_size_is_read_back(size: int) -> None:
     assert parse_size("--memory", format_size(size)) == size
 
 
-@pytest.mark.parametrize(("text", "disk"), [
-    ("root.img", DiskConfig(path=Path("root.img"))),
-    ("root.img,ro", DiskConfig(path=Path("root.img"), read_only=True)),
-    ("a,,b.img,serial=X1", DiskConfig(path=Path("a,b.img"), serial="X1")),
-    ("d,serial=12345678901234567890,ro",
-     DiskConfig(path=Path("d"), read_only=True, serial="12345678901234567890")),
+def disk(location: str, **source: bool | str) -> DiskConfig:
+    return DiskConfig(source=DiskSource(location=location, **source))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "config"), [
+    ("root.img", disk("root.img")),
+    ("root.img,ro", disk("root.img", read_only=True)),
+    ("a,,b.img,serial=X1", DiskConfig(source=DiskSource(location="a,b.img"), serial="X1")),
+    ("d,serial=12345678901234567890,ro", DiskConfig(
+        source=DiskSource(location="d", read_only=True), serial="12345678901234567890")),
+    ("base.img,snapshot", disk("base.img", snapshot=True)),
+    ("base.img,overlay=o,,1", disk("base.img", snapshot=True, overlay="o,1")),
+    ("base.img,snapshot,overlay=a=b", disk("base.img", snapshot=True, overlay="a=b")),
+    ("nbd://host:1234/x", disk("nbd://host:1234/x")),
+    ("nbd+unix:///x?socket=/s,ro", disk("nbd+unix:///x?socket=/s", read_only=True)),
+    ("d,faults=script", disk("d", faults="script")),
+    ("d,queues=8,writeback=off", DiskConfig(
+        source=DiskSource(location="d"), queues=8, writeback=False)),
+    ("d,writeback=on,queues=1", disk("d")),
+    ("d,iops=1000,bps=10M", DiskConfig(
+        source=DiskSource(location="d"),
+        rate_limit=RateLimit(ops_per_s=1000, bytes_per_s=10 << 20))),
+    ("d,iops=1K:5K,bps=1M:64M", DiskConfig(
+        source=DiskSource(location="d"),
+        rate_limit=RateLimit(
+            ops_per_s=1024, ops_burst=5120, bytes_per_s=1 << 20, bytes_burst=64 << 20))),
 ])
-def test_disks(text: str, disk: DiskConfig) -> None:
-    assert parse_disk(text) == disk
+def test_disks(text: str, config: DiskConfig) -> None:
+    assert parse_disk(text) == config
+    assert config.read_only == config.source.read_only
 
 
 @pytest.mark.parametrize(("text", "words"), [
     ("", "names no file"), (",ro", "names no file"), ("d,rw", "'rw'"), ("d,serial=", "serial"),
     ("d,serial=123456789012345678901", "limit is 20"), ("d,serial=\x07", "printable"),
-    ("d,ro=1", "'ro=1'"), ("d,", "''"),
+    ("d,ro=1", "'ro=1'"), ("d,", "''"), ("d,snapshot=on", "'snapshot=on'"),
+    ("d,queues", "'queues'"),
+    ("d,ro,ro", "ro twice"), ("d,serial=a,serial=b", "serial twice"),
+    ("d,ro,snapshot", "either ro or a snapshot"), ("d,overlay=o,ro", "either ro or a snapshot"),
+    ("d,overlay=", "overlay=FILE"), ("d,faults=", "faults=FILE"),
+    ("d,queues=0", "from 1 to 8"), ("d,queues=9", "from 1 to 8"), ("d,queues=two", "from 1 to 8"),
+    ("d,queues=01", "from 1 to 8"), ("d,writeback=yes", "neither on nor off"),
+    ("d,iops=0", "at least 1"), ("d,bps=1M:0", "at least 1"), ("d,iops=1:2:3", "RATE:BURST"),
+    ("d,iops=fast", "not a size"), ("d,bps=:5", "not a size"), ("d,bps=-1", "not a size"),
 ])
 def test_bad_disk_options_say_what_is_wrong(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match="--disk") as caught:
@@ -71,11 +102,11 @@ def test_a_timeout_is_a_positive_number(timeout_s: float) -> None:
 
 def test_more_disks_than_lines() -> None:
     with pytest.raises(ConfigError, match=r"9 disks.*8"):
-        RunConfig(kernel=KERNEL, disks=tuple(DiskConfig(path=Path(str(i))) for i in range(9)))
+        RunConfig(kernel=KERNEL, disks=tuple(disk(str(i)) for i in range(9)))
 
 
 def test_the_default_command_line_mounts_the_first_disk() -> None:
-    config = RunConfig(kernel=KERNEL, disks=(DiskConfig(path=Path("d")),), append="quiet")
+    config = RunConfig(kernel=KERNEL, disks=(disk("d"),), append="quiet")
     assert config.kernel_command_line() == (
         "virtio_mmio.device=4K@0xd0000000:5 console=ttyS0 reboot=k panic=-1 "
         "root=/dev/vda rw quiet"
@@ -83,12 +114,12 @@ def test_the_default_command_line_mounts_the_first_disk() -> None:
 
 
 def test_a_read_only_root_is_mounted_read_only() -> None:
-    config = RunConfig(kernel=KERNEL, disks=(DiskConfig(path=Path("d"), read_only=True),))
+    config = RunConfig(kernel=KERNEL, disks=(disk("d", read_only=True),))
     assert "root=/dev/vda ro" in config.kernel_command_line()
 
 
 def test_cmdline_replaces_the_base_but_not_the_devices() -> None:
-    disks = (DiskConfig(path=Path("a")), DiskConfig(path=Path("b")))
+    disks = (disk("a"), disk("b"))
     config = RunConfig(kernel=KERNEL, disks=disks, cmdline="console=ttyS0 init=/bin/sh")
     assert config.kernel_command_line() == (
         "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
@@ -98,6 +129,6 @@ def test_cmdline_replaces_the_base_but_not_the_devices() -> None:
 
 def test_with_an_initrd_the_root_is_the_initrds_business() -> None:
     config = RunConfig(
-        kernel=KERNEL, disks=(DiskConfig(path=Path("d")),), initrd=Path("initrd")
+        kernel=KERNEL, disks=(disk("d"),), initrd=Path("initrd")
     )
     assert "root=" not in config.kernel_command_line()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 SECTOR_SIZE = 512
 """Bytes; the unit a disk's size is rounded down to."""
+_ZERO_CHUNK = 1 << 20
 
 
 class BlockBackend(Protocol):
     """A disk: ``size_bytes`` bytes that can be read, written and flushed.
 
     Transfers are all or nothing for the caller: they return when every byte is done, or raise
-    OSError.  Callers keep them within ``size_bytes``; one outside it raises OSError and touches
-    nothing.  One thread at a time.
+    OSError, and nothing else.  Callers keep them within ``size_bytes``; one outside it raises
+    OSError and touches nothing.  One thread at a time.
     """
 
     @property
@@ -23,24 +26,91 @@ class BlockBackend(Protocol):
 
     @property
     def read_only(self) -> bool:
-        """Whether writes are refused."""
+        """Whether writes are refused (EROFS)."""
 
     @property
     def block_size(self) -> int:
-        """The unit the storage likes to be addressed in, in bytes: a power of 2 from 512."""
+        """The logical block in bytes: a power of 2 from 512."""
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether ``discard`` has a chance to free anything."""
+
+    @property
+    def can_write_zeroes(self) -> bool:
+        """Whether ``write_zeroes`` works without the zeroes being transferred."""
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Fill ``buffers``, in order, from ``offset`` (bytes)."""
 
-    def writev(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Store ``buffers``, in order, at ``offset`` (bytes).  Volatile until a flush."""
+    def writev(
+        self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
+    ) -> None:
+        """Store ``buffers``, in order, at ``offset`` (bytes).
+
+        Volatile until a flush; with ``durable`` on stable storage when it returns.
+        """
 
     def flush(self) -> None:
-        """Return when everything written before is on stable storage.
+        """Return when everything done before is on stable storage.
 
-        After one failure every later flush fails too: the host may have dropped what it could
-        not write, and a second attempt would report as safe what is lost.
+        After one failure every later flush, and durable write, fails too: the host may have
+        dropped what it could not write, and a second attempt would report as safe what is lost.
         """
+
+    def discard(self, offset: int, length: int) -> None:
+        """The bytes are not needed any more; what they read as is undefined.  May do nothing."""
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make the bytes zero; with ``unmap`` their room may be freed.  Volatile like a write."""
+
+    def refresh_size(self) -> int:
+        """Look again how large the disk is, adopt that as ``size_bytes`` and return it."""
 
     def close(self) -> None:
         """Free what it holds; idempotent.  Does not flush."""
+
+
+def check_range(name: str, offset: int, length: int, size_bytes: int) -> None:
+    """OSError EINVAL naming the disk unless ``length`` bytes at ``offset`` lie on it."""
+    if offset < 0 or length < 0 or offset + length > size_bytes:
+        raise OSError(errno.EINVAL, f"{length} bytes at {offset} leave the disk", name)
+
+
+def read_only_error(name: str) -> OSError:
+    """What a write to a read-only disk raises."""
+    return OSError(errno.EROFS, os.strerror(errno.EROFS), name)
+
+
+def buffers_behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """``buffers`` without their first ``count`` bytes."""
+    rest = []
+    for buffer in buffers:
+        if count < len(buffer):
+            rest.append(buffer[count:])
+        count = max(0, count - len(buffer))
+    return rest
+
+
+def buffers_slice(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
+    """The ``length`` bytes of ``buffers`` from ``start``, as views of them."""
+    rest = []
+    for buffer in buffers:
+        if length == 0:
+            break
+        if start < len(buffer):
+            part = buffer[start : start + length]
+            rest.append(part)
+            length -= len(part)
+        start = max(0, start - len(buffer))
+    return rest
+
+
+def write_real_zeroes(disk: BlockBackend, offset: int, length: int) -> None:
+    """Zeroes written as data, for a disk that knows no better way."""
+    chunk = memoryview(bytes(min(length, _ZERO_CHUNK)))
+    while length:
+        count = min(length, len(chunk))
+        disk.writev([chunk[:count]], offset)
+        offset += count
+        length -= count

@@ -13,8 +13,8 @@ from typing import ClassVar, Protocol
 from pyvmm.errors import ActivateError, GuestError, RingError
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.queue import Chain, Queue, Ring
+from pyvmm.virtio.rings import make_ring
 from pyvmm.virtio.spec import DeviceType, Feature
-from pyvmm.virtio.split import SplitRing
 
 
 class Interrupt(Protocol):
@@ -25,11 +25,6 @@ class Interrupt(Protocol):
 
     def notify_config(self) -> None:
         """Tell the driver that the configuration space or the device status changed."""
-
-
-def make_ring(queue: Queue, memory: GuestMemory, features: int) -> Ring:
-    """The ring that ``features`` (as negotiated) make of ``queue``; RingError if malformed."""
-    return SplitRing(queue, memory, indirect=bool(features & Feature.INDIRECT_DESC))
 
 
 class VirtioDevice(abc.ABC):
@@ -111,23 +106,48 @@ class VirtioDevice(abc.ABC):
         for queue in self.queues:
             queue.reset()
 
-    def process_queue(self, index: int) -> bool:
-        """One pass: serve what waits in queue ``index``, at most a queue's length of chains,
-        then publish them all and interrupt once.
+    def reset_queue(self, index: int) -> None:
+        """2.6.1 "Virtqueue Reset": forget queue ``index`` alone; nothing of it is touched
+        afterwards, and chains taken from it but not yet served are dropped."""
+        if self._rings:
+            self._rings[index] = None
+        self.queues[index].reset()
 
-        Returns whether more is waiting.  A queue that is not ready, or a device that is not
-        active, has no work.  RingError where the ring is malformed; the chains served before
-        that point have been published.
+    def start_queue(self, index: int) -> None:
+        """2.6.1.2 "Virtqueue Re-enable": serve queue ``index``, which the driver has set up
+        anew after ``reset_queue``, in a device that is active.  RingError if malformed."""
+        if self._memory is None:
+            return
+        queue = self.queues[index]
+        self._rings[index] = make_ring(queue, self._memory, self._acked_features)
+        queue.ready = True
+
+    def process_queue(self, index: int) -> float | None:
+        """One pass: serve what waits in queue ``index``, at most a queue's length of chains,
+        then publish them all and interrupt once.  Never sleeps.
+
+        Returns when to call again: None once nothing is left (the next notification says
+        when), 0.0 if more is waiting, else the seconds a rate limit asks to wait.  A queue that
+        is not ready, or a device that is not active, has no work.  RingError where the ring is
+        malformed; the chains served before that point have been published.
         """
         if self._memory is None or self._interrupt is None or not self.queues[index].ready:
-            return False
+            return None
         ring = self._rings[index]
         if ring is None:
-            return False
+            return None
         try:
-            for chain in ring.chains():
-                ring.push(chain, self._serve(chain, self._memory))
+            delay_s = self._drain(index, ring, self._memory)
         finally:
             if ring.publish():
                 self._interrupt.notify_used(index)
-        return ring.pending()
+        if delay_s:
+            return delay_s
+        return 0.0 if ring.pending() else None
+
+    def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
+        """Serve and push what waits in ``ring``, which is queue ``index``; the seconds to wait
+        before the rest may be served, 0.0 if there is no reason to."""
+        for chain in ring.chains():
+            ring.push(chain, self._serve(chain, memory))
+        return 0.0

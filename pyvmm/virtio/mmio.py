@@ -18,9 +18,10 @@ from collections.abc import Callable
 
 from pyvmm.errors import ActivateError, GuestError, RingError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
-from pyvmm.virtio.device import VirtioDevice, make_ring
+from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.queue import Queue
-from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, InterruptBit, Register, Status
+from pyvmm.virtio.rings import make_ring
+from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, Feature, InterruptBit, Register, Status
 
 VENDOR_ID = int.from_bytes(b"PVMM", "little")
 
@@ -85,8 +86,10 @@ class MmioTransport:
     """One virtio-mmio device: ``device`` behind a register page.
 
     ``raise_irq`` pulses the device's interrupt line; ``report`` says a line to the person who
-    runs the VMM.  Both are called on the thread that called a method here.  A guest can make no
-    method raise.
+    runs the VMM.  ``defer`` has ``service`` called for a queue soon, by an I/O thread: it is asked
+    for that when a notification that arrived in ``write`` left work behind.  Without it that
+    work waits for the next notification.  All are called on the thread that called a method
+    here.  A guest can make no method raise.
     """
 
     def __init__(
@@ -96,11 +99,13 @@ class MmioTransport:
         raise_irq: Callable[[], None],
         *,
         report: Callable[[str], None],
+        defer: Callable[[int], None] | None = None,
     ) -> None:
         self.page = mmap.mmap(-1, PAGE_SIZE)
         self._device = device
         self._memory = memory
         self._report = report
+        self._defer = defer
         self._lock = threading.Lock()
         self._words = memoryview(self.page).cast("I")
         self._interrupt = _InterruptLine(self._words, raise_irq)
@@ -117,6 +122,7 @@ class MmioTransport:
             Register.QUEUE_DRIVER_HIGH: self._address_writer("driver_area", 32),
             Register.QUEUE_DEVICE_LOW: self._address_writer("device_area", 0),
             Register.QUEUE_DEVICE_HIGH: self._address_writer("device_area", 32),
+            Register.QUEUE_RESET: self._write_queue_reset,
             Register.STATUS: self._write_status,
         }
         self._show(Register.MAGIC_VALUE, MAGIC)
@@ -132,7 +138,6 @@ class MmioTransport:
             Register.SHM_BASE_HIGH,
         ):
             self._show(register, _WORD)
-        self._show_config()
         self._reset()
 
     # The faces: the bus calls read and write, an I/O thread calls service.
@@ -148,7 +153,7 @@ class MmioTransport:
 
         "The driver MUST only use 32 bit wide and aligned reads and writes to access the control
         registers": other writes to them are ignored, and so are writes to what is read-only.
-        A QueueNotify that arrives here is served before the call returns.
+        A QueueNotify that arrives here gets its pass before the call returns.
         """
         if offset >= Register.CONFIG:
             if offset + size <= PAGE_SIZE:
@@ -158,27 +163,29 @@ class MmioTransport:
             return
         value &= _WORD
         if offset == Register.QUEUE_NOTIFY:
-            self.service(value)
+            if self.service(value) is not None and self._defer:
+                self._defer(value)
         elif offset == Register.INTERRUPT_ACK:
             self._interrupt.acknowledge(value)
         elif offset in self._writers:
             with self._lock:
                 self._writers[offset](value)
 
-    def service(self, queue_index: int) -> bool:
-        """One bounded pass over queue ``queue_index``, on the caller's thread.
+    def service(self, queue_index: int) -> float | None:
+        """One bounded pass over queue ``queue_index``, on the caller's thread; never sleeps.
 
-        Returns whether more work is waiting.  Notifications for a queue that does not exist or
-        is not set up, or that come before DRIVER_OK, do nothing.
+        Returns when to call again: None after the next notification, 0.0 at once because more
+        is waiting, else in so many seconds because of a rate limit.  Notifications for a queue
+        that does not exist or is not set up, or that come before DRIVER_OK, do nothing.
         """
         with self._lock:
-            if not self._is_running or queue_index >= len(self._device.queues):
-                return False
+            if not self._is_running or not 0 <= queue_index < len(self._device.queues):
+                return None
             try:
                 return self._device.process_queue(queue_index)
             except RingError as error:
                 self._need_reset(f"queue {queue_index}: {error}")
-                return False
+                return None
 
     def config_changed(self) -> None:
         """The device's configuration space has new contents: show them, tell the driver."""
@@ -235,6 +242,7 @@ class MmioTransport:
         except GuestError as error:
             self._report(f"{self._name}: FEATURES_OK refused: {error}")
             return False
+        self._show_config()  # what a field says may depend on the features
         return True
 
     def _activate(self) -> None:
@@ -253,9 +261,12 @@ class MmioTransport:
     def _reset(self) -> None:
         """2.4 "Device Reset".  The lock is held, so no pass is under way."""
         self._device.reset()
+        self._show_config()
         self._driver_features = 0
         self._driver_features_sel = 0
+        self._queue_index = 0
         self._queue: Queue | None = None
+        self._reset_queues: set[int] = set()
         self._select_device_features(0)
         self._select_queue(0)
         self._interrupt.acknowledge(_WORD)
@@ -281,6 +292,7 @@ class MmioTransport:
 
     def _select_queue(self, index: int) -> None:
         queues = self._device.queues
+        self._queue_index = index
         self._queue = queues[index] if index < len(queues) else None
         self._show(Register.QUEUE_NUM_MAX, self._queue.max_size if self._queue else 0)
         self._show(Register.QUEUE_READY, bool(self._queue and self._queue.ready))
@@ -288,9 +300,12 @@ class MmioTransport:
     @property
     def _open_queue(self) -> Queue | None:
         """The selected queue while its registers may be written: "When QueueReady is not zero,
-        the driver MUST NOT access" them, and after DRIVER_OK the set-up is over."""
+        the driver MUST NOT access" them, and after DRIVER_OK the set-up is over, except for a
+        queue that was reset (2.6.1.2 "Virtqueue Re-enable")."""
         queue = self._queue
-        if queue is None or queue.ready or self._status & (Status.DRIVER_OK | _STOPPED):
+        if queue is None or queue.ready or self._status & _STOPPED:
+            return None
+        if self._status & Status.DRIVER_OK and self._queue_index not in self._reset_queues:
             return None
         return queue
 
@@ -316,12 +331,30 @@ class MmioTransport:
             self._show(Register.QUEUE_READY, 0)
         elif value == 1 and (queue := self._open_queue):
             try:
-                make_ring(queue, self._memory, self._device.acked_features)
+                if self._status & Status.DRIVER_OK:
+                    self._device.start_queue(self._queue_index)
+                else:
+                    make_ring(queue, self._memory, self._device.acked_features)
             except RingError as error:
-                self._need_reset(f"queue {self._device.queues.index(queue)}: {error}")
+                self._need_reset(f"queue {self._queue_index}: {error}")
                 return
             queue.ready = True
+            self._reset_queues.discard(self._queue_index)
             self._show(Register.QUEUE_READY, 1)
+
+    def _write_queue_reset(self, value: int) -> None:
+        """1 resets the selected queue alone (2.6.1.1 "Virtqueue Reset").
+
+        The lock is held, so the reset is over before the driver can look: "The device MUST
+        present 0 in both QueueReset and QueueReady when queue reset has completed", and nothing
+        of the queue is touched afterwards.
+        """
+        if value != 1 or self._queue is None:
+            return
+        if self._device.acked_features & Feature.RING_RESET:
+            self._device.reset_queue(self._queue_index)
+            self._reset_queues.add(self._queue_index)
+            self._show(Register.QUEUE_READY, 0)
 
     # Configuration space and the page
 

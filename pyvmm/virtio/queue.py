@@ -2,7 +2,7 @@
 chains taken from it and the face of a ring.
 
 ``Queue`` is what the driver wrote into the transport's registers.  A ``Ring`` is made from it
-when the device is activated (``device.make_ring``) and is the only thing that touches the rings
+when the device is activated (``rings.make_ring``) and is the only thing that touches the rings
 in guest memory.  A device never sees more than ``Chain``.
 """
 
@@ -42,27 +42,41 @@ class Queue:
 class Chain:
     """One descriptor chain, copied out of the ring.
 
-    ``head`` is its descriptor index, which is also the identity the driver knows it by.
-    ``readable`` buffers are for the device to read, ``writable`` ones for it to write; empty
-    buffers are left out.  The ring has checked the structure; the addresses are unchecked.
+    ``head`` is the identity the driver knows it by: the index of its first descriptor in a split
+    ring, its buffer ID in a packed one.  ``readable`` buffers are for the device to read,
+    ``writable`` ones for it to write; empty buffers are left out.  The ring has checked the
+    structure; the addresses are unchecked.  ``slots`` is the ring's own: how many places of a
+    packed ring it takes up.
     """
 
-    __slots__ = ("head", "readable", "writable")
+    __slots__ = ("head", "readable", "slots", "writable")
 
-    def __init__(self, head: int, readable: list[Buffer], writable: list[Buffer]) -> None:
+    def __init__(
+        self, head: int, readable: list[Buffer], writable: list[Buffer], slots: int = 1
+    ) -> None:
         self.head = head
         self.readable = readable
         self.writable = writable
+        self.slots = slots
 
 
 class Ring(Protocol):
-    """How a device takes chains from a virtqueue and gives them back."""
+    """How a device takes chains from a virtqueue and gives them back.
+
+    A pass is: ``chains``, ``push`` for each of them, ``publish``, ``pending``.  While it lasts the
+    driver is asked not to notify.
+
+    VIRTIO_F_IN_ORDER is kept as long as chains are pushed in the order they were taken.  It
+    would *allow* to write one used element for a batch of chains whose buffers were all filled
+    completely.  Finding that out costs more than the element it saves, and a driver that looks
+    for every element is served too; so every chain gets its own: a batch of one.
+    """
 
     def chains(self) -> Iterator[Chain]:
         """The chains waiting now, at most a queue's length of them.
 
-        Chains the driver adds meanwhile are for the next pass, and so are those left when the
-        iteration is abandoned.  Raises RingError where the ring is malformed.
+        Chains left when the iteration is abandoned are for the next pass.  Raises RingError
+        where the ring is malformed.
         """
 
     def push(self, chain: Chain, written: int) -> None:
@@ -72,7 +86,10 @@ class Ring(Protocol):
         """Show the driver every chain pushed so far; whether it wants an interrupt for them."""
 
     def pending(self) -> bool:
-        """Whether chains are waiting."""
+        """End the pass: ask the driver to notify again, then look whether chains are waiting.
+
+        What the driver adds after that look it announces.
+        """
 
 
 class FullFence:

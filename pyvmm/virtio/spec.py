@@ -30,7 +30,11 @@ class Feature(enum.IntFlag):
     """6 "Reserved Feature Bits": what any device may offer."""
 
     INDIRECT_DESC = 1 << 28
+    EVENT_IDX = 1 << 29
     VERSION_1 = 1 << 32
+    RING_PACKED = 1 << 34
+    IN_ORDER = 1 << 35
+    RING_RESET = 1 << 40
 
 
 class Register(enum.IntEnum):
@@ -62,6 +66,7 @@ class Register(enum.IntEnum):
     SHM_LEN_HIGH = 0x0B4
     SHM_BASE_LOW = 0x0B8
     SHM_BASE_HIGH = 0x0BC
+    QUEUE_RESET = 0x0C0
     CONFIG_GENERATION = 0x0FC
     CONFIG = 0x100
 
@@ -79,35 +84,65 @@ class InterruptBit(enum.IntFlag):
 
 
 class DescriptorFlag(enum.IntFlag):
-    """2.7.5 "The Virtqueue Descriptor Table": ``flags`` of a split descriptor."""
+    """2.7.5 "The Virtqueue Descriptor Table": ``flags`` of a descriptor, split or packed."""
 
     NEXT = 1
     WRITE = 2
     INDIRECT = 4
 
 
+class PackedFlag(enum.IntFlag):
+    """2.8.1 "Driver and Device Ring Wrap Counters": more ``flags`` of a packed descriptor."""
+
+    AVAIL = 1 << 7
+    USED = 1 << 15
+
+
+class EventFlags(enum.IntEnum):
+    """2.8.10 "Driver and Device Event Suppression": RING_EVENT_FLAGS_*; 3 is reserved."""
+
+    ENABLE = 0
+    DISABLE = 1
+    DESC = 2
+
+
 AVAIL_F_NO_INTERRUPT = 1
 """2.7.6 "The Virtqueue Available Ring": the driver wants no interrupt for used buffers."""
+USED_F_NO_NOTIFY = 1
+"""2.7.8 "The Virtqueue Used Ring": the device needs no notification of available buffers."""
 MAX_QUEUE_SIZE = 32768
-"""2.7 "Split Virtqueues": "The maximum Queue Size value is 32768"."""
+"""2.7 "Split Virtqueues": "The maximum Queue Size value is 32768"; packed ones have 2^15."""
 
 
 class BlockFeature(enum.IntFlag):
-    """5.2.3 "Feature bits" of the block device, as far as this device offers them."""
+    """5.2.3 "Feature bits" of the block device."""
 
+    SIZE_MAX = 1 << 1
     SEG_MAX = 1 << 2
+    GEOMETRY = 1 << 4
     RO = 1 << 5
     BLK_SIZE = 1 << 6
     FLUSH = 1 << 9
+    TOPOLOGY = 1 << 10
+    CONFIG_WCE = 1 << 11
+    MQ = 1 << 12
+    DISCARD = 1 << 13
+    WRITE_ZEROES = 1 << 14
+    LIFETIME = 1 << 15
+    SECURE_ERASE = 1 << 16
 
 
 class BlockRequestType(enum.IntEnum):
-    """5.2.6 "Device Operation" of the block device: ``type`` of a request served here."""
+    """5.2.6 "Device Operation" of the block device: ``type`` of a request."""
 
     IN = 0
     OUT = 1
     FLUSH = 4
     GET_ID = 8
+    GET_LIFETIME = 10
+    DISCARD = 11
+    WRITE_ZEROES = 13
+    SECURE_ERASE = 14
 
 
 class BlockStatus(enum.IntEnum):
@@ -118,6 +153,9 @@ class BlockStatus(enum.IntEnum):
     UNSUPP = 2
 
 
+WRITE_ZEROES_F_UNMAP = 1
+"""5.2.6 "Device Operation" of the block device: the one ``flags`` bit of a segment to discard or
+zero; the driver allows the range to be unmapped."""
 SECTOR_SIZE = 512
 """Bytes; the unit of ``sector`` and ``capacity`` whatever ``blk_size`` says (5.2.5)."""
 BLOCK_ID_SIZE = 20

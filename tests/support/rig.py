@@ -25,17 +25,33 @@ class Hooked:
 
     def __init__(self, backend: BlockBackend) -> None:
         self.backend = backend
-        self.size_bytes = backend.size_bytes
         self.read_only = backend.read_only
+        self.can_discard = backend.can_discard
+        self.can_write_zeroes = backend.can_write_zeroes
+
+    @property
+    def size_bytes(self) -> int:
+        return self.backend.size_bytes
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         self.backend.readv(buffers, offset)
 
-    def writev(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self.backend.writev(buffers, offset)
+    def writev(
+        self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
+    ) -> None:
+        self.backend.writev(buffers, offset, durable=durable)
 
     def flush(self) -> None:
         self.backend.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        self.backend.discard(offset, length)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self.backend.write_zeroes(offset, length, unmap=unmap)
+
+    def refresh_size(self) -> int:
+        return self.backend.refresh_size()
 
     def close(self) -> None:
         self.backend.close()

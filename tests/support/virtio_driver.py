@@ -12,11 +12,20 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.spec import DescriptorFlag, Register, Status
+from pyvmm.virtio.spec import (
+    AVAIL_F_NO_INTERRUPT,
+    USED_F_NO_NOTIFY,
+    DescriptorFlag,
+    Feature,
+    Register,
+    Status,
+)
 
 RAM_BASE = 0x10_0000
 NEXT, WRITE, INDIRECT = (int(flag) for flag in DescriptorFlag)
 STATUS_POISON = 0xEE
+DECLINED = int(Feature.RING_PACKED | Feature.EVENT_IDX)
+"""What a driver here accepts only when it is asked to: other rings, other notifications."""
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 
@@ -77,6 +86,7 @@ class VirtioDriver:
         self.memory = memory
         self.size = size
         self.index = index
+        self.event_idx = False
         self._top = memory.regions[0].gpa
         self.restart()
 
@@ -136,11 +146,12 @@ class VirtioDriver:
             self.set(Register.DRIVER_FEATURES, features >> 32 * word & 0xFFFF_FFFF)
 
     def negotiate(self, features: int | None = None) -> bool:
-        """From reset to FEATURES_OK with ``features`` (all that are offered if None)."""
+        """From reset to FEATURES_OK with ``features`` (None: what is offered, but DECLINED)."""
         for status in (0, 1, 3):
             self.set(Register.STATUS, status)
-        self.accept(self.offered if features is None else features)
+        self.accept(self.offered & ~DECLINED if features is None else features)
         self.set(Register.STATUS, 11)
+        self.event_idx = bool((features or 0) & Feature.EVENT_IDX)
         return self.status == 11
 
     def setup_queue(
@@ -198,10 +209,14 @@ class VirtioDriver:
     def notify(self) -> None:
         self.set(Register.QUEUE_NOTIFY, self.index)
 
-    def submit(self, chain: Sequence[Descriptor], head: int = 0) -> None:
-        """Put ``chain`` into the table at ``head``, offer it and notify."""
+    def place(self, chain: Sequence[Descriptor], head: int = 0) -> None:
+        """Put ``chain`` into the table at ``head`` and offer it, without notifying."""
         self.write_table(linked(chain, head), head)
         self.offer(head)
+
+    def submit(self, chain: Sequence[Descriptor], head: int = 0) -> None:
+        """``place`` and notify."""
+        self.place(chain, head)
         self.notify()
 
     def reap(self) -> list[Used]:
@@ -213,6 +228,24 @@ class VirtioDriver:
             done.append(Used(*struct.unpack("<II", element)))
             self.used_idx = (self.used_idx + 1) & 0xFFFF
         return done
+
+    # Events: 2.7.7 "Used Buffer Notification Suppression" and 2.7.10, its counterpart
+
+    def want_interrupts(self, wanted: bool) -> None:
+        """Without EVENT_IDX: avail.flags."""
+        self.memory.write_int(self.avail, 2, 0 if wanted else AVAIL_F_NO_INTERRUPT)
+
+    def interrupt_after(self, used: int) -> None:
+        """With EVENT_IDX: an interrupt once ``used`` more elements were used (1: the next)."""
+        event = (self.used_idx + used - 1) & 0xFFFF
+        self.memory.write_int(self.avail + 4 + 2 * self.size, 2, event)
+
+    def is_quiet(self) -> bool:
+        """Whether the device asks not to be notified of what is offered next."""
+        if self.event_idx:
+            event = self.memory.read_int(self.used + 4 + 8 * self.size, 2)
+            return event != self.avail_idx
+        return bool(self.memory.read_int(self.used, 2) & USED_F_NO_NOTIFY)
 
 
 class Answer(NamedTuple):

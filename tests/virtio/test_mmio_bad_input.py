@@ -13,6 +13,7 @@ from tests.support.virtio_driver import linked, readable, writable
 from tests.virtio.conftest import MakeRig
 
 CONFIG_SIZE = 0x1000 - Register.CONFIG
+CONFIG_END = 60  # of struct virtio_blk_config up to the fields of VIRTIO_BLK_F_LIFETIME
 WRITE_ONLY = (
     Register.DEVICE_FEATURES_SEL,
     Register.DRIVER_FEATURES,
@@ -74,7 +75,7 @@ def test_bad_input_75_read_of_write_only_and_write_of_read_only_registers(rig: R
 
 
 def test_bad_input_76_config_reads_past_the_structure(rig: Rig) -> None:
-    for offset in range(24, CONFIG_SIZE - 8):
+    for offset in range(CONFIG_END, CONFIG_SIZE - 8):
         assert rig.transport.read(Register.CONFIG + offset, 8) == 0
     assert rig.transport.read(0x1000, 4) == 0xFFFF_FFFF
     assert rig.driver.request(4).status == 0
@@ -101,7 +102,7 @@ def test_bad_input_78_notification_of_no_queue_or_before_driver_ok(new_rig: Make
     driver.set(Register.STATUS, 15)
     for index in (1, 2, 0x1_0000, 0xFFFF_FFFF):
         driver.set(Register.QUEUE_NOTIFY, index)
-        assert rig.transport.service(index) is False
+        assert rig.transport.service(index) is None
     assert driver.reap() == []
     driver.notify()
     assert driver.reap() == [(0, 1)]
@@ -114,7 +115,7 @@ def test_bad_input_78_notification_of_no_queue_or_before_driver_ok(new_rig: Make
     assert rig.reports == []
 
 
-@pytest.mark.parametrize("bit", [0, 7, 12, 17, 29, 34, 40, 63])
+@pytest.mark.parametrize("bit", [0, 4, 7, 15, 16, 17, 27, 33, 36, 38, 63])
 def test_bad_input_80_unoffered_feature_is_refused(new_rig: MakeRig, bit: int) -> None:
     rig = new_rig()
     driver = rig.driver
@@ -214,7 +215,7 @@ def test_bad_input_86_reset_with_io_in_flight(hooked: tuple[Rig, Hooked]) -> Non
     assert rig.memory.read(buffer, 512) == b"\x09" * 512
     driver.offer(0)
     after = bytes(rig.ram)
-    assert rig.transport.service(0) is False
+    assert rig.transport.service(0) is None
     assert bytes(rig.ram) == after, "written to after the status read 0"
     rig.assert_works()
 

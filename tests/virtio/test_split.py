@@ -111,11 +111,11 @@ def test_bad_input_24_idx_that_advances_during_the_pass(hooked: tuple[Rig, Hooke
 
     backend.flush = flush  # type: ignore[method-assign]
     driver.offer(0)
-    assert rig.transport.service(0) is True
+    assert rig.transport.service(0) == 0.0
     assert flushes == 1
     assert driver.reap() == [(0, 1)]
     for _ in range(5):
-        assert rig.transport.service(0) is True
+        assert rig.transport.service(0) == 0.0
     assert flushes == 6
     assert not driver.needs_reset
 
@@ -274,6 +274,15 @@ def test_bad_input_35_indirect_table_of_no_or_broken_length(rig: Rig, length: in
 def test_bad_input_35_indirect_table_outside_ram(rig: Rig, gpa: int) -> None:
     offer_at(rig, [Descriptor(gpa, 48, INDIRECT)])
     assert_nothing_used(rig)
+    rig.assert_needs_reset()
+
+
+def test_bad_input_35_indirect_table_below_ram_is_not_the_end_of_ram(rig: Rig) -> None:
+    chain, _, status = read_chain(rig, 1)
+    rig.memory.write(RAM_END - 48, b"".join(d.pack() for d in linked(chain)))
+    offer_at(rig, [Descriptor(RAM_BASE - 48, 48, INDIRECT)])
+    assert_nothing_used(rig)
+    assert rig.memory.read_int(status, 1) == STATUS_POISON
     rig.assert_needs_reset()
 
 

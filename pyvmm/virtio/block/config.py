@@ -1,34 +1,91 @@
-"""What a user can choose about a block device, and its configuration space."""
+"""What a user can choose about a block device, what it therefore offers, and how its
+configuration space shows that."""
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pyvmm.errors import ConfigError
-from pyvmm.virtio.spec import BLOCK_ID_SIZE
+from pyvmm.storage.backend import BlockBackend
+from pyvmm.virtio.rate_limit import RateLimit
+from pyvmm.virtio.spec import BLOCK_ID_SIZE, SECTOR_SIZE, BlockFeature, Feature
 
 MIN_QUEUE_SIZE = 4
 """The smallest power of 2 that holds a header, a segment and a status byte."""
 MAX_QUEUE_SIZE = 1024
+MAX_QUEUES = 8
+MAX_BLOCK_SIZE = 4096
+"""Bytes, logical; Linux takes no block larger than a page."""
+MAX_PHYSICAL_BLOCK_SIZE = 1 << 20
 
-# struct virtio_blk_config up to blk_size: le64 capacity; le32 size_max; le32 seg_max;
-# struct { le16 cylinders; u8 heads; u8 sectors; } geometry; le32 blk_size;
-_CONFIG_SPACE = struct.Struct("<QIIHBBI")
+SIZE_MAX = 4 << 20
+"""Bytes a data segment may have.  Nothing here is limited by it, but ``len`` of a used element
+has 32 bits, and the most segments of this size just fit: 1022 * 4 MiB < 4 GiB."""
+MAX_SEGMENTS = 32
+"""Ranges of one discard or write-zeroes request."""
+MAX_DISCARD_SECTORS = 1 << 22
+"""2 GiB a range: the file system of the host frees extents, it does not touch data."""
+MAX_WRITE_ZEROES_SECTORS = 1 << 17
+"""64 MiB a range: a file system that cannot zero a range has the zeroes written."""
+
+_NOT_SWITCHABLE = int(Feature.VERSION_1 | BlockFeature.RO)
+_ALWAYS = int(
+    Feature.VERSION_1
+    | Feature.INDIRECT_DESC
+    | Feature.EVENT_IDX
+    | Feature.RING_PACKED
+    | Feature.RING_RESET
+    | Feature.IN_ORDER
+    | BlockFeature.SIZE_MAX
+    | BlockFeature.SEG_MAX
+    | BlockFeature.BLK_SIZE
+    | BlockFeature.FLUSH
+    | BlockFeature.TOPOLOGY
+    | BlockFeature.CONFIG_WCE
+    | BlockFeature.MQ
+)
+
+# struct virtio_blk_config up to the fields of VIRTIO_BLK_F_LIFETIME (5.2.4): le64 capacity;
+# le32 size_max; le32 seg_max; struct { le16 cylinders; u8 heads; u8 sectors; } geometry;
+# le32 blk_size; struct { u8 physical_block_exp; u8 alignment_offset; le16 min_io_size;
+# le32 opt_io_size; } topology; u8 writeback; u8 unused0; u16 num_queues; le32
+# max_discard_sectors; le32 max_discard_seg; le32 discard_sector_alignment; le32
+# max_write_zeroes_sectors; le32 max_write_zeroes_seg; u8 write_zeroes_may_unmap; u8 unused1[3];
+_CONFIG_SPACE = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+WRITEBACK_OFFSET = 32
+"""Where the one field that a driver may write is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockConfig:
     """One block device.
 
-    ``serial`` is the ID string the guest can ask for, at most 20 ASCII characters.
+    ``serial`` is the ID string the guest can ask for, at most 20 printable ASCII characters.
     ``read_only`` refuses every write, whatever the backend allows.  ``queue_size`` is the most
-    entries the driver may give the queue, a power of 2.
+    entries the driver may give a queue, a power of 2; there are ``queues`` of them.
+
+    ``block_size`` is the logical block shown to the guest, in bytes; 0 is the backend's.
+    ``physical_block_size`` is the unit writes should be aligned to, in bytes: a page of the
+    host's page cache unless something else is known.  Both are powers of 2, and advice: the
+    protocol is in sectors of 512 bytes whatever they say.
+
+    ``writeback`` is the cache mode the driver finds: True for a volatile cache that it flushes,
+    False for writes that are stable once they complete.
+
+    ``disabled_features`` are feature bits not to offer, ``Feature`` and ``BlockFeature`` in one
+    word.  VERSION_1 and RO are no choice: legacy is not served, and RO says what ``read_only`` is.
     """
 
     serial: str = ""
     read_only: bool = False
     queue_size: int = 256
+    queues: int = 1
+    block_size: int = 0
+    physical_block_size: int = 4096
+    writeback: bool = True
+    rate_limit: RateLimit = field(default_factory=RateLimit)
+    disabled_features: int = 0
 
     def __post_init__(self) -> None:
         if len(self.serial) > BLOCK_ID_SIZE:
@@ -39,12 +96,18 @@ class BlockConfig:
             )
         if not (self.serial.isascii() and (self.serial.isprintable())):
             raise ConfigError("--disk serial", f"{self.serial!r} is not printable ASCII")
-        size = self.queue_size
-        if not MIN_QUEUE_SIZE <= size <= MAX_QUEUE_SIZE or size & (size - 1):
-            raise ConfigError(
-                "--disk queue size",
-                f"{size} is not a power of 2 from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}",
-            )
+        _check_power_of_2("queue size", self.queue_size, MIN_QUEUE_SIZE, MAX_QUEUE_SIZE)
+        if not 1 <= self.queues <= MAX_QUEUES:
+            raise ConfigError("--disk queues", f"{self.queues} is not within 1 to {MAX_QUEUES}")
+        if self.queues > 1 and self.disabled_features & BlockFeature.MQ:
+            raise ConfigError("--disk queues", f"{self.queues} queues need the feature MQ")
+        if self.block_size:
+            _check_power_of_2("block size", self.block_size, SECTOR_SIZE, MAX_BLOCK_SIZE)
+        _check_power_of_2(
+            "physical block size", self.physical_block_size, SECTOR_SIZE, MAX_PHYSICAL_BLOCK_SIZE
+        )
+        if self.disabled_features & _NOT_SWITCHABLE:
+            raise ConfigError("--disk features", "VERSION_1 and RO cannot be switched off")
 
     @property
     def seg_max(self) -> int:
@@ -53,9 +116,58 @@ class BlockConfig:
         return self.queue_size - 2
 
 
-def config_space(*, capacity_sectors: int, seg_max: int, block_size: int) -> bytes:
-    """The configuration space (5.2.4 "Device configuration layout"); ``block_size`` in bytes.
+def _check_power_of_2(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most or value & (value - 1):
+        raise ConfigError(
+            f"--disk {name}", f"{value} is not a power of 2 from {least} to {most}"
+        )
 
-    size_max and geometry stay 0: their features are not offered.
-    """
-    return _CONFIG_SPACE.pack(capacity_sectors, 0, seg_max, 0, 0, 0, block_size)
+
+def offered_features(config: BlockConfig, backend: BlockBackend) -> int:
+    """What a device of ``config`` over ``backend`` can serve and was not told to hide."""
+    features = _ALWAYS
+    if config.read_only or backend.read_only:
+        features |= BlockFeature.RO
+    else:
+        if backend.can_discard:
+            features |= BlockFeature.DISCARD
+        if backend.can_write_zeroes:
+            features |= BlockFeature.WRITE_ZEROES
+    features &= ~int(config.disabled_features)  # ~ of an IntFlag drops the bits it does not know
+    if not features & BlockFeature.FLUSH:
+        # 5.2.5.2 "Device Requirements: Device Initialization": devices "MUST offer it if they
+        # offer VIRTIO_BLK_F_CONFIG_WCE".
+        features &= ~int(BlockFeature.CONFIG_WCE)
+    return features
+
+
+def config_space(
+    config: BlockConfig, backend: BlockBackend, features: int, *, writeback: bool
+) -> bytes:
+    """The configuration space (5.2.4 "Device configuration layout") of a device that offers
+    ``features``; fields of other features are 0."""
+
+    def of(feature: BlockFeature, value: int) -> int:
+        return value if features & feature else 0
+
+    block = config.block_size or backend.block_size
+    physical = max(config.physical_block_size, block)
+    return _CONFIG_SPACE.pack(
+        backend.size_bytes // SECTOR_SIZE,
+        of(BlockFeature.SIZE_MAX, SIZE_MAX),
+        of(BlockFeature.SEG_MAX, config.seg_max),
+        *(0, 0, 0),  # geometry
+        of(BlockFeature.BLK_SIZE, block),
+        of(BlockFeature.TOPOLOGY, (physical // block).bit_length() - 1),
+        0,  # alignment_offset: the first block begins where the disk does
+        of(BlockFeature.TOPOLOGY, physical // block),  # min_io_size
+        0,  # opt_io_size: none is better than another
+        of(BlockFeature.CONFIG_WCE, writeback),
+        of(BlockFeature.MQ, config.queues),
+        of(BlockFeature.DISCARD, MAX_DISCARD_SECTORS),
+        of(BlockFeature.DISCARD, MAX_SEGMENTS),
+        of(BlockFeature.DISCARD, physical // SECTOR_SIZE),
+        of(BlockFeature.WRITE_ZEROES, MAX_WRITE_ZEROES_SECTORS),
+        of(BlockFeature.WRITE_ZEROES, MAX_SEGMENTS),
+        of(BlockFeature.WRITE_ZEROES, backend.can_discard),
+    )

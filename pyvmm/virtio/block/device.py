@@ -6,11 +6,25 @@ outside the capacity, no write to a read-only disk, buffers of the right directi
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import time
+from collections.abc import Callable
+
 from pyvmm.errors import GuestError
 from pyvmm.memory import GuestMemory
 from pyvmm.storage.backend import BlockBackend
-from pyvmm.virtio.block.config import BlockConfig, config_space
+from pyvmm.virtio.block.config import (
+    MAX_DISCARD_SECTORS,
+    MAX_SEGMENTS,
+    MAX_WRITE_ZEROES_SECTORS,
+    WRITEBACK_OFFSET,
+    BlockConfig,
+    config_space,
+    offered_features,
+)
 from pyvmm.virtio.block.request import (
+    HEADER_SIZE,
     STATUS_SIZE,
     BadRequestError,
     Request,
@@ -19,8 +33,10 @@ from pyvmm.virtio.block.request import (
     data_views,
     status_of,
 )
-from pyvmm.virtio.device import Interrupt, VirtioDevice
-from pyvmm.virtio.queue import Buffer, Chain
+from pyvmm.virtio.block.segments import Segment, parse_segments
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.queue import Buffer, Chain, Ring
+from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.spec import (
     BLOCK_ID_SIZE,
     SECTOR_SIZE,
@@ -28,13 +44,15 @@ from pyvmm.virtio.spec import (
     BlockRequestType,
     BlockStatus,
     DeviceType,
-    Feature,
 )
 
+# Plain integers: an IntFlag operation costs more than the rest of a request's dispatch.
 _IN = int(BlockRequestType.IN)
 _OUT = int(BlockRequestType.OUT)
 _FLUSH = int(BlockRequestType.FLUSH)
 _GET_ID = int(BlockRequestType.GET_ID)
+_DISCARD = int(BlockRequestType.DISCARD)
+_WRITE_ZEROES = int(BlockRequestType.WRITE_ZEROES)
 _OK = int(BlockStatus.OK)
 
 _MAX_DATA = 0xFFFF_FFFF - STATUS_SIZE
@@ -42,45 +60,133 @@ _MAX_DATA = 0xFFFF_FFFF - STATUS_SIZE
 
 
 class BlockDevice(VirtioDevice):
-    """A disk of whole sectors over ``backend``.  The backend belongs to the caller."""
+    """A disk of whole sectors over ``backend``, which belongs to the caller.
+
+    ``clock`` is what the rate limiter reads, in seconds.
+    """
 
     device_type = DeviceType.BLOCK
 
-    def __init__(self, config: BlockConfig, backend: BlockBackend) -> None:
+    def __init__(
+        self,
+        config: BlockConfig,
+        backend: BlockBackend,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
         self._backend = backend
+        self._clock = clock
         self._read_only = config.read_only or backend.read_only
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")
-        self._seg_max = config.seg_max
-        self._flush_after_write = False
-        features = Feature.VERSION_1 | Feature.INDIRECT_DESC
-        features |= BlockFeature.SEG_MAX | BlockFeature.BLK_SIZE | BlockFeature.FLUSH
-        if self._read_only:
-            features |= BlockFeature.RO
-        super().__init__(avail_features=features, queue_max_sizes=(config.queue_size,))
+        self._writeback = config.writeback
+        self._limiter: RateLimiter | None = None
+        # Chains that a rate limit keeps waiting, by queue index: taken, not yet served.
+        self._held: dict[int, Chain] = {}
+        super().__init__(
+            avail_features=offered_features(config, backend),
+            queue_max_sizes=(config.queue_size,) * config.queues,
+        )
+        self.set_rate_limit(config.rate_limit)
+
+    # The disk as the driver sees it
 
     @property
     def capacity_sectors(self) -> int:
         """The disk's size in sectors of 512 bytes."""
         return self._backend.size_bytes // SECTOR_SIZE
 
+    def refresh_capacity(self) -> bool:
+        """Look again how large the backend is; whether that has changed.
+
+        The caller then tells the driver (``MmioTransport.config_changed``).  The backend only
+        looks at a size, so this may be called while a pass is under way.  OSError from it leaves
+        the size as it was.
+        """
+        before = self._backend.size_bytes
+        return self._backend.refresh_size() != before
+
     def read_config(self, offset: int, length: int) -> bytes:
         """``length`` bytes of configuration space from ``offset``; zeros behind its end."""
         space = config_space(
-            capacity_sectors=self.capacity_sectors,
-            seg_max=self._seg_max,
-            block_size=self._backend.block_size,
+            self._config, self._backend, self.avail_features, writeback=self._writeback
         )
         return space[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Ignored: no field is writable without VIRTIO_BLK_F_CONFIG_WCE."""
+        """The driver chooses the cache mode in ``writeback``, if it negotiated CONFIG_WCE: 0 or
+        1.  Everything else is not writable and ignored."""
+        place = WRITEBACK_OFFSET - offset
+        if not (self.acked_features & BlockFeature.CONFIG_WCE and 0 <= place < len(data)):
+            return
+        if data[place] not in (0, 1):
+            return
+        writeback = bool(data[place])
+        if self._writeback and not writeback:
+            # The driver will send no more flushes, so what it has written becomes stable now.
+            # A failure is not lost: the backend fails every durable write after it.
+            with contextlib.suppress(OSError):
+                self._backend.flush()
+        self._writeback = writeback
 
-    def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
-        """See ``VirtioDevice.activate``."""
-        super().activate(memory, interrupt)
+    def set_acked_features(self, features: int) -> None:
+        """See ``VirtioDevice.set_acked_features``."""
+        super().set_acked_features(features)
         # 5.2.6.2 "Device Requirements: Device Operation": FLUSH was offered, so if the driver
-        # declined it, a write is stable when it completes.
-        self._flush_after_write = not self.acked_features & BlockFeature.FLUSH
+        # declined it, a write is stable when it completes; and 5.2.5.2: "If
+        # VIRTIO_BLK_F_CONFIG_WCE is negotiated but VIRTIO_BLK_F_FLUSH is not, the device MUST
+        # initialize writeback to 0".
+        self._writeback = self._config.writeback and bool(features & BlockFeature.FLUSH)
+
+    def reset(self) -> None:
+        """See ``VirtioDevice.reset``.  The rate limiter goes on: a driver that resets the device
+        does not get a fresh burst."""
+        super().reset()
+        self._held.clear()
+        self._writeback = self._config.writeback
+
+    def reset_queue(self, index: int) -> None:
+        """See ``VirtioDevice.reset_queue``."""
+        super().reset_queue(index)
+        self._held.pop(index, None)
+
+    # The rate limit
+
+    def set_rate_limit(self, limit: RateLimit) -> None:
+        """Limit the disk to ``limit`` from the next request on; from any thread, at any time."""
+        if not limit:
+            self._limiter = None
+        elif self._limiter is None:
+            self._limiter = RateLimiter(limit, clock=self._clock)
+        else:
+            self._limiter.change(limit)
+
+    def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
+        """See ``VirtioDevice._drain``: the first chain that may not go yet is held back, and
+        comes first when its time has come."""
+        limiter = self._limiter
+        held = self._held.pop(index, None)
+        if limiter is None and held is None:
+            return super()._drain(index, ring, memory)
+        waiting = ring.chains()
+        if held is not None:
+            waiting = itertools.chain((held,), waiting)
+        for chain in waiting:
+            delay_s = limiter.admit(self._cost(chain)) if limiter else 0.0
+            if delay_s:
+                self._held[index] = chain
+                return delay_s
+            ring.push(chain, self._serve(chain, memory))
+        return 0.0
+
+    def _cost(self, chain: Chain) -> int:
+        """The bytes ``chain`` can move: what it has room for besides header and status, but not
+        more than there are on the disk, or one absurd length would stop the disk for hours."""
+        length = sum(buffer_length for _, buffer_length in chain.readable)
+        length += sum(buffer_length for _, buffer_length in chain.writable)
+        return min(max(0, length - HEADER_SIZE - STATUS_SIZE), self._backend.size_bytes)
+
+    # Requests
 
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
         """Serve one request; bytes written: data and status, or 0 if there is no status."""
@@ -107,6 +213,10 @@ class BlockDevice(VirtioDevice):
             return 0
         if request.type == _GET_ID:
             return self._write_id(request, memory)
+        if request.type == _DISCARD and self.acked_features & BlockFeature.DISCARD:
+            return self._discard(request, memory)
+        if request.type == _WRITE_ZEROES and self.acked_features & BlockFeature.WRITE_ZEROES:
+            return self._write_zeroes(request, memory)
         raise UnsupportedRequestError(f"request type {request.type}")
 
     def _read(self, request: Request, memory: GuestMemory) -> int:
@@ -124,9 +234,11 @@ class BlockDevice(VirtioDevice):
         if request.writable:
             raise BadRequestError("write request with device-writable data")
         self._check_range(request.sector, request.readable)
-        self._backend.writev(data_views(request.readable, memory), request.sector * SECTOR_SIZE)
-        if self._flush_after_write:
-            self._backend.flush()
+        self._backend.writev(
+            data_views(request.readable, memory),
+            request.sector * SECTOR_SIZE,
+            durable=not self._writeback,
+        )
         return 0
 
     def _check_range(self, sector: int, buffers: list[Buffer]) -> int:
@@ -150,3 +262,34 @@ class BlockDevice(VirtioDevice):
             view[: len(piece)] = piece
             rest = rest[len(piece) :]
         return BLOCK_ID_SIZE - len(rest)
+
+    def _discard(self, request: Request, memory: GuestMemory) -> int:
+        for sector, sectors, _ in self._segments(
+            request, memory, may_unmap=False, max_sectors=MAX_DISCARD_SECTORS
+        ):
+            self._backend.discard(sector * SECTOR_SIZE, sectors * SECTOR_SIZE)
+        return 0
+
+    def _write_zeroes(self, request: Request, memory: GuestMemory) -> int:
+        for sector, sectors, unmap in self._segments(
+            request, memory, may_unmap=True, max_sectors=MAX_WRITE_ZEROES_SECTORS
+        ):
+            self._backend.write_zeroes(sector * SECTOR_SIZE, sectors * SECTOR_SIZE, unmap=unmap)
+        if not self._writeback:
+            self._backend.flush()  # what a durable write is to the data it writes
+        return 0
+
+    def _segments(
+        self, request: Request, memory: GuestMemory, *, may_unmap: bool, max_sectors: int
+    ) -> list[Segment]:
+        """The ranges to discard or zero, judged.  Neither is offered for a read-only disk."""
+        if request.writable:
+            raise BadRequestError("discard or write-zeroes request with device-writable data")
+        return parse_segments(
+            request.readable,
+            memory,
+            may_unmap=may_unmap,
+            max_segments=MAX_SEGMENTS,
+            max_sectors=max_sectors,
+            capacity_sectors=self.capacity_sectors,
+        )

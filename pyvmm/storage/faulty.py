@@ -1,0 +1,138 @@
+"""A disk that goes wrong on purpose, by a script: for testing what is above it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from pyvmm.storage.backend import BlockBackend, buffers_slice, check_range
+from pyvmm.storage.fault_script import Effect, Fault, Operation
+
+
+class FaultyBackend:
+    """``backend``, which it owns, with ``faults``.
+
+    Every fault counts the operations it matches.  Of all that are due, delays come first, then the
+    first other effect in the script's order.  A flush or durable write that fails is latched, as
+    the protocol wants.  ``sleep`` takes seconds.
+    """
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        faults: Sequence[Fault],
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._backend = backend
+        self._faults = tuple(faults)
+        self._counts = [0] * len(self._faults)
+        self._sleep = sleep
+        self._flush_errno = 0
+        self.read_only = backend.read_only
+        self.block_size = backend.block_size
+        self.can_discard = backend.can_discard
+        self.can_write_zeroes = backend.can_write_zeroes
+
+    @property
+    def size_bytes(self) -> int:
+        """See ``BlockBackend.size_bytes``."""
+        return self._backend.size_bytes
+
+    def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """See ``BlockBackend.readv``; short: the first bytes arrive, then it fails."""
+        length = self._check(offset, sum(map(len, buffers)))
+        fault = self._due(Operation.READ, offset, length)
+        if fault is None:
+            self._backend.readv(buffers, offset)
+            return
+        if fault.effect is Effect.SHORT:
+            self._backend.readv(buffers_slice(buffers, 0, fault.length), offset)
+        raise _error(fault.error)
+
+    def writev(
+        self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
+    ) -> None:
+        """See ``BlockBackend.writev``; torn: the first bytes are stored, as one that is durable."""
+        length = self._check(offset, sum(map(len, buffers)))
+        if durable:
+            self._check_latch()
+        fault = self._due(Operation.WRITE, offset, length)
+        if fault is None:
+            self._backend.writev(buffers, offset, durable=durable)
+            return
+        if fault.effect is Effect.TORN:
+            self._backend.writev(buffers_slice(buffers, 0, fault.length), offset, durable=durable)
+        self._fail(fault, latch=durable)
+
+    def flush(self) -> None:
+        """See ``BlockBackend.flush``; lost: it succeeds, and nothing is made stable."""
+        self._check_latch()
+        fault = self._due(Operation.FLUSH, 0, 0)
+        if fault is None:
+            self._backend.flush()
+        else:
+            self._fail(fault, latch=True)
+
+    def discard(self, offset: int, length: int) -> None:
+        """See ``BlockBackend.discard``."""
+        fault = self._due(Operation.DISCARD, offset, self._check(offset, length))
+        if fault is None:
+            self._backend.discard(offset, length)
+        else:
+            self._fail(fault)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """See ``BlockBackend.write_zeroes``."""
+        fault = self._due(Operation.ZEROES, offset, self._check(offset, length))
+        if fault is None:
+            self._backend.write_zeroes(offset, length, unmap=unmap)
+        else:
+            self._fail(fault)
+
+    def refresh_size(self) -> int:
+        """See ``BlockBackend.refresh_size``."""
+        return self._backend.refresh_size()
+
+    def close(self) -> None:
+        """Close the backend; idempotent."""
+        self._backend.close()
+
+    def _check(self, offset: int, length: int) -> int:
+        """``length``, which is on the disk: what is refused anyway is not counted."""
+        check_range("faulty disk", offset, length, self.size_bytes)
+        return length
+
+    def _due(self, operation: Operation, offset: int, length: int) -> Fault | None:
+        """Count the operation, wait as long as it is delayed; what else becomes of it."""
+        due = None
+        for index, fault in enumerate(self._faults):
+            if not fault.matches(operation, offset, length):
+                continue
+            self._counts[index] += 1
+            if self._counts[index] < fault.first or (
+                fault.last is not None and self._counts[index] > fault.last
+            ):
+                continue
+            if fault.effect is Effect.DELAY:
+                self._sleep(fault.delay_s)
+            elif due is None:
+                due = fault
+        return due
+
+    def _fail(self, fault: Fault, *, latch: bool = False) -> None:
+        """Raise the fault's error, if it has one."""
+        if fault.error:
+            if latch:
+                self._flush_errno = fault.error
+            raise _error(fault.error)
+
+    def _check_latch(self) -> None:
+        if self._flush_errno:
+            raise OSError(self._flush_errno, "an earlier flush failed", "faulty disk")
+
+
+def _error(number: int) -> OSError:
+    return OSError(number or errno.EIO, os.strerror(number or errno.EIO), "faulty disk")

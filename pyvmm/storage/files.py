@@ -1,0 +1,120 @@
+"""Opening, measuring and locking the files that disks are made of."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable
+
+from pyvmm.errors import ConfigError
+from pyvmm.storage.backend import SECTOR_SIZE
+
+# struct flock { short l_type; short l_whence; off_t l_start; off_t l_len; pid_t l_pid; }
+_FLOCK = struct.Struct("hhqqi4x")
+# What file systems without locks answer.
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+
+# linux/falloc.h
+KEEP_SIZE = 0x01
+PUNCH_HOLE = 0x02
+ZERO_RANGE = 0x10
+
+# linux/fs.h
+_BLKSSZGET = 0x1268  # _IO(0x12, 104): logical sector size, into an int
+
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate  # the os module has none with a mode
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), retried when interrupted; OSError as it answers."""
+    while _fallocate(fd, mode, offset, length):
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+
+
+def open_disk(path: str, read_only: bool) -> int:
+    """A descriptor of ``path``; ConfigError with the remedy if it cannot be opened."""
+    # O_NONBLOCK: opening a FIFO must not wait for its other end; disks ignore it.
+    flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | (os.O_RDONLY if read_only else os.O_RDWR))
+    except ValueError as error:
+        raise ConfigError(repr(path), f"is no file name: {error}") from error
+    except OSError as error:
+        raise ConfigError(path, _open_problem(path, read_only, error)) from error
+
+
+def _open_problem(path: str, read_only: bool, error: OSError) -> str:
+    """What to tell the user about ``error``."""
+    if error.errno == errno.ENOENT:
+        return "no such file; an empty disk is made with: truncate -s 1G FILE"
+    if error.errno == errno.EISDIR:
+        return _NOT_A_DISK.format("a directory")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not read_only:
+        if os.access(path, os.R_OK):
+            return "cannot be written; attach it read-only by adding ,ro"
+        return "permission denied; give yourself read and write permission"
+    return f"cannot be opened: {error.strerror}"
+
+
+_NOT_A_DISK = "is {}, not a regular file or a block device"
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def disk_length(fd: int) -> int:
+    """The length in bytes of a file or a block device, of which fstat says nothing."""
+    return os.lseek(fd, 0, os.SEEK_END)
+
+
+def check_disk(fd: int, path: str) -> None:
+    """ConfigError unless it is a file or a block device of a sector at least."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ConfigError(path, _NOT_A_DISK.format(_KINDS.get(stat.S_IFMT(mode), "special")))
+    length = disk_length(fd)
+    if length < SECTOR_SIZE:
+        raise ConfigError(
+            path, f"has {length} bytes, a disk has at least one sector of {SECTOR_SIZE}"
+        )
+
+
+def logical_block_size(fd: int) -> int:
+    """What the disk must be addressed in, in bytes; a file takes any."""
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return SECTOR_SIZE
+    size = bytearray(4)
+    fcntl.ioctl(fd, _BLKSSZGET, size)
+    return int.from_bytes(size, "little")
+
+
+def lock_disk(fd: int, path: str, read_only: bool, report: Callable[[str], None]) -> None:
+    """Lock the whole file for as long as ``fd`` is open.
+
+    An open file description lock is this open's, not the process's: it meets a second --disk
+    of the same run too, and the locks QEMU takes.
+    """
+    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            remedy = (
+                "end the run that writes it"
+                if read_only
+                else "end the run that uses it, or attach it everywhere with ,ro"
+            )
+            raise ConfigError(path, f"is locked, so it is in use; {remedy}") from error
+        if error.errno not in _NO_LOCKS:
+            raise ConfigError(path, f"cannot be locked: {error.strerror}") from error
+        report(f"{path}: its file system has no locks; do not attach it twice")

@@ -1,0 +1,269 @@
+"""A disk on an NBD server, over TCP or a Unix socket (the protocol's doc/proto.md).
+
+One request at a time, with simple replies.  A connection that is lost stays lost: the server may
+have dropped what was not flushed, and a new connection could not tell.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Sequence
+from enum import IntEnum, IntFlag
+
+from pyvmm.errors import ConfigError
+from pyvmm.storage.backend import (
+    SECTOR_SIZE,
+    buffers_behind,
+    buffers_slice,
+    check_range,
+    read_only_error,
+    write_real_zeroes,
+)
+from pyvmm.storage.nbd_handshake import Export, Transmission, connect, negotiate, receive
+from pyvmm.storage.nbd_uri import parse_nbd_uri
+
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
+_REQUEST_MAGIC = 0x2560_9513
+_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
+_SIMPLE_REPLY_MAGIC = 0x6744_6698
+_RANGE_MAX = 64 << 20
+"""Bytes trimmed or zeroed at once: a server that writes the zeroes must answer in time too."""
+TIMEOUT_S = 30.0
+"""How long a server may be silent before it counts as lost."""
+
+
+class Command(IntEnum):
+    """Request types."""
+
+    READ = 0
+    WRITE = 1
+    DISC = 2
+    FLUSH = 3
+    TRIM = 4
+    WRITE_ZEROES = 6
+
+
+class CommandFlag(IntFlag):
+    """Command flags."""
+
+    FUA = 1 << 0
+    NO_HOLE = 1 << 1
+
+
+_NO_FLAGS = CommandFlag(0)
+
+# Error values are Linux's of x86; a server may send no others.
+_ERRORS = frozenset({
+    errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW,
+    errno.EOPNOTSUPP, errno.ESHUTDOWN,
+})
+
+
+class NbdBackend:
+    """The export ``uri`` names.
+
+    ConfigError, naming ``uri``, if it cannot be had.  ``report`` gets one line when the connection
+    is lost; every operation fails from then on.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        read_only: bool = False,
+        report: Callable[[str], None],
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.uri = uri
+        self.read_only = read_only
+        self._report = report
+        self._flush_errno = 0
+        self._cookie = 0
+        self._is_lost = False
+        address = parse_nbd_uri(uri)
+        try:
+            self._connection = connect(address, timeout_s)
+            try:
+                export = negotiate(self._connection, address.export)
+                _check_export(export, uri, read_only)
+            except BaseException:
+                self._connection.close()
+                raise
+        except TimeoutError as error:
+            raise ConfigError(uri, f"the server does not answer in {timeout_s:g} s") from error
+        except OSError as error:
+            raise ConfigError(uri, f"cannot be opened: {error.strerror or error}") from error
+        self.size_bytes = export.size_bytes - export.size_bytes % export.block_size
+        self.block_size = export.block_size
+        self._max_payload = export.max_payload
+        flags = export.flags
+        self._can_flush = bool(flags & Transmission.SEND_FLUSH)
+        self._can_fua = bool(flags & Transmission.SEND_FUA)
+        self._can_zero = bool(flags & Transmission.SEND_WRITE_ZEROES)
+        self.can_discard = not read_only and bool(flags & Transmission.SEND_TRIM)
+        self.can_write_zeroes = not read_only and self._can_zero
+        if not (self._can_flush or read_only):
+            report(f"{uri}: its server knows no flush; a guest's flush makes nothing safe there")
+
+    def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """See ``BlockBackend.readv``."""
+        for part, start, count in self._chunks(buffers, offset):
+            self._request(Command.READ, start, count, into=part)
+
+    def writev(
+        self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
+    ) -> None:
+        """See ``BlockBackend.writev``; durable by FUA, or by a flush if the server has no FUA."""
+        if self.read_only:
+            raise read_only_error(self.uri)
+        if durable:
+            self._check_latch()
+        flags = CommandFlag.FUA if durable and self._can_fua else _NO_FLAGS
+        try:
+            for part, start, count in self._chunks(buffers, offset):
+                self._request(Command.WRITE, start, count, flags, data=part)
+        except OSError as error:
+            if flags and error.errno != errno.EINVAL:
+                self._flush_errno = error.errno or errno.EIO
+            raise
+        if durable and not flags:
+            self.flush()
+
+    def flush(self) -> None:
+        """See ``BlockBackend.flush``.  A server without flush has promised nothing."""
+        self._check_latch()
+        if not self._can_flush:
+            return
+        try:
+            self._request(Command.FLUSH, 0, 0)
+        except OSError as error:
+            self._flush_errno = error.errno or errno.EIO
+            raise
+
+    def discard(self, offset: int, length: int) -> None:
+        """See ``BlockBackend.discard``."""
+        if self.read_only:
+            raise read_only_error(self.uri)
+        check_range(self.uri, offset, length, self.size_bytes)
+        if self.can_discard:
+            self._ranges(Command.TRIM, offset, length, _NO_FLAGS)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """See ``BlockBackend.write_zeroes``."""
+        if self.read_only:
+            raise read_only_error(self.uri)
+        check_range(self.uri, offset, length, self.size_bytes)
+        if self._can_zero:
+            flags = _NO_FLAGS if unmap else CommandFlag.NO_HOLE
+            self._ranges(Command.WRITE_ZEROES, offset, length, flags)
+        else:
+            write_real_zeroes(self, offset, length)
+
+    def refresh_size(self) -> int:
+        """The size: NBD tells it once a connection."""
+        return self.size_bytes
+
+    def close(self) -> None:
+        """Take leave of the server; idempotent."""
+        if self._is_lost:
+            return
+        self._is_lost = True
+        try:
+            self._connection.sendall(
+                _REQUEST.pack(_REQUEST_MAGIC, 0, Command.DISC, self._cookie, 0, 0)
+            )
+        except OSError:
+            return  # then it has left before us
+        finally:
+            self._connection.close()
+
+    def _chunks(
+        self, buffers: Sequence[memoryview], offset: int
+    ) -> list[tuple[Sequence[memoryview], int, int]]:
+        """The transfer in pieces that the server takes: (buffers, offset, length)."""
+        length = sum(map(len, buffers))
+        check_range(self.uri, offset, length, self.size_bytes)
+        if 0 < length <= self._max_payload:
+            return [(buffers, offset, length)]
+        chunks: list[tuple[Sequence[memoryview], int, int]] = []
+        for start in range(0, length, self._max_payload):
+            count = min(self._max_payload, length - start)
+            chunks.append((buffers_slice(buffers, start, count), offset + start, count))
+        return chunks
+
+    def _ranges(self, command: Command, offset: int, length: int, flags: CommandFlag) -> None:
+        for start in range(offset, offset + length, _RANGE_MAX):
+            count = min(_RANGE_MAX, offset + length - start)
+            self._request(command, start, count, flags)
+
+    def _request(
+        self,
+        command: Command,
+        offset: int,
+        length: int,
+        flags: CommandFlag = _NO_FLAGS,
+        *,
+        data: Sequence[memoryview] = (),
+        into: Sequence[memoryview] = (),
+    ) -> None:
+        """Ask, and wait for the answer; OSError with the server's error, or EIO if it is lost."""
+        if self._is_lost:
+            raise OSError(errno.EIO, "the connection is lost", self.uri)
+        self._cookie += 1
+        header = _REQUEST.pack(_REQUEST_MAGIC, flags, command, self._cookie, offset, length)
+        try:
+            self._send([memoryview(header), *data])
+            magic, error, cookie = _REPLY.unpack(receive(self._connection, _REPLY.size))
+            if magic != _SIMPLE_REPLY_MAGIC or cookie != self._cookie:
+                raise OSError(errno.EPROTO, "the server's answer makes no sense")
+            if not error:
+                self._receive_into(into)
+        except OSError as lost:
+            self._lose(lost)
+            raise OSError(errno.EIO, "the connection is lost", self.uri) from lost
+        if error:
+            number = error if error in _ERRORS else errno.EIO
+            raise OSError(number, os.strerror(number), self.uri)
+
+    def _send(self, buffers: Sequence[memoryview]) -> None:
+        missing = sum(map(len, buffers))
+        while missing:
+            done = self._connection.sendmsg(buffers[:_IOV_MAX])
+            missing -= done
+            if missing:
+                buffers = buffers_behind(buffers, done)
+
+    def _receive_into(self, buffers: Sequence[memoryview]) -> None:
+        missing = sum(map(len, buffers))
+        while missing:
+            done = self._connection.recvmsg_into(buffers[:_IOV_MAX])[0]
+            if not done:
+                raise OSError(errno.ECONNRESET, "the server closed the connection")
+            missing -= done
+            if missing:
+                buffers = buffers_behind(buffers, done)
+
+    def _check_latch(self) -> None:
+        if self._flush_errno:
+            raise OSError(self._flush_errno, "an earlier flush failed", self.uri)
+
+    def _lose(self, error: OSError) -> None:
+        """Give the connection up and say so, once."""
+        self._is_lost = True
+        self._connection.close()
+        why = error.strerror or str(error)
+        self._report(f"{self.uri}: connection lost ({why}); the guest gets I/O errors from now on")
+
+
+def _check_export(export: Export, uri: str, read_only: bool) -> None:
+    """ConfigError unless the export can be this disk."""
+    if export.size_bytes < max(SECTOR_SIZE, export.block_size) or export.size_bytes >= 1 << 63:
+        raise ConfigError(
+            uri, f"has {export.size_bytes} bytes, a disk has at least one block "
+            f"of {max(SECTOR_SIZE, export.block_size)}"
+        )
+    if export.flags & Transmission.READ_ONLY and not read_only:
+        raise ConfigError(uri, "cannot be written; attach it read-only by adding ,ro")

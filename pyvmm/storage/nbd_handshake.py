@@ -1,0 +1,197 @@
+"""The first half of the NBD protocol: from a new connection to an export.
+
+"Fixed newstyle negotiation" of the protocol's doc/proto.md.  All numbers are big-endian.  Nothing a
+server says is believed: lengths are bounded, and what makes no sense is an OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+from pyvmm.storage.backend import SECTOR_SIZE
+from pyvmm.storage.nbd_uri import NbdAddress
+
+_GREETING = struct.Struct(">8s8sH")  # NBDMAGIC, IHAVEOPT, handshake flags
+_OPTION = struct.Struct(">8sII")  # IHAVEOPT, option, length of its data
+_OPTION_REPLY = struct.Struct(">QIII")  # magic, option, reply type, length of its data
+_OPTION_REPLY_MAGIC = 0x0003_E889_0455_65A9
+_FIXED_NEWSTYLE = 1
+_NO_ZEROES = 2
+
+_EXPORT = struct.Struct(">QH")  # size in bytes, transmission flags
+_BLOCK_SIZES = struct.Struct(">III")  # minimum, preferred, maximum payload
+_EXPORT_NAME_PADDING = 124
+_MAX_REPLY_BYTES = 1 << 16
+_MAX_REPLIES = 100
+MAX_PAYLOAD = 32 << 20
+"""Bytes; what every server takes that does not say otherwise."""
+_MAX_MINIMUM_BLOCK = 4096
+"""Bytes; Linux guests know no larger logical block."""
+
+
+class Option(IntEnum):
+    """Option types."""
+
+    EXPORT_NAME = 1
+    GO = 7
+
+
+class Reply(IntEnum):
+    """Option reply types; errors have the highest bit set."""
+
+    ACK = 1
+    INFO = 3
+    ERR_UNSUP = (1 << 31) + 1
+    ERR_POLICY = (1 << 31) + 2
+    ERR_TLS_REQD = (1 << 31) + 5
+    ERR_UNKNOWN = (1 << 31) + 6
+
+
+class Info(IntEnum):
+    """Information types."""
+
+    EXPORT = 0
+    BLOCK_SIZE = 3
+
+
+class Transmission(IntFlag):
+    """Transmission flags: what the export can do."""
+
+    HAS_FLAGS = 1 << 0
+    READ_ONLY = 1 << 1
+    SEND_FLUSH = 1 << 2
+    SEND_FUA = 1 << 3
+    SEND_TRIM = 1 << 5
+    SEND_WRITE_ZEROES = 1 << 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What was agreed on; sizes in bytes."""
+
+    size_bytes: int
+    flags: Transmission
+    block_size: int = SECTOR_SIZE
+    max_payload: int = MAX_PAYLOAD
+
+
+def connect(address: NbdAddress, timeout_s: float) -> socket.socket:
+    """A connected socket, whose calls give up after ``timeout_s``; OSError."""
+    if not address.socket_path:
+        connection = socket.create_connection((address.host, address.port), timeout_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(address.socket_path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def negotiate(connection: socket.socket, export: str) -> Export:
+    """Greet, and choose ``export``; OSError whose strerror says what did not work."""
+    magic, option_magic, flags = _GREETING.unpack(receive(connection, _GREETING.size))
+    if magic != b"NBDMAGIC":
+        raise _refused("what answers is no NBD server")
+    if option_magic != b"IHAVEOPT" or not flags & _FIXED_NEWSTYLE:
+        raise _refused("the server speaks only NBD's old negotiation")
+    connection.sendall(struct.pack(">I", flags & (_FIXED_NEWSTYLE | _NO_ZEROES)))
+    name = export.encode()
+    request = struct.pack(f">I{len(name)}sHH", len(name), name, 1, Info.BLOCK_SIZE)
+    _send_option(connection, Option.GO, request)
+    answer = _go(connection, export)
+    if answer is None:
+        _send_option(connection, Option.EXPORT_NAME, name)
+        size_bytes, export_flags = _EXPORT.unpack(receive(connection, _EXPORT.size))
+        if not flags & _NO_ZEROES:
+            receive(connection, _EXPORT_NAME_PADDING)
+        answer = Export(size_bytes=size_bytes, flags=Transmission(export_flags))
+    return answer
+
+
+def _go(connection: socket.socket, export: str) -> Export | None:
+    """The answer to NBD_OPT_GO; None if the server does not know that option."""
+    size_bytes, flags = None, Transmission(0)
+    block_size, max_payload = SECTOR_SIZE, MAX_PAYLOAD
+    for _ in range(_MAX_REPLIES):
+        kind, data = _receive_reply(connection)
+        if kind == Reply.ACK and size_bytes is not None:
+            return Export(
+                size_bytes=size_bytes, flags=flags, block_size=block_size, max_payload=max_payload
+            )
+        if kind == Reply.INFO and len(data) >= 2:
+            info = int.from_bytes(data[:2], "big")
+            if info == Info.EXPORT and len(data) == 2 + _EXPORT.size:
+                size_bytes, export_flags = _EXPORT.unpack_from(data, 2)
+                flags = Transmission(export_flags)
+            elif info == Info.BLOCK_SIZE and len(data) == 2 + _BLOCK_SIZES.size:
+                block_size, max_payload = _block_sizes(*_BLOCK_SIZES.unpack_from(data, 2))
+        elif kind == Reply.ERR_UNSUP:
+            return None
+        elif kind >= 1 << 31:
+            raise _refused(_refusal(kind, export, data))
+        else:
+            break
+    raise _refused("the server's negotiation makes no sense")
+
+
+def _block_sizes(minimum: int, _preferred: int, maximum: int) -> tuple[int, int]:
+    """Block size and payload limit to keep, from what the server wants."""
+    if not minimum or minimum & (minimum - 1) or minimum > _MAX_MINIMUM_BLOCK:
+        raise _refused(
+            f"the server wants blocks of {minimum} bytes, the limit is {_MAX_MINIMUM_BLOCK}"
+        )
+    block_size = max(minimum, SECTOR_SIZE)
+    max_payload = min(maximum, MAX_PAYLOAD) // block_size * block_size
+    if not max_payload:
+        raise _refused(f"the server takes no more than {maximum} bytes at once")
+    return block_size, max_payload
+
+
+def _refusal(kind: int, export: str, data: bytes) -> str:
+    if kind == Reply.ERR_UNKNOWN:
+        problem = f"the server has no export {export!r}"
+    elif kind == Reply.ERR_TLS_REQD:
+        problem = "the server wants TLS, which pyvmm does not speak"
+    elif kind == Reply.ERR_POLICY:
+        problem = "the server does not allow it"
+    else:
+        problem = f"the server refuses with error {kind - (1 << 31)}"
+    said = data[:200].decode("utf-8", "replace").strip()
+    safe = "".join(c if c.isprintable() else "?" for c in said)
+    return f"{problem} ({safe})" if safe else problem
+
+
+def _send_option(connection: socket.socket, option: Option, data: bytes) -> None:
+    connection.sendall(_OPTION.pack(b"IHAVEOPT", option, len(data)) + data)
+
+
+def _receive_reply(connection: socket.socket) -> tuple[int, bytes]:
+    """Type and data of a reply to NBD_OPT_GO."""
+    header = receive(connection, _OPTION_REPLY.size)
+    magic, option, kind, length = _OPTION_REPLY.unpack(header)
+    if magic != _OPTION_REPLY_MAGIC or option != Option.GO or length > _MAX_REPLY_BYTES:
+        raise _refused("the server's negotiation makes no sense")
+    return kind, receive(connection, length)
+
+
+def receive(connection: socket.socket, length: int) -> bytes:
+    """Exactly ``length`` bytes; OSError if the connection ends before."""
+    data = bytearray()
+    while len(data) < length:
+        piece = connection.recv(length - len(data))
+        if not piece:
+            raise OSError(errno.ECONNRESET, "the server closed the connection")
+        data += piece
+    return bytes(data)
+
+
+def _refused(problem: str) -> OSError:
+    return OSError(errno.EPROTO, problem)

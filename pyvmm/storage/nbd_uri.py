@@ -1,0 +1,54 @@
+"""Where an NBD server is: nbd://host[:port][/export] or nbd+unix:///export?socket=PATH."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyvmm.errors import ConfigError
+
+DEFAULT_PORT = 10809
+_FORMS = "write nbd://host[:port][/export] or nbd+unix:///export?socket=PATH"
+_MAX_NAME_BYTES = 4096  # NBD's limit for any string
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NbdAddress:
+    """An export of a server: at ``socket_path`` if that is not empty, else at ``host``."""
+
+    host: str = ""
+    port: int = DEFAULT_PORT
+    socket_path: str = ""
+    export: str = ""
+
+
+def is_nbd_uri(location: str) -> bool:
+    """Whether ``location`` is meant as an NBD URI; a file of that name is written ./nbd:..."""
+    return location.startswith(("nbd:", "nbds:", "nbd+unix:", "nbds+unix:"))
+
+
+def parse_nbd_uri(uri: str) -> NbdAddress:
+    """``uri`` -> address; ConfigError naming it.  %XX is decoded, as in any URI."""
+    from urllib.parse import unquote, urlsplit  # a boot from a file needs none of it
+
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ConfigError(uri, f"is no NBD address ({error}); {_FORMS}") from error
+    # Not parse_qs: in a file's name + is no space.
+    query = [field.partition("=") for field in parts.query.split("&") if field]
+    sockets = [unquote(value) for name, _, value in query if name == "socket" and value]
+    export = unquote(parts.path).removeprefix("/")
+    if parts.scheme.startswith("nbds"):
+        raise ConfigError(uri, "asks for TLS, which pyvmm does not speak")
+    if len(query) != len(sockets) or parts.fragment or parts.username is not None:
+        raise ConfigError(uri, f"has parts that pyvmm does not know; {_FORMS}")
+    if len(export.encode()) > _MAX_NAME_BYTES:
+        raise ConfigError(uri, f"its export's name is longer than {_MAX_NAME_BYTES} bytes")
+    if parts.scheme == "nbd+unix":
+        if parts.netloc or len(sockets) != 1:
+            raise ConfigError(uri, "names no Unix socket; write nbd+unix:///export?socket=PATH")
+        return NbdAddress(socket_path=sockets[0], export=export)
+    if not host or sockets or port == 0:
+        raise ConfigError(uri, "names no host; write nbd://host[:port][/export]")
+    return NbdAddress(host=host, port=port or DEFAULT_PORT, export=export)

@@ -1,0 +1,153 @@
+"""From what the user asked for to a backend: files and servers found, layers put together."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyvmm.errors import ConfigError
+from pyvmm.storage.backend import BlockBackend
+from pyvmm.storage.nbd_uri import is_nbd_uri
+from pyvmm.storage.raw import RawBackend
+
+# Only a plain file is on everybody's way to a first instruction; the other kinds are imported
+# when they are asked for.
+
+_MAX_SCRIPT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSource:
+    """Where a disk's bytes come from and go to.
+
+    ``location`` is a file's path or an NBD URI.  With ``snapshot`` it is never written: what is
+    written goes to the file ``overlay``, or to one that is gone after the run if that is empty.
+    ``faults`` is a script's path (``pyvmm.storage.fault_script``).
+    """
+
+    location: str
+    read_only: bool = False
+    snapshot: bool = False
+    overlay: str = ""
+    faults: str = ""
+
+    def __post_init__(self) -> None:
+        if self.read_only and self.snapshot:
+            raise ConfigError(self.location, "is either read-only or a snapshot, not both")
+        if self.overlay and not self.snapshot:
+            raise ConfigError(self.location, "has an overlay only as a snapshot")
+
+
+def open_backend(source: DiskSource, *, report: Callable[[str], None]) -> BlockBackend:
+    """The disk ``source`` describes, for the caller to close.
+
+    ConfigError naming file, URI or script.  ``report`` takes lines about what is odd, now
+    and later.
+    """
+    with contextlib.ExitStack() as stack:
+        read_only = source.read_only or source.snapshot
+        backend: BlockBackend
+        if is_nbd_uri(source.location):
+            from pyvmm.storage.nbd import NbdBackend
+
+            backend = NbdBackend(source.location, read_only=read_only, report=report)
+        else:
+            backend = RawBackend(source.location, read_only=read_only, report=report)
+        stack.callback(backend.close)
+        if source.snapshot:
+            backend = _open_overlay(backend, source, stack, report)
+        if source.faults:
+            from pyvmm.storage.fault_script import parse_script
+            from pyvmm.storage.faulty import FaultyBackend
+
+            script = _read_script(source.faults)
+            backend = FaultyBackend(backend, parse_script(script, source.faults))
+        stack.pop_all()
+        return backend
+
+
+def _open_overlay(
+    base: BlockBackend,
+    source: DiskSource,
+    stack: contextlib.ExitStack,
+    report: Callable[[str], None],
+) -> BlockBackend:
+    from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
+
+    name, keep = source.overlay, bool(source.overlay)
+    if not keep:
+        directory = os.environ.get("TMPDIR") or "/var/tmp"  # /tmp is often memory
+        name = f"{directory}/pyvmm-{os.getpid()}-{os.urandom(8).hex()}.snapshot"
+    is_new = _create(name, store_bytes(base.size_bytes))
+    store = RawBackend(name, report=report)
+    stack.callback(store.close)
+    stamp = _stamp(source.location)
+    if not keep:
+        Path(name).unlink()
+    if is_new:
+        try:
+            format_store(store, base.size_bytes, stamp)
+            if keep:
+                store.flush()
+                _sync_directory(name)
+        except OSError as error:
+            raise ConfigError(name, f"cannot be made an overlay: {error.strerror}") from error
+    return OverlayBackend(base, store, name=name, base_stamp=stamp, keep=keep, report=report)
+
+
+def _create(path: str, length: int) -> bool:
+    """Make an empty file of ``length`` bytes; False if there is a file that has something in it.
+
+    One that has nothing in it, not even blocks, is what an interrupted run may leave behind.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o600)
+    except ValueError as error:
+        raise ConfigError(repr(path), f"is no file name: {error}") from error
+    except OSError as error:
+        raise ConfigError(path, f"cannot be made: {error.strerror}") from error
+    try:
+        if os.fstat(fd).st_blocks or os.lseek(fd, 0, os.SEEK_END) not in (0, length):
+            return False
+        os.ftruncate(fd, length)
+    except OSError as error:
+        problem = "no room for" if error.errno == errno.ENOSPC else "cannot be made"
+        raise ConfigError(path, f"{problem} {length} bytes: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    return True
+
+
+def _sync_directory(path: str) -> None:
+    """Make the name ``path`` as stable as the file."""
+    fd = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _stamp(location: str) -> int:
+    """What changes when the base does: its time of modification in ns, 0 for what has none."""
+    if is_nbd_uri(location):
+        return 0
+    try:
+        return Path(location).stat().st_mtime_ns
+    except OSError:
+        return 0  # it is open, but has lost its name
+
+
+def _read_script(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            script = file.read(_MAX_SCRIPT_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, f"cannot be read: {error}") from error
+    if len(script) > _MAX_SCRIPT_BYTES:
+        raise ConfigError(path, f"is longer than a script may be, {_MAX_SCRIPT_BYTES} bytes")
+    return script.decode("utf-8", "replace")

@@ -1,0 +1,130 @@
+"""Token buckets: how many operations and bytes a second a disk may do, and how many at once.
+
+A bucket holds up to a burst of tokens and gains its rate every second.  A request that finds
+enough takes them and goes; one that does not is told how long to wait and takes nothing, so it
+may be asked about again at any time.  A request larger than the burst would never find enough: it
+waits for a full bucket and borrows the rest, which the requests after it pay back.  Over any time
+t a bucket lets through at most ``burst + rate * t`` tokens, and what the last request borrowed.
+
+Nothing here sleeps or calls anybody: the device tells its caller when to come back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyvmm.errors import ConfigError
+
+MAX_WAIT_S = 0.25
+"""No wait is longer, however deep the debt: a changed limit is felt this soon."""
+
+_ENOUGH = 1e-6
+"""Tokens that may be missing: a wait of exactly the time asked for must be the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateLimit:
+    """What a disk may do; a rate of 0 is no limit.
+
+    Rates are per second.  A burst is what may go at once after a pause; 0 stands for a tenth of
+    a second's worth, at least 1.
+    """
+
+    ops_per_s: int = 0
+    ops_burst: int = 0
+    bytes_per_s: int = 0
+    bytes_burst: int = 0
+
+    def __post_init__(self) -> None:
+        for name, rate, burst in (
+            ("ops", self.ops_per_s, self.ops_burst),
+            ("bytes", self.bytes_per_s, self.bytes_burst),
+        ):
+            if rate < 0 or burst < 0:
+                raise ConfigError(
+                    "rate limit", f"{name} {rate} per second, burst {burst}: the least is 0"
+                )
+            if burst and not rate:
+                raise ConfigError("rate limit", f"{name} burst {burst} without a rate")
+
+    def __bool__(self) -> bool:
+        """Whether anything is limited."""
+        return bool(self.ops_per_s or self.bytes_per_s)
+
+
+class RateLimiter:
+    """The buckets of one disk, full at first.  Safe to use from several threads at once."""
+
+    def __init__(self, limit: RateLimit, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        now_s = clock()
+        self._ops = _Bucket(limit.ops_per_s, limit.ops_burst, now_s)
+        self._bytes = _Bucket(limit.bytes_per_s, limit.bytes_burst, now_s)
+
+    def admit(self, byte_count: int) -> float:
+        """Ask to do one operation that moves ``byte_count`` bytes.
+
+        0.0: it may go now, and both buckets are charged.  Otherwise the seconds after which it
+        is worth asking again; nothing is charged.
+        """
+        with self._lock:
+            now_s = self._clock()
+            wait_s = max(self._ops.wait_s(1, now_s), self._bytes.wait_s(byte_count, now_s))
+            if wait_s:
+                return min(wait_s, MAX_WAIT_S)
+            self._ops.take(1)
+            self._bytes.take(byte_count)
+            return 0.0
+
+    def change(self, limit: RateLimit) -> None:
+        """Go on with ``limit``: tokens saved up are kept as far as the new burst allows, and
+        so is a debt."""
+        with self._lock:
+            now_s = self._clock()
+            self._ops.change(limit.ops_per_s, limit.ops_burst, now_s)
+            self._bytes.change(limit.bytes_per_s, limit.bytes_burst, now_s)
+
+
+class _Bucket:
+    """``rate`` tokens a second, at most ``burst`` at once; a rate of 0 is a bucket without end.
+
+    ``level`` is below 0 while something is borrowed.  Times are in seconds of any one clock.
+    """
+
+    __slots__ = ("_burst", "_filled_at_s", "_level", "_rate")
+
+    def __init__(self, rate: int, burst: int, now_s: float) -> None:
+        self._rate = 0
+        self._level = 0.0
+        self.change(rate, burst, now_s)
+
+    def change(self, rate: int, burst: int, now_s: float) -> None:
+        was_limited = self._rate > 0
+        if was_limited:
+            self._fill(now_s)
+        self._rate = rate
+        self._burst = burst or max(1, rate // 10)
+        self._level = min(self._level, self._burst) if was_limited else self._burst
+        self._filled_at_s = now_s
+
+    def wait_s(self, cost: int, now_s: float) -> float:
+        """Seconds until ``cost`` tokens may be taken, 0.0 for now.  What costs nothing never
+        waits, be the bucket in debt or not."""
+        if not self._rate or not cost:
+            return 0.0
+        self._fill(now_s)
+        missing = min(cost, self._burst) - self._level
+        return missing / self._rate if missing > _ENOUGH else 0.0
+
+    def take(self, cost: int) -> None:
+        if self._rate:
+            self._level -= cost
+
+    def _fill(self, now_s: float) -> None:
+        gained = (now_s - self._filled_at_s) * self._rate
+        self._level = min(self._level + gained, self._burst)
+        self._filled_at_s = now_s

@@ -1,0 +1,179 @@
+"""Servers that say what no server should: never believed, never waited for, never a traceback."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import ConfigError
+from pyvmm.storage.nbd import NbdBackend
+from tests.support.nbd_servers import (
+    GREETING,
+    agree,
+    export_info,
+    greet,
+    option_reply,
+    read_exactly,
+    reply,
+    request,
+    scripted,
+)
+from tests.support.raw_disks import room
+
+Serve = Callable[[socket.socket], None]
+ACK = option_reply(1)
+ERR_UNSUP, ERR_TLS_REQD = (1 << 31) + 1, (1 << 31) + 5
+
+
+def refusal(tmp_path: Path, serve: Serve) -> str:
+    uri = f"nbd+unix:///?socket={tmp_path / 'socket'}"
+    with scripted(tmp_path / "socket", serve), pytest.raises(ConfigError) as caught:
+        NbdBackend(uri, report=print, timeout_s=2)
+    assert caught.value.subject == uri
+    assert str(caught.value).isprintable()
+    return caught.value.problem
+
+
+@pytest.mark.parametrize(("greeting", "problem"), [
+    (b"", "closed the connection"), (b"NBDMA", "closed the connection"),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no NBD server"),
+    (b"NBDMAGIC" + bytes.fromhex("00420281861253") + bytes(300), "old negotiation"),
+    (GREETING + b"\0\0", "old negotiation"), (GREETING + b"\0\1", "closed the connection"),
+])
+def test_greetings(tmp_path: Path, greeting: bytes, problem: str) -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(greeting)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+
+    assert problem in refusal(tmp_path, serve)
+
+
+@pytest.mark.parametrize(("answer", "problem"), [
+    (b"", "closed the connection"),
+    (ACK, "makes no sense"),  # without having told the size
+    (option_reply(17), "makes no sense"),
+    (option_reply(1, option=6), "makes no sense"),
+    (b"\0" * 20, "makes no sense"),
+    (struct.pack(">QIII", 0x3E889045565A9, 7, 3, 0xFFFF_FFFF), "makes no sense"),
+    (option_reply(3, b"\0") + ACK, "makes no sense"),
+    (option_reply(3, b"\0\0short") + ACK, "makes no sense"),
+    (option_reply(3, b"\0\7unknown") * 1000, "makes no sense"),
+    (option_reply(ERR_TLS_REQD), "wants TLS"),
+    (option_reply((1 << 31) + 2, b"go\x1b[2J\naway"), "does not allow it (go?[2J?away)"),
+    (option_reply((1 << 31) + 99), "error 99"),
+    (export_info(0, 1) + ACK, "has 0 bytes"),
+    (export_info(1 << 63, 1) + ACK, "has 9223372036854775808 bytes"),
+    (option_reply(3, struct.pack(">HIII", 3, 0, 0, 0)), "blocks of 0 bytes"),
+    (option_reply(3, struct.pack(">HIII", 3, 1000, 0, 0)), "blocks of 1000 bytes"),
+    (option_reply(3, struct.pack(">HIII", 3, 1, 4096, 100)), "no more than 100 bytes"),
+])
+def test_negotiations(tmp_path: Path, answer: bytes, problem: str) -> None:
+    def serve(connection: socket.socket) -> None:
+        greet(connection)
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+
+    assert problem in refusal(tmp_path, serve)
+
+
+@pytest.mark.parametrize("flags", [1, 3])
+def test_a_server_that_does_not_know_go(tmp_path: Path, flags: int) -> None:
+    """The export is chosen the older way; 124 zeroes follow unless both sides can do without."""
+
+    def serve(connection: socket.socket) -> None:
+        assert greet(connection, flags) == b"name"
+        connection.sendall(option_reply(ERR_UNSUP))
+        assert read_exactly(connection, 20) == b"IHAVEOPT" + struct.pack(">II", 1, 4) + b"name"
+        connection.sendall(struct.pack(">QH", 8192, 5) + bytes(0 if flags & 2 else 124))
+        _, command, cookie, offset, length = request(connection)
+        assert (command, offset, length) == (0, 512, 512)
+        connection.sendall(reply(cookie) + b"r" * 512)
+        assert request(connection)[1] == 2  # it takes leave
+
+    with (
+        scripted(tmp_path / "socket", serve),
+        closing(NbdBackend(
+            f"nbd+unix:///name?socket={tmp_path / 'socket'}", report=print, timeout_s=5
+        )) as disk,
+    ):
+        assert (disk.size_bytes, disk.can_discard, disk.can_write_zeroes) == (8192, False, False)
+        buffers = room(512)
+        disk.readv(buffers, 512)
+        assert buffers[0] == b"r" * 512
+
+
+def first_answer(tmp_path: Path, answer: Callable[[bytes], bytes]) -> tuple[OSError, list[str]]:
+    """What a read of 512 bytes raises when it is answered by ``answer(cookie)``."""
+
+    def serve(connection: socket.socket) -> None:
+        agree(connection)
+        connection.sendall(answer(request(connection)[2]))
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+
+    reports: list[str] = []
+    with (
+        scripted(tmp_path / "socket", serve),
+        closing(NbdBackend(
+            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=reports.append, timeout_s=2
+        )) as disk,
+        pytest.raises(OSError) as caught,  # noqa: PT011 (the test looks)
+    ):
+        disk.readv(room(512), 0)
+    return caught.value, reports
+
+
+@pytest.mark.parametrize("answer", [
+    lambda cookie: b"",
+    lambda cookie: reply(cookie)[:-1],
+    lambda cookie: reply(cookie) + b"r" * 511,
+    lambda cookie: bytes(16) + bytes(512),
+    lambda cookie: reply(bytes(8)) + bytes(512),
+    lambda cookie: struct.pack(">IHHQI", 0x668E33EF, 0, 1, 1, 0),  # structured, not agreed on
+])
+def test_answers_that_make_no_sense_end_it(
+    tmp_path: Path, answer: Callable[[bytes], bytes]
+) -> None:
+    error, reports = first_answer(tmp_path, answer)
+    assert "connection is lost" in str(error)
+    assert len(reports) == 1
+
+
+@pytest.mark.parametrize(("number", "name"), [
+    (28, "No space"), (22, "Invalid argument"), (12345, "Input/output"), (2, "Input/output"),
+])
+def test_error_numbers(tmp_path: Path, number: int, name: str) -> None:
+    error, reports = first_answer(tmp_path, lambda cookie: reply(cookie, number))
+    assert name in str(error)
+    assert reports == []
+
+
+def test_a_failed_fua_write_is_latched(tmp_path: Path) -> None:
+    def serve(connection: socket.socket) -> None:
+        agree(connection)
+        flags, command, cookie, _, length = request(connection)
+        assert (flags, command) == (1, 1)
+        read_exactly(connection, length)
+        connection.sendall(reply(cookie, 5))
+        assert request(connection)[1] == 2
+
+    with (
+        scripted(tmp_path / "socket", serve),
+        closing(NbdBackend(
+            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=print, timeout_s=5
+        )) as disk,
+    ):
+        with pytest.raises(OSError, match="Input/output"):
+            disk.writev(room(512), 0, durable=True)
+        with pytest.raises(OSError, match="earlier flush"):
+            disk.flush()
