@@ -37,6 +37,13 @@ def command(*options: str | Path, kernel: Path = KERNEL) -> list[str]:
     return [sys.executable, "-m", "pyvmm", "run", *arguments]
 
 
+def run_in_guest(script: str) -> str:
+    """What to append for our init to run ``script``; quoted, so that the kernel reads none of it."""
+    if '"' in script:
+        raise ValueError("a kernel command line cannot quote double quotes")
+    return f'pyvmm.run="{script}"'
+
+
 def environment() -> dict[str, str]:
     """The environment in which ``python -m pyvmm`` finds this checkout."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guest import IMAGE, USER_SPACE, command, environment
+from tests.support.guest import IMAGE, USER_SPACE, command, environment, run_in_guest
 
 pytestmark = pytest.mark.kvm
 
@@ -111,7 +111,7 @@ def test_a_signal_restores_the_terminal(shell: Terminal) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run(number: signal.Signals) -> None:
     with subprocess.Popen(
-        command("--disk", f"{IMAGE},ro", "--append", "pyvmm.run=sleep 1000"),
+        command("--disk", f"{IMAGE},ro", "--append", run_in_guest("sleep 1000")),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment(),
     ) as run:
         assert run.stdout is not None
@@ -124,7 +124,7 @@ def test_a_signal_ends_the_run(number: signal.Signals) -> None:
 
 def test_a_reader_that_leaves_ends_the_run() -> None:
     with subprocess.Popen(
-        command("--disk", f"{IMAGE},ro", "--append", "pyvmm.run=yes"),
+        command("--disk", f"{IMAGE},ro", "--append", run_in_guest("yes")),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment(),
     ) as run:
         assert run.stdout is not None
