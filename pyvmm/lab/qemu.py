@@ -1,7 +1,7 @@
 """The lab's hardware: QEMU in pure emulation, an AMD machine with SVM.
 
-The flags are measured choices: PVH entry needs no firmware; ``nokaslr`` and ``norandmaps`` let QEMU
-reuse translations; mitigations, page clearing and the self-tests of ciphers cost time under emulation.
+The flags are measured choices: PVH entry needs no firmware; ``nokaslr`` and ``norandmaps`` let
+QEMU reuse translations; mitigations, page clearing and cipher self-tests only cost time here.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ def is_static(program: bytes) -> bool:
     """Whether a 64-bit ELF ``program`` runs without a loader: it has no PT_INTERP segment."""
     if program[:5] != b"\x7fELF\x02" or len(program) < 64:
         return False
-    table, entry_size, entries = *struct.unpack_from("<Q", program, 32), *struct.unpack_from(
-        "<HH", program, 54
-    )
+    (table,) = struct.unpack_from("<Q", program, 32)
+    entry_size, entries = struct.unpack_from("<HH", program, 54)
     pt_interp = 3
     return all(
         struct.unpack_from("<I", program, table + index * entry_size) != (pt_interp,)

@@ -75,7 +75,8 @@ def test_a_shell_is_usable(shell: Terminal) -> None:
     shell.type("echo $((6 * 7))\r")
     shell.wait_for("42")
     shell.wait_for("# ")
-    shell.type("cat > /root/pasted\r")
+    shell.type("echo go; cat > /root/pasted\r")
+    shell.wait_for("\ngo\r")  # by now the shell has left the terminal to the command
     lines = [f"line {number} of a paste {'x' * 50}" for number in range(200)]
     for line in lines:
         shell.type(line + "\r")
