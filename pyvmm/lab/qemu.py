@@ -18,6 +18,10 @@ BINARY = "qemu-system-x86_64"
 PORT_NUMBERS = {"terminal": 0, "in": 1, "out": 2, "err": 3, "control": 4}
 """The virtio-serial ports; ``init.sh`` knows the numbers too.  0 can be a console: hvc0."""
 
+CPU = "max,+svm,-la57,-xsave"
+"""Four-level paging is cheaper to emulate.  Without xsave: QEMU's SVM does not intercept XSETBV, so
+a guest's guest would change state that its KVM does not know of (Linux there warns of it)."""
+
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 panic=-1 tsc=reliable nokaslr norandmaps mitigations=off init_on_alloc=0 "
     "cryptomgr.notests"
@@ -74,7 +78,7 @@ def command_line(
         "setpriv", "--pdeathsig", "KILL", BINARY,
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
         "-M", "q35,usb=off,sata=off,smbus=off", "-accel", "tcg,thread=multi",
-        "-cpu", "max,+svm,-la57", "-smp", str(cpus), "-m", str(memory_bytes >> 20),
+        "-cpu", CPU, "-smp", str(cpus), "-m", str(memory_bytes >> 20),
         "-kernel", str(vmlinux), "-initrd", f"/proc/self/fd/{initramfs_fd}", "-append", append,
         "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
         # The first virtio device, so that Linux calls its ports vport0pN.
