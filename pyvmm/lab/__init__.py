@@ -2,7 +2,8 @@
 
 ``run`` executes a command in it.  The command sees the host's whole file system, may change all
 of it, and changes nothing but the directories named as writable; its output, input and exit
-status are those of a command run on the host.  There is no network but 127.0.0.1.
+status are those of a command run on the host.  There is no network but 127.0.0.1, and 9p cannot
+make named pipes or sockets in a writable directory (/tmp takes them).
 """
 
 from __future__ import annotations
