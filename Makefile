@@ -10,9 +10,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-KERNEL_PACKAGES := gcc libc6-dev make flex bison bc libelf-dev lz4 xz-utils linux-source-6.1
-IMAGE_PACKAGES := busybox-static e2fsprogs
-LAB_PACKAGES := qemu-system-x86 busybox-static kmod cpio xz-utils zstd
+KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
+IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
+LAB_PACKAGES := qemu-system-x86 busybox-static
 TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs
 
 # $(call need,PACKAGES): as root install the missing ones, else print the command that does.

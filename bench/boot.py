@@ -9,6 +9,7 @@ ratio means anything.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -56,7 +57,7 @@ def seconds_to_user_space(command: list[str]) -> float:
             raise RuntimeError("no pipes")
         seen = b""
         while MARK not in seen:
-            chunk = process.stdout.read1(4096)
+            chunk = os.read(process.stdout.fileno(), 4096)
             if not chunk:
                 raise SystemExit(f"{command[0]} ended early:\n{process.stderr.read().decode()}")
             seen += chunk

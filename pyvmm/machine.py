@@ -77,7 +77,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         pio, mmio = Bus("PIO", 0), Bus("MMIO", 12)
 
         serial = Serial(
-            output.write, lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.wake
+            output.write, lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
         )
         pio.add(layout.SERIAL_PORT, Serial.LENGTH, serial)
         keyboard = I8042(lambda: runner.finish(Outcome(Kind.RESET)))

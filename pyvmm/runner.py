@@ -30,7 +30,7 @@ JOIN_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 2.0
 HALT_WATCH_S = 3.0
 HALT_POLL_S = 0.05
-GATHER_S = 0.004
+GATHER_S = 0.01
 """How long console bytes may gather before they are shown."""
 INPUT_LIMIT = 4096
 
@@ -59,6 +59,7 @@ class Runner:
         self._deadlines: list[tuple[float, Outcome]] = []
         self._halt_watch_until_s = 0.0
         self._gathering_since_s: float | None = None
+        self._input_waits = False
         self._threads: list[threading.Thread] = []
         self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
 
@@ -72,6 +73,11 @@ class Runner:
         """Make the main thread look again: console bytes to move, room for input, an outcome."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._wake_fd, 1)
+
+    def input_room(self) -> None:
+        """The guest has room for typed bytes again: go on if some are waiting."""
+        if self._input_waits:
+            self.wake()
 
     def finish_after(self, delay_s: float, outcome: Outcome) -> None:
         """End the run with ``outcome`` in ``delay_s`` seconds, if nothing else ended it before."""
@@ -165,7 +171,10 @@ class Runner:
                 if len(typed) > 256 * INPUT_LIMIT:
                     del typed[256 * INPUT_LIMIT :]
             if typed:
+                # Set before asking: room that comes after the answer makes another wake-up.
+                self._input_waits = True
                 del typed[: receive(bytes(typed))]
+                self._input_waits = bool(typed)
             self._check_clock()
 
     def _is_time_to_show(self, output: OutputBuffer) -> bool:

@@ -65,7 +65,12 @@ def test_a_full_buffer_makes_the_writer_wait_and_loses_nothing() -> None:
 
 def test_shutting_lets_a_waiting_writer_go() -> None:
     output = OutputBuffer(None, lambda: None, lambda _: None)
-    writer = threading.Thread(target=lambda: [output.write(b"x" * 1000) for _ in range(100)])
+
+    def guest() -> None:
+        for _ in range(100):
+            output.write(b"x" * 1000)
+
+    writer = threading.Thread(target=guest)
     writer.start()
     output.shut()
     writer.join(10)

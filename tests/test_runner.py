@@ -183,7 +183,7 @@ def test_bytes_the_guest_has_no_room_for_are_offered_again(
     def receive(data: bytes) -> int:
         taken = min(room.pop(0) if room else len(data), len(data))
         rig.received.extend(data[:taken])
-        threading.Timer(0.01, rig.runner.wake).start()
+        threading.Timer(0.01, rig.runner.input_room).start()
         return taken
 
     monkeypatch.setattr(rig, "receive", receive)

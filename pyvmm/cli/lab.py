@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -119,8 +119,8 @@ def lab_main(argv: list[str]) -> int:
 def _say(line: str) -> None:
     # The terminal may be raw: the carriage return keeps lines at the left edge.
     end = "\r\n" if os.isatty(2) else "\n"
-    sys.stderr.write(f"lab: {line}{end}")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, f"lab: {line}{end}".encode(errors="replace"))
 
 
 def _open_standard_descriptors() -> None:

@@ -2,7 +2,8 @@
 
 ``run`` executes a command in it.  The command sees the host's whole file system, may change all
 of it, and changes nothing but the directories named as writable; its output, input and exit
-status are those of a command run on the host.  There is no network but 127.0.0.1.
+status are those of a command run on the host.  There is no network but 127.0.0.1, and 9p cannot
+make named pipes or sockets in a writable directory (/tmp takes them).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -65,7 +66,9 @@ class LabConfig:
                 f"too small for the lab's Linux; the least is {MIN_MEMORY_BYTES >> 20}M",
             )
         if self.timeout_s is not None and not 0 < self.timeout_s < float("inf"):
-            raise ConfigError(f"--timeout {self.timeout_s:g}", "must be a number of seconds above 0")
+            raise ConfigError(
+                f"--timeout {self.timeout_s:g}", "must be a number of seconds above 0"
+            )
         for directory in self.writable:
             if not directory.is_dir():
                 raise ConfigError(f"--rw {directory}", "is not a directory")
@@ -128,24 +131,47 @@ def run(config: LabConfig, say: Callable[[str], None]) -> int:
     foreground = _in_foreground()
     on_terminal = foreground and os.isatty(1)
     size = os.get_terminal_size(0) if on_terminal else None
-    mark = secrets.token_hex(16)
+    end_mark = secrets.token_hex(16)
     archive = initramfs.pack_initramfs(
         busybox,
         linux.modules,
         initramfs.run_settings(
-            config.writable, mark, (size.lines, size.columns) if size else None, os.isatty(2)
+            config.writable, end_mark, (size.lines, size.columns) if size else None, os.isatty(2)
         ),
         initramfs.command_script(command, config.cwd, lab_environment(config.environment)),
     )
+    ports = ["terminal", "err", "control"] if on_terminal else ["in", "out", "err", "control"]
+    with _machine(config, linux.vmlinux, archive, ports) as (wiring, process):
+        session = Session(
+            wiring,
+            end_mark=b"\0" + end_mark.encode(),
+            kill=process.kill,
+            say=say,
+            timeout_s=config.timeout_s,
+            stdin_fd=0 if foreground or not os.isatty(0) else None,
+            verbose=config.verbose,
+        )
+        return session.run()
+
+
+@contextlib.contextmanager
+def _machine(
+    config: LabConfig, vmlinux: Path, archive: bytes, ports: Sequence[str]
+) -> Iterator[tuple[Wiring, subprocess.Popen[bytes]]]:
+    """A running QEMU and our ends of its ``ports``; it is dead when the context is left.
+
+    It leaves no file behind: the initramfs is a memory file, the ports are unnamed sockets.
+    """
     with contextlib.ExitStack() as stack:
         initramfs_fd = os.memfd_create("pyvmm-lab-initramfs")
         stack.callback(os.close, initramfs_fd)
         with open(initramfs_fd, "wb", closefd=False) as file:
             file.write(archive)
-        names = ["terminal", "err", "control"] if on_terminal else ["in", "out", "err", "control"]
-        ours, theirs = _socket_pairs(stack, names)
+        ours, theirs = _socket_pairs(stack, ports)
+        console, console_end = _pipe(stack)
+        messages, messages_end = _pipe(stack)
         arguments = qemu.command_line(
-            vmlinux=linux.vmlinux,
+            vmlinux=vmlinux,
             initramfs_fd=initramfs_fd,
             cpus=config.cpus,
             memory_bytes=config.memory_bytes,
@@ -153,36 +179,29 @@ def run(config: LabConfig, say: Callable[[str], None]) -> int:
             ports={name: sock.fileno() for name, sock in theirs.items()},
             quiet=not config.verbose,
         )
-        console_in, console_out = _pipe(stack)
-        messages_in, messages_out = _pipe(stack)
-        # Its own session: the terminal's Ctrl-C is for us to pass on, not for QEMU to die of.
-        machine = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=console_out,
-            stderr=messages_out,
-            pass_fds=[initramfs_fd, *(sock.fileno() for sock in theirs.values())],
-            start_new_session=True,
+        try:
+            # Its own session: the terminal's Ctrl-C is for us to pass on, not for QEMU to die of.
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=console_end,
+                stderr=messages_end,
+                pass_fds=[initramfs_fd, *(sock.fileno() for sock in theirs.values())],
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise HostError(f"lab: cannot start {arguments[0]}: {error.strerror}") from error
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        # QEMU must hold the only copies, or its death would not be the end of our streams.
+        for sock in theirs.values():
+            sock.close()
+        console_end.close()
+        messages_end.close()
+        yield (
+            Wiring(ports=ours, console_fd=console.fileno(), messages_fd=messages.fileno()),
+            process,
         )
-        stack.callback(machine.wait)
-        stack.callback(machine.kill)
-        # Ours must be the only copies, or the end of QEMU would not be seen as the end.
-        for end in (*theirs.values(), console_out, messages_out):
-            end.close()
-        session = Session(
-            Wiring(
-                ports=ours,
-                console_fd=console_in.fileno(),
-                messages_fd=messages_in.fileno(),
-                end_mark=b"\0" + mark.encode(),
-                verbose=config.verbose,
-            ),
-            kill=machine.kill,
-            say=say,
-            timeout_s=config.timeout_s,
-            stdin_fd=0 if foreground or not os.isatty(0) else None,
-        )
-        return session.run()
 
 
 def _socket_pairs(

@@ -81,7 +81,7 @@ mkfifo /lab/in /lab/out /lab/err
 {
   while read -r verb first second; do
     case $verb in
-      signal) read -r pid <$N/run/lab/pid && kill -s "$first" -- "-$pid" ;;
+      signal) read -r pid <$N/run/lab/pid && kill -s "$first" "-$pid" ;;
       hangup) [ "$first" = 1 ] && kill $OUT_PID || kill $ERR_PID ;;
       winsize) stty rows "$first" cols "$second" </dev/hvc0 ;;
     esac

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import os
 import select
 import signal
@@ -32,6 +33,10 @@ TIMEOUT_STATUS = 124
 LAB_FAILED_STATUS = 125
 
 
+TerminalState = list[int | list[bytes | int]]
+"""What termios.tcgetattr gives."""
+
+
 class Phase(enum.Enum):
     """Where the run is; each phase has one deadline."""
 
@@ -44,7 +49,7 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wiring:
-    """Our ends of the machine's ports, by name, and of QEMU's standard output and errors.
+    """Our ends of the machine's ports, by name; QEMU's standard output (the console) and errors.
 
     With a port "terminal" there is no "in" or "out".
     """
@@ -52,23 +57,28 @@ class Wiring:
     ports: Mapping[str, socket.socket]
     console_fd: int
     messages_fd: int
-    end_mark: bytes
-    verbose: bool
 
 
 class Session:
-    """Serves a started machine.  ``kill`` ends it at once; ``timeout_s`` None means no limit."""
+    """Serves a started machine.
+
+    ``end_mark`` ends each of CMD's output streams.  ``kill`` ends the machine at once.
+    ``timeout_s`` None means no limit; ``stdin_fd`` None means an empty standard input.
+    """
 
     def __init__(
         self,
         wiring: Wiring,
         *,
+        end_mark: bytes,
         kill: Callable[[], None],
         say: Callable[[str], None],
         timeout_s: float | None = None,
         stdin_fd: int | None = 0,
+        verbose: bool = False,
     ) -> None:
-        self._wiring = wiring
+        self._ports = wiring.ports
+        self._verbose = verbose
         self._kill = kill
         self._say = say
         self._timeout_s = timeout_s
@@ -85,12 +95,12 @@ class Session:
 
         self._control = wiring.ports["control"]
         self._terminal = wiring.ports.get("terminal")
-        self._saved_terminal: list[object] | None = None
-        self._console = Tail(wiring.console_fd, 2 if wiring.verbose else None)
+        self._saved_terminal: TerminalState | None = None
+        self._console = Tail(wiring.console_fd, 2 if verbose else None)
         self._messages = Tail(wiring.messages_fd)
         out = self._terminal or wiring.ports["out"]
         self._outputs = [
-            Output(port.fileno(), fd, wiring.end_mark, lambda error, fd=fd: self._hangup(fd, error))
+            Output(port.fileno(), fd, end_mark, functools.partial(self._hangup, fd))
             for fd, port in ((1, out), (2, wiring.ports["err"]))
         ]
         self._commands = Lines(self._control.fileno(), self._on_control)
@@ -172,7 +182,7 @@ class Session:
     def _on_control(self, line: str) -> None:
         verb, _, rest = line.partition(" ")
         if verb == "ready":
-            if self._wiring.verbose:
+            if self._verbose:
                 self._say(f"ready after {time.monotonic() - self._started_s:.1f} s")
             self._enter(Phase.RUNNING, self._timeout_s)
             self._connect_input()
@@ -207,9 +217,9 @@ class Session:
             self._sources.append(Keyboard(0, self._terminal, self._escape))
             self._send_window_size()
         elif self._stdin_fd is not None:
-            self._sources.append(Input(self._stdin_fd, self._wiring.ports["in"]))
+            self._sources.append(Input(self._stdin_fd, self._ports["in"]))
         else:
-            self._wiring.ports["in"].shutdown(socket.SHUT_WR)
+            self._ports["in"].shutdown(socket.SHUT_WR)
 
     def _escape(self) -> None:
         self._verdict = 128 + signal.SIGINT
@@ -245,7 +255,7 @@ class Session:
             for tail in (self._console, self._messages):
                 if not tail.ended:
                     tail.step()
-        shown = [] if self._wiring.verbose else self._console.lines(25)
+        shown = [] if self._verbose else self._console.lines(25)
         for line in [*shown, *self._messages.lines(10)]:
             self._say(f"| {line}")
 

@@ -25,7 +25,6 @@ class Rig:
     def _room(self) -> None:
         self.rooms += 1
 
-    @property
     def irq(self) -> bool:
         return bool(self.edges) and self.edges[-1]
 
@@ -47,26 +46,26 @@ def test_transmitted_bytes_reach_the_host_in_order() -> None:
 def test_thr_empty_interrupts_once_per_byte_until_iir_is_read() -> None:
     rig = Rig(ier=0)
     rig.write(Register.IER, uart.IER_THRE)
-    assert rig.irq, "the register is empty when the interrupt is enabled"
+    assert rig.irq(), "the register is empty when the interrupt is enabled"
     assert rig.read(Register.IIR_FCR) == uart.IIR_FIFO_ON | uart.IIR_THRE
-    assert not rig.irq
+    assert not rig.irq()
     assert rig.read(Register.IIR_FCR) == uart.IIR_FIFO_ON | uart.IIR_NONE
     rig.write(Register.DATA, ord("a"))
-    assert rig.irq
+    assert rig.irq()
     rig.write(Register.IER, 0)
-    assert not rig.irq
+    assert not rig.irq()
 
 
 def test_received_bytes_raise_the_line_until_all_are_read() -> None:
     rig = Rig()
     assert rig.serial.receive(b"ab") == 2
-    assert rig.irq
+    assert rig.irq()
     assert rig.read(Register.IIR_FCR) & 0x0F == uart.IIR_RX
     assert rig.read(Register.LSR) & uart.LSR_DATA_READY
     assert rig.read(Register.DATA) == ord("a")
-    assert rig.irq
+    assert rig.irq()
     assert rig.read(Register.DATA) == ord("b")
-    assert not rig.irq
+    assert not rig.irq()
     assert not rig.read(Register.LSR) & uart.LSR_DATA_READY
     assert rig.read(Register.DATA) == 0
 
@@ -108,9 +107,9 @@ def test_out2_gates_the_interrupt_line() -> None:
     rig = Rig()
     rig.write(Register.MCR, 0)
     rig.serial.receive(b"x")
-    assert not rig.irq
+    assert not rig.irq()
     rig.write(Register.MCR, uart.MCR_OUT2)
-    assert rig.irq
+    assert rig.irq()
 
 
 def test_loopback_as_linux_probes_it() -> None:
@@ -140,7 +139,7 @@ def test_clearing_the_fifo_drops_what_the_driver_could_have_read() -> None:
     rig = Rig()
     rig.serial.receive(b"old")
     rig.write(Register.IIR_FCR, uart.FCR_ENABLE | uart.FCR_CLEAR_RX)
-    assert not rig.irq
+    assert not rig.irq()
     assert not rig.read(Register.LSR) & uart.LSR_DATA_READY
 
 

@@ -37,18 +37,27 @@ def command(*options: str | Path, kernel: Path = KERNEL) -> list[str]:
     return [sys.executable, "-m", "pyvmm", "run", *arguments]
 
 
+def run_in_guest(script: str) -> str:
+    """What to append for our init to run ``script``; quoted, so that the kernel skips it."""
+    if '"' in script:
+        raise ValueError("a kernel command line cannot quote double quotes")
+    return f'pyvmm.run="{script}"'
+
+
 def environment() -> dict[str, str]:
     """The environment in which ``python -m pyvmm`` finds this checkout."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def boot(
-    *options: str | Path, typed: bytes = b"", kernel: Path = KERNEL, timeout_s: float = TIMEOUT_S
+    *options: str | Path, append: str = "", kernel: Path = KERNEL, timeout_s: float = TIMEOUT_S
 ) -> Run:
-    """Run to the end with ``typed`` on standard input."""
+    """Run to the end, with nothing typed; ``append`` goes behind ``quiet`` on the command line."""
+    line = ("--timeout", str(timeout_s), *options, "--append", f"quiet {append}")
     done = subprocess.run(
-        command("--timeout", str(timeout_s), *options, kernel=kernel),
-        input=typed, capture_output=True, env=environment(), timeout=timeout_s + 60, check=False,
+        command(*line, kernel=kernel),
+        stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=timeout_s + 60,
+        check=False,
     )
     console = done.stdout.decode(errors="replace").replace("\r\n", "\n")
     return Run(done.returncode, console, done.stderr.decode(errors="replace"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guest import IMAGE, USER_SPACE, command, environment
+from tests.support.guest import IMAGE, USER_SPACE, command, environment, run_in_guest
 
 pytestmark = pytest.mark.kvm
 
@@ -75,7 +75,8 @@ def test_a_shell_is_usable(shell: Terminal) -> None:
     shell.type("echo $((6 * 7))\r")
     shell.wait_for("42")
     shell.wait_for("# ")
-    shell.type("cat > /root/pasted\r")
+    shell.type("echo go; cat > /root/pasted\r")
+    shell.wait_for("\ngo\r")  # by now the shell has left the terminal to the command
     lines = [f"line {number} of a paste {'x' * 50}" for number in range(200)]
     for line in lines:
         shell.type(line + "\r")
@@ -111,7 +112,7 @@ def test_a_signal_restores_the_terminal(shell: Terminal) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run(number: signal.Signals) -> None:
     with subprocess.Popen(
-        command("--disk", f"{IMAGE},ro", "--append", "pyvmm.run=sleep 1000"),
+        command("--disk", f"{IMAGE},ro", "--append", run_in_guest("sleep 1000")),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment(),
     ) as run:
         assert run.stdout is not None
@@ -124,7 +125,7 @@ def test_a_signal_ends_the_run(number: signal.Signals) -> None:
 
 def test_a_reader_that_leaves_ends_the_run() -> None:
     with subprocess.Popen(
-        command("--disk", f"{IMAGE},ro", "--append", "pyvmm.run=yes"),
+        command("--disk", f"{IMAGE},ro", "--append", run_in_guest("yes")),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment(),
     ) as run:
         assert run.stdout is not None

@@ -1,0 +1,109 @@
+"""Real labs: the promises of ``pyvmm lab``, each kept by a QEMU that boots Linux."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.lab
+
+LAB = (sys.executable, "-m", "pyvmm", "lab")
+ROOT = Path(__file__).parents[2]
+
+AWAIT_INTERRUPT = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+print("up", flush=True)
+signal.sigwait({signal.SIGINT})
+raise SystemExit(5)
+"""
+"""Ends with 5 on SIGINT; sleep() would not do: an interrupt just before it does not end it."""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with an awkward name, made the working directory and importing our pyvmm."""
+    directory = tmp_path / "a, b 'c'"
+    (directory / ".git").mkdir(parents=True)
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return directory
+
+
+def lab(*argv: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+    done = subprocess.run([*LAB, *argv], input=stdin, capture_output=True, timeout=200)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_command_runs_as_if_it_were_here(checkout: Path, tmp_path: Path) -> None:
+    """Status, separate streams, input to its end, words, directory, files kept and dropped."""
+    outside = tmp_path / "outside"
+    script = f"""
+        cat; pwd; echo "$1" >&2; test "$PYVMM_LAB" = 1
+        cat /sys/module/kvm_amd/parameters/npt; test -c /dev/kvm || exit 1
+        echo kept >file; echo dropped >'{outside}'; cat '{outside}'; exit 7
+    """
+    status, out, err = lab("--", "sh", "-c", script, "sh", "a  'b'", stdin=b"typed\n\xff\n")
+    assert err == b"a  'b'\n"
+    assert out.splitlines() == [
+        b"typed", b"\xff", os.fsencode(checkout), b"Y", b"dropped"
+    ]  # fmt: skip
+    assert status == 7
+    assert (checkout / "file").read_text() == "kept\n"
+    assert not outside.exists()
+
+
+def test_large_streams_arrive_whole_both_ways(checkout: Path) -> None:
+    data = os.urandom(3_000_000)
+    assert lab("--", "cat", stdin=data) == (0, data, b"")
+
+
+def test_timeout_is_124_and_keeps_what_was_said(checkout: Path) -> None:
+    status, out, err = lab("--timeout", "1", "--", "sh", "-c", "echo said; exec sleep 1000")
+    assert (status, out, err) == (124, b"said\n", b"lab: timeout after 1 s\n")
+
+
+def test_interrupt_reaches_the_command(checkout: Path) -> None:
+    with subprocess.Popen(
+        [*LAB, "--", "python3", "-c", AWAIT_INTERRUPT],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 5
+
+
+def test_a_terminal_is_a_terminal_there_too(checkout: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:  # pragma: no cover - the child
+        command = 'tty; exec python3 -c "$1"'
+        os.execv(LAB[0], [*LAB, "--", "sh", "-c", command, "sh", AWAIT_INTERRUPT])
+    seen = b""
+    while b"up\r\n" not in seen:
+        seen += os.read(terminal, 4096)
+    os.write(terminal, b"\x03")
+    while True:
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:  # EIO: the other side has closed
+            break
+        seen += data
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    assert b"/dev/hvc0\r\n" in seen
+    assert seen.endswith(b"up\r\n^C")
+
+
+def test_a_machine_that_cannot_start_is_125_and_says_why(checkout: Path) -> None:
+    status, out, err = lab("--memory", "900T", "--", "true")
+    assert (status, out) == (125, b"")
+    lines = err.decode().splitlines()
+    assert lines[-1] == "lab: its machine ended without a status"
+    assert "lab: | qemu-system-x86_64: " in lines[-2]
