@@ -25,6 +25,8 @@ from pyvmm.report import Reporter
 from pyvmm.vcpu_loop import VcpuLoop
 
 KICK_SIGNAL = signal.SIGRTMIN
+REFRESH_SIGNAL = signal.SIGUSR1
+"""Look at the disks again: a file may have grown."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 JOIN_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 2.0
@@ -37,10 +39,14 @@ INPUT_LIMIT = 4096
 
 @dataclass(frozen=True, slots=True)
 class IoSource:
-    """A queue's doorbell: after ``eventfd`` fires, ``service()`` until it says no more work."""
+    """A queue's doorbell: after ``eventfd`` fires, ``service()`` does one bounded pass.
+
+    It says when to come back: None when nothing is left, else after that many seconds (0: at
+    once, for there is more; above 0: the disk is rate-limited).
+    """
 
     eventfd: int
-    service: Callable[[], bool]
+    service: Callable[[], float | None]
 
 
 class Runner:
@@ -60,6 +66,7 @@ class Runner:
         self._halt_watch_until_s = 0.0
         self._gathering_since_s: float | None = None
         self._input_waits = False
+        self._refresh_wanted = False
         self._threads: list[threading.Thread] = []
         self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
 
@@ -95,11 +102,13 @@ class Runner:
         console: Console,
         output: OutputBuffer,
         receive: Callable[[bytes], int],
+        refresh: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Run to the end; every thread is stopped and the terminal restored when this returns.
 
         ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
-        never holds up another.  ``receive`` takes typed bytes and says how many it took.
+        never holds up another.  ``receive`` takes typed bytes and says how many it took;
+        ``refresh`` is called, on this thread, after every REFRESH_SIGNAL.
         """
         switch_interval_s = sys.getswitchinterval()
         # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
@@ -111,7 +120,9 @@ class Runner:
             ):
                 try:
                     self._start(vcpus, workers)
-                    self._main_loop(console, output, receive, terminal.active, signals.wakeup_fd)
+                    self._main_loop(
+                        console, output, receive, terminal.active, signals.wakeup_fd, refresh
+                    )
                 finally:
                     output.shut()
                     self._stop()
@@ -137,6 +148,7 @@ class Runner:
         receive: Callable[[bytes], int],
         interactive: bool,
         signal_fd: int,
+        refresh: Callable[[], None],
     ) -> None:
         escapes = EscapeFilter(
             on_quit=lambda: self.finish(Outcome(Kind.QUIT)),
@@ -160,6 +172,9 @@ class Runner:
                     os.eventfd_read(self._wake_fd)
             if signal_fd in ready:
                 os.read(signal_fd, 4096)  # the handler has run by now
+                if self._refresh_wanted:
+                    self._refresh_wanted = False
+                    refresh()
             if show and (output.fd is None or output.fd in ready):
                 self._drain_once(output)
                 self._gathering_since_s = None
@@ -230,6 +245,9 @@ class Runner:
             self._drain_once(output)
 
     def _on_signal(self, number: int) -> None:
+        if number == REFRESH_SIGNAL:
+            self._refresh_wanted = True
+            return
         self.finish(Outcome(Kind.SIGNAL, number, signal.Signals(number).name))
 
     # Threads -----------------------------------------------------------------------------------
@@ -291,17 +309,22 @@ class Runner:
             by_fd = {source.eventfd: source for source in sources}
             for fd in (*by_fd, self._stop_fd):
                 poller.register(fd, select.EPOLLIN)
-            busy: dict[int, IoSource] = {}
+            due_s: dict[int, float] = {}
             while not self._stopping:
-                # Every source gets one bounded pass in turn while there is work.
-                for fd, _ in poller.poll(0 if busy else None):
+                wait_s = max(0.0, min(due_s.values()) - time.monotonic()) if due_s else None
+                for fd, _ in poller.poll(wait_s):
                     if fd in by_fd:
                         with contextlib.suppress(BlockingIOError):
                             os.eventfd_read(fd)
-                        busy[fd] = by_fd[fd]
-                for fd, source in list(busy.items()):
-                    if not source.service():
-                        del busy[fd]
+                        due_s[fd] = 0.0
+                # Every source gets one bounded pass in turn while there is work.
+                now_s = time.monotonic()
+                for fd in [fd for fd, at_s in due_s.items() if at_s <= now_s]:
+                    delay_s = by_fd[fd].service()
+                    if delay_s is None:
+                        del due_s[fd]
+                    else:
+                        due_s[fd] = now_s + delay_s
 
 
 def _read_input(fd: int) -> bytes:
@@ -331,7 +354,7 @@ class _Signals:
         self._previous_wakeup_fd = signal.set_wakeup_fd(
             self._wakeup_write_fd, warn_on_full_buffer=False
         )
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, REFRESH_SIGNAL):
             # What was ignored stays ignored (nohup, a shell's background job).
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))

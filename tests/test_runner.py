@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 import threading
@@ -68,6 +69,7 @@ class Rig:
     mmio: Bus = field(default_factory=lambda: Bus("MMIO", 12))
     received: bytearray = field(default_factory=bytearray)
     observed: bytearray = field(default_factory=bytearray)
+    refresh: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.input_read, self.input_write = os.pipe()
@@ -90,7 +92,7 @@ class Rig:
         )
         return self.runner.run(
             vcpus=[loop], workers=workers or [], console=Console(self.input_read, None),
-            output=self.output, receive=self.receive,
+            output=self.output, receive=self.receive, refresh=self.refresh,
         )
 
     def close(self) -> None:
@@ -286,11 +288,12 @@ def test_a_doorbell_is_served_until_there_is_no_more_work(rig: Rig) -> None:
     doorbell = os.eventfd(0, os.EFD_NONBLOCK)
     left = [3]
 
-    def service() -> bool:
+    def service() -> float | None:
         left[0] -= 1
         if left[0] == 0:
             rig.runner.finish(Outcome(Kind.RESET))
-        return left[0] > 0
+            return None
+        return 0.0
 
     os.eventfd_write(doorbell, 1)
     assert rig.run(idle, [("disk", [IoSource(doorbell, service)])]).kind is Kind.RESET
@@ -301,17 +304,54 @@ def test_a_doorbell_is_served_until_there_is_no_more_work(rig: Rig) -> None:
 def test_a_busy_source_does_not_starve_another(rig: Rig) -> None:
     first, second = (os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2))
 
-    def endless() -> bool:
-        return True
+    def endless() -> float | None:
+        return 0.0
 
-    def other() -> bool:
+    def other() -> float | None:
         rig.runner.finish(Outcome(Kind.RESET))
-        return False
+        return None
 
     sources = [IoSource(first, endless), IoSource(second, other)]
     assert rig.run(idle, [("disk", sources)]).kind is Kind.RESET
     os.close(first)
     os.close(second)
+
+
+def test_a_limited_source_is_called_again_in_time_and_holds_up_no_other(rig: Rig) -> None:
+    limited, free = (os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2))
+    calls_s: list[float] = []
+    served = [0]
+
+    def slow() -> float | None:
+        calls_s.append(time.monotonic())
+        if len(calls_s) < 3:
+            return 0.1
+        rig.runner.finish(Outcome(Kind.RESET))
+        return None
+
+    def fast() -> float | None:
+        served[0] += 1
+        return 0.0
+
+    sources = [IoSource(limited, slow), IoSource(free, fast)]
+    assert rig.run(idle, [("disk", sources)]).kind is Kind.RESET
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise(calls_s)]
+    assert all(gap_s > 0.09 for gap_s in gaps_s)
+    assert served[0] > 100
+    os.close(limited)
+    os.close(free)
+
+
+def test_sigusr1_asks_for_a_look_at_the_disks(rig: Rig) -> None:
+    def refresh() -> None:
+        assert threading.current_thread() is threading.main_thread()
+        rig.runner.finish(Outcome(Kind.RESET))
+
+    rig.refresh = refresh
+    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    assert rig.run(idle).kind is Kind.RESET
+    timer.join()
 
 
 def test_a_defect_of_ours_ends_the_run_with_125(rig: Rig) -> None:
