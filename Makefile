@@ -84,12 +84,13 @@ build/bzImage build/vmlinux &: kernels/pyvmm.config kernels/build.py
 	$(PYTHON) kernels/build.py --out build
 	touch build/bzImage build/vmlinux
 
-image: build/root.img ## build/root.img: busybox on ext4, 64 MiB
+image: build/root.img build/test.img ## build/root.img: busybox on ext4, 64 MiB (test.img: for the tests)
 
-build/root.img: guest/build_image.py guest/init $(wildcard guest/exit/*)
+build/root.img build/test.img &: guest/build_image.py guest/init $(wildcard guest/exit/*)
 	@$(call need,$(IMAGE_PACKAGES))
 	mkdir -p build
-	$(PYTHON) guest/build_image.py --out build/root.img --initrd build/initramfs.cpio.gz
+	$(PYTHON) guest/build_image.py --out build/test.img --initrd build/initramfs.cpio.gz
+	cp --sparse=always build/test.img build/root.img
 
 venv: .venv/.installed ## .venv/bin/pyvmm
 

@@ -30,7 +30,7 @@ REFRESH_SIGNAL = signal.SIGUSR1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 JOIN_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 2.0
-HALT_WATCH_S = 3.0
+HALT_WATCH_S = 10.0
 HALT_POLL_S = 0.05
 GATHER_S = 0.01
 """How long console bytes may gather before they are shown."""
@@ -64,6 +64,7 @@ class Runner:
         self._stopping = False
         self._deadlines: list[tuple[float, Outcome]] = []
         self._halt_watch_until_s = 0.0
+        self._next_inspection_s = 0.0
         self._gathering_since_s: float | None = None
         self._input_waits = False
         self._refresh_wanted = False
@@ -206,7 +207,7 @@ class Runner:
         if self._gathering_since_s is not None:
             waits_s.append(self._gathering_since_s + GATHER_S)
         if self._halt_watch_until_s:
-            waits_s.append(time.monotonic() + HALT_POLL_S)
+            waits_s.append(self._next_inspection_s)
         if not waits_s:
             return None
         return max(0, min(1 << 30, int((min(waits_s) - time.monotonic()) * 1000) + 1))
@@ -216,7 +217,10 @@ class Runner:
         for at_s, outcome in self._deadlines:
             if now_s >= at_s:
                 self.finish(outcome)
-        if self._halt_watch_until_s:
+        if self._halt_watch_until_s and now_s >= self._next_inspection_s:
+            # Not at every turn of this loop: a kick's signal wakes this thread too, and a guest
+            # that is kicked again and again gets nowhere.
+            self._next_inspection_s = now_s + HALT_POLL_S
             if now_s >= self._halt_watch_until_s:
                 self._halt_watch_until_s = 0.0
             for loop, _ in self._vcpus:

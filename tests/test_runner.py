@@ -274,6 +274,19 @@ def test_a_halt_with_interrupts_off_is_a_shutdown(rig: Rig) -> None:
     assert rig.run(guest).kind is Kind.SHUTDOWN
 
 
+def test_a_guest_on_its_way_to_halt_is_not_kicked_to_a_standstill(rig: Rig) -> None:
+    kicks = [0]
+
+    def guest(vcpu: FakeVcpu) -> int:
+        kicks[0] += 1
+        return vcpu.halt()
+
+    rig.runner.watch_for_halt()
+    rig.runner.finish_after(0.5, Outcome(Kind.TIMEOUT))
+    assert rig.run(guest).kind is Kind.TIMEOUT
+    assert 2 <= kicks[0] <= 15
+
+
 def test_a_halt_that_an_interrupt_could_end_is_none(rig: Rig) -> None:
     def guest(vcpu: FakeVcpu) -> int:
         vcpu.mp_state = abi.KVM_MP_STATE_HALTED

@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-KERNEL, VMLINUX, IMAGE = BUILD / "bzImage", BUILD / "vmlinux", BUILD / "root.img"
+KERNEL, VMLINUX = BUILD / "bzImage", BUILD / "vmlinux"
+IMAGE = BUILD / "test.img"  # as build/root.img was before anybody booted it
 USER_SPACE = "pyvmm-init: user space reached"
 # Far above what a boot takes, and below pytest's own timeout.
 TIMEOUT_S = 120

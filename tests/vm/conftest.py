@@ -12,5 +12,5 @@ from tests.support.guest import IMAGE
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """A copy of build/root.img that the test may write."""
+    """A copy of build/test.img that the test may write."""
     return shutil.copyfile(IMAGE, tmp_path / "root.img")
