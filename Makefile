@@ -13,7 +13,10 @@ ARGS ?=
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
 IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
 LAB_PACKAGES := qemu-system-x86 busybox-static
-TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs
+TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils
+# What guests of the tests run, from the host's packages: build/tools.img.
+TOOL_PACKAGES := fio util-linux e2fsprogs
+TOOLS := /usr/bin/fio /sbin/mke2fs /sbin/e2fsck /sbin/blkdiscard
 
 # $(call need,PACKAGES): as root install the missing ones, else print the command that does.
 define need
@@ -45,7 +48,7 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run shell test lint unit vm-test kernel image venv dev bench doctor clean
+.PHONY: help run shell test lint unit vm-test soak kernel image venv dev bench doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,18 +67,23 @@ lint: dev ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: dev kernel image ## tests that need no KVM, and bare guests if there is a /dev/kvm
+unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guests if there is a /dev/kvm
 	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES))
-	select="not kvm"
+	select="not kvm and not power_cut"
 	if ! [ -r /dev/kvm -a -w /dev/kvm ]; then
-	  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not bare"
+	  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not power_cut and not bare"
 	fi
 	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
 
-vm-test: dev kernel image ## Linux guests; in the lab where this host's KVM cannot
+vm-test: dev kernel image build/tools.img ## Linux guests; in the lab where this host's KVM cannot
 	@$(call choose_host,--timeout 2400)
 	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
 	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS)
+
+soak: dev kernel image build/tools.img ## 10,000 power cuts
+	@$(call choose_host,)
+	PYVMM_POWER_CUTS=10000 $(BIN)/python -m pytest -q -m power_cut --timeout 7200 tests/vm
 
 kernel: build/bzImage build/vmlinux ## build/bzImage and build/vmlinux (minutes the first time, then cached)
 
@@ -91,6 +99,11 @@ build/root.img build/test.img &: guest/build_image.py guest/init $(wildcard gues
 	mkdir -p build
 	$(PYTHON) guest/build_image.py --out build/test.img --initrd build/initramfs.cpio.gz
 	cp --sparse=always build/test.img build/root.img
+
+build/tools.img: guest/build_image.py guest/init $(wildcard guest/exit/*)
+	@$(call need,$(IMAGE_PACKAGES) $(TOOL_PACKAGES))
+	mkdir -p build
+	$(PYTHON) guest/build_image.py --out build/tools.img --size 192M $(addprefix --with-program ,$(TOOLS))
 
 venv: .venv/.installed ## .venv/bin/pyvmm
 

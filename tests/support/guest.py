@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 KERNEL, VMLINUX = BUILD / "bzImage", BUILD / "vmlinux"
 IMAGE = BUILD / "test.img"  # as build/root.img was before anybody booted it
+TOOLS = BUILD / "tools.img"  # the same, with fio, mke2fs, e2fsck and blkdiscard; boot it with ,ro
 USER_SPACE = "pyvmm-init: user space reached"
 # Far above what a boot takes, and below pytest's own timeout.
 TIMEOUT_S = 120

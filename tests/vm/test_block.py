@@ -1,0 +1,276 @@
+"""BlockDevice with Linux's own driver: file systems, fio, discard, resize, queues, unbind, NBD.
+
+The root is build/tools.img, read-only; the disk under test is /dev/vdb.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.guest import TOOLS, Run, boot, command, environment, run_in_guest
+
+pytestmark = pytest.mark.kvm
+
+MIB = 1 << 20
+ROOT_DISK = ("--disk", f"{TOOLS},ro")
+
+
+def sparse(path: Path, mebibytes: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(mebibytes * MIB)
+    return path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """64 MiB of nothing."""
+    return sparse(tmp_path / "disk.img", 64)
+
+
+def guest(disk: str | Path, script: str, *options: str, append: str = "") -> Run:
+    """Boot with ``disk`` as /dev/vdb and run ``script``; its status must be 0."""
+    run = boot(
+        *ROOT_DISK, "--disk", disk, *options,
+        append=f"{append} {run_in_guest('mount -t tmpfs t /mnt; ' + script)}",
+    )
+    assert run.status == 0, run.console + run.messages
+    return run
+
+
+FIO = (
+    "fio --name=t --filename={file} --rw=randrw --bs=4k-64k --iodepth=16 --ioengine=libaio"
+    " --direct=1 --verify=crc32c --verify_fatal=1 --randrepeat=1 --size={size} --minimal"
+    " --aux-path=/mnt --fdatasync=32"
+)
+
+
+@pytest.mark.parametrize("options", ["", ",queues=4", ",writeback=off"])
+def test_a_file_system_is_made_used_and_clean(disk: Path, options: str) -> None:
+    fio = FIO.format(file="/mnt/d/f", size="16m")
+    guest(
+        f"{disk}{options}",
+        f"set -e; mke2fs -q -t ext4 /dev/vdb; mkdir /mnt/d; mount /dev/vdb /mnt/d; {fio};"
+        " umount /mnt/d; e2fsck -fn /dev/vdb",
+    )
+    done = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_fio_verifies_what_it_wrote_on_the_bare_disk(disk: Path) -> None:
+    run = guest(disk, FIO.format(file="/dev/vdb", size="32m"))
+    assert ";t;0;0;" in run.console, "fio's terse line: job t, no error"
+    assert disk.stat().st_size == 64 * MIB
+
+
+def blocks(path: Path, offset: int) -> bool:
+    """Whether the file has data, not a hole, at ``offset``."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) == offset
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def test_discard_and_write_zeroes_are_holes_in_the_file(disk: Path) -> None:
+    disk.write_bytes(b"\xa5" * (64 * MIB))
+    run = guest(
+        disk,
+        "set -e; cat /sys/block/vdb/queue/discard_max_bytes"
+        " /sys/block/vdb/queue/write_zeroes_max_bytes; blkdiscard -o 1048576 -l 8388608 /dev/vdb;"
+        " blkdiscard -z -o 16777216 -l 4194304 /dev/vdb; sync;"
+        " dd if=/dev/vdb bs=1M skip=16 count=4 | tr -d '\\000' | wc -c",
+    )
+    numbers = [int(line) for line in run.console.split() if line.isdigit()]
+    assert numbers[0] > 0
+    assert numbers[1] > 0
+    assert numbers[-1] == 0, "write-zeroes reads as zeroes"
+    assert [blocks(disk, at * MIB) for at in (0, 1, 8, 9)] == [True, False, False, True]
+    data = disk.read_bytes()
+    assert data[16 * MIB : 20 * MIB] == bytes(4 * MIB)
+    for begin, end in ((0, 1), (9, 16), (20, 64)):
+        assert data[begin * MIB : end * MIB] == b"\xa5" * ((end - begin) * MIB)
+
+
+def test_four_queues_are_used(disk: Path) -> None:
+    run = guest(
+        f"{disk},queues=4",
+        "echo queues $(ls /sys/block/vdb/mq); " + FIO.format(file="/dev/vdb", size="8m"),
+        append="possible_cpus=4",
+    )
+    assert run.lines("queues ") == ["0 1 2 3"]
+
+
+def test_two_disks_at_once_keep_their_own_data(tmp_path: Path) -> None:
+    first, second = sparse(tmp_path / "a.img", 64), sparse(tmp_path / "b.img", 64)
+    jobs = [FIO.format(file=f"/dev/vd{letter}", size="16m") for letter in "bc"]
+    guest(first, f"{jobs[0]} & {jobs[1]} && wait $!", "--disk", str(second))
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_unbind_and_bind_under_load_twenty_times(disk: Path) -> None:
+    run = guest(
+        disk,
+        "d=/sys/bus/virtio/drivers/virtio_blk; i=0; while [ $i -lt 20 ]; do"
+        " dd if=/dev/zero of=/dev/vdb bs=64k count=900 2>/dev/null &"
+        " dd if=/dev/vdb of=/dev/null bs=4k 2>/dev/null & usleep 20000;"
+        " echo virtio1 > $d/unbind; wait; echo virtio1 > $d/bind; i=$((i+1)); done;"
+        " echo rounds $i; dd if=/dev/vdb of=/dev/null bs=1M && echo alive",
+    )
+    assert run.lines("rounds ") == ["20"]
+    assert run.lines("alive") == [""]
+    assert disk.stat().st_size == 64 * MIB
+
+
+def test_a_read_only_disk_is_mounted_and_a_write_refused(disk: Path) -> None:
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", disk], check=True)
+    before = disk.read_bytes()
+    guest(
+        f"{disk},ro",
+        "mkdir /mnt/d; mount -o ro /dev/vdb /mnt/d && ls /mnt/d/lost+found &&"
+        " ! touch /mnt/d/x && ! mount -o remount,rw /mnt/d &&"
+        " ! dd if=/dev/zero of=/dev/vdb count=1",
+    )
+    assert disk.read_bytes() == before
+
+
+def test_a_snapshot_leaves_its_base_alone(disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", disk], check=True)
+    before = disk.read_bytes()
+    write = "mkdir /mnt/d; mount /dev/vdb /mnt/d && echo kept > /mnt/d/x && umount /mnt/d"
+    show = "mkdir /mnt/d; mount /dev/vdb /mnt/d; ls /mnt/d"
+    assert "x" not in guest(f"{disk},snapshot", write + "; " + show).messages
+    overlay = tmp_path / "overlay"
+    guest(f"{disk},overlay={overlay}", write)
+    assert "kept" in guest(f"{disk},overlay={overlay}", show + "; cat /mnt/d/x").console
+    assert overlay.stat().st_blocks * 512 < 16 * MIB, "the overlay is sparse"
+    assert disk.read_bytes() == before
+
+
+class Guest:
+    """A guest that runs in the background and is talked to by console lines."""
+
+    def __init__(self, script: str, *options: str) -> None:
+        self.process = subprocess.Popen(
+            command(*ROOT_DISK, *options, "--timeout", "120", "--append",
+                    f"quiet {run_in_guest(script)}"),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment(), text=True, errors="replace",
+        )
+
+    def lines(self) -> Iterator[str]:
+        assert self.process.stdout is not None
+        return (line.rstrip() for line in self.process.stdout)
+
+    def wait_for(self, start: str) -> str:
+        for line in self.lines():
+            if line.startswith(start):
+                return line
+        raise AssertionError(f"the guest ended without {start!r}")
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status and what pyvmm said."""
+        _, messages = self.process.communicate(timeout=120)
+        return self.process.returncode, messages
+
+
+def test_a_grown_file_is_a_larger_disk(disk: Path) -> None:
+    run = Guest(
+        "cat /sys/block/vdb/size; echo ready; while [ $(cat /sys/block/vdb/size) = 131072 ];"
+        " do usleep 50000; done; echo size $(cat /sys/block/vdb/size);"
+        " dd if=/dev/zero of=/dev/vdb bs=1M seek=100 count=1 conv=fsync && echo written",
+        "--disk", str(disk),
+    )
+    run.wait_for("ready")
+    os.truncate(disk, 128 * MIB)
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.wait_for("size ") == "size 262144"
+    run.wait_for("written")
+    assert run.finish()[0] == 0
+
+
+def test_a_dead_nbd_server_is_an_error_for_the_guest_and_a_line_on_the_host(
+    disk: Path, tmp_path: Path
+) -> None:
+    socket = tmp_path / "nbd.sock"
+    pid_file = tmp_path / "pid"
+    subprocess.run(
+        ["qemu-nbd", "-f", "raw", "-k", socket, "-t", "--fork", "--pid-file", pid_file, disk],
+        check=True, timeout=30,
+    )
+    server = int(pid_file.read_text())
+    run = Guest(
+        "dd if=/dev/zero of=/dev/vdb bs=64k count=16 conv=fsync && echo served;"
+        " while dd if=/dev/vdb of=/dev/null bs=4k count=1 iflag=direct; do usleep 20000; done;"
+        " echo failed",
+        "--disk", f"nbd+unix:///?socket={socket}",
+    )
+    run.wait_for("served")
+    os.kill(server, signal.SIGKILL)
+    run.wait_for("failed")
+    status, messages = run.finish()
+    assert status == 0
+    assert str(socket) in messages
+
+
+def test_a_rate_limit_is_kept_and_other_disks_run_on(tmp_path: Path) -> None:
+    slow, fast = sparse(tmp_path / "slow.img", 64), sparse(tmp_path / "fast.img", 64)
+    run = guest(
+        f"{slow},bps=1M:1M",
+        "(dd if=/dev/vdb of=/dev/null bs=64k count=48 iflag=direct; echo slow done) &"
+        " dd if=/dev/vdc of=/dev/null bs=64k count=512 iflag=direct; echo fast done;"
+        " wait; tail -n 2 /proc/uptime",
+        "--disk", str(fast),
+    )
+    order = re.findall(r"^(slow|fast) done$", run.console, re.MULTILINE)
+    assert order == ["fast", "slow"]
+
+
+def test_a_flood_on_one_disk_does_not_starve_another(tmp_path: Path) -> None:
+    flooded, calm = sparse(tmp_path / "a.img", 64), sparse(tmp_path / "b.img", 64)
+    flood = (
+        "fio --name=f --filename=/dev/vdb --rw=randread --bs=4k --iodepth=64 --ioengine=libaio"
+        " --direct=1 --time_based --runtime=60 --size=32m --minimal --aux-path=/mnt >/dev/null"
+    )
+    guest(
+        flooded,
+        f"{flood} & usleep 500000;"
+        " dd if=/dev/vdc of=/dev/null bs=4k count=200 iflag=direct && kill %1; true",
+        "--disk", str(calm),
+    )
+
+
+def test_records_acknowledged_before_sigkill_are_there(tmp_path: Path) -> None:
+    """SIGKILL of the VMM in a guest's fsync loop: the file system and every record survive."""
+    script = (
+        "mount -t tmpfs t /mnt; mkdir /mnt/d; mount /dev/vdb /mnt/d; i=0; while true; do"
+        " i=$((i+1)); echo record $i > /mnt/d/r$i; sync -d /mnt/d/r$i; sync /mnt/d;"
+        " echo ack $i; done"
+    )
+    for number in range(20):
+        disk = sparse(tmp_path / "disk.img", 16)
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", disk], check=True)
+        run = Guest(script, "--disk", str(disk))
+        run.wait_for("ack 1")
+        time.sleep(0.05 * (number % 7))
+        run.process.kill()
+        acked = [int(line.split()[1]) for line in run.lines() if re.fullmatch(r"ack \d+", line)]
+        run.finish()
+        check = subprocess.run(["e2fsck", "-fy", disk], capture_output=True, check=False)
+        assert check.returncode in (0, 1), check.stdout
+        clean = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, check=False)
+        assert clean.returncode == 0, clean.stdout
+        listing = subprocess.run(
+            ["debugfs", "-R", "ls -p /", disk], capture_output=True, text=True, check=True
+        ).stdout
+        present = {int(n) for n in re.findall(r"/r(\d+)/", listing)}
+        assert set(range(1, max(acked, default=1) + 1)) <= present
