@@ -6,6 +6,7 @@ Each case is a whole ``pyvmm run``, so it also shows that nothing is left half-b
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import resource
 import struct
@@ -208,7 +209,9 @@ def test_too_few_descriptors_is_one_line(kernel: Path, disk: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "pyvmm", "run", "--kernel", kernel, "--disk", disk,
              "--timeout", "1"],
-            preexec_fn=lambda n=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (n, n)),
+            preexec_fn=functools.partial(
+                resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit)
+            ),
             capture_output=True, text=True, check=False,
         )
         assert "Traceback" not in done.stderr, (limit, done.stderr)
