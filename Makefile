@@ -10,6 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
+VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv)
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
 IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
 LAB_PACKAGES := qemu-system-x86 busybox-static
@@ -48,19 +49,27 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run shell test lint unit vm-test soak kernel image venv dev bench doctor clean
+.PHONY: help run run-packages shell test test-packages lint unit vm-test soak kernel image venv
+.PHONY: dev bench doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-run: venv kernel image ## boot build/root.img on build/bzImage; ARGS='...' adds options of pyvmm run
-	@$(call choose_host,)
+run: run-packages venv kernel image ## boot build/root.img; ARGS='...' adds options of pyvmm run
+	@$(call choose_host,--lock build/root.img)
 	$$host $(BIN)/pyvmm run --kernel build/bzImage --disk build/root.img -v $(ARGS)
 
-shell: ARGS += --append pyvmm.shell
+# All that is missing in one line, rather than a group at a time.
+run-packages:
+	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES))
+
+test-packages:
+	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES) $(LAB_PACKAGES) $(TEST_PACKAGES) $(TOOL_PACKAGES))
+
+shell: override ARGS += --append pyvmm.shell
 shell: run ## the same, with a shell on the guest's console (Ctrl-A x quits)
 
-test: lint unit vm-test ## everything: lint, types, unit tests, bare guests, Linux guests
+test: test-packages lint unit vm-test ## everything: lint, types, unit tests, bare guests, Linux guests
 
 lint: dev ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .
@@ -110,7 +119,7 @@ venv: .venv/.installed ## .venv/bin/pyvmm
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "pyvmm: $(PYTHON) is $$($(PYTHON) -V); pyvmm needs Python 3.11 or newer" >&2; exit 1; }
-	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call need,python3-venv); }
+	@$(call need,$(VENV_PACKAGES))
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: .venv/bin/python pyproject.toml

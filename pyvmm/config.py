@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
 MAX_DISKS = len(layout.VIRTIO_IRQS)
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
+MAX_TIMEOUT_S = 10 * 365 * 86400.0
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -73,11 +73,10 @@ class RunConfig:
             raise ConfigError(
                 "--disk", f"{len(self.disks)} disks; this machine has lines for {MAX_DISKS}"
             )
-        if self.timeout_s is not None and not (
-            math.isfinite(self.timeout_s) and self.timeout_s > 0
-        ):
+        if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
-                f"--timeout {self.timeout_s:g}", "must be a number of seconds above 0"
+                f"--timeout {self.timeout_s:g}",
+                f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
             )
 
     def kernel_command_line(self) -> str:
@@ -104,7 +103,7 @@ def parse_size(option: str, text: str) -> int:
     number = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
     digits = number.removesuffix(unit)
-    if not digits.isascii() or not digits.isdigit():
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 20:
         raise ConfigError(f"{option} {text}", "is not a size; write 256M or 1G")
     return int(digits) * _SIZE_UNITS[unit]
 

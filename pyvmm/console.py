@@ -92,6 +92,12 @@ class OutputBuffer:
                 self._room.notify_all()
             self._observe(chunk[:done])
 
+    def give_up(self) -> None:
+        """The host takes no more: show what waits to the observer only."""
+        self.fd = None
+        while self.pending:
+            self.drain()
+
     def shut(self) -> None:
         """Let writers through from now on: the run is over and what comes is the last of it."""
         with self._lock:
@@ -206,13 +212,19 @@ class Console:
             sys.stdout.flush()
             return cls(_readable(0), 1 if _is_open(1) else None)
         try:
-            fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise ConfigError(
                 f"--console {where}", f"cannot be written: {error.strerror}; "
                 "give stdio, none, or a file that can be created"
             ) from None
         return cls(None, fd, owns_output=True)
+
+    def begin(self) -> None:
+        """Empty the file for a run that is about to start; a refused run leaves it as it was."""
+        if self._owns_output and self.output_fd is not None:
+            with contextlib.suppress(OSError):  # what has no length: a device, a FIFO
+                os.ftruncate(self.output_fd, 0)
 
     def close(self) -> None:
         """Close a file opened by ``open``; idempotent."""

@@ -17,6 +17,7 @@ from pyvmm.console import Console, LineWatch, OutputBuffer
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
 from pyvmm.devices.serial import Serial
+from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CAP_TSC_DEADLINE_TIMER
 from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
@@ -31,12 +32,16 @@ from pyvmm.virtio.spec import Register as MmioRegister
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.boot_params import write_boot_params
 from pyvmm.x86.loader import load_initrd, load_kernel
+from pyvmm.x86.mptable import write_mp_table
 
-# printk lines, with or without a time stamp in front; anything else is the guest's own text.
-_PRINTK = rb"(?:<\d+>)?(?:\[[ \d.]+\] )?"
-_PANIC = re.compile(_PRINTK + rb"Kernel panic - not syncing(.*)")
-_PANIC_END = re.compile(_PRINTK + rb"---\[ end Kernel panic")
-_HALTED = re.compile(_PRINTK + rb"reboot: (?:System halted|Power down)")
+# What printk says has a time stamp, wherever on the line it starts (user space may have left an
+# unfinished line); from a kernel without time stamps it is the whole line.
+_STAMP = rb"\[ *\d+\.\d+\] "
+_STAMPED = re.compile(_STAMP)
+_START = rb"(?:.*" + _STAMP + rb"|^)"
+_PANIC = re.compile(_START + rb"Kernel panic - not syncing(.*)")
+_PANIC_END = re.compile(_START + rb"---\[ end Kernel panic")
+_HALTED = re.compile(_START + rb"reboot: (?:System halted|Power down)")
 _USER_SPACE = re.compile(rb"pyvmm-init: user space reached")
 PANIC_GRACE_S = 2.0
 """How long after a panic's first line the guest may go on printing, if it does not reboot."""
@@ -52,12 +57,13 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         memory = stack.enter_context(GuestMemory(layout.ram_ranges(config.memory_bytes)))
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd else None
+        write_mp_table(memory, cpus=1)
         write_boot_params(memory, kernel, config.kernel_command_line(), initrd)
         backends = [
             stack.enter_context(contextlib.closing(open_backend(disk.source, report=report)))
             for disk in config.disks
         ]
-        console = stack.enter_context(contextlib.closing(Console.open(config.console)))
+        console = stack.enter_context(contextlib.closing(_open_console(config)))
 
         kvm = stack.enter_context(Kvm())
         vm = stack.enter_context(kvm.create_vm())
@@ -114,6 +120,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                     transport.config_changed()
 
         def run() -> Outcome:
+            console.begin()
             if config.timeout_s is not None:
                 runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))
             outcome = runner.run(
@@ -123,6 +130,24 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             return watch.judge(outcome)
 
         return Machine(run, watch, runner, stack.pop_all())
+
+
+def _open_console(config: RunConfig) -> Console:
+    """The console; ConfigError if it is a file that the run reads or serves."""
+    files = [os.fspath(config.kernel)]
+    for disk in config.disks:
+        files += [disk.source.location, disk.source.overlay, disk.source.faults]
+    if config.initrd is not None:
+        files.append(os.fspath(config.initrd))
+    if config.console not in ("stdio", "none"):
+        for path in files:
+            with contextlib.suppress(OSError, ValueError):
+                if os.path.samefile(config.console, path):
+                    raise ConfigError(
+                        f"--console {config.console}",
+                        f"is {path}, which this run uses; name another file",
+                    )
+    return Console.open(config.console)
 
 
 def _attach(
@@ -187,6 +212,7 @@ class ConsoleWatch:
         self._runner = runner
         self._lines = LineWatch(self._on_line)
         self._panic: str | None = None
+        self._has_stamps = False
         self.user_space_seen_s: float | None = None
 
     def feed(self, data: bytes) -> None:
@@ -205,8 +231,12 @@ class ConsoleWatch:
         return outcome
 
     def _on_line(self, line: bytes) -> None:
+        stamped = _STAMPED.search(line) is not None
+        self._has_stamps = self._has_stamps or stamped
         if self.user_space_seen_s is None and _USER_SPACE.match(line):
             self.user_space_seen_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        elif self._has_stamps and not stamped:
+            return  # this kernel stamps its messages, so this is somebody quoting one
         elif self._panic is None and (found := _PANIC.match(line)):
             self._panic = found[1].decode("ascii", "replace").lstrip(": ").strip()
             self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self._panic))

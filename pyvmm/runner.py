@@ -27,11 +27,14 @@ from pyvmm.vcpu_loop import VcpuLoop
 KICK_SIGNAL = signal.SIGRTMIN
 REFRESH_SIGNAL = signal.SIGUSR1
 """Look at the disks again: a file may have grown."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
+)
 JOIN_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 2.0
 HALT_WATCH_S = 10.0
 HALT_POLL_S = 0.05
+LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
 GATHER_S = 0.01
 """How long console bytes may gather before they are shown."""
 INPUT_LIMIT = 4096
@@ -181,8 +184,8 @@ class Runner:
                 self._gathering_since_s = None
             if input_fd is not None and input_fd in ready:
                 data = _read_input(input_fd)
-                if not data:
-                    input_fd = None
+                if data is None:
+                    input_fd, data = None, b""
                 typed += escapes.feed(data) if interactive else data
                 if len(typed) > 256 * INPUT_LIMIT:
                     del typed[256 * INPUT_LIMIT :]
@@ -210,7 +213,8 @@ class Runner:
             waits_s.append(self._next_inspection_s)
         if not waits_s:
             return None
-        return max(0, min(1 << 30, int((min(waits_s) - time.monotonic()) * 1000) + 1))
+        left_s = min(max(0.0, min(waits_s) - time.monotonic()), LONGEST_POLL_S)
+        return int(left_s * 1000) + 1
 
     def _check_clock(self) -> None:
         now_s = time.monotonic()
@@ -247,6 +251,7 @@ class Runner:
                 if not poller.poll(100):
                     continue
             self._drain_once(output)
+        output.give_up()
 
     def _on_signal(self, number: int) -> None:
         if number == REFRESH_SIGNAL:
@@ -331,13 +336,14 @@ class Runner:
                         due_s[fd] = now_s + delay_s
 
 
-def _read_input(fd: int) -> bytes:
+def _read_input(fd: int) -> bytes | None:
+    """What was typed; None at the end of the input."""
     try:
-        return os.read(fd, 1024)
+        return os.read(fd, 1024) or None
     except BlockingIOError:
         return b""
     except OSError:
-        return b""  # the terminal hung up
+        return None  # the terminal hung up
 
 
 class _Signals:
@@ -362,6 +368,8 @@ class _Signals:
             # What was ignored stays ignored (nohup, a shell's background job).
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))
+        # Stopped with a raw terminal, the shell that takes over would be unusable.
+        self._saved[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
         self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
         return self

@@ -61,7 +61,7 @@ def test_the_status_a_guest_reports_stands_whatever_it_printed(runner: FakeRunne
 
 @pytest.mark.parametrize("text", [
     b"echo Kernel panic - not syncing: no\n", b"grep: Kernel panic - not syncing\n",
-    b"[    1.0] x: Kernel panic - not syncing\n",
+    b"[    1.0] x: Kernel panic - not syncing\n", b"x Kernel panic - not syncing\n",
 ])
 def test_text_that_only_quotes_a_panic_is_none(runner: FakeRunner, text: bytes) -> None:
     watch = ConsoleWatch(runner)
@@ -97,3 +97,16 @@ def test_an_internal_error_points_to_the_doctor(runner: FakeRunner) -> None:
     outcome = ConsoleWatch(runner).judge(Outcome(Kind.INTERNAL_ERROR, detail="suberror 17"))
     assert "suberror 17" in outcome.detail
     assert "pyvmm doctor" in outcome.detail
+
+
+def test_a_panic_behind_an_unfinished_line_is_seen(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(b"hello[    0.53] Kernel panic - not syncing: Attempted to kill init!\n")
+    assert watch.judge(Outcome(Kind.RESET)).detail == "Attempted to kill init!"
+
+
+def test_with_time_stamps_an_unstamped_panic_is_a_quotation(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(b"[    0.000000] Linux version 6.1\nKernel panic - not syncing: quoted\n")
+    assert runner.later == []
+    assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET

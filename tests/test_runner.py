@@ -151,7 +151,7 @@ def test_the_first_outcome_stands(rig: Rig) -> None:
     assert rig.run(guest) == Outcome(Kind.GUEST_STATUS, 5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_ends_the_run_and_handlers_come_back(rig: Rig, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), number))
@@ -218,6 +218,21 @@ def test_an_output_nobody_takes_does_not_hold_up_the_end(rig: Rig) -> None:
     assert rig.run(guest).kind is Kind.TIMEOUT
     assert rig.runner.stopped
     assert time.monotonic() - started_s < 30
+
+
+def test_what_the_host_did_not_take_is_still_observed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvmm.runner.DRAIN_TIMEOUT_S", 0.1)
+
+    def guest(vcpu: FakeVcpu) -> int:
+        rig.output.write(b"x" * (1 << 17))  # more than a pipe holds
+        rig.output.write(b"Kernel panic\n", wait=False)
+        rig.runner.finish(Outcome(Kind.RESET))
+        return vcpu.halt()
+
+    rig.run(guest)
+    assert rig.observed.endswith(b"Kernel panic\n")
 
 
 def test_port_and_memory_accesses_reach_the_buses(rig: Rig) -> None:

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.config import parse_size
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.lab import CommandError, LabConfig, default_writable, run
+from pyvmm.storage.raw import RawBackend
 
 LAB_FAILED_STATUS = 125
 
@@ -21,7 +23,7 @@ seconds and is thrown away when CMD ends.
 
 CMD finds your files, environment and working directory as they are here.  What it writes in the
 git checkout around the working directory (or in each --rw DIR) stays; everything else it writes
-is dropped.  There is no network.
+is dropped.  There is no network.  Locks on files do not reach out of it: see --lock.
 """
 
 EPILOG = """\
@@ -70,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rw", metavar="DIR", action="append",
                    help="a directory whose changes are kept; repeat for several "
                    "(default: the git checkout)")
+    p.add_argument("--lock", metavar="FILE", action="append", default=[],
+                   help="hold the lock of disk image FILE on this host while CMD runs: locks taken "
+                   "inside the lab are not seen outside; repeat for several")
     p.add_argument("-v", "--verbose", action="count", default=0,
                    help="show the lab's own console on standard error; -vv: tracebacks of errors")
     p.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER,
@@ -101,12 +106,16 @@ def config_from(args: argparse.Namespace) -> LabConfig:
 
 def lab_main(argv: list[str]) -> int:
     """Run one command in the lab; its exit status, or 125 and one line when the lab failed."""
-    _open_standard_descriptors()
+    open_standard_descriptors()
     tracebacks = False
     try:
         args = parser().parse_args(argv)
         tracebacks = args.verbose > 1
-        return run(config_from(args), _say)
+        config = config_from(args)
+        with contextlib.ExitStack() as locks:
+            for image in args.lock:
+                locks.enter_context(contextlib.closing(RawBackend(image, report=_say)))
+            return run(config, _say)
     except PyvmmError as error:
         if tracebacks:
             raise
@@ -121,12 +130,3 @@ def _say(line: str) -> None:
     end = "\r\n" if os.isatty(2) else "\n"
     with contextlib.suppress(OSError):
         os.write(2, f"lab: {line}{end}".encode(errors="replace"))
-
-
-def _open_standard_descriptors() -> None:
-    """Fill closed standard descriptors, lest a socket of ours becomes standard output."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 
 import pyvmm
+from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.errors import PyvmmError
 
 HOST_ERROR_STATUS = 125
@@ -28,6 +31,7 @@ commands:
 def main(argv: list[str] | None = None) -> int:
     """Run ``pyvmm`` with ``argv`` (default: the process's); the exit status."""
     args = sys.argv[1:] if argv is None else argv
+    open_standard_descriptors()
     command = args[0] if args else ""
     rest = args[1:]
     try:
@@ -61,13 +65,29 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 return HOST_ERROR_STATUS
     except PyvmmError as error:
-        if "-vv" in rest:
+        if _wants_tracebacks(rest):
             raise
-        print(f"pyvmm: {error}", file=sys.stderr)
+        _say(str(error))
         return HOST_ERROR_STATUS
-    except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + 13
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone; there is nobody left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 128 + signal.SIGPIPE
+        if _wants_tracebacks(rest):
+            raise
+        # Nothing of the guest's or the user's: no descriptors, threads or room left on this host.
+        _say(f"this host: {error}")
+        return HOST_ERROR_STATUS
     except KeyboardInterrupt:
-        return 128 + 2
+        return 128 + signal.SIGINT
+
+
+def _wants_tracebacks(args: list[str]) -> bool:
+    return "-vv" in args or args.count("-v") + args.count("--verbose") > 1
+
+
+def _say(line: str) -> None:
+    """One line on standard error, if there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"pyvmm: {line}", file=sys.stderr, flush=True)

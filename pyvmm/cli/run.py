@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -107,15 +108,23 @@ def run_main(argv: list[str]) -> int:
 def _say(
     outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None
 ) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing
+        _say_lines(outcome, verbose, started_s, user_space_s)
+
+
+def _say_lines(
+    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None
+) -> None:
     quiet_kinds = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.QUIT)
     if verbose and user_space_s is not None:
-        print(f"pyvmm: user space after {user_space_s - started_s:.2f} s", file=sys.stderr)
+        seconds = user_space_s - started_s
+        print(f"pyvmm: user space after {seconds:.2f} s", file=sys.stderr, flush=True)
     if verbose or outcome.kind not in quiet_kinds:
         total_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
-        print(f"pyvmm: {outcome}", file=sys.stderr)
+        print(f"pyvmm: {outcome}", file=sys.stderr, flush=True)
         if verbose:
             print(f"pyvmm: ran {total_s:.2f} s, exit status {outcome.exit_status}",
-                  file=sys.stderr)
+                  file=sys.stderr, flush=True)
 
 
 def _process_start_s() -> float:

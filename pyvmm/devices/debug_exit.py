@@ -8,9 +8,12 @@ from pyvmm.devices.byte_device import ByteDevice
 
 
 class DebugExit(ByteDevice):
-    """One write-only port.  ``on_exit`` gets the byte, 0-255."""
+    """A write-only register.  ``on_exit`` gets the low byte written to it, 0-255.
 
-    LENGTH = 1
+    It has four ports so that a 16- or 32-bit OUT reaches it too.
+    """
+
+    LENGTH = 4
 
     def __init__(self, on_exit: Callable[[int], None]) -> None:
         self._on_exit = on_exit
@@ -21,4 +24,5 @@ class DebugExit(ByteDevice):
 
     def write_byte(self, offset: int, value: int) -> None:
         """End the run with ``value``."""
-        self._on_exit(value)
+        if offset == 0:
+            self._on_exit(value)

@@ -145,7 +145,8 @@ class Session:
             poller.register(fd, events)
         timeout_ms = None
         if self._deadline_s is not None:
-            timeout_ms = max(0.0, self._deadline_s - time.monotonic()) * 1000 + 1
+            left_s = self._deadline_s - time.monotonic()
+            timeout_ms = min(max(0.0, left_s), 3600.0) * 1000 + 1  # poll takes a C int
         ready = dict(poller.poll(timeout_ms))
         errors = select.POLLERR | select.POLLHUP | select.POLLNVAL
         for source, (fd, events) in waits:

@@ -10,7 +10,7 @@
                    | four page directories   |
     0x0_0002_0000  | kernel command line     |
     0x0_0009_fc00  +-------------------------+  end of low RAM (e820)
-                   | EBDA, video, BIOS holes |
+                   | MP table, then holes    |
     0x0_0010_0000  +-------------------------+
                    | kernel, then initrd at  |
                    | the top of low RAM      |
@@ -38,6 +38,8 @@ CMDLINE = 0x20000
 CMDLINE_MAX = 0x10000
 """Room for the command line, in bytes with its NUL; the kernel's own limit is lower."""
 LOW_RAM_END = 0x9FC00
+MP_TABLE = LOW_RAM_END
+"""In the last KiB of base memory, one of the places where kernels look for it."""
 HIGH_RAM_START = 0x100000
 
 MMIO_GAP_START = 0xC000_0000
@@ -54,7 +56,7 @@ SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
 I8042_DATA, I8042_COMMAND = 0x60, 0x64
 DEBUG_EXIT_PORT = 0xF4
 VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14)
-"""GSIs for virtio-mmio devices, in device order: 8259 lines that nothing else here uses."""
+"""GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses."""
 
 
 def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:

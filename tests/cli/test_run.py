@@ -6,8 +6,12 @@ Each case is a whole ``pyvmm run``, so it also shows that nothing is left half-b
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
+import resource
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +159,64 @@ def test_an_option_with_a_bad_value_is_named(
     capsys: pytest.CaptureFixture[str], kernel: Path, option: tuple[str, str]
 ) -> None:
     assert option[0] in refusal(capsys, "--kernel", kernel, *option)
+
+
+@pytest.mark.parametrize("use", ["kernel", "disk"])
+def test_a_console_that_is_a_file_of_the_run_is_refused(
+    capsys: pytest.CaptureFixture[str], kernel: Path, disk: Path, use: str
+) -> None:
+    target = kernel if use == "kernel" else disk
+    before = target.read_bytes()
+    line = refusal(capsys, "--kernel", kernel, "--disk", disk, "--console", target)
+    assert "--console" in line
+    assert target.read_bytes() == before
+
+
+def test_a_refused_run_leaves_an_old_log_alone(
+    capsys: pytest.CaptureFixture[str], kernel: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("old")
+    refusal(capsys, "--kernel", kernel, "--console", log, "--cpu", "host,+la57,+svm,+xop,+tbm")
+    assert log.read_text() == "old"
+
+
+@pytest.mark.parametrize("option", [
+    ("--timeout", "1e306"), ("--memory", "9" * 5000 + "M"), ("--memory", "0M"),
+])
+def test_absurd_numbers_are_refused(
+    capsys: pytest.CaptureFixture[str], kernel: Path, option: tuple[str, str]
+) -> None:
+    assert option[0] in refusal(capsys, "--kernel", kernel, *option)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (0, 1, 2)])
+def test_closed_standard_descriptors_are_survived(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    def close() -> None:
+        for fd in closed:
+            os.close(fd)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "run", "--kernel", tmp_path / "missing"],
+        preexec_fn=close, check=False,
+    )
+    assert done.returncode == 125
+
+
+def test_too_few_descriptors_is_one_line(kernel: Path, disk: Path) -> None:
+    seen = set()
+    for limit in range(9, 24):
+        done = subprocess.run(
+            [sys.executable, "-m", "pyvmm", "run", "--kernel", kernel, "--disk", disk,
+             "--timeout", "1"],
+            preexec_fn=functools.partial(
+                resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit)
+            ),
+            capture_output=True, text=True, check=False,
+        )
+        assert "Traceback" not in done.stderr, (limit, done.stderr)
+        seen.add(done.returncode)
+    assert 125 in seen
 
 
 def test_vv_shows_the_traceback(tmp_path: Path) -> None:

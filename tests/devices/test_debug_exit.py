@@ -11,3 +11,9 @@ def test_the_byte_written_is_the_status() -> None:
     port.write(0, 1, 7)
     assert seen == [7]
     assert port.read(0, 1) == 0xFF
+
+
+def test_of_a_wide_write_the_low_byte_counts() -> None:
+    seen: list[int] = []
+    DebugExit(seen.append).write(0, 4, 0x11223307)
+    assert seen == [7]

@@ -57,8 +57,8 @@ def test_a_file_system_is_made_used_and_clean(disk: Path, options: str) -> None:
     fio = FIO.format(file="/mnt/d/f", size="16m")
     guest(
         f"{disk}{options}",
-        f"set -e; mke2fs -q -t ext4 /dev/vdb; mkdir /mnt/d; mount /dev/vdb /mnt/d; {fio};"
-        " umount /mnt/d; e2fsck -fn /dev/vdb",
+        f"set -e; /sbin/mke2fs -q -t ext4 /dev/vdb; mkdir /mnt/d; mount /dev/vdb /mnt/d; {fio};"
+        " umount /mnt/d; /sbin/e2fsck -fn /dev/vdb",
     )
     done = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -86,8 +86,8 @@ def test_discard_and_write_zeroes_are_holes_in_the_file(disk: Path) -> None:
     run = guest(
         disk,
         "set -e; cat /sys/block/vdb/queue/discard_max_bytes"
-        " /sys/block/vdb/queue/write_zeroes_max_bytes; blkdiscard -o 1048576 -l 8388608 /dev/vdb;"
-        " blkdiscard -z -o 16777216 -l 4194304 /dev/vdb; sync;"
+        " /sys/block/vdb/queue/write_zeroes_max_bytes; /sbin/blkdiscard -o 1048576 -l 8388608 /dev/vdb;"
+        " /sbin/blkdiscard -z -o 16777216 -l 4194304 /dev/vdb; sync;"
         " dd if=/dev/vdb bs=1M skip=16 count=4 | tr -d '\\000' | wc -c",
     )
     numbers = [int(line) for line in run.console.split() if line.isdigit()]
