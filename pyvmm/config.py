@@ -60,10 +60,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not layout.MIN_MEMORY <= self.memory_bytes <= layout.MAX_MEMORY:
+            hint = " (without a unit it counts bytes)" if self.memory_bytes < layout.MIB else ""
             raise ConfigError(
                 f"--memory {format_size(self.memory_bytes)}",
                 f"must be between {format_size(layout.MIN_MEMORY)} "
-                f"and {format_size(layout.MAX_MEMORY)}",
+                f"and {format_size(layout.MAX_MEMORY)}{hint}",
             )
         if self.memory_bytes % layout.MIB:
             raise ConfigError(
@@ -73,6 +74,13 @@ class RunConfig:
             raise ConfigError(
                 "--disk", f"{len(self.disks)} disks; this machine has lines for {MAX_DISKS}"
             )
+        writable = [disk.source.location for disk in self.disks if not disk.source.is_shared]
+        for disk in self.disks:
+            location = disk.source.location
+            if location in writable and [d.source.location for d in self.disks].count(location) > 1:
+                raise ConfigError(
+                    f"--disk {location}", "is given twice; that needs ,ro on both"
+                )
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
                 f"--timeout {self.timeout_s:g}",
@@ -106,6 +114,14 @@ def parse_size(option: str, text: str) -> int:
     if not digits.isascii() or not digits.isdigit() or len(digits) > 20:
         raise ConfigError(f"{option} {text}", "is not a size; write 256M or 1G")
     return int(digits) * _SIZE_UNITS[unit]
+
+
+def parse_seconds(option: str, text: str) -> float:
+    """``2.5`` -> seconds; ConfigError naming ``option``."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option} {text}", "is not a number of seconds") from None
 
 
 def format_size(size_bytes: int) -> str:

@@ -47,6 +47,8 @@ class OutputBuffer:
         self._room = threading.Condition(self._lock)
         self._data = bytearray()
         self._open = True
+        self.line_ended = True
+        """Whether the last byte shown ended a line."""
 
     def write(self, data: bytes, *, wait: bool = True) -> None:
         """Add ``data``; waits while the buffer is full, unless the buffer was shut.
@@ -90,6 +92,8 @@ class OutputBuffer:
             with self._lock:
                 del self._data[:done]
                 self._room.notify_all()
+            if done:
+                self.line_ended = chunk[done - 1] == 0x0A
             self._observe(chunk[:done])
 
     def give_up(self) -> None:

@@ -129,7 +129,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             )
             return watch.judge(outcome)
 
-        return Machine(run, watch, runner, stack.pop_all())
+        return Machine(run, watch, output, runner, stack.pop_all())
 
 
 def _open_console(config: RunConfig) -> Console:
@@ -226,7 +226,10 @@ class ConsoleWatch:
         ):
             return Outcome(Kind.PANIC, detail=self._panic)
         if outcome.kind is Kind.INTERNAL_ERROR:
-            hint = "\nif this happens with every kernel: pyvmm doctor says what this KVM can do"
+            hint = (
+                "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"
+                " doctor` says so, and `pyvmm lab -- pyvmm run ...` runs the same where KVM is"
+            )
             return replace(outcome, detail=outcome.detail + hint)
         return outcome
 
@@ -253,11 +256,13 @@ class Machine:
         self,
         run: Callable[[], Outcome],
         watch: ConsoleWatch,
+        output: OutputBuffer,
         runner: Runner,
         resources: contextlib.ExitStack,
     ) -> None:
         self._run = run
         self._watch = watch
+        self._output = output
         self._runner = runner
         self._resources = resources
 
@@ -269,6 +274,11 @@ class Machine:
     def user_space_seen_s(self) -> float | None:
         """When the guest's init said that it runs, on CLOCK_BOOTTIME; None if it never did."""
         return self._watch.user_space_seen_s
+
+    @property
+    def console_line_ended(self) -> bool:
+        """Whether the console's last byte ended a line, so that ours may follow."""
+        return self._output.line_ended
 
     def close(self) -> None:
         """Release the VM, its memory, disks and console; idempotent."""

@@ -22,8 +22,9 @@ none.  The host is emulated by QEMU, in software: it is slow, and correct.  It i
 seconds and is thrown away when CMD ends.
 
 CMD finds your files, environment and working directory as they are here.  What it writes in the
-git checkout around the working directory (or in each --rw DIR) stays; everything else it writes
-is dropped.  There is no network.  Locks on files do not reach out of it: see --lock.
+git checkout around the working directory (outside a checkout: in the working directory; with
+--rw: in each DIR instead) stays; everything else it writes, disk images included, is dropped.
+There is no network.  Locks on files do not reach out of it: see --lock.
 """
 
 EPILOG = """\
@@ -49,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ours: one line, status 125."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError("pyvmm lab", f"{message} (pyvmm lab --help)")
+        raise ConfigError("lab", f"{message} (pyvmm lab --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
                    help="end CMD S seconds after it started, with exit status 124")
     p.add_argument("--rw", metavar="DIR", action="append",
                    help="a directory whose changes are kept; repeat for several "
-                   "(default: the git checkout)")
+                   "(default: the git checkout, else the working directory)")
     p.add_argument("--lock", metavar="FILE", action="append", default=[],
                    help="hold the lock of disk image FILE on this host while CMD runs: locks taken "
                    "inside the lab are not seen outside; repeat for several")

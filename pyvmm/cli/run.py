@@ -6,18 +6,27 @@ import argparse
 import contextlib
 import sys
 import time
+from os import sysconf
 from pathlib import Path
 from typing import NoReturn
 
-from pyvmm.config import DEFAULT_CMDLINE, RunConfig, parse_disk, parse_size
+from pyvmm.config import (
+    DEFAULT_CMDLINE,
+    RunConfig,
+    format_size,
+    parse_disk,
+    parse_seconds,
+    parse_size,
+)
 from pyvmm.errors import ConfigError
-from pyvmm.outcome import Kind, Outcome
+from pyvmm.outcome import MAX_GUEST_STATUS, Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.x86.cpuid import parse_cpu_option
 
 EPILOG = """\
 exit status:
-  0-119  what the guest reported through I/O port 0xf4; 0 too when it rebooted or shut down
+  0-119  what the guest reported through I/O port 0xf4 (119 for anything larger); 0 too when it
+         rebooted or shut down
   121    kernel panic          122    triple fault        123    KVM internal error
   124    timeout               125    bad option, bad file or unusable host
   128+n  stopped by signal n
@@ -36,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ours: one line, status 125."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError("pyvmm run", f"{message} (pyvmm run --help)")
+        raise ConfigError("run", f"{message} (pyvmm run --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
                    help="guest RAM, as 256M or 1G (default 256M)")
     p.add_argument("--cpu", metavar="MODEL", default="host",
                    help="host, then features to take away: host,-xsave,-avx2 (default host)")
-    p.add_argument("--timeout", metavar="S", type=float,
-                   help="stop the guest after S seconds, with exit status 124")
+    p.add_argument("--timeout", metavar="S",
+                   help="stop the guest S seconds after it started, with exit status 124")
     p.add_argument("--console", metavar="WHERE", default="stdio",
                    help="the guest's serial console: stdio, none, or a file to write "
                    "(default stdio)")
@@ -83,7 +92,7 @@ def config_from(args: argparse.Namespace) -> RunConfig:
         append=args.append,
         memory_bytes=parse_size("--memory", args.memory),
         cpu=parse_cpu_option(args.cpu),
-        timeout_s=args.timeout,
+        timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout else None,
         console=args.console,
     )
 
@@ -98,11 +107,33 @@ def run_main(argv: list[str]) -> int:
 
     report = Reporter(sys.stderr)
     with build(config, report=report) as machine:
+        _warn(config, report)
         outcome = machine.run()
     user_space_s = machine.user_space_seen_s
     report.close()
+    if not machine.console_line_ended:
+        _end_line()
     _say(outcome, args.verbose, started_s, user_space_s)
     return outcome.exit_status
+
+
+def _warn(config: RunConfig, report: Reporter) -> None:
+    """Say what may be meant, but seldom is."""
+    if not config.disks and config.initrd is None:
+        report("neither --disk nor --initrd: a kernel without either has no root to mount")
+    host_bytes = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
+    if config.memory_bytes > host_bytes:
+        report(
+            f"--memory {format_size(config.memory_bytes)} is more than this host has "
+            f"({host_bytes >> 20}M): it may be killed when the guest uses it"
+        )
+
+
+def _end_line() -> None:
+    """Our lines start at the left edge, whatever the guest left unfinished on the terminal."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout.isatty():
+            print(flush=True)
 
 
 def _say(
@@ -119,7 +150,7 @@ def _say_lines(
     if verbose and user_space_s is not None:
         seconds = user_space_s - started_s
         print(f"pyvmm: user space after {seconds:.2f} s", file=sys.stderr, flush=True)
-    if verbose or outcome.kind not in quiet_kinds:
+    if verbose or outcome.kind not in quiet_kinds or outcome.value > MAX_GUEST_STATUS:
         total_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
         print(f"pyvmm: {outcome}", file=sys.stderr, flush=True)
         if verbose:
@@ -129,8 +160,6 @@ def _say_lines(
 
 def _process_start_s() -> float:
     """When this process was started (before the interpreter was), on CLOCK_BOOTTIME."""
-    from os import sysconf
-
     try:
         stat = Path("/proc/self/stat").read_text("ascii", "replace")
         # proc(5): field 22, starttime in clock ticks; fields are counted after the last ')'.

@@ -3,7 +3,8 @@
 Transmission takes no time: THRE and TEMT are always set, and writing THR raises the
 THR-empty interrupt again.  Reception is paced by the guest: the receive FIFO holds 16 bytes, and
 the host's bytes wait outside until there is room and the guest has enabled the receive interrupt.
-So none is lost to an overrun, nor to a driver that clears the FIFO while it starts up.
+So none is lost to an overrun.  Nor to a driver that clears the FIFO: Linux does while it probes
+and starts a UART, after it had the interrupt enabled for a moment; unread bytes are received anew.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Serial(ByteDevice):
         self._on_room = on_room
         self._lock = threading.Lock()
         self._fifo: deque[int] = deque()
+        self._again = b""  # taken from the host, cleared out of the FIFO unread
         self._ier = 0
         self._fcr = 0
         self._lcr = 0x03
@@ -83,8 +85,9 @@ class Serial(ByteDevice):
     def receive(self, data: bytes) -> int:
         """Put as much of ``data`` as fits into the receive FIFO; the number of bytes taken."""
         with self._lock:
-            if self._mcr & MCR_LOOP or not self._ier & IER_RX:
-                return 0  # cut off from the line, or nobody listens yet: the bytes wait
+            self._refill()
+            if self._again or not self._listens():
+                return 0  # the bytes wait
             taken = data[: FIFO_SIZE - len(self._fifo)]
             self._fifo.extend(taken)
             self._update_irq()
@@ -107,6 +110,8 @@ class Serial(ByteDevice):
             if not self._fifo:
                 return 0
             value = self._fifo.popleft()
+            if not self._fifo:
+                self._refill()
             room = not self._fifo
             self._update_irq()
         if room:
@@ -139,6 +144,7 @@ class Serial(ByteDevice):
                 self._thre_pending = True  # the holding register is empty already
             listens = value & ~self._ier & IER_RX
             self._ier = value & 0x0F
+            self._refill()
             self._update_irq()
         if listens:
             self._on_room()
@@ -155,7 +161,7 @@ class Serial(ByteDevice):
         with self._lock:
             cleared = value & FCR_CLEAR_RX or (value ^ self._fcr) & FCR_ENABLE
             if cleared:
-                self._fifo.clear()
+                self._clear_fifo()
             self._fcr = value & FCR_ENABLE
             self._update_irq()
         if cleared:
@@ -173,7 +179,10 @@ class Serial(ByteDevice):
     def _write_mcr(self, value: int) -> None:
         with self._lock:
             reconnected = self._mcr & ~value & MCR_LOOP
+            if (self._mcr ^ value) & MCR_LOOP:
+                self._clear_fifo()  # what is looped back and what comes in do not mix
             self._mcr = value & 0x1F
+            self._refill()
             self._update_irq()
         if reconnected:
             self._on_room()
@@ -197,6 +206,22 @@ class Serial(ByteDevice):
 
     def _write_scr(self, value: int) -> None:
         self._scr = value
+
+    def _listens(self) -> bool:
+        """Whether the driver wants bytes: connected to the line, receive interrupt enabled."""
+        return bool(self._ier & IER_RX) and not self._mcr & MCR_LOOP
+
+    def _clear_fifo(self) -> None:
+        if not self._mcr & MCR_LOOP:
+            self._again = bytes(self._fifo) + self._again
+        self._fifo.clear()
+
+    def _refill(self) -> None:
+        """Receive anew what was cleared unread."""
+        if self._again and self._listens():
+            room = FIFO_SIZE - len(self._fifo)
+            self._fifo.extend(self._again[:room])
+            self._again = self._again[room:]
 
     def _pending(self) -> int:
         """IIR's identification bits for the highest-priority enabled interrupt."""

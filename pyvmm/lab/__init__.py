@@ -57,7 +57,7 @@ class LabConfig:
 
     def __post_init__(self) -> None:
         if not self.command:
-            raise ConfigError("pyvmm lab", "no command given; write: pyvmm lab -- CMD...")
+            raise ConfigError("lab", "no command given; write: pyvmm lab -- CMD...")
         if not 1 <= self.cpus <= MAX_CPUS:
             raise ConfigError(f"--cpus {self.cpus}", f"must be between 1 and {MAX_CPUS}")
         if self.memory_bytes < MIN_MEMORY_BYTES:

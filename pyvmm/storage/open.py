@@ -35,6 +35,11 @@ class DiskSource:
     overlay: str = ""
     faults: str = ""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether others may use ``location`` too, since nothing here writes it."""
+        return self.read_only or self.snapshot
+
     def __post_init__(self) -> None:
         if self.read_only and self.snapshot:
             raise ConfigError(self.location, "is either read-only or a snapshot, not both")

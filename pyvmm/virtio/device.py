@@ -8,6 +8,8 @@ registers, addresses of its own, threads or KVM: ``activate`` gives it guest mem
 from __future__ import annotations
 
 import abc
+import time
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Protocol
 
 from pyvmm.errors import ActivateError, GuestError, RingError
@@ -15,6 +17,9 @@ from pyvmm.memory import GuestMemory
 from pyvmm.virtio.queue import Chain, Queue, Ring
 from pyvmm.virtio.rings import make_ring
 from pyvmm.virtio.spec import DeviceType, Feature
+
+PASS_S = 0.03
+"""After so many seconds a pass takes no further chain."""
 
 
 class Interrupt(Protocol):
@@ -123,8 +128,8 @@ class VirtioDevice(abc.ABC):
         queue.ready = True
 
     def process_queue(self, index: int) -> float | None:
-        """One pass: serve what waits in queue ``index``, at most a queue's length of chains,
-        then publish them all and interrupt once.  Never sleeps.
+        """One pass: serve what waits in queue ``index``, at most a queue's length of chains and
+        about PASS_S seconds, then publish them all and interrupt once.  Never sleeps.
 
         Returns when to call again: None once nothing is left (the next notification says
         when), 0.0 if more is waiting, else the seconds a rate limit asks to wait.  A queue that
@@ -148,6 +153,18 @@ class VirtioDevice(abc.ABC):
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
         """Serve and push what waits in ``ring``, which is queue ``index``; the seconds to wait
         before the rest may be served, 0.0 if there is no reason to."""
-        for chain in ring.chains():
+        for chain in for_one_pass(ring.chains()):
             ring.push(chain, self._serve(chain, memory))
         return 0.0
+
+
+def for_one_pass(chains: Iterable[Chain]) -> Iterator[Chain]:
+    """``chains`` until PASS_S have gone by: what is left stays available for the next pass.
+
+    Large requests are many in a queue's length of them, and the transport's lock is held.
+    """
+    until_s = time.monotonic() + PASS_S
+    for chain in chains:
+        yield chain
+        if time.monotonic() >= until_s:
+            return

@@ -148,7 +148,11 @@ def test_bad_input_119_a_disk_in_use(
 def test_the_same_disk_twice(
     capsys: pytest.CaptureFixture[str], kernel: Path, disk: Path
 ) -> None:
-    assert "locked" in refusal(capsys, "--kernel", kernel, "--disk", disk, "--disk", disk)
+    line = refusal(capsys, "--kernel", kernel, "--disk", disk, "--disk", disk)
+    assert "given twice" in line
+    alias = disk.with_name("alias")
+    alias.symlink_to(disk)
+    assert "locked" in refusal(capsys, "--kernel", kernel, "--disk", disk, "--disk", alias)
 
 
 @pytest.mark.parametrize("option", [

@@ -135,12 +135,25 @@ def test_divisor_latch_hides_data_and_ier() -> None:
     assert rig.read(Register.IER) == uart.IER_RX
 
 
-def test_clearing_the_fifo_drops_what_the_driver_could_have_read() -> None:
-    rig = Rig()
-    rig.serial.receive(b"old")
+def test_what_is_typed_while_linux_probes_is_not_lost() -> None:
+    """autoconfig() writes 0x0f to IER for a moment; startup() clears the FIFO and reads RBR."""
+    rig = Rig(ier=0)
+    rig.write(Register.IER, 0x0F)
+    assert rig.serial.receive(b"early") == 5
+    rig.write(Register.IER, 0)
     rig.write(Register.IIR_FCR, uart.FCR_ENABLE | uart.FCR_CLEAR_RX)
     assert not rig.irq()
     assert not rig.read(Register.LSR) & uart.LSR_DATA_READY
+    assert rig.read(Register.DATA) == 0
+    rig.write(Register.MCR, uart.MCR_LOOP)
+    rig.write(Register.DATA, 0x55)
+    rig.write(Register.IIR_FCR, uart.FCR_ENABLE | uart.FCR_CLEAR_RX)
+    rig.write(Register.MCR, uart.MCR_OUT2)
+    rig.write(Register.IER, uart.IER_RX)
+    assert rig.irq()
+    assert bytes(rig.read(Register.DATA) for _ in range(5)) == b"early"
+    assert rig.serial.receive(b"later") == 5
+    assert rig.read(Register.DATA) == ord("l")
 
 
 def test_scratch_register_keeps_its_value() -> None:

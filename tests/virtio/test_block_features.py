@@ -151,7 +151,7 @@ def test_configuration_space_is_on_the_page(new_rig: MakeRig) -> None:
     assert rig.transport.page[Register.CONFIG : Register.CONFIG + FIELDS.size] == raw
     assert Space._make(FIELDS.unpack(raw)) == Space(
         capacity=DISK_SECTORS,
-        size_max=4 << 20,
+        size_max=256 << 10,
         seg_max=126,
         cylinders=0,
         heads=0,

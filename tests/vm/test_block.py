@@ -85,8 +85,8 @@ def test_discard_and_write_zeroes_are_holes_in_the_file(disk: Path) -> None:
     disk.write_bytes(b"\xa5" * (64 * MIB))
     run = guest(
         disk,
-        "set -e; cat /sys/block/vdb/queue/discard_max_bytes"
-        " /sys/block/vdb/queue/write_zeroes_max_bytes; /sbin/blkdiscard -o 1048576 -l 8388608 /dev/vdb;"
+        "set -e; cd /sys/block/vdb/queue; cat discard_max_bytes write_zeroes_max_bytes;"
+        " /sbin/blkdiscard -o 1048576 -l 8388608 /dev/vdb;"
         " /sbin/blkdiscard -z -o 16777216 -l 4194304 /dev/vdb; sync;"
         " dd if=/dev/vdb bs=1M skip=16 count=4 | tr -d '\\000' | wc -c",
     )

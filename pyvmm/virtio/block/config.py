@@ -19,7 +19,7 @@ MAX_BLOCK_SIZE = 4096
 """Bytes, logical; Linux takes no block larger than a page."""
 MAX_PHYSICAL_BLOCK_SIZE = 1 << 20
 
-SIZE_MAX = 4 << 20
+SIZE_MAX = 256 << 10
 """Bytes a data segment may have.  Nothing here is limited by it, but ``len`` of a used element
 has 32 bits, and the most segments of this size just fit: 1022 * 4 MiB < 4 GiB."""
 MAX_SEGMENTS = 32

@@ -34,7 +34,7 @@ from pyvmm.virtio.block.request import (
     status_of,
 )
 from pyvmm.virtio.block.segments import Segment, parse_segments
-from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.device import VirtioDevice, for_one_pass
 from pyvmm.virtio.queue import Buffer, Chain, Ring
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.spec import (
@@ -171,7 +171,7 @@ class BlockDevice(VirtioDevice):
         waiting = ring.chains()
         if held is not None:
             waiting = itertools.chain((held,), waiting)
-        for chain in waiting:
+        for chain in for_one_pass(waiting):
             delay_s = limiter.admit(self._cost(chain)) if limiter else 0.0
             if delay_s:
                 self._held[index] = chain
