@@ -3,7 +3,7 @@
 #
 # It talks to pyvmm over virtio-serial ports, in the order of pyvmm/lab/qemu.py:
 #   vport0p1  CMD's standard input     vport0p2  its output     vport0p3  its errors
-#   vport0p4  control, lines of text.  To us: hello; signal NAME; hangup 1|2; winsize ROWS COLUMNS.
+#   vport0p4  control, lines of text.  To us: hello; signal NAME; beat; hangup 1|2; winsize ROWS COLUMNS.
 #             From us: ready (CMD starts); fail TEXT (the lab is broken); exit STATUS.
 #   hvc0      a terminal, instead of the first two ports, when pyvmm has one.
 # CMD's output ends with $END, so that pyvmm knows it has all of it.
@@ -86,6 +86,7 @@ mkfifo /lab/in /lab/out /lab/err
   while read -r verb first second; do
     case $verb in
       signal) read -r pid <$N/run/lab/pid && kill -s "$first" "-$pid" ;;
+      beat) ;;  # its interrupt is all that matters
       hangup) [ "$first" = 1 ] && kill $OUT_PID || kill $ERR_PID ;;
       winsize) stty rows "$first" cols "$second" </dev/hvc0 ;;
     esac

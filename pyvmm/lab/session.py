@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pyvmm.errors import HostError
 from pyvmm.lab.streams import Input, Keyboard, Lines, Output, Signals, Source, Tail, describe
 
+BEAT_S = 1.0
 BOOT_LIMIT_S = 180.0
 """A loaded host may need ten times the usual two seconds; a hung machine is told all the same."""
 GRACE_S = 5.0
@@ -84,7 +85,7 @@ class Session:
         self._timeout_s = timeout_s
         self._stdin_fd = stdin_fd
         self._phase = Phase.BOOT
-        self._started_s = time.monotonic()
+        self._started_s = self._last_beat_s = time.monotonic()
         self._deadline_s: float | None = self._started_s + BOOT_LIMIT_S
         self._interrupts = 0
         self._status: int | None = None
@@ -143,11 +144,11 @@ class Session:
             events_by_fd[fd] = events_by_fd.get(fd, 0) | events
         for fd, events in events_by_fd.items():
             poller.register(fd, events)
-        timeout_ms = None
+        wait_s = BEAT_S
         if self._deadline_s is not None:
-            left_s = self._deadline_s - time.monotonic()
-            timeout_ms = min(max(0.0, left_s), 3600.0) * 1000 + 1  # poll takes a C int
-        ready = dict(poller.poll(timeout_ms))
+            wait_s = min(wait_s, max(0.0, self._deadline_s - time.monotonic()))
+        ready = dict(poller.poll(wait_s * 1000 + 1))
+        self._beat()
         errors = select.POLLERR | select.POLLHUP | select.POLLNVAL
         for source, (fd, events) in waits:
             if ready.get(fd, 0) & (events | errors):
@@ -156,6 +157,14 @@ class Session:
                     self._deadline_s = time.monotonic() + DRAIN_S
         if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
             self._expire()
+
+    def _beat(self) -> None:
+        """Wake the machine now and then: under emulation a timer interrupt is lost once in many
+        minutes, and a CPU that halted without one would sleep for ever."""
+        now_s = time.monotonic()
+        if self._phase is not Phase.BOOT and now_s - self._last_beat_s >= BEAT_S:
+            self._last_beat_s = now_s
+            self._tell("beat")
 
     def _enter(self, phase: Phase, limit_s: float | None) -> None:
         self._phase = phase

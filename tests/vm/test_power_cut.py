@@ -26,8 +26,14 @@ GUEST_SECONDS = 20
 SEED = 5
 
 
-def recording(tmp_path: Path) -> tuple[bytearray, list[Write | Flush | Note]]:
-    """``(the disk before, everything done to it)`` by the guest of record_guest."""
+Recording = tuple[bytearray, list[Write | Flush | Note]]
+"""The disk before, and everything done to it."""
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    """What the guest of record_guest did to its disk."""
+    tmp_path = tmp_path_factory.mktemp("recording")
     disk, out = tmp_path / "disk.img", tmp_path / "log.pickle"
     with disk.open("wb") as file:
         file.truncate(16 << 20)
@@ -60,8 +66,10 @@ def check(image: Path, last_acked: int, into: Path) -> None:
         assert (into / f"r{number}").read_text() == f"record {number}\n"
 
 
-def test_acknowledged_records_survive_every_power_cut(tmp_path: Path) -> None:
-    initial, log = recording(tmp_path)
+def test_acknowledged_records_survive_every_power_cut(
+    recording: Recording, tmp_path: Path
+) -> None:
+    initial, log = recording
     acked = [event.value for event in log if isinstance(event, Note)]
     assert acked == list(range(1, len(acked) + 1))
     assert len(acked) >= 10
@@ -81,9 +89,9 @@ def test_acknowledged_records_survive_every_power_cut(tmp_path: Path) -> None:
     assert checked == count
 
 
-def test_a_flush_that_is_not_kept_loses_records(tmp_path: Path) -> None:
+def test_a_flush_that_is_not_kept_loses_records(recording: Recording, tmp_path: Path) -> None:
     """The test above is able to fail: a disk whose flushes do nothing loses acked records."""
-    initial, log = recording(tmp_path)
+    initial, log = recording
     recorder = RecordingBackend.__new__(RecordingBackend)
     recorder.initial = initial
     recorder.log = [event for event in log if not isinstance(event, Flush)]

@@ -20,8 +20,8 @@ MAX_BLOCK_SIZE = 4096
 MAX_PHYSICAL_BLOCK_SIZE = 1 << 20
 
 SIZE_MAX = 256 << 10
-"""Bytes a data segment may have.  Nothing here is limited by it, but ``len`` of a used element
-has 32 bits, and the most segments of this size just fit: 1022 * 4 MiB < 4 GiB."""
+"""Bytes a data segment may have.  A longer segment is served too; the most segments of this
+size, 1022, stay under what one request may have."""
 MAX_SEGMENTS = 32
 """Ranges of one discard or write-zeroes request."""
 MAX_DISCARD_SECTORS = 1 << 22

@@ -55,8 +55,9 @@ _DISCARD = int(BlockRequestType.DISCARD)
 _WRITE_ZEROES = int(BlockRequestType.WRITE_ZEROES)
 _OK = int(BlockStatus.OK)
 
-_MAX_DATA = 0xFFFF_FFFF - STATUS_SIZE
-"""Bytes; ``len`` of a used element has 32 bits and counts the status byte too."""
+_MAX_DATA = 256 << 20
+"""Bytes of one request: a bound on a single one's time.  No driver that keeps to SEG_MAX and
+SIZE_MAX reaches it, whatever the queue size."""
 
 
 class BlockDevice(VirtioDevice):
