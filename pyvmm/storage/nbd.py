@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum, IntFlag
 
@@ -21,7 +22,7 @@ from pyvmm.storage.backend import (
     read_only_error,
     write_real_zeroes,
 )
-from pyvmm.storage.nbd_handshake import Export, Transmission, connect, negotiate, receive
+from pyvmm.storage.nbd_handshake import Export, Transmission, connect, negotiate
 from pyvmm.storage.nbd_uri import parse_nbd_uri
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -62,6 +63,10 @@ _ERRORS = frozenset({
 })
 
 
+_SLOWEST_BYTES_PER_S = 64 << 10
+"""What a server must manage at least, behind the time it has for an answer."""
+
+
 class NbdBackend:
     """The export ``uri`` names.
 
@@ -80,6 +85,8 @@ class NbdBackend:
         self.uri = uri
         self.read_only = read_only
         self._report = report
+        self._timeout_s = timeout_s
+        self._until_s = 0.0
         self._flush_errno = 0
         self._cookie = 0
         self._is_lost = False
@@ -121,12 +128,13 @@ class NbdBackend:
             raise read_only_error(self.uri)
         if durable:
             self._check_latch()
+        chunks = self._chunks(buffers, offset)
         flags = CommandFlag.FUA if durable and self._can_fua else _NO_FLAGS
         try:
-            for part, start, count in self._chunks(buffers, offset):
+            for part, start, count in chunks:
                 self._request(Command.WRITE, start, count, flags, data=part)
         except OSError as error:
-            if flags and error.errno != errno.EINVAL:
+            if flags:
                 self._flush_errno = error.errno or errno.EIO
             raise
         if durable and not flags:
@@ -214,9 +222,13 @@ class NbdBackend:
             raise OSError(errno.EIO, "the connection is lost", self.uri)
         self._cookie += 1
         header = _REQUEST.pack(_REQUEST_MAGIC, flags, command, self._cookie, offset, length)
+        # For the whole request: a server that drips a byte now and then is as good as dead.
+        self._until_s = time.monotonic() + self._timeout_s + length / _SLOWEST_BYTES_PER_S
+        reply = bytearray(_REPLY.size)
         try:
             self._send([memoryview(header), *data])
-            magic, error, cookie = _REPLY.unpack(receive(self._connection, _REPLY.size))
+            self._receive_into([memoryview(reply)])
+            magic, error, cookie = _REPLY.unpack(reply)
             if magic != _SIMPLE_REPLY_MAGIC or cookie != self._cookie:
                 raise OSError(errno.EPROTO, "the server's answer makes no sense")
             if not error:
@@ -231,6 +243,7 @@ class NbdBackend:
     def _send(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
+            self._mind_the_time()
             done = self._connection.sendmsg(buffers[:_IOV_MAX])
             missing -= done
             if missing:
@@ -239,12 +252,20 @@ class NbdBackend:
     def _receive_into(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
+            self._mind_the_time()
             done = self._connection.recvmsg_into(buffers[:_IOV_MAX])[0]
             if not done:
                 raise OSError(errno.ECONNRESET, "the server closed the connection")
             missing -= done
             if missing:
                 buffers = buffers_behind(buffers, done)
+
+    def _mind_the_time(self) -> None:
+        """Let the next call on the connection take what is left for the request."""
+        left_s = self._until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, "the server is too slow")
+        self._connection.settimeout(left_s)
 
     def _check_latch(self) -> None:
         if self._flush_errno:

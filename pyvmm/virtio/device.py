@@ -8,7 +8,6 @@ registers, addresses of its own, threads or KVM: ``activate`` gives it guest mem
 from __future__ import annotations
 
 import abc
-import time
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Protocol
 
@@ -18,8 +17,10 @@ from pyvmm.virtio.queue import Chain, Queue, Ring
 from pyvmm.virtio.rings import make_ring
 from pyvmm.virtio.spec import DeviceType, Feature
 
-PASS_S = 0.03
-"""After so many seconds a pass takes no further chain."""
+MAX_CHAIN_BYTES = 256 << 20
+"""Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""
+PASS_BYTES = 64 << 20
+"""After so many bytes in buffers a pass takes no further chain."""
 
 
 class Interrupt(Protocol):
@@ -129,7 +130,7 @@ class VirtioDevice(abc.ABC):
 
     def process_queue(self, index: int) -> float | None:
         """One pass: serve what waits in queue ``index``, at most a queue's length of chains and
-        about PASS_S seconds, then publish them all and interrupt once.  Never sleeps.
+        about PASS_BYTES of their buffers, then publish them all and interrupt once.  Never sleeps.
 
         Returns when to call again: None once nothing is left (the next notification says
         when), 0.0 if more is waiting, else the seconds a rate limit asks to wait.  A queue that
@@ -159,12 +160,19 @@ class VirtioDevice(abc.ABC):
 
 
 def for_one_pass(chains: Iterable[Chain]) -> Iterator[Chain]:
-    """``chains`` until PASS_S have gone by: what is left stays available for the next pass.
+    """``chains`` until they have had PASS_BYTES: what is left stays available for the next pass.
 
-    Large requests are many in a queue's length of them, and the transport's lock is held.
+    A queue's length of large requests would hold the transport's lock for too long.
     """
-    until_s = time.monotonic() + PASS_S
+    left = PASS_BYTES
     for chain in chains:
         yield chain
-        if time.monotonic() >= until_s:
-            return
+        length = 0
+        for _, buffer_length in chain.readable:
+            length += buffer_length
+        for _, buffer_length in chain.writable:
+            length += buffer_length
+        if length <= MAX_CHAIN_BYTES:  # what is longer was refused, and took no time
+            left -= length
+            if left <= 0:
+                return

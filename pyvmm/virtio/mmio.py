@@ -283,8 +283,8 @@ class MmioTransport:
 
     def _write_driver_features(self, value: int) -> None:
         """32 of the driver's feature bits; frozen once FEATURES_OK is set (3.1.1 step 5)."""
-        word = self._driver_features_sel
-        if word < 2 and not self._status & Status.FEATURES_OK:
+        word = min(self._driver_features_sel, 2)  # bits from 64 on are none that were offered
+        if not self._status & Status.FEATURES_OK:
             shift = 32 * word
             self._driver_features = self._driver_features & ~(_WORD << shift) | value << shift
 

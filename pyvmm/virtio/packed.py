@@ -104,7 +104,11 @@ class PackedRing:
         """
         self._device_event[0] = _DISABLE << _EVENT_FLAGS_SHIFT
         size, flags = self._size, self._flags
-        budget = size
+        # Slots that were taken and are held back are not the driver's to make available again.
+        taken = self._avail_slot - self._used_slot
+        if (self._available == _AVAIL) != (self._used == _AVAIL | _USED):
+            taken += size
+        budget = size - taken
         while budget > 0:
             slot, available = self._avail_slot, self._available
             # Only when the owner bits are seen changed may the rest be read: x86 loads in order.

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from pyvmm.errors import ConfigError
 
+MIN_TURN_S = 0.001
+"""What a queue waits at least while another is before it in the line."""
 MAX_WAIT_S = 0.25
 """No wait is longer, however deep the debt: a changed limit is felt this soon."""
 
@@ -64,21 +66,34 @@ class RateLimiter:
         now_s = clock()
         self._ops = _Bucket(limit.ops_per_s, limit.ops_burst, now_s)
         self._bytes = _Bucket(limit.bytes_per_s, limit.bytes_burst, now_s)
+        self._line: dict[int, int] = {}
+        """Who waits, first come first, and for how many bytes."""
 
-    def admit(self, byte_count: int) -> float:
-        """Ask to do one operation that moves ``byte_count`` bytes.
+    def admit(self, byte_count: int, who: int = 0) -> float:
+        """Ask, as ``who`` (a queue), to do one operation that moves ``byte_count`` bytes.
 
         0.0: it may go now, and both buckets are charged.  Otherwise the seconds after which it
-        is worth asking again; nothing is charged.
+        is worth asking again; nothing is charged, and ``who`` keeps its place in the line: small
+        requests do not keep the buckets empty for ever in front of a large one.
         """
         with self._lock:
             now_s = self._clock()
-            wait_s = max(self._ops.wait_s(1, now_s), self._bytes.wait_s(byte_count, now_s))
+            self._line[who] = byte_count
+            first, first_bytes = next(iter(self._line.items()))
+            wait_s = max(self._ops.wait_s(1, now_s), self._bytes.wait_s(first_bytes, now_s))
+            if first != who:
+                return min(max(wait_s, MIN_TURN_S), MAX_WAIT_S)
             if wait_s:
                 return min(wait_s, MAX_WAIT_S)
+            del self._line[who]
             self._ops.take(1)
             self._bytes.take(byte_count)
             return 0.0
+
+    def leave(self, who: int) -> None:
+        """``who`` waits no more: its request was dropped."""
+        with self._lock:
+            self._line.pop(who, None)
 
     def change(self, limit: RateLimit) -> None:
         """Go on with ``limit``: tokens saved up are kept as far as the new burst allows, and

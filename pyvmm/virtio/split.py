@@ -130,8 +130,10 @@ class SplitRing:
         count = (available - self._next_avail) & 0xFFFF
         if not count:
             return []
-        if count > self._size:
-            raise RingError(f"avail.idx is {count} ahead in a queue of {self._size}")
+        # Ahead of what was given back: a chain that was taken and is held back still counts.
+        ahead = (available - self._published) & 0xFFFF
+        if ahead > self._size:
+            raise RingError(f"avail.idx is {ahead} ahead in a queue of {self._size}")
         start = self._next_avail & self._mask
         heads = self._avail_ring[start : start + count].tolist()
         if len(heads) < count:

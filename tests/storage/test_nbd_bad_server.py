@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -177,3 +179,26 @@ def test_a_failed_fua_write_is_latched(tmp_path: Path) -> None:
             disk.writev(room(512), 0, durable=True)
         with pytest.raises(OSError, match="earlier flush"):
             disk.flush()
+
+
+def test_a_server_that_drips_is_given_up(tmp_path: Path) -> None:
+    """Each byte comes well within the timeout; the answer does not."""
+
+    def serve(connection: socket.socket) -> None:
+        agree(connection)
+        cookie = request(connection)[2]
+        with contextlib.suppress(OSError):
+            for byte in reply(cookie) + bytes(512):
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+
+    reports: list[str] = []
+    with (
+        scripted(tmp_path / "socket", serve),
+        closing(NbdBackend(
+            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=reports.append, timeout_s=0.3
+        )) as disk,
+    ):
+        with pytest.raises(OSError, match="connection is lost"):
+            disk.readv(room(512), 0)
+        assert len(reports) == 1

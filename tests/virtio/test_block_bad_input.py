@@ -232,8 +232,8 @@ def test_id_is_written_over_several_buffers(new_rig: MakeRig) -> None:
     assert answer == (OK, 21, b"abcdef".ljust(30, b"\0"))
 
 
-def test_a_request_of_more_than_256_mebibytes_is_ioerr(tmp_path: Path, new_rig: MakeRig) -> None:
-    # 33 buffers of 8 MiB, all of them the same RAM: the file has them, but it would take too long.
+def test_a_request_of_256_mebibytes_is_ioerr(tmp_path: Path, new_rig: MakeRig) -> None:
+    # 255 buffers of 1 MiB and a smaller one, all of them the same RAM: more would take too long.
     path = tmp_path / "big.img"
     with path.open("wb") as file:
         file.truncate(8 << 30)
@@ -243,11 +243,13 @@ def test_a_request_of_more_than_256_mebibytes_is_ioerr(tmp_path: Path, new_rig: 
     driver = rig.driver
     driver.start()
     header, status = driver.header(IN), driver.status_byte()
-    data = [writable(RAM_BASE + (8 << 20), 8 << 20)] * 32 + [writable(RAM_BASE + (8 << 20), 512)]
+    data = [writable(RAM_BASE + (8 << 20), 1 << 20)] * 255
+    data.append(writable(RAM_BASE + (8 << 20), (1 << 20) - 4096))
+    data.append(writable(RAM_BASE + (8 << 20), 512))
     chain = [readable(header, 16), *data, writable(status, 1)]
     assert driver.ask(chain, status) == (IOERR, 1, b"")
     chain = [readable(header, 16), *data[:-1], writable(status, 1)]
-    assert driver.ask(chain, status) == (OK, (256 << 20) + 1, b"")
+    assert driver.ask(chain, status) == (OK, (256 << 20) - 4096 + 1, b"")
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EROFS])

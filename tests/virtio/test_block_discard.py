@@ -16,7 +16,7 @@ DISCARD, WRITE_ZEROES = 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 UNMAP = 1
 BOTH = pytest.mark.parametrize("request_type", [DISCARD, WRITE_ZEROES])
-MAX_SECTORS = {DISCARD: 1 << 22, WRITE_ZEROES: 1 << 17}
+MAX_SECTORS = {DISCARD: 1 << 22, WRITE_ZEROES: 1 << 14}
 
 
 def segment(sector: int, sectors: int, flags: int = 0) -> bytes:
@@ -235,3 +235,10 @@ def test_host_error_is_ioerr(hooked: tuple[Rig, Hooked], request_type: int) -> N
     assert rig.driver.request(request_type, data=segment(0, 1)) == (IOERR, 1, b"")
     del backend.discard, backend.write_zeroes
     assert rig.driver.request(request_type, data=segment(0, 1)) == (OK, 1, b"")
+
+
+@BOTH
+def test_bad_input_68_ranges_that_are_more_than_the_disk(rig: Rig, request_type: int) -> None:
+    sectors = rig.device.capacity_sectors
+    half = segment(0, sectors // 2 + 1)
+    assert_refused(rig, request_type, half + half, IOERR)

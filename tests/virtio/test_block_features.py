@@ -167,7 +167,7 @@ def test_configuration_space_is_on_the_page(new_rig: MakeRig) -> None:
         max_discard_sectors=1 << 22,
         max_discard_seg=32,
         discard_sector_alignment=8,
-        max_write_zeroes_sectors=1 << 17,
+        max_write_zeroes_sectors=1 << 14,
         max_write_zeroes_seg=32,
         write_zeroes_may_unmap=1,
     )

@@ -225,3 +225,16 @@ def test_two_queues_share_one_limit() -> None:
     assert transport.service(1) is None
     assert len(low.reap()) == len(high.reap()) == 1
     transport.close()
+
+
+def test_bad_input_18_a_held_chain_counts_as_outstanding(limited: Make) -> None:
+    """A driver that offers a whole queue more while one chain is held back has lost count."""
+    disk = limited(RateLimit(ops_per_s=1, ops_burst=1))
+    disk.offer(2)
+    assert disk.service() == MAX_WAIT_S
+    assert disk.served() == 1
+    driver = disk.driver
+    driver.offer(*range(64))
+    disk.device.set_rate_limit(RateLimit())
+    disk.service()
+    assert driver.needs_reset

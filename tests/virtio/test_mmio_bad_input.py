@@ -230,3 +230,17 @@ def test_bad_input_88_acknowledging_bits_that_are_not_set(rig: Rig) -> None:
     driver.set(Register.INTERRUPT_ACK, 1)
     assert driver.reg(Register.INTERRUPT_STATUS) == 0
     assert driver.request(4).status == 0
+
+
+@pytest.mark.parametrize("word", [2, 3, 0xFFFF_FFFF])
+def test_bad_input_80_feature_bits_from_64_on_are_refused(new_rig: MakeRig, word: int) -> None:
+    rig = new_rig()
+    driver = rig.driver
+    driver.set(Register.STATUS, 1)
+    driver.set(Register.STATUS, 3)
+    driver.accept(Feature.VERSION_1)
+    driver.set(Register.DRIVER_FEATURES_SEL, word)
+    driver.set(Register.DRIVER_FEATURES, 1)
+    driver.set(Register.STATUS, 11)
+    assert driver.status == 3
+    rig.assert_works()

@@ -159,3 +159,26 @@ def test_no_rate_is_no_limit() -> None:
     assert not RateLimit()
     assert RateLimit(ops_per_s=1)
     assert RateLimit(bytes_per_s=1)
+
+
+def test_a_large_request_is_not_kept_waiting_by_small_ones(clock: Clock) -> None:
+    """Two queues: one asks for a burst's worth, the other for a little, again and again."""
+    limiter = RateLimiter(RateLimit(bytes_per_s=1000, bytes_burst=100), clock=clock)
+    large = small = 0
+    for _ in range(10_000):
+        clock.now_s += 0.001
+        large += limiter.admit(100, 1) == 0.0
+        small += limiter.admit(1, 0) == 0.0
+    assert 90 <= large <= 110
+    assert small >= 90
+
+
+def test_who_has_left_the_line_holds_up_nobody(clock: Clock) -> None:
+    limiter = RateLimiter(RateLimit(ops_per_s=1, ops_burst=1), clock=clock)
+    assert limiter.admit(0, 0) == 0.0
+    assert limiter.admit(0, 1) > 0.0
+    assert limiter.admit(0, 2) > 0.0
+    clock.now_s += 1
+    assert limiter.admit(0, 2) > 0.0, "1 is first"
+    limiter.leave(1)
+    assert limiter.admit(0, 2) == 0.0

@@ -101,7 +101,7 @@ def test_discard_and_write_zeroes_are_holes_in_the_file(disk: Path) -> None:
         assert data[begin * MIB : end * MIB] == b"\xa5" * ((end - begin) * MIB)
 
 
-def test_four_queues_are_used(disk: Path) -> None:
+def test_a_disk_has_four_queues(disk: Path) -> None:
     run = guest(
         f"{disk},queues=4",
         "echo queues $(ls /sys/block/vdb/mq); " + FIO.format(file="/dev/vdb", size="8m"),

@@ -26,8 +26,8 @@ MAX_SEGMENTS = 32
 """Ranges of one discard or write-zeroes request."""
 MAX_DISCARD_SECTORS = 1 << 22
 """2 GiB a range: the file system of the host frees extents, it does not touch data."""
-MAX_WRITE_ZEROES_SECTORS = 1 << 17
-"""64 MiB a range: a file system that cannot zero a range has the zeroes written."""
+MAX_WRITE_ZEROES_SECTORS = 1 << 14
+"""8 MiB a range: a file system that cannot zero a range has the zeroes written."""
 
 _NOT_SWITCHABLE = int(Feature.VERSION_1 | BlockFeature.RO)
 _ALWAYS = int(

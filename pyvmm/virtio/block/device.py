@@ -34,7 +34,7 @@ from pyvmm.virtio.block.request import (
     status_of,
 )
 from pyvmm.virtio.block.segments import Segment, parse_segments
-from pyvmm.virtio.device import VirtioDevice, for_one_pass
+from pyvmm.virtio.device import MAX_CHAIN_BYTES, VirtioDevice, for_one_pass
 from pyvmm.virtio.queue import Buffer, Chain, Ring
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.spec import (
@@ -55,9 +55,9 @@ _DISCARD = int(BlockRequestType.DISCARD)
 _WRITE_ZEROES = int(BlockRequestType.WRITE_ZEROES)
 _OK = int(BlockStatus.OK)
 
-_MAX_DATA = 256 << 20
-"""Bytes of one request: a bound on a single one's time.  No driver that keeps to SEG_MAX and
-SIZE_MAX reaches it, whatever the queue size."""
+_MAX_DATA = MAX_CHAIN_BYTES - 4096
+"""Bytes of one request.  No driver that keeps to SEG_MAX and SIZE_MAX reaches it, whatever the
+queue size: 1022 segments of 256 KiB are less."""
 
 
 class BlockDevice(VirtioDevice):
@@ -143,13 +143,14 @@ class BlockDevice(VirtioDevice):
         """See ``VirtioDevice.reset``.  The rate limiter goes on: a driver that resets the device
         does not get a fresh burst."""
         super().reset()
-        self._held.clear()
+        for index in list(self._held):
+            self._drop_held(index)
         self._writeback = self._config.writeback
 
     def reset_queue(self, index: int) -> None:
         """See ``VirtioDevice.reset_queue``."""
         super().reset_queue(index)
-        self._held.pop(index, None)
+        self._drop_held(index)
 
     # The rate limit
 
@@ -162,6 +163,12 @@ class BlockDevice(VirtioDevice):
         else:
             self._limiter.change(limit)
 
+    def _drop_held(self, index: int) -> None:
+        """Forget the chain of queue ``index`` that waits for its turn, and the turn."""
+        self._held.pop(index, None)
+        if self._limiter is not None:
+            self._limiter.leave(index)
+
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
         """See ``VirtioDevice._drain``: the first chain that may not go yet is held back, and
         comes first when its time has come."""
@@ -173,7 +180,7 @@ class BlockDevice(VirtioDevice):
         if held is not None:
             waiting = itertools.chain((held,), waiting)
         for chain in for_one_pass(waiting):
-            delay_s = limiter.admit(self._cost(chain)) if limiter else 0.0
+            delay_s = limiter.admit(self._cost(chain), index) if limiter else 0.0
             if delay_s:
                 self._held[index] = chain
                 return delay_s

@@ -37,7 +37,7 @@ def parse_segments(
 
     UnsupportedRequestError for a flag that is unknown, or for ``unmap`` where it may not be (in
     a discard).  BadRequestError unless there are 1 to ``max_segments``, each of 1 to
-    ``max_sectors`` sectors within ``capacity_sectors``.
+    ``max_sectors`` sectors within ``capacity_sectors``, and all together no more than that.
     """
     length = sum(buffer_length for _, buffer_length in buffers)
     if not length or length % _SEGMENT.size or length > max_segments * _SEGMENT.size:
@@ -57,4 +57,6 @@ def parse_segments(
             raise BadRequestError(f"a segment of {segment.sectors} sectors")
         if segment.sector + segment.sectors > capacity_sectors:
             raise BadRequestError(f"{segment.sectors} sectors at {segment.sector} leave the disk")
+    if sum(segment.sectors for segment in segments) > capacity_sectors:
+        raise BadRequestError("segments overlap: they are more than the disk has")
     return segments
