@@ -170,7 +170,7 @@ class Runner:
             show = self._is_time_to_show(output)
             if show and output.fd is not None:
                 poller.register(output.fd, select.POLLOUT)
-            ready = dict(poller.poll(self._poll_timeout_ms()))
+            ready = dict(poller.poll(self._poll_timeout_ms(shows=show)))
             if self._wake_fd in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake_fd)
@@ -205,9 +205,10 @@ class Runner:
             self._gathering_since_s = now_s
         return output.has_chunk or now_s >= self._gathering_since_s + GATHER_S
 
-    def _poll_timeout_ms(self) -> int | None:
+    def _poll_timeout_ms(self, *, shows: bool) -> int | None:
+        """How long to wait; what is being shown waits for the terminal, not for the clock."""
         waits_s = [at_s for at_s, _ in self._deadlines]
-        if self._gathering_since_s is not None:
+        if self._gathering_since_s is not None and not shows:
             waits_s.append(self._gathering_since_s + GATHER_S)
         if self._halt_watch_until_s:
             waits_s.append(self._next_inspection_s)
