@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,28 @@ def test_fio_verifies_what_it_wrote_on_the_bare_disk(disk: Path) -> None:
     run = guest(disk, FIO.format(file="/dev/vdb", size="32m"))
     assert ";t;0;0;" in run.console, "fio's terse line: job t, no error"
     assert disk.stat().st_size == 64 * MIB
+
+
+@pytest.mark.parametrize(
+    "without", ["RING_PACKED", "RING_PACKED,EVENT_IDX", "RING_PACKED,EVENT_IDX,INDIRECT_DESC"]
+)
+def test_fio_verifies_on_split_rings_too(disk: Path, without: str) -> None:
+    """Linux takes packed rings where they are offered, as they are in the other tests."""
+    fio = FIO.format(file="/dev/vdb", size="16m")
+    script = run_in_guest(f"mount -t tmpfs t /mnt; cat /sys/block/vdb/device/features; echo; {fio}")
+    _, _, _, *options = command(
+        *ROOT_DISK, "--disk", disk, "--timeout", "120", "--append", f"quiet {script}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.plain_rings", without, *options],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ";t;0;0;" in done.stdout
+    (bits,) = re.findall(r"^([01]{64})$", done.stdout, re.MULTILINE)
+    assert bits[34] == "0", "VIRTIO_F_RING_PACKED was negotiated"
+    assert bits[29] == ("0" if "EVENT_IDX" in without else "1")
+    assert bits[28] == ("0" if "INDIRECT_DESC" in without else "1")
 
 
 def blocks(path: Path, offset: int) -> bool:
