@@ -112,9 +112,14 @@ class VirtioDevice(abc.ABC):
         for queue in self.queues:
             queue.reset()
 
+    def stop_queue(self, index: int) -> None:
+        """Serve queue ``index`` no more; chains taken from it but not yet served are dropped."""
+        self.queues[index].ready = False
+
     def reset_queue(self, index: int) -> None:
         """2.6.1 "Virtqueue Reset": forget queue ``index`` alone; nothing of it is touched
         afterwards, and chains taken from it but not yet served are dropped."""
+        self.stop_queue(index)
         if self._rings:
             self._rings[index] = None
         self.queues[index].reset()

@@ -327,7 +327,7 @@ class MmioTransport:
         """1 hands the queue to the device, which checks it; 0 stops the queue, and because the
         lock is held, nothing of it is touched afterwards."""
         if value == 0 and self._queue:
-            self._queue.ready = False
+            self._device.stop_queue(self._queue_index)
             self._show(Register.QUEUE_READY, 0)
         elif value == 1 and (queue := self._open_queue):
             try:

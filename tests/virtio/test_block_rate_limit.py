@@ -238,3 +238,34 @@ def test_bad_input_18_a_held_chain_counts_as_outstanding(limited: Make) -> None:
     disk.device.set_rate_limit(RateLimit())
     disk.service()
     assert driver.needs_reset
+
+
+def test_a_stopped_queue_holds_up_no_other() -> None:
+    """QueueReady = 0 while its chain waits for a turn: the turn is the next queue's."""
+    now_s = 0.0
+    device = BlockDevice(
+        BlockConfig(queues=2, rate_limit=RateLimit(ops_per_s=10, ops_burst=1)),
+        MemoryBackend(bytearray(512)),
+        clock=lambda: now_s,
+    )
+    memory = GuestMemory.over(bytearray(1 << 17), RAM_BASE)
+    transport = MmioTransport(device, memory, lambda: None, report=print)
+    low = BlockDriver(transport, memory)
+    high = BlockDriver(transport, memory, index=1)
+    high.desc, high.avail, high.used = (RAM_BASE + (1 << 16) + 0x1000 * i for i in range(3))
+    low.negotiate()
+    low.setup_queue()
+    high.setup_queue()
+    low.set(Register.STATUS, 15)
+    for driver, heads in ((low, (0, 2)), (high, (0,))):
+        for head in heads:
+            header, status = low.header(FLUSH), low.status_byte()
+            driver.place([readable(header, 16), writable(status, 1)], head)
+    assert transport.service(0) == pytest.approx(0.1), "the second flush waits, first in the line"
+    assert transport.service(1) is not None
+    low.set(Register.QUEUE_SEL, 0)
+    low.set(Register.QUEUE_READY, 0)
+    now_s += 0.1
+    assert transport.service(1) is None
+    assert len(high.reap()) == 1
+    transport.close()

@@ -147,9 +147,10 @@ class BlockDevice(VirtioDevice):
             self._drop_held(index)
         self._writeback = self._config.writeback
 
-    def reset_queue(self, index: int) -> None:
-        """See ``VirtioDevice.reset_queue``."""
-        super().reset_queue(index)
+    def stop_queue(self, index: int) -> None:
+        """See ``VirtioDevice.stop_queue``.  The queue's place in the line is free again, or it
+        would hold up the disk's other queues for ever."""
+        super().stop_queue(index)
         self._drop_held(index)
 
     # The rate limit
