@@ -72,8 +72,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         vm.create_irqchip()
         vm.create_pit2()
         for slot, region in enumerate(memory.regions):
-            address = memory.host_address + region.offset
-            vm.set_user_memory_region(slot, region.gpa, region.length, address)
+            vm.set_user_memory_region(slot, region.gpa, region.length, region.host_address)
 
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         watch = ConsoleWatch(runner)

@@ -1,4 +1,4 @@
-"""Guest RAM: one host mapping, reached only through bounds-checked guest physical addresses.
+"""Guest RAM: host mappings, reached only through bounds-checked guest physical addresses.
 
 Python slices silently shorten and ``struct.pack_into`` accepts negative offsets, so every access
 checks start, length, sign and wrap here (compare vm-memory's ``bytes.rs``) and raises
@@ -9,30 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 from pyvmm.errors import GuestMemoryError, HostError
 
 PAGE_SIZE = 4096
 _MAP_NORESERVE = 0x4000  # mmap.MAP_NORESERVE came with Python 3.13
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-@dataclass(frozen=True, slots=True)
 class Region:
-    """``length`` bytes of RAM at guest physical ``gpa``, backed by ``offset`` in the mapping."""
+    """``length`` bytes of RAM at guest physical ``gpa``: ``view``.
 
-    gpa: int
-    length: int
-    offset: int
+    ``offset`` is where they begin in ``GuestMemory.fd``, if there is one.
+    """
+
+    __slots__ = ("end", "gpa", "length", "offset", "view")
+
+    def __init__(self, gpa: int, view: memoryview, offset: int = 0) -> None:
+        self.gpa = gpa
+        self.view = view
+        self.length = len(view)
+        self.end = gpa + self.length
+        self.offset = offset
 
     @property
-    def end(self) -> int:
-        """The first guest physical address after the region."""
-        return self.gpa + self.length
+    def host_address(self) -> int:
+        """Host virtual address of the first byte."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.view))
 
 
 class GuestMemory:
@@ -40,7 +48,8 @@ class GuestMemory:
 
     ``ranges`` are ``(gpa, length)`` pairs in bytes, ascending and disjoint.  The mapping is
     private anonymous memory with huge pages (0.2 us a page); with ``shared=True`` it is a memfd
-    (5 us a page), needed only where another process must see it; ``fd`` is then its descriptor.
+    (5 us a page), needed only where another process must see it; ``fd`` is then its descriptor,
+    sealed: whoever gets it can not shrink it under us, which would be a SIGBUS.
     """
 
     def __init__(self, ranges: Sequence[tuple[int, int]], *, shared: bool = False) -> None:
@@ -49,8 +58,9 @@ class GuestMemory:
         self._map: mmap.mmap | None = None
         try:
             if shared:
-                self.fd = os.memfd_create("pyvmm-ram", os.MFD_CLOEXEC)
+                self.fd = os.memfd_create("pyvmm-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 os.ftruncate(self.fd, total)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
                 self._map = mmap.mmap(self.fd, total)
             else:
                 flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -63,36 +73,57 @@ class GuestMemory:
             # Fewer faults and TLB misses; a kernel without THP refuses, which costs only speed.
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._setup(memoryview(self._map), ranges)
+        self._closed = False
+        root = memoryview(self._map)
+        regions, offset = [], 0
+        for gpa, length in ranges:
+            regions.append(Region(gpa, root[offset : offset + length], offset))
+            offset += length
+        root.release()
+        self.regions = tuple(regions)
 
     @classmethod
     def over(cls, buffer: bytearray | mmap.mmap, gpa: int = 0) -> GuestMemory:
         """RAM over a buffer the caller owns, at ``gpa``: what a test of a device needs."""
+        memory = cls.empty()
+        memory.add(gpa, buffer)
+        return memory
+
+    @classmethod
+    def empty(cls) -> GuestMemory:
+        """No RAM yet: somebody else's, region by region, by ``add``."""
         memory = cls.__new__(cls)
         memory.fd = None
         memory._map = None
-        memory._setup(memoryview(buffer), [(gpa, len(buffer))])
+        memory._closed = False
+        memory.regions = ()
         return memory
 
-    def _setup(self, root: memoryview, ranges: Sequence[tuple[int, int]]) -> None:
-        self._root = root
-        regions = []
-        offset = 0
-        for gpa, length in ranges:
-            regions.append(Region(gpa, length, offset))
-            offset += length
-        self.regions = tuple(regions)
-        self._closed = False
+    def add(self, gpa: int, buffer: bytearray | mmap.mmap | memoryview) -> Region:
+        """One more region: ``buffer``, which the caller owns, at ``gpa``.
+
+        GuestMemoryError if it is empty, ends above 2^64 or overlaps another region.
+        """
+        region = Region(gpa, memoryview(buffer).cast("B"))
+        others = self.regions
+        if (
+            not region.length or gpa < 0 or region.end > 1 << 64
+            or any(gpa < other.end and other.gpa < region.end for other in others)
+        ):
+            region.view.release()
+            raise GuestMemoryError(gpa, len(buffer))
+        self.regions = tuple(sorted((*others, region), key=lambda one: one.gpa))
+        return region
+
+    def remove(self, region: Region) -> None:
+        """Take a region that ``add`` made away; views taken from it stay the caller's matter."""
+        self.regions = tuple(one for one in self.regions if one is not region)
+        region.view.release()
 
     @property
     def size_bytes(self) -> int:
         """All RAM, in bytes."""
         return sum(region.length for region in self.regions)
-
-    @property
-    def host_address(self) -> int:
-        """Host virtual address of the mapping's first byte, for KVM_SET_USER_MEMORY_REGION."""
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._root))
 
     def contains(self, gpa: int, length: int) -> bool:
         """Whether all ``length`` bytes at ``gpa`` lie in one region of RAM."""
@@ -100,29 +131,23 @@ class GuestMemory:
             return False
         return any(r.gpa <= gpa and gpa + length <= r.end for r in self.regions)
 
-    def offset_of(self, gpa: int, length: int) -> int:
-        """Offset in the mapping of ``length`` bytes at ``gpa``; GuestMemoryError if not RAM."""
-        if length >= 0:
-            for region in self.regions:
-                if region.gpa <= gpa and gpa + length <= region.gpa + region.length:
-                    return gpa - region.gpa + region.offset
-        raise GuestMemoryError(gpa, length)
-
     def view(self, gpa: int, length: int) -> memoryview:
         """A writable view of exactly ``length`` bytes of RAM at ``gpa``."""
-        offset = self.offset_of(gpa, length)
-        return self._root[offset : offset + length]
+        if length >= 0:
+            end = gpa + length
+            for region in self.regions:
+                start = region.gpa
+                if start <= gpa and end <= region.end:
+                    return region.view[gpa - start : end - start]
+        raise GuestMemoryError(gpa, length)
 
     def read(self, gpa: int, length: int) -> bytes:
         """A copy of ``length`` bytes at ``gpa``."""
-        offset = self.offset_of(gpa, length)
-        return bytes(self._root[offset : offset + length])
+        return bytes(self.view(gpa, length))
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``gpa``."""
-        length = len(data)
-        offset = self.offset_of(gpa, length)
-        self._root[offset : offset + length] = data
+        self.view(gpa, len(data))[:] = data
 
     def read_int(self, gpa: int, size: int) -> int:
         """The little-endian unsigned integer of ``size`` bytes at ``gpa``."""
@@ -137,7 +162,8 @@ class GuestMemory:
         if self._closed:
             return
         self._closed = True
-        self._root.release()
+        for region in self.regions:
+            region.view.release()
         if self._map is not None:
             self._map.close()
         if self.fd is not None:

@@ -34,7 +34,6 @@ def test_regions_are_contiguous_in_the_one_mapping() -> None:
         assert [(r.gpa, r.length, r.offset) for r in memory.regions] == [
             (0, LOW, 0), (GAP_END, HIGH, LOW)
         ]
-        assert memory.offset_of(GAP_END, 1) == LOW
 
 
 def test_integers_are_little_endian_and_range_checked() -> None:
@@ -110,4 +109,36 @@ def test_over_a_buffer_of_the_callers() -> None:
 def test_private_memory_is_not_a_file() -> None:
     with two_regions() as memory:
         assert memory.fd is None
-        assert hex(memory.host_address)[2:] in Path("/proc/self/maps").read_text("ascii")
+        address = hex(memory.regions[0].host_address)[2:]
+        assert address in Path("/proc/self/maps").read_text("ascii")
+
+
+def test_shared_memory_cannot_be_shrunk_by_whoever_gets_it() -> None:
+    with GuestMemory([(0, 8192)], shared=True) as memory:
+        assert memory.fd is not None
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, 0)
+
+
+def test_regions_come_and_go() -> None:
+    memory = GuestMemory.empty()
+    low, high = bytearray(b"low."), bytearray(b"high")
+    memory.add(GAP_END, high)
+    region = memory.add(0x1000, low)
+    assert [(r.gpa, r.end) for r in memory.regions] == [(0x1000, 0x1004), (GAP_END, GAP_END + 4)]
+    assert memory.read(0x1000, 4) == b"low."
+    memory.write(GAP_END, b"HIGH")
+    assert high == b"HIGH"
+    memory.remove(region)
+    assert not memory.contains(0x1000, 1)
+    low += b"free again"
+
+
+@pytest.mark.parametrize("gpa", [0xFFF, 0x1003, 0xFFE, -1, (1 << 64) - 3])
+def test_a_region_that_overlaps_or_wraps_is_refused(gpa: int) -> None:
+    memory = GuestMemory.over(bytearray(4), 0x1000)
+    with pytest.raises(GuestMemoryError):
+        memory.add(gpa, bytearray(4))
+    with pytest.raises(GuestMemoryError):
+        memory.add(0x2000, bytearray())
+    assert len(memory.regions) == 1

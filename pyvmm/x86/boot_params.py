@@ -14,7 +14,7 @@ from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
 
 from pyvmm.errors import ConfigError
-from pyvmm.memory import PAGE_SIZE, GuestMemory, Region
+from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.x86 import layout
 from pyvmm.x86.image import Kernel
 
@@ -162,7 +162,7 @@ def write_boot_params(
         params.ext_ramdisk_image = gpa >> 32
         params.hdr.ramdisk_size = size_bytes & 0xFFFF_FFFF
         params.ext_ramdisk_size = size_bytes >> 32
-    entries = e820_map(memory.regions)
+    entries = e820_map([(region.gpa, region.length) for region in memory.regions])
     params.e820_entries = len(entries)
     for slot, entry in zip(params.e820_table, entries, strict=False):
         slot.addr, slot.size, slot.type = entry
@@ -170,21 +170,21 @@ def write_boot_params(
     memory.write(layout.BOOT_PARAMS, page)
 
 
-def e820_map(regions: Sequence[Region]) -> list[tuple[int, int, int]]:
+def e820_map(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """The memory map as ``(address, size in bytes, type)``, ascending.
 
     The first region is RAM below 4 GiB, from address 0, with the BIOS hole cut out of it; the
     others are above.  The pages that KVM on Intel takes for itself are reserved, so that Linux
     gives them to no device.
     """
-    low, *high = regions
+    (low_gpa, low_length), *high = ranges
     kvm_end = layout.TSS + _TSS_PAGES * PAGE_SIZE
     return [
         (0, layout.LOW_RAM_END, E820_TYPE_RAM),
         (layout.LOW_RAM_END, layout.HIGH_RAM_START - layout.LOW_RAM_END, E820_TYPE_RESERVED),
-        (layout.HIGH_RAM_START, low.end - layout.HIGH_RAM_START, E820_TYPE_RAM),
+        (layout.HIGH_RAM_START, low_gpa + low_length - layout.HIGH_RAM_START, E820_TYPE_RAM),
         (layout.IDENTITY_MAP, kvm_end - layout.IDENTITY_MAP, E820_TYPE_RESERVED),
-        *((region.gpa, region.length, E820_TYPE_RAM) for region in high),
+        *((gpa, length, E820_TYPE_RAM) for gpa, length in high),
     ]
 
 

@@ -154,7 +154,7 @@ def _machine(kvm: Kvm, part: Part, stack: contextlib.ExitStack) -> tuple[Vcpu, i
     vm.set_tss_addr(layout.TSS)
     vm.set_identity_map_addr(layout.IDENTITY_MAP)
     vm.create_irqchip()
-    vm.set_user_memory_region(0, 0, MEMORY_BYTES, memory.host_address)
+    vm.set_user_memory_region(0, 0, MEMORY_BYTES, memory.regions[0].host_address)
     vm.irqfd(irq_fd, _IRQ)
     vcpu = stack.enter_context(vm.create_vcpu(0))
     vcpu.set_cpuid(cpuid.build(kvm.supported_cpuid(), cpuid.CpuModel(), 0))

@@ -122,7 +122,7 @@ def bare_machine() -> Iterator[BareMachine]:
     ):
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
-        vm.set_user_memory_region(0, 0, MEMORY_BYTES, memory.host_address)
+        vm.set_user_memory_region(0, 0, MEMORY_BYTES, memory.regions[0].host_address)
         with vm.create_vcpu(0) as vcpu:
             vcpu.set_cpuid(cpuid.build(kvm.supported_cpuid(), cpuid.CpuModel(), 0))
             yield BareMachine(vm, vcpu, memory)
@@ -134,6 +134,6 @@ def host_page() -> Iterator[tuple[memoryview, int]]:
     with GuestMemory([(0, mmap.PAGESIZE)]) as page:
         view = page.view(0, mmap.PAGESIZE)
         try:
-            yield view, page.host_address
+            yield view, page.regions[0].host_address
         finally:
             view.release()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.memory import GuestMemory, Region
+from pyvmm.memory import GuestMemory
 from pyvmm.x86 import layout
 from pyvmm.x86.boot_params import BootE820Entry, BootParams, SetupHeader, e820_map
 from pyvmm.x86.loader import Kernel, load_kernel, write_boot_params
@@ -143,7 +143,7 @@ def test_e820_of_a_small_machine(memory: GuestMemory, kernel: Kernel) -> None:
 @pytest.mark.parametrize("memory_bytes", [16 * MIB, 3 * GIB, 3 * GIB + 4096, 5 * GIB, 512 * GIB])
 def test_e820_has_all_ram_once_and_in_order(memory_bytes: int) -> None:
     ranges = layout.ram_ranges(memory_bytes)
-    entries = e820_map([Region(gpa, length, 0) for gpa, length in ranges])
+    entries = e820_map(ranges)
     ends = [address + size for address, size, _ in entries]
     assert all(size > 0 for _, size, _ in entries)
     assert all(end <= start for end, (start, _, _) in zip(ends, entries[1:], strict=False))
