@@ -6,11 +6,14 @@
                    | real-mode IVT, BIOS data|
     0x0_0000_0500  | GDT                     |
     0x0_0000_7000  | boot_params (zero page) |
+    0x0_0000_8000  | PVH start info          |
     0x0_0000_9000  | page tables: PML4, PDPT,|
                    | four page directories   |
     0x0_0002_0000  | kernel command line     |
     0x0_0009_fc00  +-------------------------+  end of low RAM (e820)
                    | MP table, then holes    |
+    0x0_000e_0000  | ACPI tables             |
+    0x0_000f_fff0  | reset vector            |
     0x0_0010_0000  +-------------------------+
                    | kernel, then initrd at  |
                    | the top of low RAM      |
@@ -31,6 +34,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 GDT = 0x500
 BOOT_PARAMS = 0x7000
+START_INFO = 0x8000
+START_INFO_MAX = 0x1000
+"""hvm_start_info and the tables it points to: what a kernel entered by PVH gets instead."""
 PAGE_TABLES = 0x9000
 PAGE_TABLES_END = PAGE_TABLES + 6 * 0x1000
 BOOT_STACK = 0x1FFF0
@@ -40,12 +46,19 @@ CMDLINE_MAX = 0x10000
 LOW_RAM_END = 0x9FC00
 MP_TABLE = LOW_RAM_END
 """In the last KiB of base memory, one of the places where kernels look for it."""
+ACPI_TABLES = 0xE0000
+"""Where the RSDP is, first of all tables, as the first place where kernels scan for it."""
+ACPI_TABLES_END = 0xF0000
+RESET_VECTOR = 0xFFFF0
+"""f000:fff0, where a PC's CPUs start, and where a kernel jumps that reboots "by BIOS"."""
 HIGH_RAM_START = 0x100000
 
 MMIO_GAP_START = 0xC000_0000
 MMIO_GAP_END = 0x1_0000_0000
 VIRTIO_MMIO = 0xD000_0000
 VIRTIO_MMIO_STRIDE = 0x1000
+IOAPIC = 0xFEC0_0000
+LAPIC = 0xFEE0_0000
 IDENTITY_MAP = 0xFFFB_C000
 TSS = 0xFFFB_D000
 
@@ -54,7 +67,11 @@ MAX_MEMORY = 512 * GIB
 
 SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
 I8042_DATA, I8042_COMMAND = 0x60, 0x64
+RTC_INDEX, RTC_DATA = 0x70, 0x71
 DEBUG_EXIT_PORT = 0xF4
+PVPANIC_PORT = 0x505
+SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, RESET_PORT = 0x600, 0x601, 0x602
+"""The power device's registers of one byte each, which the guest finds in ACPI's FADT."""
 VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14)
 """GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses."""
 

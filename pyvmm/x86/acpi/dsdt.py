@@ -1,0 +1,96 @@
+"""The DSDT's definition block: the devices of the machine that cannot be found by probing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyvmm.devices.serial import Serial
+from pyvmm.x86 import layout
+from pyvmm.x86.acpi import aml, resources
+
+S5_SLEEP_TYPE = 5
+"""SLP_TYP of the sleep control register that means soft off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtioMmioDevice:
+    """A virtio-mmio transport: ``length`` bytes of registers at ``base``, interrupting ``gsi``.
+
+    ``gsi`` is an edge-triggered, active high line.
+    """
+
+    base: int
+    length: int
+    gsi: int
+
+
+def definition_block(vcpu_count: int, devices: Sequence[VirtioMmioDevice], *, rtc: bool) -> bytes:
+    """The AML of the DSDT, without the table's header; arguments as of ``write_acpi_tables``."""
+    terms = [_processor(uid) for uid in range(vcpu_count)]
+    terms.append(_uart())
+    terms.append(_pvpanic())
+    if rtc:
+        terms.append(_rtc())
+    terms += [_virtio_mmio(index, device) for index, device in enumerate(devices)]
+    # 7.4.2 \_Sx: of the four elements a hardware-reduced platform uses the first.
+    s5 = aml.package(*map(aml.integer, (S5_SLEEP_TYPE, 0, 0, 0)))
+    return aml.scope("\\_SB", *terms) + aml.name("\\_S5", s5)
+
+
+def _processor(uid: int) -> bytes:
+    """8.4 Declaring Processors; ``uid`` is that of the vCPU's entry in the MADT."""
+    return aml.device(
+        f"C{uid:03X}",
+        aml.name("_HID", aml.string("ACPI0007")),
+        aml.name("_UID", aml.integer(uid)),
+    )
+
+
+def _uart() -> bytes:
+    """The 16550 at COM1.  Without this its interrupt is not known in hardware-reduced mode."""
+    return aml.device(
+        "COM1",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", resources.template(
+            resources.io_ports(layout.SERIAL_PORT, Serial.LENGTH),
+            resources.interrupt(layout.SERIAL_IRQ),
+        )),
+    )
+
+
+def _pvpanic() -> bytes:
+    """QEMU's docs/specs/pvpanic: a port by which a guest says that it panicked."""
+    return aml.device(
+        "PEVT",
+        aml.name("_HID", aml.string("QEMU0001")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", resources.template(resources.io_ports(layout.PVPANIC_PORT, 1))),
+    )
+
+
+def _rtc() -> bytes:
+    """The CMOS clock, which tells the time and never interrupts."""
+    return aml.device(
+        "RTC",
+        aml.name("_HID", aml.eisa_id("PNP0B00")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", resources.template(
+            resources.io_ports(layout.RTC_INDEX, layout.RTC_DATA + 1 - layout.RTC_INDEX)
+        )),
+    )
+
+
+def _virtio_mmio(index: int, device: VirtioMmioDevice) -> bytes:
+    """LNRO0005 is the ID by which Linux and QEMU know a virtio-mmio transport."""
+    return aml.device(
+        f"V{index:03X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(index)),
+        aml.name("_CCA", aml.integer(1)),
+        aml.name("_CRS", resources.template(
+            resources.memory32_fixed(device.base, device.length),
+            resources.interrupt(device.gsi),
+        )),
+    )
