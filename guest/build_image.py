@@ -26,10 +26,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 INIT = HERE / "init"
-EXIT_SOURCE = HERE / "exit" / "pyvmm-exit.c"
-EXIT_FLAGS = ("-Os", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-ffreestanding",
-              "-fno-pie", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
-              "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none,-z,noseparate-code,-s")
+PROGRAMS = tuple(HERE / "exit" / f"{name}.c" for name in ("pyvmm-exit", "pyvmm-mark"))
+C_FLAGS = ("-Os", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-ffreestanding",
+           "-fno-pie", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
+           "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none,-z,noseparate-code,-s")
 PACKAGES = {"busybox": "busybox-static", "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs",
             "gcc": "gcc"}
 TOOL_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -91,8 +91,9 @@ def make_tree(root: Path, contents: Contents) -> None:
             (root / applet).symlink_to("/bin/busybox")
     _copy(INIT, root / "sbin/init")
     (root / "sbin/init").chmod(0o755)
-    _run([find_tool("gcc"), *EXIT_FLAGS, str(EXIT_SOURCE), "-o", str(root / "sbin/pyvmm-exit")],
-         os.environ)
+    for source in PROGRAMS:
+        _run([find_tool("gcc"), *C_FLAGS, str(source), "-o", str(root / "sbin" / source.stem)],
+             os.environ)
     (root / "init").symlink_to("sbin/init")  # where the kernel looks in an initramfs
     for program in contents.programs:
         if not program.is_file():

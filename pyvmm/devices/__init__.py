@@ -1,1 +1,1 @@
-"""Legacy devices on the PIO bus: 16550A serial port, i8042, debug exit."""
+"""Devices on the PIO bus: 16550A serial port, i8042, RTC, power, pvpanic, debug exit, timer."""

@@ -1,163 +1,36 @@
-"""What CPUID tells the guest: ``--cpu host,-xsave`` parsed and applied to what KVM supports.
+"""What CPUID tells the guest: a CPU model applied to what KVM supports.
 
-Feature names are those of /proc/cpuinfo.  Leaves and bits: Intel SDM volume 2, CPUID; AMD64 APM
-volume 3, appendix E; KVM's own leaves: Documentation/virt/kvm/x86/cpuid.rst.
+Leaves and bits: Intel SDM volume 2, CPUID; AMD64 APM volume 3, appendix E; KVM's own leaves:
+Documentation/virt/kvm/x86/cpuid.rst.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import replace
 
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
 from pyvmm.kvm.handles import CpuidEntry
-
-OPTION = "--cpu"
-_BASE_MODEL = "host"
-
-_Word = tuple[int, int, str]
-"""A leaf, its index and the register in it."""
-
-# Names by bit, from bit 0; "-" is a bit without a name.  A feature may be in several words.
-_WORDS: Mapping[_Word, str] = MappingProxyType({
-    (1, 0, "edx"): (
-        "fpu vme de pse tsc msr pae mce cx8 apic - sep mtrr pge mca cmov"
-        " pat pse36 pn clflush - dts acpi mmx fxsr sse sse2 ss ht tm ia64 pbe"
-    ),
-    (1, 0, "ecx"): (
-        "pni pclmulqdq dtes64 monitor ds_cpl vmx smx est tm2 ssse3 cid sdbg fma cx16 xtpr pdcm"
-        " - pcid dca sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave osxsave avx"
-        " f16c rdrand hypervisor"
-    ),
-    (7, 0, "ebx"): (
-        "fsgsbase tsc_adjust sgx bmi1 hle avx2 - smep bmi2 erms invpcid rtm cqm - mpx rdt_a"
-        " avx512f avx512dq rdseed adx smap avx512ifma - clflushopt clwb intel_pt avx512pf"
-        " avx512er avx512cd sha_ni avx512bw avx512vl"
-    ),
-    (7, 0, "ecx"): (
-        "- avx512vbmi umip pku ospke waitpkg avx512_vbmi2 shstk gfni vaes vpclmulqdq"
-        " avx512_vnni avx512_bitalg tme avx512_vpopcntdq - la57 - - - - - rdpid - bus_lock_detect"
-        " cldemote - movdiri movdir64b enqcmd sgx_lc pks"
-    ),
-    (7, 0, "edx"): (
-        "- - avx512_4vnniw avx512_4fmaps fsrm uintr - - avx512_vp2intersect srbds_ctrl md_clear"
-        " - - - serialize hybrid_cpu tsxldtrk - pconfig arch_lbr ibt - amx_bf16 avx512_fp16"
-        " amx_tile amx_int8 spec_ctrl intel_stibp flush_l1d arch_capabilities core_capabilities"
-        " spec_ctrl_ssbd"
-    ),
-    (7, 1, "eax"): (
-        "sha512 sm3 sm4 - avx_vnni avx512_bf16 - cmpccxadd - - fzrm fsrs fsrc - - - - - - - -"
-        " amx_fp16 - avx_ifma"
-    ),
-    (0xD, 1, "eax"): "xsaveopt xsavec xgetbv1 xsaves xfd",
-    (0x8000_0001, 0, "edx"): (
-        "fpu vme de pse tsc msr pae mce cx8 apic - syscall mtrr pge mca cmov"
-        " pat pse36 - mp nx - mmxext mmx fxsr fxsr_opt pdpe1gb rdtscp - lm 3dnowext 3dnow"
-    ),
-    (0x8000_0001, 0, "ecx"): (
-        "lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse 3dnowprefetch osvw ibs"
-        " xop skinit wdt - lwp fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext"
-        " ptsc perfctr_llc mwaitx"
-    ),
-    (0x8000_0007, 0, "edx"): "- - - - - - - - constant_tsc",
-    (0x8000_0008, 0, "ebx"): (
-        "clzero irperf xsaveerptr - rdpru - - - - wbnoinvd - - ibpb - ibrs amd_stibp - - - - - -"
-        " - amd_ppin amd_ssbd virt_ssbd"
-    ),
-    (KVM_CPUID_FEATURES, 0, "eax"): (
-        "kvmclock kvm_nopiodelay kvm_mmu kvmclock kvm_asyncpf kvm_steal_time kvm_pv_eoi"
-        " kvm_pv_unhalt - kvm_pv_tlb_flush kvm_asyncpf_vmexit kvm_pv_ipi kvm_poll_control"
-        " kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id - - - - - - - - kvmclock_stable"
-    ),
-})  # fmt: skip
-
-# A feature and those that make no sense without it (Linux: arch/x86/kernel/cpu/cpuid-deps.c).
-_DEPENDENTS: Mapping[str, str] = MappingProxyType({
-    "fpu": "fxsr mmx",
-    "fxsr": "sse fxsr_opt",
-    "sse": "sse2",
-    "sse2": "pni pclmulqdq aes sha_ni gfni xsave",
-    "pni": "ssse3",
-    "ssse3": "sse4_1",
-    "sse4_1": "sse4_2",
-    "xsave": "osxsave xsaveopt xsavec xsaves xgetbv1 xfd xsaveerptr avx mpx pku amx_tile",
-    "avx": "avx2 fma f16c fma4 xop vaes vpclmulqdq avx_vnni avx_ifma sha512 sm3 sm4",
-    "avx2": "avx512f",
-    "avx512f": (
-        "avx512dq avx512ifma avx512pf avx512er avx512cd avx512bw avx512vl avx512_vnni"
-        " avx512_vpopcntdq avx512_4vnniw avx512_4fmaps avx512_vp2intersect"
-    ),
-    "avx512bw": "avx512vbmi avx512_vbmi2 avx512_bitalg avx512_bf16 avx512_fp16",
-    "pku": "ospke",
-    "amx_tile": "amx_bf16 amx_int8 amx_fp16",
-    "kvmclock": "kvmclock_stable",
-    "kvm_asyncpf": "kvm_asyncpf_vmexit kvm_asyncpf_int",
-    "sgx": "sgx_lc",
-})  # fmt: skip
-
-# Leaves that describe one feature, and go with it.
-_LEAVES: Mapping[str, frozenset[int]] = MappingProxyType({
-    "xsave": frozenset({0xD}),
-    "sgx": frozenset({0x12}),
-    "intel_pt": frozenset({0x14}),
-    "amx_tile": frozenset({0x1D, 0x1E}),
-    "svm": frozenset({0x8000_000A}),
-    "topoext": frozenset({0x8000_001D, 0x8000_001E}),
-})
-
-# The state components of leaf 0xD (bits of XCR0 and IA32_XSS) that belong to a feature.
-_COMPONENTS: Mapping[str, int] = MappingProxyType(
-    {"avx": 1 << 2, "mpx": 3 << 3, "avx512f": 7 << 5, "pku": 1 << 9, "amx_tile": 3 << 17}
+from pyvmm.x86.cpu_features import (
+    COMPONENTS,
+    LEAVES,
+    POSITIONS,
+    Word,
+    bit_name,
+    with_dependents,
 )
+from pyvmm.x86.cpu_model import OPTION, CpuModel, parse_cpu_option
+
+__all__ = ["CpuModel", "build", "parse_cpu_option"]
+
 _LEGACY_XSAVE_BYTES = 576  # legacy region and header
-
-
 _SMT_LEVEL, _CORE_LEVEL = 1, 2  # level types of leaves 0xB and 0x1F
 _SHARED_CACHE_LEVEL = 3
+_RANGES = (0, 0x8000_0000)  # leaves that say in eax which is the last one of their range
+_RANGE_LEAVES = 0x1000_0000
 
-
-def _positions() -> dict[str, list[tuple[_Word, int]]]:
-    found: dict[str, list[tuple[_Word, int]]] = {}
-    for word, names in _WORDS.items():
-        for bit, name in enumerate(names.split()):
-            if name != "-":
-                found.setdefault(name, []).append((word, bit))
-    return found
-
-
-_POSITIONS: Mapping[str, list[tuple[_Word, int]]] = MappingProxyType(_positions())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuModel:
-    """The host's CPU without ``removed``; ``required`` must be among what KVM supports."""
-
-    removed: frozenset[str] = frozenset()
-    required: frozenset[str] = frozenset()
-
-
-def parse_cpu_option(text: str) -> CpuModel:
-    """``host[,-feature][,+feature]...``; ConfigError naming ``--cpu`` and what is wrong."""
-    base, *changes = text.split(",")
-    if base != _BASE_MODEL:
-        raise ConfigError(
-            OPTION, f"unknown model {base!r}; the only one is 'host', as in 'host,-xsave'"
-        )
-    chosen: dict[str, set[str]] = {"-": set(), "+": set()}
-    for change in changes:
-        sign, name = change[:1], change[1:]
-        if sign not in chosen:
-            raise ConfigError(OPTION, f"{change!r} is neither '-feature' nor '+feature'")
-        if name not in _POSITIONS:
-            known = " ".join(sorted(_POSITIONS))
-            raise ConfigError(OPTION, f"unknown feature {name!r}; known are: {known}")
-        chosen[sign].add(name)
-    both = _with_dependents(chosen["-"]) & chosen["+"]
-    if both:
-        raise ConfigError(OPTION, f"{min(both)!r} is both wanted and removed")
-    return CpuModel(removed=frozenset(chosen["-"]), required=frozenset(chosen["+"]))
+_Entries = dict[tuple[int, int], CpuidEntry]
 
 
 def build(
@@ -172,41 +45,123 @@ def build(
 
     ``supported`` is ``Kvm.supported_cpuid()``.  Two things that it never says are added: the
     hypervisor bit, and the TSC deadline timer if KVM has KVM_CAP_TSC_DEADLINE_TIMER
-    (``tsc_deadline``).  ConfigError if a required feature is missing.
+    (``tsc_deadline``).  ConfigError if the model asks for what is not there.
     """
     entries = {(entry.function, entry.index): entry for entry in supported}
     _set_feature(entries, "hypervisor", True)
     if tsc_deadline:
         _set_feature(entries, "tsc_deadline_timer", True)
-    for name in sorted(model.required):
-        if not _has_feature(entries, name):
-            raise ConfigError(OPTION, f"+{name}: this host's KVM does not offer it to guests")
-    _remove(entries, _with_dependents(model.removed))
+    _check_host(entries, model)
+    _apply(entries, model)
+    _check_result(entries, model)
     _describe_kvm(entries)
     _describe_topology(entries, vcpu_id, vcpu_count)
     return list(entries.values())
 
 
-_Entries = dict[tuple[int, int], CpuidEntry]
+def _check_host(entries: _Entries, model: CpuModel) -> None:
+    """ConfigError if the host lacks what ``model`` needs of it."""
+    for name in sorted(model.required):
+        if not _has_feature(entries, name):
+            raise ConfigError(OPTION, f"+{name}: this host's KVM does not offer it to guests")
+    missing = _missing(entries, model)
+    if missing:
+        raise ConfigError(
+            f"{OPTION} {model.name}", f"this host's KVM does not offer {', '.join(missing)}"
+        )
+
+
+def _check_result(entries: _Entries, model: CpuModel) -> None:
+    """ConfigError if ``model`` wants what it has taken away itself."""
+    for name in sorted(model.required):
+        if not _has_feature(entries, name):
+            raise ConfigError(OPTION, f"+{name}: the model {model.name} leaves it out")
+    missing = _missing(entries, model)
+    if missing:
+        raise ConfigError(
+            f"{OPTION} {model.name}",
+            f"wants {', '.join(missing)}, and takes that away too, or what it rests on",
+        )
+
+
+def _missing(entries: _Entries, model: CpuModel) -> list[str]:
+    """The names of bits that ``model`` demands and that are not set, sorted.
+
+    What the user removes by name is not demanded any more, nor what rests on it.
+    """
+    excused = {position for name in with_dependents(model.removed) for position in POSITIONS[name]}
+    names = set()
+    for mask in model.masks:
+        absent = mask.demand & ~_register(entries, mask.word)
+        names |= {
+            bit_name(mask.word, bit)
+            for bit in range(32)
+            if absent >> bit & 1 and (mask.word, bit) not in excused
+        }
+    return sorted(names)
+
+
+def _apply(entries: _Entries, model: CpuModel) -> None:
+    """Take away what ``model`` does not keep, and all that rests on it."""
+    gone = model.removed
+    if model.functions is not None or model.masks:
+        before = _bits_set(entries)
+        if model.functions is not None:
+            _keep_functions(entries, model.functions)
+        for mask in model.masks:
+            function, index, register = mask.word
+            entry = entries.get((function, index))
+            if entry is not None:
+                value = _register(entries, mask.word) & mask.keep
+                entries[function, index] = _with(entry, {register: value})
+        # A feature that lost one of its bits is to be gone from every leaf that repeats it.
+        lost = before - _bits_set(entries)
+        gone |= {name for name, positions in POSITIONS.items() if lost.intersection(positions)}
+    _remove(entries, with_dependents(gone))
+
+
+def _keep_functions(entries: _Entries, functions: frozenset[int]) -> None:
+    """Delete all other leaves, and lower the numbers of the last ones accordingly."""
+    for key in [key for key in entries if key[0] not in functions]:
+        del entries[key]
+    for first in _RANGES:
+        head = entries.get((first, 0))
+        if head is not None:
+            left = [f for f, _ in entries if first <= f < first + _RANGE_LEAVES]
+            entries[first, 0] = replace(head, eax=min(head.eax, max(left)))
+
+
+def _register(entries: _Entries, word: Word) -> int:
+    """The register's value, 0 if there is no such leaf."""
+    function, index, register = word
+    entry = entries.get((function, index))
+    value: int = getattr(entry, register) if entry is not None else 0
+    return value
+
+
+def _bits_set(entries: _Entries) -> set[tuple[Word, int]]:
+    """The named bits that are set."""
+    return {
+        (word, bit)
+        for positions in POSITIONS.values()
+        for word, bit in positions
+        if _register(entries, word) >> bit & 1
+    }
 
 
 def _has_feature(entries: _Entries, name: str) -> bool:
-    for (function, index, register), bit in _POSITIONS[name]:
-        entry = entries.get((function, index))
-        if entry is not None and getattr(entry, register) >> bit & 1:
-            return True
-    return False
+    return any(_register(entries, word) >> bit & 1 for word, bit in POSITIONS[name])
 
 
 def _set_feature(entries: _Entries, name: str, on: bool) -> None:
     """Set or clear every bit of that name, in the leaves that exist."""
-    for (function, index, register), bit in _POSITIONS[name]:
+    for word, bit in POSITIONS[name]:
+        function, index, register = word
         entry = entries.get((function, index))
-        if entry is None:
-            continue
-        value = getattr(entry, register)
-        value = value | 1 << bit if on else value & ~(1 << bit)
-        entries[function, index] = _with(entry, {register: value})
+        if entry is not None:
+            value = _register(entries, word)
+            value = value | 1 << bit if on else value & ~(1 << bit)
+            entries[function, index] = _with(entry, {register: value})
 
 
 def _with(entry: CpuidEntry, registers: Mapping[str, int]) -> CpuidEntry:
@@ -214,28 +169,16 @@ def _with(entry: CpuidEntry, registers: Mapping[str, int]) -> CpuidEntry:
     return replace(entry, **registers)  # type: ignore[arg-type]
 
 
-def _with_dependents(names: Iterable[str]) -> frozenset[str]:
-    """``names`` and all that cannot be without them."""
-    closed: set[str] = set()
-    left = list(names)
-    while left:
-        name = left.pop()
-        if name not in closed:
-            closed.add(name)
-            left += _DEPENDENTS.get(name, "").split()
-    return frozenset(closed)
-
-
 def _remove(entries: _Entries, names: frozenset[str]) -> None:
     gone: frozenset[int] = frozenset()
     for name in names:
         _set_feature(entries, name, False)
-        gone |= _LEAVES.get(name, frozenset())
+        gone |= LEAVES.get(name, frozenset())
     for key in [key for key in entries if key[0] in gone]:
         del entries[key]
     components = 0
-    for name in names & _COMPONENTS.keys():
-        components |= _COMPONENTS[name]
+    for name in names & COMPONENTS.keys():
+        components |= COMPONENTS[name]
     if components:
         _remove_components(entries, components)
 

@@ -64,9 +64,12 @@ def test_holds_init_busybox_and_its_applets(image: Path) -> None:
     assert "root:x:0:0" in debugfs(image, "cat /etc/passwd")
 
 
-def test_the_exit_program_needs_no_library(image: Path, tmp_path: Path) -> None:
-    program = tmp_path / "pyvmm-exit"
-    debugfs(image, f"dump /sbin/pyvmm-exit {program}")
+@pytest.mark.parametrize("name", ["pyvmm-exit", "pyvmm-mark"])
+def test_the_programs_for_our_ports_need_no_library(
+    name: str, image: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / name
+    debugfs(image, f"dump /sbin/{name} {program}")
     assert program.read_bytes()[:4] == b"\x7fELF"
     assert program.stat().st_size < 4096
     assert build_image.libraries_of(program) == []

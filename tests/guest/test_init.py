@@ -73,6 +73,17 @@ def test_nothing_runs_when_it_is_not_the_first_process() -> None:
     assert shell("") == ""
 
 
+@pytest.mark.parametrize(("timing", "marked"), [("1", "mark 2\n"), ("", "")])
+def test_a_stage_is_marked_only_when_times_are_taken(
+    timing: str, marked: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "pyvmm-mark"
+    program.write_text('#!/bin/sh\necho "mark $1"\n')
+    program.chmod(0o755)
+    script = 'PATH=$1:$PATH timing=$2; mark 2; echo on'
+    assert shell(script, str(tmp_path), timing) == f"{marked}on\n"
+
+
 def test_the_first_line_is_the_one_the_host_watches_for() -> None:
     assert shell('say "user space reached (Linux x)"') == (
         "pyvmm-init: user space reached (Linux x)\n")

@@ -1,0 +1,109 @@
+"""The boot timer: a port where the guest marks how far it has come, and what the marks say.
+
+A byte written to the port is a mark.  ``Stage`` names the bytes that begin a stage of a run; every
+other byte is the guest's own.  guest/exit/pyvmm-mark.c writes one for a shell script.  Times are
+the host's, on CLOCK_BOOTTIME: the clock on which the kernel tells when a process was started.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pyvmm.devices.byte_device import ByteDevice
+
+
+class Stage(enum.IntEnum):
+    """Marks that begin a stage."""
+
+    INIT = 1
+    """The guest's first program runs: the kernel has booted."""
+    USER_SPACE = 2
+    """The system is set up: what the guest is there for begins."""
+    SHUTDOWN = 3
+    """That is done."""
+
+
+_STAGE_NAMES = {
+    Stage.INIT: "init",
+    Stage.USER_SPACE: "user space",
+    Stage.SHUTDOWN: "shutdown",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """``value`` (0-255) was written when the clock stood at ``at_s``, in seconds."""
+
+    value: int
+    at_s: float
+
+
+def boot_time_s() -> float:
+    """CLOCK_BOOTTIME, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class BootTimer(ByteDevice):
+    """A write-only port.  It remembers ``MAX_MARKS`` marks and counts the rest."""
+
+    LENGTH = 1
+    MAX_MARKS = 64
+
+    def __init__(self, clock: Callable[[], float] = boot_time_s) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()  # several vCPUs may write
+        self._marks: list[Mark] = []
+        self._dropped = 0
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """The marks so far, in the order of their times."""
+        with self._lock:
+            return tuple(self._marks)
+
+    @property
+    def dropped(self) -> int:
+        """How many marks came after the last that was remembered."""
+        return self._dropped
+
+    def read_byte(self, offset: int) -> int:
+        """Write-only: reads as an unmapped port does."""
+        return 0xFF
+
+    def write_byte(self, offset: int, value: int) -> None:
+        """Mark the present moment with ``value``."""
+        with self._lock:
+            if len(self._marks) < self.MAX_MARKS:
+                self._marks.append(Mark(value, self._clock()))
+            else:
+                self._dropped += 1
+
+
+def timing_lines(
+    marks: Iterable[Mark], *, process_start_s: float, guest_start_s: float, end_s: float
+) -> list[str]:
+    """How long each stage of a run took, a line each, for ``pyvmm run --timing``.
+
+    Start-up is from ``process_start_s`` to ``guest_start_s``, when a vCPU first ran; then comes the
+    kernel, up to the guest's first mark of a stage; the last stage reached lasts until ``end_s``.
+    A stage that is begun twice has two lines.  All times are on one clock, in seconds.
+    """
+    begins = [("start-up", process_start_s), ("kernel", guest_start_s)]
+    own = []
+    for mark in marks:
+        try:
+            begins.append((_STAGE_NAMES[Stage(mark.value)], mark.at_s))
+        except ValueError:
+            own.append(mark)
+    ends = [at_s for _, at_s in begins[1:]] + [end_s]
+    lines = [
+        f"{name:<10} {stop_s - at_s:9.3f} s, from {at_s - process_start_s:.3f} s"
+        for (name, at_s), stop_s in zip(begins, ends, strict=True)
+    ]
+    lines += [f"{f'mark {mark.value}':<10} at {mark.at_s - process_start_s:.3f} s" for mark in own]
+    lines.append(f"{'total':<10} {end_s - process_start_s:9.3f} s")
+    return lines

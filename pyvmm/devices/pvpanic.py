@@ -1,0 +1,46 @@
+"""pvpanic, the ISA kind: a port where a panicking guest says so (QEMU, docs/specs/pvpanic)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from pyvmm.devices.byte_device import ByteDevice
+
+
+class Event(enum.IntFlag):
+    """The bits of the port, as in Linux's include/uapi/misc/pvpanic.h."""
+
+    PANICKED = 1 << 0
+    """A panic, which the host is to handle."""
+    CRASH_LOADED = 1 << 1
+    """A panic, which the guest handles itself: a crash kernel takes over."""
+
+
+EVENTS = Event.PANICKED | Event.CRASH_LOADED
+
+
+class PvPanic(ByteDevice):
+    """One port: reads say which events are understood, a write reports some of them.
+
+    ``on_panic`` and ``on_crash_loaded`` are each called at their first event only, in the thread of
+    the vCPU that reports it: a guest that repeats itself has nothing new to say.  Linux reports
+    after it has printed the panic and the stack, before it reboots or halts.
+    """
+
+    LENGTH = 1
+
+    def __init__(
+        self, on_panic: Callable[[], None], on_crash_loaded: Callable[[], None] = lambda: None
+    ) -> None:
+        self._handlers = {Event.PANICKED: on_panic, Event.CRASH_LOADED: on_crash_loaded}
+
+    def read_byte(self, offset: int) -> int:
+        """The events understood here; Linux uses no others."""
+        return EVENTS
+
+    def write_byte(self, offset: int, value: int) -> None:
+        """Report the events in ``value``; bits without a meaning are ignored."""
+        for event in Event:
+            if value & event and (handler := self._handlers.pop(event, None)):
+                handler()
