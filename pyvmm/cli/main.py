@@ -21,6 +21,7 @@ pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 commands:
   run      boot a kernel:  pyvmm run --kernel bzImage --disk root.img
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
+  kernel   say whether a kernel file can boot here, or fetch Debian's:  pyvmm kernel inspect FILE
   lab      run a command on an emulated host whose KVM is complete:  pyvmm lab -- CMD...
 
   pyvmm COMMAND --help    the options of a command
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
                 from pyvmm.cli.doctor import doctor_main
 
                 return doctor_main(rest)
+            case "kernel":
+                from pyvmm.cli.kernel import kernel_main
+
+                return kernel_main(rest)
             case "lab":
                 from pyvmm.cli.lab import lab_main
 
@@ -59,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 return HOST_ERROR_STATUS
             case _:
                 print(
-                    f"pyvmm: {command}: no such command; there are run, doctor and lab "
+                    f"pyvmm: {command}: no such command; there are run, doctor, kernel and lab "
                     "(pyvmm --help)",
                     file=sys.stderr,
                 )

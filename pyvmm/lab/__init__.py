@@ -22,6 +22,7 @@ from typing import BinaryIO
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.lab import initramfs, kernel, qemu
 from pyvmm.lab.session import Session, Wiring
+from pyvmm.linux.cache import cache_directory
 
 INSIDE = "PYVMM_LAB"
 """The environment variable that is 1 inside the lab."""
@@ -126,7 +127,7 @@ def run(config: LabConfig, say: Callable[[str], None]) -> int:
         raise HostError(f"lab: this already is the lab ({INSIDE} is set); run the command directly")
     busybox = qemu.find_busybox()
     command = resolve_command(config.command, config.cwd, config.environment)
-    linux = kernel.obtain(kernel.cache_directory(), say)
+    linux = kernel.obtain(cache_directory(), say)
 
     foreground = _in_foreground()
     on_terminal = foreground and os.isatty(1)

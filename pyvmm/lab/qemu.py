@@ -7,12 +7,11 @@ QEMU reuse translations; mitigations, page clearing and cipher self-tests only c
 from __future__ import annotations
 
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pyvmm.errors import HostError
-from pyvmm.lab.kernel import install_command
+from pyvmm.linux.host import install_command, static_busybox
 
 BINARY = "qemu-system-x86_64"
 PORT_NUMBERS = {"terminal": 0, "in": 1, "out": 2, "err": 3, "control": 4}
@@ -30,32 +29,18 @@ KERNEL_COMMAND_LINE = (
 
 def find_busybox() -> Path:
     """The static busybox; HostError, with the one command that helps, if a package is missing."""
-    busybox = shutil.which("busybox")
+    busybox = static_busybox()
     missing = []
     if shutil.which(BINARY) is None:
         missing.append("qemu-system-x86")
-    if busybox is None or not is_static(Path(busybox).read_bytes()):
+    if busybox is None:
         missing.append("busybox-static")
     if busybox is None or missing:
         verb = "is" if len(missing) == 1 else "are"
         raise HostError(
             f"lab: {' and '.join(missing)} {verb} missing; run: {install_command(missing)}"
         )
-    return Path(busybox)
-
-
-def is_static(program: bytes) -> bool:
-    """Whether a 64-bit ELF ``program`` runs without a loader: it has no PT_INTERP segment."""
-    if program[:5] != b"\x7fELF\x02" or len(program) < 64:
-        return False
-    (table,) = struct.unpack_from("<Q", program, 32)
-    entry_size, entries = struct.unpack_from("<HH", program, 54)
-    pt_interp = 3
-    return all(
-        struct.unpack_from("<I", program, table + index * entry_size) != (pt_interp,)
-        for index in range(entries)
-        if table + index * entry_size + 4 <= len(program)
-    )
+    return busybox
 
 
 def command_line(

@@ -140,19 +140,26 @@ class BootParams(ctypes.LittleEndianStructure):
 
 
 def write_boot_params(
-    memory: GuestMemory, kernel: Kernel, cmdline: str, initrd: tuple[int, int] | None
+    memory: GuestMemory,
+    kernel: Kernel,
+    cmdline: str,
+    initrd: tuple[int, int] | None,
+    *,
+    rsdp: int = 0,
 ) -> None:
     """Write the command line at layout.CMDLINE and the zero page at layout.BOOT_PARAMS.
 
     ``cmdline`` is all of it, with what pyvmm adds; ``initrd`` is what ``load_initrd`` returned,
-    ``(gpa, size in bytes)``.  ConfigError when the kernel cannot take the command line.
+    ``(gpa, size in bytes)``; ``rsdp`` is where the ACPI tables begin, 0 without any.
+    ConfigError when the kernel cannot take the command line.
     """
-    text = _encode_cmdline(cmdline, kernel)
+    text = encode_cmdline(cmdline, kernel)
     page = bytearray(ctypes.sizeof(BootParams))
     if kernel.setup_header is not None:
         end = SETUP_HEADER_OFFSET + len(kernel.setup_header)
         page[SETUP_HEADER_OFFSET:end] = kernel.setup_header
     params = BootParams.from_buffer(page)
+    params.acpi_rsdp_addr = rsdp
     if kernel.setup_header is None:
         _fill_elf_header(params.hdr, kernel)
     _fill_header(params.hdr)
@@ -188,8 +195,8 @@ def e820_map(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _encode_cmdline(cmdline: str, kernel: Kernel) -> bytes:
-    """``cmdline`` as bytes, without its NUL."""
+def encode_cmdline(cmdline: str, kernel: Kernel) -> bytes:
+    """``cmdline`` as bytes, without its NUL; ConfigError when ``kernel`` cannot take it."""
     for position, character in enumerate(cmdline):
         if character == "\0" or not character.isascii():
             raise ConfigError("--cmdline", f"has {character!a} at position {position}; "

@@ -30,7 +30,16 @@ from pyvmm.x86.boot_params import (
     SETUP_HEADER_OFFSET,
     SetupHeader,
 )
-from pyvmm.x86.image import ImageFile, Kernel, KernelKind, Segment, align_up, require_ram
+from pyvmm.x86.image import (
+    EntryKind,
+    ImageFile,
+    Kernel,
+    KernelKind,
+    Segment,
+    align_up,
+    dotted,
+    require_ram,
+)
 
 HEADER_MAGIC_OFFSET = 0x202
 HEAD_BYTES = SETUP_HEADER_MAX_END
@@ -74,6 +83,7 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
         start=start,
         end=end,
         entry=start + ENTRY_64_OFFSET,
+        entry_kind=EntryKind.LINUX_64,
         segments=(Segment(file_offset=code_offset, gpa=start, length=code_bytes),),
         setup_header=header_bytes,
         initrd_addr_max=header.initrd_addr_max,
@@ -104,8 +114,8 @@ def _check_protocol(image: ImageFile, header: SetupHeader) -> None:
         raise image.error(f"setup header: boot_flag is {header.boot_flag:#06x}, "
                           f"must be {BOOT_FLAG:#06x}")
     if header.version < MIN_PROTOCOL:
-        raise image.error(f"boot protocol is {_dotted(header.version)}, "
-                          f"must be {_dotted(MIN_PROTOCOL)} or later (Linux 3.8)")
+        raise image.error(f"boot protocol is {dotted(header.version)}, "
+                          f"must be {dotted(MIN_PROTOCOL)} or later (Linux 3.8)")
     if not header.loadflags & LOADED_HIGH:
         raise image.error(f"setup header: loadflags {header.loadflags:#x} lack LOADED_HIGH "
                           f"({LOADED_HIGH:#x}): a zImage, not a bzImage")
@@ -161,7 +171,3 @@ def _version(image: ImageFile, header: SetupHeader, setup_end: int) -> str:
         return ""
     text = image.read_at(offset, min(_VERSION_MAX, setup_end - offset)).split(b"\0", 1)[0]
     return "".join(chr(byte) if 0x20 <= byte < 0x7F else "?" for byte in text)
-
-
-def _dotted(protocol: int) -> str:
-    return f"{protocol >> 8}.{protocol & 0xFF:02}"

@@ -1,8 +1,13 @@
 """The boot processor's state before the first instruction, and its description after the last.
 
-The state is the one that "The Linux/x86 Boot Protocol", section 1.15 *64-bit boot protocol*, asks
-for: long mode, paging on with the kernel and boot_params identity-mapped, a GDT with flat
-``__BOOT_CS`` (0x10) and ``__BOOT_DS`` (0x18), interrupts off, rsi = address of boot_params.
+There are two such states, one for each ``EntryKind`` of a kernel:
+
+* "The Linux/x86 Boot Protocol", section 1.15 *64-bit boot protocol*: long mode, paging on with the
+  kernel and boot_params identity-mapped, a GDT with flat ``__BOOT_CS`` (0x10) and ``__BOOT_DS``
+  (0x18), interrupts off, rsi = address of boot_params.
+* Xen's docs/misc/pvh.pandoc, *x86/HVM direct boot ABI*: 32-bit protected mode without paging, flat
+  segments, an active TSS, interrupts off, ebx = address of hvm_start_info.
+
 Bit names are those of AMD64 APM volume 2 and Intel SDM volume 3.
 """
 
@@ -15,9 +20,11 @@ from pyvmm.kvm.abi import kvm_fpu, kvm_regs, kvm_segment, kvm_sregs
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.x86 import layout
+from pyvmm.x86.image import EntryKind, Kernel
 
 BOOT_CS = 0x10
 BOOT_DS = 0x18
+BOOT_TSS = 0x20
 
 _CR0_PE = 1 << 0
 _CR0_MP = 1 << 1
@@ -36,6 +43,8 @@ _DIRECTORIES = 4  # of 1 GiB each
 
 _CODE_SEGMENT = 0xB  # execute/read, accessed
 _DATA_SEGMENT = 0x3  # read/write, accessed
+_BUSY_TSS_32 = 0xB
+_TSS_LIMIT = 0x67
 
 _MSR_MISC_ENABLE, _FAST_STRINGS = 0x1A0, 1 << 0
 _MSR_MTRR_DEF_TYPE, _MTRR_ENABLE, _WRITE_BACK = 0x2FF, 1 << 11, 6
@@ -45,6 +54,17 @@ _MXCSR_DEFAULT = 0x1F80
 _MAX_INSTRUCTION = 15
 
 
+def setup_boot(memory: GuestMemory, vcpu: Vcpu, kernel: Kernel) -> None:
+    """Leave ``vcpu`` about to execute ``kernel``, which ``loader.write_boot_info`` has prepared.
+
+    Errors are those of ``setup_long_mode``.
+    """
+    if kernel.entry_kind is EntryKind.PVH:
+        setup_protected_mode(memory, vcpu, kernel.entry, layout.START_INFO)
+    else:
+        setup_long_mode(memory, vcpu, kernel.entry, layout.BOOT_PARAMS)
+
+
 def setup_long_mode(memory: GuestMemory, vcpu: Vcpu, entry: int, boot_params_gpa: int) -> None:
     """Leave ``vcpu`` about to execute ``entry`` (a guest physical address) in 64-bit mode.
 
@@ -52,13 +72,28 @@ def setup_long_mode(memory: GuestMemory, vcpu: Vcpu, entry: int, boot_params_gpa
     not reach so far, KvmError if KVM refuses the state.
     """
     write_page_tables(memory)
-    write_gdt(memory)
+    write_gdt(memory, _code_segment())
     vcpu.set_sregs(_long_mode(vcpu.get_sregs()))
-    vcpu.set_regs(
-        kvm_regs(
-            rip=entry, rsi=boot_params_gpa, rsp=layout.BOOT_STACK, rflags=_RFLAGS_ALWAYS_ONE
-        )
-    )
+    _set_registers(vcpu, kvm_regs(rip=entry, rsi=boot_params_gpa))
+
+
+def setup_protected_mode(
+    memory: GuestMemory, vcpu: Vcpu, entry: int, start_info_gpa: int
+) -> None:
+    """Leave ``vcpu`` about to execute ``entry`` (a guest physical address) in 32-bit mode.
+
+    Writes a GDT to low guest RAM (see ``layout``).  GuestMemoryError if RAM does not reach so
+    far, KvmError if KVM refuses the state.
+    """
+    write_gdt(memory, _code_segment_32())
+    vcpu.set_sregs(_protected_mode(vcpu.get_sregs()))
+    _set_registers(vcpu, kvm_regs(rip=entry, rbx=start_info_gpa))
+
+
+def _set_registers(vcpu: Vcpu, regs: kvm_regs) -> None:
+    """``regs`` with a stack and interrupts off, and what else is the same for every kernel."""
+    regs.rsp, regs.rflags = layout.BOOT_STACK, _RFLAGS_ALWAYS_ONE
+    vcpu.set_regs(regs)
     vcpu.set_fpu(kvm_fpu(fcw=_FCW_DEFAULT, mxcsr=_MXCSR_DEFAULT))
     vcpu.set_msrs(boot_msrs())
 
@@ -85,10 +120,10 @@ def write_page_tables(memory: GuestMemory) -> None:
     memory.write(directories, struct.pack(f"<{len(leaves)}Q", *leaves))
 
 
-def write_gdt(memory: GuestMemory) -> None:
-    """Two unused descriptors, then the flat code and data segments, at ``layout.GDT``."""
-    for selector, segment in ((BOOT_CS, _code_segment()), (BOOT_DS, _data_segment())):
-        memory.write_int(layout.GDT + selector, 8, descriptor(segment))
+def write_gdt(memory: GuestMemory, code: kvm_segment) -> None:
+    """Two unused descriptors, then ``code``, flat data and a TSS, at ``layout.GDT``."""
+    for segment in (code, _data_segment(), _task_segment()):
+        memory.write_int(layout.GDT + segment.selector, 8, descriptor(segment))
 
 
 def descriptor(segment: kvm_segment) -> int:
@@ -116,18 +151,40 @@ def _code_segment() -> kvm_segment:
     )
 
 
+def _code_segment_32() -> kvm_segment:
+    return kvm_segment(
+        limit=0xFFFF_FFFF, selector=BOOT_CS, type=_CODE_SEGMENT, present=1, s=1, db=1, g=1
+    )
+
+
 def _data_segment() -> kvm_segment:
     return kvm_segment(
         limit=0xFFFF_FFFF, selector=BOOT_DS, type=_DATA_SEGMENT, present=1, s=1, db=1, g=1
     )
 
 
-def _long_mode(sregs: kvm_sregs) -> kvm_sregs:
-    sregs.cs = _code_segment()
+def _task_segment() -> kvm_segment:
+    return kvm_segment(limit=_TSS_LIMIT, selector=BOOT_TSS, type=_BUSY_TSS_32, present=1)
+
+
+def _flat_segments(sregs: kvm_sregs, code: kvm_segment) -> None:
+    sregs.cs = code
     for name in ("ds", "es", "fs", "gs", "ss"):
         setattr(sregs, name, _data_segment())
-    sregs.gdt.base, sregs.gdt.limit = layout.GDT, BOOT_DS + 7
+    sregs.gdt.base, sregs.gdt.limit = layout.GDT, BOOT_TSS + 7
     sregs.idt.base, sregs.idt.limit = 0, 0
+
+
+def _protected_mode(sregs: kvm_sregs) -> kvm_sregs:
+    _flat_segments(sregs, _code_segment_32())
+    sregs.tr = _task_segment()
+    sregs.cr0 = _CR0_PE | _CR0_ET
+    sregs.cr3 = sregs.cr4 = sregs.efer = 0
+    return sregs
+
+
+def _long_mode(sregs: kvm_sregs) -> kvm_sregs:
+    _flat_segments(sregs, _code_segment())
     sregs.cr0 = _CR0_PE | _CR0_MP | _CR0_ET | _CR0_NE | _CR0_PG
     sregs.cr3 = layout.PAGE_TABLES
     sregs.cr4 = _CR4_PAE

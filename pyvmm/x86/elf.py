@@ -1,8 +1,11 @@
 """Reading an ELF ``vmlinux`` (System V ABI, chapter 4 "Object Files" and 5 "Program Loading").
 
-Each PT_LOAD segment goes to its physical address (p_paddr), and execution starts in 64-bit mode
-at e_entry, which Linux gives as a physical address too.  That entry takes the same boot_params
-as a bzImage's.  A second way in (PVH, found in a note) would differ in ``entry`` only.
+Each PT_LOAD segment goes to its physical address (p_paddr).  There are two ways in:
+
+* PVH, where a note gives an entry for it.  It is preferred: it is a written-down interface, one
+  that the kernel offers on purpose, and the one other VMMs use, so the best tried.
+* e_entry, which Linux gives as a physical address too.  That is where a bzImage's decompressor
+  jumps, in 64-bit mode with boot_params; for a vmlinux no document promises it, but it works.
 """
 
 from __future__ import annotations
@@ -11,7 +14,16 @@ import itertools
 import struct
 
 from pyvmm.memory import PAGE_SIZE
-from pyvmm.x86.image import ImageFile, Kernel, KernelKind, Segment, align_up, require_ram
+from pyvmm.x86.elf_notes import find_pvh_entry
+from pyvmm.x86.image import (
+    EntryKind,
+    ImageFile,
+    Kernel,
+    KernelKind,
+    Segment,
+    align_up,
+    require_ram,
+)
 
 MAGIC = b"\x7fELF"
 HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -22,7 +34,7 @@ PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
 ELFCLASS64, ELFDATA2LSB, EV_CURRENT = 2, 1, 1
 ET_EXEC = 2
 EM_X86_64 = 62
-PT_LOAD = 1
+PT_LOAD, PT_NOTE = 1, 4
 # What a program of an operating system has, and no kernel: a linker, libraries, threads.
 _PROGRAM_ONLY = {2: "PT_DYNAMIC", 3: "PT_INTERP", 7: "PT_TLS"}
 
@@ -46,11 +58,14 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
     table = image.read_at(table_offset, table_length * PROGRAM_HEADER.size)
     segments = []
     extents = []
+    notes = []
     for index, fields in enumerate(PROGRAM_HEADER.iter_unpack(table)):
-        kind, _, offset, _, gpa, file_bytes, memory_bytes, _ = fields
+        kind, _, offset, _, gpa, file_bytes, memory_bytes, alignment = fields
         if kind in _PROGRAM_ONLY:
             raise image.error(f"is a program for an operating system, not a kernel: "
                               f"segment {index} is {_PROGRAM_ONLY[kind]}")
+        if kind == PT_NOTE:
+            notes.append((offset, file_bytes, alignment))
         if kind != PT_LOAD or memory_bytes == 0 == file_bytes:
             continue
         name = f"segment {index}"
@@ -64,15 +79,19 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
         # The rest of the segment, its bss, is zero already: RAM is fresh.
         segments.append(Segment(file_offset=offset, gpa=gpa, length=file_bytes))
     _check_extents(image, extents, ram_end)
+    entry_kind, whose = EntryKind.LINUX_64, "e_entry"
+    if (pvh_entry := find_pvh_entry(image, notes)) is not None:
+        entry, entry_kind, whose = pvh_entry, EntryKind.PVH, "PVH note"
     if not any(s.gpa <= entry < s.gpa + s.length for s in segments):
-        raise image.error(f"entry {entry:#x} is in none of its {len(segments)} loaded segments "
-                          "(p_paddr to p_paddr + p_filesz)")
+        raise image.error(f"entry {entry:#x} ({whose}) is in none of its {len(segments)} loaded "
+                          "segments (p_paddr to p_paddr + p_filesz)")
     return Kernel(
         path=image.path,
         kind=KernelKind.ELF,
         start=min(extents)[0],
         end=align_up(max(end for _, end, _ in extents), PAGE_SIZE),
         entry=entry,
+        entry_kind=entry_kind,
         segments=tuple(segments),
         setup_header=None,
         initrd_addr_max=INITRD_ADDR_MAX,

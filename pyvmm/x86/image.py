@@ -34,6 +34,15 @@ class KernelKind(enum.Enum):
     ELF = "ELF vmlinux"
 
 
+class EntryKind(enum.Enum):
+    """The state in which a kernel wants to be entered, and what it wants to be told there."""
+
+    LINUX_64 = "64-bit Linux entry"
+    """64-bit mode, rsi = boot_params (Documentation/arch/x86/boot.rst, 64-bit boot protocol)."""
+    PVH = "32-bit PVH entry"
+    """32-bit protected mode, ebx = hvm_start_info (Xen's docs/misc/pvh.pandoc)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """``length`` bytes at ``file_offset`` of the kernel file, to be loaded at ``gpa``."""
@@ -49,10 +58,11 @@ class Kernel:
 
     Addresses are guest physical.  ``start`` and ``end`` (exclusive, page-aligned) bound what the
     kernel needs before it reads its memory map, bss and decompression room included.  ``entry``
-    is where 64-bit execution starts.  ``setup_header`` is the bzImage's, from offset 0x1f1 of the
-    file; an ELF kernel has none.  ``initrd_addr_max`` is the highest address of an initrd's last
-    byte; ``cmdline_limit`` counts bytes without the NUL.  ``protocol`` is the boot protocol, major
-    in the high byte (0 for ELF); ``version`` is the kernel's own text, "" when it gives none.
+    is where execution starts, in the state that ``entry_kind`` names.  ``setup_header`` is the
+    bzImage's, from offset 0x1f1 of the file; an ELF kernel has none.  ``initrd_addr_max`` is the
+    highest address of an initrd's last byte; ``cmdline_limit`` counts bytes without the NUL.
+    ``protocol`` is the boot protocol, major in the high byte (0 for ELF); ``version`` is the
+    kernel's own text, "" when it gives none.
     """
 
     path: str
@@ -60,12 +70,24 @@ class Kernel:
     start: int
     end: int
     entry: int
+    entry_kind: EntryKind
     segments: tuple[Segment, ...]
     setup_header: bytes | None
     initrd_addr_max: int
     cmdline_limit: int
     protocol: int
     version: str
+
+    def describe(self) -> str:
+        """What the file is, how and where it is entered and the RAM it needs, on one line."""
+        words = [self.kind.value]
+        if self.protocol:
+            words.append(f"boot protocol {dotted(self.protocol)}")
+        if self.version:
+            words.append(f"Linux {self.version.split(' ', 1)[0]}")
+        words.append(f"{self.entry_kind.value} at {self.entry:#x}")
+        words.append(f"needs RAM from {self.start:#x} to {self.end:#x}")
+        return ", ".join(words)
 
 
 class ImageFile:
@@ -141,6 +163,11 @@ class ImageFile:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def dotted(protocol: int) -> str:
+    """A boot protocol number as boot.rst writes it: 0x020f is "2.15"."""
+    return f"{protocol >> 8}.{protocol & 0xFF:02}"
 
 
 def align_up(value: int, alignment: int) -> int:

@@ -11,9 +11,20 @@ import os
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.x86 import bzimage, elf
 from pyvmm.x86.boot_params import write_boot_params
-from pyvmm.x86.image import ImageFile, Kernel, KernelKind, align_up
+from pyvmm.x86.image import EntryKind, ImageFile, Kernel, KernelKind, align_up
+from pyvmm.x86.pvh import write_start_info
 
-__all__ = ["Kernel", "KernelKind", "load_initrd", "load_kernel", "write_boot_params"]
+__all__ = [
+    "EntryKind",
+    "Kernel",
+    "KernelKind",
+    "load_initrd",
+    "load_kernel",
+    "parse_kernel",
+    "write_boot_info",
+    "write_boot_params",
+    "write_start_info",
+]
 
 
 def load_kernel(memory: GuestMemory, path: str | os.PathLike[str]) -> Kernel:
@@ -22,19 +33,22 @@ def load_kernel(memory: GuestMemory, path: str | os.PathLike[str]) -> Kernel:
     All headers are checked before the first byte is stored in ``memory``.
     """
     with ImageFile(path) as image:
-        head = image.read_at(0, min(image.size_bytes, bzimage.HEAD_BYTES))
-        ram_end = memory.regions[0].end
-        if elf.matches(head):
-            kernel = elf.parse(image, head, ram_end)
-        elif bzimage.matches(head):
-            kernel = bzimage.parse(image, head, ram_end)
-        else:
-            raise image.error("not a Linux kernel: neither an ELF magic at byte 0 "
-                              f"nor 'HdrS' at byte {bzimage.HEADER_MAGIC_OFFSET:#x} (bzImage)")
+        kernel = parse_kernel(image, memory.regions[0].end)
         for segment in kernel.segments:
             with memory.view(segment.gpa, segment.length) as view:
                 image.read_into(view, segment.file_offset)
     return kernel
+
+
+def parse_kernel(image: ImageFile, ram_end: int) -> Kernel:
+    """The plan for loading the kernel ``image``; ``ram_end`` is the end of RAM below 4 GiB."""
+    head = image.read_at(0, min(image.size_bytes, bzimage.HEAD_BYTES))
+    if elf.matches(head):
+        return elf.parse(image, head, ram_end)
+    if bzimage.matches(head):
+        return bzimage.parse(image, head, ram_end)
+    raise image.error("not a Linux kernel: neither an ELF magic at byte 0 "
+                      f"nor 'HdrS' at byte {bzimage.HEADER_MAGIC_OFFSET:#x} (bzImage)")
 
 
 def load_initrd(
@@ -58,3 +72,20 @@ def load_initrd(
         with memory.view(gpa, size_bytes) as view:
             image.read_into(view, 0)
     return gpa, size_bytes
+
+
+def write_boot_info(
+    memory: GuestMemory,
+    kernel: Kernel,
+    cmdline: str,
+    initrd: tuple[int, int] | None,
+    *,
+    rsdp: int = 0,
+) -> None:
+    """Tell ``kernel`` about the machine in the way its entry asks for.
+
+    See ``write_boot_params`` and ``write_start_info``, of which it calls one;
+    ``cpu.setup_boot`` points the vCPU to what was written.
+    """
+    write = write_start_info if kernel.entry_kind is EntryKind.PVH else write_boot_params
+    write(memory, kernel, cmdline, initrd, rsdp=rsdp)

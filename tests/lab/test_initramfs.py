@@ -7,50 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from pyvmm.lab.initramfs import (
     APPLETS,
     BUSYBOX_IN_HOST,
     command_script,
-    pack_cpio,
     pack_initramfs,
     run_settings,
 )
+from tests.support.cpio import unpack
 
 SHOW_WORDS = "import os, sys; sys.stdout.buffer.write(b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
-
-
-def unpack(archive: bytes) -> dict[str, tuple[int, bytes]]:
-    """A reader of the newc format, written from its description, independent of the writer."""
-    found: dict[str, tuple[int, bytes]] = {}
-    at = 0
-    while True:
-        assert archive[at : at + 6] == b"070701"
-        fields = [int(archive[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
-        mode, size, name_size = fields[1], fields[6], fields[11]
-        name = archive[at + 110 : at + 110 + name_size - 1].decode()
-        assert archive[at + 110 + name_size - 1] == 0
-        at = (at + 110 + name_size + 3) & ~3
-        if name == "TRAILER!!!":
-            return found
-        found[name] = mode, archive[at : at + size]
-        at = (at + size + 3) & ~3
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(
-        st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1, max_size=9),
-        st.binary(max_size=9),
-    )
-)
-def test_cpio_gives_back_names_modes_and_contents(files: dict[str, bytes]) -> None:
-    entries = [(name, stat.S_IFREG | 0o640, data) for name, data in files.items()]
-    assert unpack(pack_cpio(entries)) == {
-        name: (stat.S_IFREG | 0o640, data) for name, data in files.items()
-    }
 
 
 def test_initramfs_holds_init_busybox_modules_and_this_run(tmp_path: Path) -> None:

@@ -26,13 +26,6 @@ def put_program(directory: Path, name: str, contents: bytes) -> None:
     (directory / name).chmod(0o755)
 
 
-def test_static_means_no_interpreter() -> None:
-    assert qemu.is_static(elf(1, 1))
-    assert not qemu.is_static(elf(1, 3))
-    assert not qemu.is_static(b"#!/bin/sh\n" + bytes(64))
-    assert not qemu.is_static(b"\x7fELF\x02")
-
-
 @pytest.mark.parametrize(
     ("programs", "message"),
     [

@@ -67,6 +67,11 @@ class BareMachine:
         self.memory.write(entry, code)
         cpu.setup_long_mode(self.memory, self.vcpu, entry, layout.BOOT_PARAMS)
 
+    def load_protected_mode(self, code: bytes, entry: int) -> None:
+        """Put ``code`` at ``entry``, to be run in 32-bit mode as a kernel's PVH entry would be."""
+        self.memory.write(entry, code)
+        cpu.setup_protected_mode(self.memory, self.vcpu, entry, layout.START_INFO)
+
     def load_real_mode(self, code: bytes, entry: int) -> None:
         """Put ``code`` at ``entry``, to be run in 16-bit mode with code segment 0."""
         self.memory.write(entry, code)

@@ -115,6 +115,27 @@ class ElfSegment:
     p_offset: int | None = None
 
 
+def note(name: bytes, kind: int, description: bytes) -> bytes:
+    """An ELF note, padded to 4 bytes."""
+    def padded(data: bytes) -> bytes:
+        return data.ljust(-(-len(data) // 4) * 4, b"\0")
+
+    head = struct.pack("<III", len(name), len(description), kind)
+    return head + padded(name) + padded(description)
+
+
+def pvh_note(entry: int, size: int = 8) -> bytes:
+    """XEN_ELFNOTE_PHYS32_ENTRY as Linux writes it: the entry in ``size`` bytes."""
+    return note(b"Xen\0", 18, entry.to_bytes(size, "little"))
+
+
+def note_segment(*notes: bytes, p_filesz: int | None = None, p_offset: int | None = None,
+                 ) -> ElfSegment:
+    """A PT_NOTE segment of ``notes``."""
+    return ElfSegment(p_type=4, data=b"".join(notes), p_paddr=0, p_filesz=p_filesz,
+                      p_offset=p_offset)
+
+
 ELF_HEADER = struct.Struct("<4s5B7xHHIQQQIHHHHHH")
 ELF_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
 

@@ -113,6 +113,15 @@ def test_long_mode_is_as_the_boot_protocol_says(machine: BareMachine, tmp_path: 
     ]  # fmt: skip
 
 
+def test_protected_mode_is_as_the_pvh_abi_says(machine: BareMachine, tmp_path: Path) -> None:
+    machine.load_protected_mode(
+        assemble("protected_mode", LONG_MODE_ENTRY, tmp_path), LONG_MODE_ENTRY
+    )
+    assert machine.run() == HltExit(), machine.describe()
+    assert [value for _, _, value in machine.written] == [0x8000, 1, 0, 0x20, 0, 0x1234_5678]
+    assert machine.memory.read_int(0x180000, 4) == 0x1234_5678
+
+
 def test_real_mode_reaches_memory_by_segments(machine: BareMachine, tmp_path: Path) -> None:
     machine.load_real_mode(assemble("real_mode", REAL_MODE_ENTRY, tmp_path), REAL_MODE_ENTRY)
     assert machine.run() == HltExit(), machine.describe()

@@ -38,11 +38,17 @@ def test_page_tables_outside_ram_are_refused() -> None:
         cpu.write_page_tables(GuestMemory.over(bytearray(layout.PAGE_TABLES_END - 1)))
 
 
-def test_the_gdt_holds_the_boot_protocols_segments() -> None:
+@pytest.mark.parametrize(
+    ("mode", "code"), [({"l": 1}, 0x00AF_9B00_0000_FFFF), ({"db": 1}, 0x00CF_9B00_0000_FFFF)],
+    ids=["64-bit", "32-bit"],
+)
+def test_the_gdt_holds_the_boot_protocols_segments(mode: dict[str, int], code: int) -> None:
     memory = GuestMemory.over(bytearray(0x1000))
-    cpu.write_gdt(memory)
-    table = [memory.read_int(layout.GDT + selector, 8) for selector in range(0, 0x20, 8)]
-    assert table == [0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF]
+    cpu.write_gdt(memory, kvm_segment(
+        limit=0xFFFF_FFFF, selector=0x10, type=0xB, present=1, s=1, g=1, **mode
+    ))
+    table = [memory.read_int(layout.GDT + selector, 8) for selector in range(0, 0x28, 8)]
+    assert table == [0, 0, code, 0x00CF_9300_0000_FFFF, 0x0000_8B00_0000_0067]
 
 
 @given(

@@ -10,13 +10,23 @@ from hypothesis import strategies as st
 
 from pyvmm.errors import ConfigError
 from pyvmm.memory import GuestMemory
-from pyvmm.x86.loader import KernelKind, load_kernel
-from tests.support.kernels import CODE, ELF_HEADER, GIB, KIB, MIB, ElfSegment, elf
+from pyvmm.x86.loader import EntryKind, KernelKind, load_kernel
+from tests.support.kernels import (
+    CODE,
+    ELF_HEADER,
+    GIB,
+    KIB,
+    MIB,
+    ElfSegment,
+    elf,
+    note_segment,
+    pvh_note,
+)
 from tests.support.loading import MakeFile, blank, check_any_kernel, refused
 
 
 def test_each_segment_goes_to_its_physical_address(memory: GuestMemory, image: MakeFile) -> None:
-    note = ElfSegment(p_type=4, data=b"a note", p_paddr=0)
+    note = note_segment(b"a note".ljust(12, b"\0"), p_filesz=0)
     empty = ElfSegment(data=b"", p_paddr=0)
     bss = ElfSegment(data=b"", p_paddr=5 * MIB, p_memsz=10)
     path = image(elf(ElfSegment(data=b"text" * 100, p_paddr=4 * MIB), note, empty, bss,
@@ -26,6 +36,7 @@ def test_each_segment_goes_to_its_physical_address(memory: GuestMemory, image: M
     assert kernel.kind is KernelKind.ELF
     assert (kernel.start, kernel.end) == (2 * MIB, 5 * MIB + 4 * KIB)
     assert kernel.entry == 4 * MIB + 0x20
+    assert kernel.entry_kind is EntryKind.LINUX_64
     assert kernel.setup_header is None
     assert kernel.cmdline_limit == 2047
     assert memory.read(4 * MIB, 400) == b"text" * 100
@@ -99,7 +110,7 @@ def test_bad_input_102_program_headers_past_the_end(
 
 def test_bad_input_102_nothing_to_load(memory: GuestMemory, image: MakeFile) -> None:
     refused(memory, image(elf(e_phnum=0)), "e_phnum is 0")
-    refused(memory, image(elf(ElfSegment(p_type=4))), "no PT_LOAD segment")
+    refused(memory, image(elf(note_segment(b""))), "no PT_LOAD segment")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +181,7 @@ def test_bad_input_107_entry_outside_segments(
     memory: GuestMemory, image: MakeFile, entry: int
 ) -> None:
     refused(memory, image(elf(e_entry=entry)),
-            f"entry {entry:#x} is in none of its 1 loaded segments")
+            f"entry {entry:#x} (e_entry) is in none of its 1 loaded segments")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +204,7 @@ _u64 = (
 )
 _segment = st.builds(
     ElfSegment,
-    data=st.sampled_from([CODE, b"x", b""]),
+    data=st.sampled_from([CODE, b"x", b"", pvh_note(2 * MIB)]),
     p_type=st.sampled_from([1, 1, 1, 4]),
     p_paddr=st.integers(min_value=1, max_value=7).map(MIB.__mul__) | _u64,
     p_filesz=_rarely(_u64),

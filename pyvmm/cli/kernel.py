@@ -1,0 +1,172 @@
+"""``pyvmm kernel``: look into a kernel file, or fetch a distribution's kernel."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from pyvmm.errors import ConfigError
+from pyvmm.linux import debian
+from pyvmm.linux.cache import cache_directory
+from pyvmm.linux.compression import Compression
+from pyvmm.linux.config import KernelConfig
+from pyvmm.linux.requirements import Finding, Guest, State, judge, problems
+from pyvmm.x86.image import dotted
+from pyvmm.x86.inspect import Inspection, inspect
+
+CANNOT_BOOT_STATUS = 1
+
+DESCRIPTION = """\
+inspect says what a kernel file is and, where the kernel or its configuration tells, whether it can
+boot here, naming each option that is missing.  The configuration is the one inside the kernel
+(CONFIG_IKCONFIG), else config-VERSION beside it, else .config of the tree it was built in.
+
+fetch unpacks Debian's kernel for virtual machines (linux-image-cloud-amd64) into ~/.cache/pyvmm
+(PYVMM_CACHE says where else) and prints where its files are; nothing is installed.  With them is
+an initramfs that loads virtio-mmio, virtio-blk and ext4, mounts root= and starts the init there.
+"""
+
+EPILOG = """\
+exit status of inspect:
+  0  it can boot here, or nothing says that it cannot    1  it cannot    125  it is no kernel
+
+examples:
+  pyvmm kernel inspect /boot/vmlinuz-$(uname -r)
+  pyvmm kernel inspect bzImage --config .config
+  pyvmm kernel fetch debian --backports
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, status 125."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("kernel", f"{message} (pyvmm kernel --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``pyvmm kernel``."""
+    p = _Parser(
+        prog="pyvmm kernel",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = p.add_subparsers(dest="verb", metavar="inspect | fetch", required=True)
+    look = verbs.add_parser("inspect", help="what a kernel file is, and whether it can boot here",
+                            allow_abbrev=False)
+    look.add_argument("file", metavar="FILE", help="a bzImage or an ELF vmlinux")
+    look.add_argument("--config", metavar="FILE", help="the configuration it was built with")
+    get = verbs.add_parser("fetch", help="unpack a distribution's kernel into the cache",
+                           allow_abbrev=False)
+    get.add_argument("distribution", metavar="debian", choices=["debian"],
+                     help="Debian's linux-image-cloud-amd64, by way of apt")
+    get.add_argument("--backports", action="store_true",
+                     help="the newer kernel that Debian's backports have for this release")
+    get.add_argument("--version", metavar="VERSION",
+                     help="this version of the package, such as 6.1.192-2 (default: the newest)")
+    for verb in (look, get):
+        verb.add_argument("-v", "--verbose", action="count", default=0,
+                          help="-vv: tracebacks of errors")
+    return p
+
+
+def kernel_main(argv: list[str]) -> int:
+    """Run one of the verbs; its exit status."""
+    args = parser().parse_args(argv)
+    if args.verb == "fetch":
+        return _fetch(args.backports, args.version)
+    return _inspect(args.file, args.config)
+
+
+def _fetch(backports: bool, version: str | None) -> int:
+    kernel = debian.fetch(cache_directory(), _say, backports=backports, version=version)
+    print(f"version    {kernel.version} (Linux {kernel.release})")
+    print(f"kernel     {kernel.vmlinuz}")
+    print(f"vmlinux    {kernel.vmlinux}")
+    print(f"config     {kernel.config}")
+    print(f"initramfs  {kernel.initramfs}")
+    return 0
+
+
+def _inspect(path: str, config_file: str | None) -> int:
+    found = inspect(path, config_file)
+    for name, value in _facts(found):
+        print(f"{name:<15}{value}")
+    if found.config is None:
+        print(f"{'boots here':<15}not known: {_why_unknown(found)}")
+        return 0
+    print()
+    for finding in _findings(found.config):
+        print(f"{finding.state.value:<9}{finding.requirement.purpose:<24}{finding}")
+    verdict, can_boot = _verdict(found.config)
+    print(f"\n{'boots here':<15}{verdict}")
+    return 0 if can_boot else CANNOT_BOOT_STATUS
+
+
+def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    kernel = found.kernel
+    yield "format", f"{kernel.kind.value}, {_size(found.size_bytes)}"
+    yield "version", found.version or "not known"
+    if kernel.protocol:
+        yield "boot protocol", dotted(kernel.protocol)
+    if found.compression is Compression.NONE:
+        packed = "none" if not found.packed_bytes else "of no known kind"
+    elif found.unknown:
+        packed = f"{found.compression.value}, {_size(found.packed_bytes)}; {found.unknown}"
+    else:
+        packed = (f"{found.compression.value}, {_size(found.packed_bytes)} unpack to "
+                  f"{_size(found.unpacked_bytes)}")
+    yield "compression", packed
+    yield "load address", f"{kernel.start:#x}"
+    yield "needs RAM", f"{_size(kernel.end - kernel.start)}, up to {kernel.end:#x}"
+    yield "entry", f"{kernel.entry_kind.value} at {kernel.entry:#x}"
+    yield "initrd", f"up to {kernel.initrd_addr_max:#x}"
+    yield "command line", f"up to {kernel.cmdline_limit} bytes"
+    yield "config", found.config.source if found.config is not None else "not known"
+
+
+def _why_unknown(found: Inspection) -> str:
+    if found.unknown:
+        return f"{found.unknown}; and no configuration lies beside it (--config FILE)"
+    return "no configuration is in the kernel or lies beside it (--config FILE)"
+
+
+def _findings(config: KernelConfig) -> list[Finding]:
+    """What a guest needs without an initramfs, then what it also needs with one."""
+    found = judge(config, Guest())
+    known = {finding.requirement for finding in found}
+    packed = judge(config, Guest(initrd_compression=Compression.GZIP))
+    return found + [finding for finding in packed if finding.requirement not in known]
+
+
+def _verdict(config: KernelConfig) -> tuple[str, bool]:
+    """Whether a guest with a disk of ext4 boots, in words and as an answer."""
+    alone = problems(config, Guest())
+    if not alone:
+        return "yes, from a disk of ext4, without an initramfs", True
+    helped = problems(config, Guest(initrd_compression=Compression.GZIP))
+    if not helped:
+        modules = [
+            option
+            for finding in judge(config, Guest())
+            if finding.state is State.MODULE
+            for option, value in finding.settings
+            if value == "m"
+        ]
+        names = f" that loads the modules of {', '.join(modules)}" if modules else ""
+        return f"yes, with an initramfs{names}", True
+    return "no: " + "; ".join(str(problem) for problem in min(alone, helped, key=len)), False
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.1f} MiB"
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"pyvmm: {line}", file=sys.stderr, flush=True)

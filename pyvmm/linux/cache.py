@@ -1,0 +1,83 @@
+"""The cache directory, and filling a part of it once, whoever else wants the same."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pyvmm.errors import HostError
+
+Say = Callable[[str], None]
+"""Takes a line for the person who waits."""
+
+
+def cache_directory() -> Path:
+    """``$PYVMM_CACHE``, else ``$XDG_CACHE_HOME/pyvmm``, else ``~/.cache/pyvmm``."""
+    if chosen := os.environ.get("PYVMM_CACHE"):
+        return Path(chosen).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pyvmm"
+
+
+def source_key(*files: str | Path) -> str:
+    """A short hash of source files: what they build changes only when they do."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def build_once(
+    cache: Path, name: str, prefix: str, build: Callable[[Path, Say], str], say: Say
+) -> Path:
+    """The newest directory ``prefix*`` in ``cache``; if there is none yet, ``build`` makes it.
+
+    ``build`` fills an empty directory and returns what its name ends with.  Safe against other
+    processes doing the same: one builds, the others wait for it; ``name`` is what they share, and
+    ``prefix`` is not one of ``name-building-``.
+    HostError if the cache cannot be used, and whatever ``build`` raises.
+    """
+    if found := _newest(cache, prefix):
+        return found
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f"{name}.lock", say):
+            if found := _newest(cache, prefix):
+                return found
+            # Under the lock, what still carries this name is left over from a killed build.
+            for stale in cache.glob(f"{name}-building-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(prefix=f"{name}-building-", dir=cache))
+            try:
+                # mkdtemp is 0700; a cache shared by PYVMM_CACHE may have other readers.
+                work.chmod(0o755)
+                target = cache / (prefix + build(work, say))
+                work.rename(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise HostError(f"cannot build the {name} kernel in {cache}: {error}") from error
+    return target
+
+
+def _newest(cache: Path, prefix: str) -> Path | None:
+    built = sorted(cache.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime)
+    return built[-1] if built else None
+
+
+@contextlib.contextmanager
+def locked(path: Path, say: Say) -> Iterator[None]:
+    """Hold an exclusive lock on ``path``; the kernel drops it if we are killed."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another pyvmm is at it already: waiting for it...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,62 @@
+"""Programs of the host, and what to type where one is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyvmm.errors import HostError
+
+
+class MissingToolError(HostError):
+    """A program is not installed."""
+
+
+def install_command(packages: Sequence[str]) -> str:
+    """The exact command that installs ``packages``, with sudo where this user needs it."""
+    sudo = "" if os.geteuid() == 0 else "sudo "
+    return f"{sudo}apt-get install -y --no-install-recommends {' '.join(packages)}"
+
+
+def run_tool(command: Sequence[str], problem: str, cwd: Path | None = None) -> str:
+    """Run a host tool; its output, or HostError with ``problem`` and the tool's last line.
+
+    MissingToolError if there is none."""
+    environment = os.environ | {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise MissingToolError(
+            f"{command[0]} is missing: Debian's kernels come by apt, which other systems lack"
+        ) from error
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise HostError(f"{problem}: {said[-1]}")
+    return done.stdout
+
+
+def static_busybox() -> Path | None:
+    """This host's busybox, if it has one that needs no libraries."""
+    found = shutil.which("busybox")
+    return Path(found) if found and is_static(Path(found).read_bytes()) else None
+
+
+def is_static(program: bytes) -> bool:
+    """Whether a 64-bit ELF ``program`` runs without a loader: it has no PT_INTERP segment."""
+    if program[:5] != b"\x7fELF\x02" or len(program) < 64:
+        return False
+    (table,) = struct.unpack_from("<Q", program, 32)
+    entry_size, entries = struct.unpack_from("<HH", program, 54)
+    pt_interp = 3
+    return all(
+        struct.unpack_from("<I", program, table + index * entry_size) != (pt_interp,)
+        for index in range(entries)
+        if table + index * entry_size + 4 <= len(program)
+    )

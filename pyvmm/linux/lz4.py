@@ -1,0 +1,81 @@
+"""The LZ4 "legacy frame" that Linux packs kernels in (``lz4 -l``), unpacked in pure Python.
+
+A magic number, then blocks: a 32-bit length and that many bytes of LZ4 block format, each
+unpacking to at most 8 MiB.  The formats are in the LZ4 project's doc/lz4_Frame_format.md and
+doc/lz4_Block_format.md.
+"""
+
+from __future__ import annotations
+
+MAGIC = b"\x02\x21\x4c\x18"
+
+_MAX_BLOCK_BYTES = 8 << 20
+_MIN_MATCH = 4
+_LONG = 15
+"""A length of four bits that is followed by more of it."""
+
+
+def decompress(data: bytes, *, limit: int) -> bytes:
+    """``data``, a legacy frame, unpacked; ends one block after ``limit`` bytes at the latest.
+
+    What follows the last block and is too short to be one is ignored: Linux puts the unpacked
+    size there.  ValueError for anything else that is not as the format says.
+    """
+    if not data.startswith(MAGIC):
+        raise ValueError("no LZ4 legacy frame")
+    unpacked = bytearray()
+    at = len(MAGIC)
+    while len(data) - at > 4 and len(unpacked) <= limit:
+        length = int.from_bytes(data[at : at + 4], "little")
+        at += 4
+        if length > len(data) - at:
+            raise ValueError(f"a block of {length} bytes at byte {at} is cut off")
+        unpacked += decompress_block(data[at : at + length])
+        at += length
+    return bytes(unpacked)
+
+
+def decompress_block(data: bytes) -> bytearray:
+    """One LZ4 block, unpacked; ValueError unless it is whole and makes at most 8 MiB."""
+    out = bytearray()
+    at, end = 0, len(data)
+    try:
+        while True:
+            token = data[at]
+            at += 1
+            literals = token >> 4
+            if literals == _LONG:
+                more, at = _more_length(data, at)
+                literals += more
+            out += data[at : at + literals]
+            at += literals
+            if at >= end:
+                break
+            offset = data[at] | data[at + 1] << 8
+            at += 2
+            length = token & _LONG
+            if length == _LONG:
+                more, at = _more_length(data, at)
+                length += more
+            length += _MIN_MATCH
+            start = len(out) - offset
+            if offset == 0 or start < 0 or start + offset + length > _MAX_BLOCK_BYTES:
+                raise ValueError(f"a match {offset} bytes back, {length} long, leaves its block")
+            if length <= offset:
+                out += out[start : start + length]
+            else:  # the match runs into what it makes: its first bytes repeat
+                out += (out[start:] * (length // offset + 1))[:length]
+    except IndexError as error:
+        raise ValueError("a block ends too early") from error
+    if at > end or len(out) > _MAX_BLOCK_BYTES:
+        raise ValueError("a block's literals run past its end")
+    return out
+
+
+def _more_length(data: bytes, at: int) -> tuple[int, int]:
+    """The rest of a long length, ended by a byte below 255, and where it ends."""
+    total = 0
+    while data[at] == 0xFF:
+        total += 0xFF
+        at += 1
+    return total + data[at], at + 1

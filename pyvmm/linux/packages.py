@@ -1,0 +1,198 @@
+"""Debian packages by way of apt, without installing anything: found, downloaded, unpacked.
+
+apt checks what it downloads against the archive's signatures.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pyvmm.errors import HostError
+from pyvmm.linux.cache import Say, locked
+from pyvmm.linux.host import MissingToolError, install_command, run_tool
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+DEFAULT_MIRROR = "http://deb.debian.org/debian/"
+
+
+T = TypeVar("T")
+
+
+class AptError(HostError):
+    """apt does not know a package or cannot download it; fresh lists may help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """One Debian package as apt describes it."""
+
+    name: str
+    version: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apt:
+    """apt as this host has it configured, or, with ``options``, with lists of its own.
+
+    ``refreshable`` says whether this process may update the lists.
+    """
+
+    options: tuple[str, ...] = ()
+    refreshable: bool = False
+
+    def update(self) -> None:
+        """Refresh the lists of packages; HostError if that fails."""
+        run_tool(["apt-get", *self.options, "update", "-qq"], "apt-get update failed")
+
+    def retrying(self, attempt: Callable[[], T], say: Say) -> T:
+        """What ``attempt`` returns; an AptError of it is met with fresh lists, then it is final."""
+        try:
+            return attempt()
+        except AptError as error:
+            # Most likely the lists are absent, or old and the mirror has moved on.
+            if not self.refreshable:
+                hint = "if apt's lists are old, run: sudo apt-get update"
+                raise HostError(f"{error}; {hint}") from error
+            say(f"{error}; running apt-get update to try again...")
+            self.update()
+            return attempt()
+
+    def find_image(self, meta: str, version: str | None = None) -> Package:
+        """The kernel image behind the meta package ``meta``, in its ``version`` or the newest.
+
+        AptError names what apt does not know.
+        """
+        # A meta package depends on one image, of exactly its own version where it says one.
+        found = re.search(
+            r"^Depends:.*?\b(linux-image-\S+)(?: \(= (\S+)\))?",
+            self._show(meta, version), re.MULTILINE,
+        )
+        if found is None:
+            raise AptError(self._unknown(meta, version))
+        return self.find(found[1], found[2])
+
+    def find(self, name: str, version: str | None = None) -> Package:
+        """The package ``name``, in ``version`` or the newest; AptError if apt knows none."""
+        shown = self._show(name, version)
+        found = re.search(r"^Version: (.+)$", shown, re.MULTILINE)
+        size = re.search(r"^Size: (\d+)$", shown, re.MULTILINE)
+        if found is None or size is None:
+            raise AptError(self._unknown(name, version))
+        return Package(name=name, version=found[1], size_bytes=int(size[1]))
+
+    def download(self, package: Package, into: Path, say: Say) -> Path:
+        """Fetch ``package``'s archive (without root, and without installing it) to ``into``.
+
+        AptError if that fails.
+        """
+        say(f"downloading {package.name} {package.version} ({package.size_bytes / 1e6:.1f} MB)...")
+        command = ["apt-get", *self.options, "download", "-qq", f"{package.name}={package.version}"]
+        try:
+            run_tool(command, f"cannot download {package.name}", cwd=into)
+        except HostError as error:
+            raise AptError(str(error)) from error
+        return next(into.glob(f"{package.name}*.deb"))
+
+    def _show(self, name: str, version: str | None) -> str:
+        """What apt-cache says of a package; "" if it knows none such."""
+        wanted = f"{name}={version}" if version else name
+        try:
+            return run_tool(
+                ["apt-cache", *self.options, "show", "--no-all-versions", wanted], "unknown"
+            )
+        except MissingToolError:
+            raise
+        except HostError:
+            return ""
+
+    def _unknown(self, name: str, version: str | None) -> str:
+        """Why ``name`` cannot be had, and what may help."""
+        if version and self._show(name, None):
+            table = run_tool(["apt-cache", *self.options, "madison", name], "unknown")
+            rows = [line.split("|") for line in table.splitlines()]
+            known = dict.fromkeys(row[1].strip() for row in rows if len(row) > 1)
+            return f"apt knows no version {version} of {name}, only {', '.join(known)}"
+        return f"apt knows no package {name} (is this Debian, amd64?)"
+
+
+def host_apt() -> Apt:
+    """apt as it is: only root may refresh its lists."""
+    return Apt(refreshable=os.geteuid() == 0)
+
+
+def backports_apt(cache: Path, say: Say) -> Apt:
+    """apt with nothing but the backports of this host's Debian, its lists in ``cache``.
+
+    It needs no root and changes nothing of the host's apt, whose mirror, proxies and keys it uses.
+    The lists are refreshed if there is a network.  HostError if this is not Debian.
+    """
+    codename = _codename()
+    if not KEYRING.exists():
+        raise HostError(f"{KEYRING} is missing; run: {install_command(['debian-archive-keyring'])}")
+    suite = f"{codename}-backports"
+    directory = cache / f"apt-{suite}"
+    try:
+        for name in ("lists/partial", "cache/archives/partial"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+        sources = directory / "sources.list"
+        sources.write_text(
+            f"deb [arch=amd64 signed-by={KEYRING}] {_mirror(codename)} {suite} main\n"
+        )
+    except OSError as error:
+        raise HostError(f"cannot use the cache {directory}: {error}") from error
+    settings = {
+        "Dir::Etc::SourceList": sources,
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State::Lists": directory / "lists",
+        "Dir::Cache": directory / "cache",
+        "APT::Architecture": "amd64",
+        # The user that root's apt downloads as cannot write to root's cache.
+        "APT::Sandbox::User": "root",
+    }
+    apt = Apt(
+        options=tuple(word for key, value in settings.items() for word in ("-o", f"{key}={value}")),
+        refreshable=True,
+    )
+    with locked(directory / "lock", say):
+        try:
+            apt.update()
+        except HostError as error:
+            if not list((directory / "lists").glob("*_Packages*")):
+                raise
+            say(f"{error}; going on with the lists of last time")
+    return apt
+
+
+def unpack(archive: Path, into: Path) -> None:
+    """Unpack ``archive`` into the directory ``into`` and delete it."""
+    run_tool(["dpkg", "-x", str(archive), str(into)], f"cannot unpack {archive.name}")
+    archive.unlink()
+
+
+def _codename() -> str:
+    """This Debian's release, such as bookworm."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    if release.get("ID") != "debian" or not release.get("VERSION_CODENAME"):
+        raise HostError(f"this host is {release.get('PRETTY_NAME', 'of no known kind')}, "
+                        "and only Debian has backports")
+    return release["VERSION_CODENAME"]
+
+
+def _mirror(codename: str) -> str:
+    """Where this host's apt finds its release."""
+    targets = run_tool(
+        ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"],
+        "apt-get cannot say where its packages come from",
+    )
+    pairs = (line.partition(" ") for line in targets.splitlines())
+    return next((uri for release, _, uri in pairs if release == codename), DEFAULT_MIRROR)
