@@ -18,12 +18,13 @@ from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
+from pyvmm.io_loop import IoSource
 from pyvmm.kvm.abi import KVM_CAP_TSC_DEADLINE_TIMER
 from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import IoSource, Runner
+from pyvmm.runner import Runner
 from pyvmm.storage.open import open_backend
 from pyvmm.vcpu_loop import VcpuLoop
 from pyvmm.virtio.block import BlockConfig, BlockDevice

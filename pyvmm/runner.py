@@ -8,7 +8,6 @@ decides the outcome; every thread is then kicked, stopped and joined.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import select
 import signal
@@ -17,9 +16,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, RawTerminal
+from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.vcpu_loop import VcpuLoop
@@ -38,18 +37,6 @@ LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
 GATHER_S = 0.01
 """How long console bytes may gather before they are shown."""
 INPUT_LIMIT = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class IoSource:
-    """A queue's doorbell: after ``eventfd`` fires, ``service()`` does one bounded pass.
-
-    It says when to come back: None when nothing is left, else after that many seconds (0: at
-    once, for there is more; above 0: the disk is rate-limited).
-    """
-
-    eventfd: int
-    service: Callable[[], float | None]
 
 
 class Runner:
@@ -73,6 +60,7 @@ class Runner:
         self._refresh_wanted = False
         self._threads: list[threading.Thread] = []
         self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
+        self._io_loops: list[IoLoop] = []
 
     def finish(self, outcome: Outcome) -> None:
         """End the run with ``outcome``; the first call wins."""
@@ -266,9 +254,11 @@ class Runner:
         self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
     ) -> None:
         for name, sources in workers:
-            self._spawn(name, functools.partial(self._io_loop, sources))
-        for index, loop in enumerate(vcpus):
-            self._vcpus.append((loop, self._spawn(f"vcpu{index}", loop.run)))
+            loop = IoLoop(sources, self._stop_fd)
+            self._io_loops.append(loop)
+            self._spawn(name, loop.run)
+        for index, vcpu in enumerate(vcpus):
+            self._vcpus.append((vcpu, self._spawn(f"vcpu{index}", vcpu.run)))
 
     def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -299,6 +289,8 @@ class Runner:
         self._stopping = True
         for loop, _ in self._vcpus:
             loop.stopping = True
+        for io_loop in self._io_loops:
+            io_loop.stop()
         os.eventfd_write(self._stop_fd, 1)
         until_s = time.monotonic() + JOIN_TIMEOUT_S
         self._kick()
@@ -313,29 +305,6 @@ class Runner:
         """Whether no thread of the run is left; only then may what they use be closed."""
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _io_loop(self, sources: Sequence[IoSource]) -> None:
-        poller = select.epoll()
-        with poller:
-            by_fd = {source.eventfd: source for source in sources}
-            for fd in (*by_fd, self._stop_fd):
-                poller.register(fd, select.EPOLLIN)
-            due_s: dict[int, float] = {}
-            while not self._stopping:
-                wait_s = max(0.0, min(due_s.values()) - time.monotonic()) if due_s else None
-                for fd, _ in poller.poll(wait_s):
-                    if fd in by_fd:
-                        with contextlib.suppress(BlockingIOError):
-                            os.eventfd_read(fd)
-                        due_s[fd] = 0.0
-                # Every source gets one bounded pass in turn while there is work.
-                now_s = time.monotonic()
-                for fd in [fd for fd, at_s in due_s.items() if at_s <= now_s]:
-                    delay_s = by_fd[fd].service()
-                    if delay_s is None:
-                        del due_s[fd]
-                    else:
-                        due_s[fd] = now_s + delay_s
-
 
 def _read_input(fd: int) -> bytes | None:
     """What was typed; None at the end of the input."""
@@ -347,6 +316,28 @@ def _read_input(fd: int) -> bytes | None:
         return None  # the terminal hung up
 
 
+def serve(sources: Sequence[IoSource], *, refresh: Callable[[], None]) -> int:
+    """Serve ``sources`` on the calling thread, the main one, until a stop signal; its number.
+
+    ``refresh`` is called after every REFRESH_SIGNAL.
+    """
+    taken: list[int] = []
+    with _Signals(taken.append, raw_terminal=False) as signals:
+
+        def look() -> None:
+            os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
+            while REFRESH_SIGNAL in taken:
+                taken.remove(REFRESH_SIGNAL)
+                refresh()
+            if taken:
+                loop.stop()
+
+        source = IoSource(signals.wakeup_fd, look, drain=False)
+        loop = IoLoop([*sources, source])
+        loop.run()
+    return taken[0]
+
+
 class _Signals:
     """Signal handlers for the length of a run; the previous ones come back afterwards.
 
@@ -354,8 +345,9 @@ class _Signals:
     then nothing else interrupts the main thread's poll.
     """
 
-    def __init__(self, on_stop: Callable[[int], None]) -> None:
+    def __init__(self, on_stop: Callable[[int], None], *, raw_terminal: bool = True) -> None:
         self._on_stop = on_stop
+        self._raw_terminal = raw_terminal
         self._saved: dict[int, object] = {}
         self._previous_wakeup_fd = -1
         self.wakeup_fd = self._wakeup_write_fd = -1
@@ -369,8 +361,9 @@ class _Signals:
             # What was ignored stays ignored (nohup, a shell's background job).
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))
-        # Stopped with a raw terminal, the shell that takes over would be unusable.
-        self._saved[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        if self._raw_terminal:
+            # Stopped with a raw terminal, the shell that takes over would be unusable.
+            self._saved[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
         self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
         return self
