@@ -26,6 +26,7 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
             backend: BlockBackend | None = None,
             queue_size: int = 16,
             ram_bytes: int = RAM_BYTES,
+            keep_used: bool = False,
         ) -> Rig:
             rig = make_rig(
                 tmp_path / "disk.img",
@@ -33,6 +34,7 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
                 backend=backend,
                 queue_size=queue_size,
                 ram_bytes=ram_bytes,
+                keep_used=keep_used,
             )
             stack.callback(rig.backend.close)
             stack.callback(rig.transport.close)
