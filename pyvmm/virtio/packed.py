@@ -46,6 +46,8 @@ _DESC = int(EventFlags.DESC)
 _FLAGS = 7  # as 16-bit words
 _REST = 1  # as 64-bit words: len, id << 32, flags << 48
 _ID_SHIFT, _FLAGS_SHIFT = 32, 48
+# Ring.base: slot and wrap counter of what is next available, and above them of what is next used.
+_BASE_SLOT_MASK, _BASE_WRAP, _BASE_USED_SHIFT = 0x7FFF, 1 << 15, 16
 # struct pvirtq_event_suppress as one 32-bit word: offset, wrap counter, flags.
 _EVENT_SIZE = 4
 _EVENT_SLOT_MASK, _EVENT_WRAP_SHIFT, _EVENT_FLAGS_SHIFT = 0x7FFF, 15, 16
@@ -91,9 +93,47 @@ class PackedRing:
         # (AVAIL while the wrap counter is 1, else USED) or used (both, else none).
         self._avail_slot, self._available = 0, _AVAIL
         self._used_slot, self._used = 0, _AVAIL | _USED
+        if queue.base is not None:
+            self._resume(queue.base)
         self._done: list[Chain] = []
         self._written: list[int] = []
         self._full_fence = FullFence()
+
+    def _resume(self, base: int) -> None:
+        """Go on at ``base``."""
+        used = base >> _BASE_USED_SHIFT
+        self._avail_slot, self._used_slot = base & _BASE_SLOT_MASK, used & _BASE_SLOT_MASK
+        if not base & _BASE_WRAP:
+            self._available = _USED
+        if not used & _BASE_WRAP:
+            self._used = 0
+        if (
+            max(self._avail_slot, self._used_slot) >= self._size
+            or not 0 <= self._taken() <= self._size
+        ):
+            raise RingError(f"ring base {base:#x} is none of a queue of {self._size}")
+
+    def _taken(self) -> int:
+        """Slots that were taken and whose chains have not been published."""
+        taken = self._avail_slot - self._used_slot
+        if (self._available == _AVAIL) != (self._used == _AVAIL | _USED):
+            taken += self._size
+        return taken
+
+    @property
+    def base(self) -> int:
+        """Both positions and their wrap counters; see ``Ring.base``."""
+        avail = self._avail_slot | (_BASE_WRAP if self._available == _AVAIL else 0)
+        used = self._used_slot | (_BASE_WRAP if self._used else 0)
+        return avail | used << _BASE_USED_SHIFT
+
+    def untake(self, chain: Chain) -> None:
+        """The chain's slots back; see ``Ring.untake``."""
+        slot = self._avail_slot - chain.slots
+        if slot < 0:
+            slot += self._size
+            self._available ^= _OWNER
+        self._avail_slot = slot
 
     def chains(self) -> Iterator[Chain]:
         """The chains that are available now; see ``Ring.chains``.
@@ -105,10 +145,7 @@ class PackedRing:
         self._device_event[0] = _DISABLE << _EVENT_FLAGS_SHIFT
         size, flags = self._size, self._flags
         # Slots that were taken and are held back are not the driver's to make available again.
-        taken = self._avail_slot - self._used_slot
-        if (self._available == _AVAIL) != (self._used == _AVAIL | _USED):
-            taken += size
-        budget = size - taken
+        budget = size - self._taken()
         while budget > 0:
             slot, available = self._avail_slot, self._available
             # Only when the owner bits are seen changed may the rest be read: x86 loads in order.

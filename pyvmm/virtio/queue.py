@@ -22,9 +22,14 @@ class Queue:
     ``size`` is in entries; ``descriptor_area``, ``driver_area`` and ``device_area`` are guest
     physical addresses, ``None`` until the driver has written them.  Values are kept as written:
     they are checked when a ring is made of them, at QueueReady.
+
+    ``base`` is where the ring goes on, as ``Ring.base`` says it; None for a ring that begins,
+    which is all that virtio-mmio knows.
     """
 
-    __slots__ = ("descriptor_area", "device_area", "driver_area", "max_size", "ready", "size")
+    __slots__ = (
+        "base", "descriptor_area", "device_area", "driver_area", "max_size", "ready", "size"
+    )
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
@@ -37,6 +42,7 @@ class Queue:
         self.descriptor_area: int | None = None
         self.driver_area: int | None = None
         self.device_area: int | None = None
+        self.base: int | None = None
 
 
 class Chain:
@@ -78,6 +84,19 @@ class Ring(Protocol):
         Chains left when the iteration is abandoned are for the next pass.  Raises RingError
         where the ring is malformed.
         """
+
+    @property
+    def base(self) -> int:
+        """Where the ring stands after a pass: with this as ``Queue.base`` another one goes on.
+
+        The numbers are those of SET_VRING_BASE (vhost-user).  Split: the available index, 16
+        bits; how far used chains are is in the used ring.  Packed: the next available slot in
+        bits 0 to 14, its wrap counter in bit 15, and above them the same of the next used slot.
+        """
+
+    def untake(self, chain: Chain) -> None:
+        """Make ``chain``, the last one taken, available again: it will be the next of
+        ``chains``."""
 
     def push(self, chain: Chain, written: int) -> None:
         """Give ``chain`` back with ``written`` bytes written into it; not yet visible."""

@@ -77,10 +77,29 @@ class SplitRing:
         may_be_indirect = indirect and size >= 3
         self._last_near = len(self._near) - _THREE_SIZE if may_be_indirect else -1
 
-        self._next_avail = 0
-        self._next_used = 0
-        self._published = 0
+        self._next_avail = self._next_used = self._published = 0
+        if queue.base is not None:
+            self._resume(queue.base)
         self._full_fence = FullFence()
+
+    def _resume(self, base: int) -> None:
+        """Go on at ``base``; how far used chains are is in the used ring."""
+        used = self._used_header[_IDX]
+        if not base <= 0xFFFF or (base - used) & 0xFFFF > self._size:
+            raise RingError(
+                f"ring base {base} is not within {self._size} of the used index {used}"
+            )
+        self._next_avail = base
+        self._next_used = self._published = used
+
+    @property
+    def base(self) -> int:
+        """The available index; see ``Ring.base``."""
+        return self._next_avail
+
+    def untake(self, chain: Chain) -> None:
+        """One entry of the available ring back; see ``Ring.untake``."""
+        self._next_avail = (self._next_avail - 1) & 0xFFFF
 
     def chains(self) -> Iterator[Chain]:
         """The chains that are available now; see ``Ring.chains``."""

@@ -34,7 +34,7 @@ from pyvmm.virtio.block.request import (
     status_of,
 )
 from pyvmm.virtio.block.segments import Segment, parse_segments
-from pyvmm.virtio.device import MAX_CHAIN_BYTES, VirtioDevice, for_one_pass
+from pyvmm.virtio.device import MAX_CHAIN_BYTES, RingDevice, for_one_pass
 from pyvmm.virtio.queue import Buffer, Chain, Ring
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.spec import (
@@ -60,7 +60,7 @@ _MAX_DATA = MAX_CHAIN_BYTES - 4096
 queue size: 1022 segments of 256 KiB are less."""
 
 
-class BlockDevice(VirtioDevice):
+class BlockDevice(RingDevice):
     """A disk of whole sectors over ``backend``, which belongs to the caller.
 
     ``clock`` is what the rate limiter reads, in seconds.
@@ -147,11 +147,14 @@ class BlockDevice(VirtioDevice):
             self._drop_held(index)
         self._writeback = self._config.writeback
 
-    def stop_queue(self, index: int) -> None:
+    def stop_queue(self, index: int) -> int:
         """See ``VirtioDevice.stop_queue``.  The queue's place in the line is free again, or it
         would hold up the disk's other queues for ever."""
-        super().stop_queue(index)
+        held, ring = self._held.get(index), self._rings[index] if self._rings else None
+        if held is not None and ring is not None:
+            ring.untake(held)
         self._drop_held(index)
+        return super().stop_queue(index)
 
     # The rate limit
 
@@ -171,7 +174,7 @@ class BlockDevice(VirtioDevice):
             self._limiter.leave(index)
 
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
-        """See ``VirtioDevice._drain``: the first chain that may not go yet is held back, and
+        """See ``RingDevice._drain``: the first chain that may not go yet is held back, and
         comes first when its time has come."""
         limiter = self._limiter
         held = self._held.pop(index, None)
