@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.storage.open import DiskSource
+from pyvmm.virtio.block.config import BlockConfig
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpuid import CpuModel, parse_cpu_option
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
+VHOST_USER = "vhost-user="  # what a disk's location then begins with
 MAX_DISKS = len(layout.VIRTIO_IRQS)
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
@@ -39,6 +42,56 @@ class DiskConfig:
         """Whether the guest cannot write."""
         return self.source.read_only
 
+    @property
+    def location(self) -> str:
+        """Where the disk is, as the user wrote it."""
+        return self.source.location
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there may be two of it."""
+        return self.source.is_shared
+
+    @property
+    def block(self) -> BlockConfig:
+        """What the block device is to be, whatever its backend."""
+        return BlockConfig(
+            read_only=self.read_only, serial=self.serial, queues=self.queues,
+            writeback=self.writeback, rate_limit=self.rate_limit,
+        )
+
+    how_to_share: ClassVar[str] = "that needs ,ro on both"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths and URIs the disk is made of; some may be empty."""
+        return (self.source.location, self.source.overlay, self.source.faults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostUserDiskConfig:
+    """One ``--disk vhost-user=SOCKET``: served by the vhost-user-blk back end that listens on
+    the Unix socket ``socket``, which decides all but the number of ``queues``."""
+
+    socket: str
+    queues: int = 1
+    read_only: ClassVar[bool] = False
+    is_shared: ClassVar[bool] = False
+    how_to_share: ClassVar[str] = "a back end serves one disk of one guest"
+
+    @property
+    def location(self) -> str:
+        """Where the disk is, as the user wrote it."""
+        return f"{VHOST_USER}{self.socket}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The one path there is."""
+        return (self.socket,)
+
+
+AnyDiskConfig = DiskConfig | VhostUserDiskConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -49,7 +102,7 @@ class RunConfig:
     """
 
     kernel: Path
-    disks: tuple[DiskConfig, ...] = ()
+    disks: tuple[AnyDiskConfig, ...] = ()
     initrd: Path | None = None
     cmdline: str | None = None
     append: str = ""
@@ -74,12 +127,11 @@ class RunConfig:
             raise ConfigError(
                 "--disk", f"{len(self.disks)} disks; this machine has lines for {MAX_DISKS}"
             )
-        writable = [disk.source.location for disk in self.disks if not disk.source.is_shared]
+        locations = [disk.location for disk in self.disks]
         for disk in self.disks:
-            location = disk.source.location
-            if location in writable and [d.source.location for d in self.disks].count(location) > 1:
+            if not disk.is_shared and locations.count(disk.location) > 1:
                 raise ConfigError(
-                    f"--disk {location}", "is given twice; that needs ,ro on both"
+                    f"--disk {disk.location}", f"is given twice; {disk.how_to_share}"
                 )
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
@@ -145,8 +197,9 @@ _DISK_VALUES = {
 _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
 
 
-def parse_disk(text: str) -> DiskConfig:
-    """``FILE[,option...]`` or ``nbd://...[,option...]`` -> DiskConfig (docs/disks.md).
+def parse_disk(text: str) -> AnyDiskConfig:
+    """``FILE[,option...]``, ``nbd://...[,option...]`` or ``vhost-user=SOCKET[,queues=N]`` as a
+    configuration (docs/disks.md).
 
     A comma in a name is written twice.  ConfigError quotes ``text``.
     """
@@ -168,6 +221,8 @@ def parse_disk(text: str) -> DiskConfig:
         if has_value and not value:
             raise ConfigError(option, f"{name}= wants a value: {name}={_DISK_VALUES[name]}")
         given[name] = value
+    if location.startswith(VHOST_USER):
+        return _vhost_user_disk(option, location.removeprefix(VHOST_USER), given)
     if "ro" in given and not given.keys().isdisjoint({"snapshot", "overlay"}):
         raise ConfigError(option, "is either ro or a snapshot, which the guest may write to")
     source = DiskSource(
@@ -184,6 +239,15 @@ def parse_disk(text: str) -> DiskConfig:
         writeback=_disk_writeback(option, given.get("writeback", "on")),
         rate_limit=_disk_rate_limit(option, given.get("iops", ""), given.get("bps", "")),
     )
+
+
+def _vhost_user_disk(option: str, socket: str, given: dict[str, str]) -> VhostUserDiskConfig:
+    if not socket:
+        raise ConfigError(option, "names no socket; write --disk vhost-user=SOCKET[,queues=N]")
+    for name in given:
+        if name != "queues":
+            raise ConfigError(option, f"{name} is for the back end to decide; only queues= is ours")
+    return VhostUserDiskConfig(socket=socket, queues=_disk_queues(option, given.get("queues", "1")))
 
 
 def _disk_serial(option: str, value: str) -> str:

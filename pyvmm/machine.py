@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyvmm.bus import Bus
-from pyvmm.config import RunConfig
-from pyvmm.console import Console, LineWatch, OutputBuffer
+from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig, VhostUserDiskConfig
+from pyvmm.console import Console, OutputBuffer
+from pyvmm.console_watch import ConsoleWatch
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
 from pyvmm.devices.serial import Serial
@@ -27,7 +26,7 @@ from pyvmm.report import Reporter
 from pyvmm.runner import Runner
 from pyvmm.storage.open import open_backend
 from pyvmm.vcpu_loop import VcpuLoop
-from pyvmm.virtio.block import BlockConfig, BlockDevice
+from pyvmm.virtio.block import BlockDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import Register as MmioRegister
 from pyvmm.x86 import cpu, cpuid, layout
@@ -35,18 +34,8 @@ from pyvmm.x86.boot_params import write_boot_params
 from pyvmm.x86.loader import load_initrd, load_kernel
 from pyvmm.x86.mptable import write_mp_table
 
-# What printk says has a time stamp, wherever on the line it starts (user space may have left an
-# unfinished line); from a kernel without time stamps it is the whole line.
-_STAMP = rb"\[ *\d+\.\d+\] "
-_STAMPED = re.compile(_STAMP)
-_START = rb"(?:.*" + _STAMP + rb"|^)"
-_PANIC = re.compile(_START + rb"Kernel panic - not syncing(.*)")
-_PANIC_END = re.compile(_START + rb"---\[ end Kernel panic")
-_HALTED = re.compile(_START + rb"reboot: (?:System halted|Power down)")
-_USER_SPACE = re.compile(rb"pyvmm-init: user space reached")
-PANIC_GRACE_S = 2.0
-"""How long after a panic's first line the guest may go on printing, if it does not reboot."""
-
+if TYPE_CHECKING:
+    from pyvmm.vhost_user.block import VhostUserBlock
 
 def build(config: RunConfig, *, report: Reporter) -> Machine:
     """A machine ready to run.
@@ -55,14 +44,17 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
     before any vCPU has run, and with everything opened so far closed again.
     """
     with contextlib.ExitStack() as stack:
-        memory = stack.enter_context(GuestMemory(layout.ram_ranges(config.memory_bytes)))
+        shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
+        ranges = layout.ram_ranges(config.memory_bytes)
+        memory = stack.enter_context(GuestMemory(ranges, shared=shared))
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd else None
         write_mp_table(memory, cpus=1)
         write_boot_params(memory, kernel, config.kernel_command_line(), initrd)
-        backends = [
-            stack.enter_context(contextlib.closing(open_backend(disk.source, report=report)))
-            for disk in config.disks
+        runner = stack.enter_context(contextlib.closing(Runner(report)))
+        disks = [
+            _open_disk(disk, index, memory, runner, stack, report)
+            for index, disk in enumerate(config.disks)
         ]
         console = stack.enter_context(contextlib.closing(_open_console(config)))
 
@@ -75,7 +67,6 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         for slot, region in enumerate(memory.regions):
             vm.set_user_memory_region(slot, region.gpa, region.length, region.host_address)
 
-        runner = stack.enter_context(contextlib.closing(Runner(report)))
         watch = ConsoleWatch(runner)
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
         pio, mmio = Bus("PIO", 0), Bus("MMIO", 12)
@@ -90,18 +81,14 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         debug_exit = DebugExit(lambda byte: runner.finish(Outcome(Kind.GUEST_STATUS, byte)))
         pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
-        workers, disks = [], []
-        for index, (backend, disk) in enumerate(zip(backends, config.disks, strict=True)):
-            device = BlockDevice(
-                BlockConfig(
-                    read_only=disk.read_only, serial=disk.serial, queues=disk.queues,
-                    writeback=disk.writeback, rate_limit=disk.rate_limit,
-                ),
-                backend,
-            )
-            transport, sources = _attach(device, index, memory, vm, mmio, stack, report)
-            workers.append((f"virtio{index}", sources))
-            disks.append((device, transport))
+        transports = [
+            _attach(disk, index, memory, vm, mmio, stack, report)
+            for index, disk in enumerate(disks)
+        ]
+        workers = [
+            (f"virtio{index}", _io_sources(disk, transport))
+            for index, (disk, transport) in enumerate(zip(disks, transports, strict=True))
+        ]
 
         vcpu = stack.enter_context(vm.create_vcpu(0))
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
@@ -115,8 +102,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         )
 
         def refresh() -> None:
-            for device, transport in disks:
-                if device.refresh_capacity():
+            for disk, transport in zip(disks, transports, strict=True):
+                if disk.device.refresh_capacity():
                     transport.config_changed()
 
         def run() -> Outcome:
@@ -136,7 +123,7 @@ def _open_console(config: RunConfig) -> Console:
     """The console; ConfigError if it is a file that the run reads or serves."""
     files = [os.fspath(config.kernel)]
     for disk in config.disks:
-        files += [disk.source.location, disk.source.overlay, disk.source.faults]
+        files += disk.files
     if config.initrd is not None:
         files.append(os.fspath(config.initrd))
     if config.console not in ("stdio", "none"):
@@ -150,103 +137,97 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
+
+    A disk that another process serves has the descriptor ``watched``, which becomes readable
+    when there is news of that process, and ``look``, which reads it.
+    """
+
+    device: BlockDevice | VhostUserBlock
+    irq_fd: int
+    doorbells: tuple[int, ...]
+    watched: int = -1
+    look: Callable[[], None] = lambda: None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its queues are served in this process."""
+        return self.watched < 0
+
+
+def _open_disk(
+    config: AnyDiskConfig,
+    index: int,
+    memory: GuestMemory,
+    runner: Runner,
+    stack: contextlib.ExitStack,
+    report: Reporter,
+) -> _Disk:
+    irq_fd = _eventfd(stack)
+    if isinstance(config, DiskConfig):
+        opened = open_backend(config.source, report=report)
+        device = BlockDevice(config.block, stack.enter_context(contextlib.closing(opened)))
+        return _Disk(device, irq_fd, tuple(_eventfd(stack) for _ in device.queue_max_sizes))
+
+    from pyvmm.vhost_user.block import VhostUserBlock
+    from pyvmm.vhost_user.frontend import Frontend
+
+    def lost(reason: str) -> None:
+        # Linux waits for ever for a request that nobody answers: the run is over.
+        runner.finish(Outcome(Kind.HOST_ERROR, detail=f"disk {index}: {reason}"))
+
+    frontend = stack.enter_context(contextlib.closing(Frontend.connect(config.socket)))
+    doorbells = tuple(_eventfd(stack) for _ in range(config.queues))
+    served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
+    return _Disk(served, irq_fd, doorbells[: len(served.queues)], served.fileno(), served.look)
+
+
 def _attach(
-    device: BlockDevice,
+    disk: _Disk,
     index: int,
     memory: GuestMemory,
     vm: Vm,
     mmio: Bus,
     stack: contextlib.ExitStack,
     report: Reporter,
-) -> tuple[MmioTransport, Sequence[IoSource]]:
-    """Put ``device`` into virtio-mmio slot ``index``; its transport and doorbells.
+) -> MmioTransport:
+    """Put ``disk`` into virtio-mmio slot ``index``.
 
-    The driver's QueueNotify writes end in the kernel as ioeventfds, our interrupts start there as
-    an irqfd: neither needs an exit to user space.
+    The driver's QueueNotify writes end in the kernel as ioeventfds, the device's interrupts start
+    there as an irqfd: neither needs an exit to user space.
     """
     base, gsi = layout.virtio_slot(index)
-    irq_fd = _eventfd(stack)
-    vm.irqfd(irq_fd, gsi)
-    doorbells = [_eventfd(stack) for _ in device.queue_max_sizes]
+    vm.irqfd(disk.irq_fd, gsi)
     transport = MmioTransport(
-        device, memory, lambda: os.eventfd_write(irq_fd, 1),
+        disk.device, memory, lambda: os.eventfd_write(disk.irq_fd, 1),
         report=lambda line: report(f"virtio{index}: {line}"),
         # What a trapped QueueNotify leaves undone goes to the disk's thread.
-        defer=lambda queue: os.eventfd_write(doorbells[queue], 1),
+        defer=lambda queue: os.eventfd_write(disk.doorbells[queue], 1),
+        keep_used=not disk.is_ours,
     )
     stack.callback(transport.close)
     mmio.add(base, layout.VIRTIO_MMIO_STRIDE, transport)
-    sources = []
-    for queue, doorbell in enumerate(doorbells):
+    for queue, doorbell in enumerate(disk.doorbells):
         vm.ioeventfd(doorbell, base + MmioRegister.QUEUE_NOTIFY, 4, datamatch=queue)
-        sources.append(IoSource(doorbell, functools.partial(transport.service, queue)))
-    return transport, sources
+    return transport
+
+
+def _io_sources(disk: _Disk, transport: MmioTransport) -> list[IoSource]:
+    """What the disk's thread waits for."""
+    if not disk.is_ours:
+        return [IoSource(disk.watched, disk.look, drain=False)]
+    return [
+        IoSource(doorbell, functools.partial(transport.service, queue))
+        for queue, doorbell in enumerate(disk.doorbells)
+    ]
 
 
 def _eventfd(stack: contextlib.ExitStack) -> int:
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     stack.callback(os.close, fd)
     return fd
-
-
-class Ender(Protocol):
-    """What ConsoleWatch needs of the Runner."""
-
-    def finish(self, outcome: Outcome) -> None:
-        """See ``Runner.finish``."""
-
-    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
-        """See ``Runner.finish_after``."""
-
-    def watch_for_halt(self) -> None:
-        """See ``Runner.watch_for_halt``."""
-
-
-class ConsoleWatch:
-    """Reads along on the guest's console: a panic, a halt, user space.
-
-    ``user_space_seen_s`` is when the guest's init said hello, on CLOCK_BOOTTIME, or None.
-    """
-
-    def __init__(self, runner: Ender) -> None:
-        self._runner = runner
-        self._lines = LineWatch(self._on_line)
-        self._panic: str | None = None
-        self._has_stamps = False
-        self.user_space_seen_s: float | None = None
-
-    def feed(self, data: bytes) -> None:
-        """The next bytes of console output."""
-        self._lines.feed(data)
-
-    def judge(self, outcome: Outcome) -> Outcome:
-        """What a run's end means, given what the console said: a panic explains a reboot."""
-        if self._panic is not None and outcome.kind in (
-            Kind.RESET, Kind.SHUTDOWN, Kind.TRIPLE_FAULT, Kind.TIMEOUT
-        ):
-            return Outcome(Kind.PANIC, detail=self._panic)
-        if outcome.kind is Kind.INTERNAL_ERROR:
-            hint = (
-                "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"
-                " doctor` says so, and `pyvmm lab -- pyvmm run ...` runs the same where KVM is"
-            )
-            return replace(outcome, detail=outcome.detail + hint)
-        return outcome
-
-    def _on_line(self, line: bytes) -> None:
-        stamped = _STAMPED.search(line) is not None
-        self._has_stamps = self._has_stamps or stamped
-        if self.user_space_seen_s is None and _USER_SPACE.match(line):
-            self.user_space_seen_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        elif self._has_stamps and not stamped:
-            return  # this kernel stamps its messages, so this is somebody quoting one
-        elif self._panic is None and (found := _PANIC.match(line)):
-            self._panic = found[1].decode("ascii", "replace").lstrip(": ").strip()
-            self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self._panic))
-        elif self._panic is not None and _PANIC_END.match(line):
-            self._runner.finish(Outcome(Kind.PANIC, detail=self._panic))
-        elif _HALTED.match(line):
-            self._runner.watch_for_halt()
 
 
 class Machine:

@@ -316,9 +316,11 @@ def _read_input(fd: int) -> bytes | None:
         return None  # the terminal hung up
 
 
-def serve(sources: Sequence[IoSource], *, refresh: Callable[[], None]) -> int:
-    """Serve ``sources`` on the calling thread, the main one, until a stop signal; its number.
+def serve(start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None]) -> int:
+    """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
+    number.
 
+    ``start`` is called once signals are taken: whoever sees what it makes may send one.
     ``refresh`` is called after every REFRESH_SIGNAL.
     """
     taken: list[int] = []
@@ -333,7 +335,7 @@ def serve(sources: Sequence[IoSource], *, refresh: Callable[[], None]) -> int:
                 loop.stop()
 
         source = IoSource(signals.wakeup_fd, look, drain=False)
-        loop = IoLoop([*sources, source])
+        loop = IoLoop([*start(), source])
         loop.run()
     return taken[0]
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.config import DiskConfig, RunConfig, format_size, parse_disk, parse_size
+from pyvmm.config import (
+    DiskConfig,
+    RunConfig,
+    VhostUserDiskConfig,
+    format_size,
+    parse_disk,
+    parse_size,
+)
 from pyvmm.errors import ConfigError
 from pyvmm.storage.open import DiskSource
 from pyvmm.virtio.rate_limit import RateLimit
@@ -65,7 +72,19 @@ def test_disks(text: str, config: DiskConfig) -> None:
     assert config.read_only == config.source.read_only
 
 
+@pytest.mark.parametrize(("text", "config"), [
+    ("vhost-user=/run/s", VhostUserDiskConfig(socket="/run/s")),
+    ("vhost-user=a,,b=c,queues=4", VhostUserDiskConfig(socket="a,b=c", queues=4)),
+])
+def test_disks_of_other_processes(text: str, config: VhostUserDiskConfig) -> None:
+    assert parse_disk(text) == config
+    assert RunConfig(kernel=KERNEL, disks=(config,)).kernel_command_line().endswith("vda rw")
+
+
 @pytest.mark.parametrize(("text", "words"), [
+    ("vhost-user=", "names no socket"), ("vhost-user=,queues=2", "names no socket"),
+    ("vhost-user=s,ro", "ro is for the back end"), ("vhost-user=s,snapshot", "snapshot is for"),
+    ("vhost-user=s,iops=5", "iops is for the back end"), ("vhost-user=s,queues=9", "from 1 to 8"),
     ("", "names no file"), (",ro", "names no file"), ("d,rw", "'rw'"), ("d,serial=", "serial"),
     ("d,serial=123456789012345678901", "limit is 20"), ("d,serial=\x07", "printable"),
     ("d,ro=1", "'ro=1'"), ("d,", "''"), ("d,snapshot=on", "'snapshot=on'"),
@@ -103,6 +122,15 @@ def test_a_timeout_is_a_positive_number(timeout_s: float) -> None:
 def test_more_disks_than_lines() -> None:
     with pytest.raises(ConfigError, match=r"9 disks.*8"):
         RunConfig(kernel=KERNEL, disks=tuple(disk(str(i)) for i in range(9)))
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("d", "ro on both"), ("vhost-user=s", "serves one disk of one guest"),
+])
+def test_the_same_disk_twice(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="given twice") as caught:
+        RunConfig(kernel=KERNEL, disks=(parse_disk(text), parse_disk(text)))
+    assert words in str(caught.value)
 
 
 def test_the_default_command_line_mounts_the_first_disk() -> None:

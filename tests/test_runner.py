@@ -407,7 +407,7 @@ def test_serving_ends_at_a_signal_and_looks_again_at_sigusr1(number: signal.Sign
         looks.append(1)
         os.kill(os.getpid(), number)
 
-    assert serve([IoSource(doorbell, service)], refresh=refresh) == number
+    assert serve(lambda: [IoSource(doorbell, service)], refresh=refresh) == number
     assert looks == [1]
     after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
     assert after == before

@@ -60,11 +60,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kernel", metavar="FILE", required=True,
                    help="the kernel: a bzImage or an ELF vmlinux, 64-bit x86")
     p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", action="append", default=[],
-                   help="a raw disk image, block device or nbd:// server, seen as /dev/vda; repeat "
-                   "for vdb, ...  Options: ro (the guest cannot write), snapshot (what it writes "
-                   "is dropped), overlay=FILE (or kept in FILE), serial=ID, queues=1..8, "
-                   "writeback=on|off, iops=RATE[:BURST], bps=RATE[:BURST], faults=FILE; see "
-                   "docs/disks.md")
+                   help="a raw disk image, block device, nbd:// server or vhost-user=SOCKET of "
+                   "another process, seen as /dev/vda; repeat for vdb, ...  Options: ro (the "
+                   "guest cannot write), snapshot (what it writes is dropped), overlay=FILE (or "
+                   "kept in FILE), serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
+                   "bps=RATE[:BURST], faults=FILE; see docs/disks.md")
     p.add_argument("--initrd", metavar="FILE", help="an initial RAM disk (initramfs) to load")
     p.add_argument("--cmdline", metavar="S",
                    help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
