@@ -12,6 +12,7 @@ from pyvmm.kvm.handles import Vcpu
 from pyvmm.outcome import Kind, Outcome
 
 RFLAGS_IF = 1 << 9
+_MASKS = tuple((1 << 8 * length) - 1 for length in range(9))
 
 
 class VcpuLoop:
@@ -66,7 +67,7 @@ class VcpuLoop:
             elif reason == reason_mmio:
                 address, data, length, is_write = page.mmio()
                 if is_write:
-                    mmio.write(address, length, data & (1 << 8 * length) - 1)
+                    mmio.write(address, length, data & _MASKS[length])
                 else:
                     page.set_mmio_data(mmio.read(address, length))
             elif not self._rare_exit(reason):

@@ -60,11 +60,12 @@ _MMIO_DATA = _UNION + 8
 _IO = struct.Struct("<BBHIQ")
 _MMIO = struct.Struct("<QQIB")
 _HEAD = struct.Struct("<II")
-_U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _MAX_DATA = 16
 
 _MASK = (1 << 64) - 1
+EXIT_REASON_WORD = _REASON // 4
+"""Where ``RunPage.words`` says why KVM_RUN returned."""
 
 
 class RunPage:
@@ -73,16 +74,17 @@ class RunPage:
     ``buffer`` is the mapping of the vCPU fd; a test may give any bytearray of two pages.
     """
 
-    __slots__ = ("_view",)
+    __slots__ = ("_view", "words")
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._view = memoryview(buffer)
+        self.words = self._view.cast("I")
+        """The page as 32-bit words: what is read at every exit is read here, bound once."""
 
     @property
     def exit_reason(self) -> int:
         """Why KVM_RUN returned: an ``ExitReason``, or a number newer than this program."""
-        reason: int = _U32.unpack_from(self._view, _REASON)[0]
-        return reason
+        return self.words[EXIT_REASON_WORD]
 
     def set_immediate_exit(self, on: bool) -> None:
         """While on, KVM_RUN returns EINTR at once; safe from another thread or a handler."""
@@ -128,7 +130,8 @@ class RunPage:
         return self.read(_UNION, length)
 
     def release(self) -> None:
-        """Drop the view, so that the mapping under it can be closed."""
+        """Drop the views, so that the mapping under them can be closed."""
+        self.words.release()
         self._view.release()
 
 

@@ -17,8 +17,8 @@ from types import TracebackType
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import RunPage
-from pyvmm.kvm.ioctl import ioctl, run_vcpu
+from pyvmm.kvm.exits import EXIT_REASON_WORD, RunPage
+from pyvmm.kvm.ioctl import ioctl, vcpu_entry
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096
@@ -229,11 +229,12 @@ class Vm(_Handle):
 class Vcpu(_Handle):
     """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
 
-    __slots__ = ("_map", "page")
+    __slots__ = ("_enter", "_map", "page")
 
     def __init__(self, fd: int, mapping: mmap.mmap) -> None:
         super().__init__(fd)
         self._map = mapping
+        self._enter = vcpu_entry(fd)
         self.page = RunPage(mapping)
 
     def __enter__(self) -> Vcpu:
@@ -245,12 +246,12 @@ class Vcpu(_Handle):
         InterruptedError if a signal or ``request_exit`` ended it, KvmError if KVM refused.
         """
         try:
-            run_vcpu(self.fd)
+            self._enter()
         except InterruptedError:
             raise
         except OSError as error:
             raise KvmError("KVM_RUN", error.errno or errno.EIO) from error
-        return self.page.exit_reason
+        return self.page.words[EXIT_REASON_WORD]
 
     def request_exit(self) -> None:
         """Make the next KVM_RUN return at once; with a signal to its thread, the current one.
