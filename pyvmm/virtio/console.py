@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.device import Interrupt, VirtioDevice
+from pyvmm.virtio.device import Interrupt, RingDevice
 from pyvmm.virtio.queue import Chain, Ring
 from pyvmm.virtio.spec import ConsoleFeature, DeviceType, Feature
 
@@ -28,7 +28,7 @@ _CONFIG = struct.Struct("<HHII")
 _EMERG_WR_OFFSET = 8
 
 
-class ConsoleDevice(VirtioDevice):
+class ConsoleDevice(RingDevice):
     """A console whose output goes to ``transmit``, on the thread that serves the queue.
 
     Input is given to ``receive``; ``on_room`` is called when there is room for some again.
@@ -105,7 +105,7 @@ class ConsoleDevice(VirtioDevice):
         return delay_s if index != RECEIVE_QUEUE or self._typed else None
 
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
-        """See ``VirtioDevice._drain``; the receive queue's chains wait for something typed."""
+        """See ``RingDevice._drain``; the receive queue's chains wait for something typed."""
         if index != RECEIVE_QUEUE:
             return super()._drain(index, ring, memory)
         chains = ring.chains()

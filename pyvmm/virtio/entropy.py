@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.device import RingDevice
 from pyvmm.virtio.queue import Chain
 from pyvmm.virtio.spec import DeviceType, Feature
 
@@ -16,7 +16,7 @@ MAX_CHAIN_BYTES = 4096
 """Bytes a chain gets at most: 5.4.6.1 asks for "one or more", and the driver asks again."""
 
 
-class EntropyDevice(VirtioDevice):
+class EntropyDevice(RingDevice):
     """Fills buffers with random bytes; it has no features and no configuration space."""
 
     device_type: ClassVar[DeviceType] = DeviceType.ENTROPY
