@@ -15,6 +15,9 @@ from pyvmm.x86.cpuid import CpuModel, parse_cpu_option
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
+MAX_CPUS = 8
+MMIO_MODES = ("mapped", "trapped")
+SERVE_PLACES = ("auto", "exit", "thread")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
 MAX_DISKS = len(layout.VIRTIO_IRQS)
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
@@ -98,7 +101,8 @@ class RunConfig:
     """One run of one machine.
 
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
-    None means no limit.  ``console`` is ``stdio``, ``none`` or a file.
+    None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
+    among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean).
     """
 
     kernel: Path
@@ -108,10 +112,20 @@ class RunConfig:
     append: str = ""
     memory_bytes: int = 256 * layout.MIB
     cpu: CpuModel = field(default_factory=lambda: parse_cpu_option("host"))
+    cpus: int = 1
     timeout_s: float | None = None
     console: str = "stdio"
+    mmio: str = "mapped"
+    serve: str = "auto"
 
     def __post_init__(self) -> None:
+        for option, value, choices in (
+            ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES)
+        ):
+            if value not in choices:
+                raise ConfigError(f"{option} {value}", f"is none of {', '.join(choices)}")
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise ConfigError(f"--cpus {self.cpus}", f"must be from 1 to {MAX_CPUS}")
         if not layout.MIN_MEMORY <= self.memory_bytes <= layout.MAX_MEMORY:
             hint = " (without a unit it counts bytes)" if self.memory_bytes < layout.MIB else ""
             raise ConfigError(
@@ -166,6 +180,13 @@ def parse_size(option: str, text: str) -> int:
     if not digits.isascii() or not digits.isdigit() or len(digits) > 20:
         raise ConfigError(f"{option} {text}", "is not a size; write 256M or 1G")
     return int(digits) * _SIZE_UNITS[unit]
+
+
+def parse_cpus(text: str) -> int:
+    """``4`` -> 4; ConfigError if it is no number.  The range is RunConfig's."""
+    if not text.isascii() or not text.isdigit() or len(text) > 6:
+        raise ConfigError(f"--cpus {text}", f"is not a number from 1 to {MAX_CPUS}")
+    return int(text)
 
 
 def parse_seconds(option: str, text: str) -> float:

@@ -18,17 +18,16 @@ from pyvmm.devices.i8042 import I8042
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
-from pyvmm.kvm.abi import KVM_CAP_TSC_DEADLINE_TIMER
-from pyvmm.kvm.handles import Kvm, Vm
+from pyvmm.kvm.abi import KVM_CAP_READONLY_MEM, KVM_CAP_TSC_DEADLINE_TIMER
+from pyvmm.kvm.handles import Kvm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.runner import Runner
+from pyvmm.slot import Slot, eventfd
 from pyvmm.storage.open import open_backend
 from pyvmm.vcpu_loop import VcpuLoop
 from pyvmm.virtio.block import BlockDevice
-from pyvmm.virtio.mmio import MmioTransport
-from pyvmm.virtio.spec import Register as MmioRegister
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.boot_params import write_boot_params
 from pyvmm.x86.loader import load_initrd, load_kernel
@@ -49,11 +48,11 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         memory = stack.enter_context(GuestMemory(ranges, shared=shared))
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd else None
-        write_mp_table(memory, cpus=1)
+        write_mp_table(memory, cpus=config.cpus)
         write_boot_params(memory, kernel, config.kernel_command_line(), initrd)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         disks = [
-            _open_disk(disk, index, memory, runner, stack, report)
+            _open_disk(disk, index, runner, stack, report)
             for index, disk in enumerate(config.disks)
         ]
         console = stack.enter_context(contextlib.closing(_open_console(config)))
@@ -64,8 +63,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.create_irqchip()
         vm.create_pit2()
-        for slot, region in enumerate(memory.regions):
-            vm.set_user_memory_region(slot, region.gpa, region.length, region.host_address)
+        for number, region in enumerate(memory.regions):
+            vm.set_user_memory_region(number, region.gpa, region.length, region.host_address)
 
         watch = ConsoleWatch(runner)
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
@@ -81,37 +80,44 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         debug_exit = DebugExit(lambda byte: runner.finish(Outcome(Kind.GUEST_STATUS, byte)))
         pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
-        transports = [
-            _attach(disk, index, memory, vm, mmio, stack, report)
-            for index, disk in enumerate(disks)
-        ]
-        workers = [
-            (f"virtio{index}", _io_sources(disk, transport))
-            for index, (disk, transport) in enumerate(zip(disks, transports, strict=True))
-        ]
+        swallow = _swallow(config, kvm, stack, report)
+        slots = []
+        for index, disk in enumerate(disks):
+            slot = Slot(
+                index, disk.device, memory=memory, vm=vm, mmio=mmio, irq_fd=disk.irq_fd,
+                doorbells=disk.doorbells, swallow=swallow, at_exit=_at_exit(config),
+                watch=disk.watch, report=report,
+            )
+            stack.callback(slot.close)
+            slots.append(slot)
 
-        vcpu = stack.enter_context(vm.create_vcpu(0))
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-        vcpu.set_cpuid(
-            cpuid.build(kvm.supported_cpuid(), config.cpu, 0, tsc_deadline=tsc_deadline)
-        )
-        cpu.setup_long_mode(memory, vcpu, kernel.entry, layout.BOOT_PARAMS)
-        loop = VcpuLoop(
-            vcpu, pio=pio, mmio=mmio, finish=runner.finish,
-            describe=lambda: cpu.describe_vcpu(memory, vcpu),
-        )
+        loops = []
+        for index in range(config.cpus):
+            vcpu = stack.enter_context(vm.create_vcpu(index))
+            vcpu.set_cpuid(cpuid.build(
+                kvm.supported_cpuid(), config.cpu, index,
+                vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
+            ))
+            loops.append(VcpuLoop(
+                vcpu, pio=pio, mmio=mmio, finish=runner.finish,
+                describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
+            ))
+        # The others wait, in the kernel, for the first one's INIT and SIPI.
+        cpu.setup_long_mode(memory, loops[0].vcpu, kernel.entry, layout.BOOT_PARAMS)
 
         def refresh() -> None:
-            for disk, transport in zip(disks, transports, strict=True):
+            for disk, slot in zip(disks, slots, strict=True):
                 if disk.device.refresh_capacity():
-                    transport.config_changed()
+                    slot.transport.config_changed()
 
         def run() -> Outcome:
             console.begin()
             if config.timeout_s is not None:
                 runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))
+            workers = [(f"virtio{index}", slot.sources) for index, slot in enumerate(slots)]
             outcome = runner.run(
-                vcpus=[loop], workers=workers, console=console, output=output,
+                vcpus=loops, workers=workers, console=console, output=output,
                 receive=serial.receive, refresh=refresh,
             )
             return watch.judge(outcome)
@@ -137,39 +143,51 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
+def _swallow(
+    config: RunConfig, kvm: Kvm, stack: contextlib.ExitStack, report: Reporter
+) -> int | None:
+    """The eventfd that makes register pages mapped ones; None if they are to be trapped."""
+    if config.mmio == "trapped":
+        return None
+    if not kvm.check_extension(KVM_CAP_READONLY_MEM):
+        report("this KVM has no read-only memory (KVM_CAP_READONLY_MEM): registers are trapped")
+        return None
+    return eventfd(stack)
+
+
+def _at_exit(config: RunConfig) -> bool | None:
+    """Where notifications are served; None lets it follow the disk."""
+    if config.serve != "auto":
+        return config.serve == "exit"
+    # With several vCPUs the one that notifies has better things to do than to serve the others'.
+    return None if config.cpus == 1 else False
+
+
 @dataclass(frozen=True, slots=True)
 class _Disk:
     """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
 
-    A disk that another process serves has the descriptor ``watched``, which becomes readable
-    when there is news of that process, and ``look``, which reads it.
+    ``watch`` waits for news of the process that serves it, if that is another one.
     """
 
     device: BlockDevice | VhostUserBlock
     irq_fd: int
     doorbells: tuple[int, ...]
-    watched: int = -1
-    look: Callable[[], None] = lambda: None
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether its queues are served in this process."""
-        return self.watched < 0
+    watch: IoSource | None = None
 
 
 def _open_disk(
     config: AnyDiskConfig,
     index: int,
-    memory: GuestMemory,
     runner: Runner,
     stack: contextlib.ExitStack,
     report: Reporter,
 ) -> _Disk:
-    irq_fd = _eventfd(stack)
+    irq_fd = eventfd(stack)
     if isinstance(config, DiskConfig):
         opened = open_backend(config.source, report=report)
         device = BlockDevice(config.block, stack.enter_context(contextlib.closing(opened)))
-        return _Disk(device, irq_fd, tuple(_eventfd(stack) for _ in device.queue_max_sizes))
+        return _Disk(device, irq_fd, tuple(eventfd(stack) for _ in device.queue_max_sizes))
 
     from pyvmm.vhost_user.block import VhostUserBlock
     from pyvmm.vhost_user.frontend import Frontend
@@ -179,55 +197,10 @@ def _open_disk(
         runner.finish(Outcome(Kind.HOST_ERROR, detail=f"disk {index}: {reason}"))
 
     frontend = stack.enter_context(contextlib.closing(Frontend.connect(config.socket)))
-    doorbells = tuple(_eventfd(stack) for _ in range(config.queues))
+    doorbells = tuple(eventfd(stack) for _ in range(config.queues))
     served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
-    return _Disk(served, irq_fd, doorbells[: len(served.queues)], served.fileno(), served.look)
-
-
-def _attach(
-    disk: _Disk,
-    index: int,
-    memory: GuestMemory,
-    vm: Vm,
-    mmio: Bus,
-    stack: contextlib.ExitStack,
-    report: Reporter,
-) -> MmioTransport:
-    """Put ``disk`` into virtio-mmio slot ``index``.
-
-    The driver's QueueNotify writes end in the kernel as ioeventfds, the device's interrupts start
-    there as an irqfd: neither needs an exit to user space.
-    """
-    base, gsi = layout.virtio_slot(index)
-    vm.irqfd(disk.irq_fd, gsi)
-    transport = MmioTransport(
-        disk.device, memory, lambda: os.eventfd_write(disk.irq_fd, 1),
-        report=lambda line: report(f"virtio{index}: {line}"),
-        # What a trapped QueueNotify leaves undone goes to the disk's thread.
-        defer=lambda queue: os.eventfd_write(disk.doorbells[queue], 1),
-        keep_used=not disk.is_ours,
-    )
-    stack.callback(transport.close)
-    mmio.add(base, layout.VIRTIO_MMIO_STRIDE, transport)
-    for queue, doorbell in enumerate(disk.doorbells):
-        vm.ioeventfd(doorbell, base + MmioRegister.QUEUE_NOTIFY, 4, datamatch=queue)
-    return transport
-
-
-def _io_sources(disk: _Disk, transport: MmioTransport) -> list[IoSource]:
-    """What the disk's thread waits for."""
-    if not disk.is_ours:
-        return [IoSource(disk.watched, disk.look, drain=False)]
-    return [
-        IoSource(doorbell, functools.partial(transport.service, queue))
-        for queue, doorbell in enumerate(disk.doorbells)
-    ]
-
-
-def _eventfd(stack: contextlib.ExitStack) -> int:
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    stack.callback(os.close, fd)
-    return fd
+    watch = IoSource(served.fileno(), served.look, drain=False)
+    return _Disk(served, irq_fd, doorbells[: len(served.queues)], watch)
 
 
 class Machine:

@@ -14,6 +14,7 @@ from pyvmm.config import (
     DEFAULT_CMDLINE,
     RunConfig,
     format_size,
+    parse_cpus,
     parse_disk,
     parse_seconds,
     parse_size,
@@ -75,11 +76,19 @@ def parser() -> argparse.ArgumentParser:
                    help="guest RAM, as 256M or 1G (default 256M)")
     p.add_argument("--cpu", metavar="MODEL", default="host",
                    help="host, then features to take away: host,-xsave,-avx2 (default host)")
+    p.add_argument("--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)")
     p.add_argument("--timeout", metavar="S",
                    help="stop the guest S seconds after it started, with exit status 124")
     p.add_argument("--console", metavar="WHERE", default="stdio",
                    help="the guest's serial console: stdio, none, or a file to write "
                    "(default stdio)")
+    p.add_argument("--mmio", metavar="MODE", default="mapped",
+                   help="how the guest sees a disk's registers: mapped (read-only memory, no exit "
+                   "a request) or trapped (every access is an exit; default mapped)")
+    p.add_argument("--serve", metavar="WHERE", default="auto",
+                   help="where a request is served: exit (on the vCPU that notifies), thread (the "
+                   "disk's own) or auto (default: one vCPU and a disk that does not wait, at the "
+                   "exit; else the thread)")
     p.add_argument("-v", "--verbose", action="count", default=0,
                    help="say how the run went, on standard error; -vv: tracebacks of errors too")
     return p
@@ -95,8 +104,11 @@ def config_from(args: argparse.Namespace) -> RunConfig:
         append=args.append,
         memory_bytes=parse_size("--memory", args.memory),
         cpu=parse_cpu_option(args.cpu),
+        cpus=parse_cpus(args.cpus),
         timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout else None,
         console=args.console,
+        mmio=args.mmio,
+        serve=args.serve,
     )
 
 

@@ -249,6 +249,9 @@ class Vcpu(_Handle):
             self._enter()
         except InterruptedError:
             raise
+        except BlockingIOError:
+            # An application processor that INIT or SIPI has just woken: the next call runs it.
+            return abi.KVM_EXIT_INTR
         except OSError as error:
             raise KvmError("KVM_RUN", error.errno or errno.EIO) from error
         return self.page.words[EXIT_REASON_WORD]
