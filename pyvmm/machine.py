@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from pyvmm.report import Reporter
 from pyvmm.runner import Runner
 from pyvmm.slot import Slot, eventfd
 from pyvmm.storage.open import open_backend
-from pyvmm.vcpu_loop import VcpuLoop
+from pyvmm.vcpu_loop import Exits, VcpuLoop
 from pyvmm.virtio.block import BlockDevice
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.boot_params import write_boot_params
@@ -122,7 +123,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             )
             return watch.judge(outcome)
 
-        return Machine(run, watch, output, runner, stack.pop_all())
+        return Machine(run, watch, output, runner, loops, stack.pop_all())
 
 
 def _open_console(config: RunConfig) -> Console:
@@ -212,12 +213,14 @@ class Machine:
         watch: ConsoleWatch,
         output: OutputBuffer,
         runner: Runner,
+        loops: Sequence[VcpuLoop],
         resources: contextlib.ExitStack,
     ) -> None:
         self._run = run
         self._watch = watch
         self._output = output
         self._runner = runner
+        self._loops = loops
         self._resources = resources
 
     def run(self) -> Outcome:
@@ -228,6 +231,11 @@ class Machine:
     def user_space_seen_s(self) -> float | None:
         """When the guest's init said that it runs, on CLOCK_BOOTTIME; None if it never did."""
         return self._watch.user_space_seen_s
+
+    @property
+    def exits(self) -> Exits:
+        """How often the guest was left for user space, all vCPUs together, once it has run."""
+        return functools.reduce(operator.add, (loop.exits for loop in self._loops), Exits())
 
     @property
     def console_line_ended(self) -> bool:

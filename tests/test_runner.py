@@ -15,10 +15,9 @@ import pytest
 
 from pyvmm.bus import Bus
 from pyvmm.console import Console, OutputBuffer
-from pyvmm.errors import KvmError
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import ExitReason, RunPage
+from pyvmm.kvm.exits import EXIT_REASON_WORD, ExitReason, RunPage
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
@@ -37,11 +36,12 @@ class FakeVcpu(Vcpu):
         self.kicked = threading.Event()
         self.mp_state = abi.KVM_MP_STATE_RUNNABLE
         self.rflags = 0x202
+        self.enter = self._enter
 
-    def run(self) -> int:
+    def _enter(self) -> None:
         if self.kicked.is_set():
             raise InterruptedError
-        return self.guest(self)
+        self.page.words[EXIT_REASON_WORD] = self.guest(self)
 
     def halt(self) -> int:
         """HLT: until somebody kicks."""
@@ -130,7 +130,7 @@ def test_exits_that_end_a_run(rig: Rig, reason: ExitReason, kind: Kind) -> None:
 
 def test_a_kvm_run_that_fails_ends_the_run(rig: Rig) -> None:
     def guest(_: FakeVcpu) -> int:
-        raise KvmError("KVM_RUN", 14)
+        raise OSError(14, "Bad address")
 
     outcome = rig.run(guest)
     assert outcome.kind is Kind.INTERNAL_ERROR

@@ -22,6 +22,7 @@ from pyvmm.config import (
 from pyvmm.errors import ConfigError
 from pyvmm.outcome import MAX_GUEST_STATUS, Kind, Outcome
 from pyvmm.report import Reporter
+from pyvmm.vcpu_loop import Exits
 from pyvmm.x86.cpuid import parse_cpu_option
 
 EPILOG = """\
@@ -128,7 +129,7 @@ def run_main(argv: list[str]) -> int:
     report.close()
     if not machine.console_line_ended:
         _end_line()
-    _say(outcome, args.verbose, started_s, user_space_s)
+    _say(outcome, args.verbose, started_s, user_space_s, machine.exits)
     return outcome.exit_status
 
 
@@ -152,14 +153,14 @@ def _end_line() -> None:
 
 
 def _say(
-    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None
+    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None, exits: Exits
 ) -> None:
     with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing
-        _say_lines(outcome, verbose, started_s, user_space_s)
+        _say_lines(outcome, verbose, started_s, user_space_s, exits)
 
 
 def _say_lines(
-    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None
+    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None, exits: Exits
 ) -> None:
     quiet_kinds = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.QUIT)
     if verbose and user_space_s is not None:
@@ -169,6 +170,7 @@ def _say_lines(
         total_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
         print(f"pyvmm: {outcome}", file=sys.stderr, flush=True)
         if verbose:
+            print(f"pyvmm: exits: {exits}", file=sys.stderr)
             print(f"pyvmm: ran {total_s:.2f} s, exit status {outcome.exit_status}",
                   file=sys.stderr, flush=True)
 

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import EXIT_REASON_WORD, RunPage
+from pyvmm.kvm.exits import RunPage
 from pyvmm.kvm.ioctl import ioctl, vcpu_entry
 
 DEFAULT_PATH = "/dev/kvm"
@@ -229,12 +229,13 @@ class Vm(_Handle):
 class Vcpu(_Handle):
     """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
 
-    __slots__ = ("_enter", "_map", "page")
+    __slots__ = ("_map", "enter", "page")
 
     def __init__(self, fd: int, mapping: mmap.mmap) -> None:
         super().__init__(fd)
         self._map = mapping
-        self._enter = vcpu_entry(fd)
+        self.enter = vcpu_entry(fd)
+        """KVM_RUN itself, for a loop that cannot afford ``run``; OSError as the kernel has it."""
         self.page = RunPage(mapping)
 
     def __enter__(self) -> Vcpu:
@@ -246,15 +247,12 @@ class Vcpu(_Handle):
         InterruptedError if a signal or ``request_exit`` ended it, KvmError if KVM refused.
         """
         try:
-            self._enter()
+            self.enter()
         except InterruptedError:
             raise
-        except BlockingIOError:
-            # An application processor that INIT or SIPI has just woken: the next call runs it.
-            return abi.KVM_EXIT_INTR
         except OSError as error:
             raise KvmError("KVM_RUN", error.errno or errno.EIO) from error
-        return self.page.words[EXIT_REASON_WORD]
+        return self.page.exit_reason
 
     def request_exit(self) -> None:
         """Make the next KVM_RUN return at once; with a signal to its thread, the current one.
