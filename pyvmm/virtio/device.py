@@ -188,12 +188,16 @@ def for_one_pass(chains: Iterable[Chain]) -> Iterator[Chain]:
     left = PASS_BYTES
     for chain in chains:
         yield chain
-        length = 0
-        for _, buffer_length in chain.readable:
-            length += buffer_length
-        for _, buffer_length in chain.writable:
-            length += buffer_length
-        if length <= MAX_CHAIN_BYTES:  # what is longer was refused, and took no time
-            left -= length
-            if left <= 0:
-                return
+        left -= pass_bytes(chain)
+        if left <= 0:
+            return
+
+
+def pass_bytes(chain: Chain) -> int:
+    """What ``chain`` counts for in PASS_BYTES: the bytes in its buffers."""
+    length = 0
+    for _, buffer_length in chain.readable:
+        length += buffer_length
+    for _, buffer_length in chain.writable:
+        length += buffer_length
+    return length if length <= MAX_CHAIN_BYTES else 0  # more was refused, and took no time

@@ -10,6 +10,7 @@ import pytest
 
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio.block import BlockConfig
+from tests.support.general_path import without_fast_path
 from tests.support.rig import RAM_BYTES, Hooked, Rig, make_rig
 
 MakeRig = Callable[..., Rig]
@@ -41,6 +42,13 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
             return rig
 
         yield make
+
+
+@pytest.fixture(params=["fast", "general"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs twice: through the fast path, where it takes it, and without."""
+    if request.param == "general":
+        without_fast_path(monkeypatch)
 
 
 @pytest.fixture
