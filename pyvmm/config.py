@@ -17,7 +17,7 @@ SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
 MAX_CPUS = 8
 MMIO_MODES = ("mapped", "trapped")
-SERVE_PLACES = ("auto", "exit", "thread")
+SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
 MAX_DISKS = 8
 OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
@@ -117,7 +117,7 @@ class RunConfig:
     timeout_s: float | None = None
     console: str = "stdio"
     mmio: str = "mapped"
-    serve: str = "auto"
+    serve: str = "thread"
 
     def __post_init__(self) -> None:
         for option, value, choices in (

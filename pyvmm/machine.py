@@ -94,7 +94,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
 
         for disk in disks:
             attach(disk.device, irq_fd=disk.irq_fd, doorbells=disk.doorbells,
-                   at_exit=_at_exit(config), watch=disk.watch)
+                   at_exit=config.serve == "exit" and disk.watch is None,
+                   watch=disk.watch)
         terminal = ConsoleDevice(output.write, runner.input_room, size=console.size)
         typed_fd, resized_fd = eventfd(stack), eventfd(stack)
         attach(terminal, irq_fd=eventfd(stack), at_exit=True,
@@ -181,14 +182,6 @@ def _swallow(
         report("this KVM has no read-only memory (KVM_CAP_READONLY_MEM): registers are trapped")
         return None
     return eventfd(stack)
-
-
-def _at_exit(config: RunConfig) -> bool | None:
-    """Where notifications are served; None lets it follow the disk."""
-    if config.serve != "auto":
-        return config.serve == "exit"
-    # With several vCPUs the one that notifies has better things to do than to serve the others'.
-    return None if config.cpus == 1 else False
 
 
 @dataclass(frozen=True, slots=True)
