@@ -14,9 +14,10 @@ VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || ec
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
 IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
 LAB_PACKAGES := qemu-system-x86 busybox-static
-TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils
+TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs
+BENCH_PACKAGES := gcc binutils libc6-dev linux-libc-dev qemu-system-x86 qemu-system-common
 TOOLS := /usr/bin/fio /sbin/mke2fs /sbin/e2fsck /sbin/blkdiscard
 
 # $(call need,PACKAGES): as root install the missing ones, else print the command that does.
@@ -64,7 +65,7 @@ run-packages:
 	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES))
 
 test-packages:
-	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES) $(LAB_PACKAGES) $(TEST_PACKAGES) $(TOOL_PACKAGES))
+	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES) $(LAB_PACKAGES) $(TEST_PACKAGES) $(TOOL_PACKAGES) $(BENCH_PACKAGES))
 
 shell: override ARGS += --append pyvmm.shell
 shell: run ## the same, with a shell on the guest's console (Ctrl-A x quits)
@@ -77,7 +78,7 @@ lint: dev ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guests if there is a /dev/kvm
-	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES))
+	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES) $(BENCH_PACKAGES))
 	select="not kvm and not power_cut"
 	if ! [ -r /dev/kvm -a -w /dev/kvm ]; then
 	  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not power_cut and not bare"
@@ -132,10 +133,9 @@ dev: .venv/.dev-installed ## the same, with what the tests and linters need
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-bench: venv kernel image ## time to user space beside QEMU microvm
-	@$(call need,qemu-system-x86)
-	$(call choose_host,)
-	$$host $(BIN)/python bench/boot.py $(ARGS)
+bench: dev kernel image build/tools.img ## every figure beside its peers; ARGS='--quick', '--only device'
+	@$(call need,$(BENCH_PACKAGES) $(LAB_PACKAGES))
+	$(BIN)/python -m bench.run $(ARGS)
 
 doctor: venv ## what this host's KVM can do
 	@$(BIN)/pyvmm doctor || true

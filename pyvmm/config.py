@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.storage.open import DiskSource
+from pyvmm.virtio.block.config import BlockConfig
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpuid import CpuModel, parse_cpu_option
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
-MAX_DISKS = len(layout.VIRTIO_IRQS)
+MAX_CPUS = 8
+MMIO_MODES = ("mapped", "trapped")
+SERVE_PLACES = ("thread", "exit")
+VHOST_USER = "vhost-user="  # what a disk's location then begins with
+MAX_DISKS = 8
+OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -39,26 +46,87 @@ class DiskConfig:
         """Whether the guest cannot write."""
         return self.source.read_only
 
+    @property
+    def location(self) -> str:
+        """Where the disk is, as the user wrote it."""
+        return self.source.location
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there may be two of it."""
+        return self.source.is_shared
+
+    @property
+    def block(self) -> BlockConfig:
+        """What the block device is to be, whatever its backend."""
+        return BlockConfig(
+            read_only=self.read_only, serial=self.serial, queues=self.queues,
+            writeback=self.writeback, rate_limit=self.rate_limit,
+        )
+
+    how_to_share: ClassVar[str] = "that needs ,ro on both"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths and URIs the disk is made of; some may be empty."""
+        return (self.source.location, self.source.overlay, self.source.faults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostUserDiskConfig:
+    """One ``--disk vhost-user=SOCKET``: served by the vhost-user-blk back end that listens on
+    the Unix socket ``socket``, which decides all but the number of ``queues``."""
+
+    socket: str
+    queues: int = 1
+    read_only: ClassVar[bool] = False
+    is_shared: ClassVar[bool] = False
+    how_to_share: ClassVar[str] = "a back end serves one disk of one guest"
+
+    @property
+    def location(self) -> str:
+        """Where the disk is, as the user wrote it."""
+        return f"{VHOST_USER}{self.socket}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The one path there is."""
+        return (self.socket,)
+
+
+AnyDiskConfig = DiskConfig | VhostUserDiskConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run of one machine.
 
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
-    None means no limit.  ``console`` is ``stdio``, ``none`` or a file.
+    None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
+    among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean).
     """
 
     kernel: Path
-    disks: tuple[DiskConfig, ...] = ()
+    disks: tuple[AnyDiskConfig, ...] = ()
     initrd: Path | None = None
     cmdline: str | None = None
     append: str = ""
     memory_bytes: int = 256 * layout.MIB
     cpu: CpuModel = field(default_factory=lambda: parse_cpu_option("host"))
+    cpus: int = 1
     timeout_s: float | None = None
     console: str = "stdio"
+    mmio: str = "mapped"
+    serve: str = "thread"
 
     def __post_init__(self) -> None:
+        for option, value, choices in (
+            ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES)
+        ):
+            if value not in choices:
+                raise ConfigError(f"{option} {value}", f"is none of {', '.join(choices)}")
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise ConfigError(f"--cpus {self.cpus}", f"must be from 1 to {MAX_CPUS}")
         if not layout.MIN_MEMORY <= self.memory_bytes <= layout.MAX_MEMORY:
             hint = " (without a unit it counts bytes)" if self.memory_bytes < layout.MIB else ""
             raise ConfigError(
@@ -74,12 +142,11 @@ class RunConfig:
             raise ConfigError(
                 "--disk", f"{len(self.disks)} disks; this machine has lines for {MAX_DISKS}"
             )
-        writable = [disk.source.location for disk in self.disks if not disk.source.is_shared]
+        locations = [disk.location for disk in self.disks]
         for disk in self.disks:
-            location = disk.source.location
-            if location in writable and [d.source.location for d in self.disks].count(location) > 1:
+            if not disk.is_shared and locations.count(disk.location) > 1:
                 raise ConfigError(
-                    f"--disk {location}", "is given twice; that needs ,ro on both"
+                    f"--disk {disk.location}", f"is given twice; {disk.how_to_share}"
                 )
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
@@ -87,13 +154,20 @@ class RunConfig:
                 f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
             )
 
+    @property
+    def console_is_virtio(self) -> bool:
+        """Whether the guest's console is the virtio one: the last ``console=`` is hvc."""
+        words = self.kernel_command_line().split()
+        consoles = [word for word in words if word.startswith("console=")]
+        return bool(consoles) and consoles[-1].startswith("console=hvc")
+
     def kernel_command_line(self) -> str:
         """The whole command line: devices, the base (default or ``cmdline``), then ``append``.
 
         Devices come first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
         """
         parts = []
-        for index in range(len(self.disks)):
+        for index in range(len(self.disks) + OTHER_DEVICES):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
         if self.cmdline is not None:
@@ -114,6 +188,13 @@ def parse_size(option: str, text: str) -> int:
     if not digits.isascii() or not digits.isdigit() or len(digits) > 20:
         raise ConfigError(f"{option} {text}", "is not a size; write 256M or 1G")
     return int(digits) * _SIZE_UNITS[unit]
+
+
+def parse_cpus(text: str) -> int:
+    """``4`` -> 4; ConfigError if it is no number.  The range is RunConfig's."""
+    if not text.isascii() or not text.isdigit() or len(text) > 6:
+        raise ConfigError(f"--cpus {text}", f"is not a number from 1 to {MAX_CPUS}")
+    return int(text)
 
 
 def parse_seconds(option: str, text: str) -> float:
@@ -145,8 +226,9 @@ _DISK_VALUES = {
 _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
 
 
-def parse_disk(text: str) -> DiskConfig:
-    """``FILE[,option...]`` or ``nbd://...[,option...]`` -> DiskConfig (docs/disks.md).
+def parse_disk(text: str) -> AnyDiskConfig:
+    """``FILE[,option...]``, ``nbd://...[,option...]`` or ``vhost-user=SOCKET[,queues=N]`` as a
+    configuration (docs/disks.md).
 
     A comma in a name is written twice.  ConfigError quotes ``text``.
     """
@@ -168,6 +250,8 @@ def parse_disk(text: str) -> DiskConfig:
         if has_value and not value:
             raise ConfigError(option, f"{name}= wants a value: {name}={_DISK_VALUES[name]}")
         given[name] = value
+    if location.startswith(VHOST_USER):
+        return _vhost_user_disk(option, location.removeprefix(VHOST_USER), given)
     if "ro" in given and not given.keys().isdisjoint({"snapshot", "overlay"}):
         raise ConfigError(option, "is either ro or a snapshot, which the guest may write to")
     source = DiskSource(
@@ -184,6 +268,15 @@ def parse_disk(text: str) -> DiskConfig:
         writeback=_disk_writeback(option, given.get("writeback", "on")),
         rate_limit=_disk_rate_limit(option, given.get("iops", ""), given.get("bps", "")),
     )
+
+
+def _vhost_user_disk(option: str, socket: str, given: dict[str, str]) -> VhostUserDiskConfig:
+    if not socket:
+        raise ConfigError(option, "names no socket; write --disk vhost-user=SOCKET[,queues=N]")
+    for name in given:
+        if name != "queues":
+            raise ConfigError(option, f"{name} is for the back end to decide; only queues= is ours")
+    return VhostUserDiskConfig(socket=socket, queues=_disk_queues(option, given.get("queues", "1")))
 
 
 def _disk_serial(option: str, value: str) -> str:

@@ -1,8 +1,9 @@
 """The exception tree, ordered by culprit: who has to change something for the error to go away.
 
-``ConfigError`` is the user's, ``HostError`` the host's, ``GuestError`` the guest driver's.
-The CLI turns the first two into one line and exit status 125; a ``GuestError`` never leaves
-the device model: it becomes a request status or DEVICE_NEEDS_RESET.
+``ConfigError`` is the user's, ``HostError`` the host's, ``GuestError`` the guest driver's,
+``VhostUserError`` the process's at the other end of a socket, ``DriverError`` the device's or
+the program's that drives it.  The CLI turns the first two into one line and exit status 125; a
+``GuestError`` never leaves the device model: it becomes a request status or DEVICE_NEEDS_RESET.
 """
 
 from __future__ import annotations
@@ -60,3 +61,27 @@ class RingError(GuestError):
 
 class ActivateError(PyvmmError):
     """A device could not be activated with the features and queues the driver set up."""
+
+
+class VhostUserError(PyvmmError):
+    """A vhost-user peer broke the protocol or refused a request.
+
+    ``peer`` names the socket, ``problem`` the message and what is wrong with it.
+    """
+
+    def __init__(self, peer: str, problem: str) -> None:
+        super().__init__(f"{peer}: {problem}")
+        self.peer = peer
+        self.problem = problem
+
+
+class RequestRefusedError(VhostUserError):
+    """The peer answered a request with a failure; the connection goes on."""
+
+
+class PeerClosedError(VhostUserError):
+    """The peer hung up; what it was asked and has not answered is lost."""
+
+
+class DriverError(PyvmmError):
+    """Base of what goes wrong in ``pyvmm.driver``, the driver half of virtio-blk."""

@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
-import re
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.bus import Bus
-from pyvmm.config import RunConfig
-from pyvmm.console import Console, LineWatch, OutputBuffer
+from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig, VhostUserDiskConfig
+from pyvmm.console import Console, OutputBuffer
+from pyvmm.console_watch import ConsoleWatch
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
-from pyvmm.kvm.abi import KVM_CAP_TSC_DEADLINE_TIMER
-from pyvmm.kvm.handles import Kvm, Vm
+from pyvmm.io_loop import IoSource
+from pyvmm.kvm.abi import KVM_CAP_READONLY_MEM, KVM_CAP_TSC_DEADLINE_TIMER
+from pyvmm.kvm.handles import Kvm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import IoSource, Runner
+from pyvmm.runner import REFRESH_SIGNAL, RESIZE_SIGNAL, Runner
+from pyvmm.slot import Slot, eventfd
 from pyvmm.storage.open import open_backend
-from pyvmm.vcpu_loop import VcpuLoop
-from pyvmm.virtio.block import BlockConfig, BlockDevice
-from pyvmm.virtio.mmio import MmioTransport
-from pyvmm.virtio.spec import Register as MmioRegister
+from pyvmm.vcpu_loop import Exits, VcpuLoop
+from pyvmm.virtio.block import BlockDevice
+from pyvmm.virtio.console import ConsoleDevice
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.entropy import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.boot_params import write_boot_params
 from pyvmm.x86.loader import load_initrd, load_kernel
 from pyvmm.x86.mptable import write_mp_table
 
-# What printk says has a time stamp, wherever on the line it starts (user space may have left an
-# unfinished line); from a kernel without time stamps it is the whole line.
-_STAMP = rb"\[ *\d+\.\d+\] "
-_STAMPED = re.compile(_STAMP)
-_START = rb"(?:.*" + _STAMP + rb"|^)"
-_PANIC = re.compile(_START + rb"Kernel panic - not syncing(.*)")
-_PANIC_END = re.compile(_START + rb"---\[ end Kernel panic")
-_HALTED = re.compile(_START + rb"reboot: (?:System halted|Power down)")
-_USER_SPACE = re.compile(rb"pyvmm-init: user space reached")
-PANIC_GRACE_S = 2.0
-"""How long after a panic's first line the guest may go on printing, if it does not reboot."""
-
+if TYPE_CHECKING:
+    from pyvmm.vhost_user.block import VhostUserBlock
 
 def build(config: RunConfig, *, report: Reporter) -> Machine:
     """A machine ready to run.
@@ -54,14 +47,17 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
     before any vCPU has run, and with everything opened so far closed again.
     """
     with contextlib.ExitStack() as stack:
-        memory = stack.enter_context(GuestMemory(layout.ram_ranges(config.memory_bytes)))
+        shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
+        ranges = layout.ram_ranges(config.memory_bytes)
+        memory = stack.enter_context(GuestMemory(ranges, shared=shared))
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd else None
-        write_mp_table(memory, cpus=1)
+        write_mp_table(memory, cpus=config.cpus)
         write_boot_params(memory, kernel, config.kernel_command_line(), initrd)
-        backends = [
-            stack.enter_context(contextlib.closing(open_backend(disk.source, report=report)))
-            for disk in config.disks
+        runner = stack.enter_context(contextlib.closing(Runner(report)))
+        disks = [
+            _open_disk(disk, index, runner, stack, report)
+            for index, disk in enumerate(config.disks)
         ]
         console = stack.enter_context(contextlib.closing(_open_console(config)))
 
@@ -71,10 +67,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.create_irqchip()
         vm.create_pit2()
-        for slot, region in enumerate(memory.regions):
-            vm.set_user_memory_region(slot, region.gpa, region.length, region.host_address)
+        for number, region in enumerate(memory.regions):
+            vm.set_user_memory_region(number, region.gpa, region.length, region.host_address)
 
-        runner = stack.enter_context(contextlib.closing(Runner(report)))
         watch = ConsoleWatch(runner)
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
         pio, mmio = Bus("PIO", 0), Bus("MMIO", 12)
@@ -89,53 +84,81 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         debug_exit = DebugExit(lambda byte: runner.finish(Outcome(Kind.GUEST_STATUS, byte)))
         pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
-        workers, disks = [], []
-        for index, (backend, disk) in enumerate(zip(backends, config.disks, strict=True)):
-            device = BlockDevice(
-                BlockConfig(
-                    read_only=disk.read_only, serial=disk.serial, queues=disk.queues,
-                    writeback=disk.writeback, rate_limit=disk.rate_limit,
-                ),
-                backend,
-            )
-            transport, sources = _attach(device, index, memory, vm, mmio, stack, report)
-            workers.append((f"virtio{index}", sources))
-            disks.append((device, transport))
+        swallow = _swallow(config, kvm, stack, report)
+        slots: list[Slot] = []
 
-        vcpu = stack.enter_context(vm.create_vcpu(0))
+        def attach(device: VirtioDevice, **how: Any) -> None:
+            slots.append(Slot(len(slots), device, memory=memory, vm=vm, mmio=mmio, report=report,
+                              swallow=swallow, **how))
+            stack.callback(slots[-1].close)
+
+        for disk in disks:
+            attach(disk.device, irq_fd=disk.irq_fd, doorbells=disk.doorbells,
+                   at_exit=config.serve == "exit" and disk.watch is None,
+                   watch=disk.watch)
+        terminal = ConsoleDevice(output.write, runner.input_room, size=console.size)
+        typed_fd, resized_fd = eventfd(stack), eventfd(stack)
+        attach(terminal, irq_fd=eventfd(stack), at_exit=True,
+               doorbells=(typed_fd, eventfd(stack)))
+        attach(EntropyDevice(), irq_fd=eventfd(stack), at_exit=True,
+               doorbells=(eventfd(stack),))
+
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-        vcpu.set_cpuid(
-            cpuid.build(kvm.supported_cpuid(), config.cpu, 0, tsc_deadline=tsc_deadline)
-        )
-        cpu.setup_long_mode(memory, vcpu, kernel.entry, layout.BOOT_PARAMS)
-        loop = VcpuLoop(
-            vcpu, pio=pio, mmio=mmio, finish=runner.finish,
-            describe=lambda: cpu.describe_vcpu(memory, vcpu),
-        )
+        loops = []
+        for index in range(config.cpus):
+            vcpu = stack.enter_context(vm.create_vcpu(index))
+            vcpu.set_cpuid(cpuid.build(
+                kvm.supported_cpuid(), config.cpu, index,
+                vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
+            ))
+            loops.append(VcpuLoop(
+                vcpu, pio=pio, mmio=mmio, finish=runner.finish,
+                describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
+            ))
+        # The others wait, in the kernel, for the first one's INIT and SIPI.
+        cpu.setup_long_mode(memory, loops[0].vcpu, kernel.entry, layout.BOOT_PARAMS)
 
         def refresh() -> None:
-            for device, transport in disks:
-                if device.refresh_capacity():
-                    transport.config_changed()
+            for disk, slot in zip(disks, slots, strict=False):
+                if disk.device.refresh_capacity():
+                    slot.transport.config_changed()
+
+        def resize() -> None:
+            if terminal.resize(console.size):
+                os.eventfd_write(resized_fd, 1)
+
+        def receive(typed: bytes) -> int:
+            if not config.console_is_virtio:
+                return serial.receive(typed)
+            taken = terminal.receive(typed)
+            os.eventfd_write(typed_fd, 1)
+            return taken
 
         def run() -> Outcome:
             console.begin()
             if config.timeout_s is not None:
                 runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))
+            workers = [
+                (f"virtio{index}", slot.sources) for index, slot in enumerate(slots[: len(disks)])
+            ]
+            # Not on this thread: it moves the console's bytes, for which the device may wait.
+            resized = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
+            others = [source for slot in slots[len(disks) :] for source in slot.sources]
+            workers.append(("virtio", [*others, resized]))
             outcome = runner.run(
-                vcpus=[loop], workers=workers, console=console, output=output,
-                receive=serial.receive, refresh=refresh,
+                vcpus=loops, workers=workers, console=console, output=output,
+                receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
             )
             return watch.judge(outcome)
 
-        return Machine(run, watch, output, runner, stack.pop_all())
+        return Machine(run, watch, output, runner, loops, stack.pop_all())
 
 
 def _open_console(config: RunConfig) -> Console:
     """The console; ConfigError if it is a file that the run reads or serves."""
     files = [os.fspath(config.kernel)]
     for disk in config.disks:
-        files += [disk.source.location, disk.source.overlay, disk.source.faults]
+        files += disk.files
     if config.initrd is not None:
         files.append(os.fspath(config.initrd))
     if config.console not in ("stdio", "none"):
@@ -149,103 +172,56 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
-def _attach(
-    device: BlockDevice,
+def _swallow(
+    config: RunConfig, kvm: Kvm, stack: contextlib.ExitStack, report: Reporter
+) -> int | None:
+    """The eventfd that makes register pages mapped ones; None if they are to be trapped."""
+    if config.mmio == "trapped":
+        return None
+    if not kvm.check_extension(KVM_CAP_READONLY_MEM):
+        report("this KVM has no read-only memory (KVM_CAP_READONLY_MEM): registers are trapped")
+        return None
+    return eventfd(stack)
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
+
+    ``watch`` waits for news of the process that serves it, if that is another one.
+    """
+
+    device: BlockDevice | VhostUserBlock
+    irq_fd: int
+    doorbells: tuple[int, ...]
+    watch: IoSource | None = None
+
+
+def _open_disk(
+    config: AnyDiskConfig,
     index: int,
-    memory: GuestMemory,
-    vm: Vm,
-    mmio: Bus,
+    runner: Runner,
     stack: contextlib.ExitStack,
     report: Reporter,
-) -> tuple[MmioTransport, Sequence[IoSource]]:
-    """Put ``device`` into virtio-mmio slot ``index``; its transport and doorbells.
+) -> _Disk:
+    irq_fd = eventfd(stack)
+    if isinstance(config, DiskConfig):
+        opened = open_backend(config.source, report=report)
+        device = BlockDevice(config.block, stack.enter_context(contextlib.closing(opened)))
+        return _Disk(device, irq_fd, tuple(eventfd(stack) for _ in device.queue_max_sizes))
 
-    The driver's QueueNotify writes end in the kernel as ioeventfds, our interrupts start there as
-    an irqfd: neither needs an exit to user space.
-    """
-    base, gsi = layout.virtio_slot(index)
-    irq_fd = _eventfd(stack)
-    vm.irqfd(irq_fd, gsi)
-    doorbells = [_eventfd(stack) for _ in device.queue_max_sizes]
-    transport = MmioTransport(
-        device, memory, lambda: os.eventfd_write(irq_fd, 1),
-        report=lambda line: report(f"virtio{index}: {line}"),
-        # What a trapped QueueNotify leaves undone goes to the disk's thread.
-        defer=lambda queue: os.eventfd_write(doorbells[queue], 1),
-    )
-    stack.callback(transport.close)
-    mmio.add(base, layout.VIRTIO_MMIO_STRIDE, transport)
-    sources = []
-    for queue, doorbell in enumerate(doorbells):
-        vm.ioeventfd(doorbell, base + MmioRegister.QUEUE_NOTIFY, 4, datamatch=queue)
-        sources.append(IoSource(doorbell, functools.partial(transport.service, queue)))
-    return transport, sources
+    from pyvmm.vhost_user.block import VhostUserBlock
+    from pyvmm.vhost_user.frontend import Frontend
 
+    def lost(reason: str) -> None:
+        # Linux waits for ever for a request that nobody answers: the run is over.
+        runner.finish(Outcome(Kind.HOST_ERROR, detail=f"disk {index}: {reason}"))
 
-def _eventfd(stack: contextlib.ExitStack) -> int:
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    stack.callback(os.close, fd)
-    return fd
-
-
-class Ender(Protocol):
-    """What ConsoleWatch needs of the Runner."""
-
-    def finish(self, outcome: Outcome) -> None:
-        """See ``Runner.finish``."""
-
-    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
-        """See ``Runner.finish_after``."""
-
-    def watch_for_halt(self) -> None:
-        """See ``Runner.watch_for_halt``."""
-
-
-class ConsoleWatch:
-    """Reads along on the guest's console: a panic, a halt, user space.
-
-    ``user_space_seen_s`` is when the guest's init said hello, on CLOCK_BOOTTIME, or None.
-    """
-
-    def __init__(self, runner: Ender) -> None:
-        self._runner = runner
-        self._lines = LineWatch(self._on_line)
-        self._panic: str | None = None
-        self._has_stamps = False
-        self.user_space_seen_s: float | None = None
-
-    def feed(self, data: bytes) -> None:
-        """The next bytes of console output."""
-        self._lines.feed(data)
-
-    def judge(self, outcome: Outcome) -> Outcome:
-        """What a run's end means, given what the console said: a panic explains a reboot."""
-        if self._panic is not None and outcome.kind in (
-            Kind.RESET, Kind.SHUTDOWN, Kind.TRIPLE_FAULT, Kind.TIMEOUT
-        ):
-            return Outcome(Kind.PANIC, detail=self._panic)
-        if outcome.kind is Kind.INTERNAL_ERROR:
-            hint = (
-                "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"
-                " doctor` says so, and `pyvmm lab -- pyvmm run ...` runs the same where KVM is"
-            )
-            return replace(outcome, detail=outcome.detail + hint)
-        return outcome
-
-    def _on_line(self, line: bytes) -> None:
-        stamped = _STAMPED.search(line) is not None
-        self._has_stamps = self._has_stamps or stamped
-        if self.user_space_seen_s is None and _USER_SPACE.match(line):
-            self.user_space_seen_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        elif self._has_stamps and not stamped:
-            return  # this kernel stamps its messages, so this is somebody quoting one
-        elif self._panic is None and (found := _PANIC.match(line)):
-            self._panic = found[1].decode("ascii", "replace").lstrip(": ").strip()
-            self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self._panic))
-        elif self._panic is not None and _PANIC_END.match(line):
-            self._runner.finish(Outcome(Kind.PANIC, detail=self._panic))
-        elif _HALTED.match(line):
-            self._runner.watch_for_halt()
+    frontend = stack.enter_context(contextlib.closing(Frontend.connect(config.socket)))
+    doorbells = tuple(eventfd(stack) for _ in range(config.queues))
+    served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
+    watch = IoSource(served.fileno(), served.look, drain=False)
+    return _Disk(served, irq_fd, doorbells[: len(served.queues)], watch)
 
 
 class Machine:
@@ -257,12 +233,14 @@ class Machine:
         watch: ConsoleWatch,
         output: OutputBuffer,
         runner: Runner,
+        loops: Sequence[VcpuLoop],
         resources: contextlib.ExitStack,
     ) -> None:
         self._run = run
         self._watch = watch
         self._output = output
         self._runner = runner
+        self._loops = loops
         self._resources = resources
 
     def run(self) -> Outcome:
@@ -273,6 +251,11 @@ class Machine:
     def user_space_seen_s(self) -> float | None:
         """When the guest's init said that it runs, on CLOCK_BOOTTIME; None if it never did."""
         return self._watch.user_space_seen_s
+
+    @property
+    def exits(self) -> Exits:
+        """How often the guest was left for user space, all vCPUs together, once it has run."""
+        return functools.reduce(operator.add, (loop.exits for loop in self._loops), Exits())
 
     @property
     def console_line_ended(self) -> bool:

@@ -8,7 +8,6 @@ decides the outcome; every thread is then kicked, stopped and joined.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import select
 import signal
@@ -16,10 +15,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, RawTerminal
+from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.vcpu_loop import VcpuLoop
@@ -27,6 +27,9 @@ from pyvmm.vcpu_loop import VcpuLoop
 KICK_SIGNAL = signal.SIGRTMIN
 REFRESH_SIGNAL = signal.SIGUSR1
 """Look at the disks again: a file may have grown."""
+RESIZE_SIGNAL = signal.SIGWINCH
+"""The terminal has another size."""
+NOTICE_SIGNALS = (REFRESH_SIGNAL, RESIZE_SIGNAL)
 STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
 )
@@ -38,18 +41,6 @@ LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
 GATHER_S = 0.01
 """How long console bytes may gather before they are shown."""
 INPUT_LIMIT = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class IoSource:
-    """A queue's doorbell: after ``eventfd`` fires, ``service()`` does one bounded pass.
-
-    It says when to come back: None when nothing is left, else after that many seconds (0: at
-    once, for there is more; above 0: the disk is rate-limited).
-    """
-
-    eventfd: int
-    service: Callable[[], float | None]
 
 
 class Runner:
@@ -70,9 +61,10 @@ class Runner:
         self._next_inspection_s = 0.0
         self._gathering_since_s: float | None = None
         self._input_waits = False
-        self._refresh_wanted = False
+        self._noticed: set[int] = set()
         self._threads: list[threading.Thread] = []
         self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
+        self._io_loops: list[IoLoop] = []
 
     def finish(self, outcome: Outcome) -> None:
         """End the run with ``outcome``; the first call wins."""
@@ -106,13 +98,13 @@ class Runner:
         console: Console,
         output: OutputBuffer,
         receive: Callable[[bytes], int],
-        refresh: Callable[[], None] = lambda: None,
+        notices: Mapping[int, Callable[[], None]] = MappingProxyType({}),
     ) -> Outcome:
         """Run to the end; every thread is stopped and the terminal restored when this returns.
 
         ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
         never holds up another.  ``receive`` takes typed bytes and says how many it took;
-        ``refresh`` is called, on this thread, after every REFRESH_SIGNAL.
+        ``notices`` are called, on this thread, after a signal among NOTICE_SIGNALS.
         """
         switch_interval_s = sys.getswitchinterval()
         # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
@@ -125,7 +117,7 @@ class Runner:
                 try:
                     self._start(vcpus, workers)
                     self._main_loop(
-                        console, output, receive, terminal.active, signals.wakeup_fd, refresh
+                        console, output, receive, terminal.active, signals.wakeup_fd, notices
                     )
                 finally:
                     output.shut()
@@ -152,7 +144,7 @@ class Runner:
         receive: Callable[[bytes], int],
         interactive: bool,
         signal_fd: int,
-        refresh: Callable[[], None],
+        notices: Mapping[int, Callable[[], None]],
     ) -> None:
         escapes = EscapeFilter(
             on_quit=lambda: self.finish(Outcome(Kind.QUIT)),
@@ -176,9 +168,9 @@ class Runner:
                     os.eventfd_read(self._wake_fd)
             if signal_fd in ready:
                 os.read(signal_fd, 4096)  # the handler has run by now
-                if self._refresh_wanted:
-                    self._refresh_wanted = False
-                    refresh()
+                while self._noticed:
+                    if notice := notices.get(self._noticed.pop()):
+                        notice()
             if show and (output.fd is None or output.fd in ready):
                 self._drain_once(output)
                 self._gathering_since_s = None
@@ -255,8 +247,8 @@ class Runner:
         output.give_up()
 
     def _on_signal(self, number: int) -> None:
-        if number == REFRESH_SIGNAL:
-            self._refresh_wanted = True
+        if number in NOTICE_SIGNALS:
+            self._noticed.add(number)
             return
         self.finish(Outcome(Kind.SIGNAL, number, signal.Signals(number).name))
 
@@ -266,9 +258,11 @@ class Runner:
         self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
     ) -> None:
         for name, sources in workers:
-            self._spawn(name, functools.partial(self._io_loop, sources))
-        for index, loop in enumerate(vcpus):
-            self._vcpus.append((loop, self._spawn(f"vcpu{index}", loop.run)))
+            loop = IoLoop(sources, self._stop_fd)
+            self._io_loops.append(loop)
+            self._spawn(name, loop.run)
+        for index, vcpu in enumerate(vcpus):
+            self._vcpus.append((vcpu, self._spawn(f"vcpu{index}", vcpu.run)))
 
     def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -299,6 +293,8 @@ class Runner:
         self._stopping = True
         for loop, _ in self._vcpus:
             loop.stopping = True
+        for io_loop in self._io_loops:
+            io_loop.stop()
         os.eventfd_write(self._stop_fd, 1)
         until_s = time.monotonic() + JOIN_TIMEOUT_S
         self._kick()
@@ -313,29 +309,6 @@ class Runner:
         """Whether no thread of the run is left; only then may what they use be closed."""
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _io_loop(self, sources: Sequence[IoSource]) -> None:
-        poller = select.epoll()
-        with poller:
-            by_fd = {source.eventfd: source for source in sources}
-            for fd in (*by_fd, self._stop_fd):
-                poller.register(fd, select.EPOLLIN)
-            due_s: dict[int, float] = {}
-            while not self._stopping:
-                wait_s = max(0.0, min(due_s.values()) - time.monotonic()) if due_s else None
-                for fd, _ in poller.poll(wait_s):
-                    if fd in by_fd:
-                        with contextlib.suppress(BlockingIOError):
-                            os.eventfd_read(fd)
-                        due_s[fd] = 0.0
-                # Every source gets one bounded pass in turn while there is work.
-                now_s = time.monotonic()
-                for fd in [fd for fd, at_s in due_s.items() if at_s <= now_s]:
-                    delay_s = by_fd[fd].service()
-                    if delay_s is None:
-                        del due_s[fd]
-                    else:
-                        due_s[fd] = now_s + delay_s
-
 
 def _read_input(fd: int) -> bytes | None:
     """What was typed; None at the end of the input."""
@@ -347,6 +320,31 @@ def _read_input(fd: int) -> bytes | None:
         return None  # the terminal hung up
 
 
+def serve(start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None]) -> int:
+    """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
+    number.
+
+    ``start`` is called once signals are taken: whoever sees what it makes may send one.
+    ``refresh`` is called after every REFRESH_SIGNAL.
+    """
+    taken: list[int] = []
+    with _Signals(taken.append, raw_terminal=False) as signals:
+
+        def look() -> None:
+            os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
+            while noticed := [number for number in taken if number in NOTICE_SIGNALS]:
+                taken.remove(noticed[0])
+                if noticed[0] == REFRESH_SIGNAL:
+                    refresh()
+            if taken:
+                loop.stop()
+
+        source = IoSource(signals.wakeup_fd, look, drain=False)
+        loop = IoLoop([*start(), source])
+        loop.run()
+    return taken[0]
+
+
 class _Signals:
     """Signal handlers for the length of a run; the previous ones come back afterwards.
 
@@ -354,8 +352,9 @@ class _Signals:
     then nothing else interrupts the main thread's poll.
     """
 
-    def __init__(self, on_stop: Callable[[int], None]) -> None:
+    def __init__(self, on_stop: Callable[[int], None], *, raw_terminal: bool = True) -> None:
         self._on_stop = on_stop
+        self._raw_terminal = raw_terminal
         self._saved: dict[int, object] = {}
         self._previous_wakeup_fd = -1
         self.wakeup_fd = self._wakeup_write_fd = -1
@@ -365,12 +364,13 @@ class _Signals:
         self._previous_wakeup_fd = signal.set_wakeup_fd(
             self._wakeup_write_fd, warn_on_full_buffer=False
         )
-        for number in (*STOP_SIGNALS, REFRESH_SIGNAL):
+        for number in (*STOP_SIGNALS, *NOTICE_SIGNALS):
             # What was ignored stays ignored (nohup, a shell's background job).
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))
-        # Stopped with a raw terminal, the shell that takes over would be unusable.
-        self._saved[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        if self._raw_terminal:
+            # Stopped with a raw terminal, the shell that takes over would be unusable.
+            self._saved[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
         self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
         return self

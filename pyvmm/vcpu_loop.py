@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pyvmm.bus import Bus
 from pyvmm.errors import KvmError
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import ExitReason, SystemEventExit, decode
+from pyvmm.kvm.exits import EXIT_REASON_WORD, ExitReason, SystemEventExit, decode
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.outcome import Kind, Outcome
 
 RFLAGS_IF = 1 << 9
+_MASKS = tuple((1 << 8 * length) - 1 for length in range(9))
+
+
+
+class Exits(NamedTuple):
+    """Returns from KVM_RUN, by what they were for; ``other`` has those for a kick or the end."""
+
+    mmio: int = 0
+    io: int = 0
+    other: int = 0
+
+    def __add__(self, more: Exits) -> Exits:  # type: ignore[override]
+        return Exits(self.mmio + more.mmio, self.io + more.io, self.other + more.other)
+
+    def __str__(self) -> str:
+        return f"mmio {self.mmio}, io {self.io}, other {self.other}"
 
 
 class VcpuLoop:
@@ -38,39 +55,54 @@ class VcpuLoop:
         self._mmio = mmio
         self._describe = describe
         self._finish = finish
+        self.exits = Exits()
+        """How often the guest was left, once ``run`` has returned."""
 
     def run(self) -> None:
         """Enter the guest again and again."""
+        # Every name of the loop is bound here: what it looks up, it looks up at every exit.
         vcpu, page, pio, mmio = self.vcpu, self.vcpu.page, self._pio, self._mmio
-        enter, reason_io, reason_mmio = vcpu.run, int(ExitReason.IO), int(ExitReason.MMIO)
-        while not self.stopping:
-            try:
-                reason = enter()
-            except InterruptedError:
-                # KVM completes a pending access before it returns, so no access is lost here.
-                vcpu.clear_exit_request()
-                if self.inspect:
-                    self.inspect = False
-                    self._finish_if_halted()
-                continue
-            except KvmError as error:
-                self._fail(str(error))
-                return
-            if reason == reason_io:
-                direction, size, port, count, offset = page.io()
-                for item in range(offset, offset + count * size, size):
-                    if direction:
-                        pio.write(port, size, page.get_int(item, size))
+        enter, words, decode_mmio, answer = vcpu.enter, page.words, page.mmio, page.set_mmio_data
+        reason_io, reason_mmio = int(ExitReason.IO), int(ExitReason.MMIO)
+        read_mmio, write_mmio = mmio.read, mmio.write
+        every = ios = mmios = 0
+        try:
+            while not self.stopping:
+                every += 1
+                try:
+                    enter()
+                except InterruptedError:
+                    # KVM completes a pending access before it returns: no access is lost here.
+                    vcpu.clear_exit_request()
+                    if self.inspect:
+                        self.inspect = False
+                        self._finish_if_halted()
+                    continue
+                except BlockingIOError:
+                    continue  # a processor that INIT or SIPI has just woken: now it runs
+                except OSError as error:
+                    self._fail(f"KVM_RUN: {error.strerror} [errno {error.errno}]")
+                    return
+                reason = words[EXIT_REASON_WORD]
+                if reason == reason_mmio:
+                    mmios += 1
+                    address, data, length, is_write = decode_mmio()
+                    if is_write:
+                        write_mmio(address, length, data & _MASKS[length])
                     else:
-                        page.set_int(item, size, pio.read(port, size))
-            elif reason == reason_mmio:
-                address, data, length, is_write = page.mmio()
-                if is_write:
-                    mmio.write(address, length, data & (1 << 8 * length) - 1)
-                else:
-                    page.set_mmio_data(mmio.read(address, length))
-            elif not self._rare_exit(reason):
-                return
+                        answer(read_mmio(address, length))
+                elif reason == reason_io:
+                    ios += 1
+                    direction, size, port, count, offset = page.io()
+                    for item in range(offset, offset + count * size, size):
+                        if direction:
+                            pio.write(port, size, page.get_int(item, size))
+                        else:
+                            page.set_int(item, size, pio.read(port, size))
+                elif not self._rare_exit(reason):
+                    return
+        finally:
+            self.exits = Exits(mmio=mmios, io=ios, other=every - mmios - ios)
 
     def _rare_exit(self, reason: int) -> bool:
         """Whether the vCPU may be entered again."""

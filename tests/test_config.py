@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pyvmm.config import DiskConfig, RunConfig, format_size, parse_disk, parse_size
+from pyvmm.config import (
+    DiskConfig,
+    RunConfig,
+    VhostUserDiskConfig,
+    format_size,
+    parse_cpus,
+    parse_disk,
+    parse_size,
+)
 from pyvmm.errors import ConfigError
 from pyvmm.storage.open import DiskSource
 from pyvmm.virtio.rate_limit import RateLimit
@@ -65,7 +74,19 @@ def test_disks(text: str, config: DiskConfig) -> None:
     assert config.read_only == config.source.read_only
 
 
+@pytest.mark.parametrize(("text", "config"), [
+    ("vhost-user=/run/s", VhostUserDiskConfig(socket="/run/s")),
+    ("vhost-user=a,,b=c,queues=4", VhostUserDiskConfig(socket="a,b=c", queues=4)),
+])
+def test_disks_of_other_processes(text: str, config: VhostUserDiskConfig) -> None:
+    assert parse_disk(text) == config
+    assert RunConfig(kernel=KERNEL, disks=(config,)).kernel_command_line().endswith("vda rw")
+
+
 @pytest.mark.parametrize(("text", "words"), [
+    ("vhost-user=", "names no socket"), ("vhost-user=,queues=2", "names no socket"),
+    ("vhost-user=s,ro", "ro is for the back end"), ("vhost-user=s,snapshot", "snapshot is for"),
+    ("vhost-user=s,iops=5", "iops is for the back end"), ("vhost-user=s,queues=9", "from 1 to 8"),
     ("", "names no file"), (",ro", "names no file"), ("d,rw", "'rw'"), ("d,serial=", "serial"),
     ("d,serial=123456789012345678901", "limit is 20"), ("d,serial=\x07", "printable"),
     ("d,ro=1", "'ro=1'"), ("d,", "''"), ("d,snapshot=on", "'snapshot=on'"),
@@ -105,10 +126,20 @@ def test_more_disks_than_lines() -> None:
         RunConfig(kernel=KERNEL, disks=tuple(disk(str(i)) for i in range(9)))
 
 
+@pytest.mark.parametrize(("text", "words"), [
+    ("d", "ro on both"), ("vhost-user=s", "serves one disk of one guest"),
+])
+def test_the_same_disk_twice(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="given twice") as caught:
+        RunConfig(kernel=KERNEL, disks=(parse_disk(text), parse_disk(text)))
+    assert words in str(caught.value)
+
+
 def test_the_default_command_line_mounts_the_first_disk() -> None:
     config = RunConfig(kernel=KERNEL, disks=(disk("d"),), append="quiet")
     assert config.kernel_command_line() == (
-        "virtio_mmio.device=4K@0xd0000000:5 console=ttyS0 reboot=k panic=-1 "
+        "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
+        "virtio_mmio.device=4K@0xd0002000:7 console=ttyS0 reboot=k panic=-1 "
         "root=/dev/vda rw quiet"
     )
 
@@ -123,8 +154,32 @@ def test_cmdline_replaces_the_base_but_not_the_devices() -> None:
     config = RunConfig(kernel=KERNEL, disks=disks, cmdline="console=ttyS0 init=/bin/sh")
     assert config.kernel_command_line() == (
         "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
+        "virtio_mmio.device=4K@0xd0002000:7 virtio_mmio.device=4K@0xd0003000:9 "
         "console=ttyS0 init=/bin/sh"
     )
+
+
+@pytest.mark.parametrize(("append", "is_virtio"), [
+    ("", False), ("console=hvc0", True), ("console=hvc0 console=ttyS0", False),
+])
+def test_the_last_console_gets_what_is_typed(append: str, is_virtio: bool) -> None:
+    assert RunConfig(kernel=KERNEL, append=append).console_is_virtio is is_virtio
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"cpus": 0}, "from 1 to 8"), ({"cpus": 9}, "from 1 to 8"),
+    ({"mmio": "fast"}, "mapped, trapped"), ({"serve": ""}, "thread, exit"),
+])
+def test_what_is_no_choice_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{next(iter(given))}") as caught:
+        RunConfig(kernel=KERNEL, **given)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["two", "", "-1", "1.5", "٣", "9999999"])
+def test_what_is_no_number_of_cpus_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--cpus"):
+        parse_cpus(text)
 
 
 def test_with_an_initrd_the_root_is_the_initrds_business() -> None:

@@ -15,13 +15,13 @@ import pytest
 
 from pyvmm.bus import Bus
 from pyvmm.console import Console, OutputBuffer
-from pyvmm.errors import KvmError
+from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import ExitReason, RunPage
+from pyvmm.kvm.exits import EXIT_REASON_WORD, ExitReason, RunPage
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import IoSource, Runner
+from pyvmm.runner import Runner, serve
 from pyvmm.vcpu_loop import VcpuLoop
 
 PAGE_BYTES = 8192
@@ -36,11 +36,12 @@ class FakeVcpu(Vcpu):
         self.kicked = threading.Event()
         self.mp_state = abi.KVM_MP_STATE_RUNNABLE
         self.rflags = 0x202
+        self.enter = self._enter
 
-    def run(self) -> int:
+    def _enter(self) -> None:
         if self.kicked.is_set():
             raise InterruptedError
-        return self.guest(self)
+        self.page.words[EXIT_REASON_WORD] = self.guest(self)
 
     def halt(self) -> int:
         """HLT: until somebody kicks."""
@@ -92,7 +93,7 @@ class Rig:
         )
         return self.runner.run(
             vcpus=[loop], workers=workers or [], console=Console(self.input_read, None),
-            output=self.output, receive=self.receive, refresh=self.refresh,
+            output=self.output, receive=self.receive, notices={signal.SIGUSR1: self.refresh},
         )
 
     def close(self) -> None:
@@ -129,7 +130,7 @@ def test_exits_that_end_a_run(rig: Rig, reason: ExitReason, kind: Kind) -> None:
 
 def test_a_kvm_run_that_fails_ends_the_run(rig: Rig) -> None:
     def guest(_: FakeVcpu) -> int:
-        raise KvmError("KVM_RUN", 14)
+        raise OSError(14, "Bad address")
 
     outcome = rig.run(guest)
     assert outcome.kind is Kind.INTERNAL_ERROR
@@ -390,3 +391,24 @@ def test_a_defect_of_ours_ends_the_run_with_125(rig: Rig) -> None:
     assert outcome.exit_status == 125
     assert "vcpu0" in outcome.detail
     assert "oops" in outcome.detail
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serving_ends_at_a_signal_and_looks_again_at_sigusr1(number: signal.Signals) -> None:
+    doorbell = os.eventfd(1, os.EFD_NONBLOCK)
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
+    looks = []
+
+    def service() -> float | None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return None
+
+    def refresh() -> None:
+        looks.append(1)
+        os.kill(os.getpid(), number)
+
+    assert serve(lambda: [IoSource(doorbell, service)], refresh=refresh) == number
+    assert looks == [1]
+    after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
+    assert after == before
+    os.close(doorbell)

@@ -20,6 +20,7 @@ pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 
 commands:
   run      boot a kernel:  pyvmm run --kernel bzImage --disk root.img
+  export   serve a disk to another VMM:  pyvmm export --disk root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
   kernel   say whether a kernel file can boot here, or fetch Debian's:  pyvmm kernel inspect FILE
   lab      run a command on an emulated host whose KVM is complete:  pyvmm lab -- CMD...
@@ -41,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
                 from pyvmm.cli.run import run_main
 
                 return run_main(rest)
+            case "export":
+                from pyvmm.cli.export import export_main
+
+                return export_main(rest)
             case "doctor":
                 from pyvmm.cli.doctor import doctor_main
 
@@ -64,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
                 return HOST_ERROR_STATUS
             case _:
                 print(
-                    f"pyvmm: {command}: no such command; there are run, doctor, kernel and lab "
-                    "(pyvmm --help)",
+                    f"pyvmm: {command}: no such command; there are run, export, doctor, kernel "
+                    "and lab (pyvmm --help)",
                     file=sys.stderr,
                 )
                 return HOST_ERROR_STATUS

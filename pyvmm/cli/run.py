@@ -14,6 +14,7 @@ from pyvmm.config import (
     DEFAULT_CMDLINE,
     RunConfig,
     format_size,
+    parse_cpus,
     parse_disk,
     parse_seconds,
     parse_size,
@@ -21,6 +22,7 @@ from pyvmm.config import (
 from pyvmm.errors import ConfigError
 from pyvmm.outcome import MAX_GUEST_STATUS, Kind, Outcome
 from pyvmm.report import Reporter
+from pyvmm.vcpu_loop import Exits
 from pyvmm.x86.cpuid import parse_cpu_option
 
 EPILOG = """\
@@ -60,11 +62,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kernel", metavar="FILE", required=True,
                    help="the kernel: a bzImage or an ELF vmlinux, 64-bit x86")
     p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", action="append", default=[],
-                   help="a raw disk image, block device or nbd:// server, seen as /dev/vda; repeat "
-                   "for vdb, ...  Options: ro (the guest cannot write), snapshot (what it writes "
-                   "is dropped), overlay=FILE (or kept in FILE), serial=ID, queues=1..8, "
-                   "writeback=on|off, iops=RATE[:BURST], bps=RATE[:BURST], faults=FILE; see "
-                   "docs/disks.md")
+                   help="a raw disk image, block device, nbd:// server or vhost-user=SOCKET of "
+                   "another process, seen as /dev/vda; repeat for vdb, ...  Options: ro (the "
+                   "guest cannot write), snapshot (what it writes is dropped), overlay=FILE (or "
+                   "kept in FILE), serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
+                   "bps=RATE[:BURST], faults=FILE; see docs/disks.md")
     p.add_argument("--initrd", metavar="FILE", help="an initial RAM disk (initramfs) to load")
     p.add_argument("--cmdline", metavar="S",
                    help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
@@ -75,11 +77,18 @@ def parser() -> argparse.ArgumentParser:
                    help="guest RAM, as 256M or 1G (default 256M)")
     p.add_argument("--cpu", metavar="MODEL", default="host",
                    help="host, then features to take away: host,-xsave,-avx2 (default host)")
+    p.add_argument("--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)")
     p.add_argument("--timeout", metavar="S",
                    help="stop the guest S seconds after it started, with exit status 124")
     p.add_argument("--console", metavar="WHERE", default="stdio",
                    help="the guest's serial console: stdio, none, or a file to write "
                    "(default stdio)")
+    p.add_argument("--mmio", metavar="MODE", default="mapped",
+                   help="how the guest sees a disk's registers: mapped (read-only memory, no exit "
+                   "a request) or trapped (every access is an exit; default mapped)")
+    p.add_argument("--serve", metavar="WHERE", default="thread",
+                   help="where a request is served: thread (the disk's own) or exit (on the vCPU "
+                   "that notifies; default thread)")
     p.add_argument("-v", "--verbose", action="count", default=0,
                    help="say how the run went, on standard error; -vv: tracebacks of errors too")
     return p
@@ -95,8 +104,11 @@ def config_from(args: argparse.Namespace) -> RunConfig:
         append=args.append,
         memory_bytes=parse_size("--memory", args.memory),
         cpu=parse_cpu_option(args.cpu),
+        cpus=parse_cpus(args.cpus),
         timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout else None,
         console=args.console,
+        mmio=args.mmio,
+        serve=args.serve,
     )
 
 
@@ -116,7 +128,7 @@ def run_main(argv: list[str]) -> int:
     report.close()
     if not machine.console_line_ended:
         _end_line()
-    _say(outcome, args.verbose, started_s, user_space_s)
+    _say(outcome, args.verbose, started_s, user_space_s, machine.exits)
     return outcome.exit_status
 
 
@@ -140,14 +152,14 @@ def _end_line() -> None:
 
 
 def _say(
-    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None
+    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None, exits: Exits
 ) -> None:
     with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing
-        _say_lines(outcome, verbose, started_s, user_space_s)
+        _say_lines(outcome, verbose, started_s, user_space_s, exits)
 
 
 def _say_lines(
-    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None
+    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None, exits: Exits
 ) -> None:
     quiet_kinds = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.QUIT)
     if verbose and user_space_s is not None:
@@ -157,6 +169,7 @@ def _say_lines(
         total_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
         print(f"pyvmm: {outcome}", file=sys.stderr, flush=True)
         if verbose:
+            print(f"pyvmm: exits: {exits}", file=sys.stderr)
             print(f"pyvmm: ran {total_s:.2f} s, exit status {outcome.exit_status}",
                   file=sys.stderr, flush=True)
 

@@ -7,8 +7,10 @@ Everything that ends a run or is seldom goes through ``decode()``, which returns
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -60,11 +62,12 @@ _MMIO_DATA = _UNION + 8
 _IO = struct.Struct("<BBHIQ")
 _MMIO = struct.Struct("<QQIB")
 _HEAD = struct.Struct("<II")
-_U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _MAX_DATA = 16
 
 _MASK = (1 << 64) - 1
+EXIT_REASON_WORD = _REASON // 4
+"""Where ``RunPage.words`` says why KVM_RUN returned."""
 
 
 class RunPage:
@@ -73,36 +76,36 @@ class RunPage:
     ``buffer`` is the mapping of the vCPU fd; a test may give any bytearray of two pages.
     """
 
-    __slots__ = ("_view",)
+    __slots__ = ("_view", "io", "mmio", "words")
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._view = memoryview(buffer)
-
-    @property
-    def exit_reason(self) -> int:
-        """Why KVM_RUN returned: an ``ExitReason``, or a number newer than this program."""
-        reason: int = _U32.unpack_from(self._view, _REASON)[0]
-        return reason
-
-    def set_immediate_exit(self, on: bool) -> None:
-        """While on, KVM_RUN returns EINTR at once; safe from another thread or a handler."""
-        self._view[_IMMEDIATE_EXIT] = on
-
-    def io(self) -> tuple[int, int, int, int, int]:
+        self.words = self._view.cast("I")
+        """The page as 32-bit words."""
+        # No functions of ours around these two: a call in Python costs as much again.
+        self.io: Callable[[], tuple[int, int, int, int, int]]
+        self.io = functools.partial(_IO.unpack_from, self._view, _UNION)
         """A port access: ``(direction, size, port, count, data_offset)``.
 
         ``count`` items of ``size`` bytes each lie at ``data_offset`` (REP INS/OUTS: count > 1);
         ``get_int`` and ``set_int`` reach them.
         """
-        return _IO.unpack_from(self._view, _UNION)
-
-    def mmio(self) -> tuple[int, int, int, int]:
+        self.mmio: Callable[[], tuple[int, int, int, int]]
+        self.mmio = functools.partial(_MMIO.unpack_from, self._view, _UNION)
         """A memory access: ``(address, data, length, is_write)``.
 
         ``data`` is the eight data bytes as a little-endian integer; on a write only the low
         ``length`` bytes mean anything, on a read none does.
         """
-        return _MMIO.unpack_from(self._view, _UNION)
+
+    @property
+    def exit_reason(self) -> int:
+        """Why KVM_RUN returned: an ``ExitReason``, or a number newer than this program."""
+        return self.words[EXIT_REASON_WORD]
+
+    def set_immediate_exit(self, on: bool) -> None:
+        """While on, KVM_RUN returns EINTR at once; safe from another thread or a handler."""
+        self._view[_IMMEDIATE_EXIT] = on
 
     def set_mmio_data(self, value: int) -> None:
         """Answer an MMIO read; KVM takes as many of the low bytes as the guest asked for."""
@@ -128,7 +131,8 @@ class RunPage:
         return self.read(_UNION, length)
 
     def release(self) -> None:
-        """Drop the view, so that the mapping under it can be closed."""
+        """Drop the views, so that the mapping under them can be closed."""
+        self.words.release()
         self._view.release()
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import RunPage
-from pyvmm.kvm.ioctl import ioctl, run_vcpu
+from pyvmm.kvm.ioctl import ioctl, vcpu_entry
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096
@@ -229,11 +229,13 @@ class Vm(_Handle):
 class Vcpu(_Handle):
     """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
 
-    __slots__ = ("_map", "page")
+    __slots__ = ("_map", "enter", "page")
 
     def __init__(self, fd: int, mapping: mmap.mmap) -> None:
         super().__init__(fd)
         self._map = mapping
+        self.enter = vcpu_entry(fd)
+        """KVM_RUN itself, for a loop that cannot afford ``run``; OSError as the kernel has it."""
         self.page = RunPage(mapping)
 
     def __enter__(self) -> Vcpu:
@@ -245,7 +247,7 @@ class Vcpu(_Handle):
         InterruptedError if a signal or ``request_exit`` ended it, KvmError if KVM refused.
         """
         try:
-            run_vcpu(self.fd)
+            self.enter()
         except InterruptedError:
             raise
         except OSError as error:

@@ -63,6 +63,13 @@ class RawBackend:
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """See ``BlockBackend.readv``.  EIO where the file ends early."""
+        if len(buffers) == 1:  # nearly always, and nearly always all of it comes at once
+            length = len(buffers[0])
+            if (
+                0 <= offset <= self.size_bytes - length
+                and os.preadv(self._fd, buffers, offset) == length
+            ):
+                return
         self._transfer(os.preadv, buffers, offset)
 
     def writev(
@@ -129,10 +136,12 @@ class RawBackend:
         offset: int,
     ) -> None:
         """``call`` until every byte of ``buffers`` is transferred."""
-        missing = sum(map(len, buffers))
-        check_range(self.path, offset, missing, self.size_bytes)
+        missing = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        if not 0 <= offset <= self.size_bytes - missing:
+            check_range(self.path, offset, missing, self.size_bytes)
         while missing:
-            done = call(self._fd, buffers[:_IOV_MAX], offset)
+            many = len(buffers) > _IOV_MAX
+            done = call(self._fd, buffers[:_IOV_MAX] if many else buffers, offset)
             if done == missing:
                 return
             if not done:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pyvmm.errors import GuestMemoryError, RingError
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue import Buffer, Queue
+from pyvmm.virtio.queue import PLAIN_HEADER_BYTES, PLAIN_STATUS_BYTES, Buffer, PlainChain, Queue
 from pyvmm.virtio.spec import MAX_QUEUE_SIZE, DescriptorFlag
 
 DESCRIPTOR_SIZE = 16
@@ -16,13 +16,18 @@ DESCRIPTOR_SIZE = 16
 Native formats are twice as fast as "<" ones, and the same bytes on the hosts there are.
 """
 DESCRIPTOR = struct.Struct("@QIHH")
-THREE_DESCRIPTORS = struct.Struct("@QIHHQIHHQIHH")
-"""A block request of one segment, which is most of them: header, data, status."""
+
+PLAIN_MAX_BYTES = 64 << 20
+"""A chain of more data than this is not called plain."""
+PLAIN_FRAME_BYTES = PLAIN_HEADER_BYTES + PLAIN_STATUS_BYTES
+PLAIN_SIZE = 3 * DESCRIPTOR_SIZE
+"""Bytes of the shortest plain chain: header, data, status."""
 
 # Plain integers: an IntFlag operation costs more than the rest of a chain walk.
 NEXT = int(DescriptorFlag.NEXT)
 WRITE = int(DescriptorFlag.WRITE)
 INDIRECT = int(DescriptorFlag.INDIRECT)
+FLAGS_MASK = 0xFFFF
 
 
 def check_size(queue: Queue) -> int:
@@ -73,19 +78,74 @@ class IndirectTables:
     ``near`` is the region of RAM around the virtqueue, where its tables usually are too, and
     ``near_gpa`` where it begins: what lies in it can be checked and read in a third of the time
     that ``at`` takes.
+
+    ``layout`` takes a descriptor apart into ``(gpa, length, link)``, where ``link`` is its flags,
+    in the low 16 bits, and whatever else leads to the next one.  ``reading`` and ``writing`` are
+    the links, in order, of the longest plain chain whose data is to be read and to be written.
     """
 
-    __slots__ = ("_allowed", "_memory", "near", "near_gpa")
+    __slots__ = ("_allowed", "_layout", "_memory", "_reading", "_writing", "near", "near_gpa")
 
-    def __init__(self, memory: GuestMemory, queue_gpa: int | None, *, allowed: bool) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        queue_gpa: int | None,
+        *,
+        allowed: bool,
+        layout: struct.Struct,
+        reading: tuple[int, ...],
+        writing: tuple[int, ...],
+    ) -> None:
         self._memory = memory
         self._allowed = allowed
+        self._layout = layout
+        self._reading = reading
+        self._writing = writing
         self.near_gpa = 0
         self.near = memoryview(b"")
         for region in memory.regions:
             if queue_gpa is not None and region.gpa <= queue_gpa < region.end:
                 self.near_gpa = region.gpa
                 self.near = memory.view(region.gpa, region.length)
+
+    @property
+    def last_short(self) -> int:
+        """Where in ``near`` the table of a plain chain of one data buffer may begin at last; less
+        than 0 if nowhere."""
+        allowed = self._allowed and len(self._reading) * DESCRIPTOR_SIZE >= PLAIN_SIZE
+        return len(self.near) - PLAIN_SIZE if allowed else -1
+
+    def plain(self, token: int, gpa: int, length: int) -> PlainChain | None:
+        """The plain chain that the table of ``length`` bytes at ``gpa`` is, if it is one."""
+        offset = gpa - self.near_gpa
+        if (
+            not PLAIN_SIZE <= length <= len(self._reading) * DESCRIPTOR_SIZE
+            or length % DESCRIPTOR_SIZE
+            or not 0 <= offset <= len(self.near) - length
+            or not self._allowed
+        ):
+            return None
+        table = self._layout.iter_unpack(self.near[offset : offset + length])
+        gpas, lengths, links = zip(*table, strict=True)
+        last = len(links) - 1
+        if (
+            lengths[0] != PLAIN_HEADER_BYTES
+            or lengths[last] != PLAIN_STATUS_BYTES
+            or links[last] & FLAGS_MASK != WRITE
+            or 0 in lengths
+        ):
+            return None
+        if links[:last] == self._writing[:last]:
+            writes = WRITE
+        elif links[:last] == self._reading[:last]:
+            writes = 0
+        else:
+            return None
+        data_bytes = sum(lengths) - PLAIN_FRAME_BYTES
+        if data_bytes > PLAIN_MAX_BYTES:
+            return None
+        pieces = list(zip(gpas[1:last], lengths[1:last], strict=True))
+        return token, gpas[0], gpas[1], data_bytes, writes, gpas[last], pieces
 
     def at(self, gpa: int, length: int) -> memoryview:
         """The table of ``length`` bytes at ``gpa``; RingError unless it may be one."""

@@ -78,11 +78,6 @@ class VirtioDevice(abc.ABC):
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes ``data`` at ``offset``; whatever is not writable is ignored."""
 
-    @abc.abstractmethod
-    def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Do what ``chain`` asks; the number of bytes written into it.  Never raises for what
-        the guest or the host did wrong: that is answered inside the chain."""
-
     @property
     def is_activated(self) -> bool:
         """Whether the device runs: from ``activate`` to ``reset``."""
@@ -112,13 +107,21 @@ class VirtioDevice(abc.ABC):
         for queue in self.queues:
             queue.reset()
 
-    def stop_queue(self, index: int) -> None:
-        """Serve queue ``index`` no more; chains taken from it but not yet served are dropped."""
-        self.queues[index].ready = False
+    def stop_queue(self, index: int) -> int:
+        """Serve queue ``index`` no more; the ``Queue.base`` with which it could go on.
+
+        What was taken from it and not yet served is available again; all else is answered.
+        """
+        queue = self.queues[index]
+        queue.ready = False
+        ring = self._rings[index] if self._rings else None
+        if ring is not None:
+            return ring.base
+        return queue.base or 0
 
     def reset_queue(self, index: int) -> None:
         """2.6.1 "Virtqueue Reset": forget queue ``index`` alone; nothing of it is touched
-        afterwards, and chains taken from it but not yet served are dropped."""
+        afterwards."""
         self.stop_queue(index)
         if self._rings:
             self._rings[index] = None
@@ -133,6 +136,7 @@ class VirtioDevice(abc.ABC):
         self._rings[index] = make_ring(queue, self._memory, self._acked_features)
         queue.ready = True
 
+    @abc.abstractmethod
     def process_queue(self, index: int) -> float | None:
         """One pass: serve what waits in queue ``index``, at most a queue's length of chains and
         about PASS_BYTES of their buffers, then publish them all and interrupt once.  Never sleeps.
@@ -142,6 +146,18 @@ class VirtioDevice(abc.ABC):
         is not ready, or a device that is not active, has no work.  RingError where the ring is
         malformed; the chains served before that point have been published.
         """
+
+
+class RingDevice(VirtioDevice):
+    """A device that serves its own rings, chain by chain."""
+
+    @abc.abstractmethod
+    def _serve(self, chain: Chain, memory: GuestMemory) -> int:
+        """Do what ``chain`` asks; the number of bytes written into it.  Never raises for what
+        the guest or the host did wrong: that is answered inside the chain."""
+
+    def process_queue(self, index: int) -> float | None:
+        """See ``VirtioDevice.process_queue``."""
         if self._memory is None or self._interrupt is None or not self.queues[index].ready:
             return None
         ring = self._rings[index]
@@ -172,12 +188,16 @@ def for_one_pass(chains: Iterable[Chain]) -> Iterator[Chain]:
     left = PASS_BYTES
     for chain in chains:
         yield chain
-        length = 0
-        for _, buffer_length in chain.readable:
-            length += buffer_length
-        for _, buffer_length in chain.writable:
-            length += buffer_length
-        if length <= MAX_CHAIN_BYTES:  # what is longer was refused, and took no time
-            left -= length
-            if left <= 0:
-                return
+        left -= pass_bytes(chain)
+        if left <= 0:
+            return
+
+
+def pass_bytes(chain: Chain) -> int:
+    """What ``chain`` counts for in PASS_BYTES: the bytes in its buffers."""
+    length = 0
+    for _, buffer_length in chain.readable:
+        length += buffer_length
+    for _, buffer_length in chain.writable:
+        length += buffer_length
+    return length if length <= MAX_CHAIN_BYTES else 0  # more was refused, and took no time

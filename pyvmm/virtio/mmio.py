@@ -19,9 +19,10 @@ from collections.abc import Callable
 from pyvmm.errors import ActivateError, GuestError, RingError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.interrupt import InterruptLine
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.rings import make_ring
-from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, Feature, InterruptBit, Register, Status
+from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, Feature, Register, Status
 
 VENDOR_ID = int.from_bytes(b"PVMM", "little")
 
@@ -38,9 +39,6 @@ _NEEDS_RESET = int(Status.DEVICE_NEEDS_RESET)
 _FAILED = int(Status.FAILED)
 _STOPPED = _NEEDS_RESET | _FAILED
 
-_USED_BUFFER = int(InterruptBit.USED_BUFFER)
-_CONFIG_CHANGE = int(InterruptBit.CONFIG_CHANGE)
-
 # 3.1.1 "Driver Requirements: Device Initialization": the one way up, as (status, written).
 # Besides these: 0 resets from anywhere, FAILED may be added anywhere, and after FAILED or
 # DEVICE_NEEDS_RESET only a reset helps.  Every other write is ignored: "The driver MUST NOT clear
@@ -55,33 +53,6 @@ _TRANSITIONS = frozenset(
 )
 
 
-class _InterruptLine:
-    """InterruptStatus in the register page, and the interrupt line behind it."""
-
-    def __init__(self, words: memoryview, raise_irq: Callable[[], None]) -> None:
-        self._words = words
-        self._raise_irq = raise_irq
-        self._lock = threading.Lock()
-
-    def notify_used(self, queue_index: int) -> None:
-        """Used buffer notification; virtio-mmio has one line for all queues."""
-        self._set(_USED_BUFFER)
-
-    def notify_config(self) -> None:
-        """Configuration change notification."""
-        self._set(_CONFIG_CHANGE)
-
-    def _set(self, bit: int) -> None:
-        with self._lock:
-            self._words[Register.INTERRUPT_STATUS // 4] |= bit
-        self._raise_irq()
-
-    def acknowledge(self, bits: int) -> None:
-        """Clear ``bits``; those that are not set stay so."""
-        with self._lock:
-            self._words[Register.INTERRUPT_STATUS // 4] &= ~bits
-
-
 class MmioTransport:
     """One virtio-mmio device: ``device`` behind a register page.
 
@@ -90,6 +61,10 @@ class MmioTransport:
     for that when a notification that arrived in ``write`` left work behind.  Without it that
     work waits for the next notification.  All are called on the thread that called a method
     here.  A guest can make no method raise.
+
+    ``keep_used`` is for devices whose interrupts do not come from here, or whose driver's
+    acknowledgements do not arrive here: InterruptStatus says from DRIVER_OK to reset that there
+    are used buffers.  A driver looks at its queues at every interrupt, and finds none or some.
     """
 
     def __init__(
@@ -100,6 +75,7 @@ class MmioTransport:
         *,
         report: Callable[[str], None],
         defer: Callable[[int], None] | None = None,
+        keep_used: bool = False,
     ) -> None:
         self.page = mmap.mmap(-1, PAGE_SIZE)
         self._device = device
@@ -108,7 +84,7 @@ class MmioTransport:
         self._defer = defer
         self._lock = threading.Lock()
         self._words = memoryview(self.page).cast("I")
-        self._interrupt = _InterruptLine(self._words, raise_irq)
+        self._interrupt = InterruptLine(self._words, raise_irq, keep_used=keep_used)
         self._writers: dict[int, Callable[[int], None]] = {
             Register.DEVICE_FEATURES_SEL: self._select_device_features,
             Register.DRIVER_FEATURES_SEL: self._select_driver_features,
@@ -247,6 +223,8 @@ class MmioTransport:
 
     def _activate(self) -> None:
         try:
+            # First the bit, for the first interrupt may come while the device starts.
+            self._interrupt.start()
             self._device.activate(self._memory, self._interrupt)
         except ActivateError as error:
             self._need_reset(str(error))
@@ -269,7 +247,7 @@ class MmioTransport:
         self._reset_queues: set[int] = set()
         self._select_device_features(0)
         self._select_queue(0)
-        self._interrupt.acknowledge(_WORD)
+        self._interrupt.reset()
         self._show(Register.STATUS, 0)
 
     # Features

@@ -11,6 +11,7 @@ descriptor is copied before it is looked at, and every walk is bounded by the qu
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from pyvmm.errors import RingError
@@ -20,14 +21,24 @@ from pyvmm.virtio.chains import (
     DESCRIPTOR_SIZE,
     INDIRECT,
     NEXT,
-    THREE_DESCRIPTORS,
+    PLAIN_FRAME_BYTES,
+    PLAIN_MAX_BYTES,
+    PLAIN_SIZE,
     WRITE,
     IndirectTables,
     check_size,
     collect,
     ring_area,
 )
-from pyvmm.virtio.queue import Chain, FullFence, Queue
+from pyvmm.virtio.queue import (
+    PLAIN_HEADER_BYTES,
+    PLAIN_STATUS_BYTES,
+    TOKEN_BITS,
+    Chain,
+    FullFence,
+    PlainChain,
+    Queue,
+)
 from pyvmm.virtio.spec import EventFlags, PackedFlag
 
 _AVAIL = int(PackedFlag.AVAIL)
@@ -35,8 +46,10 @@ _USED = int(PackedFlag.USED)
 _OWNER = _AVAIL | _USED
 
 _unpack = DESCRIPTOR.unpack_from
-_unpack_three = THREE_DESCRIPTORS.unpack_from
-_THREE_SIZE = THREE_DESCRIPTORS.size
+# For plain chains: the flags are all there is of a link, and the id is not looked at.
+_LINKED = struct.Struct("@QI2xH")
+_unpack_three = struct.Struct("@QI2xHQI2xHQIHH").unpack_from
+_NOT_WRITE = 0xFFFF & ~WRITE
 
 _ENABLE = int(EventFlags.ENABLE)
 _DISABLE = int(EventFlags.DISABLE)
@@ -46,10 +59,15 @@ _DESC = int(EventFlags.DESC)
 _FLAGS = 7  # as 16-bit words
 _REST = 1  # as 64-bit words: len, id << 32, flags << 48
 _ID_SHIFT, _FLAGS_SHIFT = 32, 48
+# Ring.base: slot and wrap counter of what is next available, and above them of what is next used.
+_BASE_SLOT_MASK, _BASE_WRAP, _BASE_USED_SHIFT = 0x7FFF, 1 << 15, 16
 # struct pvirtq_event_suppress as one 32-bit word: offset, wrap counter, flags.
 _EVENT_SIZE = 4
 _EVENT_SLOT_MASK, _EVENT_WRAP_SHIFT, _EVENT_FLAGS_SHIFT = 0x7FFF, 15, 16
 _EVENT_FLAGS_MASK = 3
+# A token is the buffer ID and above it the slots; what was written is above that.
+_SLOTS_SHIFT, _SLOTS_MASK = 16, 0xFFFF
+_ID_MASK = 0xFFFF
 
 
 class PackedRing:
@@ -80,54 +98,168 @@ class PackedRing:
         self._driver_event = driver_event.cast("I")
         self._device_event = device_event.cast("I")
 
-        self._indirect = IndirectTables(memory, queue.descriptor_area, allowed=indirect)
-        self._near, self._near_gpa = self._indirect.near, self._indirect.near_gpa
-        may_be_indirect = indirect and size >= 3
-        # Where a usual request may be read at once: see _usual.
-        self._last_near = len(self._near) - _THREE_SIZE if may_be_indirect else -1
-        self._last_direct = ring_bytes - _THREE_SIZE
+        # The flags of a plain chain in a table of its own: there "the VIRTQ_DESC_F_WRITE flags
+        # bit is the only valid flag" (2.8.7).
+        self._indirect = IndirectTables(
+            memory, queue.descriptor_area, allowed=indirect, layout=_LINKED,
+            reading=(0,) * size, writing=(0,) + (WRITE,) * (size - 1),
+        )  # fmt: skip
+        self.near, self.near_gpa = self._indirect.near, self._indirect.near_gpa
+        # Where a plain chain of one data buffer may begin at last.
+        self._last_short = self._indirect.last_short
+        self._last_direct = ring_bytes - PLAIN_SIZE
 
         # A slot of the ring, and the owner bits of a descriptor that is available in this lap
         # (AVAIL while the wrap counter is 1, else USED) or used (both, else none).
         self._avail_slot, self._available = 0, _AVAIL
         self._used_slot, self._used = 0, _AVAIL | _USED
-        self._done: list[Chain] = []
-        self._written: list[int] = []
+        if queue.base is not None:
+            self._resume(queue.base)
+        self._budget = 0  # slots that this pass may still take
+        self._done: list[int] = []  # token | written << TOKEN_BITS
         self._full_fence = FullFence()
 
-    def chains(self) -> Iterator[Chain]:
-        """The chains that are available now; see ``Ring.chains``.
+    def _resume(self, base: int) -> None:
+        """Go on at ``base``."""
+        used = base >> _BASE_USED_SHIFT
+        self._avail_slot, self._used_slot = base & _BASE_SLOT_MASK, used & _BASE_SLOT_MASK
+        if not base & _BASE_WRAP:
+            self._available = _USED
+        if not used & _BASE_WRAP:
+            self._used = 0
+        if (
+            max(self._avail_slot, self._used_slot) >= self._size
+            or not 0 <= self._taken() <= self._size
+        ):
+            raise RingError(f"ring base {base:#x} is none of a queue of {self._size}")
 
-        There is no index that says how many they are: the first slot that is not available ends
-        them.  The driver cannot add more than a ring of them before the used ones are published,
+    def _taken(self) -> int:
+        """Slots that were taken and whose chains have not been published."""
+        taken = self._avail_slot - self._used_slot
+        if (self._available == _AVAIL) != (self._used == _AVAIL | _USED):
+            taken += self._size
+        return taken
+
+    @property
+    def base(self) -> int:
+        """Both positions and their wrap counters; see ``Ring.base``."""
+        avail = self._avail_slot | (_BASE_WRAP if self._available == _AVAIL else 0)
+        used = self._used_slot | (_BASE_WRAP if self._used else 0)
+        return avail | used << _BASE_USED_SHIFT
+
+    def untake(self, chain: Chain) -> None:
+        """The chain's slots back; see ``Ring.untake``."""
+        slot = self._avail_slot - chain.slots
+        if slot < 0:
+            slot += self._size
+            self._available ^= _OWNER
+        self._avail_slot = slot
+
+    def chains(self) -> Iterator[Chain]:
+        """The chains that are available now; see ``Ring.chains``."""
+        self.begin()
+        while (chain := self.walk()) is not None:
+            yield chain
+
+    def begin(self) -> None:
+        """Work out how many slots may be available; see ``Ring.begin``.
+
+        There is no index that says how many are: the first slot that is not available ends the
+        pass.  The driver cannot add more than a ring of them before the used ones are published,
         and one that does so anyway is stopped after a ring of them.
         """
         self._device_event[0] = _DISABLE << _EVENT_FLAGS_SHIFT
-        size, flags = self._size, self._flags
         # Slots that were taken and are held back are not the driver's to make available again.
-        taken = self._avail_slot - self._used_slot
-        if (self._available == _AVAIL) != (self._used == _AVAIL | _USED):
-            taken += size
-        budget = size - taken
-        while budget > 0:
-            slot, available = self._avail_slot, self._available
+        self._budget = self._size - self._taken()
+
+    def walk(self) -> Chain | None:
+        """The chain at the next slot; see ``Ring.walk``."""
+        slot, available = self._avail_slot, self._available
+        # Only when the owner bits are seen changed may the rest be read: x86 loads in order.
+        if self._budget <= 0 or self._flags[8 * slot] & _OWNER != available:
+            return None
+        chain = self._walk(slot, available)
+        self._budget -= chain.slots
+        # One at a time: chains that are not taken stay available.
+        slot += chain.slots
+        if slot >= self._size:
+            slot -= self._size
+            self._available = available ^ _OWNER
+        self._avail_slot = slot
+        return chain
+
+    def plain(self, byte_limit: int) -> tuple[list[PlainChain], int, bool]:
+        """The plain chains that come next; see ``Ring.plain``.
+
+        They are in an indirect table that is near, or in three slots before the ring's end.
+        """
+        chains: list[PlainChain] = []
+        ring, near, near_gpa, all_flags = self._ring, self.near, self.near_gpa, self._flags
+        slot, available, budget = self._avail_slot, self._available, self._budget
+        other = False
+        while byte_limit > 0 and budget > 0:
             # Only when the owner bits are seen changed may the rest be read: x86 loads in order.
-            if flags[8 * slot] & _OWNER != available:
-                return
-            chain = self._usual(slot, available) or self._walk(slot, available)
-            budget -= chain.slots
-            # One at a time: chains that are not taken stay available.
-            slot += chain.slots
-            if slot >= size:
-                slot -= size
-                self._available = available ^ _OWNER
-            self._avail_slot = slot
-            yield chain
+            flags = all_flags[8 * slot]
+            if flags & _OWNER != available:
+                break
+            other = True  # unless it proves to be plain
+            offset = slot * DESCRIPTOR_SIZE
+            place: memoryview | None = None
+            if flags == available | NEXT:
+                if offset > self._last_direct:
+                    break
+                place, link, status_link, slots = ring, flags, available | WRITE, 3
+            elif flags == available | INDIRECT:
+                gpa, length, buffer_id, _ = _unpack(ring, offset)
+                if length == PLAIN_SIZE:
+                    offset = gpa - near_gpa
+                    if not 0 <= offset <= self._last_short:
+                        break
+                    place, link, status_link = near, 0, WRITE
+                slots = 1
+            else:
+                break
+            if place is not None:
+                (
+                    header, header_length, first_link, data, length, data_link,
+                    status, status_length, last_id, last_link,
+                ) = _unpack_three(place, offset)
+                if (
+                    header_length != PLAIN_HEADER_BYTES
+                    or first_link != link
+                    or not 0 < length <= PLAIN_MAX_BYTES
+                    or data_link & _NOT_WRITE != link
+                    or status_length != PLAIN_STATUS_BYTES
+                    or last_link != status_link
+                ):
+                    break
+                # "Buffer ID is included in the last descriptor in the list" (2.8.6).
+                token = last_id | 3 << _SLOTS_SHIFT if slots == 3 else buffer_id | 1 << _SLOTS_SHIFT
+                chains.append((token, header, data, length, data_link & WRITE, status, ()))
+            else:
+                chain = self._indirect.plain(buffer_id | 1 << _SLOTS_SHIFT, gpa, length)
+                if chain is None:
+                    break
+                chains.append(chain)
+                length = chain[3]
+            other = False
+            byte_limit -= length + PLAIN_FRAME_BYTES
+            budget -= slots
+            slot += slots
+            if slot == self._size:
+                slot = 0
+                available ^= _OWNER
+        self._budget, self._avail_slot, self._available = budget, slot, available
+        return chains, byte_limit, other
 
     def push(self, chain: Chain, written: int) -> None:
         """Remember ``chain`` as used with ``written`` bytes; see ``Ring.push``."""
-        self._done.append(chain)
-        self._written.append(written)
+        token = chain.head | chain.slots << _SLOTS_SHIFT
+        self._done.append(token | written << TOKEN_BITS)
+
+    def push_all(self, done: list[int]) -> None:
+        """Remember all of them; see ``Ring.push_all``."""
+        self._done += done
 
     def publish(self) -> bool:
         """Write the used descriptors, then ask whether to interrupt; see ``Ring.publish``."""
@@ -135,17 +267,19 @@ class PackedRing:
             return False
         size, rest = self._size, self._rest
         slot, used = old_slot, old_used = self._used_slot, self._used
-        for chain, written in zip(self._done, self._written, strict=True):
+        for done in self._done:
+            written = done >> TOKEN_BITS
             flags = used | WRITE if written else used
             # One store: when the driver sees the flags it sees the id and the length.
-            rest[2 * slot] = written | chain.head << _ID_SHIFT | flags << _FLAGS_SHIFT
-            slot += chain.slots
+            rest[2 * slot] = (
+                written | (done & _ID_MASK) << _ID_SHIFT | flags << _FLAGS_SHIFT
+            )
+            slot += done >> _SLOTS_SHIFT & _SLOTS_MASK
             if slot >= size:
                 slot -= size
                 used ^= _OWNER
         self._used_slot, self._used = slot, used
         self._done.clear()
-        self._written.clear()
         # The driver asks for interrupts, then looks at the ring; here it is the other way about.
         # Without the fence both could miss the other's store, and the interrupt would be lost.
         self._full_fence()
@@ -173,33 +307,6 @@ class PackedRing:
         # The driver makes a descriptor available, then reads what was stored above.
         self._full_fence()
         return self._flags[8 * slot] & _OWNER == available
-
-    def _usual(self, slot: int, available: int) -> Chain | None:
-        """The chain at ``slot`` if it is a block request of one segment as every driver lays it
-        out, direct or indirect: three full descriptors in a row.  None if it is not."""
-        offset = slot * DESCRIPTOR_SIZE
-        gpa, length, buffer_id, flags = _unpack(self._ring, offset)
-        if flags == available | INDIRECT and length == _THREE_SIZE:
-            table, offset, last_offset = self._near, gpa - self._near_gpa, self._last_near
-            link, last, slots = 0, WRITE, 1
-        elif flags == available | NEXT:
-            table, last_offset = self._ring, self._last_direct
-            link, last, slots = flags, available | WRITE, 3
-        else:
-            return None
-        if not 0 <= offset <= last_offset:
-            return None
-        gpa, length, _, flags, gpa1, length1, _, flags1, gpa2, length2, last_id, flags2 = (
-            _unpack_three(table, offset)
-        )
-        if not (flags == link and flags2 == last and length and length1 and length2):
-            return None
-        head = buffer_id if slots == 1 else last_id
-        if flags1 == link | WRITE:
-            return Chain(head, [(gpa, length)], [(gpa1, length1), (gpa2, length2)], slots)
-        if flags1 == link:
-            return Chain(head, [(gpa, length), (gpa1, length1)], [(gpa2, length2)], slots)
-        return None
 
     def _walk(self, slot: int, available: int) -> Chain:
         """The chain at ``slot``, of any shape; RingError if its structure is wrong.

@@ -9,11 +9,26 @@ in guest memory.  A device never sees more than ``Chain``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 Buffer = tuple[int, int]
 """``(gpa, length)``: guest physical address and bytes, as the driver gave them: unchecked."""
+
+PlainChain = tuple[int, int, int, int, int, int, Sequence[Buffer]]
+"""``(token, header, data, length, writes, status, pieces)``: a chain as drivers of disks lay out
+nearly all of theirs, in a form that costs little to make.
+
+Its descriptors are, in a row: a readable one of 16 bytes at GPA ``header``; one or more of data,
+``length`` bytes in all, writable if ``writes`` is not 0, else readable; a writable one of 1 byte
+at GPA ``status``.  None is empty.  ``data`` is the GPA of the first of data, and ``pieces`` holds
+them all if they are several, else nothing.  ``token`` is for ``Ring.push_all``; its low 16 bits
+are the head.
+"""
+PLAIN_HEADER_BYTES = 16
+PLAIN_STATUS_BYTES = 1
+TOKEN_BITS = 32
+"""How wide a token is: ``token | written << TOKEN_BITS`` is what ``Ring.push_all`` takes."""
 
 
 class Queue:
@@ -22,9 +37,14 @@ class Queue:
     ``size`` is in entries; ``descriptor_area``, ``driver_area`` and ``device_area`` are guest
     physical addresses, ``None`` until the driver has written them.  Values are kept as written:
     they are checked when a ring is made of them, at QueueReady.
+
+    ``base`` is where the ring goes on, as ``Ring.base`` says it; None for a ring that begins,
+    which is all that virtio-mmio knows.
     """
 
-    __slots__ = ("descriptor_area", "device_area", "driver_area", "max_size", "ready", "size")
+    __slots__ = (
+        "base", "descriptor_area", "device_area", "driver_area", "max_size", "ready", "size"
+    )
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
@@ -37,6 +57,7 @@ class Queue:
         self.descriptor_area: int | None = None
         self.driver_area: int | None = None
         self.device_area: int | None = None
+        self.base: int | None = None
 
 
 class Chain:
@@ -60,17 +81,37 @@ class Chain:
         self.slots = slots
 
 
+def chain_of(plain: PlainChain) -> Chain:
+    """``plain`` as any other chain."""
+    token, header, data, length, writes, status, pieces = plain
+    readable, writable = [(header, PLAIN_HEADER_BYTES)], [(status, PLAIN_STATUS_BYTES)]
+    buffers = list(pieces) or [(data, length)]
+    if writes:
+        writable[:0] = buffers
+    else:
+        readable += buffers
+    return Chain(token & 0xFFFF, readable, writable)
+
+
 class Ring(Protocol):
     """How a device takes chains from a virtqueue and gives them back.
 
     A pass is: ``chains``, ``push`` for each of them, ``publish``, ``pending``.  While it lasts the
     driver is asked not to notify.
 
+    A device that can do more with plain chains has a pass of its own in place of ``chains``:
+    ``begin``, then ``plain`` and ``walk`` in turn until nothing is left.
+
     VIRTIO_F_IN_ORDER is kept as long as chains are pushed in the order they were taken.  It
     would *allow* to write one used element for a batch of chains whose buffers were all filled
     completely.  Finding that out costs more than the element it saves, and a driver that looks
     for every element is served too; so every chain gets its own: a batch of one.
     """
+
+    near: memoryview
+    """The region of RAM that the ring is in, where most of what its chains name is too."""
+    near_gpa: int
+    """The GPA of its first byte."""
 
     def chains(self) -> Iterator[Chain]:
         """The chains waiting now, at most a queue's length of them.
@@ -79,8 +120,37 @@ class Ring(Protocol):
         where the ring is malformed.
         """
 
+    @property
+    def base(self) -> int:
+        """Where the ring stands after a pass: with this as ``Queue.base`` another one goes on.
+
+        The numbers are those of SET_VRING_BASE (vhost-user).  Split: the available index, 16
+        bits; how far used chains are is in the used ring.  Packed: the next available slot in
+        bits 0 to 14, its wrap counter in bit 15, and above them the same of the next used slot.
+        """
+
+    def untake(self, chain: Chain) -> None:
+        """Make ``chain``, the last one taken, available again: it will be the next of
+        ``chains``."""
+
+    def begin(self) -> None:
+        """Begin a pass: ask the driver to be quiet, look what is waiting.  RingError."""
+
+    def plain(self, byte_limit: int) -> tuple[list[PlainChain], int, bool]:
+        """Take the chains that come next, as long as they are plain; never raises.
+
+        They end early once their buffers have ``byte_limit`` bytes.  With them come the bytes
+        that are left of the limit, and whether a chain follows that is not known to be plain.
+        """
+
+    def walk(self) -> Chain | None:
+        """Take the next chain of the pass, of any shape; None if there is none.  RingError."""
+
     def push(self, chain: Chain, written: int) -> None:
         """Give ``chain`` back with ``written`` bytes written into it; not yet visible."""
+
+    def push_all(self, done: list[int]) -> None:
+        """``push`` for plain chains: ``token | written << TOKEN_BITS`` of each, in order."""
 
     def publish(self) -> bool:
         """Show the driver every chain pushed so far; whether it wants an interrupt for them."""

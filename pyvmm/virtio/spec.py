@@ -13,6 +13,8 @@ class DeviceType(enum.IntEnum):
     """5 "Device Types"."""
 
     BLOCK = 2
+    CONSOLE = 3
+    ENTROPY = 4
 
 
 class Status(enum.IntFlag):
@@ -112,6 +114,14 @@ USED_F_NO_NOTIFY = 1
 """2.7.8 "The Virtqueue Used Ring": the device needs no notification of available buffers."""
 MAX_QUEUE_SIZE = 32768
 """2.7 "Split Virtqueues": "The maximum Queue Size value is 32768"; packed ones have 2^15."""
+
+
+class ConsoleFeature(enum.IntFlag):
+    """5.3.3 "Feature bits" of the console device."""
+
+    SIZE = 1 << 0
+    MULTIPORT = 1 << 1
+    EMERG_WRITE = 1 << 2
 
 
 class BlockFeature(enum.IntFlag):

@@ -8,6 +8,7 @@ every walk is bounded by the queue size.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from pyvmm.errors import RingError
@@ -15,26 +16,42 @@ from pyvmm.memory import GuestMemory
 from pyvmm.virtio.chains import (
     DESCRIPTOR,
     DESCRIPTOR_SIZE,
+    FLAGS_MASK,
     INDIRECT,
     NEXT,
-    THREE_DESCRIPTORS,
+    PLAIN_FRAME_BYTES,
+    PLAIN_MAX_BYTES,
+    PLAIN_SIZE,
     WRITE,
     IndirectTables,
     check_size,
     collect,
     ring_area,
 )
-from pyvmm.virtio.queue import Chain, FullFence, Queue
+from pyvmm.virtio.queue import (
+    PLAIN_HEADER_BYTES,
+    PLAIN_STATUS_BYTES,
+    Chain,
+    FullFence,
+    PlainChain,
+    Queue,
+)
 from pyvmm.virtio.spec import AVAIL_F_NO_INTERRUPT, USED_F_NO_NOTIFY
 
 _RING_HEADER_SIZE = 4  # le16 flags; le16 idx, in front of both rings
 _EVENT_SIZE = 2  # le16 used_event or avail_event, behind both rings
 _FLAGS, _IDX = 0, 1  # of a ring header seen as two 16-bit words
-_NEXT_WRITE = NEXT | WRITE
 
 _unpack = DESCRIPTOR.unpack_from
-_unpack_three = THREE_DESCRIPTORS.unpack_from
-_THREE_SIZE = THREE_DESCRIPTORS.size
+# For plain chains: flags and next as one number, the link.
+_LINKED = struct.Struct("@QII")
+_unpack_linked = _LINKED.unpack_from
+_unpack_three = struct.Struct("@QIIQIIQII").unpack_from
+_NEXT_SHIFT = 16
+# The links of a plain chain of one data buffer that begins at index 0, but for the last.
+_HEADER_LINK = NEXT | 1 << _NEXT_SHIFT
+_DATA_LINK = NEXT | 2 << _NEXT_SHIFT  # and perhaps WRITE
+_NOT_WRITE = 0xFFFF_FFFF & ~WRITE
 
 
 class SplitRing:
@@ -70,33 +87,130 @@ class SplitRing:
         self._used_ring = used[_RING_HEADER_SIZE:-_EVENT_SIZE].cast("Q")
         self._avail_event = used[-_EVENT_SIZE:].cast("H")
 
-        self._indirect = IndirectTables(memory, queue.descriptor_area, allowed=indirect)
-        # Where a usual request may be read at once: see _usual.
-        self._last_direct = table_bytes - _THREE_SIZE
-        self._near, self._near_gpa = self._indirect.near, self._indirect.near_gpa
-        may_be_indirect = indirect and size >= 3
-        self._last_near = len(self._near) - _THREE_SIZE if may_be_indirect else -1
+        # The links of a plain chain in a table of its own.
+        to_read = tuple(NEXT | index + 1 << _NEXT_SHIFT for index in range(size))
+        to_write = to_read[:1] + tuple(link | WRITE for link in to_read[1:])
+        self._indirect = IndirectTables(
+            memory, queue.descriptor_area, allowed=indirect, layout=_LINKED,
+            reading=to_read, writing=to_write,
+        )  # fmt: skip
+        self.near, self.near_gpa = self._indirect.near, self._indirect.near_gpa
+        # Where a plain chain of one data buffer may begin at last.
+        self._last_short = self._indirect.last_short
+        self._last_direct = table_bytes - PLAIN_SIZE
 
-        self._next_avail = 0
-        self._next_used = 0
-        self._published = 0
+        self._heads: list[int] = []  # of this pass
+        self._taken = 0  # how many of them have been taken
+        self._next_avail = self._next_used = self._published = 0
+        if queue.base is not None:
+            self._resume(queue.base)
         self._full_fence = FullFence()
+
+    def _resume(self, base: int) -> None:
+        """Go on at ``base``; how far used chains are is in the used ring."""
+        used = self._used_header[_IDX]
+        if not base <= 0xFFFF or (base - used) & 0xFFFF > self._size:
+            raise RingError(
+                f"ring base {base} is not within {self._size} of the used index {used}"
+            )
+        self._next_avail = base
+        self._next_used = self._published = used
+
+    @property
+    def base(self) -> int:
+        """The available index; see ``Ring.base``."""
+        return self._next_avail
+
+    def untake(self, chain: Chain) -> None:
+        """One entry of the available ring back; see ``Ring.untake``."""
+        self._next_avail = (self._next_avail - 1) & 0xFFFF
 
     def chains(self) -> Iterator[Chain]:
         """The chains that are available now; see ``Ring.chains``."""
+        self.begin()
+        while (chain := self.walk()) is not None:
+            yield chain
+
+    def begin(self) -> None:
+        """Look at avail.idx, for the whole pass; see ``Ring.begin``."""
         if not self._event_idx:
             self._used_header[_FLAGS] = USED_F_NO_NOTIFY
         # With EVENT_IDX flags are 0; avail_event stays behind, which keeps the driver quiet too.
-        for head in self._waiting_heads():
-            # One at a time: chains that are not taken stay available.
-            self._next_avail = (self._next_avail + 1) & 0xFFFF
-            yield self._usual(head) or self._walk(head)
+        self._heads = self._waiting_heads()
+        self._taken = 0
+
+    def walk(self) -> Chain | None:
+        """The chain at the next head; see ``Ring.walk``."""
+        if self._taken == len(self._heads):
+            return None
+        head = self._heads[self._taken]
+        # One at a time: chains that are not taken stay available.
+        self._taken += 1
+        self._next_avail = (self._next_avail + 1) & 0xFFFF
+        readable, writable = collect(self._descriptors(head))
+        return Chain(head, readable, writable)
+
+    def plain(self, byte_limit: int) -> tuple[list[PlainChain], int, bool]:
+        """The plain chains that come next; see ``Ring.plain``.
+
+        They are in an indirect table that is near, or three in a row in the descriptor table.
+        """
+        chains: list[PlainChain] = []
+        table, near, near_gpa = self._table, self.near, self.near_gpa
+        for head in self._heads[self._taken :]:
+            offset = head * DESCRIPTOR_SIZE
+            gpa, length, link = _unpack_linked(table, offset)
+            place: memoryview | None = None
+            if link & FLAGS_MASK != INDIRECT:
+                if offset > self._last_direct:
+                    break
+                place, first = table, head << _NEXT_SHIFT
+            elif length == PLAIN_SIZE:
+                offset = gpa - near_gpa
+                if not 0 <= offset <= self._last_short:
+                    break
+                place, first = near, 0
+            if place is not None:
+                (
+                    header, header_length, header_link, data, length, data_link,
+                    status, status_length, status_link,
+                ) = _unpack_three(place, offset)
+                if (
+                    header_length != PLAIN_HEADER_BYTES
+                    or header_link - first != _HEADER_LINK
+                    or not 0 < length <= PLAIN_MAX_BYTES
+                    or (data_link & _NOT_WRITE) - first != _DATA_LINK
+                    or status_length != PLAIN_STATUS_BYTES
+                    or status_link & FLAGS_MASK != WRITE
+                ):
+                    break
+                chains.append((head, header, data, length, data_link & WRITE, status, ()))
+            else:
+                chain = self._indirect.plain(head, gpa, length)
+                if chain is None:
+                    break
+                chains.append(chain)
+                length = chain[3]
+            byte_limit -= length + PLAIN_FRAME_BYTES
+            if byte_limit <= 0:
+                break
+        self._taken += len(chains)
+        self._next_avail = (self._next_avail + len(chains)) & 0xFFFF
+        return chains, byte_limit, self._taken < len(self._heads)
 
     def push(self, chain: Chain, written: int) -> None:
         """Put ``chain`` into the used ring with ``written`` bytes; see ``Ring.push``."""
         used = self._next_used
         self._used_ring[used & self._mask] = chain.head | written << 32
         self._next_used = (used + 1) & 0xFFFF
+
+    def push_all(self, done: list[int]) -> None:
+        """Put all of them into the used ring; see ``Ring.push_all``."""
+        used, mask, ring = self._next_used, self._mask, self._used_ring
+        for element in done:  # a token is a head, so this is the used element
+            ring[used & mask] = element
+            used += 1
+        self._next_used = used & 0xFFFF
 
     def publish(self) -> bool:
         """Store used.idx, then ask whether to interrupt; see ``Ring.publish``."""
@@ -135,50 +249,18 @@ class SplitRing:
         if ahead > self._size:
             raise RingError(f"avail.idx is {ahead} ahead in a queue of {self._size}")
         start = self._next_avail & self._mask
-        heads = self._avail_ring[start : start + count].tolist()
-        if len(heads) < count:
-            heads += self._avail_ring[: count - len(heads)].tolist()
+        if count == 1:
+            heads = [self._avail_ring[start]]
+        else:
+            heads = self._avail_ring[start : start + count].tolist()
+            if len(heads) < count:
+                heads += self._avail_ring[: count - len(heads)].tolist()
         if max(heads) >= self._size:
             raise RingError(f"avail entry {max(heads)} in a queue of {self._size}")
         if len(set(heads)) < count:
             # All of them are outstanding at this moment, so the driver lost count.
             raise RingError("the same head is available twice")
         return heads
-
-    def _usual(self, head: int) -> Chain | None:
-        """The chain at ``head`` if it is a block request of one segment as every driver lays it
-        out, direct or indirect: three full descriptors in a row.  None if it is not."""
-        offset, first = head * DESCRIPTOR_SIZE, head
-        table, last_offset = self._table, self._last_direct
-        if self._last_near >= 0:
-            gpa, length, flags, _ = _unpack(table, offset)
-            if flags == INDIRECT and length == _THREE_SIZE:
-                table, last_offset, first = self._near, self._last_near, 0
-                offset = gpa - self._near_gpa
-        if not 0 <= offset <= last_offset:
-            return None
-        gpa, length, flags, following, gpa1, length1, flags1, next1, gpa2, length2, flags2, _ = (
-            _unpack_three(table, offset)
-        )
-        if (
-            flags == NEXT
-            and following == first + 1
-            and next1 == first + 2
-            and flags2 == WRITE
-            and length
-            and length1
-            and length2
-        ):
-            if flags1 == _NEXT_WRITE:
-                return Chain(head, [(gpa, length)], [(gpa1, length1), (gpa2, length2)])
-            if flags1 == NEXT:
-                return Chain(head, [(gpa, length), (gpa1, length1)], [(gpa2, length2)])
-        return None
-
-    def _walk(self, head: int) -> Chain:
-        """The chain at ``head``, of any shape; RingError if its structure is wrong."""
-        readable, writable = collect(self._descriptors(head))
-        return Chain(head, readable, writable)
 
     def _descriptors(self, head: int) -> Iterator[tuple[int, int, int]]:
         """``(gpa, length, flags)`` of each descriptor of the chain, those of an indirect table

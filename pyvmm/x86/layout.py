@@ -69,11 +69,13 @@ SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
 I8042_DATA, I8042_COMMAND = 0x60, 0x64
 RTC_INDEX, RTC_DATA = 0x70, 0x71
 DEBUG_EXIT_PORT = 0xF4
+BOOT_TIMER_PORT = 0xF8
 PVPANIC_PORT = 0x505
 SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, RESET_PORT = 0x600, 0x601, 0x602
 """The power device's registers of one byte each, which the guest finds in ACPI's FADT."""
-VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14)
-"""GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses."""
+VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14, 16, 17, 18, 19, 20, 21, 22, 23)
+"""GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses, then the
+IOAPIC's own."""
 
 
 def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:

@@ -277,16 +277,16 @@ def test_addresses_above_two_gigabytes_reach_the_kernel() -> None:
 
 
 @pytest.mark.bare
-@pytest.mark.parametrize("run", [ioctl.run_by_fcntl, ioctl.run_by_libc])
+@pytest.mark.parametrize("entry", [ioctl.entry_by_fcntl, ioctl.entry_by_libc])
 def test_request_exit_stops_the_guest_whichever_way_it_is_entered(
-    run: Callable[[int], None],
+    entry: Callable[[int], Callable[[], object]],
 ) -> None:
     with Kvm() as kvm, kvm.create_vm() as vm:
         vcpu, ram = _loop_forever(vm)
         with vcpu:
             vcpu.request_exit()
             with pytest.raises(InterruptedError):
-                run(vcpu.fd)
+                entry(vcpu.fd)()
             vcpu.clear_exit_request()
     assert ram[0x1000] == 0xEB
 

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from pyvmm.errors import ActivateError
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.device import Interrupt, VirtioDevice
+from pyvmm.virtio.device import Interrupt, RingDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.queue import Chain
 from pyvmm.virtio.spec import DeviceType, Feature
 from tests.support.virtio_driver import RAM_BASE
 
 
-class EchoDevice(VirtioDevice):
+class EchoDevice(RingDevice):
     """Fills the first writable buffer with its length.  The configuration space can be written
     and can change; activation can be made to fail."""
 

@@ -9,7 +9,7 @@ import functools
 import operator
 import sys
 
-from pyvmm import machine
+from pyvmm import config
 from pyvmm.cli.main import main
 from pyvmm.virtio.block import BlockConfig
 from pyvmm.virtio.spec import Feature
@@ -17,7 +17,7 @@ from pyvmm.virtio.spec import Feature
 if __name__ == "__main__":
     names, *arguments = sys.argv[1:]
     disabled = functools.reduce(operator.or_, (Feature[name] for name in names.split(",")))
-    machine.BlockConfig = functools.partial(  # type: ignore[assignment, attr-defined]
+    config.BlockConfig = functools.partial(  # type: ignore[assignment, attr-defined]
         BlockConfig, disabled_features=int(disabled)
     )
     sys.exit(main(arguments))

@@ -11,8 +11,17 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
+from tests.support.packed_driver import PackedDriver, pack
 from tests.support.rig import DISK_SECTORS
-from tests.support.virtio_driver import RAM_BASE, BlockDriver, Descriptor, readable, writable
+from tests.support.virtio_driver import (
+    INDIRECT,
+    RAM_BASE,
+    BlockDriver,
+    Descriptor,
+    linked,
+    readable,
+    writable,
+)
 
 SIZE = 16
 RAM_BYTES = 1 << 16
@@ -96,6 +105,60 @@ def chain_of(driver: BlockDriver, index: int, ask: Ask) -> list[Descriptor]:
     chain = [readable(HEADERS + 16 * index, 16)]
     chain += [buffer(DATA + 0x1000 * j, n) for j, n in enumerate(ask.pieces)]
     return [*chain, writable(STATUSES + index, 1)]
+
+
+def lay_out(
+    driver: BlockDriver, a_round: Round, may_indirect: bool
+) -> tuple[list[Descriptor], list[int]]:
+    """Write the round's requests into RAM and the descriptor table of a split ring; that table,
+    and the heads."""
+    table: list[Descriptor] = []
+    heads: list[int] = []
+    for i, ask in enumerate(a_round.asks):
+        chain = chain_of(driver, i, ask)
+        if may_indirect and ask.indirect:
+            inner = b"".join(d.pack() for d in linked(chain))
+            driver.memory.write(TABLES + TABLE_BYTES * i, inner)
+            chain = [Descriptor(TABLES + TABLE_BYTES * i, len(inner), INDIRECT)]
+        if len(table) + len(chain) > SIZE:
+            break
+        heads.append(len(table))
+        table += linked(chain, len(table))
+    table += [Descriptor(0, 0)] * (SIZE - len(table))
+    for damage in a_round.damages:
+        if damage.table < 0:
+            table[damage.entry] = damage.descriptor
+        else:
+            gpa = TABLES + TABLE_BYTES * damage.table + 16 * (damage.entry % 8)
+            driver.memory.write(gpa, damage.descriptor.pack())
+    driver.write_table(table)
+    return table, heads + a_round.extra_heads
+
+
+def place_round(driver: PackedDriver, a_round: Round, may_indirect: bool) -> list[int]:
+    """Put the round's requests into a packed ring and damage them; their buffer IDs."""
+    placed: list[int] = []
+    free = SIZE
+    for i, ask in enumerate(a_round.asks):
+        chain = chain_of(driver, i, ask)
+        if may_indirect and ask.indirect:
+            inner = b"".join(pack(d.gpa, d.length, 0, d.flags) for d in chain)
+            driver.memory.write(TABLES + TABLE_BYTES * i, inner)
+            chain = [Descriptor(TABLES + TABLE_BYTES * i, len(inner), INDIRECT)]
+        free -= len(chain)
+        if free < 0:
+            break
+        driver.place(chain, 100 + i)
+        placed.append(100 + i)
+    for damage in a_round.damages:
+        gpa, length, flags, buffer_id = damage.descriptor
+        if damage.table < 0:
+            owner = driver.owner if damage.entry % 2 else 0  # half of them not quite so wild
+            driver.write_slot(damage.entry, damage.descriptor, buffer_id, owner)
+        else:
+            table = TABLES + TABLE_BYTES * damage.table + 16 * (damage.entry % 8)
+            driver.memory.write(table, pack(gpa, length, buffer_id, flags))
+    return placed
 
 
 def permit(mask: bytearray, gpa: int, length: int) -> None:

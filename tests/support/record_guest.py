@@ -18,6 +18,7 @@ from pathlib import Path
 from pyvmm import machine
 from pyvmm.config import RunConfig, parse_disk
 from pyvmm.console import LineWatch
+from pyvmm.console_watch import ConsoleWatch
 from pyvmm.outcome import Outcome
 from pyvmm.report import Reporter
 from pyvmm.storage.backend import BlockBackend
@@ -48,7 +49,7 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
 
     lines = LineWatch(on_line)
 
-    class NotingWatch(machine.ConsoleWatch):
+    class NotingWatch(ConsoleWatch):
         """The machine's own, and our notes."""
 
         def feed(self, data: bytes) -> None:
@@ -56,7 +57,7 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
             super().feed(data)
 
     machine.open_backend = open_recorded  # type: ignore[attr-defined]
-    machine.ConsoleWatch = NotingWatch  # type: ignore[misc]
+    machine.ConsoleWatch = NotingWatch  # type: ignore[attr-defined]
     config = RunConfig(
         kernel=KERNEL, disks=(parse_disk(f"{TOOLS},ro"), parse_disk(str(disk))),
         append=f"quiet {run_in_guest(SCRIPT)}", timeout_s=seconds, console="none",

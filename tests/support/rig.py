@@ -109,6 +109,8 @@ def make_rig(
     backend: BlockBackend | None = None,
     queue_size: int = 16,
     ram_bytes: int = RAM_BYTES,
+    keep_used: bool = False,
+    device_type: type[BlockDevice] = BlockDevice,
 ) -> Rig:
     """A rig over ``path``, which is made if missing; ``backend`` stands in for a raw file."""
     if not path.exists():
@@ -119,9 +121,13 @@ def make_rig(
     memory = GuestMemory.over(ram, RAM_BASE)
     if backend is None:
         backend = RawBackend(str(path), report=reports.append)
-    device = BlockDevice(config or BlockConfig(queue_size=queue_size), backend)
+    device = device_type(config or BlockConfig(queue_size=queue_size), backend)
     transport = MmioTransport(
-        device, memory, lambda: irqs.append(len(irqs)), report=reports.append
+        device,
+        memory,
+        lambda: irqs.append(len(irqs)),
+        report=reports.append,
+        keep_used=keep_used,
     )
     driver = BlockDriver(transport, memory, size=queue_size)
     return Rig(path, ram, memory, backend, device, transport, driver, irqs, reports)

@@ -10,6 +10,7 @@ import pytest
 
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio.block import BlockConfig
+from tests.support.general_path import without_fast_path
 from tests.support.rig import RAM_BYTES, Hooked, Rig, make_rig
 
 MakeRig = Callable[..., Rig]
@@ -26,6 +27,7 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
             backend: BlockBackend | None = None,
             queue_size: int = 16,
             ram_bytes: int = RAM_BYTES,
+            keep_used: bool = False,
         ) -> Rig:
             rig = make_rig(
                 tmp_path / "disk.img",
@@ -33,12 +35,20 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
                 backend=backend,
                 queue_size=queue_size,
                 ram_bytes=ram_bytes,
+                keep_used=keep_used,
             )
             stack.callback(rig.backend.close)
             stack.callback(rig.transport.close)
             return rig
 
         yield make
+
+
+@pytest.fixture(params=["fast", "general"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs twice: through the fast path, where it takes it, and without."""
+    if request.param == "general":
+        without_fast_path(monkeypatch)
 
 
 @pytest.fixture

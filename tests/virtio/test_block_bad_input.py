@@ -26,6 +26,8 @@ from tests.support.virtio_driver import (
 )
 from tests.virtio.conftest import MakeRig
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 RAM_END = RAM_BASE + RAM_BYTES
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 OK, IOERR, UNSUPP = 0, 1, 2

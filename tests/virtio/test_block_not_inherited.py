@@ -20,6 +20,8 @@ from tests.support.rig import DISK_SECTORS, Hooked, Rig
 from tests.support.virtio_driver import VirtioDriver, readable, writable
 from tests.virtio.conftest import MakeRig
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 IN, OUT, FLUSH = 0, 1, 4
 OK, IOERR, UNSUPP = 0, 1, 2
 V1 = int(Feature.VERSION_1)

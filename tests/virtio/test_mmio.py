@@ -219,3 +219,25 @@ def test_features_are_frozen_by_features_ok(rig: Rig) -> None:
     rig.driver.accept(rig.driver.offered)
     rig.driver.set(Register.STATUS, 15)
     assert rig.device.acked_features == Feature.VERSION_1
+
+
+def test_a_kept_used_bit_is_there_from_driver_ok_to_reset(new_rig: MakeRig) -> None:
+    rig = new_rig(keep_used=True)
+    driver = rig.driver
+    both = InterruptBit.USED_BUFFER | InterruptBit.CONFIG_CHANGE
+    assert driver.negotiate()
+    driver.setup_queue()
+    assert driver.reg(Register.INTERRUPT_STATUS) == 0
+    driver.set(Register.STATUS, 15)
+    assert driver.reg(Register.INTERRUPT_STATUS) == InterruptBit.USED_BUFFER
+    rig.transport.config_changed()
+    assert driver.reg(Register.INTERRUPT_STATUS) == both
+    driver.set(Register.INTERRUPT_ACK, both)
+    assert driver.reg(Register.INTERRUPT_STATUS) == InterruptBit.USED_BUFFER
+    before = len(rig.irqs)
+    assert driver.request(0, 1, room=512) == (0, 513, rig.disk[512:1024])
+    assert len(rig.irqs) == before + 1
+    driver.set(Register.STATUS, 0)
+    assert driver.reg(Register.INTERRUPT_STATUS) == 0
+    driver.start()
+    assert driver.request(0, 1, room=512) == (0, 513, rig.disk[512:1024])

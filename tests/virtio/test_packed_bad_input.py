@@ -30,6 +30,8 @@ from tests.support.virtio_driver import (
 )
 from tests.virtio.conftest import MakeRig
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 RAM_END = RAM_BASE + RAM_BYTES
 IN, OUT = 0, 1
 SIZE = 16

@@ -14,21 +14,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
-from tests.support.packed_driver import PackedDriver, pack
+from tests.support.packed_driver import PackedDriver
 from tests.support.random_rings import (
     DATA,
     RAM_BYTES,
     SIZE,
-    TABLE_BYTES,
     TABLES,
     Round,
-    chain_of,
     forbidden_changes,
+    lay_out,
     permit,
+    place_round,
     rounds,
 )
 from tests.support.rig import Rig, make_rig
-from tests.support.virtio_driver import INDIRECT, RAM_BASE, WRITE, Descriptor, linked
+from tests.support.virtio_driver import INDIRECT, RAM_BASE, WRITE, Descriptor
 
 BASE = int(Feature.VERSION_1 | BlockFeature.FLUSH | BlockFeature.DISCARD)
 ring_features = st.sampled_from(
@@ -52,31 +52,6 @@ def shared_rig() -> Iterator[Rig]:
         yield rig
         rig.transport.close()
         rig.backend.close()
-
-
-def lay_out(rig: Rig, a_round: Round, may_indirect: bool) -> tuple[list[Descriptor], list[int]]:
-    """Write the round's requests into RAM; the descriptor table as it is then, and the heads."""
-    table: list[Descriptor] = []
-    heads: list[int] = []
-    for i, ask in enumerate(a_round.asks):
-        chain = chain_of(rig.driver, i, ask)
-        if may_indirect and ask.indirect:
-            inner = b"".join(d.pack() for d in linked(chain))
-            rig.memory.write(TABLES + TABLE_BYTES * i, inner)
-            chain = [Descriptor(TABLES + TABLE_BYTES * i, len(inner), INDIRECT)]
-        if len(table) + len(chain) > SIZE:
-            break
-        heads.append(len(table))
-        table += linked(chain, len(table))
-    table += [Descriptor(0, 0)] * (SIZE - len(table))
-    for damage in a_round.damages:
-        if damage.table < 0:
-            table[damage.entry] = damage.descriptor
-        else:
-            gpa = TABLES + TABLE_BYTES * damage.table + 16 * (damage.entry % 8)
-            rig.memory.write(gpa, damage.descriptor.pack())
-    rig.driver.write_table(table)
-    return table, heads + a_round.extra_heads
 
 
 def allow(mask: bytearray, rig: Rig, table: list[Descriptor], layout: str, indirect: bool) -> None:
@@ -113,7 +88,7 @@ def test_random_split_rings(shared_rig: Rig, features: int, script: list[Round])
     returned: Counter[int] = Counter()
     for a_round in script:
         indirect = bool(features & Feature.INDIRECT_DESC)
-        table, heads = lay_out(rig, a_round, indirect)
+        table, heads = lay_out(driver, a_round, indirect)
         mask = bytearray(RAM_BYTES)
         allow(mask, rig, table, "split", indirect)
         # A request that overwrites the table of a later one makes ``mask`` out of date.
@@ -134,32 +109,6 @@ def test_random_split_rings(shared_rig: Rig, features: int, script: list[Round])
     assert returned <= offered
     assert rig.path.stat().st_size == size_before
     assert driver.reg(Register.MAGIC_VALUE) == int.from_bytes(b"virt", "little")
-
-
-def place_round(driver: PackedDriver, a_round: Round, may_indirect: bool) -> list[int]:
-    """Put the round's requests into the ring and damage them; their buffer IDs."""
-    placed: list[int] = []
-    free = SIZE
-    for i, ask in enumerate(a_round.asks):
-        chain = chain_of(driver, i, ask)
-        if may_indirect and ask.indirect:
-            inner = b"".join(pack(d.gpa, d.length, 0, d.flags) for d in chain)
-            driver.memory.write(TABLES + TABLE_BYTES * i, inner)
-            chain = [Descriptor(TABLES + TABLE_BYTES * i, len(inner), INDIRECT)]
-        free -= len(chain)
-        if free < 0:
-            break
-        driver.place(chain, 100 + i)
-        placed.append(100 + i)
-    for damage in a_round.damages:
-        gpa, length, flags, buffer_id = damage.descriptor
-        if damage.table < 0:
-            owner = driver.owner if damage.entry % 2 else 0  # half of them not quite so wild
-            driver.write_slot(damage.entry, damage.descriptor, buffer_id, owner)
-        else:
-            table = TABLES + TABLE_BYTES * damage.table + 16 * (damage.entry % 8)
-            driver.memory.write(table, pack(gpa, length, buffer_id, flags))
-    return placed
 
 
 @settings(max_examples=200, deadline=None)

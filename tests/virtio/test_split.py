@@ -21,6 +21,8 @@ from tests.support.virtio_driver import (
 )
 from tests.virtio.conftest import MakeRig
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 RAM_END = RAM_BASE + RAM_BYTES
 IN, FLUSH, GET_ID = 0, 4, 8
 SIZE = 16

@@ -11,23 +11,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.guest import TOOLS, Run, boot, command, environment, run_in_guest
+from tests.support.guest import (
+    FIO,
+    MIB,
+    ROOT_DISK,
+    Guest,
+    Run,
+    boot,
+    command,
+    environment,
+    run_in_guest,
+    sparse,
+)
 
 pytestmark = pytest.mark.kvm
-
-MIB = 1 << 20
-ROOT_DISK = ("--disk", f"{TOOLS},ro")
-
-
-def sparse(path: Path, mebibytes: int) -> Path:
-    with path.open("wb") as file:
-        file.truncate(mebibytes * MIB)
-    return path
 
 
 @pytest.fixture
@@ -44,13 +45,6 @@ def guest(disk: str | Path, script: str, *options: str, append: str = "") -> Run
     )
     assert run.status == 0, run.console + run.messages
     return run
-
-
-FIO = (
-    "fio --name=t --filename={file} --rw=randrw --bs=4k-64k --iodepth=16 --ioengine=libaio"
-    " --direct=1 --verify=crc32c --verify_fatal=1 --randrepeat=1 --size={size} --minimal"
-    " --aux-path=/mnt --fdatasync=32"
-)
 
 
 @pytest.mark.parametrize("options", ["", ",queues=4", ",writeback=off"])
@@ -177,33 +171,6 @@ def test_a_snapshot_leaves_its_base_alone(disk: Path, tmp_path: Path) -> None:
     assert "kept" in guest(f"{disk},overlay={overlay}", show + "; cat /mnt/d/x").console
     assert overlay.stat().st_blocks * 512 < 16 * MIB, "the overlay is sparse"
     assert disk.read_bytes() == before
-
-
-class Guest:
-    """A guest that runs in the background and is talked to by console lines."""
-
-    def __init__(self, script: str, *options: str) -> None:
-        self.process = subprocess.Popen(
-            command(*ROOT_DISK, *options, "--timeout", "120", "--append",
-                    f"quiet {run_in_guest(script)}"),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment(), text=True, errors="replace",
-        )
-
-    def lines(self) -> Iterator[str]:
-        assert self.process.stdout is not None
-        return (line.rstrip() for line in self.process.stdout)
-
-    def wait_for(self, start: str) -> str:
-        for line in self.lines():
-            if line.startswith(start):
-                return line
-        raise AssertionError(f"the guest ended without {start!r}")
-
-    def finish(self) -> tuple[int, str]:
-        """Exit status and what pyvmm said."""
-        _, messages = self.process.communicate(timeout=120)
-        return self.process.returncode, messages
 
 
 def test_a_grown_file_is_a_larger_disk(disk: Path) -> None:

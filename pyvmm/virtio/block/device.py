@@ -23,6 +23,7 @@ from pyvmm.virtio.block.config import (
     config_space,
     offered_features,
 )
+from pyvmm.virtio.block.fast import FastPath
 from pyvmm.virtio.block.request import (
     HEADER_SIZE,
     STATUS_SIZE,
@@ -34,7 +35,7 @@ from pyvmm.virtio.block.request import (
     status_of,
 )
 from pyvmm.virtio.block.segments import Segment, parse_segments
-from pyvmm.virtio.device import MAX_CHAIN_BYTES, VirtioDevice, for_one_pass
+from pyvmm.virtio.device import MAX_CHAIN_BYTES, RingDevice, for_one_pass
 from pyvmm.virtio.queue import Buffer, Chain, Ring
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.spec import (
@@ -60,7 +61,7 @@ _MAX_DATA = MAX_CHAIN_BYTES - 4096
 queue size: 1022 segments of 256 KiB are less."""
 
 
-class BlockDevice(VirtioDevice):
+class BlockDevice(RingDevice):
     """A disk of whole sectors over ``backend``, which belongs to the caller.
 
     ``clock`` is what the rate limiter reads, in seconds.
@@ -84,6 +85,8 @@ class BlockDevice(VirtioDevice):
         self._limiter: RateLimiter | None = None
         # Chains that a rate limit keeps waiting, by queue index: taken, not yet served.
         self._held: dict[int, Chain] = {}
+        # By queue index, each made in the first pass over a ring.
+        self._fast_paths: dict[int, FastPath] = {}
         super().__init__(
             avail_features=offered_features(config, backend),
             queue_max_sizes=(config.queue_size,) * config.queues,
@@ -145,13 +148,18 @@ class BlockDevice(VirtioDevice):
         super().reset()
         for index in list(self._held):
             self._drop_held(index)
+        self._fast_paths.clear()
         self._writeback = self._config.writeback
 
-    def stop_queue(self, index: int) -> None:
+    def stop_queue(self, index: int) -> int:
         """See ``VirtioDevice.stop_queue``.  The queue's place in the line is free again, or it
         would hold up the disk's other queues for ever."""
-        super().stop_queue(index)
+        held, ring = self._held.get(index), self._rings[index] if self._rings else None
+        if held is not None and ring is not None:
+            ring.untake(held)
         self._drop_held(index)
+        self._fast_paths.pop(index, None)
+        return super().stop_queue(index)
 
     # The rate limit
 
@@ -171,12 +179,22 @@ class BlockDevice(VirtioDevice):
             self._limiter.leave(index)
 
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
-        """See ``VirtioDevice._drain``: the first chain that may not go yet is held back, and
-        comes first when its time has come."""
+        """See ``RingDevice._drain``: with a rate limit the first chain that may not go yet is
+        held back, and comes first when its time has come; without, it is ``fast.py``'s."""
         limiter = self._limiter
         held = self._held.pop(index, None)
         if limiter is None and held is None:
-            return super()._drain(index, ring, memory)
+            fast = self._fast_paths.get(index)
+            if fast is None or fast.ring is not ring:
+                fast = self._fast_paths[index] = FastPath(
+                    ring,
+                    memory,
+                    self._backend,
+                    may_write=not self._read_only,
+                    serve=lambda chain: self._serve(chain, memory),
+                )
+            fast.drain(durable=not self._writeback)
+            return 0.0
         waiting = ring.chains()
         if held is not None:
             waiting = itertools.chain((held,), waiting)

@@ -14,8 +14,8 @@ from pyvmm.virtio.queue import Buffer, Chain
 from pyvmm.virtio.spec import BlockStatus
 
 # struct virtio_blk_req { le32 type; le32 reserved; le64 sector; u8 data[]; u8 status; }
-_HEADER = struct.Struct("<IIQ")
-HEADER_SIZE = _HEADER.size
+HEADER = struct.Struct("@IIQ")
+HEADER_SIZE = HEADER.size
 STATUS_SIZE = 1
 
 
@@ -70,7 +70,7 @@ class Request:
         readable, writable = chain.readable, chain.writable
         try:
             if readable and readable[0][1] == HEADER_SIZE:  # as every driver does it
-                header = _HEADER.unpack_from(memory.view(readable[0][0], HEADER_SIZE))
+                header = HEADER.unpack_from(memory.view(readable[0][0], HEADER_SIZE))
                 readable = readable[1:]
             else:
                 header, readable = _gather_header(readable, memory)
@@ -96,7 +96,7 @@ def _gather_header(
         header += memory.read(gpa, taken)
         if len(header) == HEADER_SIZE:
             rest = [(gpa + taken, length - taken)] if length > taken else []
-            return _HEADER.unpack(header), rest + buffers[index + 1 :]
+            return HEADER.unpack(header), rest + buffers[index + 1 :]
     raise UnusableChainError(f"the header has {len(header)} bytes of {HEADER_SIZE}")
 
 

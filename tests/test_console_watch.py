@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pyvmm.machine import ConsoleWatch
+from pyvmm.console_watch import ConsoleWatch
 from pyvmm.outcome import Kind, Outcome
 
 

@@ -1,0 +1,119 @@
+"""``pyvmm export``: a disk of ours for any VMM, over vhost-user."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from typing import NoReturn
+
+from pyvmm.config import DiskConfig, parse_disk
+from pyvmm.errors import ConfigError
+from pyvmm.io_loop import IoSource
+from pyvmm.report import Reporter
+from pyvmm.runner import serve
+from pyvmm.storage.open import open_backend
+from pyvmm.vhost_user.server import Server
+from pyvmm.virtio.block import BlockDevice
+
+_ENDINGS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end an export as meant: status 0."""
+
+EPILOG = """\
+The socket appears, for its owner alone, once front ends can connect, and is gone at the end.  A
+disk that can be written serves one front end at a time, a read-only one as many as connect.
+
+A front end shares its guest's memory.  Only memory that cannot shrink is taken, because access to
+what is gone would kill the export: in QEMU that is memory-backend-memfd, not memory-backend-file.
+
+signals:
+  SIGTERM, SIGINT   end it, with status 0
+  SIGUSR1           look how large the disk is now, and tell the front ends
+
+exit status:
+  0    ended by SIGTERM or SIGINT        125  bad option, bad file or unusable socket
+  128+n  stopped by another signal n
+
+examples:
+  pyvmm export --disk root.img --socket /run/user/1000/root.sock
+  pyvmm export --disk base.img,overlay=today.ovl,queues=4 --socket s
+  pyvmm export --disk root.img,faults=script --socket s
+  pyvmm run --kernel bzImage --disk vhost-user=s
+  qemu-system-x86_64 -m 512 -object memory-backend-memfd,id=m,size=512M,share=on \\
+    -machine q35,memory-backend=m -chardev socket,id=c,path=s \\
+    -device vhost-user-blk-pci,chardev=c ...
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, status 125."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("export", f"{message} (pyvmm export --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``pyvmm export``."""
+    p = _Parser(
+        prog="pyvmm export",
+        description="Serve a disk to QEMU, pyvmm or any other VMM, as a vhost-user-blk back end.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", required=True,
+                   help="the disk, with the options it has in pyvmm run: ro, snapshot, "
+                   "overlay=FILE, serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
+                   "bps=RATE[:BURST], faults=FILE; see docs/disks.md")
+    p.add_argument("--socket", metavar="PATH", required=True,
+                   help="the Unix socket to listen on; one that nobody listens on is replaced")
+    p.add_argument("--trust-memory", action="store_true",
+                   help="take memory from files that could shrink, too: a front end that shrinks "
+                   "one kills the export")
+    p.add_argument("-v", "--verbose", action="count", default=0,
+                   help="say who connects and hangs up; -vv: tracebacks of errors too")
+    return p
+
+
+def export_main(argv: list[str]) -> int:
+    """Serve one disk until a signal; the exit status."""
+    args = parser().parse_args(argv)
+    disk = parse_disk(args.disk)
+    if not isinstance(disk, DiskConfig):
+        raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
+    report = Reporter(sys.stderr)
+    with contextlib.ExitStack() as stack:
+        stack.callback(report.close)
+        backend = stack.enter_context(
+            contextlib.closing(open_backend(disk.source, report=report))
+        )
+        servers: list[Server] = []
+
+        def start() -> list[IoSource]:
+            server = Server(
+                args.socket,
+                lambda: BlockDevice(disk.block, backend),
+                exclusive=not (disk.read_only or backend.read_only),
+                report=report,
+                note=report if args.verbose else lambda line: None,
+                trust_memory=args.trust_memory,
+            )
+            servers.append(stack.enter_context(contextlib.closing(server)))
+            report(f"{disk.location} is served at {args.socket}")
+            return [IoSource(server.fileno(), server.service, drain=False)]
+
+        def refresh() -> None:
+            before = backend.size_bytes
+            try:
+                after = backend.refresh_size()
+            except OSError as error:
+                report(f"{disk.location}: its size cannot be read: {error}")
+                return
+            if after != before:
+                report(f"{disk.location}: {before} bytes before, {after} bytes now")
+                for server in servers:
+                    server.config_changed()
+
+        number = serve(start, refresh=refresh)
+    return 0 if number in _ENDINGS else 128 + number

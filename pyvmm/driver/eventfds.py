@@ -1,0 +1,57 @@
+"""The eventfds between a driver and a device outside this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from pyvmm.driver.errors import TransportError
+
+
+class QueueEventFds:
+    """A kick and a call eventfd for each of a device's queues; none before ``open``.
+
+    They do not block.  A back end has them too, so it may make them so anyway (libvhost-user
+    does), and could fill one up to have a writer wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self.kicks: list[int] = []
+        self.calls: list[int] = []
+
+    def open(self, count: int) -> None:
+        """Fresh ones for ``count`` queues, in place of those there were; TransportError."""
+        self.close()
+        try:
+            for fds in (self.kicks, self.calls):
+                for _ in range(count):
+                    fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        except OSError as error:
+            self.close()
+            raise TransportError(f"eventfds of {count} queues: {error.strerror}") from error
+
+    def notify(self, index: int) -> None:
+        """Kick the device: queue ``index`` has new requests."""
+        with contextlib.suppress(BlockingIOError):  # so full that the device sees it, too
+            os.eventfd_write(self.kick(index), 1)
+
+    def kick(self, index: int) -> int:
+        """What is written to notify the device of queue ``index``; TransportError if none."""
+        return _one(self.kicks, index)
+
+    def call(self, index: int) -> int:
+        """What the device of queue ``index`` writes to interrupt; TransportError if none."""
+        return _one(self.calls, index)
+
+    def close(self) -> None:
+        """Close them all; idempotent."""
+        for fd in (*self.kicks, *self.calls):
+            os.close(fd)
+        self.kicks.clear()
+        self.calls.clear()
+
+
+def _one(fds: list[int], index: int) -> int:
+    if not 0 <= index < len(fds):
+        raise TransportError(f"queue {index} is not set up; there are {len(fds)}")
+    return fds[index]

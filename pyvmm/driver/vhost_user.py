@@ -1,0 +1,163 @@
+"""A virtio-blk device in another process, behind a vhost-user socket.
+
+The back end shares this process's memory and is told through eventfds, so nothing is sent over the
+socket while queues are served; ``pyvmm.vhost_user.frontend`` is what speaks there.  A back end
+that has gone does not come back: connect again, with a new transport.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from pyvmm.driver.errors import DeviceBrokenError, TransportError
+from pyvmm.driver.eventfds import QueueEventFds
+from pyvmm.driver.transport import MappedRegion, QueueLayout, Transport
+from pyvmm.errors import RequestRefusedError, VhostUserError
+from pyvmm.vhost_user.frontend import TIMEOUT_S, Frontend
+from pyvmm.vhost_user.protocol import MemoryRegion
+from pyvmm.virtio.rings import first_base
+
+MAX_QUEUE_SIZE = 1024
+"""Entries.  The protocol has no message to ask for it; back ends built on libvhost-user, such as
+qemu-storage-daemon, take descriptor chains apart in tables of that size."""
+
+
+class VhostUserTransport(Transport):
+    """The back end that listens on the Unix socket ``path``, connected.
+
+    ``timeout_s`` is how long it may take for an answer.  What it refuses is a TransportError and
+    changes nothing; when it breaks the protocol, does not answer or hangs up, that is a
+    DeviceBrokenError, then and in every later call.  Both name the socket and the message.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        super().__init__()
+        self._events = QueueEventFds()
+        try:
+            self._frontend = Frontend.connect(os.fspath(path), timeout_s=timeout_s)
+        except VhostUserError as error:
+            raise TransportError(str(error)) from error
+
+    # What the device has
+
+    @property
+    def features(self) -> int:
+        """See ``Transport.features``."""
+        return self._frontend.features
+
+    @property
+    def max_queues(self) -> int:
+        """See ``Transport.max_queues``; 1 if the back end does not have MQ."""
+        return self._frontend.max_queues
+
+    @property
+    def max_queue_size(self) -> int:
+        """See ``Transport.max_queue_size``."""
+        return MAX_QUEUE_SIZE
+
+    @property
+    def max_mem_regions(self) -> int:
+        """See ``Transport.max_mem_regions``."""
+        return self._frontend.max_mem_regions
+
+    def get_config(self, offset: int, length: int) -> bytes:
+        """See ``Transport.get_config``.  A back end decides itself where its space ends, and
+        refuses to be asked beyond."""
+        self._check_open()
+        with _as_driver_error():
+            return self._frontend.get_config(offset, length)
+
+    # Setting it up
+
+    def _negotiate(self, features: int) -> None:
+        with _as_driver_error():
+            self._frontend.set_features(features)
+
+    def _map_region(self, region: MappedRegion) -> None:
+        with _as_driver_error():
+            self._frontend.add_region(_described(region), region.fd)
+
+    def _unmap_region(self, region: MappedRegion) -> None:
+        with _as_driver_error():
+            self._frontend.remove_region(_described(region))
+
+    def _setup_queues(self, queues: Sequence[QueueLayout]) -> None:
+        self._events.open(len(queues))
+        begun = 0
+        try:
+            with _as_driver_error():
+                for index, queue in enumerate(queues):
+                    begun += 1
+                    self._frontend.start_queue(
+                        index,
+                        size=queue.size,
+                        descriptor=queue.descriptor,
+                        driver=queue.driver,
+                        device=queue.device,
+                        base=first_base(self.acked_features),
+                        kick_fd=self._events.kicks[index],
+                        call_fd=self._events.calls[index],
+                    )
+        except BaseException:
+            self._stop_queues(begun)
+            self._events.close()
+            raise
+
+    # While it runs
+
+    def notify(self, queue_index: int) -> None:
+        """See ``Transport.notify``.  A back end that is gone is not noticed here."""
+        self._events.notify(queue_index)
+
+    def submission_fd(self, queue_index: int) -> int:
+        """See ``Transport.submission_fd``."""
+        return self._events.kick(queue_index)
+
+    def completion_fd(self, queue_index: int) -> int:
+        """See ``Transport.completion_fd``."""
+        return self._events.call(queue_index)
+
+    def fileno(self) -> int:
+        """See ``Transport.fileno``: the socket."""
+        return self._frontend.fileno()
+
+    def check(self) -> None:
+        """See ``Transport.check``."""
+        self._check_open()
+        with _as_driver_error():
+            self._frontend.check()
+
+    # The end
+
+    def _stop(self) -> None:
+        self._stop_queues(len(self._events.kicks))
+
+    def _stop_queues(self, count: int) -> None:
+        """GET_VRING_BASE, which is answered once everything taken from the queue is."""
+        with contextlib.suppress(VhostUserError):
+            for index in range(count):
+                self._frontend.stop_queue(index)
+
+    def _close(self) -> None:
+        self._frontend.close()
+        self._events.close()
+
+
+def _described(region: MappedRegion) -> MemoryRegion:
+    """``region`` as messages have it: descriptors hold the addresses of this process, too."""
+    return MemoryRegion(region.address, region.length, region.address, region.offset)
+
+
+@contextlib.contextmanager
+def _as_driver_error() -> Iterator[None]:
+    """Errors of the session as those of the driver half."""
+    try:
+        yield
+    except RequestRefusedError as error:
+        raise TransportError(str(error)) from error
+    except VhostUserError as error:
+        raise DeviceBrokenError(str(error)) from error

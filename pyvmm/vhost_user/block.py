@@ -1,0 +1,300 @@
+"""A disk that another process serves: the guest's queues go to a vhost-user-blk back end.
+
+The back end sees the guest's RAM, hears the driver's notifications from the very eventfds KVM
+signals, and interrupts the guest by the one KVM waits on.  What remains here is set-up and
+configuration space: the device behind virtio-mmio of which ``process_queue`` does no work.
+
+Whatever the back end does, no method raises for it: the guest's reset must go through.  A back
+end that breaks the protocol, stops answering or hangs up is lost, which is said once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from pyvmm.errors import (
+    ActivateError,
+    GuestError,
+    RequestRefusedError,
+    RingError,
+    VhostUserError,
+)
+from pyvmm.memory import GuestMemory
+from pyvmm.vhost_user.frontend import Frontend
+from pyvmm.vhost_user.protocol import MemoryRegion
+from pyvmm.virtio.device import Interrupt, VirtioDevice
+from pyvmm.virtio.rings import first_base
+from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
+
+QUEUE_SIZE = 256
+"""The most entries of a queue; a back end has no way of saying what it takes."""
+
+_PASSED_ON = int(
+    Feature.INDIRECT_DESC
+    | Feature.EVENT_IDX
+    | Feature.VERSION_1
+    | Feature.RING_PACKED
+    | Feature.IN_ORDER
+    | Feature.RING_RESET
+    | BlockFeature.SIZE_MAX
+    | BlockFeature.SEG_MAX
+    | BlockFeature.GEOMETRY
+    | BlockFeature.RO
+    | BlockFeature.BLK_SIZE
+    | BlockFeature.FLUSH
+    | BlockFeature.TOPOLOGY
+    | BlockFeature.CONFIG_WCE
+    | BlockFeature.MQ
+    | BlockFeature.DISCARD
+    | BlockFeature.WRITE_ZEROES
+    | BlockFeature.LIFETIME
+    | BlockFeature.SECURE_ERASE
+)
+"""What may be offered to the guest if the back end does: everything of the block device, and of
+the transport what needs no more than a kick and rings in RAM (so no IOMMU, no data in a kick)."""
+
+# struct virtio_blk_config (5.2.4 "Device configuration layout"): where fields are, and where the
+# space ends for a back end with such features; more than it has it may refuse to show.
+_CAPACITY = struct.Struct("<Q")
+_SIZE_MAX, _SIZE_MAX_OFFSET = struct.Struct("<I"), 8
+_SEG_MAX, _SEG_MAX_OFFSET = struct.Struct("<I"), 12
+_WRITEBACK_OFFSET = 32
+_NUM_QUEUES, _NUM_QUEUES_OFFSET = struct.Struct("<H"), 34
+_PLAIN_END, _WRITE_ZEROES_END, _SECURE_ERASE_END = 36, 57, 72
+
+
+class VhostUserBlock(VirtioDevice):
+    """The disk that ``frontend``'s back end serves; ``frontend`` belongs to the caller.
+
+    ``kick_fds`` are the eventfds of the driver's notifications, one for each queue that is
+    wanted; there are ``len(queues)`` in the end, not more than the back end has.  ``call_fd`` is
+    the eventfd of the interrupt.  ``lost`` is called once, on the thread that finds out, with
+    what happened to the back end: from then on every request of the guest waits for ever.
+    VhostUserError if the back end is not a disk that can be handed on.
+    """
+
+    device_type = DeviceType.BLOCK
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        *,
+        kick_fds: Sequence[int],
+        call_fd: int,
+        lost: Callable[[str], None],
+        queue_size: int = QUEUE_SIZE,
+    ) -> None:
+        if not frontend.features & Feature.VERSION_1:
+            raise VhostUserError(
+                frontend.peer, "a legacy device: it does not offer VIRTIO_F_VERSION_1"
+            )
+        self._frontend = frontend
+        self._kick_fds = tuple(kick_fds)
+        self._call_fd = call_fd
+        self._lost = lost
+        self._is_lost = threading.Lock()  # taken, by whoever finds out first, and never released
+        self._shared: set[MemoryRegion] = set()
+        self._started: set[int] = set()
+        features = frontend.features & _PASSED_ON
+        self._config_length = _config_length(features)
+        self._config = frontend.get_config(0, self._config_length)
+        if not _SIZE_MAX.unpack_from(self._config, _SIZE_MAX_OFFSET)[0]:
+            # qemu-storage-daemon offers the limit and leaves it 0, which no driver can keep.
+            features &= ~int(BlockFeature.SIZE_MAX)
+        queues = 1
+        if features & BlockFeature.MQ:
+            (queues,) = _NUM_QUEUES.unpack_from(self._config, _NUM_QUEUES_OFFSET)
+        queues = min(queues, frontend.max_queues, len(kick_fds))
+        if queues < 1:
+            raise VhostUserError(frontend.peer, "GET_CONFIG: num_queues is 0")
+        super().__init__(avail_features=features, queue_max_sizes=(queue_size,) * queues)
+
+    # Configuration space
+
+    @property
+    def capacity_sectors(self) -> int:
+        """The disk's size in sectors of 512 bytes, as the back end last said."""
+        (sectors,) = _CAPACITY.unpack_from(self._config)
+        return int(sectors)
+
+    def refresh_capacity(self) -> bool:
+        """Ask the back end again how large the disk is; whether that has changed.
+
+        The caller then tells the driver (``MmioTransport.config_changed``).  From any thread.
+        """
+        before = self.capacity_sectors
+        with contextlib.suppress(RequestRefusedError), self._noticing_loss():
+            self._read_config()
+        return self.capacity_sectors != before
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """``length`` bytes of configuration space from ``offset``; zeros behind its end.
+
+        The back end's, but for what it can not know: how many of its queues the driver has, and
+        that a chain is no longer than a queue.
+        """
+        space = bytearray(self._config)
+        if self.avail_features & BlockFeature.MQ:
+            _NUM_QUEUES.pack_into(space, _NUM_QUEUES_OFFSET, len(self.queues))
+        if self.avail_features & BlockFeature.SEG_MAX:
+            (seg_max,) = _SEG_MAX.unpack_from(space, _SEG_MAX_OFFSET)
+            # Header and status may take a descriptor each.
+            most = self.queue_max_sizes[0] - 2
+            _SEG_MAX.pack_into(space, _SEG_MAX_OFFSET, min(seg_max, most))
+        return bytes(space[offset : offset + length]).ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver chooses the cache mode in ``writeback``, if it negotiated CONFIG_WCE.
+        Everything else is not writable and ignored, as is what the back end refuses."""
+        place = _WRITEBACK_OFFSET - offset
+        if not (self.acked_features & BlockFeature.CONFIG_WCE and 0 <= place < len(data)):
+            return
+        if data[place] not in (0, 1):
+            return
+        with contextlib.suppress(RequestRefusedError), self._noticing_loss():
+            self._frontend.set_config(_WRITEBACK_OFFSET, data[place : place + 1])
+            self._read_config()
+
+    def _read_config(self) -> None:
+        self._config = self._frontend.get_config(0, self._config_length)
+
+    def set_acked_features(self, features: int) -> None:
+        """See ``VirtioDevice.set_acked_features``; GuestError too if the back end refuses."""
+        super().set_acked_features(features)
+        try:
+            with self._noticing_loss():
+                self._frontend.set_features(features)
+                self._read_config()  # the features may decide what writeback is
+        except RequestRefusedError as error:
+            raise GuestError(str(error)) from error
+
+    # Queues
+
+    def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """Hand the queues that are ready over to the back end; see ``VirtioDevice.activate``.
+
+        ActivateError too if the back end refuses one, or if ``memory`` cannot be shared.
+        """
+        super().activate(memory, interrupt)
+        try:
+            with self._noticing_loss():
+                self._share(memory)
+                for index, queue in enumerate(self.queues):
+                    if queue.ready:
+                        self._hand_over(index, memory)
+        except (RequestRefusedError, ActivateError) as error:
+            for index in range(len(self.queues)):
+                self._take_back(index)
+            self._memory, self._interrupt, self._rings = None, None, []
+            raise ActivateError(str(error)) from error
+
+    def reset(self) -> None:
+        """See ``VirtioDevice.reset``: waits until the back end has let go of every queue."""
+        for index in range(len(self.queues)):
+            self._take_back(index)
+        super().reset()
+
+    def stop_queue(self, index: int) -> int:
+        """See ``VirtioDevice.stop_queue``; where it began, if the back end is lost."""
+        stands, begun = self._take_back(index), super().stop_queue(index)
+        return begun if stands is None else stands
+
+    def start_queue(self, index: int) -> None:
+        """See ``VirtioDevice.start_queue``; RingError too if the back end refuses."""
+        super().start_queue(index)
+        if self._memory is None:
+            return
+        try:
+            with self._noticing_loss():
+                self._hand_over(index, self._memory)
+        except RequestRefusedError as error:
+            self.queues[index].ready = False
+            raise RingError(str(error)) from error
+
+    def process_queue(self, index: int) -> float | None:
+        """A notification that KVM did not deliver itself: pass it on.  No work is left here."""
+        if index in self._started:
+            # A counter at its limit says already that there is something to do.
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._kick_fds[index], 1)
+        return None
+
+    def _share(self, memory: GuestMemory) -> None:
+        """Let the back end map ``memory``, once; it keeps it, whatever the driver resets."""
+        if memory.fd is None:
+            raise ActivateError("guest RAM is private memory, which no other process can map")
+        for part in memory.regions:
+            region = MemoryRegion(part.gpa, part.length, part.host_address, part.offset)
+            if region not in self._shared:
+                try:
+                    self._frontend.add_region(region, memory.fd)
+                except RequestRefusedError as error:
+                    # Nothing a driver could do about; without RAM there is no disk.
+                    raise VhostUserError(error.peer, error.problem) from error
+                self._shared.add(region)
+
+    def _hand_over(self, index: int, memory: GuestMemory) -> None:
+        queue = self.queues[index]
+        self._frontend.start_queue(
+            index,
+            size=queue.size,
+            descriptor=_user_address(memory, queue.descriptor_area),
+            driver=_user_address(memory, queue.driver_area),
+            device=_user_address(memory, queue.device_area),
+            base=first_base(self.acked_features) if queue.base is None else queue.base,
+            kick_fd=self._kick_fds[index],
+            call_fd=self._call_fd,
+        )
+        self._started.add(index)
+
+    def _take_back(self, index: int) -> int | None:
+        """Stop queue ``index`` if it runs: where its ring then stands, or None."""
+        if index in self._started:
+            self._started.discard(index)
+            with self._noticing_loss():
+                return self._frontend.stop_queue(index)
+        return None
+
+    # The back end
+
+    def fileno(self) -> int:
+        """The back end's socket: readable when there is news of it, and for good once it has
+        gone.  Then ``look``."""
+        return self._frontend.fileno()
+
+    def look(self) -> None:
+        """See whether the back end is still there, without asking it; from any thread."""
+        with self._noticing_loss():
+            self._frontend.check()
+
+    @contextlib.contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        """Turn the end of the back end into the call of ``lost``; a refusal is raised."""
+        try:
+            yield
+        except RequestRefusedError:
+            raise
+        except VhostUserError as error:
+            if self._is_lost.acquire(blocking=False):
+                self._lost(str(error))
+
+
+def _config_length(features: int) -> int:
+    """Bytes of configuration space that a back end with ``features`` has at least."""
+    if features & BlockFeature.SECURE_ERASE:
+        return _SECURE_ERASE_END
+    if features & (BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES):
+        return _WRITE_ZEROES_END
+    return _PLAIN_END
+
+
+def _user_address(memory: GuestMemory, gpa: int | None) -> int:
+    """Where ``gpa``, which the ring was checked to have in RAM, is in this process."""
+    for region in memory.regions:
+        if gpa is not None and region.gpa <= gpa < region.end:
+            return region.host_address + gpa - region.gpa
+    raise RingError(f"the queue is not in RAM: {gpa}")

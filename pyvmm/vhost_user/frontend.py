@@ -1,0 +1,362 @@
+"""The front end: hands virtqueues of ours to a back end that listens on a Unix socket.
+
+The back end is not trusted.  Every reply has a deadline and is checked; a back end that breaks
+the protocol or hangs up is one ``VhostUserError``, and every later call raises the same again:
+there is no way back but a new connection.  A ``RequestRefusedError`` changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from types import TracebackType
+from typing import Any
+
+from pyvmm.errors import RequestRefusedError, VhostUserError
+from pyvmm.vhost_user.protocol import (
+    CONFIG,
+    MAX_CONFIG_BYTES,
+    MAX_TABLE_REGIONS,
+    MEM_REGION,
+    MEM_TABLE,
+    NEED_REPLY,
+    PROTOCOL_FEATURES,
+    SINGLE_MEM_REGION,
+    U64,
+    VRING_ADDR,
+    VRING_INDEX_MASK,
+    VRING_STATE,
+    Channel,
+    MemoryRegion,
+    Message,
+    ProtocolFeature,
+    Request,
+)
+
+TIMEOUT_S = 5.0
+"""How long a back end may take for an answer."""
+DRAIN_TIMEOUT_S = 30.0
+"""How long it may take to stop a queue: requests it has begun are finished first."""
+
+_WANTED = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+)
+
+
+class Frontend:
+    """A session with the back end behind ``channel``, which it owns; begins with the handshake.
+
+    VhostUserError if that fails.  May be used from several threads: one exchange at a time.
+    Every command has taken effect when its method returns: the back end acknowledged it
+    (REPLY_ACK) or has answered a later request.
+
+    ``features`` are the virtio feature bits on offer, ``max_queues`` and ``max_mem_regions`` the
+    most that the back end takes of each.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+    ) -> None:
+        self._channel = channel
+        self._timeout_s = timeout_s
+        self._drain_timeout_s = drain_timeout_s
+        self._lock = threading.Lock()
+        # With the file descriptor a SET_MEM_TABLE needs; ADD_MEM_REG needs it only once.
+        self._regions: dict[MemoryRegion, int | None] = {}
+        try:
+            self._shake_hands()
+        except BaseException:
+            channel.close()
+            raise
+
+    @classmethod
+    def connect(
+        cls,
+        path: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+    ) -> Frontend:
+        """A session with the back end that listens on the Unix socket ``path``.
+
+        VhostUserError if there is none or the handshake fails.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(path)
+        except (OSError, ValueError) as error:
+            connection.close()
+            reason = getattr(error, "strerror", None) or error
+            raise VhostUserError(path, f"cannot connect to the vhost-user socket: {reason}") \
+                from error
+        return cls(
+            Channel(connection, peer=path), timeout_s=timeout_s, drain_timeout_s=drain_timeout_s
+        )
+
+    def _shake_hands(self) -> None:
+        self.protocol_features = ProtocolFeature(0)
+        self.max_queues = 1
+        self.max_mem_regions = MAX_TABLE_REGIONS
+        self._channel.send(Request.SET_OWNER, timeout_s=self._timeout_s)
+        features = self._get(Request.GET_FEATURES)
+        self.features = features & ~PROTOCOL_FEATURES
+        # Acknowledging the bit means that rings start disabled, until SET_VRING_ENABLE.
+        self._session_features = features & PROTOCOL_FEATURES
+        if not self._session_features:
+            return
+        offered = self._get(Request.GET_PROTOCOL_FEATURES)
+        chosen = ProtocolFeature(offered & _WANTED)
+        self._channel.send(
+            Request.SET_PROTOCOL_FEATURES, U64.pack(chosen), timeout_s=self._timeout_s
+        )
+        self.protocol_features = chosen
+        if chosen & ProtocolFeature.MQ:
+            # SET_VRING_KICK has 8 bits for the index of a queue.
+            queues = self._get(Request.GET_QUEUE_NUM, least=1)
+            self.max_queues = min(queues, VRING_INDEX_MASK + 1)
+        if chosen & ProtocolFeature.CONFIGURE_MEM_SLOTS:
+            self.max_mem_regions = self._get(Request.GET_MAX_MEM_SLOTS, least=1)
+
+    @property
+    def peer(self) -> str:
+        """The back end's socket, for messages."""
+        return self._channel.peer
+
+    # The device
+
+    def get_config(self, offset: int, length: int) -> bytes:
+        """``length`` bytes of the device's configuration space from ``offset`` on (GET_CONFIG).
+
+        The space is asked for from its beginning: back ends on libvhost-user ignore the offset.
+        RequestRefusedError if the back end has no such bytes.
+        """
+        end = offset + length
+        if offset < 0 or length < 0 or end > MAX_CONFIG_BYTES:
+            raise ValueError(f"configuration {offset}+{length}: the limit is {MAX_CONFIG_BYTES}")
+        self._need_config()
+        with self._lock:
+            request = Request.GET_CONFIG
+            self._send(request, CONFIG.pack(0, end, 0) + bytes(end))
+            payload = self._receive(request, self._timeout_s).payload
+            if not payload:
+                raise RequestRefusedError(
+                    self.peer, f"GET_CONFIG: the back end has no {end} bytes of configuration"
+                )
+            if len(payload) != CONFIG.size + end:
+                raise self._channel.fail(
+                    f"GET_CONFIG: reply of {len(payload)} bytes, not {CONFIG.size + end}"
+                )
+            if CONFIG.unpack_from(payload)[:2] != (0, end):
+                raise self._channel.fail("GET_CONFIG: the reply is about other bytes")
+            return payload[CONFIG.size + offset :]
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        """The driver writes ``data`` at ``offset`` of the configuration space (SET_CONFIG)."""
+        self._need_config()
+        self._command(Request.SET_CONFIG, CONFIG.pack(offset, len(data), 0) + data)
+
+    def _need_config(self) -> None:
+        if not self.protocol_features & ProtocolFeature.CONFIG:
+            raise VhostUserError(
+                self.peer, "the back end does not offer its configuration space (CONFIG)"
+            )
+
+    def set_features(self, features: int) -> None:
+        """The driver accepts ``features``, all of which were offered (SET_FEATURES)."""
+        self._command(Request.SET_FEATURES, U64.pack(features | self._session_features))
+
+    # Memory
+
+    def add_region(self, region: MemoryRegion, fd: int) -> None:
+        """Share ``region``, which ``fd`` holds; ``fd`` stays the caller's.
+
+        ADD_MEM_REG, or SET_MEM_TABLE with all regions for a back end without
+        CONFIGURE_MEM_SLOTS.  VhostUserError if there are ``max_mem_regions`` already.
+        """
+        if region in self._regions:
+            raise ValueError(f"{region} is shared already")
+        if len(self._regions) >= self.max_mem_regions:
+            raise VhostUserError(
+                self.peer, f"the back end takes no more than {self.max_mem_regions} memory regions"
+            )
+        if self._has_mem_slots:
+            self._command(Request.ADD_MEM_REG, SINGLE_MEM_REGION.pack(*region), (fd,))
+            self._regions[region] = None
+            return
+        copy = os.dup(fd)
+        try:
+            self._set_mem_table({**self._regions, region: copy})
+        except BaseException:
+            os.close(copy)
+            raise
+        self._regions[region] = copy
+
+    def remove_region(self, region: MemoryRegion) -> None:
+        """Take back ``region``, which was added: the back end has unmapped it by the return."""
+        if region not in self._regions:
+            raise ValueError(f"{region} is not shared")
+        if self._has_mem_slots:
+            self._command(Request.REM_MEM_REG, SINGLE_MEM_REGION.pack(*region))
+        else:
+            self._set_mem_table({one: fd for one, fd in self._regions.items() if one != region})
+        _close(self._regions.pop(region))
+
+    @property
+    def _has_mem_slots(self) -> bool:
+        return bool(self.protocol_features & ProtocolFeature.CONFIGURE_MEM_SLOTS)
+
+    def _set_mem_table(self, regions: dict[MemoryRegion, int | None]) -> None:
+        table = [MEM_TABLE.pack(len(regions), 0), *(MEM_REGION.pack(*region) for region in regions)]
+        fds = [fd for fd in regions.values() if fd is not None]
+        self._command(Request.SET_MEM_TABLE, b"".join(table), tuple(fds))
+
+    # Queues
+
+    def start_queue(
+        self,
+        index: int,
+        *,
+        size: int,
+        descriptor: int,
+        driver: int,
+        device: int,
+        base: int,
+        kick_fd: int,
+        call_fd: int,
+    ) -> None:
+        """Hand over queue ``index`` of ``size`` entries, and let the back end serve it.
+
+        ``descriptor``, ``driver`` and ``device`` are the user addresses of its areas, in regions
+        that were added.  ``base`` is where the ring stands (SET_VRING_BASE): the next available
+        index of a split ring; of a packed one bits 0 to 14 are the next available slot, 15 its
+        wrap counter, 16 to 30 the next used slot, 31 its wrap counter, hence 0x80008000 for a
+        fresh one.  ``kick_fd`` and ``call_fd`` are eventfds and stay the caller's.
+        """
+        self._command(Request.SET_VRING_NUM, VRING_STATE.pack(index, size))
+        self._command(Request.SET_VRING_BASE, VRING_STATE.pack(index, base))
+        self._command(
+            Request.SET_VRING_ADDR, VRING_ADDR.pack(index, 0, descriptor, device, driver, 0)
+        )
+        # The call first: the ring starts with the kick, and may be answered at once.
+        self._command(Request.SET_VRING_CALL, U64.pack(index), (call_fd,))
+        self._command(Request.SET_VRING_KICK, U64.pack(index), (kick_fd,))
+        if self._session_features:
+            self._command(Request.SET_VRING_ENABLE, VRING_STATE.pack(index, 1))
+
+    def stop_queue(self, index: int) -> int:
+        """Take queue ``index`` back; where its ring stands now, as ``base`` of ``start_queue``.
+
+        The back end has answered what it had taken, and touches the ring no more
+        (GET_VRING_BASE).
+        """
+        with self._lock:
+            self._send(Request.GET_VRING_BASE, VRING_STATE.pack(index, 0))
+            stopped, base = self._reply(
+                Request.GET_VRING_BASE, VRING_STATE, self._drain_timeout_s
+            )
+            if stopped != index:
+                raise self._channel.fail(
+                    f"GET_VRING_BASE: the reply is about queue {stopped}, not {index}"
+                )
+            return int(base)
+
+    # The connection
+
+    def fileno(self) -> int:
+        """The socket.  It is readable once the back end has gone: then call ``check``."""
+        return self._channel.fileno()
+
+    def check(self) -> None:
+        """Look whether the back end is still there, without waiting; call it from time to time,
+        or when the socket is readable.
+
+        PeerClosedError if it has hung up, VhostUserError if it says what nobody has asked for.
+        """
+        with self._lock:
+            message = self._channel.poll()
+            if message is not None:
+                message.close_fds()
+                raise self._channel.fail(f"{message.name}: nobody has asked for it")
+
+    def close(self) -> None:
+        """Hang up, which ends every queue; idempotent."""
+        self._channel.close()
+        while self._regions:
+            _close(self._regions.popitem()[1])
+
+    def __enter__(self) -> Frontend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Exchanges; the lock is held
+
+    def _command(self, request: Request, payload: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Have the back end do ``request``; RequestRefusedError if it answers that it cannot."""
+        with self._lock:
+            if self.protocol_features & ProtocolFeature.REPLY_ACK:
+                self._send(request, payload, fds, flags=NEED_REPLY)
+                (status,) = self._reply(request, U64, self._timeout_s)
+                if status:
+                    raise RequestRefusedError(
+                        self.peer, f"{request.name}: the back end refuses it (status {status:#x})"
+                    )
+            else:
+                # Messages are handled in order, so an answer to a later one says as much.
+                self._send(request, payload, fds)
+                self._get(Request.GET_FEATURES)
+
+    def _get(self, request: Request, *, least: int = 0) -> int:
+        """Ask for the number that ``request`` gets; the back end may not say less than that."""
+        self._send(request)
+        (value,) = self._reply(request, U64, self._timeout_s)
+        if value < least:
+            raise self._channel.fail(f"{request.name}: {value} is less than {least}")
+        return int(value)
+
+    def _send(
+        self, request: Request, payload: bytes = b"", fds: tuple[int, ...] = (), *, flags: int = 0
+    ) -> None:
+        self._channel.send(request, payload, fds, flags=flags, timeout_s=self._timeout_s)
+
+    def _reply(
+        self, request: Request, layout: struct.Struct, timeout_s: float
+    ) -> tuple[Any, ...]:
+        """What the back end answers to ``request``, taken apart."""
+        message = self._receive(request, timeout_s)
+        try:
+            return self._channel.unpack(message, layout)
+        except VhostUserError as error:
+            raise self._channel.fail(error.problem) from None
+
+    def _receive(self, request: Request, timeout_s: float) -> Message:
+        """The reply to ``request``; its payload is not yet judged."""
+        message = self._channel.receive(timeout_s, what=f"the reply to {request.name}")
+        if message.fds:
+            message.close_fds()
+            raise self._channel.fail(f"{request.name}: the reply brings file descriptors")
+        if not message.is_reply or message.request != request:
+            kind = "reply to " if message.is_reply else "request "
+            raise self._channel.fail(f"{request.name}: answered by the {kind}{message.name}")
+        return message
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)

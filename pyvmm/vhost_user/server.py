@@ -1,0 +1,223 @@
+"""The listening side of an export: front ends come and go, one thread serves them all.
+
+Everything is in one epoll: the listening socket, the connections and the rings' kick eventfds.
+Those are edge-triggered, so that every write to one is an event of its own, read or not: between
+a kick and the pass over its ring there is no other system call.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+
+from pyvmm.errors import PeerClosedError, VhostUserError
+from pyvmm.vhost_user.listener import Listener
+from pyvmm.vhost_user.protocol import Channel
+from pyvmm.vhost_user.session import Session
+from pyvmm.virtio.device import VirtioDevice
+
+MAX_FRONTENDS = 64
+"""Connections at once to a disk that many may read."""
+_ACCEPT_PAUSE_S = 1.0
+_NEVER_S = float("inf")
+_CREDENTIALS = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
+
+
+class Server:
+    """Serves a device of ``make_device`` to every front end that connects to ``path``.
+
+    With ``exclusive`` there is one front end at a time: two that write to one disk destroy its
+    file system.  ``report`` takes lines about what a front end does wrong, ``note`` those about
+    who comes and goes.  ConfigError if ``path`` cannot be listened on.
+
+    All work is done in ``service``, called when ``fileno`` is readable; the server and what it
+    serves belong to one thread.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        make_device: Callable[[], VirtioDevice],
+        *,
+        exclusive: bool,
+        report: Callable[[str], None],
+        note: Callable[[str], None] = lambda line: None,
+        trust_memory: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._make_device = make_device
+        self._max_frontends = 1 if exclusive else MAX_FRONTENDS
+        self._report = report
+        self._note = note
+        self._trust_memory = trust_memory
+        self._clock = clock
+        self._sessions: dict[int, Session] = {}
+        self._serve: dict[int, Callable[[], float | None]] = {}
+        """By kick eventfd: the pass over its ring."""
+        self._due_s: dict[int, float] = {}
+        """By kick eventfd: when that is to be called."""
+        self._unfinished: set[Session] = set()
+        """Those in the middle of a message."""
+        self._accept_at_s = _NEVER_S
+        self._listener = Listener(path)
+        self._poller = select.epoll()
+        self._poller.register(self._listener.fileno(), select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """Readable when ``service`` has something to do."""
+        return self._poller.fileno()
+
+    def service(self) -> float | None:
+        """Bounded work, on the caller's thread; never waits.
+
+        Returns when to call again: None once ``fileno`` is readable, else after that many
+        seconds at the latest.
+        """
+        due_s, serve = self._due_s, self._serve
+        wants_in = False
+        for fd, _ in self._poller.poll(0):
+            # An event may be about a descriptor that was closed since, and even about another of
+            # the same number: then a pass finds nothing to do.
+            if fd in serve:
+                due_s[fd] = 0.0
+            elif fd in self._sessions:
+                self._attempt(self._sessions[fd], Session.receive)
+            else:
+                wants_in = wants_in or fd == self._listener.fileno()
+        now_s = self._clock()
+        if wants_in or now_s >= self._accept_at_s:
+            self._accept(now_s)
+        # Every ring gets one bounded pass in turn while there is work.
+        for fd in list(due_s):
+            if fd in due_s and due_s[fd] <= now_s:  # it may be gone with its connection
+                delay_s = serve[fd]()
+                if delay_s is not None:
+                    due_s[fd] = now_s + delay_s
+                else:
+                    due_s.pop(fd, None)
+        if due_s or self._unfinished or self._accept_at_s < _NEVER_S:
+            return self._next_call_s(now_s)
+        return None
+
+    def config_changed(self) -> None:
+        """The device has a new configuration space (the disk has grown): tell every front end."""
+        for session in self._sessions.values():
+            session.config_changed()
+
+    def close(self) -> None:
+        """Hang up on everybody and take the socket away; idempotent."""
+        for session in list(self._sessions.values()):
+            self._drop(session)
+        if not self._poller.closed:
+            self._poller.close()
+        self._listener.close()
+
+    # Kicks: see ``backend.Kicks``
+
+    def watch(self, fd: int, serve: Callable[[], float | None]) -> None:
+        """See ``Kicks.watch``."""
+        self._poller.register(fd, select.EPOLLIN | select.EPOLLET)
+        self._serve[fd] = serve
+        self._due_s[fd] = 0.0  # what the ring holds already may never be announced again
+
+    def unwatch(self, fd: int) -> None:
+        """See ``Kicks.unwatch``."""
+        del self._serve[fd]
+        self._due_s.pop(fd, None)
+        self._poller.unregister(fd)
+
+    # Connections
+
+    def _accept(self, now_s: float) -> None:
+        """Let one front end in."""
+        if self._accept_at_s < _NEVER_S:
+            self._accept_at_s = _NEVER_S
+            self._poller.register(self._listener.fileno(), select.EPOLLIN)
+        try:
+            sock, _ = self._listener.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # Out of file descriptors, say: the caller stays in the queue, and would be an event
+            # again and again.
+            self._report(f"{self._listener.path}: nobody is let in for now: {error.strerror}")
+            self._poller.unregister(self._listener.fileno())
+            self._accept_at_s = now_s + _ACCEPT_PAUSE_S
+            return
+        name = f"{self._listener.path}: front end {_pid_of(sock)}"
+        if len(self._sessions) >= self._max_frontends:
+            self._drop_hung_up()
+        if len(self._sessions) >= self._max_frontends:
+            others = ", ".join(session.name for session in list(self._sessions.values())[:3])
+            self._report(f"{name} is turned away: {others} uses the disk")
+            sock.close()
+            return
+        session = Session(
+            Channel(sock, peer=name),
+            self._make_device(),
+            self,
+            report=self._report,
+            trust_memory=self._trust_memory,
+            clock=self._clock,
+        )
+        try:
+            self._poller.register(session.fileno(), select.EPOLLIN)
+        except OSError as error:
+            session.close()
+            self._report(f"{name} is turned away: {error.strerror}")
+            return
+        self._sessions[session.fileno()] = session
+        self._note(f"{name} connected")
+
+    def _attempt(self, session: Session, step: Callable[[Session], None]) -> None:
+        """``step`` of ``session``; if that ends the connection, end it."""
+        try:
+            step(session)
+        except VhostUserError as error:
+            is_farewell = isinstance(error, PeerClosedError) and not session.is_mid_message
+            say = self._note if is_farewell else self._report
+            say(str(error))
+        else:
+            if session.is_mid_message:
+                self._unfinished.add(session)
+            else:
+                self._unfinished.discard(session)
+            return
+        # Outside the handler, where the traceback no longer holds views of the memory.
+        self._drop(session)
+
+    def _drop_hung_up(self) -> None:
+        """Notice now what would be an event later: a VMM that ends and starts again must not
+        be turned away for its own sake."""
+        poller = select.poll()
+        for fd in self._sessions:
+            poller.register(fd, select.POLLRDHUP)
+        for fd, _ in poller.poll(0):
+            session = self._sessions[fd]
+            self._note(f"{session.name} has hung up")
+            self._drop(session)
+
+    def _drop(self, session: Session) -> None:
+        fd = session.fileno()
+        del self._sessions[fd]
+        self._unfinished.discard(session)
+        self._poller.unregister(fd)
+        session.close()
+
+    def _next_call_s(self, now_s: float) -> float | None:
+        for session in list(self._unfinished):
+            self._attempt(session, Session.check_deadline)
+        at_s = min([self._accept_at_s, *self._due_s.values()])
+        for session in self._unfinished:
+            at_s = min(at_s, session.deadline_s)
+        return max(0.0, at_s - now_s) if at_s < _NEVER_S else None
+
+
+def _pid_of(sock: socket.socket) -> int:
+    """The process that connected; 0 if it is none of this process's namespace."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(raw)[0]
+    return pid

@@ -1,0 +1,182 @@
+"""The fast path: plain reads and writes, many at a time.
+
+Nearly every request of a running guest is a plain chain (``queue.PlainChain``) that reads or
+writes whole sectors of the disk from and to RAM.  Those are served here, at a third of what the
+general path costs; whatever else there is, in the ring or in a request, goes through the general
+path, one chain at a time and in its turn.  What a request does, and what becomes of it, is the
+same either way: ``tests/virtio/test_fast_path.py`` compares the two.
+
+Neighbours in the queue that are neighbours on the disk are merged into one transfer where the
+backend is a file.  If that fails, each of them is served alone, so that it gets the status that is
+its own.  The one difference a driver could find: requests are looked at a few at a time, before
+the data of the first arrives.  One whose header lies in another's data buffer would notice; no
+driver can count on an order of what it offers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from pyvmm.errors import GuestMemoryError
+from pyvmm.memory import GuestMemory
+from pyvmm.storage.backend import BlockBackend
+from pyvmm.storage.raw import RawBackend
+from pyvmm.virtio.block.request import HEADER, HEADER_SIZE, STATUS_SIZE
+from pyvmm.virtio.device import PASS_BYTES, pass_bytes
+from pyvmm.virtio.queue import TOKEN_BITS, Buffer, Chain, PlainChain, Ring, chain_of
+from pyvmm.virtio.spec import SECTOR_SIZE, BlockRequestType, BlockStatus
+
+_IN = int(BlockRequestType.IN)
+_OUT = int(BlockRequestType.OUT)
+_OK = int(BlockStatus.OK)
+_IOERR = int(BlockStatus.IOERR)
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+_NOWHERE = -1  # no request begins there
+_GENERAL = -1  # in place of a type: whatever it is, the general path is to serve it
+
+_Run = tuple[int, int, list[memoryview], list[PlainChain]]
+"""Type, offset on the disk in bytes, data, and the chains that are served by one transfer."""
+
+_unpack_header = HEADER.unpack_from
+
+
+class FastPath:
+    """Passes over ``ring``, of a disk in ``backend`` that takes writes if ``may_write``.
+
+    ``serve`` is the general path: it does what a chain asks and returns the bytes written into
+    it.  Holds views of ``memory``.
+    """
+
+    __slots__ = (
+        "_backend", "_done", "_may_write", "_memory", "_merges", "_near", "_near_gpa", "_serve",
+        "ring",
+    )
+
+    def __init__(
+        self,
+        ring: Ring,
+        memory: GuestMemory,
+        backend: BlockBackend,
+        *,
+        may_write: bool,
+        serve: Callable[[Chain], int],
+    ) -> None:
+        self.ring = ring
+        self._near = ring.near
+        self._near_gpa = ring.near_gpa
+        self._memory = memory
+        self._backend = backend
+        self._merges = isinstance(backend, RawBackend)
+        self._may_write = may_write
+        self._serve = serve
+        # token | written << TOKEN_BITS of what has been served, in order
+        self._done: list[int] = []
+
+    def drain(self, *, durable: bool) -> None:
+        """Serve and push what waits in the ring, within the bounds of a pass.  Writes are stable
+        when they are answered if ``durable``.  RingError, with all before it pushed."""
+        ring, done = self.ring, self._done
+        ring.begin()
+        left, other = PASS_BYTES, True
+        while other and left > 0:
+            chains, left, other = ring.plain(left)
+            if chains:
+                try:
+                    self._serve_all(chains, durable)
+                finally:
+                    ring.push_all(done)
+                    done.clear()
+            if other and left > 0:
+                chain = ring.walk()
+                if chain is None:
+                    return
+                ring.push(chain, self._serve(chain))
+                left -= pass_bytes(chain)
+
+    def _serve_all(self, chains: list[PlainChain], durable: bool) -> None:
+        """Serve ``chains``, in order."""
+        backend, near, near_gpa, done = self._backend, self._near, self._near_gpa, self._done
+        for request_type, offset, buffers, run in self._runs(chains, durable):
+            status = _OK
+            try:
+                if request_type == _IN:
+                    backend.readv(buffers, offset)
+                elif request_type == _OUT:
+                    backend.writev(buffers, offset, durable=durable)
+                else:
+                    self._serve_alone(run)
+                    continue
+            except OSError:
+                if len(run) > 1:
+                    self._serve_alone(run)
+                    continue
+                status = _IOERR
+            for token, _, _, length, writes, status_gpa, _ in run:
+                near[status_gpa - near_gpa] = status
+                written = length + STATUS_SIZE if writes and status == _OK else STATUS_SIZE
+                done.append(token | written << TOKEN_BITS)
+
+    def _serve_alone(self, run: list[PlainChain]) -> None:
+        """Serve each of ``run`` by the general path."""
+        for chain in run:
+            self._done.append(chain[0] | self._serve(chain_of(chain)) << TOKEN_BITS)
+
+    def _runs(self, chains: list[PlainChain], durable: bool) -> list[_Run]:
+        """``chains`` in runs of one transfer each, judged as the general path does; what it
+        would refuse, or what is not all in RAM where it is expected, is left to it."""
+        near, near_gpa, may_write = self._near, self._near_gpa, self._may_write
+        near_bytes, last_header = len(near), len(near) - HEADER_SIZE
+        size_bytes = self._backend.size_bytes
+        # By type.  A durable write that fails spoils all after it, so it must be its own failure.
+        merges = self._merges, self._merges and not durable
+        runs: list[_Run] = []
+        last_type, end = _GENERAL, _NOWHERE
+        for chain in chains:
+            _, header, at, length, writes, status, pieces = chain
+            header -= near_gpa
+            at -= near_gpa
+            data: list[memoryview] | None = None
+            if 0 <= header <= last_header and 0 <= status - near_gpa < near_bytes:
+                request_type, _, sector = _unpack_header(near, header)
+                offset = sector * SECTOR_SIZE
+                if (
+                    not length % SECTOR_SIZE
+                    and offset + length <= size_bytes
+                    and (request_type == _IN if writes else request_type == _OUT and may_write)
+                ):
+                    if not pieces and 0 <= at <= near_bytes - length:
+                        data = [near[at : at + length]]
+                    else:
+                        data = self._views(pieces or [(at + near_gpa, length)])
+            if data is None:
+                runs.append((_GENERAL, 0, [], [chain]))
+                end = _NOWHERE
+                continue
+            if offset == end and request_type == last_type:
+                _, _, buffers, run = runs[-1]
+                if len(buffers) + len(data) <= _IOV_MAX:
+                    buffers += data
+                    run.append(chain)
+                    end += length
+                    continue
+            runs.append((request_type, offset, data, [chain]))
+            last_type = request_type
+            end = offset + length if merges[request_type] else _NOWHERE
+        return runs
+
+    def _views(self, pieces: Sequence[Buffer]) -> list[memoryview] | None:
+        """RAM itself, as views of ``pieces``; None if any of it is not RAM."""
+        near, near_gpa = self._near, self._near_gpa
+        near_bytes = len(near)
+        views = []
+        for gpa, length in pieces:
+            at = gpa - near_gpa
+            if 0 <= at <= near_bytes - length:
+                views.append(near[at : at + length])
+            else:
+                try:
+                    views.append(self._memory.view(gpa, length))
+                except GuestMemoryError:
+                    return None
+        return views

@@ -1,0 +1,141 @@
+"""The console device (virtio 1.2, 5.3 "Console Device"): one port, many bytes a notification.
+
+A UART costs an exit or two for every byte.  Here Linux's hvc driver hands over up to 16 bytes of
+a message at a time, and a program's output by the page.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable
+from typing import ClassVar
+
+from pyvmm.errors import GuestMemoryError
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio.device import Interrupt, RingDevice
+from pyvmm.virtio.queue import Chain, Ring
+from pyvmm.virtio.spec import ConsoleFeature, DeviceType, Feature
+
+RECEIVE_QUEUE, TRANSMIT_QUEUE = 0, 1
+QUEUE_SIZE = 64
+MAX_CHAIN_BYTES = 64 << 10
+"""Of one chain no more is shown: a guest cannot make us keep its memory in ours."""
+MAX_TYPED_BYTES = 4096
+
+# struct virtio_console_config { le16 cols; le16 rows; le32 max_nr_ports; le32 emerg_wr; }
+_CONFIG = struct.Struct("<HHII")
+_EMERG_WR_OFFSET = 8
+
+
+class ConsoleDevice(RingDevice):
+    """A console whose output goes to ``transmit``, on the thread that serves the queue.
+
+    Input is given to ``receive``; ``on_room`` is called when there is room for some again.
+    ``size`` is the terminal's ``(columns, rows)``, (0, 0) if it has none.
+    """
+
+    device_type: ClassVar[DeviceType] = DeviceType.CONSOLE
+
+    def __init__(
+        self,
+        transmit: Callable[[bytes], None],
+        on_room: Callable[[], None],
+        *,
+        size: tuple[int, int] = (0, 0),
+    ) -> None:
+        features = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX
+        super().__init__(
+            avail_features=features | ConsoleFeature.SIZE | ConsoleFeature.EMERG_WRITE,
+            queue_max_sizes=(QUEUE_SIZE, QUEUE_SIZE),
+        )
+        self._transmit = transmit
+        self._on_room = on_room
+        self._size = size
+        # Typed on one thread, taken on another.
+        self._lock = threading.Lock()
+        self._typed = bytearray()
+
+    def receive(self, data: bytes) -> int:
+        """Take typed bytes, as many as there is room for; how many.
+
+        From any thread; the receive queue wants to be served afterwards.  Nothing is taken before
+        the driver runs: it would find what was meant for somebody else.
+        """
+        if not self.is_activated:
+            return 0
+        with self._lock:
+            taken = data[: MAX_TYPED_BYTES - len(self._typed)]
+            self._typed += taken
+        return len(taken)
+
+    def resize(self, size: tuple[int, int]) -> bool:
+        """The terminal is now ``size`` (columns, rows); whether that is news.
+
+        The caller then tells the driver (``MmioTransport.config_changed``).
+        """
+        before, self._size = self._size, size
+        return before != size
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """See ``VirtioDevice.read_config``."""
+        columns, rows = self._size
+        space = _CONFIG.pack(columns & 0xFFFF, rows & 0xFFFF, 1, 0)
+        return space[offset : offset + length].ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """5.3.4 "Emergency write": a character without any queue, even before DRIVER_OK."""
+        if offset == _EMERG_WR_OFFSET:
+            self._transmit(data[:1])
+
+    def reset(self) -> None:
+        """See ``VirtioDevice.reset``; what was typed and not yet read is gone."""
+        super().reset()
+        with self._lock:
+            self._typed.clear()
+
+    def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """See ``VirtioDevice.activate``; from now on input is taken."""
+        super().activate(memory, interrupt)
+        self._on_room()
+
+    def process_queue(self, index: int) -> float | None:
+        """See ``VirtioDevice.process_queue``; empty buffers to receive into are no work."""
+        delay_s = super().process_queue(index)
+        return delay_s if index != RECEIVE_QUEUE or self._typed else None
+
+    def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
+        """See ``RingDevice._drain``; the receive queue's chains wait for something typed."""
+        if index != RECEIVE_QUEUE:
+            return super()._drain(index, ring, memory)
+        chains = ring.chains()
+        while self._typed and (chain := next(chains, None)):
+            ring.push(chain, self._fill(chain, memory))
+        return 0.0
+
+    def _fill(self, chain: Chain, memory: GuestMemory) -> int:
+        """Put typed bytes into ``chain``; how many."""
+        written = 0
+        for gpa, length in chain.writable:
+            with self._lock:
+                piece = bytes(self._typed[:length])
+                try:
+                    memory.write(gpa, piece)
+                except GuestMemoryError:
+                    break  # the driver gave an address that is none, and gets nothing there
+                del self._typed[: len(piece)]
+            written += len(piece)
+        self._on_room()
+        return written
+
+    def _serve(self, chain: Chain, memory: GuestMemory) -> int:
+        """Show what a chain of the transmit queue holds; nothing is written into it."""
+        left = MAX_CHAIN_BYTES
+        for gpa, length in chain.readable:
+            try:
+                data = memory.read(gpa, min(length, left))
+            except GuestMemoryError:
+                break
+            self._transmit(data)
+            left -= len(data)
+        return 0

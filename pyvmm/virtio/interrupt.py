@@ -1,0 +1,61 @@
+"""How a virtio-mmio device interrupts: InterruptStatus, and the line behind it (4.2.2)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from pyvmm.virtio.spec import InterruptBit, Register
+
+_USED_BUFFER = int(InterruptBit.USED_BUFFER)
+_CONFIG_CHANGE = int(InterruptBit.CONFIG_CHANGE)
+_INTERRUPT_STATUS = Register.INTERRUPT_STATUS // 4
+
+
+class InterruptLine:
+    """InterruptStatus in ``words``, the register page, and the line that ``raise_irq`` pulses.
+
+    With ``keep_used`` the used buffer bit is set while the device runs, acknowledged or not.
+    """
+
+    def __init__(
+        self, words: memoryview, raise_irq: Callable[[], None], *, keep_used: bool
+    ) -> None:
+        self._words = words
+        self._raise_irq = raise_irq
+        self._keep_used = keep_used
+        self._kept = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """The device runs from here on."""
+        if self._keep_used:
+            with self._lock:
+                self._words[_INTERRUPT_STATUS] |= _USED_BUFFER
+                self._kept = _USED_BUFFER
+
+    def reset(self) -> None:
+        """The device runs no more, and nothing is pending."""
+        with self._lock:
+            self._kept = self._words[_INTERRUPT_STATUS] = 0
+
+    def notify_used(self, queue_index: int) -> None:
+        """Used buffer notification; virtio-mmio has one line for all queues."""
+        if self._kept:
+            self._raise_irq()
+        else:
+            self._set(_USED_BUFFER)
+
+    def notify_config(self) -> None:
+        """Configuration change notification."""
+        self._set(_CONFIG_CHANGE)
+
+    def _set(self, bit: int) -> None:
+        with self._lock:
+            self._words[_INTERRUPT_STATUS] |= bit
+        self._raise_irq()
+
+    def acknowledge(self, bits: int) -> None:
+        """Clear ``bits``; those that are not set stay so."""
+        with self._lock:
+            self._words[_INTERRUPT_STATUS] &= ~bits | self._kept

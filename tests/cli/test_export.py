@@ -1,0 +1,185 @@
+"""``pyvmm export`` as a user meets it: ready, served, ended; and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm.cli.main import main
+from pyvmm.vhost_user.protocol import (
+    CONFIG,
+    U64,
+    VERSION,
+    BackendRequest,
+    ProtocolFeature,
+    Request,
+)
+from tests.support.export_process import Export
+
+PROTOCOL = int(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(64 * 512))
+    return path
+
+
+class Caller:
+    """A front end of a few messages."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(10)
+        self.socket.connect(str(path))
+
+    def send(self, request: int, payload: bytes = b"", fds: list[int] | None = None) -> None:
+        data = struct.pack("=III", request, VERSION, len(payload)) + payload
+        socket.send_fds(self.socket, [data], fds or [])
+
+    def ask(self, request: int, payload: bytes = b"") -> bytes:
+        self.send(request, payload)
+        _, _, size = struct.unpack("=III", self.socket.recv(12, socket.MSG_WAITALL))
+        return self.socket.recv(size, socket.MSG_WAITALL)
+
+    def capacity_sectors(self) -> int:
+        """Needs CONFIG."""
+        space = self.ask(Request.GET_CONFIG, CONFIG.pack(0, 8, 0) + bytes(8))
+        return int(struct.unpack_from("<Q", space, CONFIG.size)[0])
+
+    def __enter__(self) -> Caller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_disk_is_served_until_a_signal(tmp_path: Path, disk: Path, number: int) -> None:
+    path = tmp_path / "s"
+    with Export(f"{disk},queues=3", path) as export, Caller(path) as caller:
+        assert U64.unpack(caller.ask(Request.GET_QUEUE_NUM))[0] == 3
+        export.process.send_signal(number)
+        assert export.process.wait(30) == 0
+        assert caller.socket.recv(1) == b""
+        assert not path.exists()
+        assert export.messages == f"pyvmm: {disk} is served at {path}\n"
+
+
+def test_another_signal_is_its_exit_status(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path) as export:
+        export.process.send_signal(signal.SIGHUP)
+        assert export.process.wait(30) == 128 + signal.SIGHUP
+    assert not path.exists()
+
+
+def test_verbose_says_who_comes_and_goes(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path, "-v") as export:
+        with Caller(path) as caller:
+            caller.ask(Request.GET_FEATURES)
+        export.wait_for("hung up")
+        assert f"{path}: front end {os.getpid()} connected\n" in export.messages
+        export.stop()
+
+
+def test_a_disk_that_grows(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path) as export, Caller(path) as caller:
+        caller.send(Request.SET_PROTOCOL_FEATURES, U64.pack(PROTOCOL))
+        ours, theirs = socket.socketpair()
+        caller.send(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        theirs.close()
+        assert caller.capacity_sectors() == 64
+        os.truncate(disk, 1 << 20)
+        export.process.send_signal(signal.SIGUSR1)
+        ours.settimeout(10)
+        assert ours.recv(100) == struct.pack("=III", BackendRequest.CONFIG_CHANGE_MSG, VERSION, 0)
+        assert caller.capacity_sectors() == 2048
+        assert f"{disk}: 32768 bytes before, 1048576 bytes now\n" in export.messages
+        ours.close()
+        assert export.stop() == 0
+
+
+def test_a_killed_export_leaves_a_socket_that_the_next_one_replaces(
+    tmp_path: Path, disk: Path
+) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path) as export:
+        export.kill()
+    assert path.exists()
+    with Export(disk, path) as export, Caller(path) as caller:
+        caller.ask(Request.GET_FEATURES)
+        assert export.stop() == 0
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *options: str | Path) -> str:
+    """The one line with which ``pyvmm export`` refuses ``options``."""
+    open_before = sorted(os.listdir("/proc/self/fd"))
+    assert main(["export", *map(str, options)]) == 125
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pyvmm: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert sorted(os.listdir("/proc/self/fd")) == open_before, "a descriptor was left open"
+    return captured.err
+
+
+def test_missing_options(capsys: pytest.CaptureFixture[str], disk: Path) -> None:
+    assert "--disk" in refusal(capsys, "--socket", "s")
+    assert "--socket" in refusal(capsys, "--disk", disk)
+    assert "pyvmm export --help" in refusal(capsys, "--disk", disk, "--sockets", "s")
+
+
+def test_a_disk_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = refusal(capsys, "--disk", tmp_path / "none", "--socket", tmp_path / "s")
+    assert str(tmp_path / "none") in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_disk_option_that_is_unknown(capsys: pytest.CaptureFixture[str], disk: Path) -> None:
+    assert "does not know 'rw'" in refusal(capsys, "--disk", f"{disk},rw", "--socket", "s")
+
+
+def test_a_disk_that_is_served_already(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "--disk", "vhost-user=x", "--socket", "s")
+    assert "vhost-user=x: is served already" in line
+
+
+def test_a_socket_in_use(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, disk: Path
+) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        assert "is in use" in refusal(capsys, "--disk", f"{disk},ro", "--socket", path)
+    assert path.exists()
+
+
+def test_a_file_in_the_place_of_the_socket(
+    capsys: pytest.CaptureFixture[str], disk: Path
+) -> None:
+    assert "is no socket" in refusal(capsys, "--disk", f"{disk},ro", "--socket", disk)
+    assert disk.stat().st_size == 64 * 512
+
+
+def test_help_has_examples() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "export", "--help"], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "pyvmm export --disk root.img --socket" in done.stdout
+    assert "memory-backend-memfd" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100

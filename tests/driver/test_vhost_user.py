@@ -1,0 +1,377 @@
+"""The vhost-user transport, against a back end that a test tells what to say.
+
+What a back end can do wrong in messages is judged in ``tests/vhost_user/test_frontend.py``; here
+is what becomes of it in the driver half.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyvmm.driver.errors import DeviceBrokenError, TransportError
+from pyvmm.driver.memory import SharedMemory
+from pyvmm.driver.transport import QueueLayout
+from pyvmm.driver.vhost_user import VhostUserTransport
+from pyvmm.vhost_user.protocol import (
+    MEM_REGION,
+    MEM_TABLE,
+    SINGLE_MEM_REGION,
+    U64,
+    VRING_ADDR,
+    VRING_STATE,
+    Message,
+    ProtocolFeature,
+    Request,
+)
+from pyvmm.virtio.spec import Feature
+from tests.support.live_backend import REFUSED, LiveBackend, hang_up
+
+V1 = int(Feature.VERSION_1)
+Act = Callable[[VhostUserTransport], object]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "disk.sock"
+
+
+@pytest.fixture
+def backend(path: Path) -> Iterator[LiveBackend]:
+    """A back end; the fds that are open before it are open after it, and no others."""
+    before = open_fds()
+    with LiveBackend(path) as backend:
+        yield backend
+    assert open_fds() == before
+
+
+@pytest.fixture
+def transport(backend: LiveBackend, path: Path) -> Iterator[VhostUserTransport]:
+    with VhostUserTransport(path, timeout_s=0.2) as transport:
+        yield transport
+
+
+@pytest.fixture
+def memory() -> Iterator[SharedMemory]:
+    with SharedMemory(16384) as memory:
+        yield memory
+
+
+def open_fds() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def layouts(memory: SharedMemory, count: int = 2) -> list[QueueLayout]:
+    return [
+        QueueLayout(16, start, start + 0x400, start + 0x800)
+        for start in range(memory.address, memory.address + count * 4096, 4096)
+    ]
+
+
+def set_up(transport: VhostUserTransport, memory: SharedMemory, count: int = 2) -> None:
+    transport.negotiate(V1)
+    transport.map_mem_region(memory.address, memory.length, memory.fd)
+    transport.setup_queues(layouts(memory, count))
+
+
+# The handshake
+
+
+def test_the_order_of_messages(backend: LiveBackend, path: Path, memory: SharedMemory) -> None:
+    with VhostUserTransport(path) as transport:
+        set_up(transport, memory, count=1)
+        transport.unmap_mem_region(memory.address, memory.length)
+    assert backend.names == [
+        "SET_OWNER",
+        "GET_FEATURES",
+        "GET_PROTOCOL_FEATURES",
+        "SET_PROTOCOL_FEATURES",
+        "GET_QUEUE_NUM",
+        "GET_MAX_MEM_SLOTS",
+        "SET_FEATURES",
+        "ADD_MEM_REG",
+        "SET_VRING_NUM",
+        "SET_VRING_BASE",
+        "SET_VRING_ADDR",
+        "SET_VRING_CALL",
+        "SET_VRING_KICK",
+        "SET_VRING_ENABLE",
+        "REM_MEM_REG",
+        "GET_VRING_BASE",
+    ]
+
+
+def test_what_the_device_has(transport: VhostUserTransport) -> None:
+    assert transport.features == V1 | Feature.RING_PACKED
+    assert transport.max_queues == 4
+    assert transport.max_mem_regions == 32
+    assert transport.max_queue_size == 1024
+
+
+def test_the_configuration_space(backend: LiveBackend, transport: VhostUserTransport) -> None:
+    space = bytes(range(60))
+    backend.answers[Request.GET_CONFIG] = lambda asked: asked.payload[:12] + space
+    assert transport.get_config(0, 60) == space
+    assert transport.get_config(20, 40) == space[20:]
+
+
+def test_a_configuration_space_that_is_too_short(
+    backend: LiveBackend, transport: VhostUserTransport
+) -> None:
+    backend.answers[Request.GET_CONFIG] = b""
+    with pytest.raises(TransportError, match="no 60 bytes of configuration"):
+        transport.get_config(0, 60)
+    transport.check()
+
+
+# Memory
+
+
+def test_memory_is_told_by_its_address_in_this_process(
+    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory
+) -> None:
+    start = memory.address + 4096
+    transport.map_mem_region(start, 8192, memory.fd, 4096)
+    told = SINGLE_MEM_REGION.unpack(backend.messages[-1].payload)
+    assert told == (start, 8192, start, 4096)
+    (fd,) = backend.brought_by(Request.ADD_MEM_REG)
+    assert os.fstat(fd).st_ino == os.fstat(memory.fd).st_ino
+    transport.unmap_mem_region(start, 8192)
+    assert backend.names[-1] == "REM_MEM_REG"
+    assert SINGLE_MEM_REGION.unpack(backend.messages[-1].payload) == told
+
+
+def test_a_back_end_without_memory_slots_gets_tables(path: Path, memory: SharedMemory) -> None:
+    features = ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG
+    with (
+        LiveBackend(path, protocol_features=features) as backend,
+        VhostUserTransport(path) as transport,
+    ):
+        assert (transport.max_queues, transport.max_mem_regions) == (1, 8)
+        for offset in (0, 8192):
+            transport.map_mem_region(memory.address + offset, 4096, memory.fd, offset)
+        payload = backend.messages[-1].payload
+        assert backend.names[-2:] == ["SET_MEM_TABLE", "SET_MEM_TABLE"]
+        assert MEM_TABLE.unpack_from(payload) == (2, 0)
+        assert [one[3] for one in MEM_REGION.iter_unpack(payload[8:])] == [0, 8192]
+
+
+def test_a_region_too_many_is_not_sent(
+    backend: LiveBackend, path: Path, memory: SharedMemory
+) -> None:
+    backend.answers[Request.GET_MAX_MEM_SLOTS] = U64.pack(1)
+    with VhostUserTransport(path) as transport:
+        transport.map_mem_region(memory.address, 4096, memory.fd)
+        with pytest.raises(TransportError, match="one too many: the limit is 1"):
+            transport.map_mem_region(memory.address + 4096, 4096, memory.fd, 4096)
+        assert backend.names.count("ADD_MEM_REG") == 1
+
+
+# Queues
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_queue_as_it_is_told(
+    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory, packed: bool
+) -> None:
+    transport.negotiate(V1 | (int(Feature.RING_PACKED) if packed else 0))
+    transport.map_mem_region(memory.address, memory.length, memory.fd)
+    first, second = layouts(memory)
+    transport.setup_queues([first, second])
+    payloads = {
+        message.name: message.payload for message in backend.messages  # the last of each
+    }
+    base = 0x8000_8000 if packed else 0
+    assert VRING_STATE.unpack(payloads["SET_VRING_NUM"]) == (1, 16)
+    assert VRING_STATE.unpack(payloads["SET_VRING_BASE"]) == (1, base)
+    assert VRING_ADDR.unpack(payloads["SET_VRING_ADDR"]) == (
+        1, 0, second.descriptor, second.device, second.driver, 0,
+    )  # fmt: skip
+    assert VRING_STATE.unpack(payloads["SET_VRING_ENABLE"]) == (1, 1)
+
+
+def test_kick_and_call(
+    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory
+) -> None:
+    set_up(transport, memory)
+    kicks, calls = (
+        backend.brought_by(one) for one in (Request.SET_VRING_KICK, Request.SET_VRING_CALL)
+    )
+    transport.notify(1)
+    assert select.select(kicks, [], [], 0)[0] == [kicks[1]]
+    assert os.eventfd_read(transport.submission_fd(1)) == 1  # the same eventfd
+    os.eventfd_write(calls[0], 1)
+    fds = [transport.completion_fd(0), transport.completion_fd(1)]
+    assert select.select(fds, [], [], 0)[0] == [fds[0]]
+    assert os.eventfd_read(fds[0]) == 1
+
+
+def test_a_kick_never_waits(transport: VhostUserTransport, memory: SharedMemory) -> None:
+    """Whoever has the eventfd too can fill it up."""
+    set_up(transport, memory)
+    os.eventfd_write(transport.submission_fd(0), (1 << 64) - 2)
+    transport.notify(0)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_queue_that_is_not_there(
+    transport: VhostUserTransport, memory: SharedMemory, index: int
+) -> None:
+    set_up(transport, memory)
+    for method in (transport.notify, transport.submission_fd, transport.completion_fd):
+        with pytest.raises(TransportError, match=f"queue {index} is not set up; there are 2"):
+            method(index)
+
+
+def test_stopping_takes_every_queue_back_once(
+    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory
+) -> None:
+    set_up(transport, memory)
+    transport.stop()
+    transport.stop()
+    asked = [message.payload for message in backend.messages if message.name == "GET_VRING_BASE"]
+    assert asked == [VRING_STATE.pack(0, 0), VRING_STATE.pack(1, 0)]
+    os.eventfd_write(transport.completion_fd(1), 1)  # still there, for what was completed
+
+
+# Refusals change nothing
+
+
+@pytest.mark.parametrize("request_", [
+    Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ADDR,
+    Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ENABLE,
+])
+def test_a_refused_queue_ends_those_before_it(
+    backend: LiveBackend,
+    transport: VhostUserTransport,
+    memory: SharedMemory,
+    request_: Request,
+) -> None:
+    def refuse_second(message: Message) -> bytes:
+        return REFUSED if message.payload[0] == 1 else U64.pack(0)
+
+    transport.negotiate(V1)
+    transport.map_mem_region(memory.address, memory.length, memory.fd)
+    before = open_fds()
+    backend.answers[request_] = refuse_second
+    with pytest.raises(TransportError, match=rf"disk\.sock: {request_.name}: .*refuses"):
+        transport.setup_queues(layouts(memory))
+    kept = sum(len(fds) for place, fds in backend.fds.items() if place > 7)
+    assert len(open_fds()) == len(before) + kept  # what is left is the back end's
+    assert backend.names[-2:] == ["GET_VRING_BASE", "GET_VRING_BASE"]
+    del backend.answers[request_]
+    transport.setup_queues(layouts(memory))
+    transport.check()
+
+
+def test_refused_features_and_memory(
+    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory
+) -> None:
+    backend.answers[Request.SET_FEATURES] = backend.answers[Request.ADD_MEM_REG] = REFUSED
+    with pytest.raises(TransportError, match=r"SET_FEATURES: .*refuses"):
+        transport.negotiate(V1)
+    with pytest.raises(TransportError, match=r"ADD_MEM_REG: .*refuses"):
+        transport.map_mem_region(memory.address, 4096, memory.fd)
+    assert transport.acked_features == 0
+    assert transport.regions == ()
+    transport.check()
+
+
+# A back end that is gone or wicked
+
+
+ACTS: dict[Request, Act] = {
+    Request.SET_FEATURES: lambda transport: transport.negotiate(V1),
+    Request.GET_CONFIG: lambda transport: transport.get_config(0, 60),
+}
+
+
+@pytest.mark.parametrize("request_", ACTS)
+def test_a_back_end_that_hangs_up_is_gone_for_good(
+    backend: LiveBackend, transport: VhostUserTransport, request_: Request
+) -> None:
+    backend.answers[request_] = hang_up
+    with pytest.raises(DeviceBrokenError, match=rf"disk\.sock: .*hung up.* {request_.name}"):
+        ACTS[request_](transport)
+    for act in (*ACTS.values(), VhostUserTransport.check):
+        with pytest.raises(DeviceBrokenError, match="hung up"):
+            act(transport)
+
+
+@pytest.mark.parametrize("request_", ACTS)
+def test_a_reply_that_never_comes(
+    backend: LiveBackend, transport: VhostUserTransport, request_: Request
+) -> None:
+    backend.answers[request_] = None
+    before_s = time.monotonic()
+    with pytest.raises(DeviceBrokenError, match=rf"{request_.name} did not come within 0\.2 s"):
+        ACTS[request_](transport)
+    assert time.monotonic() - before_s < 2
+    with pytest.raises(DeviceBrokenError, match="did not come"):
+        transport.check()
+
+
+def test_a_back_end_that_goes_while_queues_run(path: Path, memory: SharedMemory) -> None:
+    before = open_fds()
+    with LiveBackend(path) as backend:
+        transport = VhostUserTransport(path)
+        set_up(transport, memory)
+        transport.check()
+        backend.answers[Request.GET_CONFIG] = hang_up
+        with pytest.raises(DeviceBrokenError):
+            transport.get_config(0, 8)
+        assert select.select([transport], [], [], 5)[0]
+        for _ in range(2):
+            with pytest.raises(DeviceBrokenError, match="hung up"):
+                transport.check()
+        transport.notify(0)  # harmless
+        with pytest.raises(DeviceBrokenError, match="hung up"):
+            transport.unmap_mem_region(memory.address, memory.length)
+        transport.stop()
+        transport.close()
+    assert open_fds() == before
+
+
+def test_a_back_end_that_speaks_unasked(
+    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory
+) -> None:
+    set_up(transport, memory)
+    backend.say(Request.GET_FEATURES)
+    assert select.select([transport], [], [], 5)[0]
+    with pytest.raises(DeviceBrokenError, match="nobody has asked for it"):
+        transport.check()
+
+
+def test_a_handshake_that_fails_leaves_nothing_open(path: Path) -> None:
+    before = open_fds()
+    with LiveBackend(path) as backend:
+        backend.answers[Request.GET_QUEUE_NUM] = hang_up
+        with pytest.raises(TransportError, match=r"disk\.sock: .*hung up.* GET_QUEUE_NUM"):
+            VhostUserTransport(path)
+    assert open_fds() == before
+
+
+def test_a_socket_nobody_listens_on(path: Path) -> None:
+    before = open_fds()
+    with pytest.raises(TransportError, match=r"disk\.sock: cannot connect .*: No such file"):
+        VhostUserTransport(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+    with pytest.raises(TransportError, match="Connection refused"):
+        VhostUserTransport(path)
+    assert open_fds() == before
+
+
+def test_a_closed_transport(backend: LiveBackend, path: Path) -> None:
+    transport = VhostUserTransport(path)
+    transport.close()
+    transport.close()
+    for act in (*ACTS.values(), VhostUserTransport.check):
+        with pytest.raises(TransportError, match="the transport is closed"):
+            act(transport)
