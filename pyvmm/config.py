@@ -11,12 +11,13 @@ from pyvmm.storage.open import DiskSource
 from pyvmm.virtio.block.config import BlockConfig
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
-from pyvmm.x86.cpuid import CpuModel, parse_cpu_option
+from pyvmm.x86.cpu_model import CpuModel, parse_cpu_option
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
 MAX_CPUS = 8
 MMIO_MODES = ("mapped", "trapped")
+RTC_KINDS = ("utc", "none")
 SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
 MAX_DISKS = 8
@@ -118,10 +119,13 @@ class RunConfig:
     console: str = "stdio"
     mmio: str = "mapped"
     serve: str = "thread"
+    rtc: str = "utc"
+    timing: bool = False
 
     def __post_init__(self) -> None:
         for option, value, choices in (
-            ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES)
+            ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
+            ("--rtc", self.rtc, RTC_KINDS),
         ):
             if value not in choices:
                 raise ConfigError(f"{option} {value}", f"is none of {', '.join(choices)}")
@@ -155,6 +159,11 @@ class RunConfig:
             )
 
     @property
+    def virtio_devices(self) -> int:
+        """How many virtio-mmio devices the machine has; disks come first."""
+        return len(self.disks) + OTHER_DEVICES
+
+    @property
     def console_is_virtio(self) -> bool:
         """Whether the guest's console is the virtio one: the last ``console=`` is hvc."""
         words = self.kernel_command_line().split()
@@ -167,7 +176,9 @@ class RunConfig:
         Devices come first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
         """
         parts = []
-        for index in range(len(self.disks) + OTHER_DEVICES):
+        if self.timing:
+            parts.append("pyvmm_timing=1")
+        for index in range(self.virtio_devices):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
         if self.cmdline is not None:

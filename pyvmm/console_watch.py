@@ -19,6 +19,7 @@ _PANIC = re.compile(_START + rb"Kernel panic - not syncing(.*)")
 _PANIC_END = re.compile(_START + rb"---\[ end Kernel panic")
 _HALTED = re.compile(_START + rb"reboot: (?:System halted|Power down)")
 _USER_SPACE = re.compile(rb"pyvmm-init: user space reached")
+_CANNOT_MOUNT = re.compile(rb"pyvmm-initramfs: (cannot mount the root.*)")
 PANIC_GRACE_S = 2.0
 """How long after a panic's first line the guest may go on printing, if it does not reboot."""
 
@@ -47,18 +48,35 @@ class ConsoleWatch:
         self._lines = LineWatch(self._on_line)
         self._panic: str | None = None
         self._has_stamps = False
+        self._reported = False
+        self._mount_error = ""
+        self.has_printed = False
         self.user_space_seen_s: float | None = None
 
     def feed(self, data: bytes) -> None:
         """The next bytes of console output."""
+        self.has_printed = True
         self._lines.feed(data)
+
+    def panic_reported(self) -> None:
+        """The guest told pvpanic that it panicked: what it printed before says why.
+
+        From any thread.  It has a while to reboot or to print more.
+        """
+        self._reported = True
+        self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self._why))
+
+    @property
+    def _why(self) -> str:
+        """The panic's first line, and what our initramfs had to say before."""
+        return (self._panic or "reported through pvpanic") + self._mount_error
 
     def judge(self, outcome: Outcome) -> Outcome:
         """What a run's end means, given what the console said: a panic explains a reboot."""
-        if self._panic is not None and outcome.kind in (
-            Kind.RESET, Kind.SHUTDOWN, Kind.TRIPLE_FAULT, Kind.TIMEOUT
+        if (self._panic is not None or self._reported) and outcome.kind in (
+            Kind.PANIC, Kind.RESET, Kind.SHUTDOWN, Kind.TRIPLE_FAULT, Kind.TIMEOUT
         ):
-            return Outcome(Kind.PANIC, detail=self._panic)
+            return Outcome(Kind.PANIC, detail=self._why)
         if outcome.kind is Kind.INTERNAL_ERROR:
             hint = (
                 "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"
@@ -72,6 +90,8 @@ class ConsoleWatch:
         self._has_stamps = self._has_stamps or stamped
         if self.user_space_seen_s is None and _USER_SPACE.match(line):
             self.user_space_seen_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        elif found := _CANNOT_MOUNT.match(line):
+            self._mount_error = f" ({found[1].decode('ascii', 'replace')})"
         elif self._has_stamps and not stamped:
             return  # this kernel stamps its messages, so this is somebody quoting one
         elif self._panic is None and (found := _PANIC.match(line)):

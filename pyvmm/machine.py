@@ -14,8 +14,12 @@ from pyvmm.bus import Bus
 from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig, VhostUserDiskConfig
 from pyvmm.console import Console, OutputBuffer
 from pyvmm.console_watch import ConsoleWatch
+from pyvmm.devices.boot_timer import BootTimer, Mark
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
+from pyvmm.devices.power import Power
+from pyvmm.devices.pvpanic import PvPanic
+from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
@@ -33,9 +37,11 @@ from pyvmm.virtio.console import ConsoleDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
-from pyvmm.x86.boot_params import write_boot_params
-from pyvmm.x86.loader import load_initrd, load_kernel
+from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE, VirtioMmioDevice, write_acpi_tables
+from pyvmm.x86.image import Kernel
+from pyvmm.x86.loader import load_initrd, load_kernel, write_boot_info
 from pyvmm.x86.mptable import write_mp_table
+from pyvmm.x86.reset_vector import write_reset_vector
 
 if TYPE_CHECKING:
     from pyvmm.vhost_user.block import VhostUserBlock
@@ -53,7 +59,14 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd else None
         write_mp_table(memory, cpus=config.cpus)
-        write_boot_params(memory, kernel, config.kernel_command_line(), initrd)
+        places = [layout.virtio_slot(index) for index in range(config.virtio_devices)]
+        rsdp = write_acpi_tables(
+            memory, vcpu_count=config.cpus, rtc=config.rtc == "utc",
+            devices=[VirtioMmioDevice(base=base, length=layout.VIRTIO_MMIO_STRIDE, gsi=gsi)
+                     for base, gsi in places],
+        )
+        write_reset_vector(memory)
+        write_boot_info(memory, kernel, config.kernel_command_line(), initrd, rsdp=rsdp)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         disks = [
             _open_disk(disk, index, runner, stack, report)
@@ -78,11 +91,11 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             output.write, lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
         )
         pio.add(layout.SERIAL_PORT, Serial.LENGTH, serial)
-        keyboard = I8042(lambda: runner.finish(Outcome(Kind.RESET)))
-        pio.add(layout.I8042_DATA, 1, keyboard.data_port)
-        pio.add(layout.I8042_COMMAND, 1, keyboard.command_port)
-        debug_exit = DebugExit(lambda byte: runner.finish(Outcome(Kind.GUEST_STATUS, byte)))
-        pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
+        timer = BootTimer()
+        pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
+        _add_endings(pio, runner, watch, report)
+        if config.rtc == "utc":
+            pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
 
         swallow = _swallow(config, kvm, stack, report)
         slots: list[Slot] = []
@@ -116,7 +129,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
             ))
         # The others wait, in the kernel, for the first one's INIT and SIPI.
-        cpu.setup_long_mode(memory, loops[0].vcpu, kernel.entry, layout.BOOT_PARAMS)
+        cpu.setup_boot(memory, loops[0].vcpu, kernel)
 
         def refresh() -> None:
             for disk, slot in zip(disks, slots, strict=False):
@@ -151,7 +164,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             )
             return watch.judge(outcome)
 
-        return Machine(run, watch, output, runner, loops, stack.pop_all())
+        return Machine(kernel, run, watch, output, runner, loops, timer, stack.pop_all())
 
 
 def _open_console(config: RunConfig) -> Console:
@@ -170,6 +183,26 @@ def _open_console(config: RunConfig) -> Console:
                         f"is {path}, which this run uses; name another file",
                     )
     return Console.open(config.console)
+
+
+def _add_endings(pio: Bus, runner: Runner, watch: ConsoleWatch, report: Reporter) -> None:
+    """The ports by which a guest ends the run, or says why it is about to."""
+    def ends_in(kind: Kind) -> Callable[[], None]:
+        return lambda: runner.finish(Outcome(kind))
+
+    keyboard = I8042(ends_in(Kind.RESET))
+    pio.add(layout.I8042_DATA, 1, keyboard.data_port)
+    pio.add(layout.I8042_COMMAND, 1, keyboard.command_port)
+    power = Power(
+        s5_sleep_type=S5_SLEEP_TYPE, reset_value=RESET_VALUE,
+        on_power_off=ends_in(Kind.POWER_OFF), on_reset=ends_in(Kind.RESET),
+    )
+    pio.add(layout.SLEEP_CONTROL_PORT, Power.LENGTH, power)
+    pio.add(layout.PVPANIC_PORT, PvPanic.LENGTH, PvPanic(
+        watch.panic_reported, lambda: report("the guest has panicked; its crash kernel takes over")
+    ))
+    debug_exit = DebugExit(lambda byte: runner.finish(Outcome(Kind.GUEST_STATUS, byte)))
+    pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
 
 def _swallow(
@@ -229,18 +262,22 @@ class Machine:
 
     def __init__(
         self,
+        kernel: Kernel,
         run: Callable[[], Outcome],
         watch: ConsoleWatch,
         output: OutputBuffer,
         runner: Runner,
         loops: Sequence[VcpuLoop],
+        timer: BootTimer,
         resources: contextlib.ExitStack,
     ) -> None:
+        self.kernel = kernel
         self._run = run
         self._watch = watch
         self._output = output
         self._runner = runner
         self._loops = loops
+        self._timer = timer
         self._resources = resources
 
     def run(self) -> Outcome:
@@ -251,6 +288,16 @@ class Machine:
     def user_space_seen_s(self) -> float | None:
         """When the guest's init said that it runs, on CLOCK_BOOTTIME; None if it never did."""
         return self._watch.user_space_seen_s
+
+    @property
+    def has_printed(self) -> bool:
+        """Whether anything came out of the guest's console."""
+        return self._watch.has_printed
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """What the guest wrote to the boot timer."""
+        return self._timer.marks
 
     @property
     def exits(self) -> Exits:

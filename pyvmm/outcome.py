@@ -12,6 +12,7 @@ class Kind(enum.Enum):
     GUEST_STATUS = "guest reported a status"
     RESET = "guest rebooted"
     SHUTDOWN = "guest shut down"
+    POWER_OFF = "guest powered off"
     QUIT = "quit at the console"
     PANIC = "kernel panic"
     TRIPLE_FAULT = "triple fault"
@@ -25,6 +26,7 @@ MAX_GUEST_STATUS = 119
 _FIXED_STATUS = {
     Kind.RESET: 0,
     Kind.SHUTDOWN: 0,
+    Kind.POWER_OFF: 0,
     Kind.QUIT: 0,
     Kind.PANIC: 121,
     Kind.TRIPLE_FAULT: 122,

@@ -85,6 +85,7 @@ class Runner:
     def finish_after(self, delay_s: float, outcome: Outcome) -> None:
         """End the run with ``outcome`` in ``delay_s`` seconds, if nothing else ended it before."""
         self._deadlines.append((time.monotonic() + delay_s, outcome))
+        self.wake()
 
     def watch_for_halt(self) -> None:
         """The guest said that it halts: end the run once a vCPU has, with interrupts off."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from os import sysconf
@@ -19,16 +20,16 @@ from pyvmm.config import (
     parse_seconds,
     parse_size,
 )
+from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import ConfigError
 from pyvmm.outcome import MAX_GUEST_STATUS, Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.vcpu_loop import Exits
-from pyvmm.x86.cpuid import parse_cpu_option
+from pyvmm.x86.cpu_model import parse_cpu_option
 
 EPILOG = """\
 exit status:
   0-119  what the guest reported through I/O port 0xf4 (119 for anything larger); 0 too when it
-         rebooted or shut down
+         rebooted, powered off or halted
   121    kernel panic          122    triple fault        123    KVM internal error
   124    timeout               125    bad option, bad file or unusable host
   128+n  stopped by signal n
@@ -41,6 +42,9 @@ examples:
   pyvmm run --kernel bzImage --disk root.img --append pyvmm.run='uname -a' --timeout 60
   pyvmm run --kernel vmlinux --disk root.img,ro --disk data.img,serial=data --console boot.log
 """
+
+
+_QUIET = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.POWER_OFF, Kind.QUIT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--memory", metavar="SIZE", default="256M",
                    help="guest RAM, as 256M or 1G (default 256M)")
     p.add_argument("--cpu", metavar="MODEL", default="host",
-                   help="host, then features to take away: host,-xsave,-avx2 (default host)")
+                   help="host, base or FILE.json, then features to take away: host,-xsave,-avx2 "
+                   "(default host; docs/cpu-models.md)")
     p.add_argument("--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)")
     p.add_argument("--timeout", metavar="S",
                    help="stop the guest S seconds after it started, with exit status 124")
@@ -89,6 +94,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--serve", metavar="WHERE", default="thread",
                    help="where a request is served: thread (the disk's own) or exit (on the vCPU "
                    "that notifies; default thread)")
+    p.add_argument("--rtc", metavar="CLOCK", default="utc",
+                   help="the real-time clock: utc or none (default utc)")
+    p.add_argument("--timing", action="store_true",
+                   help="say how long start-up, kernel, init and user space took (the guest's init "
+                   "marks them: docs/devices.md)")
     p.add_argument("-v", "--verbose", action="count", default=0,
                    help="say how the run went, on standard error; -vv: tracebacks of errors too")
     return p
@@ -109,6 +119,8 @@ def config_from(args: argparse.Namespace) -> RunConfig:
         console=args.console,
         mmio=args.mmio,
         serve=args.serve,
+        rtc=args.rtc,
+        timing=args.timing,
     )
 
 
@@ -123,19 +135,51 @@ def run_main(argv: list[str]) -> int:
     report = Reporter(sys.stderr)
     with build(config, report=report) as machine:
         _warn(config, report)
+        if args.verbose:
+            report(f"{config.kernel}: {machine.kernel.describe()}")
+        guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         outcome = machine.run()
-    user_space_s = machine.user_space_seen_s
+        end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     report.close()
     if not machine.console_line_ended:
         _end_line()
-    _say(outcome, args.verbose, started_s, user_space_s, machine.exits)
+    lines = [] if machine.has_printed and outcome.kind is not Kind.PANIC else _explain(
+        config, outcome, has_printed=machine.has_printed
+    )
+    if args.timing:
+        lines += timing_lines(
+            machine.marks, process_start_s=started_s, guest_start_s=guest_start_s, end_s=end_s
+        )
+    if args.verbose and (user_space_s := machine.user_space_seen_s) is not None:
+        lines.append(f"user space after {user_space_s - started_s:.2f} s")
+    if args.verbose or outcome.kind not in _QUIET or outcome.value > MAX_GUEST_STATUS:
+        lines.append(str(outcome))
+    if args.verbose:
+        lines.append(f"exits: {machine.exits}")
+        lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
+    with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing
+        for line in lines:
+            print(f"pyvmm: {line}", file=sys.stderr, flush=True)
     return outcome.exit_status
+
+
+def _explain(config: RunConfig, outcome: Outcome, *, has_printed: bool) -> list[str]:
+    from pyvmm.cli import explain
+
+    return explain.after(config, outcome, has_printed=has_printed)
 
 
 def _warn(config: RunConfig, report: Reporter) -> None:
     """Say what may be meant, but seldom is."""
     if not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
+    with contextlib.suppress(OSError):
+        beside = {entry.name for entry in os.scandir(config.kernel.parent)}
+        if any(name == ".config" or name.startswith("config-") for name in beside):
+            from pyvmm.cli import explain
+
+            for line in explain.before(config):
+                report(line)
     host_bytes = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
     if config.memory_bytes > host_bytes:
         report(
@@ -149,29 +193,6 @@ def _end_line() -> None:
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.isatty():
             print(flush=True)
-
-
-def _say(
-    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None, exits: Exits
-) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing
-        _say_lines(outcome, verbose, started_s, user_space_s, exits)
-
-
-def _say_lines(
-    outcome: Outcome, verbose: int, started_s: float, user_space_s: float | None, exits: Exits
-) -> None:
-    quiet_kinds = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.QUIT)
-    if verbose and user_space_s is not None:
-        seconds = user_space_s - started_s
-        print(f"pyvmm: user space after {seconds:.2f} s", file=sys.stderr, flush=True)
-    if verbose or outcome.kind not in quiet_kinds or outcome.value > MAX_GUEST_STATUS:
-        total_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
-        print(f"pyvmm: {outcome}", file=sys.stderr, flush=True)
-        if verbose:
-            print(f"pyvmm: exits: {exits}", file=sys.stderr)
-            print(f"pyvmm: ran {total_s:.2f} s, exit status {outcome.exit_status}",
-                  file=sys.stderr, flush=True)
 
 
 def _process_start_s() -> float:

@@ -17,7 +17,7 @@ BINARY = "qemu-system-x86_64"
 PORT_NUMBERS = {"terminal": 0, "in": 1, "out": 2, "err": 3, "control": 4}
 """The virtio-serial ports; ``init.sh`` knows the numbers too.  0 can be a console: hvc0."""
 
-CPU = "max,+svm,-la57,-xsave"
+CPU = "max,+svm,-la57,-xsave,-cx16"
 """Four-level paging is cheaper to emulate.  Without xsave: QEMU's SVM does not intercept XSETBV, so
 a guest's guest would change state that its KVM does not know of (Linux there warns of it)."""
 
