@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
+from pyvmm.bell import Bell
 from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, RawTerminal
 from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.outcome import Kind, Outcome
@@ -37,6 +38,8 @@ LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
 GATHER_S = 0.01
 """How long console bytes may gather before they are shown."""
 INPUT_LIMIT = 4096
+WATCH_S = 0.05
+"""How often a write that may wait is looked at; it is ended after one to two of these."""
 
 
 class Runner:
@@ -316,15 +319,18 @@ def _read_input(fd: int) -> bytes | None:
         return None  # the terminal hung up
 
 
-def serve(start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None]) -> int:
+def serve(
+    start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None], bell: Bell
+) -> int:
     """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
     number.
 
     ``start`` is called once signals are taken: whoever sees what it makes may send one.
-    ``refresh`` is called after every REFRESH_SIGNAL.
+    ``refresh`` is called after every REFRESH_SIGNAL.  A write of ``bell``, which rings for the
+    sources, is ended if it waits.
     """
     taken: list[int] = []
-    with _Signals(taken.append, raw_terminal=False) as signals:
+    with _Signals(taken.append, raw_terminal=False) as signals, _BellWatch(bell):
 
         def look() -> None:
             os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
@@ -338,6 +344,44 @@ def serve(start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None
         loop = IoLoop([*start(), source])
         loop.run()
     return taken[0]
+
+
+class _BellWatch:
+    """Ends what ``bell`` writes for the calling thread, by a signal, if it lasts.
+
+    A thread of its own looks, and sleeps for as long as nothing is written.  The signal
+    goes only to a write that was under way at two looks: elsewhere it would be for nothing.
+    """
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
+        self._writer = threading.get_ident()
+        self._stopping = False
+        self._woken = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
+
+    def _run(self) -> None:
+        bell, seen = self._bell, -1
+        while not self._stopping:
+            turn = bell.turn
+            if turn != seen or turn % 2:
+                if turn == seen:
+                    signal.pthread_kill(self._writer, KICK_SIGNAL)
+                seen = turn
+                time.sleep(WATCH_S)
+                continue
+            self._woken.clear()
+            bell.wake = self._woken.set
+            if bell.turn == seen and not self._stopping:
+                self._woken.wait()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stopping = True
+        self._woken.set()
+        self._thread.join()
 
 
 class _Signals:

@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from pyvmm.bell import Bell
 from pyvmm.config import DiskConfig, parse_disk
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
@@ -82,7 +83,7 @@ def export_main(argv: list[str]) -> int:
     disk = parse_disk(args.disk)
     if not isinstance(disk, DiskConfig):
         raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
-    report = Reporter(sys.stderr)
+    report, bell = Reporter(sys.stderr), Bell()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
         backend = stack.enter_context(
@@ -98,6 +99,7 @@ def export_main(argv: list[str]) -> int:
                 report=report,
                 note=report if args.verbose else lambda line: None,
                 trust_memory=args.trust_memory,
+                bell=bell,
             )
             servers.append(stack.enter_context(contextlib.closing(server)))
             report(f"{disk.location} is served at {args.socket}")
@@ -115,5 +117,5 @@ def export_main(argv: list[str]) -> int:
                 for server in servers:
                     server.config_changed()
 
-        number = serve(start, refresh=refresh)
+        number = serve(start, refresh=refresh, bell=bell)
     return 0 if number in _ENDINGS else 128 + number

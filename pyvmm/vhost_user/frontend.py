@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from pyvmm.errors import RequestRefusedError, VhostUserError
+from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.protocol import (
     CONFIG,
     MAX_CONFIG_BYTES,
@@ -28,9 +29,7 @@ from pyvmm.vhost_user.protocol import (
     VRING_ADDR,
     VRING_INDEX_MASK,
     VRING_STATE,
-    Channel,
     MemoryRegion,
-    Message,
     ProtocolFeature,
     Request,
 )

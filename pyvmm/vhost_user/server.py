@@ -13,9 +13,10 @@ import struct
 import time
 from collections.abc import Callable
 
+from pyvmm.bell import Bell
 from pyvmm.errors import PeerClosedError, VhostUserError
+from pyvmm.vhost_user.channel import Channel
 from pyvmm.vhost_user.listener import Listener
-from pyvmm.vhost_user.protocol import Channel
 from pyvmm.vhost_user.session import Session
 from pyvmm.virtio.device import VirtioDevice
 
@@ -34,7 +35,8 @@ class Server:
     who comes and goes.  ConfigError if ``path`` cannot be listened on.
 
     All work is done in ``service``, called when ``fileno`` is readable; the server and what it
-    serves belong to one thread.
+    serves belong to one thread.  A wicked front end can make it wait in a write of ``bell``, until
+    somebody who watches that ends the write, and the front end's connection with it.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Server:
         report: Callable[[str], None],
         note: Callable[[str], None] = lambda line: None,
         trust_memory: bool = False,
+        bell: Bell | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.bell = bell or Bell()
         self._make_device = make_device
         self._max_frontends = 1 if exclusive else MAX_FRONTENDS
         self._report = report

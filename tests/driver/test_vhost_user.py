@@ -19,6 +19,7 @@ from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.memory import SharedMemory
 from pyvmm.driver.transport import QueueLayout
 from pyvmm.driver.vhost_user import VhostUserTransport
+from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import (
     MEM_REGION,
     MEM_TABLE,
@@ -26,7 +27,6 @@ from pyvmm.vhost_user.protocol import (
     U64,
     VRING_ADDR,
     VRING_STATE,
-    Message,
     ProtocolFeature,
     Request,
 )

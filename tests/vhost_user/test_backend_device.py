@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -247,6 +248,55 @@ def test_no_news_without_config(rig: ExportRig, frontend: ScriptedFrontend) -> N
         ours.recv(1)
     ours.close()
     theirs.close()
+
+
+def test_a_socket_that_would_keep_a_connection_up(
+    rig: ExportRig, frontend: ScriptedFrontend, tmp_path: Path
+) -> None:
+    """The disk would belong to a front end that is gone: refused."""
+    frontend.negotiate()
+    with contextlib.ExitStack() as stack:
+
+        def unix() -> socket.socket:
+            return stack.enter_context(socket.socket(socket.AF_UNIX))
+
+        listener, caller = unix(), unix()
+        listener.bind(str(tmp_path / "other"))
+        listener.listen()
+        caller.connect(str(tmp_path / "other"))
+        answerer = stack.enter_context(listener.accept()[0])
+        for own in (frontend.socket, caller, answerer, listener):
+            assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [own.fileno()]) == 1
+            assert "SET_BACKEND_REQ_FD: the file descriptor is no end" in rig.reports.pop()
+        assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [unix().fileno()]) == 1
+        assert "not connected" in rig.reports.pop()
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        socket.send_fds(ours, [b"x"], [frontend.socket.fileno()])
+        assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 1
+        assert "something was said before" in rig.reports.pop()
+    frontend.hang_up()
+    assert driver_works(negotiated(rig))
+    assert rig.reports == []
+
+
+def test_a_socket_to_which_no_connection_can_be_sent_later(
+    rig: ExportRig, frontend: ScriptedFrontend
+) -> None:
+    frontend.negotiate()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+        with pytest.raises(BrokenPipeError):
+            socket.send_fds(ours, [b"x"], [frontend.socket.fileno()])
+    frontend.hang_up()
+    assert driver_works(negotiated(rig))
+
+
+def negotiated(rig: ExportRig) -> ScriptedFrontend:
+    """A new one."""
+    frontend = rig.connect()
+    frontend.negotiate()
+    return frontend
 
 
 def driver_works(frontend: ScriptedFrontend) -> bool:
