@@ -90,6 +90,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 watch=disk.watch, report=report,
             )
             stack.callback(slot.close)
+            stack.callback(disk.at_end)
             slots.append(slot)
 
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
@@ -168,13 +169,15 @@ def _at_exit(config: RunConfig) -> bool | None:
 class _Disk:
     """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
 
-    ``watch`` waits for news of the process that serves it, if that is another one.
+    ``watch`` waits for news of the process that serves it, if that is another one; ``at_end`` is
+    called before the device is closed.
     """
 
     device: BlockDevice | VhostUserBlock
     irq_fd: int
     doorbells: tuple[int, ...]
     watch: IoSource | None = None
+    at_end: Callable[[], None] = lambda: None
 
 
 def _open_disk(
@@ -200,8 +203,9 @@ def _open_disk(
     frontend = stack.enter_context(contextlib.closing(Frontend.connect(config.socket)))
     doorbells = tuple(eventfd(stack) for _ in range(config.queues))
     served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
-    watch = IoSource(served.fileno(), served.look, drain=False)
-    return _Disk(served, irq_fd, doorbells[: len(served.queues)], watch)
+    return _Disk(
+        served, irq_fd, doorbells[: len(served.queues)], served.source, served.hurry
+    )
 
 
 class Machine:

@@ -23,6 +23,7 @@ from pyvmm.errors import (
     RingError,
     VhostUserError,
 )
+from pyvmm.io_loop import IoSource
 from pyvmm.memory import GuestMemory
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import MemoryRegion
@@ -32,6 +33,7 @@ from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
 
 QUEUE_SIZE = 256
 """The most entries of a queue; a back end has no way of saying what it takes."""
+LAST_DRAIN_S = 2.0
 
 _PASSED_ON = int(
     Feature.INDIRECT_DESC
@@ -212,14 +214,17 @@ class VhostUserBlock(VirtioDevice):
             with self._noticing_loss():
                 self._hand_over(index, self._memory)
         except RequestRefusedError as error:
+            self._take_back(index)
             self.queues[index].ready = False
             raise RingError(str(error)) from error
 
     def process_queue(self, index: int) -> float | None:
         """A notification that KVM did not deliver itself: pass it on.  No work is left here."""
         if index in self._started:
-            # A counter at its limit says already that there is something to do.
-            with contextlib.suppress(BlockingIOError):
+            # A counter at its limit says already that there is something to do.  A back end may
+            # make a write wait for it to be read (``bell.py``), which stops its own guest: the
+            # end of the run interrupts that.
+            with contextlib.suppress(BlockingIOError, InterruptedError):
                 os.eventfd_write(self._kick_fds[index], 1)
         return None
 
@@ -239,6 +244,8 @@ class VhostUserBlock(VirtioDevice):
 
     def _hand_over(self, index: int, memory: GuestMemory) -> None:
         queue = self.queues[index]
+        # One that is refused half-way may have begun all the same.
+        self._started.add(index)
         self._frontend.start_queue(
             index,
             size=queue.size,
@@ -249,7 +256,6 @@ class VhostUserBlock(VirtioDevice):
             kick_fd=self._kick_fds[index],
             call_fd=self._call_fd,
         )
-        self._started.add(index)
 
     def _take_back(self, index: int) -> int | None:
         """Stop queue ``index`` if it runs: where its ring then stands, or None."""
@@ -265,6 +271,17 @@ class VhostUserBlock(VirtioDevice):
         """The back end's socket: readable when there is news of it, and for good once it has
         gone.  Then ``look``."""
         return self._frontend.fileno()
+
+    @property
+    def source(self) -> IoSource:
+        """``fileno`` and ``look``, for a thread that waits."""
+        # Edge-triggered: a socket whose peer has gone would be an event again and again.
+        return IoSource(self.fileno(), self.look, drain=True)
+
+    def hurry(self) -> None:
+        """The guest has ended: a back end that does not stop its queues is waited for no longer
+        than LAST_DRAIN_S.  From any thread."""
+        self._frontend.drain_timeout_s = LAST_DRAIN_S
 
     def look(self) -> None:
         """See whether the back end is still there, without asking it; from any thread."""

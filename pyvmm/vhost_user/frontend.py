@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
@@ -38,6 +39,7 @@ TIMEOUT_S = 5.0
 """How long a back end may take for an answer."""
 DRAIN_TIMEOUT_S = 30.0
 """How long it may take to stop a queue: requests it has begun are finished first."""
+_CONNECT_PAUSE_S = 0.01
 
 _WANTED = (
     ProtocolFeature.MQ
@@ -55,7 +57,7 @@ class Frontend:
     (REPLY_ACK) or has answered a later request.
 
     ``features`` are the virtio feature bits on offer, ``max_queues`` and ``max_mem_regions`` the
-    most that the back end takes of each.
+    most that the back end takes of each.  ``drain_timeout_s`` may be changed at any time.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Frontend:
     ) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
-        self._drain_timeout_s = drain_timeout_s
+        self.drain_timeout_s = drain_timeout_s
         self._lock = threading.Lock()
         # With the file descriptor a SET_MEM_TABLE needs; ADD_MEM_REG needs it only once.
         self._regions: dict[MemoryRegion, int | None] = {}
@@ -90,9 +92,9 @@ class Frontend:
         VhostUserError if there is none or the handshake fails.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)
         try:
-            connection.settimeout(timeout_s)
-            connection.connect(path)
+            _connect(connection, path, time.monotonic() + timeout_s)
         except (OSError, ValueError) as error:
             connection.close()
             reason = getattr(error, "strerror", None) or error
@@ -261,7 +263,7 @@ class Frontend:
         with self._lock:
             self._send(Request.GET_VRING_BASE, VRING_STATE.pack(index, 0))
             stopped, base = self._reply(
-                Request.GET_VRING_BASE, VRING_STATE, self._drain_timeout_s
+                Request.GET_VRING_BASE, VRING_STATE, self.drain_timeout_s
             )
             if stopped != index:
                 raise self._channel.fail(
@@ -354,6 +356,17 @@ class Frontend:
             kind = "reply to " if message.is_reply else "request "
             raise self._channel.fail(f"{request.name}: answered by the {kind}{message.name}")
         return message
+
+
+def _connect(connection: socket.socket, path: str, deadline_s: float) -> None:
+    """Connect, once there is room among those who wait for the back end; OSError."""
+    while True:
+        try:
+            return connection.connect(path)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                raise
+            time.sleep(_CONNECT_PAUSE_S)  # no event says that there is room
 
 
 def _close(fd: int | None) -> None:

@@ -31,6 +31,7 @@ from pyvmm.vhost_user.protocol import (
     Request,
 )
 from pyvmm.virtio.spec import Feature
+from tests.support.eventfds import MOST, fill, interrupted
 from tests.support.live_backend import REFUSED, LiveBackend, hang_up
 
 V1 = int(Feature.VERSION_1)
@@ -215,8 +216,30 @@ def test_kick_and_call(
 def test_a_kick_never_waits(transport: VhostUserTransport, memory: SharedMemory) -> None:
     """Whoever has the eventfd too can fill it up."""
     set_up(transport, memory)
-    os.eventfd_write(transport.submission_fd(0), (1 << 64) - 2)
+    fill(transport.submission_fd(0), blocking=False)
     transport.notify(0)
+    fill(transport.submission_fd(0))  # and clear O_NONBLOCK
+    transport.notify(0)
+    assert os.eventfd_read(transport.submission_fd(0)) == MOST
+    transport.notify(0)
+    assert os.eventfd_read(transport.submission_fd(0)) == 1
+
+
+def test_a_kick_that_waits_all_the_same_is_ended_by_a_signal(
+    transport: VhostUserTransport, memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A back end may fill the eventfd up between the look for room and the write."""
+    set_up(transport, memory)
+    write = os.eventfd_write
+
+    def fill_first(fd: int, value: int) -> None:
+        monkeypatch.undo()
+        fill(fd)
+        write(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", fill_first)
+    with interrupted():
+        transport.notify(0)
 
 
 @pytest.mark.parametrize("index", [-1, 2])
@@ -315,6 +338,18 @@ def test_a_reply_that_never_comes(
     assert time.monotonic() - before_s < 2
     with pytest.raises(DeviceBrokenError, match="did not come"):
         transport.check()
+
+
+def test_a_queue_that_is_not_stopped_in_time(path: Path, memory: SharedMemory) -> None:
+    with LiveBackend(path) as backend:
+        backend.answers[Request.GET_VRING_BASE] = None
+        with VhostUserTransport(path, drain_timeout_s=0.1) as transport:
+            set_up(transport, memory)
+            before_s = time.monotonic()
+            transport.stop()
+            assert 0.1 <= time.monotonic() - before_s < 2
+            with pytest.raises(DeviceBrokenError, match="GET_VRING_BASE did not come within"):
+                transport.check()
 
 
 def test_a_back_end_that_goes_while_queues_run(path: Path, memory: SharedMemory) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,6 +166,36 @@ def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
     assert open_fds() == before
 
 
+@pytest.mark.parametrize("makes_room", [True, False])
+def test_a_back_end_that_is_slow_to_accept(tmp_path: Path, makes_room: bool) -> None:
+    """Others are waiting, as many as its backlog holds: there may be room soon."""
+    before = open_fds()
+    with contextlib.ExitStack() as stack:
+
+        def unix() -> socket.socket:
+            return stack.enter_context(socket.socket(socket.AF_UNIX))
+
+        listener, first = unix(), unix()
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(0)
+        first.connect(str(tmp_path / "socket"))
+        with pytest.raises(BlockingIOError):
+            nonblocking(unix()).connect(str(tmp_path / "socket"))
+        if makes_room:
+            room = threading.Timer(0.1, lambda: stack.enter_context(listener.accept()[0]))
+            room.start()
+            stack.callback(room.join)
+        problem = "reply to GET_FEATURES" if makes_room else "cannot connect .* unavailable"
+        with pytest.raises(VhostUserError, match=problem):
+            Frontend.connect(str(tmp_path / "socket"), timeout_s=0.3)
+    assert open_fds() == before
+
+
+def nonblocking(sock: socket.socket) -> socket.socket:
+    sock.setblocking(False)
+    return sock
+
+
 # The connection
 
 
@@ -176,6 +208,8 @@ def test_looking_leaves_the_reply_to_whoever_waits_for_it(peer: ScriptedBackend)
         while not peer.heard():
             time.sleep(0.001)
         looking = threads.submit(frontend.check)
+        with pytest.raises(TimeoutError):
+            looking.result(0.05)  # one exchange at a time: it waits for this one
         peer.acknowledge(Request.SET_FEATURES)
         setting.result(10)
         looking.result(10)
