@@ -16,7 +16,7 @@ from typing import Protocol
 from pyvmm.bell import Bell
 from pyvmm.errors import GuestError, RingError
 from pyvmm.vhost_user.protocol import MAX_CONFIG_BYTES, PROTOCOL_FEATURES, MemoryRegion
-from pyvmm.vhost_user.regions import PeerMemory
+from pyvmm.vhost_user.regions import PeerMemory, UnusableRegionError
 from pyvmm.vhost_user.vring import RefusedError, Vring, check_eventfd
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.spec import Feature
@@ -176,17 +176,37 @@ class Backend:
         """SET_MEM_TABLE: regions and the file descriptors to map them from.
 
         "While processing the rings [...], the back-end must support changing some configuration
-        aspects on the fly": running ones go on in the new table, or in the old one if that is no
-        good.
+        aspects on the fly": running ones go on in the new table, or all of them in the old one if
+        one of them can not, or that is no good itself.
         """
         running = [vring for vring in self._vrings if vring.is_running]
         for vring in running:
             self._stop(vring)
+
+        def go_on() -> None:
+            problems = self._restart(running)
+            if problems:
+                for vring in running:
+                    self._stop(vring)
+                raise RefusedError(problems[0])
+
         try:
-            self._memory.replace(table)
-        finally:
-            for vring in running:
+            self._memory.replace(table, go_on)
+        except (RefusedError, UnusableRegionError):
+            # What it has written there meanwhile is the front end's own doing.
+            for problem in self._restart(running):
+                self._report(f"{problem}; it stopped until it is set up anew")
+            raise
+
+    def _restart(self, vrings: Sequence[Vring]) -> list[str]:
+        """Start each of ``vrings`` again; why those could not that could not."""
+        problems = []
+        for vring in vrings:
+            try:
                 self._start(vring)
+            except (RefusedError, OSError) as error:
+                problems.append(str(error))
+        return problems
 
     def add_mem_reg(self, region: MemoryRegion, fd: int) -> None:
         """ADD_MEM_REG."""
