@@ -17,6 +17,7 @@ from pyvmm.runner import serve
 from pyvmm.storage.open import open_backend
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
+from pyvmm.virtio.rate_limit import RateLimiter
 
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
 """Signals that end an export as meant: status 0."""
@@ -90,11 +91,14 @@ def export_main(argv: list[str]) -> int:
             contextlib.closing(open_backend(disk.source, report=report))
         )
         servers: list[Server] = []
+        limit = disk.block.rate_limit
+        # The disk's, not a connection's: a front end that reconnects gets no fresh burst.
+        limiter = RateLimiter(limit) if limit else None
 
         def start() -> list[IoSource]:
             server = Server(
                 args.socket,
-                lambda: BlockDevice(disk.block, backend),
+                lambda: BlockDevice(disk.block, backend, limiter=limiter),
                 exclusive=not (disk.read_only or backend.read_only),
                 report=report,
                 note=report if args.verbose else lambda line: None,
