@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from pyvmm.bell import Bell
+from pyvmm.cli.descriptors import allow_many_descriptors
 from pyvmm.config import DiskConfig, parse_disk
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
@@ -84,6 +85,8 @@ def export_main(argv: list[str]) -> int:
     disk = parse_disk(args.disk)
     if not isinstance(disk, DiskConfig):
         raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
+    # Regions and eventfds of many front ends: none must keep another from what it needs.
+    allow_many_descriptors()
     report, bell = Reporter(sys.stderr), Bell()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)

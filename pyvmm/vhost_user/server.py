@@ -155,8 +155,7 @@ class Server:
         if len(self._sessions) >= self._max_frontends:
             self._drop_hung_up()
         if len(self._sessions) >= self._max_frontends:
-            others = ", ".join(session.name for session in list(self._sessions.values())[:3])
-            self._report(f"{name} is turned away: {others} uses the disk")
+            self._report(f"{name} is turned away: {self._users()}")
             sock.close()
             return
         session = Session(
@@ -175,6 +174,13 @@ class Server:
             return
         self._sessions[session.fileno()] = session
         self._note(f"{name} connected")
+
+    def _users(self) -> str:
+        """Who is connected."""
+        if len(self._sessions) > 1:
+            return f"{len(self._sessions)} front ends use the disk"
+        (session,) = self._sessions.values()
+        return f"{session.name.removeprefix(f'{self._listener.path}: ')} uses the disk"
 
     def _attempt(self, session: Session, step: Callable[[Session], None]) -> None:
         """``step`` of ``session``; if that ends the connection, end it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import struct
@@ -72,6 +73,17 @@ def test_a_disk_is_served_until_a_signal(tmp_path: Path, disk: Path, number: int
         assert caller.socket.recv(1) == b""
         assert not path.exists()
         assert export.messages == f"pyvmm: {disk} is served at {path}\n"
+
+
+def test_there_is_room_for_what_many_front_ends_share(tmp_path: Path, disk: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard > 256
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with Export(disk, tmp_path / "s") as export:
+            assert resource.prlimit(export.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_another_signal_is_its_exit_status(tmp_path: Path, disk: Path) -> None:

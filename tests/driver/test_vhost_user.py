@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,14 @@ import pytest
 
 from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.memory import SharedMemory
+from pyvmm.driver.queue import VirtioBlkQueue
 from pyvmm.driver.transport import QueueLayout
 from pyvmm.driver.vhost_user import VhostUserTransport
 from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import (
     MEM_REGION,
     MEM_TABLE,
+    PROTOCOL_FEATURES,
     SINGLE_MEM_REGION,
     U64,
     VRING_ADDR,
@@ -30,7 +33,7 @@ from pyvmm.vhost_user.protocol import (
     ProtocolFeature,
     Request,
 )
-from pyvmm.virtio.spec import Feature
+from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.eventfds import MOST, fill, interrupted
 from tests.support.live_backend import REFUSED, LiveBackend, hang_up
 
@@ -261,6 +264,23 @@ def test_stopping_takes_every_queue_back_once(
     asked = [message.payload for message in backend.messages if message.name == "GET_VRING_BASE"]
     assert asked == [VRING_STATE.pack(0, 0), VRING_STATE.pack(1, 0)]
     os.eventfd_write(transport.completion_fd(1), 1)  # still there, for what was completed
+
+
+@pytest.mark.parametrize(("feature", "length"), [
+    (0, 36), (BlockFeature.MQ, 36), (BlockFeature.DISCARD, 52), (BlockFeature.WRITE_ZEROES, 52),
+])
+def test_only_configuration_that_must_be_there_is_asked_for(
+    backend: LiveBackend, path: Path, feature: int, length: int
+) -> None:
+    """A back end may refuse to show more than it has."""
+    backend.answers[Request.GET_FEATURES] = U64.pack(V1 | feature | PROTOCOL_FEATURES)
+    space = struct.pack("<QII18xH", 1000, 0, 62, 1).ljust(length, b"\0")
+    backend.answers[Request.GET_CONFIG] = lambda message: (
+        message.payload[:12] + space if len(message.payload) == 12 + length else b""
+    )
+    with VhostUserTransport(path) as transport:
+        (queue,) = VirtioBlkQueue.setup_queues(transport, 1, 64)
+        assert queue.capacity_bytes == 512_000
 
 
 # Refusals change nothing

@@ -55,6 +55,7 @@ _ALWAYS = int(
 _CONFIG_SPACE = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
 WRITEBACK_OFFSET = 32
 """Where the one field that a driver may write is."""
+_PLAIN_END, _WRITE_ZEROES_END, _SECURE_ERASE_END = 36, 57, 72
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,3 +172,13 @@ def config_space(
         of(BlockFeature.WRITE_ZEROES, MAX_SEGMENTS),
         of(BlockFeature.WRITE_ZEROES, backend.can_discard),
     )
+
+
+def config_space_length(features: int) -> int:
+    """Bytes of configuration space that any device with ``features`` has at least; more than it
+    has a vhost-user back end may refuse to show."""
+    if features & BlockFeature.SECURE_ERASE:
+        return _SECURE_ERASE_END
+    if features & (BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES):
+        return _WRITE_ZEROES_END
+    return _PLAIN_END

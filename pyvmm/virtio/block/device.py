@@ -84,6 +84,7 @@ class BlockDevice(RingDevice):
         self._read_only = config.read_only or backend.read_only
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")
         self._writeback = config.writeback
+        self._zeroed_bytes = 0  # by the request just served
         self._limiter = limiter
         # Chains that a rate limit keeps waiting, by queue index: taken, not yet served.
         self._held: dict[int, Chain] = {}
@@ -195,13 +196,14 @@ class BlockDevice(RingDevice):
                     self._backend,
                     may_write=not self._read_only,
                     serve=lambda chain: self._serve(chain, memory),
+                    others=self._take_zeroed,
                 )
             fast.drain(durable=not self._writeback)
             return 0.0
         waiting = ring.chains()
         if held is not None:
             waiting = itertools.chain((held,), waiting)
-        for chain in for_one_pass(waiting):
+        for chain in for_one_pass(waiting, self._take_zeroed):
             delay_s = limiter.admit(self._cost(chain), (self, index)) if limiter else 0.0
             if delay_s:
                 self._held[index] = chain
@@ -305,9 +307,15 @@ class BlockDevice(RingDevice):
             request, memory, may_unmap=True, max_sectors=MAX_WRITE_ZEROES_SECTORS
         ):
             self._backend.write_zeroes(sector * SECTOR_SIZE, sectors * SECTOR_SIZE, unmap=unmap)
+            self._zeroed_bytes += sectors * SECTOR_SIZE
         if not self._writeback:
             self._backend.flush()  # what a durable write is to the data it writes
         return 0
+
+    def _take_zeroed(self) -> int:
+        """The bytes zeroed since the last call: work that no buffer shows."""
+        zeroed, self._zeroed_bytes = self._zeroed_bytes, 0
+        return zeroed
 
     def _segments(
         self, request: Request, memory: GuestMemory, *, may_unmap: bool, max_sectors: int
