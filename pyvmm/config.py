@@ -17,9 +17,10 @@ SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
 MAX_CPUS = 8
 MMIO_MODES = ("mapped", "trapped")
-SERVE_PLACES = ("auto", "exit", "thread")
+SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
-MAX_DISKS = len(layout.VIRTIO_IRQS)
+MAX_DISKS = 8
+OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -116,7 +117,7 @@ class RunConfig:
     timeout_s: float | None = None
     console: str = "stdio"
     mmio: str = "mapped"
-    serve: str = "auto"
+    serve: str = "thread"
 
     def __post_init__(self) -> None:
         for option, value, choices in (
@@ -153,13 +154,20 @@ class RunConfig:
                 f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
             )
 
+    @property
+    def console_is_virtio(self) -> bool:
+        """Whether the guest's console is the virtio one: the last ``console=`` is hvc."""
+        words = self.kernel_command_line().split()
+        consoles = [word for word in words if word.startswith("console=")]
+        return bool(consoles) and consoles[-1].startswith("console=hvc")
+
     def kernel_command_line(self) -> str:
         """The whole command line: devices, the base (default or ``cmdline``), then ``append``.
 
         Devices come first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
         """
         parts = []
-        for index in range(len(self.disks)):
+        for index in range(len(self.disks) + OTHER_DEVICES):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
         if self.cmdline is not None:

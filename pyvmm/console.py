@@ -224,6 +224,17 @@ class Console:
             ) from None
         return cls(None, fd, owns_output=True)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the terminal; (0, 0) if there is none."""
+        if self.output_fd is None:
+            return (0, 0)
+        try:
+            columns, rows = os.get_terminal_size(self.output_fd)
+        except OSError:
+            return (0, 0)
+        return (columns, rows)
+
     def begin(self) -> None:
         """Empty the file for a run that is about to start; a refused run leaves it as it was."""
         if self._owns_output and self.output_fd is not None:

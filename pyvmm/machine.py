@@ -8,7 +8,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.bus import Bus
 from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig, VhostUserDiskConfig
@@ -24,11 +24,14 @@ from pyvmm.kvm.handles import Kvm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import Runner
+from pyvmm.runner import REFRESH_SIGNAL, RESIZE_SIGNAL, Runner
 from pyvmm.slot import Slot, eventfd
 from pyvmm.storage.open import open_backend
 from pyvmm.vcpu_loop import Exits, VcpuLoop
 from pyvmm.virtio.block import BlockDevice
+from pyvmm.virtio.console import ConsoleDevice
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.entropy import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.boot_params import write_boot_params
 from pyvmm.x86.loader import load_initrd, load_kernel
@@ -82,16 +85,24 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
         swallow = _swallow(config, kvm, stack, report)
-        slots = []
-        for index, disk in enumerate(disks):
-            slot = Slot(
-                index, disk.device, memory=memory, vm=vm, mmio=mmio, irq_fd=disk.irq_fd,
-                doorbells=disk.doorbells, swallow=swallow, at_exit=_at_exit(config),
-                watch=disk.watch, report=report,
-            )
-            stack.callback(slot.close)
+        slots: list[Slot] = []
+
+        def attach(device: VirtioDevice, **how: Any) -> None:
+            slots.append(Slot(len(slots), device, memory=memory, vm=vm, mmio=mmio, report=report,
+                              swallow=swallow, **how))
+            stack.callback(slots[-1].close)
+
+        for disk in disks:
+            attach(disk.device, irq_fd=disk.irq_fd, doorbells=disk.doorbells,
+                   at_exit=config.serve == "exit" and disk.watch is None,
+                   watch=disk.watch)
             stack.callback(disk.at_end)
-            slots.append(slot)
+        terminal = ConsoleDevice(output.write, runner.input_room, size=console.size)
+        typed_fd, resized_fd = eventfd(stack), eventfd(stack)
+        attach(terminal, irq_fd=eventfd(stack), at_exit=True,
+               doorbells=(typed_fd, eventfd(stack)))
+        attach(EntropyDevice(), irq_fd=eventfd(stack), at_exit=True,
+               doorbells=(eventfd(stack),))
 
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
         loops = []
@@ -109,18 +120,35 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         cpu.setup_long_mode(memory, loops[0].vcpu, kernel.entry, layout.BOOT_PARAMS)
 
         def refresh() -> None:
-            for disk, slot in zip(disks, slots, strict=True):
+            for disk, slot in zip(disks, slots, strict=False):
                 if disk.device.refresh_capacity():
                     slot.transport.config_changed()
+
+        def resize() -> None:
+            if terminal.resize(console.size):
+                os.eventfd_write(resized_fd, 1)
+
+        def receive(typed: bytes) -> int:
+            if not config.console_is_virtio:
+                return serial.receive(typed)
+            taken = terminal.receive(typed)
+            os.eventfd_write(typed_fd, 1)
+            return taken
 
         def run() -> Outcome:
             console.begin()
             if config.timeout_s is not None:
                 runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))
-            workers = [(f"virtio{index}", slot.sources) for index, slot in enumerate(slots)]
+            workers = [
+                (f"virtio{index}", slot.sources) for index, slot in enumerate(slots[: len(disks)])
+            ]
+            # Not on this thread: it moves the console's bytes, for which the device may wait.
+            resized = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
+            others = [source for slot in slots[len(disks) :] for source in slot.sources]
+            workers.append(("virtio", [*others, resized]))
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
-                receive=serial.receive, refresh=refresh,
+                receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
             )
             return watch.judge(outcome)
 
@@ -155,14 +183,6 @@ def _swallow(
         report("this KVM has no read-only memory (KVM_CAP_READONLY_MEM): registers are trapped")
         return None
     return eventfd(stack)
-
-
-def _at_exit(config: RunConfig) -> bool | None:
-    """Where notifications are served; None lets it follow the disk."""
-    if config.serve != "auto":
-        return config.serve == "exit"
-    # With several vCPUs the one that notifies has better things to do than to serve the others'.
-    return None if config.cpus == 1 else False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from pyvmm.bell import Bell
 from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, RawTerminal
@@ -27,6 +28,9 @@ from pyvmm.vcpu_loop import VcpuLoop
 KICK_SIGNAL = signal.SIGRTMIN
 REFRESH_SIGNAL = signal.SIGUSR1
 """Look at the disks again: a file may have grown."""
+RESIZE_SIGNAL = signal.SIGWINCH
+"""The terminal has another size."""
+NOTICE_SIGNALS = (REFRESH_SIGNAL, RESIZE_SIGNAL)
 STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
 )
@@ -60,7 +64,7 @@ class Runner:
         self._next_inspection_s = 0.0
         self._gathering_since_s: float | None = None
         self._input_waits = False
-        self._refresh_wanted = False
+        self._noticed: set[int] = set()
         self._threads: list[threading.Thread] = []
         self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
         self._io_loops: list[IoLoop] = []
@@ -97,13 +101,13 @@ class Runner:
         console: Console,
         output: OutputBuffer,
         receive: Callable[[bytes], int],
-        refresh: Callable[[], None] = lambda: None,
+        notices: Mapping[int, Callable[[], None]] = MappingProxyType({}),
     ) -> Outcome:
         """Run to the end; every thread is stopped and the terminal restored when this returns.
 
         ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
         never holds up another.  ``receive`` takes typed bytes and says how many it took;
-        ``refresh`` is called, on this thread, after every REFRESH_SIGNAL.
+        ``notices`` are called, on this thread, after a signal among NOTICE_SIGNALS.
         """
         switch_interval_s = sys.getswitchinterval()
         # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
@@ -116,7 +120,7 @@ class Runner:
                 try:
                     self._start(vcpus, workers)
                     self._main_loop(
-                        console, output, receive, terminal.active, signals.wakeup_fd, refresh
+                        console, output, receive, terminal.active, signals.wakeup_fd, notices
                     )
                 finally:
                     output.shut()
@@ -143,7 +147,7 @@ class Runner:
         receive: Callable[[bytes], int],
         interactive: bool,
         signal_fd: int,
-        refresh: Callable[[], None],
+        notices: Mapping[int, Callable[[], None]],
     ) -> None:
         escapes = EscapeFilter(
             on_quit=lambda: self.finish(Outcome(Kind.QUIT)),
@@ -167,9 +171,9 @@ class Runner:
                     os.eventfd_read(self._wake_fd)
             if signal_fd in ready:
                 os.read(signal_fd, 4096)  # the handler has run by now
-                if self._refresh_wanted:
-                    self._refresh_wanted = False
-                    refresh()
+                while self._noticed:
+                    if notice := notices.get(self._noticed.pop()):
+                        notice()
             if show and (output.fd is None or output.fd in ready):
                 self._drain_once(output)
                 self._gathering_since_s = None
@@ -246,8 +250,8 @@ class Runner:
         output.give_up()
 
     def _on_signal(self, number: int) -> None:
-        if number == REFRESH_SIGNAL:
-            self._refresh_wanted = True
+        if number in NOTICE_SIGNALS:
+            self._noticed.add(number)
             return
         self.finish(Outcome(Kind.SIGNAL, number, signal.Signals(number).name))
 
@@ -334,9 +338,10 @@ def serve(
 
         def look() -> None:
             os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
-            while REFRESH_SIGNAL in taken:
-                taken.remove(REFRESH_SIGNAL)
-                refresh()
+            while noticed := [number for number in taken if number in NOTICE_SIGNALS]:
+                taken.remove(noticed[0])
+                if noticed[0] == REFRESH_SIGNAL:
+                    refresh()
             if taken:
                 loop.stop()
 
@@ -403,7 +408,7 @@ class _Signals:
         self._previous_wakeup_fd = signal.set_wakeup_fd(
             self._wakeup_write_fd, warn_on_full_buffer=False
         )
-        for number in (*STOP_SIGNALS, REFRESH_SIGNAL):
+        for number in (*STOP_SIGNALS, *NOTICE_SIGNALS):
             # What was ignored stays ignored (nohup, a shell's background job).
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from pyvmm.config import (
     RunConfig,
     VhostUserDiskConfig,
     format_size,
+    parse_cpus,
     parse_disk,
     parse_size,
 )
@@ -136,7 +138,8 @@ def test_the_same_disk_twice(text: str, words: str) -> None:
 def test_the_default_command_line_mounts_the_first_disk() -> None:
     config = RunConfig(kernel=KERNEL, disks=(disk("d"),), append="quiet")
     assert config.kernel_command_line() == (
-        "virtio_mmio.device=4K@0xd0000000:5 console=ttyS0 reboot=k panic=-1 "
+        "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
+        "virtio_mmio.device=4K@0xd0002000:7 console=ttyS0 reboot=k panic=-1 "
         "root=/dev/vda rw quiet"
     )
 
@@ -151,8 +154,32 @@ def test_cmdline_replaces_the_base_but_not_the_devices() -> None:
     config = RunConfig(kernel=KERNEL, disks=disks, cmdline="console=ttyS0 init=/bin/sh")
     assert config.kernel_command_line() == (
         "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
+        "virtio_mmio.device=4K@0xd0002000:7 virtio_mmio.device=4K@0xd0003000:9 "
         "console=ttyS0 init=/bin/sh"
     )
+
+
+@pytest.mark.parametrize(("append", "is_virtio"), [
+    ("", False), ("console=hvc0", True), ("console=hvc0 console=ttyS0", False),
+])
+def test_the_last_console_gets_what_is_typed(append: str, is_virtio: bool) -> None:
+    assert RunConfig(kernel=KERNEL, append=append).console_is_virtio is is_virtio
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"cpus": 0}, "from 1 to 8"), ({"cpus": 9}, "from 1 to 8"),
+    ({"mmio": "fast"}, "mapped, trapped"), ({"serve": ""}, "thread, exit"),
+])
+def test_what_is_no_choice_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{next(iter(given))}") as caught:
+        RunConfig(kernel=KERNEL, **given)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["two", "", "-1", "1.5", "٣", "9999999"])
+def test_what_is_no_number_of_cpus_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--cpus"):
+        parse_cpus(text)
 
 
 def test_with_an_initrd_the_root_is_the_initrds_business() -> None:

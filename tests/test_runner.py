@@ -95,7 +95,7 @@ class Rig:
         )
         return self.runner.run(
             vcpus=[loop], workers=workers or [], console=Console(self.input_read, None),
-            output=self.output, receive=self.receive, refresh=self.refresh,
+            output=self.output, receive=self.receive, notices={signal.SIGUSR1: self.refresh},
         )
 
     def close(self) -> None:

@@ -86,10 +86,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mmio", metavar="MODE", default="mapped",
                    help="how the guest sees a disk's registers: mapped (read-only memory, no exit "
                    "a request) or trapped (every access is an exit; default mapped)")
-    p.add_argument("--serve", metavar="WHERE", default="auto",
-                   help="where a request is served: exit (on the vCPU that notifies), thread (the "
-                   "disk's own) or auto (default: one vCPU and a disk that does not wait, at the "
-                   "exit; else the thread)")
+    p.add_argument("--serve", metavar="WHERE", default="thread",
+                   help="where a request is served: thread (the disk's own) or exit (on the vCPU "
+                   "that notifies; default thread)")
     p.add_argument("-v", "--verbose", action="count", default=0,
                    help="say how the run went, on standard error; -vv: tracebacks of errors too")
     return p

@@ -55,8 +55,9 @@ MAX_MEMORY = 512 * GIB
 SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
 I8042_DATA, I8042_COMMAND = 0x60, 0x64
 DEBUG_EXIT_PORT = 0xF4
-VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14)
-"""GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses."""
+VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14, 16, 17, 18, 19, 20, 21, 22, 23)
+"""GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses, then the
+IOAPIC's own."""
 
 
 def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:

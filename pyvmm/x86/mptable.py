@@ -16,7 +16,7 @@ _LAPIC, _IOAPIC = 0xFEE0_0000, 0xFEC0_0000
 _LAPIC_VERSION, _IOAPIC_VERSION = 0x14, 0x11
 _ISA_BUS = 0
 _ALL_APICS = 0xFF
-ISA_LINES = 16
+IOAPIC_LINES = 24
 
 # 4.1 MP Floating Pointer Structure, 4.2 MP Configuration Table Header, 4.3 the entries.
 _FLOATING_POINTER = struct.Struct("<4sIBBB5B")
@@ -35,7 +35,8 @@ _IO_INTERRUPT, _LOCAL_INTERRUPT = 3, 4
 def write_mp_table(memory: GuestMemory, cpus: int) -> None:
     """Describe ``cpus`` CPUs with APIC IDs from 0, at ``layout.MP_TABLE``.
 
-    Every ISA line goes to the IOAPIC pin of its number, as KVM routes GSIs; line 2 is the cascade.
+    Every line goes to the IOAPIC pin of its number, as KVM routes GSIs; line 2 is the cascade.  The
+    lines from 16 on are no ISA bus's, but the only other bus that kernels know here is PCI.
     """
     entries = [
         _PROCESSOR.pack(
@@ -50,7 +51,7 @@ def write_mp_table(memory: GuestMemory, cpus: int) -> None:
     entries += [
         # Flags 0: polarity and trigger mode are the bus's, for ISA active high and edge.
         _INTERRUPT.pack(_IO_INTERRUPT, _INT, 0, _ISA_BUS, line, ioapic_id, line)
-        for line in range(ISA_LINES)
+        for line in range(IOAPIC_LINES)
         if line != 2
     ]
     entries.append(_INTERRUPT.pack(_LOCAL_INTERRUPT, _EXTINT, 0, _ISA_BUS, 0, _ALL_APICS, 0))
