@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,7 @@ MAX_CPUS = 8
 MMIO_MODES = ("mapped", "trapped")
 SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
+_NEARLY_VHOST_USER = re.compile(r"vhost[-_ ]?user[-_ ]?(blk)?[:=]", re.IGNORECASE)
 MAX_DISKS = 8
 OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
@@ -233,6 +235,10 @@ def parse_disk(text: str) -> AnyDiskConfig:
     A comma in a name is written twice.  ConfigError quotes ``text``.
     """
     option = f"--disk {text}"
+    if _NEARLY_VHOST_USER.match(text) and not text.startswith(VHOST_USER):
+        raise ConfigError(
+            option, "of another process is written --disk vhost-user=SOCKET (a file: ./NAME)"
+        )
     location, *rest = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     if not location:
         raise ConfigError(option, "names no file; write --disk FILE[,ro][,serial=ID]")
@@ -243,7 +249,8 @@ def parse_disk(text: str) -> AnyDiskConfig:
             raise ConfigError(
                 option,
                 f"does not know {part!r}; the options are {_DISK_OPTIONS} "
-                "(a comma in the file's name is written ,,)",
+                "(a comma in the file's name is written ,,; another process's disk is "
+                "vhost-user=SOCKET)",
             )
         if name in given:
             raise ConfigError(option, f"says {name} twice")

@@ -18,6 +18,35 @@ from typing import TextIO
 MAX_LINE = 1000
 """Characters: their bytes fit into PIPE_BUF, which a pipe takes all of or nothing."""
 
+REPEAT_S = 60.0
+
+
+class Seldom:
+    """Callable that passes a line on to ``report``, unless that had it less than REPEAT_S ago.
+
+    For what a peer complains of that does the same again and again: a VMM that reconnects.
+    """
+
+    _MOST = 100  # lines that are remembered
+
+    def __init__(
+        self, report: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._report = report
+        self._clock = clock
+        self._said_s: dict[str, float] = {}
+
+    def __call__(self, line: str) -> None:
+        """Pass ``line`` on, or not."""
+        now_s = self._clock()
+        said_s = self._said_s.get(line)
+        if said_s is None or now_s - said_s >= REPEAT_S:
+            self._report(line)
+            self._said_s.pop(line, None)
+            if len(self._said_s) >= self._MOST:
+                del self._said_s[next(iter(self._said_s))]
+            self._said_s[line] = now_s
+
 
 class Reporter:
     """Callable that prints ``pyvmm: <line>``; at most ``burst`` lines in ``period_s`` seconds.

@@ -14,7 +14,7 @@ from typing import TextIO
 
 import pytest
 
-from pyvmm.report import MAX_LINE, Reporter
+from pyvmm.report import MAX_LINE, REPEAT_S, Reporter, Seldom
 
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
@@ -50,6 +50,26 @@ def test_a_closed_stream_is_survived() -> None:
     out = io.StringIO()
     out.close()
     Reporter(out)("nobody hears")
+
+
+def test_what_is_said_again_and_again_is_said_seldom() -> None:
+    now_s = [0.0]
+    said: list[str] = []
+    report = Seldom(said.append, clock=lambda: now_s[0])
+    for _ in range(3):
+        report("a")
+        report("b")
+        now_s[0] += REPEAT_S / 4
+    assert said == ["a", "b"]
+    now_s[0] = REPEAT_S
+    report("a")
+    report("a")
+    assert said == ["a", "b", "a"]
+    for number in range(1000):  # of which not all are remembered
+        report(str(number))
+    report("a")
+    report("999")
+    assert said[-2:] == ["999", "a"]
 
 
 class Listener:

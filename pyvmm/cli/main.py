@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 return HOST_ERROR_STATUS
     except PyvmmError as error:
-        if _wants_tracebacks(rest):
-            raise
+        _show_traceback(rest)
         _say(str(error))
         return HOST_ERROR_STATUS
     except (OSError, RuntimeError) as error:
@@ -79,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             # The reader of our output has gone; there is nobody left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 128 + signal.SIGPIPE
-        if _wants_tracebacks(rest):
-            raise
+        _show_traceback(rest)
         # Nothing of the guest's or the user's: no descriptors, threads or room left on this host.
         _say(f"this host: {error}")
         return HOST_ERROR_STATUS
@@ -88,8 +86,13 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _wants_tracebacks(args: list[str]) -> bool:
-    return "-vv" in args or args.count("-v") + args.count("--verbose") > 1
+def _show_traceback(args: list[str]) -> None:
+    """Where the error under way comes from, if -vv asks for it."""
+    if "-vv" in args or args.count("-v") + args.count("--verbose") > 1:
+        import traceback
+
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc()
 
 
 def _say(line: str) -> None:

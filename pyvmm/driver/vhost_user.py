@@ -41,13 +41,15 @@ class VhostUserTransport(Transport):
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         super().__init__()
+        if timeout_s <= 0 or drain_timeout_s <= 0:
+            raise TransportError(f"timeouts of {timeout_s} s and {drain_timeout_s} s: be patient")
         self._events = QueueEventFds()
         try:
             self._frontend = Frontend.connect(
                 os.fspath(path), timeout_s=timeout_s, drain_timeout_s=drain_timeout_s
             )
         except VhostUserError as error:
-            raise TransportError(str(error)) from error
+            raise TransportError(str(error)) from None
 
     # What the device has
 
@@ -168,3 +170,5 @@ def _as_driver_error() -> Iterator[None]:
         raise TransportError(str(error)) from error
     except VhostUserError as error:
         raise DeviceBrokenError(str(error)) from error
+    except ValueError as error:  # what no message could say
+        raise TransportError(str(error)) from None

@@ -24,6 +24,7 @@ from pyvmm.virtio.spec import Feature
 # vhost-user has no message that resets one ring, and a front end that passes the bit on to its
 # guest (QEMU does) would leave ours running.
 _NOT_OFFERED = int(Feature.RING_RESET)
+_NO_MEMORY = "none is shared (QEMU: -object memory-backend-memfd,share=on)"
 
 
 class Kicks(Protocol):
@@ -308,8 +309,9 @@ class Backend:
         """The GPA of the user address ``address`` of ``vring``; RefusedError if there is none."""
         gpa = self._memory.gpa_of(address)
         if gpa is None:
+            none = "" if self._memory.memory.regions else f"; {_NO_MEMORY}"
             raise RefusedError(
-                f"ring {vring.index} at {address:#x}, which is in no memory region"
+                f"ring {vring.index} at {address:#x}, which is in no memory region{none}"
             )
         return gpa
 

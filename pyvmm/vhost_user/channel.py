@@ -77,7 +77,8 @@ class Message:
 class Channel:
     """Messages over ``sock``, a connected Unix stream socket, which it owns.
 
-    ``peer`` is how errors call it, ``requests`` what gives the numbers of messages their names.
+    ``peer`` is how errors call it, and ``who`` whoever is at its other end; ``requests`` is what
+    gives the numbers of messages their names.
     Once something has gone wrong the channel is out of step: every later call raises the same.
     """
 
@@ -86,11 +87,13 @@ class Channel:
         sock: socket.socket,
         *,
         peer: str = "vhost-user socket",
+        who: str = "the peer",
         requests: type[enum.IntEnum] = Request,
     ) -> None:
         self._socket = sock
         self._socket.setblocking(False)
         self.peer = peer
+        self._who = who
         self._requests = requests
         self._failure: VhostUserError | None = None
         # The message that is arriving.
@@ -164,9 +167,11 @@ class Channel:
                 sent = self._socket.sendmsg([data], ancillary, _SEND_FLAGS)
             except BlockingIOError:
                 if not self._wait(select.POLLOUT, deadline_s):
-                    raise self.fail(f"{name}: the peer does not read what it is sent") from None
+                    raise self.fail(f"{name}: {self._who} does not read what it is sent") from None
             except (BrokenPipeError, ConnectionResetError):
-                raise self.fail(f"the peer has hung up, before {name}", PeerClosedError) from None
+                raise self.fail(
+                    f"{self._who} has hung up, before {name}", PeerClosedError
+                ) from None
             except OSError as error:
                 raise self.fail(f"{name} cannot be sent: {error}") from error
             else:
@@ -246,7 +251,7 @@ class Channel:
             if not data:
                 due = f", {what} was due" if what else ""
                 part = " in the middle of a message" if self.is_mid_message else ""
-                raise self.fail(f"the peer has hung up{part}{due}", PeerClosedError)
+                raise self.fail(f"{self._who} has hung up{part}{due}", PeerClosedError)
             self._data += data
         return True
 

@@ -15,8 +15,9 @@ import time
 from types import TracebackType
 from typing import Any
 
-from pyvmm.errors import RequestRefusedError, VhostUserError
+from pyvmm.errors import PeerClosedError, RequestRefusedError, VhostUserError
 from pyvmm.vhost_user.channel import Channel, Message
+from pyvmm.vhost_user.hints import why_no_connection
 from pyvmm.vhost_user.protocol import (
     CONFIG,
     MAX_CONFIG_BYTES,
@@ -40,6 +41,8 @@ TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 30.0
 """How long it may take to stop a queue: requests it has begun are finished first."""
 _CONNECT_PAUSE_S = 0.01
+_NO_ANSWER = "is that a vhost-user back end?"
+_HUNG_UP_AT_ONCE = "most back ends serve one front end at a time: this may be in use"
 
 _WANTED = (
     ProtocolFeature.MQ
@@ -91,25 +94,31 @@ class Frontend:
 
         VhostUserError if there is none or the handshake fails.
         """
+        if not path:
+            raise VhostUserError("vhost-user socket", "its path is empty")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
         try:
             _connect(connection, path, time.monotonic() + timeout_s)
         except (OSError, ValueError) as error:
             connection.close()
-            reason = getattr(error, "strerror", None) or error
+            reason = why_no_connection(path, error)
             raise VhostUserError(path, f"cannot connect to the vhost-user socket: {reason}") \
                 from error
-        return cls(
-            Channel(connection, peer=path), timeout_s=timeout_s, drain_timeout_s=drain_timeout_s
-        )
+        channel = Channel(connection, peer=path, who="the back end")
+        return cls(channel, timeout_s=timeout_s, drain_timeout_s=drain_timeout_s)
 
     def _shake_hands(self) -> None:
         self.protocol_features = ProtocolFeature(0)
         self.max_queues = 1
         self.max_mem_regions = MAX_TABLE_REGIONS
-        self._channel.send(Request.SET_OWNER, timeout_s=self._timeout_s)
-        features = self._get(Request.GET_FEATURES)
+        try:
+            self._channel.send(Request.SET_OWNER, timeout_s=self._timeout_s)
+            features = self._get(Request.GET_FEATURES)
+        except PeerClosedError as error:
+            raise PeerClosedError(error.peer, f"{error.problem} ({_HUNG_UP_AT_ONCE})") from None
+        except VhostUserError as error:
+            raise VhostUserError(error.peer, f"{error.problem} ({_NO_ANSWER})") from None
         self.features = features & ~PROTOCOL_FEATURES
         # Acknowledging the bit means that rings start disabled, until SET_VRING_ENABLE.
         self._session_features = features & PROTOCOL_FEATURES

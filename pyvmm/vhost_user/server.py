@@ -151,7 +151,7 @@ class Server:
             self._poller.unregister(self._listener.fileno())
             self._accept_at_s = now_s + _ACCEPT_PAUSE_S
             return
-        name = f"{self._listener.path}: front end {_pid_of(sock)}"
+        name = f"{self._listener.path}: front end (pid {_pid_of(sock)})"
         if len(self._sessions) >= self._max_frontends:
             self._drop_hung_up()
         if len(self._sessions) >= self._max_frontends:

@@ -423,6 +423,20 @@ def test_a_socket_nobody_listens_on(path: Path) -> None:
     assert open_fds() == before
 
 
+def test_what_no_message_could_say(
+    backend: LiveBackend, transport: VhostUserTransport, path: Path
+) -> None:
+    with pytest.raises(TransportError, match="configuration 1000"):
+        transport.get_config(1000, 8)
+    for timeouts in ({"timeout_s": 0.0}, {"timeout_s": -1.0}, {"drain_timeout_s": 0.0}):
+        with pytest.raises(TransportError, match="be patient"):
+            VhostUserTransport(path, **timeouts)
+    with pytest.raises(TransportError, match="path is empty") as caught:
+        VhostUserTransport("")
+    assert caught.value.__suppress_context__  # one line of what went wrong is enough
+    transport.check()
+
+
 def test_a_closed_transport(backend: LiveBackend, path: Path) -> None:
     transport = VhostUserTransport(path)
     transport.close()

@@ -150,6 +150,15 @@ def test_a_ring_that_was_spoilt_meanwhile_says_so(
     assert driver.request(IN, 3, room=512).data == b"\3" * 512
 
 
+def test_a_front_end_that_shares_no_memory(rig: ExportRig, frontend: ScriptedFrontend) -> None:
+    """QEMU does not say so itself."""
+    frontend.negotiate()
+    assert frontend.ack(Request.SET_VRING_ADDR, frontend.addresses(frontend.driver())) == 1
+    assert rig.reports[0].endswith(
+        "in no memory region; none is shared (QEMU: -object memory-backend-memfd,share=on)"
+    )
+
+
 def test_the_region_of_a_running_ring_stays(rig: ExportRig, frontend: ScriptedFrontend) -> None:
     driver = frontend.start()
     gone = SINGLE_MEM_REGION.pack(*frontend.region)

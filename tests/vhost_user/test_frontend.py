@@ -23,6 +23,7 @@ from pyvmm.vhost_user.protocol import (
     ProtocolFeature,
     Request,
 )
+from tests.support.vhost_rig import ExportRig
 from tests.support.vhost_user_peers import (
     ALL_PROTOCOL_FEATURES,
     PEER,
@@ -101,6 +102,8 @@ def test_a_back_end_that_falls_silent_in_the_handshake(
     with pytest.raises(VhostUserError) as caught:
         Frontend(peer.channel, timeout_s=TIMEOUT_S)
     problem = f"the reply to {names[answered]} did not come within 0.05 s"
+    if not answered:
+        problem += " (is that a vhost-user back end?)"
     assert str(caught.value) == f"{PEER}: {problem}"
     assert peer.channel.fileno() == -1
 
@@ -150,10 +153,35 @@ def test_no_socket(tmp_path: Path) -> None:
     with pytest.raises(VhostUserError, match=r"no-such: cannot connect .* No such file"):
         Frontend.connect(str(tmp_path / "no-such"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(VhostUserError, match=r"file: cannot connect .* Connection refused"):
-        Frontend.connect(str(tmp_path / "file"))
+    for name in ("file", "."):
+        with pytest.raises(VhostUserError, match=r"cannot connect .*: it is no socket$"):
+            Frontend.connect(str(tmp_path / name))
+    with pytest.raises(VhostUserError, match=r"^vhost-user socket: its path is empty$"):
+        Frontend.connect("")
     with pytest.raises(VhostUserError, match=r"cannot connect .* path too long"):
         Frontend.connect("x" * 200)
+
+
+def test_a_socket_that_is_left_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+    with pytest.raises(VhostUserError, match=r"cannot connect .*: Connection refused$"):
+        Frontend.connect(path)
+    monkeypatch.setenv("PYVMM_LAB", "1")  # where a socket of the host's is only a name
+    with pytest.raises(VhostUserError, match=r"refused \(in the lab: sockets .* under /tmp"):
+        Frontend.connect(path)
+
+
+def test_a_back_end_that_is_in_use(tmp_path: Path) -> None:
+    with ExportRig(tmp_path / "socket") as rig, ThreadPoolExecutor(1) as threads:
+        rig.connect()
+        connecting = threads.submit(Frontend.connect, rig.path)
+        while not connecting.done():
+            rig.turn()
+            time.sleep(0.001)
+        with pytest.raises(PeerClosedError, match=r"the back end has hung up.*may be in use\)"):
+            connecting.result()
 
 
 def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_one_front_end_at_a_time_writes(tmp_path: Path, stack: ExitStack) -> Non
     driver = first.start()
     second = rig.connect()
     assert second.is_closed()
-    name = f"{rig.path}: front end {os.getpid()}"
-    assert rig.reports == [f"{name} is turned away: front end {os.getpid()} uses the disk"]
+    name = f"{rig.path}: front end (pid {os.getpid()})"
+    assert rig.reports == [f"{name} is turned away: front end (pid {os.getpid()}) uses the disk"]
     assert driver.request(OUT, 1, data=b"z" * 512).status == 0
     first.hang_up()
     third = rig.connect()
@@ -117,7 +117,7 @@ def test_who_comes_and_goes_is_noted(tmp_path: Path, stack: ExitStack) -> None:
     frontend = rig.connect()
     frontend.negotiate()
     frontend.hang_up()
-    name = f"{rig.path}: front end {os.getpid()}"
+    name = f"{rig.path}: front end (pid {os.getpid()})"
     assert rig.notes[0] == f"{name} connected"
     assert rig.notes[1].startswith(name)
     assert "hung up" in rig.notes[1]
