@@ -5,7 +5,7 @@ a flag of the open file description: whoever was sent the eventfd can clear it a
 at any moment, also between a look at it and a write.  Linux has no write that would not wait then
 (RWF_NOWAIT is not supported, the file can not be opened anew).  So the write is made where a
 signal can end it: ``Bell`` counts its writes, and another thread, which need not be told more, sees
-one that lasts (``runner.serve``).
+one that lasts (``serving.py``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Running a machine: the only place that starts threads or handles signals.
+"""Running a machine: with ``serving.py``, the only place that starts threads or handles signals.
 
 One thread a vCPU sits in KVM_RUN, one thread an I/O worker waits for its devices' ioeventfds, and
 the main thread moves console bytes, watches the clock and takes signals.  The first ``finish()``
@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from pyvmm.bell import Bell
 from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, RawTerminal
 from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.outcome import Kind, Outcome
@@ -42,8 +41,6 @@ LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
 GATHER_S = 0.01
 """How long console bytes may gather before they are shown."""
 INPUT_LIMIT = 4096
-WATCH_S = 0.05
-"""How often a write that may wait is looked at; it is ended after one to two of these."""
 
 
 class Runner:
@@ -114,7 +111,7 @@ class Runner:
         sys.setswitchinterval(1e-4)
         try:
             with (
-                _Signals(self._on_signal) as signals,
+                Signals(self._on_signal) as signals,
                 RawTerminal(-1 if console.input_fd is None else console.input_fd) as terminal,
             ):
                 try:
@@ -323,73 +320,7 @@ def _read_input(fd: int) -> bytes | None:
         return None  # the terminal hung up
 
 
-def serve(
-    start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None], bell: Bell
-) -> int:
-    """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
-    number.
-
-    ``start`` is called once signals are taken: whoever sees what it makes may send one.
-    ``refresh`` is called after every REFRESH_SIGNAL.  A write of ``bell``, which rings for the
-    sources, is ended if it waits.
-    """
-    taken: list[int] = []
-    with _Signals(taken.append, raw_terminal=False) as signals, _BellWatch(bell):
-
-        def look() -> None:
-            os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
-            while noticed := [number for number in taken if number in NOTICE_SIGNALS]:
-                taken.remove(noticed[0])
-                if noticed[0] == REFRESH_SIGNAL:
-                    refresh()
-            if taken:
-                loop.stop()
-
-        source = IoSource(signals.wakeup_fd, look, drain=False)
-        loop = IoLoop([*start(), source])
-        loop.run()
-    return taken[0]
-
-
-class _BellWatch:
-    """Ends what ``bell`` writes for the calling thread, by a signal, if it lasts.
-
-    A thread of its own looks, and sleeps for as long as nothing is written.  The signal
-    goes only to a write that was under way at two looks: elsewhere it would be for nothing.
-    """
-
-    def __init__(self, bell: Bell) -> None:
-        self._bell = bell
-        self._writer = threading.get_ident()
-        self._stopping = False
-        self._woken = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
-
-    def _run(self) -> None:
-        bell, seen = self._bell, -1
-        while not self._stopping:
-            turn = bell.turn
-            if turn != seen or turn % 2:
-                if turn == seen:
-                    signal.pthread_kill(self._writer, KICK_SIGNAL)
-                seen = turn
-                time.sleep(WATCH_S)
-                continue
-            self._woken.clear()
-            bell.wake = self._woken.set
-            if bell.turn == seen and not self._stopping:
-                self._woken.wait()
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stopping = True
-        self._woken.set()
-        self._thread.join()
-
-
-class _Signals:
+class Signals:
     """Signal handlers for the length of a run; the previous ones come back afterwards.
 
     ``wakeup_fd`` becomes readable at every signal: the kernel may hand one to any thread, and
@@ -403,7 +334,7 @@ class _Signals:
         self._previous_wakeup_fd = -1
         self.wakeup_fd = self._wakeup_write_fd = -1
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self.wakeup_fd, self._wakeup_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._previous_wakeup_fd = signal.set_wakeup_fd(
             self._wakeup_write_fd, warn_on_full_buffer=False

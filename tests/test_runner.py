@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pyvmm.bell import Bell
 from pyvmm.bus import Bus
 from pyvmm.console import Console, OutputBuffer
 from pyvmm.io_loop import IoSource
@@ -22,9 +21,8 @@ from pyvmm.kvm.exits import EXIT_REASON_WORD, ExitReason, RunPage
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import Runner, serve
+from pyvmm.runner import Runner
 from pyvmm.vcpu_loop import VcpuLoop
-from tests.support.eventfds import fill
 
 PAGE_BYTES = 8192
 
@@ -393,47 +391,3 @@ def test_a_defect_of_ours_ends_the_run_with_125(rig: Rig) -> None:
     assert outcome.exit_status == 125
     assert "vcpu0" in outcome.detail
     assert "oops" in outcome.detail
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serving_ends_at_a_signal_and_looks_again_at_sigusr1(number: signal.Signals) -> None:
-    doorbell = os.eventfd(1, os.EFD_NONBLOCK)
-    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
-    looks = []
-
-    def service() -> float | None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        return None
-
-    def refresh() -> None:
-        looks.append(1)
-        os.kill(os.getpid(), number)
-
-    assert serve(lambda: [IoSource(doorbell, service)], refresh=refresh, bell=Bell()) == number
-    assert looks == [1]
-    after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
-    assert after == before
-    os.close(doorbell)
-
-
-def test_serving_is_not_held_up_by_an_eventfd_that_a_write_waits_for() -> None:
-    """Whoever shares the eventfd can fill it up, and make writes wait for a reader."""
-    doorbell, full = os.eventfd(1, os.EFD_NONBLOCK), os.eventfd(0)
-    fill(full)
-    bell = Bell()
-    heard: list[bool] = []
-
-    def service() -> float | None:
-        if len(heard) < 3:
-            heard.append(bell.ring(full))
-            return 0.2  # after which the watch sleeps, and has to be woken
-        os.kill(os.getpid(), signal.SIGTERM)
-        return None
-
-    threads = threading.active_count()
-    sources = [IoSource(doorbell, service)]
-    assert serve(lambda: sources, refresh=lambda: None, bell=bell) == signal.SIGTERM
-    assert heard == [False] * 3
-    assert threading.active_count() == threads
-    os.close(doorbell)
-    os.close(full)

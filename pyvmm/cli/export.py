@@ -14,7 +14,7 @@ from pyvmm.config import DiskConfig, parse_disk
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
 from pyvmm.report import Reporter, Seldom
-from pyvmm.runner import serve
+from pyvmm.serving import serve
 from pyvmm.storage.open import open_backend
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
