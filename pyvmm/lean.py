@@ -1,8 +1,8 @@
 """What the boot path has in place of ``typing`` and ``dataclasses``.
 
 Those two, with what they import and the code that ``@dataclass`` writes and compiles at every
-start, were half of the time to the first guest instruction.  docs/architecture.md, "What the boot
-path may import", has the rule; tests/test_imports.py holds the code to it.
+start, were a third of the time to the first guest instruction.  docs/architecture.md, "What the
+boot path may import", has the rule; tests/test_imports.py holds the code to it.
 
 ``TYPE_CHECKING`` is false, and taken for true, by its name, by type checkers: names that only
 annotations use are imported under it.  They also see the real ``Protocol``, and that a ``Record``
