@@ -9,7 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TextIO
+
+from pyvmm.lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
 
 
 class Reporter:
