@@ -8,11 +8,11 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from pyvmm.lean import Record
 
 
-@dataclass(frozen=True, slots=True)
-class IoSource:
+class IoSource(Record, kw_only=False):
     """A file descriptor to wait for: when it is readable, ``service()`` does one bounded pass.
 
     It says when to come back: None when nothing is left, else after that many seconds (0: at

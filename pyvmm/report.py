@@ -13,7 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TextIO
+
+from pyvmm.lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
 
 MAX_LINE = 1000
 """Characters: their bytes fit into PIPE_BUF, which a pipe takes all of or nothing."""

@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -269,11 +268,10 @@ class Runner:
             try:
                 body()
             except Exception as error:  # a defect of ours: it ends the run, and says so
-                place = traceback.extract_tb(error.__traceback__)[-1]
                 self.finish(Outcome(
                     Kind.HOST_ERROR,
                     detail=f"internal error in {name}: {type(error).__name__}: {error} "
-                    f"({place.filename}:{place.lineno})",
+                    f"({_place(error)})",
                 ))
 
         # Daemon: a thread stuck in a dead disk's system call must not keep the process alive.
@@ -308,6 +306,14 @@ class Runner:
     def stopped(self) -> bool:
         """Whether no thread of the run is left; only then may what they use be closed."""
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def _place(error: Exception) -> str:
+    """Where ``error`` was raised, ``file:line``."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "nowhere"
 
 
 def _read_input(fd: int) -> bytes | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 
 
@@ -31,6 +30,8 @@ def allow_many_descriptors() -> None:
 
     It is low, 1024 mostly, for the sake of select(2) alone, which nothing here uses.
     """
+    import resource  # pyvmm run starts without
+
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar, Protocol
 
 from pyvmm.errors import ActivateError, GuestError, RingError
+from pyvmm.lean import TYPE_CHECKING, Protocol
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.queue import Chain, Queue, Ring
 from pyvmm.virtio.rings import make_ring
 from pyvmm.virtio.spec import DeviceType, Feature
+
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 MAX_CHAIN_BYTES = 256 << 20
 """Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""

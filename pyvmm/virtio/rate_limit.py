@@ -14,9 +14,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 from pyvmm.errors import ConfigError
+from pyvmm.lean import Record
 
 MIN_TURN_S = 0.001
 """What a queue waits at least while another is before it in the line."""
@@ -27,8 +27,7 @@ _ENOUGH = 1e-6
 """Tokens that may be missing: a wait of exactly the time asked for must be the last."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RateLimit:
+class RateLimit(Record):
     """What a disk may do; a rate of 0 is no limit.
 
     Rates are per second.  A burst is what may go at once after a pause; 0 stands for a tenth of

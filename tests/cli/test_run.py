@@ -157,6 +157,7 @@ def test_the_same_disk_twice(
 
 @pytest.mark.parametrize("option", [
     ("--disk", "d,rw"), ("--disk", ""), ("--cpu", "486"), ("--cpu", "host,-nonsense"),
+    ("--initrd", ""), ("--kernel", ""),
     ("--timeout", "0"), ("--timeout", "soon"), ("--console", "/nonexistent/file"),
 ])
 def test_an_option_with_a_bad_value_is_named(

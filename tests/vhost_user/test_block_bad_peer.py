@@ -3,7 +3,6 @@ given."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 
@@ -184,7 +183,7 @@ def test_a_back_end_that_has_gone_is_looked_at_once(script: Script) -> None:
         loop.stop()
         return None
 
-    loop = IoLoop([dataclasses.replace(source, service=look), IoSource(doorbell, ring)])
+    loop = IoLoop([source.replace(service=look), IoSource(doorbell, ring)])
     loop.run()
     os.close(doorbell)
     assert len(looks) == 1

@@ -296,18 +296,20 @@ class BlockDevice(RingDevice):
         return BLOCK_ID_SIZE - len(rest)
 
     def _discard(self, request: Request, memory: GuestMemory) -> int:
-        for sector, sectors, _ in self._segments(
+        for one in self._segments(
             request, memory, may_unmap=False, max_sectors=MAX_DISCARD_SECTORS
         ):
-            self._backend.discard(sector * SECTOR_SIZE, sectors * SECTOR_SIZE)
+            self._backend.discard(one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE)
         return 0
 
     def _write_zeroes(self, request: Request, memory: GuestMemory) -> int:
-        for sector, sectors, unmap in self._segments(
+        for one in self._segments(
             request, memory, may_unmap=True, max_sectors=MAX_WRITE_ZEROES_SECTORS
         ):
-            self._backend.write_zeroes(sector * SECTOR_SIZE, sectors * SECTOR_SIZE, unmap=unmap)
-            self._zeroed_bytes += sectors * SECTOR_SIZE
+            self._backend.write_zeroes(
+                one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE, unmap=one.unmap
+            )
+            self._zeroed_bytes += one.sectors * SECTOR_SIZE
         if not self._writeback:
             self._backend.flush()  # what a durable write is to the data it writes
         return 0
