@@ -10,6 +10,7 @@ in one lab, where only their ratios mean anything.
 from __future__ import annotations
 
 import argparse
+import compileall
 import signal
 import subprocess
 import sys
@@ -194,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if figure.key in plan.wanted(suite):
                     print(f"{figure.key:22}{figure.name}; target: {figure.target or 'none'}")
         return 0
+    # As pip does where pyvmm is installed; this checkout may never have been run.
+    compileall.compile_dir(ROOT / "pyvmm", quiet=2)
     with tempfile.TemporaryDirectory(prefix="pyvmm-bench-", dir=scratch_parent()) as folder:
         host = Host(Path(folder), QUICK_SECONDS if args.quick else SECONDS)
         if args.samples:

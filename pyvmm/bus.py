@@ -6,7 +6,7 @@ writes vanish.
 
 from __future__ import annotations
 
-from typing import Protocol
+from pyvmm.lean import Protocol
 
 
 class BusDevice(Protocol):
@@ -14,11 +14,9 @@ class BusDevice(Protocol):
 
     def read(self, offset: int, size: int) -> int:
         """The little-endian value of ``size`` bytes at ``offset``."""
-        ...
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take ``value``, ``size`` bytes wide, at ``offset``."""
-        ...
 
 
 class Bus:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar
-
 from pyvmm.errors import ConfigError
+from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.storage.open import DiskSource
-from pyvmm.virtio.block.config import BlockConfig
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
-from pyvmm.x86.cpu_model import CpuModel, parse_cpu_option
+from pyvmm.x86.cpu_model import CpuModel
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from typing import ClassVar
+
+    from pyvmm.virtio.block.config import BlockConfig
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
 MAX_QUEUES = 8  # a disk's
@@ -20,6 +22,7 @@ MMIO_MODES = ("mapped", "trapped")
 RTC_KINDS = ("utc", "none")
 SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
+_NEARLY_VHOST_USER = ("vhostuser=", "vhostuser:", "vhostuserblk=", "vhostuserblk:")
 MAX_DISKS = 8
 OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
@@ -27,8 +30,7 @@ MAX_TIMEOUT_S = 10 * 365 * 86400.0
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskConfig:
+class DiskConfig(Record):
     """One ``--disk``.
 
     ``serial`` is what the guest reads by GET_ID (/sys/block/vda/serial), at most 20 bytes.
@@ -40,7 +42,7 @@ class DiskConfig:
     serial: str = ""
     queues: int = 1
     writeback: bool = True
-    rate_limit: RateLimit = field(default_factory=RateLimit)
+    rate_limit: RateLimit = RateLimit()
 
     @property
     def read_only(self) -> bool:
@@ -60,6 +62,8 @@ class DiskConfig:
     @property
     def block(self) -> BlockConfig:
         """What the block device is to be, whatever its backend."""
+        from pyvmm.virtio.block.config import BlockConfig
+
         return BlockConfig(
             read_only=self.read_only, serial=self.serial, queues=self.queues,
             writeback=self.writeback, rate_limit=self.rate_limit,
@@ -73,8 +77,7 @@ class DiskConfig:
         return (self.source.location, self.source.overlay, self.source.faults)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VhostUserDiskConfig:
+class VhostUserDiskConfig(Record):
     """One ``--disk vhost-user=SOCKET``: served by the vhost-user-blk back end that listens on
     the Unix socket ``socket``, which decides all but the number of ``queues``."""
 
@@ -98,8 +101,7 @@ class VhostUserDiskConfig:
 AnyDiskConfig = DiskConfig | VhostUserDiskConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
+class RunConfig(Record):
     """One run of one machine.
 
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
@@ -107,13 +109,13 @@ class RunConfig:
     among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean).
     """
 
-    kernel: Path
+    kernel: str | PathLike[str]
     disks: tuple[AnyDiskConfig, ...] = ()
-    initrd: Path | None = None
+    initrd: str | PathLike[str] | None = None
     cmdline: str | None = None
     append: str = ""
     memory_bytes: int = 256 * layout.MIB
-    cpu: CpuModel = field(default_factory=lambda: parse_cpu_option("host"))
+    cpu: CpuModel = CpuModel()
     cpus: int = 1
     timeout_s: float | None = None
     console: str = "stdio"
@@ -123,6 +125,9 @@ class RunConfig:
     timing: bool = False
 
     def __post_init__(self) -> None:
+        for option, path in (("--kernel", self.kernel), ("--initrd", self.initrd)):
+            if path == "":
+                raise ConfigError(option, "names no file")
         for option, value, choices in (
             ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
             ("--rtc", self.rtc, RTC_KINDS),
@@ -244,6 +249,11 @@ def parse_disk(text: str) -> AnyDiskConfig:
     A comma in a name is written twice.  ConfigError quotes ``text``.
     """
     option = f"--disk {text}"
+    bare = text.lower().replace("-", "").replace("_", "")
+    if bare.startswith(_NEARLY_VHOST_USER) and not text.startswith(VHOST_USER):
+        raise ConfigError(
+            option, "of another process is written --disk vhost-user=SOCKET (a file: ./NAME)"
+        )
     location, *rest = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     if not location:
         raise ConfigError(option, "names no file; write --disk FILE[,ro][,serial=ID]")
@@ -254,7 +264,8 @@ def parse_disk(text: str) -> AnyDiskConfig:
             raise ConfigError(
                 option,
                 f"does not know {part!r}; the options are {_DISK_OPTIONS} "
-                "(a comma in the file's name is written ,,)",
+                "(a comma in the file's name is written ,,; another process's disk is "
+                "vhost-user=SOCKET)",
             )
         if name in given:
             raise ConfigError(option, f"says {name} twice")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import time
-from dataclasses import replace
-from typing import Protocol
 
 from pyvmm.console import LineWatch
+from pyvmm.lean import Protocol
 from pyvmm.outcome import Kind, Outcome
 
-# What printk says has a time stamp, wherever on the line it starts (user space may have left an
-# unfinished line); from a kernel without time stamps it is the whole line.
-_STAMP = rb"\[ *\d+\.\d+\] "
-_STAMPED = re.compile(_STAMP)
-_START = rb"(?:.*" + _STAMP + rb"|^)"
-_PANIC = re.compile(_START + rb"Kernel panic - not syncing(.*)")
-_PANIC_END = re.compile(_START + rb"---\[ end Kernel panic")
-_HALTED = re.compile(_START + rb"reboot: (?:System halted|Power down)")
-_USER_SPACE = re.compile(rb"pyvmm-init: user space reached")
-_CANNOT_MOUNT = re.compile(rb"pyvmm-initramfs: (cannot mount the root.*)")
+_PANIC = b"Kernel panic - not syncing"
+_PANIC_END = b"---[ end Kernel panic"
+_HALTED = (b"reboot: System halted", b"reboot: Power down")
+_USER_SPACE = b"pyvmm-init: user space reached"
+_CANNOT_MOUNT = b"pyvmm-initramfs: cannot mount the root"
 PANIC_GRACE_S = 2.0
 """How long after a panic's first line the guest may go on printing, if it does not reboot."""
 
@@ -82,22 +75,46 @@ class ConsoleWatch:
                 "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"
                 " doctor` says so, and `pyvmm lab -- pyvmm run ...` runs the same where KVM is"
             )
-            return replace(outcome, detail=outcome.detail + hint)
+            return outcome.replace(detail=outcome.detail + hint)
         return outcome
 
     def _on_line(self, line: bytes) -> None:
-        stamped = _STAMPED.search(line) is not None
-        self._has_stamps = self._has_stamps or stamped
-        if self.user_space_seen_s is None and _USER_SPACE.match(line):
+        *messages, whole = texts(line)
+        self._has_stamps = self._has_stamps or bool(messages)
+        if self.user_space_seen_s is None and line.startswith(_USER_SPACE):
             self.user_space_seen_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        elif found := _CANNOT_MOUNT.match(line):
-            self._mount_error = f" ({found[1].decode('ascii', 'replace')})"
-        elif self._has_stamps and not stamped:
-            return  # this kernel stamps its messages, so this is somebody quoting one
-        elif self._panic is None and (found := _PANIC.match(line)):
-            self._panic = found[1].decode("ascii", "replace").lstrip(": ").strip()
-            self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self._panic))
-        elif self._panic is not None and _PANIC_END.match(line):
-            self._runner.finish(Outcome(Kind.PANIC, detail=self._panic))
-        elif _HALTED.match(line):
-            self._runner.watch_for_halt()
+            return
+        if line.startswith(_CANNOT_MOUNT):
+            said = line.removeprefix(b"pyvmm-initramfs: ")
+            self._mount_error = f" ({said.decode('ascii', 'replace')})"
+            return
+        if not self._has_stamps:
+            messages = [whole]  # else this is somebody quoting a kernel that stamps what it says
+        for message in messages:
+            if self._panic is None and message.startswith(_PANIC):
+                said = message.removeprefix(_PANIC)
+                self._panic = said.decode("ascii", "replace").lstrip(": ").strip()
+                self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self._panic))
+                return
+            if self._panic is not None and message.startswith(_PANIC_END):
+                self._runner.finish(Outcome(Kind.PANIC, detail=self._panic))
+                return
+            if message.startswith(_HALTED):
+                self._runner.watch_for_halt()
+                return
+
+
+def texts(line: bytes) -> list[bytes]:
+    """What may be a message of printk on ``line``: behind each time stamp, the last one first,
+    and then the whole line.
+
+    A stamp is ``[   12.345678] ``, wherever it begins: user space may have left a line unfinished.
+    """
+    found = []
+    end = len(line)
+    while (end := line.rfind(b"] ", 0, end)) >= 0:
+        _, bracket, stamp = line[:end].rpartition(b"[")
+        seconds, point, fraction = stamp.lstrip(b" ").partition(b".")
+        if bracket and seconds.isdigit() and point and fraction.isdigit():
+            found.append(line[end + 2 :])
+    return [*found, line]

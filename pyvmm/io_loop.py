@@ -8,16 +8,17 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from pyvmm.lean import Record
 
 
-@dataclass(frozen=True, slots=True)
-class IoSource:
+class IoSource(Record, kw_only=False):
     """A file descriptor to wait for: when it is readable, ``service()`` does one bounded pass.
 
     It says when to come back: None when nothing is left, else after that many seconds (0: at
-    once, for there is more; above 0: the disk is rate-limited).  With ``drain`` the descriptor is
-    an eventfd, whose count nobody needs; without, ``service`` reads what makes it readable.
+    once, for there is more; above 0: the disk is rate-limited).  With ``drain`` only what is new
+    counts: the descriptor is an eventfd, whose count nobody needs, or one that stays readable for
+    good.  Without, ``service`` reads what makes it readable.
     """
 
     fd: int

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+from pyvmm.lean import Record
 
 
 class Kind(enum.Enum):
@@ -36,8 +37,7 @@ _FIXED_STATUS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Record, kw_only=False):
     """One way a run ended.
 
     ``value`` is the byte the guest reported (GUEST_STATUS) or the signal number (SIGNAL);

@@ -1,22 +1,63 @@
 """Lines for the person running pyvmm, on standard error, at a bounded rate.
 
-A guest may make a device complain as often as it likes; the log must not grow with it.
+A guest may make a device complain as often as it likes; the log must not grow with it.  Nor may
+anybody wait because nobody reads it: whoever has a line to say has guests to serve.
 """
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TextIO
+
+from pyvmm.lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+MAX_LINE = 1000
+"""Characters: their bytes fit into PIPE_BUF, which a pipe takes all of or nothing."""
+
+REPEAT_S = 60.0
+
+
+class Seldom:
+    """Callable that passes a line on to ``report``, unless that had it less than REPEAT_S ago.
+
+    For what a peer complains of that does the same again and again: a VMM that reconnects.
+    """
+
+    _MOST = 100  # lines that are remembered
+
+    def __init__(
+        self, report: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._report = report
+        self._clock = clock
+        self._said_s: dict[str, float] = {}
+
+    def __call__(self, line: str) -> None:
+        """Pass ``line`` on, or not."""
+        now_s = self._clock()
+        said_s = self._said_s.get(line)
+        if said_s is None or now_s - said_s >= REPEAT_S:
+            self._report(line)
+            self._said_s.pop(line, None)
+            if len(self._said_s) >= self._MOST:
+                del self._said_s[next(iter(self._said_s))]
+            self._said_s[line] = now_s
 
 
 class Reporter:
     """Callable that prints ``pyvmm: <line>``; at most ``burst`` lines in ``period_s`` seconds.
 
-    Lines over the limit are counted and the count is said with the next line that passes, or by
-    ``close()``.  Control characters are escaped: a line may quote bytes the guest chose.
+    Lines over the limit, and those that whoever reads them has no room for at once, are counted;
+    the count is said with the next line that passes, or by ``close()``.  Control characters are
+    escaped, as a line may quote bytes the guest chose; it ends after MAX_LINE characters.
     """
 
     def __init__(
@@ -35,6 +76,7 @@ class Reporter:
         self._window_start = clock()
         self._in_window = 0
         self._dropped = 0
+        self._is_cut = False  # the last line, so that it has no end
 
     def __call__(self, line: str) -> None:
         """Print ``line``, or count it when too many came before it."""
@@ -47,7 +89,8 @@ class Reporter:
                 self._dropped += 1
                 return
             self._say_dropped()
-            self._print(line)
+            if not self._print(line):
+                self._dropped += 1
 
     def close(self) -> None:
         """Say how many lines were left out, if any were."""
@@ -55,15 +98,68 @@ class Reporter:
             self._say_dropped()
 
     def _say_dropped(self) -> None:
-        if self._dropped:
-            self._print(f"({self._dropped} more lines like these were left out)")
+        if self._dropped and self._print(f"({self._dropped} more lines like these were left out)"):
             self._dropped = 0
 
-    def _print(self, line: str) -> None:
-        safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    def _print(self, line: str) -> bool:
+        """Whether ``line`` was said, or nobody will ever hear one again."""
+        safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)[:MAX_LINE]
+        text = "\n" * self._is_cut + f"pyvmm: {safe}\n"
         try:
-            self._stream.write(f"pyvmm: {safe}\n")
-            self._stream.flush()
+            missing = _write(self._stream, text)
+        except BlockingIOError:
+            return False
         except (OSError, ValueError):
             # A closed standard error is no reason to stop a guest.
-            return
+            return True
+        self._is_cut = missing > 0
+        return not missing
+
+
+def _write(stream: TextIO, text: str) -> int:
+    """Write ``text`` without waiting; how many bytes could not be.  BlockingIOError if none."""
+    try:
+        fd = stream.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        stream.write(text)
+        stream.flush()
+        return 0
+    data = text.encode(stream.encoding or "utf-8", "backslashreplace")
+    return len(data) - _write_now(fd, data)
+
+
+def _write_now(fd: int, data: bytes) -> int:
+    """write(2) that does not wait.
+
+    O_NONBLOCK cannot just be set: ``fd`` is shared with the shell and everything else it started.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISSOCK(mode):
+        import socket
+
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            return sock.send(data, socket.MSG_DONTWAIT)
+    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        return os.write(fd, data)
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", flags)
+    except OSError:
+        # Somebody else's terminal, say.
+        return _write_where_there_is_room(fd, data, 1 if stat.S_ISCHR(mode) else len(data))
+    try:
+        return os.write(own, data)
+    finally:
+        os.close(own)
+
+
+def _write_where_there_is_room(fd: int, data: bytes, room: int) -> int:
+    """``_write_now`` by asking first: a descriptor that polls writable takes ``room`` bytes."""
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    done = 0
+    while done < len(data) and poller.poll(0):
+        done += os.write(fd, data[done : done + room])
+    if not done:
+        raise BlockingIOError
+    return done

@@ -1,4 +1,4 @@
-"""Running a machine: the only place that starts threads or handles signals.
+"""Running a machine: with ``serving.py``, the only place that starts threads or handles signals.
 
 One thread a vCPU sits in KVM_RUN, one thread an I/O worker waits for its devices' ioeventfds, and
 the main thread moves console bytes, watches the clock and takes signals.  The first ``finish()``
@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -112,7 +111,7 @@ class Runner:
         sys.setswitchinterval(1e-4)
         try:
             with (
-                _Signals(self._on_signal) as signals,
+                Signals(self._on_signal) as signals,
                 RawTerminal(-1 if console.input_fd is None else console.input_fd) as terminal,
             ):
                 try:
@@ -270,11 +269,10 @@ class Runner:
             try:
                 body()
             except Exception as error:  # a defect of ours: it ends the run, and says so
-                place = traceback.extract_tb(error.__traceback__)[-1]
                 self.finish(Outcome(
                     Kind.HOST_ERROR,
                     detail=f"internal error in {name}: {type(error).__name__}: {error} "
-                    f"({place.filename}:{place.lineno})",
+                    f"({_place(error)})",
                 ))
 
         # Daemon: a thread stuck in a dead disk's system call must not keep the process alive.
@@ -311,6 +309,14 @@ class Runner:
         return not any(thread.is_alive() for thread in self._threads)
 
 
+def _place(error: Exception) -> str:
+    """Where ``error`` was raised, ``file:line``."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "nowhere"
+
+
 def _read_input(fd: int) -> bytes | None:
     """What was typed; None at the end of the input."""
     try:
@@ -321,32 +327,7 @@ def _read_input(fd: int) -> bytes | None:
         return None  # the terminal hung up
 
 
-def serve(start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None]) -> int:
-    """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
-    number.
-
-    ``start`` is called once signals are taken: whoever sees what it makes may send one.
-    ``refresh`` is called after every REFRESH_SIGNAL.
-    """
-    taken: list[int] = []
-    with _Signals(taken.append, raw_terminal=False) as signals:
-
-        def look() -> None:
-            os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
-            while noticed := [number for number in taken if number in NOTICE_SIGNALS]:
-                taken.remove(noticed[0])
-                if noticed[0] == REFRESH_SIGNAL:
-                    refresh()
-            if taken:
-                loop.stop()
-
-        source = IoSource(signals.wakeup_fd, look, drain=False)
-        loop = IoLoop([*start(), source])
-        loop.run()
-    return taken[0]
-
-
-class _Signals:
+class Signals:
     """Signal handlers for the length of a run; the previous ones come back afterwards.
 
     ``wakeup_fd`` becomes readable at every signal: the kernel may hand one to any thread, and
@@ -360,7 +341,7 @@ class _Signals:
         self._previous_wakeup_fd = -1
         self.wakeup_fd = self._wakeup_write_fd = -1
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self.wakeup_fd, self._wakeup_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._previous_wakeup_fd = signal.set_wakeup_fd(
             self._wakeup_write_fd, warn_on_full_buffer=False

@@ -36,6 +36,9 @@ class Slot:
     ``at_exit`` says where notifications are served.
     ``sources`` is what a thread has to wait for; ``watch`` takes the place of the doorbells for a
     device whose queues another process serves.
+
+    Made before KVM's interrupt chips, because of its memory (``machine.build`` says why), and
+    connected once they exist.
     """
 
     def __init__(
@@ -54,7 +57,11 @@ class Slot:
         watch: IoSource | None = None,
     ) -> None:
         self.device = device
-        base, gsi = layout.virtio_slot(index)
+        self._vm = vm
+        self._irq_fd = irq_fd
+        self._doorbells = () if at_exit else doorbells
+        self._swallow = swallow
+        base, _ = self._place = layout.virtio_slot(index)
         self.transport = MmioTransport(
             device, memory, functools.partial(os.eventfd_write, irq_fd, 1),
             report=lambda line: report(f"virtio{index}: {line}"),
@@ -62,26 +69,30 @@ class Slot:
             defer=lambda queue: os.eventfd_write(doorbells[queue], 1),
             keep_used=swallow is not None or watch is not None,
         )
-        vm.irqfd(irq_fd, gsi)
         if swallow is not None:
             page = self.transport.page
             address = ctypes.addressof(ctypes.c_char.from_buffer(page))
             vm.set_user_memory_region(
                 FIRST_PAGE_SLOT + index, base, PAGE_SIZE, address, read_only=True
             )
-            # With the used buffer bit kept, acknowledging it is a write with no effect.
-            vm.ioeventfd(
-                swallow, base + Register.INTERRUPT_ACK, 4,
-                datamatch=InterruptBit.USED_BUFFER,
-            )
         mmio.add(base, layout.VIRTIO_MMIO_STRIDE, self.transport)
-        if not at_exit:
-            for queue, doorbell in enumerate(doorbells):
-                vm.ioeventfd(doorbell, base + Register.QUEUE_NOTIFY, 4, datamatch=queue)
         self.sources = [watch] if watch is not None else [
             IoSource(doorbell, functools.partial(self.transport.service, queue))
             for queue, doorbell in enumerate(doorbells)
         ]
+
+    def connect(self) -> None:
+        """Have KVM take interrupts from our eventfds, and notifications to them; once."""
+        base, gsi = self._place
+        self._vm.irqfd(self._irq_fd, gsi)
+        if self._swallow is not None:
+            # With the used buffer bit kept, acknowledging it is a write with no effect.
+            self._vm.ioeventfd(
+                self._swallow, base + Register.INTERRUPT_ACK, 4,
+                datamatch=InterruptBit.USED_BUFFER,
+            )
+        for queue, doorbell in enumerate(self._doorbells):
+            self._vm.ioeventfd(doorbell, base + Register.QUEUE_NOTIFY, 4, datamatch=queue)
 
     def close(self) -> None:
         """Stop the device and free its page; idempotent."""

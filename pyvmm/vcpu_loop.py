@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from pyvmm.bus import Bus
 from pyvmm.errors import KvmError
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import EXIT_REASON_WORD, ExitReason, SystemEventExit, decode
 from pyvmm.kvm.handles import Vcpu
+from pyvmm.lean import Record
 from pyvmm.outcome import Kind, Outcome
 
 RFLAGS_IF = 1 << 9
 _MASKS = tuple((1 << 8 * length) - 1 for length in range(9))
 
 
-
-class Exits(NamedTuple):
+class Exits(Record):
     """Returns from KVM_RUN, by what they were for; ``other`` has those for a kick or the end."""
 
     mmio: int = 0
     io: int = 0
     other: int = 0
 
-    def __add__(self, more: Exits) -> Exits:  # type: ignore[override]
-        return Exits(self.mmio + more.mmio, self.io + more.io, self.other + more.other)
+    def __add__(self, more: Exits) -> Exits:
+        return Exits(
+            mmio=self.mmio + more.mmio, io=self.io + more.io, other=self.other + more.other
+        )
 
     def __str__(self) -> str:
         return f"mmio {self.mmio}, io {self.io}, other {self.other}"

@@ -159,6 +159,20 @@ def test_cmdline_replaces_the_base_but_not_the_devices() -> None:
     )
 
 
+@pytest.mark.parametrize("text", [
+    "vhost-user:disk.sock", "vhost_user=disk.sock", "vhostuser=s", "Vhost-User=s",
+    "vhost-user-blk=s", "vhost-user-blk:s",
+])
+def test_what_is_nearly_vhost_user_is_told_how_to_write_it(text: str) -> None:
+    with pytest.raises(ConfigError, match="is written --disk vhost-user=SOCKET"):
+        parse_disk(text)
+
+
+def test_an_option_that_is_none_is_told_of_vhost_user() -> None:
+    with pytest.raises(ConfigError, match="another process's disk is vhost-user=SOCKET"):
+        parse_disk("disk.sock,vhost-user")
+
+
 @pytest.mark.parametrize(("append", "is_virtio"), [
     ("", False), ("console=hvc0", True), ("console=hvc0 console=ttyS0", False),
 ])

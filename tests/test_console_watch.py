@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pyvmm.console_watch import ConsoleWatch
+from pyvmm.console_watch import ConsoleWatch, texts
 from pyvmm.outcome import Kind, Outcome
 
 
@@ -110,3 +113,11 @@ def test_with_time_stamps_an_unstamped_panic_is_a_quotation(runner: FakeRunner) 
     watch.feed(b"[    0.000000] Linux version 6.1\nKernel panic - not syncing: quoted\n")
     assert runner.later == []
     assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET
+
+
+@given(st.lists(st.sampled_from(
+    [b"[", b"] ", b"]", b" ", b"12", b".", b"-", b"x", b"[ 1.5] ", b"\xb2"]
+), max_size=16).map(b"".join))
+def test_messages_are_what_follows_each_time_stamp(line: bytes) -> None:
+    stamps = re.finditer(rb"(?=(\[ *\d+\.\d+\] ))", line)
+    assert texts(line) == [*reversed([line[stamp.end(1) :] for stamp in stamps]), line]

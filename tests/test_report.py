@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
+import os
+import pty
+import re
+import socket
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
-from pyvmm.report import Reporter
+import pytest
+
+from pyvmm.report import MAX_LINE, REPEAT_S, Reporter, Seldom
+
+F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
 
 def test_a_line_is_prefixed() -> None:
@@ -38,3 +50,120 @@ def test_a_closed_stream_is_survived() -> None:
     out = io.StringIO()
     out.close()
     Reporter(out)("nobody hears")
+
+
+def test_what_is_said_again_and_again_is_said_seldom() -> None:
+    now_s = [0.0]
+    said: list[str] = []
+    report = Seldom(said.append, clock=lambda: now_s[0])
+    for _ in range(3):
+        report("a")
+        report("b")
+        now_s[0] += REPEAT_S / 4
+    assert said == ["a", "b"]
+    now_s[0] = REPEAT_S
+    report("a")
+    report("a")
+    assert said == ["a", "b", "a"]
+    for number in range(1000):  # of which not all are remembered
+        report(str(number))
+    report("a")
+    report("999")
+    assert said[-2:] == ["999", "a"]
+
+
+class Listener:
+    """Somebody at the other end of ``stream``, who may have stopped reading."""
+
+    def __init__(self, stack: contextlib.ExitStack, reader: int, writer: int) -> None:
+        stack.callback(os.close, reader)
+        self._reader = reader
+        self.stream: TextIO = stack.enter_context(os.fdopen(writer, "w"))
+
+    def read(self) -> str:
+        """All that can be read now."""
+        os.set_blocking(self._reader, False)
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self._reader, 1 << 16):
+                data += piece
+        return data.decode().replace("\r\n", "\n")
+
+
+def pipe() -> tuple[int, int]:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)
+    return reader, writer
+
+
+def sockets() -> tuple[int, int]:
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+@pytest.fixture(params=[pipe, pty.openpty, sockets])
+def listener(request: pytest.FixtureRequest) -> Iterator[Listener]:
+    make: Callable[[], tuple[int, int]] = request.param
+    before = sorted(os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as stack:
+        yield Listener(stack, *make())
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_nobody_waits_for_a_listener_who_does_not_read(listener: Listener) -> None:
+    report = Reporter(listener.stream, burst=100_000)
+    lines = [f"line {number} {'x' * 90}" for number in range(10_000)]
+    for line in lines:
+        report(line)  # would hang here
+    assert os.get_blocking(listener.stream.fileno())  # which others have, too
+    heard = listener.read()
+    report("later")
+    heard += listener.read()
+    whole = re.findall(r"^pyvmm: (line \d+ x{90})$", heard, re.MULTILINE)
+    assert whole == lines[: len(whole)]
+    assert heard.endswith("\npyvmm: later\n")
+    left_out = re.findall(r"^pyvmm: \((\d+) more lines like these were left out\)$", heard, re.M)
+    # The last line that a terminal had room for may lack its end alone.
+    assert len(lines) <= len(whole) + sum(map(int, left_out)) <= len(lines) + 1
+
+
+def test_what_is_left_out_is_said_at_the_end(listener: Listener) -> None:
+    report = Reporter(listener.stream, burst=100_000)
+    for _ in range(10_000):
+        report("x" * 90)
+    report.close()
+    listener.read()
+    report.close()
+    report.close()
+    assert listener.read().count("more lines like these") == 1
+
+
+def test_a_terminal_that_cannot_be_opened_again(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, after su."""
+
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refuse)
+    report = Reporter(listener.stream, burst=100_000)
+    report("first")
+    for _ in range(40):
+        report("x" * 4000)
+    assert listener.read().startswith("pyvmm: first\n")
+
+
+def test_an_endless_line_is_cut(listener: Listener) -> None:
+    Reporter(listener.stream)("\N{SNOWMAN}" * 4000)
+    heard = listener.read()
+    assert heard == "pyvmm: " + "\N{SNOWMAN}" * MAX_LINE + "\n"
+
+
+def test_a_listener_who_has_gone() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        report = Reporter(stream)
+        report("nobody hears")
+        report.close()

@@ -21,7 +21,7 @@ from pyvmm.kvm.exits import EXIT_REASON_WORD, ExitReason, RunPage
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import Runner, serve
+from pyvmm.runner import Runner
 from pyvmm.vcpu_loop import VcpuLoop
 
 PAGE_BYTES = 8192
@@ -391,24 +391,3 @@ def test_a_defect_of_ours_ends_the_run_with_125(rig: Rig) -> None:
     assert outcome.exit_status == 125
     assert "vcpu0" in outcome.detail
     assert "oops" in outcome.detail
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serving_ends_at_a_signal_and_looks_again_at_sigusr1(number: signal.Signals) -> None:
-    doorbell = os.eventfd(1, os.EFD_NONBLOCK)
-    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
-    looks = []
-
-    def service() -> float | None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        return None
-
-    def refresh() -> None:
-        looks.append(1)
-        os.kill(os.getpid(), number)
-
-    assert serve(lambda: [IoSource(doorbell, service)], refresh=refresh) == number
-    assert looks == [1]
-    after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
-    assert after == before
-    os.close(doorbell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -22,3 +23,15 @@ def open_standard_descriptors() -> None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def allow_many_descriptors() -> None:
+    """Raise the soft limit of open files to the hard one.
+
+    It is low, 1024 mostly, for the sake of select(2) alone, which nothing here uses.
+    """
+    import resource  # pyvmm run starts without
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -8,14 +8,17 @@ import signal
 import sys
 from typing import NoReturn
 
+from pyvmm.bell import Bell
+from pyvmm.cli.descriptors import allow_many_descriptors
 from pyvmm.config import DiskConfig, parse_disk
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
-from pyvmm.report import Reporter
-from pyvmm.runner import serve
+from pyvmm.report import Reporter, Seldom
+from pyvmm.serving import serve
 from pyvmm.storage.open import open_backend
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
+from pyvmm.virtio.rate_limit import RateLimiter
 
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
 """Signals that end an export as meant: status 0."""
@@ -53,6 +56,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError("export", f"{message} (pyvmm export --help)")
 
 
+class _Once(argparse.Action):
+    """Stores a value; a second one is an error, for it is not two disks."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice; start one export for each disk")
+        setattr(namespace, self.dest, values)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of ``pyvmm export``."""
     p = _Parser(
@@ -62,11 +80,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", required=True,
+    p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", required=True, action=_Once,
                    help="the disk, with the options it has in pyvmm run: ro, snapshot, "
                    "overlay=FILE, serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
                    "bps=RATE[:BURST], faults=FILE; see docs/disks.md")
-    p.add_argument("--socket", metavar="PATH", required=True,
+    p.add_argument("--socket", metavar="PATH", required=True, action=_Once,
                    help="the Unix socket to listen on; one that nobody listens on is replaced")
     p.add_argument("--trust-memory", action="store_true",
                    help="take memory from files that could shrink, too: a front end that shrinks "
@@ -82,22 +100,28 @@ def export_main(argv: list[str]) -> int:
     disk = parse_disk(args.disk)
     if not isinstance(disk, DiskConfig):
         raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
-    report = Reporter(sys.stderr)
+    # Regions and eventfds of many front ends: none must keep another from what it needs.
+    allow_many_descriptors()
+    report, bell = Reporter(sys.stderr), Bell()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
         backend = stack.enter_context(
             contextlib.closing(open_backend(disk.source, report=report))
         )
         servers: list[Server] = []
+        limit = disk.block.rate_limit
+        # The disk's, not a connection's: a front end that reconnects gets no fresh burst.
+        limiter = RateLimiter(limit) if limit else None
 
         def start() -> list[IoSource]:
             server = Server(
                 args.socket,
-                lambda: BlockDevice(disk.block, backend),
+                lambda: BlockDevice(disk.block, backend, limiter=limiter),
                 exclusive=not (disk.read_only or backend.read_only),
-                report=report,
+                report=Seldom(report),
                 note=report if args.verbose else lambda line: None,
                 trust_memory=args.trust_memory,
+                bell=bell,
             )
             servers.append(stack.enter_context(contextlib.closing(server)))
             report(f"{disk.location} is served at {args.socket}")
@@ -115,5 +139,5 @@ def export_main(argv: list[str]) -> int:
                 for server in servers:
                     server.config_changed()
 
-        number = serve(start, refresh=refresh)
+        number = serve(start, refresh=refresh, bell=bell)
     return 0 if number in _ENDINGS else 128 + number

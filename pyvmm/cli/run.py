@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import gc
 import os
 import sys
 import time
-from os import sysconf
-from pathlib import Path
-from typing import NoReturn
 
+from pyvmm.cli.options import Command, Option, parse_options
 from pyvmm.config import (
     DEFAULT_CMDLINE,
     RunConfig,
@@ -21,10 +19,13 @@ from pyvmm.config import (
     parse_size,
 )
 from pyvmm.devices.boot_timer import timing_lines
-from pyvmm.errors import ConfigError
+from pyvmm.lean import TYPE_CHECKING
 from pyvmm.outcome import MAX_GUEST_STATUS, Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.x86.cpu_model import parse_cpu_option
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
 
 EPILOG = """\
 exit status:
@@ -44,72 +45,64 @@ examples:
 """
 
 
+_EXPLAINED = (
+    Kind.PANIC, Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SHUTDOWN, Kind.RESET, Kind.QUIT, Kind.SIGNAL
+)
+"""Ends that may be the kernel's own fault; all but a panic only if it printed nothing."""
 _QUIET = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.POWER_OFF, Kind.QUIT)
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, status 125."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("run", f"{message} (pyvmm run --help)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of ``pyvmm run``."""
-    p = _Parser(
-        prog="pyvmm run",
-        description="Boot a Linux kernel in a virtual machine, with disks from image files.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument("--kernel", metavar="FILE", required=True,
-                   help="the kernel: a bzImage or an ELF vmlinux, 64-bit x86")
-    p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", action="append", default=[],
-                   help="a raw disk image, block device, nbd:// server or vhost-user=SOCKET of "
-                   "another process, seen as /dev/vda; repeat for vdb, ...  Options: ro (the "
-                   "guest cannot write), snapshot (what it writes is dropped), overlay=FILE (or "
-                   "kept in FILE), serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
-                   "bps=RATE[:BURST], faults=FILE; see docs/disks.md")
-    p.add_argument("--initrd", metavar="FILE", help="an initial RAM disk (initramfs) to load")
-    p.add_argument("--cmdline", metavar="S",
-                   help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
-                   "what announces the disks is always added in front")
-    p.add_argument("--append", metavar="S", default="",
-                   help="text added at the end of the kernel command line")
-    p.add_argument("--memory", metavar="SIZE", default="256M",
-                   help="guest RAM, as 256M or 1G (default 256M)")
-    p.add_argument("--cpu", metavar="MODEL", default="host",
-                   help="host, base or FILE.json, then features to take away: host,-xsave,-avx2 "
-                   "(default host; docs/cpu-models.md)")
-    p.add_argument("--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)")
-    p.add_argument("--timeout", metavar="S",
-                   help="stop the guest S seconds after it started, with exit status 124")
-    p.add_argument("--console", metavar="WHERE", default="stdio",
-                   help="the guest's serial console: stdio, none, or a file to write "
-                   "(default stdio)")
-    p.add_argument("--mmio", metavar="MODE", default="mapped",
-                   help="how the guest sees a disk's registers: mapped (read-only memory, no exit "
-                   "a request) or trapped (every access is an exit; default mapped)")
-    p.add_argument("--serve", metavar="WHERE", default="thread",
-                   help="where a request is served: thread (the disk's own) or exit (on the vCPU "
-                   "that notifies; default thread)")
-    p.add_argument("--rtc", metavar="CLOCK", default="utc",
-                   help="the real-time clock: utc or none (default utc)")
-    p.add_argument("--timing", action="store_true",
-                   help="say how long start-up, kernel, init and user space took (the guest's init "
-                   "marks them: docs/devices.md)")
-    p.add_argument("-v", "--verbose", action="count", default=0,
-                   help="say how the run went, on standard error; -vv: tracebacks of errors too")
-    return p
+COMMAND = Command(
+    name="run",
+    description="Boot a Linux kernel in a virtual machine, with disks from image files.",
+    epilog=EPILOG,
+    options=(
+        Option(name="--kernel", metavar="FILE", required=True,
+               help="the kernel: a bzImage or an ELF vmlinux, 64-bit x86"),
+        Option(name="--disk", metavar="FILE[,ro][,snapshot][,...]", many=True,
+               help="a raw disk image, block device, nbd:// server or vhost-user=SOCKET of "
+               "another process, seen as /dev/vda; repeat for vdb, ...  Options: ro (the "
+               "guest cannot write), snapshot (what it writes is dropped), overlay=FILE (or "
+               "kept in FILE), serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
+               "bps=RATE[:BURST], faults=FILE; see docs/disks.md"),
+        Option(name="--initrd", metavar="FILE", help="an initial RAM disk (initramfs) to load"),
+        Option(name="--cmdline", metavar="S",
+               help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
+               "what announces the disks is always added in front"),
+        Option(name="--append", metavar="S", default="",
+               help="text added at the end of the kernel command line"),
+        Option(name="--memory", metavar="SIZE", default="256M",
+               help="guest RAM, as 256M or 1G (default 256M)"),
+        Option(name="--cpu", metavar="MODEL", default="host",
+               help="host, then features to take away: host,-xsave,-avx2 (default host)"),
+        Option(name="--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)"),
+        Option(name="--timeout", metavar="S",
+               help="stop the guest S seconds after it started, with exit status 124"),
+        Option(name="--console", metavar="WHERE", default="stdio",
+               help="the guest's serial console: stdio, none, or a file to write "
+               "(default stdio)"),
+        Option(name="--mmio", metavar="MODE", default="mapped",
+               help="how the guest sees a disk's registers: mapped (read-only memory, no exit "
+               "a request) or trapped (every access is an exit; default mapped)"),
+        Option(name="--serve", metavar="WHERE", default="thread",
+               help="where a request is served: thread (the disk's own) or exit (on the vCPU "
+               "that notifies; default thread)"),
+        Option(name="--rtc", metavar="CLOCK", default="utc",
+               help="the real-time clock: utc or none (default utc)"),
+        Option(name="--timing",
+               help="say how long start-up, kernel, init and user space took (the guest's init "
+               "marks them: docs/devices.md)"),
+        Option(name="--verbose", short="-v",
+               help="say how the run went, on standard error; -vv: tracebacks of errors too"),
+    ),
+)
 
 
-def config_from(args: argparse.Namespace) -> RunConfig:
+def config_from(args: SimpleNamespace) -> RunConfig:
     """Parsed options -> a validated RunConfig; ConfigError names the option."""
     return RunConfig(
-        kernel=Path(args.kernel),
+        kernel=args.kernel,
         disks=tuple(parse_disk(text) for text in args.disk),
-        initrd=Path(args.initrd) if args.initrd is not None else None,
+        initrd=args.initrd,
         cmdline=args.cmdline,
         append=args.append,
         memory_bytes=parse_size("--memory", args.memory),
@@ -127,7 +120,7 @@ def config_from(args: argparse.Namespace) -> RunConfig:
 def run_main(argv: list[str]) -> int:
     """Run one machine to its end; the exit status of its outcome."""
     started_s = _process_start_s()
-    args = parser().parse_args(argv)
+    args = parse_options(COMMAND, argv)
     config = config_from(args)
 
     from pyvmm.machine import build
@@ -138,14 +131,15 @@ def run_main(argv: list[str]) -> int:
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
         guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        gc.enable()  # pyvmm.cli.main says why it is not
         outcome = machine.run()
         end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     report.close()
     if not machine.console_line_ended:
         _end_line()
-    lines = [] if machine.has_printed and outcome.kind is not Kind.PANIC else _explain(
-        config, outcome, has_printed=machine.has_printed
-    )
+    lines = []
+    if outcome.kind in _EXPLAINED and (outcome.kind is Kind.PANIC or not machine.has_printed):
+        lines += _explain(config, outcome, has_printed=machine.has_printed)
     if args.timing:
         lines += timing_lines(
             machine.marks, process_start_s=started_s, guest_start_s=guest_start_s, end_s=end_s
@@ -174,13 +168,13 @@ def _warn(config: RunConfig, report: Reporter) -> None:
     if not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
     with contextlib.suppress(OSError):
-        beside = {entry.name for entry in os.scandir(config.kernel.parent)}
+        beside = os.listdir(os.path.dirname(config.kernel) or ".")
         if any(name == ".config" or name.startswith("config-") for name in beside):
             from pyvmm.cli import explain
 
             for line in explain.before(config):
                 report(line)
-    host_bytes = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if config.memory_bytes > host_bytes:
         report(
             f"--memory {format_size(config.memory_bytes)} is more than this host has "
@@ -198,9 +192,13 @@ def _end_line() -> None:
 def _process_start_s() -> float:
     """When this process was started (before the interpreter was), on CLOCK_BOOTTIME."""
     try:
-        stat = Path("/proc/self/stat").read_text("ascii", "replace")
+        fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            stat = os.read(fd, 4096)
+        finally:
+            os.close(fd)
         # proc(5): field 22, starttime in clock ticks; fields are counted after the last ')'.
-        ticks = int(stat.rpartition(")")[2].split()[19])
+        ticks = int(stat.rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return ticks / sysconf("SC_CLK_TCK")
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -11,9 +11,9 @@ import enum
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from pyvmm.devices.byte_device import ByteDevice
+from pyvmm.lean import Record
 
 
 class Stage(enum.IntEnum):
@@ -34,8 +34,7 @@ _STAGE_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(Record, kw_only=False):
     """``value`` (0-255) was written when the clock stood at ``at_s``, in seconds."""
 
     value: int

@@ -10,18 +10,26 @@ from pyvmm.driver.errors import (
     RequestError,
     TransportError,
 )
+from pyvmm.driver.in_process import InProcessTransport
 from pyvmm.driver.memory import SharedMemory
 from pyvmm.driver.queue import VirtioBlkQueue
 from pyvmm.driver.request import Completion
 from pyvmm.driver.transport import Transport
+from pyvmm.driver.vhost_user import VhostUserTransport
+from pyvmm.driver.vhost_vdpa import VhostVdpaTransport
+from pyvmm.errors import DriverError
 
 __all__ = [
     "Completion",
     "DeviceBrokenError",
+    "DriverError",
+    "InProcessTransport",
     "QueueFullError",
     "RequestError",
     "SharedMemory",
     "Transport",
     "TransportError",
+    "VhostUserTransport",
+    "VhostVdpaTransport",
     "VirtioBlkQueue",
 ]

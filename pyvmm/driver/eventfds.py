@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 
 from pyvmm.driver.errors import TransportError
 
@@ -11,13 +12,15 @@ from pyvmm.driver.errors import TransportError
 class QueueEventFds:
     """A kick and a call eventfd for each of a device's queues; none before ``open``.
 
-    They do not block.  A back end has them too, so it may make them so anyway (libvhost-user
-    does), and could fill one up to have a writer wait for ever.
+    They do not block.  A back end has them too, and with them that flag: one that is filled up, and
+    whose O_NONBLOCK is cleared, has a writer wait for ever (``pyvmm.bell``).  So a kick is written
+    only where there is room at that moment.
     """
 
     def __init__(self) -> None:
         self.kicks: list[int] = []
         self.calls: list[int] = []
+        self._room: list[select.poll] = []
 
     def open(self, count: int) -> None:
         """Fresh ones for ``count`` queues, in place of those there were; TransportError."""
@@ -26,14 +29,23 @@ class QueueEventFds:
             for fds in (self.kicks, self.calls):
                 for _ in range(count):
                     fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            for fd in self.kicks:
+                self._room.append(select.poll())
+                self._room[-1].register(fd, select.POLLOUT)
         except OSError as error:
             self.close()
             raise TransportError(f"eventfds of {count} queues: {error.strerror}") from error
 
     def notify(self, index: int) -> None:
-        """Kick the device: queue ``index`` has new requests."""
-        with contextlib.suppress(BlockingIOError):  # so full that the device sees it, too
-            os.eventfd_write(self.kick(index), 1)
+        """Kick the device: queue ``index`` has new requests.
+
+        A device that has filled the eventfd knows it already; so does one that makes this wait,
+        between the look and the write, until a signal comes.
+        """
+        fd = self.kick(index)
+        if self._room[index].poll(0):
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                os.eventfd_write(fd, 1)
 
     def kick(self, index: int) -> int:
         """What is written to notify the device of queue ``index``; TransportError if none."""
@@ -49,6 +61,7 @@ class QueueEventFds:
             os.close(fd)
         self.kicks.clear()
         self.calls.clear()
+        self._room.clear()
 
 
 def _one(fds: list[int], index: int) -> int:

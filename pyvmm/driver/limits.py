@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pyvmm.driver.errors import RequestError
 from pyvmm.driver.request import Segment
 from pyvmm.driver.transport import Transport
+from pyvmm.virtio.block.config import config_space_length
 from pyvmm.virtio.spec import SECTOR_SIZE, BlockFeature
 
 # struct virtio_blk_config as far as a driver needs it: le64 capacity; le32 size_max; le32
@@ -52,7 +53,9 @@ class BlockLimits:
         return self.capacity_bytes != before
 
     def _read(self) -> tuple[int, int, int, int, int, int]:
-        return _CONFIG.unpack(self._transport.get_config(0, _CONFIG.size))
+        # No more than it must have: a back end may refuse to show what it has not.
+        length = min(_CONFIG.size, config_space_length(self._transport.features))
+        return _CONFIG.unpack(self._transport.get_config(0, length).ljust(_CONFIG.size, b"\0"))
 
     def sector(self, offset: int, length: int) -> int:
         """The sector at ``offset``; RequestError unless ``length`` bytes from there are whole

@@ -52,7 +52,13 @@ class SharedMemory:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        self._map.close()
+        try:
+            self._map.close()
+        except BufferError:
+            raise BufferError(
+                f"views of the {self.length} bytes of shared memory are still in use: release"
+                " them first (with memory.view[a:b] as buffer: ...)"
+            ) from None
 
     def __enter__(self) -> SharedMemory:
         return self

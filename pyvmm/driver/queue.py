@@ -341,7 +341,13 @@ class VirtioBlkQueue:
 
 def _locate(buffer: memoryview) -> Segment:
     """Where ``buffer`` is; RequestError unless it is writable, contiguous memory."""
-    length = buffer.nbytes
+    try:
+        length = buffer.nbytes
+    except AttributeError:
+        raise RequestError(
+            f"the buffer is of type {type(buffer).__name__}; it is to be a view of memory that"
+            " was mapped, like SharedMemory.view[:512]"
+        ) from None
     if not length:
         return 0, 0
     try:

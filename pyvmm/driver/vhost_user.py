@@ -15,7 +15,7 @@ from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.eventfds import QueueEventFds
 from pyvmm.driver.transport import MappedRegion, QueueLayout, Transport
 from pyvmm.errors import RequestRefusedError, VhostUserError
-from pyvmm.vhost_user.frontend import TIMEOUT_S, Frontend
+from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S, TIMEOUT_S, Frontend
 from pyvmm.vhost_user.protocol import MemoryRegion
 from pyvmm.virtio.rings import first_base
 
@@ -27,20 +27,29 @@ qemu-storage-daemon, take descriptor chains apart in tables of that size."""
 class VhostUserTransport(Transport):
     """The back end that listens on the Unix socket ``path``, connected.
 
-    ``timeout_s`` is how long it may take for an answer.  What it refuses is a TransportError and
+    ``timeout_s`` is how long it may take for an answer, ``drain_timeout_s`` to stop its queues, for
+    which it first finishes what it has begun.  What it refuses is a TransportError and
     changes nothing; when it breaks the protocol, does not answer or hangs up, that is a
     DeviceBrokenError, then and in every later call.  Both name the socket and the message.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, timeout_s: float = TIMEOUT_S
+        self,
+        path: str | os.PathLike[str],
+        *,
+        timeout_s: float = TIMEOUT_S,
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         super().__init__()
+        if timeout_s <= 0 or drain_timeout_s <= 0:
+            raise TransportError(f"timeouts of {timeout_s} s and {drain_timeout_s} s: be patient")
         self._events = QueueEventFds()
         try:
-            self._frontend = Frontend.connect(os.fspath(path), timeout_s=timeout_s)
+            self._frontend = Frontend.connect(
+                os.fspath(path), timeout_s=timeout_s, drain_timeout_s=drain_timeout_s
+            )
         except VhostUserError as error:
-            raise TransportError(str(error)) from error
+            raise TransportError(str(error)) from None
 
     # What the device has
 
@@ -161,3 +170,5 @@ def _as_driver_error() -> Iterator[None]:
         raise TransportError(str(error)) from error
     except VhostUserError as error:
         raise DeviceBrokenError(str(error)) from error
+    except ValueError as error:  # what no message could say
+        raise TransportError(str(error)) from None

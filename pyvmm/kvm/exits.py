@@ -11,10 +11,10 @@ import functools
 import mmap
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 
 from pyvmm.kvm import abi
+from pyvmm.lean import Record
 
 
 class ExitReason(IntEnum):
@@ -136,8 +136,7 @@ class RunPage:
         self._view.release()
 
 
-@dataclass(frozen=True, slots=True)
-class IoExit:
+class IoExit(Record, kw_only=False):
     """IN or OUT: ``count`` items of ``size`` bytes at ``data_offset`` of the run page."""
 
     direction: Direction
@@ -147,8 +146,7 @@ class IoExit:
     data_offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class MmioExit:
+class MmioExit(Record, kw_only=False):
     """An access to a physical address without memory; ``data`` has ``length`` bytes."""
 
     address: int
@@ -157,16 +155,14 @@ class MmioExit:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class HltExit:
+class HltExit(Record, kw_only=False):
     """HLT with no in-kernel interrupt controller to wait for."""
 
     def __str__(self) -> str:
         return "HLT"
 
 
-@dataclass(frozen=True, slots=True)
-class ShutdownExit:
+class ShutdownExit(Record, kw_only=False):
     """A triple fault."""
 
     def __str__(self) -> str:
@@ -181,8 +177,7 @@ _SUBERRORS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class InternalErrorExit:
+class InternalErrorExit(Record, kw_only=False):
     """KVM gave up; ``data`` is what it says about why, in 64-bit words."""
 
     suberror: int
@@ -207,24 +202,21 @@ class InternalErrorExit:
         return text + "".join(f" {word:#x}" for word in self.data)
 
 
-@dataclass(frozen=True, slots=True)
-class FailEntryExit:
+class FailEntryExit(Record, kw_only=False):
     """The hardware refused the vCPU's state; ``hardware_reason`` is its own code."""
 
     hardware_reason: int
     cpu: int
 
 
-@dataclass(frozen=True, slots=True)
-class SystemEventExit:
+class SystemEventExit(Record, kw_only=False):
     """KVM_SYSTEM_EVENT_*: shutdown, reset or crash asked for through the kernel."""
 
     type: int
     data: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class UnknownExit:
+class UnknownExit(Record, kw_only=False):
     """A reason this program does not handle; ``hardware_reason`` only with KVM_EXIT_UNKNOWN."""
 
     reason: int

@@ -10,22 +10,24 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import RunPage
 from pyvmm.kvm.ioctl import ioctl, vcpu_entry
+from pyvmm.lean import Record
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096
+# struct kvm_cpuid_entry2, dozens of them a vCPU: function index flags eax ebx ecx edx padding[3].
+_CPUID_ENTRY = struct.Struct("=7I12x")
 
 
-@dataclass(frozen=True, slots=True)
-class CpuidEntry:
+class CpuidEntry(Record, kw_only=False):
     """What CPUID answers for EAX=``function``, and ECX=``index`` where ``has_index``."""
 
     function: int
@@ -99,7 +101,7 @@ class Kvm(_Handle):
         count = 256
         while True:
             buffer = bytearray(bytes(abi.kvm_cpuid2(nent=count)))
-            buffer += bytes(count * ctypes.sizeof(abi.kvm_cpuid_entry2))
+            buffer += bytes(count * _CPUID_ENTRY.size)
             try:
                 ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, buffer)
                 break
@@ -108,20 +110,13 @@ class Kvm(_Handle):
                     raise
                 count *= 2
         count = abi.kvm_cpuid2.from_buffer_copy(buffer).nent
-        entries = (abi.kvm_cpuid_entry2 * count).from_buffer_copy(
-            buffer, ctypes.sizeof(abi.kvm_cpuid2)
-        )
+        start = ctypes.sizeof(abi.kvm_cpuid2)
+        entries = buffer[start : start + count * _CPUID_ENTRY.size]
         return [
             CpuidEntry(
-                e.function,
-                e.index,
-                bool(e.flags & abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
-                e.eax,
-                e.ebx,
-                e.ecx,
-                e.edx,
+                function, index, bool(flags & abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX), *registers
             )
-            for e in entries
+            for function, index, flags, *registers in _CPUID_ENTRY.iter_unpack(entries)
         ]
 
     def create_vm(self) -> Vm:
@@ -313,19 +308,15 @@ class Vcpu(_Handle):
     def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
         """What CPUID answers in the guest; before the first run."""
         records = [
-            abi.kvm_cpuid_entry2(
-                function=entry.function,
-                index=entry.index,
-                flags=abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX if entry.has_index else 0,
-                eax=entry.eax,
-                ebx=entry.ebx,
-                ecx=entry.ecx,
-                edx=entry.edx,
+            _CPUID_ENTRY.pack(
+                entry.function, entry.index,
+                abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX if entry.has_index else 0,
+                entry.eax, entry.ebx, entry.ecx, entry.edx,
             )
             for entry in entries
         ]
         head = bytes(abi.kvm_cpuid2(nent=len(records)))
-        ioctl(self.fd, abi.KVM_SET_CPUID2, bytearray(head + b"".join(map(bytes, records))))
+        ioctl(self.fd, abi.KVM_SET_CPUID2, bytearray(head + b"".join(records)))
 
     def translate(self, linear_address: int) -> int | None:
         """The guest physical address that the vCPU's page tables give; None if unmapped."""

@@ -7,7 +7,7 @@ is decompressed under emulation) and the few modules that the lab loads, in load
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,9 @@ def obtain(cache: Path, say: Say, build: Callable[[Path, Say], str] | None = Non
     return Kernel(vmlinux=found / "vmlinux", modules=tuple(sorted((found / "modules").iterdir())))
 
 
-def build_from_debian(work: Path, say: Say) -> str:
-    """Download and unpack Debian's kernel, leaving ``vmlinux`` and ``modules/`` in ``work``."""
+def build_from_debian(work: Path, say: Say, wanted: Sequence[str] = MODULES) -> str:
+    """Download and unpack Debian's kernel, leaving ``vmlinux`` and ``modules/``, those ``wanted``
+    and what they need, in ``work``."""
     apt = packages.host_apt()
 
     def attempt() -> tuple[Package, Path]:
@@ -56,7 +57,7 @@ def build_from_debian(work: Path, say: Say) -> str:
     image = debian.find_in(root, "boot/vmlinuz-*", package)
     (work / "vmlinux").write_bytes(payload.extract_vmlinux(image.read_bytes()))
     (work / "modules").mkdir()
-    for index, (name, data) in enumerate(modules.load_order(root, MODULES)):
+    for index, (name, data) in enumerate(modules.load_order(root, wanted)):
         (work / "modules" / f"{index:02}-{name}.ko").write_bytes(data)
     shutil.rmtree(root)
     return package.version.replace("/", "_")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import Protocol
+
+from pyvmm.lean import Protocol
 
 SECTOR_SIZE = 512
 """Bytes; the unit a disk's size is rounded down to."""

@@ -56,11 +56,23 @@ def _open_problem(path: str, read_only: bool, error: OSError) -> str:
         return "no such file; an empty disk is made with: truncate -s 1G FILE"
     if error.errno == errno.EISDIR:
         return _NOT_A_DISK.format("a directory")
+    if error.errno == errno.ENXIO and _is_socket(path):
+        return (
+            "is a socket; the disk of a vhost-user back end that listens on it is "
+            f"--disk vhost-user={path}"
+        )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not read_only:
         if os.access(path, os.R_OK):
             return "cannot be written; attach it read-only by adding ,ro"
         return "permission denied; give yourself read and write permission"
     return f"cannot be opened: {error.strerror}"
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 _NOT_A_DISK = "is {}, not a regular file or a block device"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pyvmm.errors import ConfigError
+from pyvmm.lean import Record
 
 DEFAULT_PORT = 10809
 _FORMS = "write nbd://host[:port][/export] or nbd+unix:///export?socket=PATH"
 _MAX_NAME_BYTES = 4096  # NBD's limit for any string
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NbdAddress:
+class NbdAddress(Record):
     """An export of a server: at ``socket_path`` if that is not empty, else at ``host``."""
 
     host: str = ""

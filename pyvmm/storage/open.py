@@ -6,22 +6,20 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from pyvmm.errors import ConfigError
-from pyvmm.storage.backend import BlockBackend
+from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.storage.nbd_uri import is_nbd_uri
-from pyvmm.storage.raw import RawBackend
 
-# Only a plain file is on everybody's way to a first instruction; the other kinds are imported
-# when they are asked for.
+if TYPE_CHECKING:
+    from pyvmm.storage.backend import BlockBackend
+
+# Each kind of disk is imported when it is asked for.
 
 _MAX_SCRIPT_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskSource:
+class DiskSource(Record):
     """Where a disk's bytes come from and go to.
 
     ``location`` is a file's path or an NBD URI.  With ``snapshot`` it is never written: what is
@@ -61,6 +59,8 @@ def open_backend(source: DiskSource, *, report: Callable[[str], None]) -> BlockB
 
             backend = NbdBackend(source.location, read_only=read_only, report=report)
         else:
+            from pyvmm.storage.raw import RawBackend
+
             backend = RawBackend(source.location, read_only=read_only, report=report)
         stack.callback(backend.close)
         if source.snapshot:
@@ -82,6 +82,7 @@ def _open_overlay(
     report: Callable[[str], None],
 ) -> BlockBackend:
     from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
+    from pyvmm.storage.raw import RawBackend
 
     name, keep = source.overlay, bool(source.overlay)
     if not keep:
@@ -92,7 +93,7 @@ def _open_overlay(
     stack.callback(store.close)
     stamp = _stamp(source.location)
     if not keep:
-        Path(name).unlink()
+        os.unlink(name)
     if is_new:
         try:
             format_store(store, base.size_bytes, stamp)
@@ -130,7 +131,7 @@ def _create(path: str, length: int) -> bool:
 
 def _sync_directory(path: str) -> None:
     """Make the name ``path`` as stable as the file."""
-    fd = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -142,12 +143,14 @@ def _stamp(location: str) -> int:
     if is_nbd_uri(location):
         return 0
     try:
-        return Path(location).stat().st_mtime_ns
+        return os.stat(location).st_mtime_ns
     except OSError:
         return 0  # it is open, but has lost its name
 
 
 def _read_script(path: str) -> str:
+    from pathlib import Path
+
     try:
         with Path(path).open("rb") as file:
             script = file.read(_MAX_SCRIPT_BYTES + 1)

@@ -8,6 +8,7 @@ after the block is stable there, and no bit depends on any other.
 
 from __future__ import annotations
 
+import errno
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +102,8 @@ class OverlayBackend:
         self._data = _data_offset(self.size_bytes)
         self._pages: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
-        self._failed: OSError | None = None
+        # Its number, not the error, whose traceback would keep the caller's buffers.
+        self._failed_errno = 0
         self._closed = False
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -131,7 +133,8 @@ class OverlayBackend:
             try:
                 self._store.writev(buffers, self._data + offset, durable=is_sync)
             except OSError as error:
-                self._failed = error if is_sync else self._failed
+                if is_sync:
+                    self._latch(error)
                 raise
             return
         head, tail = self._block_edges(offset, length)
@@ -155,7 +158,7 @@ class OverlayBackend:
                 self._store.flush()
                 self._dirty.clear()
         except OSError as error:
-            self._failed = error
+            self._latch(error)
             raise
 
     def discard(self, offset: int, length: int) -> None:
@@ -267,8 +270,11 @@ class OverlayBackend:
         return head, tail
 
     def _check_latch(self, durable: bool) -> None:
-        if durable and self._failed is not None:
-            raise OSError(self._failed.errno, "an earlier flush failed", self._name)
+        if durable and self._failed_errno:
+            raise OSError(self._failed_errno, "an earlier flush failed", self._name)
+
+    def _latch(self, error: OSError) -> None:
+        self._failed_errno = error.errno or errno.EIO
 
 
 def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:

@@ -13,20 +13,26 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pyvmm.bell import Bell
 from pyvmm.errors import GuestError, RingError
 from pyvmm.vhost_user.protocol import MAX_CONFIG_BYTES, PROTOCOL_FEATURES, MemoryRegion
-from pyvmm.vhost_user.regions import PeerMemory
-from pyvmm.vhost_user.vring import RefusedError, Vring, check_eventfd, tell
+from pyvmm.vhost_user.regions import PeerMemory, UnusableRegionError
+from pyvmm.vhost_user.vring import RefusedError, Vring, check_eventfd
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.spec import Feature
 
 # vhost-user has no message that resets one ring, and a front end that passes the bit on to its
 # guest (QEMU does) would leave ours running.
 _NOT_OFFERED = int(Feature.RING_RESET)
+_NO_MEMORY = "none is shared (QEMU: -object memory-backend-memfd,share=on)"
 
 
 class Kicks(Protocol):
-    """Who waits for kicks."""
+    """Who waits for kicks, and rings for this thread."""
+
+    @property
+    def bell(self) -> Bell:
+        """What eventfds of the front end are written with."""
 
     def watch(self, fd: int, serve: Callable[[], float | None]) -> None:
         """Call ``serve`` soon, and again whenever the eventfd ``fd`` was written; also after as
@@ -37,14 +43,27 @@ class Kicks(Protocol):
 
 
 class _Calls:
-    """The device's ``Interrupt``: the call eventfds of the rings."""
+    """The device's ``Interrupt``: the call eventfds of the rings.
 
-    def __init__(self, vrings: Sequence[Vring]) -> None:
+    ``stuck`` is called when a front end makes a write to an eventfd wait; from then on there are
+    no more.
+    """
+
+    def __init__(self, vrings: Sequence[Vring], bell: Bell, stuck: Callable[[], None]) -> None:
         self._vrings = vrings
+        self._ring = bell.ring
+        self._stuck = stuck
+        self._is_stuck = False
 
     def notify_used(self, queue_index: int) -> None:
         """Write the ring's call eventfd, if the front end gave one."""
-        tell(self._vrings[queue_index].call_fd)
+        self.tell(self._vrings[queue_index].call_fd)
+
+    def tell(self, fd: int) -> None:
+        """Make the eventfd ``fd`` readable; -1 is nobody."""
+        if fd >= 0 and not self._is_stuck and not self._ring(fd):
+            self._is_stuck = True
+            self._stuck()
 
     def notify_config(self) -> None:
         """Nothing: a change comes from whoever owns the disk, by ``Session.config_changed``."""
@@ -55,6 +74,8 @@ class Backend:
 
     Methods are requests, named alike; RefusedError, or UnusableRegionError of a region, for one
     that cannot be done.  ``report`` takes a line about a ring that turns out malformed.
+    ``stuck`` is called if the front end has made a write to one of its eventfds wait: its
+    connection has to end.
     """
 
     def __init__(
@@ -63,6 +84,7 @@ class Backend:
         kicks: Kicks,
         *,
         report: Callable[[str], None],
+        stuck: Callable[[], None],
         trust_memory: bool = False,
     ) -> None:
         self._device = device
@@ -70,7 +92,7 @@ class Backend:
         self._report = report
         self._memory = PeerMemory(trust=trust_memory)
         self._vrings = [Vring(index) for index in range(len(device.queues))]
-        self._calls = _Calls(self._vrings)
+        self._calls = _Calls(self._vrings, kicks.bell, stuck)
 
     def close(self) -> None:
         """Stop the rings, let go of everything the front end shared; idempotent."""
@@ -155,17 +177,37 @@ class Backend:
         """SET_MEM_TABLE: regions and the file descriptors to map them from.
 
         "While processing the rings [...], the back-end must support changing some configuration
-        aspects on the fly": running ones go on in the new table, or in the old one if that is no
-        good.
+        aspects on the fly": running ones go on in the new table, or all of them in the old one if
+        one of them can not, or that is no good itself.
         """
         running = [vring for vring in self._vrings if vring.is_running]
         for vring in running:
             self._stop(vring)
+
+        def go_on() -> None:
+            problems = self._restart(running)
+            if problems:
+                for vring in running:
+                    self._stop(vring)
+                raise RefusedError(problems[0])
+
         try:
-            self._memory.replace(table)
-        finally:
-            for vring in running:
+            self._memory.replace(table, go_on)
+        except (RefusedError, UnusableRegionError):
+            # What it has written there meanwhile is the front end's own doing.
+            for problem in self._restart(running):
+                self._report(f"{problem}; it stopped until it is set up anew")
+            raise
+
+    def _restart(self, vrings: Sequence[Vring]) -> list[str]:
+        """Start each of ``vrings`` again; why those could not that could not."""
+        problems = []
+        for vring in vrings:
+            try:
                 self._start(vring)
+            except (RefusedError, OSError) as error:
+                problems.append(str(error))
+        return problems
 
     def add_mem_reg(self, region: MemoryRegion, fd: int) -> None:
         """ADD_MEM_REG."""
@@ -233,7 +275,7 @@ class Backend:
         vring.keep_fd("call", fd)
         if vring.is_running:
             # What was used before it came was told to nobody.
-            tell(vring.call_fd)
+            self._calls.tell(vring.call_fd)
 
     def set_vring_err(self, index: int, fd: int) -> None:
         """SET_VRING_ERR."""
@@ -267,8 +309,9 @@ class Backend:
         """The GPA of the user address ``address`` of ``vring``; RefusedError if there is none."""
         gpa = self._memory.gpa_of(address)
         if gpa is None:
+            none = "" if self._memory.memory.regions else f"; {_NO_MEMORY}"
             raise RefusedError(
-                f"ring {vring.index} at {address:#x}, which is in no memory region"
+                f"ring {vring.index} at {address:#x}, which is in no memory region{none}"
             )
         return gpa
 
@@ -311,6 +354,6 @@ class Backend:
             problem = str(error)
         # Outside the handler, where the traceback no longer holds views of the ring.
         self._stop(vring)
-        tell(vring.err_fd)
+        self._calls.tell(vring.err_fd)
         self._report(f"ring {vring.index} stopped until it is set up anew: {problem}")
         return None

@@ -23,15 +23,18 @@ from pyvmm.errors import (
     RingError,
     VhostUserError,
 )
+from pyvmm.io_loop import IoSource
 from pyvmm.memory import GuestMemory
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import MemoryRegion
+from pyvmm.virtio.block.config import WRITEBACK_OFFSET, config_space_length
 from pyvmm.virtio.device import Interrupt, VirtioDevice
 from pyvmm.virtio.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
 
 QUEUE_SIZE = 256
 """The most entries of a queue; a back end has no way of saying what it takes."""
+LAST_DRAIN_S = 2.0
 
 _PASSED_ON = int(
     Feature.INDIRECT_DESC
@@ -57,14 +60,11 @@ _PASSED_ON = int(
 """What may be offered to the guest if the back end does: everything of the block device, and of
 the transport what needs no more than a kick and rings in RAM (so no IOMMU, no data in a kick)."""
 
-# struct virtio_blk_config (5.2.4 "Device configuration layout"): where fields are, and where the
-# space ends for a back end with such features; more than it has it may refuse to show.
+# struct virtio_blk_config (5.2.4 "Device configuration layout"): where fields are.
 _CAPACITY = struct.Struct("<Q")
 _SIZE_MAX, _SIZE_MAX_OFFSET = struct.Struct("<I"), 8
 _SEG_MAX, _SEG_MAX_OFFSET = struct.Struct("<I"), 12
-_WRITEBACK_OFFSET = 32
 _NUM_QUEUES, _NUM_QUEUES_OFFSET = struct.Struct("<H"), 34
-_PLAIN_END, _WRITE_ZEROES_END, _SECURE_ERASE_END = 36, 57, 72
 
 
 class VhostUserBlock(VirtioDevice):
@@ -100,7 +100,7 @@ class VhostUserBlock(VirtioDevice):
         self._shared: set[MemoryRegion] = set()
         self._started: set[int] = set()
         features = frontend.features & _PASSED_ON
-        self._config_length = _config_length(features)
+        self._config_length = config_space_length(features)
         self._config = frontend.get_config(0, self._config_length)
         if not _SIZE_MAX.unpack_from(self._config, _SIZE_MAX_OFFSET)[0]:
             # qemu-storage-daemon offers the limit and leaves it 0, which no driver can keep.
@@ -150,13 +150,13 @@ class VhostUserBlock(VirtioDevice):
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver chooses the cache mode in ``writeback``, if it negotiated CONFIG_WCE.
         Everything else is not writable and ignored, as is what the back end refuses."""
-        place = _WRITEBACK_OFFSET - offset
+        place = WRITEBACK_OFFSET - offset
         if not (self.acked_features & BlockFeature.CONFIG_WCE and 0 <= place < len(data)):
             return
         if data[place] not in (0, 1):
             return
         with contextlib.suppress(RequestRefusedError), self._noticing_loss():
-            self._frontend.set_config(_WRITEBACK_OFFSET, data[place : place + 1])
+            self._frontend.set_config(WRITEBACK_OFFSET, data[place : place + 1])
             self._read_config()
 
     def _read_config(self) -> None:
@@ -212,14 +212,17 @@ class VhostUserBlock(VirtioDevice):
             with self._noticing_loss():
                 self._hand_over(index, self._memory)
         except RequestRefusedError as error:
+            self._take_back(index)
             self.queues[index].ready = False
             raise RingError(str(error)) from error
 
     def process_queue(self, index: int) -> float | None:
         """A notification that KVM did not deliver itself: pass it on.  No work is left here."""
         if index in self._started:
-            # A counter at its limit says already that there is something to do.
-            with contextlib.suppress(BlockingIOError):
+            # A counter at its limit says already that there is something to do.  A back end may
+            # make a write wait for it to be read (``bell.py``), which stops its own guest: the
+            # end of the run interrupts that.
+            with contextlib.suppress(BlockingIOError, InterruptedError):
                 os.eventfd_write(self._kick_fds[index], 1)
         return None
 
@@ -239,6 +242,8 @@ class VhostUserBlock(VirtioDevice):
 
     def _hand_over(self, index: int, memory: GuestMemory) -> None:
         queue = self.queues[index]
+        # One that is refused half-way may have begun all the same.
+        self._started.add(index)
         self._frontend.start_queue(
             index,
             size=queue.size,
@@ -249,7 +254,6 @@ class VhostUserBlock(VirtioDevice):
             kick_fd=self._kick_fds[index],
             call_fd=self._call_fd,
         )
-        self._started.add(index)
 
     def _take_back(self, index: int) -> int | None:
         """Stop queue ``index`` if it runs: where its ring then stands, or None."""
@@ -266,6 +270,17 @@ class VhostUserBlock(VirtioDevice):
         gone.  Then ``look``."""
         return self._frontend.fileno()
 
+    @property
+    def source(self) -> IoSource:
+        """``fileno`` and ``look``, for a thread that waits."""
+        # Edge-triggered: a socket whose peer has gone would be an event again and again.
+        return IoSource(self.fileno(), self.look, drain=True)
+
+    def hurry(self) -> None:
+        """The guest has ended: a back end that does not stop its queues is waited for no longer
+        than LAST_DRAIN_S.  From any thread."""
+        self._frontend.drain_timeout_s = LAST_DRAIN_S
+
     def look(self) -> None:
         """See whether the back end is still there, without asking it; from any thread."""
         with self._noticing_loss():
@@ -281,15 +296,6 @@ class VhostUserBlock(VirtioDevice):
         except VhostUserError as error:
             if self._is_lost.acquire(blocking=False):
                 self._lost(str(error))
-
-
-def _config_length(features: int) -> int:
-    """Bytes of configuration space that a back end with ``features`` has at least."""
-    if features & BlockFeature.SECURE_ERASE:
-        return _SECURE_ERASE_END
-    if features & (BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES):
-        return _WRITE_ZEROES_END
-    return _PLAIN_END
 
 
 def _user_address(memory: GuestMemory, gpa: int | None) -> int:

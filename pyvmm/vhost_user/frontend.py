@@ -11,10 +11,13 @@ import os
 import socket
 import struct
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
-from pyvmm.errors import RequestRefusedError, VhostUserError
+from pyvmm.errors import PeerClosedError, RequestRefusedError, VhostUserError
+from pyvmm.vhost_user.channel import Channel, Message
+from pyvmm.vhost_user.hints import why_no_connection
 from pyvmm.vhost_user.protocol import (
     CONFIG,
     MAX_CONFIG_BYTES,
@@ -28,9 +31,7 @@ from pyvmm.vhost_user.protocol import (
     VRING_ADDR,
     VRING_INDEX_MASK,
     VRING_STATE,
-    Channel,
     MemoryRegion,
-    Message,
     ProtocolFeature,
     Request,
 )
@@ -39,6 +40,9 @@ TIMEOUT_S = 5.0
 """How long a back end may take for an answer."""
 DRAIN_TIMEOUT_S = 30.0
 """How long it may take to stop a queue: requests it has begun are finished first."""
+_CONNECT_PAUSE_S = 0.01
+_NO_ANSWER = "is that a vhost-user back end?"
+_HUNG_UP_AT_ONCE = "most back ends serve one front end at a time: this may be in use"
 
 _WANTED = (
     ProtocolFeature.MQ
@@ -56,7 +60,7 @@ class Frontend:
     (REPLY_ACK) or has answered a later request.
 
     ``features`` are the virtio feature bits on offer, ``max_queues`` and ``max_mem_regions`` the
-    most that the back end takes of each.
+    most that the back end takes of each.  ``drain_timeout_s`` may be changed at any time.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Frontend:
     ) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
-        self._drain_timeout_s = drain_timeout_s
+        self.drain_timeout_s = drain_timeout_s
         self._lock = threading.Lock()
         # With the file descriptor a SET_MEM_TABLE needs; ADD_MEM_REG needs it only once.
         self._regions: dict[MemoryRegion, int | None] = {}
@@ -90,25 +94,31 @@ class Frontend:
 
         VhostUserError if there is none or the handshake fails.
         """
+        if not path:
+            raise VhostUserError("vhost-user socket", "its path is empty")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)
         try:
-            connection.settimeout(timeout_s)
-            connection.connect(path)
+            _connect(connection, path, time.monotonic() + timeout_s)
         except (OSError, ValueError) as error:
             connection.close()
-            reason = getattr(error, "strerror", None) or error
+            reason = why_no_connection(path, error)
             raise VhostUserError(path, f"cannot connect to the vhost-user socket: {reason}") \
                 from error
-        return cls(
-            Channel(connection, peer=path), timeout_s=timeout_s, drain_timeout_s=drain_timeout_s
-        )
+        channel = Channel(connection, peer=path, who="the back end")
+        return cls(channel, timeout_s=timeout_s, drain_timeout_s=drain_timeout_s)
 
     def _shake_hands(self) -> None:
         self.protocol_features = ProtocolFeature(0)
         self.max_queues = 1
         self.max_mem_regions = MAX_TABLE_REGIONS
-        self._channel.send(Request.SET_OWNER, timeout_s=self._timeout_s)
-        features = self._get(Request.GET_FEATURES)
+        try:
+            self._channel.send(Request.SET_OWNER, timeout_s=self._timeout_s)
+            features = self._get(Request.GET_FEATURES)
+        except PeerClosedError as error:
+            raise PeerClosedError(error.peer, f"{error.problem} ({_HUNG_UP_AT_ONCE})") from None
+        except VhostUserError as error:
+            raise VhostUserError(error.peer, f"{error.problem} ({_NO_ANSWER})") from None
         self.features = features & ~PROTOCOL_FEATURES
         # Acknowledging the bit means that rings start disabled, until SET_VRING_ENABLE.
         self._session_features = features & PROTOCOL_FEATURES
@@ -262,7 +272,7 @@ class Frontend:
         with self._lock:
             self._send(Request.GET_VRING_BASE, VRING_STATE.pack(index, 0))
             stopped, base = self._reply(
-                Request.GET_VRING_BASE, VRING_STATE, self._drain_timeout_s
+                Request.GET_VRING_BASE, VRING_STATE, self.drain_timeout_s
             )
             if stopped != index:
                 raise self._channel.fail(
@@ -355,6 +365,17 @@ class Frontend:
             kind = "reply to " if message.is_reply else "request "
             raise self._channel.fail(f"{request.name}: answered by the {kind}{message.name}")
         return message
+
+
+def _connect(connection: socket.socket, path: str, deadline_s: float) -> None:
+    """Connect, once there is room among those who wait for the back end; OSError."""
+    while True:
+        try:
+            return connection.connect(path)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                raise
+            time.sleep(_CONNECT_PAUSE_S)  # no event says that there is room
 
 
 def _close(fd: int | None) -> None:

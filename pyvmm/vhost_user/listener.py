@@ -16,6 +16,7 @@ import stat
 from pathlib import Path
 
 from pyvmm.errors import ConfigError
+from pyvmm.vhost_user.hints import lab_hint
 
 _MAX_PATH_BYTES = 107  # sun_path of unix(7), with its NUL
 _BACKLOG = 16
@@ -38,7 +39,7 @@ class Listener:
             self._publish()
         except OSError as error:
             self.close()
-            raise ConfigError(path, f"cannot be a socket: {error.strerror}") from error
+            raise ConfigError(path, f"cannot be a socket: {error.strerror}{lab_hint()}") from error
         except ConfigError:
             self.close()
             raise

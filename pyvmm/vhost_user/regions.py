@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pyvmm.errors import PyvmmError
 from pyvmm.memory import PAGE_SIZE, GuestMemory, Region
@@ -114,23 +114,35 @@ class PeerMemory:
                 return
         raise UnusableRegionError(f"{named(described)} is not mapped")
 
-    def replace(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
-        """These regions and file descriptors in place of all there are.
+    def replace(
+        self,
+        regions: Sequence[tuple[MemoryRegion, int]],
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """These regions and file descriptors in place of all there are, then ``then``.
 
-        The caller has dropped every view of the old ones.  UnusableRegionError, with nothing
-        changed, if one cannot be mapped.
+        The caller has dropped every view of the old ones.  UnusableRegionError if one cannot be
+        mapped; after that, or if ``then`` raises (it has dropped every view, too), nothing has
+        changed.
         """
         new: list[_Mapping] = []
         try:
             for described, fd in regions:
                 new.append(self._map(described, fd, new))
         except UnusableRegionError:
-            for mapping in new:
-                mapping.close()
+            self._hide(new)
             raise
         old, self._mappings = self._mappings, new
-        self._hide(old)
+        self._take_away(old)
         self._show()
+        try:
+            then()
+        except BaseException:
+            self._mappings = old
+            self._hide(new)
+            self._show()
+            raise
+        self._hide(old)
 
     def gpa_of(self, user_address: int) -> int | None:
         """The GPA of what the front end has at ``user_address``; None if that is not shared."""
@@ -160,10 +172,15 @@ class PeerMemory:
             if mapping.region is None:
                 mapping.region = self.memory.add(mapping.described.gpa, mapping.view)
 
-    def _hide(self, mappings: Sequence[_Mapping]) -> None:
+    def _take_away(self, mappings: Sequence[_Mapping]) -> None:
         for mapping in mappings:
             if mapping.region is not None:
                 self.memory.remove(mapping.region)
+                mapping.region = None
+
+    def _hide(self, mappings: Sequence[_Mapping]) -> None:
+        self._take_away(mappings)
+        for mapping in mappings:
             mapping.close()
 
 

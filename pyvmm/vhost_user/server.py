@@ -13,9 +13,10 @@ import struct
 import time
 from collections.abc import Callable
 
+from pyvmm.bell import Bell
 from pyvmm.errors import PeerClosedError, VhostUserError
+from pyvmm.vhost_user.channel import Channel
 from pyvmm.vhost_user.listener import Listener
-from pyvmm.vhost_user.protocol import Channel
 from pyvmm.vhost_user.session import Session
 from pyvmm.virtio.device import VirtioDevice
 
@@ -34,7 +35,8 @@ class Server:
     who comes and goes.  ConfigError if ``path`` cannot be listened on.
 
     All work is done in ``service``, called when ``fileno`` is readable; the server and what it
-    serves belong to one thread.
+    serves belong to one thread.  A wicked front end can make it wait in a write of ``bell``, until
+    somebody who watches that ends the write, and the front end's connection with it.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Server:
         report: Callable[[str], None],
         note: Callable[[str], None] = lambda line: None,
         trust_memory: bool = False,
+        bell: Bell | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.bell = bell or Bell()
         self._make_device = make_device
         self._max_frontends = 1 if exclusive else MAX_FRONTENDS
         self._report = report
@@ -147,12 +151,11 @@ class Server:
             self._poller.unregister(self._listener.fileno())
             self._accept_at_s = now_s + _ACCEPT_PAUSE_S
             return
-        name = f"{self._listener.path}: front end {_pid_of(sock)}"
+        name = f"{self._listener.path}: front end (pid {_pid_of(sock)})"
         if len(self._sessions) >= self._max_frontends:
             self._drop_hung_up()
         if len(self._sessions) >= self._max_frontends:
-            others = ", ".join(session.name for session in list(self._sessions.values())[:3])
-            self._report(f"{name} is turned away: {others} uses the disk")
+            self._report(f"{name} is turned away: {self._users()}")
             sock.close()
             return
         session = Session(
@@ -171,6 +174,13 @@ class Server:
             return
         self._sessions[session.fileno()] = session
         self._note(f"{name} connected")
+
+    def _users(self) -> str:
+        """Who is connected."""
+        if len(self._sessions) > 1:
+            return f"{len(self._sessions)} front ends use the disk"
+        (session,) = self._sessions.values()
+        return f"{session.name.removeprefix(f'{self._listener.path}: ')} uses the disk"
 
     def _attempt(self, session: Session, step: Callable[[Session], None]) -> None:
         """``step`` of ``session``; if that ends the connection, end it."""

@@ -8,15 +8,15 @@ likewise by the end of the connection, for it would never know.
 
 from __future__ import annotations
 
-import os
-import socket
 import struct
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pyvmm.errors import VhostUserError
+from pyvmm.vhost_user.back_channel import back_channel
 from pyvmm.vhost_user.backend import Backend, Kicks
+from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.protocol import (
     CONFIG,
     MAX_FDS,
@@ -30,9 +30,7 @@ from pyvmm.vhost_user.protocol import (
     VRING_NO_FD,
     VRING_STATE,
     BackendRequest,
-    Channel,
     MemoryRegion,
-    Message,
     ProtocolFeature,
     Request,
 )
@@ -76,7 +74,9 @@ class Session:
         self._channel = channel
         self._report = report
         self._clock = clock
-        self._backend = Backend(device, kicks, report=self._complain, trust_memory=trust_memory)
+        self._backend = Backend(
+            device, kicks, report=self._complain, stuck=self._end_stuck, trust_memory=trust_memory
+        )
         self._protocol_features = 0
         self._to_frontend: Channel | None = None
         self.deadline_s = _NEVER_S
@@ -139,6 +139,11 @@ class Session:
 
     def _complain(self, problem: str) -> None:
         self._report(f"{self.name}: {problem}")
+
+    def _end_stuck(self) -> None:
+        self._channel.hang_up(
+            "an eventfd that it has filled up, and whose O_NONBLOCK it has cleared, held a write up"
+        )
 
     def _close_to_frontend(self) -> None:
         if self._to_frontend is not None:
@@ -216,17 +221,9 @@ class Session:
         self._backend.reset_device()
 
     def _set_backend_req_fd(self, message: Message) -> None:
-        copy = os.dup(message.fds[0])
-        try:
-            sock = socket.socket(fileno=copy)
-        except OSError as error:
-            os.close(copy)
-            raise RefusedError(f"the file descriptor is no socket: {error}") from error
-        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
-            sock.close()
-            raise RefusedError("the file descriptor is no Unix stream socket")
+        channel = back_channel(message.fds[0], self.name)
         self._close_to_frontend()
-        self._to_frontend = Channel(sock, peer=self.name, requests=BackendRequest)
+        self._to_frontend = channel
 
     def _set_mem_table(self, message: Message) -> None:
         payload = message.payload

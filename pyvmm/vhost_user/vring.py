@@ -65,8 +65,8 @@ class Vring:
         self.close_fd(name)
         if fd >= 0:
             copy = os.dup(fd)
-            # Shared with the front end, so nothing here rests on it but this: that an eventfd
-            # filled to the brim does not stop us.
+            # So a front end that forgets to read does not stop us.  One that means to do it takes
+            # the flag away again: see ``bell.py``.
             os.set_blocking(copy, False)
             setattr(self, f"{name}_fd", copy)
 
@@ -81,15 +81,6 @@ class Vring:
         """Close every eventfd; idempotent."""
         for name in ("kick", "call", "err"):
             self.close_fd(name)
-
-
-def tell(fd: int) -> None:
-    """Make the eventfd ``fd`` readable; -1 is nobody."""
-    if fd >= 0:
-        try:
-            os.eventfd_write(fd, 1)
-        except BlockingIOError:
-            return  # it is full: readable as can be
 
 
 def check_eventfd(fd: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable
-from typing import ClassVar
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import GuestMemory
@@ -35,7 +34,7 @@ class ConsoleDevice(RingDevice):
     ``size`` is the terminal's ``(columns, rows)``, (0, 0) if it has none.
     """
 
-    device_type: ClassVar[DeviceType] = DeviceType.CONSOLE
+    device_type = DeviceType.CONSOLE
 
     def __init__(
         self,

@@ -8,19 +8,22 @@ registers, addresses of its own, threads or KVM: ``activate`` gives it guest mem
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator
 
 from pyvmm.errors import ActivateError, GuestError, RingError
+from pyvmm.lean import TYPE_CHECKING, Protocol
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.queue import Chain, Queue, Ring
 from pyvmm.virtio.rings import make_ring
 from pyvmm.virtio.spec import DeviceType, Feature
 
+if TYPE_CHECKING:
+    from typing import ClassVar
+
 MAX_CHAIN_BYTES = 256 << 20
 """Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""
 PASS_BYTES = 64 << 20
-"""After so many bytes in buffers a pass takes no further chain."""
+"""After so many bytes, in buffers or zeroed, a pass takes no further chain."""
 
 
 class Interrupt(Protocol):
@@ -180,15 +183,18 @@ class RingDevice(VirtioDevice):
         return 0.0
 
 
-def for_one_pass(chains: Iterable[Chain]) -> Iterator[Chain]:
+def for_one_pass(
+    chains: Iterable[Chain], others: Callable[[], int] = lambda: 0
+) -> Iterator[Chain]:
     """``chains`` until they have had PASS_BYTES: what is left stays available for the next pass.
+    ``others`` are bytes that the last one's buffers do not show.
 
     A queue's length of large requests would hold the transport's lock for too long.
     """
     left = PASS_BYTES
     for chain in chains:
         yield chain
-        left -= pass_bytes(chain)
+        left -= pass_bytes(chain) + others()
         if left <= 0:
             return
 

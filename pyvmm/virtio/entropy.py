@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import GuestMemory
@@ -19,7 +18,7 @@ MAX_CHAIN_BYTES = 4096
 class EntropyDevice(RingDevice):
     """Fills buffers with random bytes; it has no features and no configuration space."""
 
-    device_type: ClassVar[DeviceType] = DeviceType.ENTROPY
+    device_type = DeviceType.ENTROPY
 
     def __init__(self) -> None:
         features = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX

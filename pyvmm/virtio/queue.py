@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+
+from pyvmm.lean import Protocol
 
 Buffer = tuple[int, int]
 """``(gpa, length)``: guest physical address and bytes, as the driver gave them: unchecked."""

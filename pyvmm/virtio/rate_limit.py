@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
 
 from pyvmm.errors import ConfigError
+from pyvmm.lean import Record
 
 MIN_TURN_S = 0.001
 """What a queue waits at least while another is before it in the line."""
@@ -27,8 +27,7 @@ _ENOUGH = 1e-6
 """Tokens that may be missing: a wait of exactly the time asked for must be the last."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RateLimit:
+class RateLimit(Record):
     """What a disk may do; a rate of 0 is no limit.
 
     Rates are per second.  A burst is what may go at once after a pause; 0 stands for a tenth of
@@ -58,7 +57,8 @@ class RateLimit:
 
 
 class RateLimiter:
-    """The buckets of one disk, full at first.  Safe to use from several threads at once."""
+    """The buckets of one disk, full at first, however many devices show it.  Safe to use from
+    several threads at once."""
 
     def __init__(self, limit: RateLimit, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -66,11 +66,11 @@ class RateLimiter:
         now_s = clock()
         self._ops = _Bucket(limit.ops_per_s, limit.ops_burst, now_s)
         self._bytes = _Bucket(limit.bytes_per_s, limit.bytes_burst, now_s)
-        self._line: dict[int, int] = {}
+        self._line: dict[Hashable, int] = {}
         """Who waits, first come first, and for how many bytes."""
 
-    def admit(self, byte_count: int, who: int = 0) -> float:
-        """Ask, as ``who`` (a queue), to do one operation that moves ``byte_count`` bytes.
+    def admit(self, byte_count: int, who: Hashable = 0) -> float:
+        """Ask, as ``who`` (a device's queue), to do one operation that moves ``byte_count`` bytes.
 
         0.0: it may go now, and both buckets are charged.  Otherwise the seconds after which it
         is worth asking again; nothing is charged, and ``who`` keeps its place in the line: small
@@ -90,7 +90,7 @@ class RateLimiter:
             self._bytes.take(byte_count)
             return 0.0
 
-    def leave(self, who: int) -> None:
+    def leave(self, who: Hashable) -> None:
         """``who`` waits no more: its request was dropped."""
         with self._lock:
             self._line.pop(who, None)

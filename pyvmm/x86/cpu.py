@@ -115,8 +115,7 @@ def write_page_tables(memory: GuestMemory) -> None:
     memory.write_int(pml4, 8, pdpt | table)
     for index in range(_DIRECTORIES):
         memory.write_int(pdpt + 8 * index, 8, (directories + PAGE_SIZE * index) | table)
-    pages = range(_DIRECTORIES * _ENTRIES)
-    leaves = [(page * _LARGE_PAGE_BYTES) | table | _LARGE for page in pages]
+    leaves = range(table | _LARGE, _DIRECTORIES * _ENTRIES * _LARGE_PAGE_BYTES, _LARGE_PAGE_BYTES)
     memory.write(directories, struct.pack(f"<{len(leaves)}Q", *leaves))
 
 

@@ -7,11 +7,11 @@ A model only ever takes away: from what this host's KVM offers, and it may insis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
+from pyvmm.lean import Record
 from pyvmm.x86.cpu_features import POSITIONS, WORDS, Word, with_dependents
 
 OPTION = "--cpu"
@@ -19,8 +19,7 @@ _TEMPLATE_SUFFIX = ".json"
 _ALL_BITS = 0xFFFF_FFFF
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegisterMask:
+class RegisterMask(Record):
     """A register of CPUID: the bits of ``keep`` stay as the host has them, the others are cleared.
 
     Those of ``demand``, a part of ``keep``, the host must have set.
@@ -31,8 +30,7 @@ class RegisterMask:
     demand: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuModel:
+class CpuModel(Record):
     """The host's CPU, less what is masked.
 
     ``functions`` are the only leaves left, or None for all; then ``masks`` apply, then the features

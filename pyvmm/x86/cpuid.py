@@ -7,7 +7,6 @@ Documentation/virt/kvm/x86/cpuid.rst.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
@@ -128,7 +127,7 @@ def _keep_functions(entries: _Entries, functions: frozenset[int]) -> None:
         head = entries.get((first, 0))
         if head is not None:
             left = [f for f, _ in entries if first <= f < first + _RANGE_LEAVES]
-            entries[first, 0] = replace(head, eax=min(head.eax, max(left)))
+            entries[first, 0] = head.replace(eax=min(head.eax, max(left)))
 
 
 def _register(entries: _Entries, word: Word) -> int:
@@ -165,8 +164,7 @@ def _set_feature(entries: _Entries, name: str, on: bool) -> None:
 
 
 def _with(entry: CpuidEntry, registers: Mapping[str, int]) -> CpuidEntry:
-    # mypy cannot see that the names are of int fields only.
-    return replace(entry, **registers)  # type: ignore[arg-type]
+    return entry.replace(**registers)
 
 
 def _remove(entries: _Entries, names: frozenset[str]) -> None:
@@ -196,7 +194,7 @@ def _remove_components(entries: _Entries, components: int) -> None:
             del entries[function, index]
         elif head.eax >> index & 1:  # a user component: eax is its size, ebx its offset
             size = max(size, entry.eax + entry.ebx)
-    entries[0xD, 0] = replace(head, eax=head.eax & ~components, ebx=size, ecx=size)
+    entries[0xD, 0] = head.replace(eax=head.eax & ~components, ebx=size, ecx=size)
 
 
 def _describe_kvm(entries: _Entries) -> None:
@@ -213,8 +211,8 @@ def _describe_topology(entries: _Entries, vcpu_id: int, vcpu_count: int) -> None
     """One package of ``vcpu_count`` cores, one thread each: KVM leaves the host's in place."""
     basic = entries.get((1, 0))
     if basic is not None:
-        entries[1, 0] = replace(
-            basic, ebx=basic.ebx & 0xFFFF | min(vcpu_count, 255) << 16 | (vcpu_id & 0xFF) << 24
+        entries[1, 0] = basic.replace(
+            ebx=basic.ebx & 0xFFFF | min(vcpu_count, 255) << 16 | (vcpu_id & 0xFF) << 24
         )
         _set_feature(entries, "ht", vcpu_count > 1)
     core_bits = (vcpu_count - 1).bit_length()
@@ -241,9 +239,9 @@ def _with_topology(
         eax = entry.eax & 0x3FFF | min(sharers, 0xFFF) << 14
         if entry.function == 4:
             eax |= min(cores, 63) << 26
-        return replace(entry, eax=eax)
+        return entry.replace(eax=eax)
     if entry.function == 0x8000_0008:
-        return replace(entry, ecx=entry.ecx & ~0xF0FF | core_bits << 12 | min(cores, 255))
+        return entry.replace(ecx=entry.ecx & ~0xF0FF | core_bits << 12 | min(cores, 255))
     if entry.function == 0x8000_001E:
-        return replace(entry, eax=vcpu_id, ebx=vcpu_id & 0xFF, ecx=0)
+        return entry.replace(eax=vcpu_id, ebx=vcpu_id & 0xFF, ecx=0)
     return entry

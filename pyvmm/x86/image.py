@@ -10,10 +10,10 @@ from __future__ import annotations
 import enum
 import os
 import stat
-from dataclasses import dataclass
 from types import TracebackType
 
 from pyvmm.errors import ConfigError
+from pyvmm.lean import Record
 from pyvmm.x86 import layout
 
 # O_NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for regular files.
@@ -43,8 +43,7 @@ class EntryKind(enum.Enum):
     """32-bit protected mode, ebx = hvm_start_info (Xen's docs/misc/pvh.pandoc)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(Record):
     """``length`` bytes at ``file_offset`` of the kernel file, to be loaded at ``gpa``."""
 
     file_offset: int
@@ -52,8 +51,7 @@ class Segment:
     length: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kernel:
+class Kernel(Record):
     """A kernel that has passed every check, and where it lives in guest RAM.
 
     Addresses are guest physical.  ``start`` and ``end`` (exclusive, page-aligned) bound what the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import struct
@@ -74,6 +75,17 @@ def test_a_disk_is_served_until_a_signal(tmp_path: Path, disk: Path, number: int
         assert export.messages == f"pyvmm: {disk} is served at {path}\n"
 
 
+def test_there_is_room_for_what_many_front_ends_share(tmp_path: Path, disk: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard > 256
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with Export(disk, tmp_path / "s") as export:
+            assert resource.prlimit(export.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_another_signal_is_its_exit_status(tmp_path: Path, disk: Path) -> None:
     path = tmp_path / "s"
     with Export(disk, path) as export:
@@ -88,7 +100,7 @@ def test_verbose_says_who_comes_and_goes(tmp_path: Path, disk: Path) -> None:
         with Caller(path) as caller:
             caller.ask(Request.GET_FEATURES)
         export.wait_for("hung up")
-        assert f"{path}: front end {os.getpid()} connected\n" in export.messages
+        assert f"{path}: front end (pid {os.getpid()}) connected\n" in export.messages
         export.stop()
 
 
@@ -138,6 +150,49 @@ def test_missing_options(capsys: pytest.CaptureFixture[str], disk: Path) -> None
     assert "--disk" in refusal(capsys, "--socket", "s")
     assert "--socket" in refusal(capsys, "--disk", disk)
     assert "pyvmm export --help" in refusal(capsys, "--disk", disk, "--sockets", "s")
+
+
+def test_an_option_given_twice(capsys: pytest.CaptureFixture[str], disk: Path) -> None:
+    line = refusal(capsys, "--disk", disk, "--disk", disk, "--socket", "s")
+    assert "--disk is given twice" in line
+    line = refusal(capsys, "--disk", disk, "--socket", "s", "--socket", "t")
+    assert "--socket is given twice" in line
+
+
+def test_a_disk_that_is_a_socket(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "disk.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        line = refusal(capsys, "--disk", path, "--socket", tmp_path / "s")
+    assert f"{path}: is a socket; the disk of" in line
+    assert f"--disk vhost-user={path}" in line
+
+
+def test_a_socket_in_the_lab_belongs_into_tmp(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    disk: Path,
+) -> None:
+    nowhere = tmp_path / "none" / "s"
+    assert "in the lab" not in refusal(capsys, "--disk", f"{disk},ro", "--socket", nowhere)
+    monkeypatch.setenv("PYVMM_LAB", "1")
+    line = refusal(capsys, "--disk", f"{disk},ro", "--socket", nowhere)
+    assert "(in the lab: sockets work under /tmp alone" in line
+
+
+def test_the_same_complaint_is_not_made_every_second(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path) as export:
+        for _ in range(3):
+            with Caller(path) as caller:
+                caller.send(Request.SET_LOG_FD)
+                assert caller.socket.recv(1) == b""
+        with Caller(path) as caller:
+            caller.send(Request.SEND_RARP)
+            export.wait_for("SEND_RARP")
+        export.stop()
+        assert export.messages.count("SET_LOG_FD") == 1
 
 
 def test_a_disk_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

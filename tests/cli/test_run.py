@@ -157,6 +157,7 @@ def test_the_same_disk_twice(
 
 @pytest.mark.parametrize("option", [
     ("--disk", "d,rw"), ("--disk", ""), ("--cpu", "486"), ("--cpu", "host,-nonsense"),
+    ("--initrd", ""), ("--kernel", ""),
     ("--timeout", "0"), ("--timeout", "soon"), ("--console", "/nonexistent/file"),
 ])
 def test_an_option_with_a_bad_value_is_named(
@@ -223,6 +224,11 @@ def test_too_few_descriptors_is_one_line(kernel: Path, disk: Path) -> None:
     assert 125 in seen
 
 
-def test_vv_shows_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="No such file"):
-        main(["run", "-vv", "--kernel", str(tmp_path / "missing")])
+@pytest.mark.parametrize("options", [["-vv"], ["-v", "--verbose"]])
+def test_vv_shows_the_traceback_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(["run", *options, "--kernel", str(tmp_path / "missing")]) == 125
+    traceback, _, line = capsys.readouterr().err.rstrip().rpartition("\n")
+    assert traceback.startswith("Traceback (most recent call last):")
+    assert line.startswith(f"pyvmm: {tmp_path}/missing: ")

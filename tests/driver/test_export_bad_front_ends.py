@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 import struct
 import time
@@ -14,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm.driver.errors import TransportError
+from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.memory import SharedMemory
 from pyvmm.driver.transport import QueueLayout
 from pyvmm.driver.vhost_user import VhostUserTransport
 from pyvmm.vhost_user.protocol import HEADER, Request
 from pyvmm.virtio.spec import Feature
 from tests.support.driver_client import Client
+from tests.support.eventfds import fill
 from tests.support.export_process import Export
 from tests.support.shared_export import SharedExport, make_image, open_fds
 
@@ -106,6 +108,25 @@ def test_a_malformed_ring(
         transport.notify(0)
         crowded.export.wait_for(words)
         transport.check()
+
+
+def test_an_eventfd_that_a_write_would_wait_for(
+    crowded: SharedExport, unharmed: Callable[[], None]
+) -> None:
+    """A front end fills its call eventfd up and clears O_NONBLOCK, which it shares: the export,
+    which has one thread, is held up for a moment, and the connection ends."""
+    with SharedMemory(8192) as memory, VhostUserTransport(crowded.path) as transport:
+        transport.negotiate(V1)
+        transport.map_mem_region(memory.address, memory.length, memory.fd)
+        transport.setup_queues(ring(memory, (5000, 16, 1, 1), (4096, 1, 2, 0), avail_idx=0))
+        transport.check()
+        fill(transport.completion_fd(0))
+        struct.pack_into("<H", memory.view, 0x402, 1)
+        transport.notify(0)
+        assert select.select([transport], [], [], 10)[0]
+        with pytest.raises(DeviceBrokenError, match="hung up"):
+            transport.check()
+    crowded.export.wait_for("whose O_NONBLOCK it has cleared, held a write up")
 
 
 def test_data_outside_the_memory_that_is_shared(

@@ -8,6 +8,7 @@ import os
 import random
 import select
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_a_read_only_export_serves_many(image: Path, path: Path) -> None:
         with pytest.raises(RequestError, match="read-only"):
             one.queue.write(0, one.buffer(0, 512), "no")
         assert one.read(0, 4096) == other.read(0, 4096) == image.read_bytes()[:4096]
+
+
+def test_a_rate_limit_is_the_disks_not_a_connections(image: Path, path: Path) -> None:
+    """A front end that reconnects gets no fresh burst."""
+    with Export(f"{image},iops=20:4", path):
+        begun_s = time.monotonic()
+        for _ in range(3):
+            with Client(VhostUserTransport(path)) as client:
+                for number in range(4):
+                    client.queue.read(0, client.buffer(number, 512), number)
+                client.collect(4)
+        assert time.monotonic() - begun_s > 0.35
 
 
 def test_a_disk_that_can_be_written_serves_one_at_a_time(image: Path, path: Path) -> None:

@@ -37,7 +37,7 @@ def test_closes_once_its_views_are_gone() -> None:
     before = open_fds()
     memory = SharedMemory(4096)
     view = memory.view[:10]
-    with pytest.raises(BufferError):
+    with pytest.raises(BufferError, match=r"views of the 4096 bytes .* release them first"):
         memory.close()
     view.release()
     memory.close()

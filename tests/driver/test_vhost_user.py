@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,20 +18,23 @@ import pytest
 
 from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.memory import SharedMemory
+from pyvmm.driver.queue import VirtioBlkQueue
 from pyvmm.driver.transport import QueueLayout
 from pyvmm.driver.vhost_user import VhostUserTransport
+from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import (
     MEM_REGION,
     MEM_TABLE,
+    PROTOCOL_FEATURES,
     SINGLE_MEM_REGION,
     U64,
     VRING_ADDR,
     VRING_STATE,
-    Message,
     ProtocolFeature,
     Request,
 )
-from pyvmm.virtio.spec import Feature
+from pyvmm.virtio.spec import BlockFeature, Feature
+from tests.support.eventfds import MOST, fill, interrupted
 from tests.support.live_backend import REFUSED, LiveBackend, hang_up
 
 V1 = int(Feature.VERSION_1)
@@ -215,8 +219,30 @@ def test_kick_and_call(
 def test_a_kick_never_waits(transport: VhostUserTransport, memory: SharedMemory) -> None:
     """Whoever has the eventfd too can fill it up."""
     set_up(transport, memory)
-    os.eventfd_write(transport.submission_fd(0), (1 << 64) - 2)
+    fill(transport.submission_fd(0), blocking=False)
     transport.notify(0)
+    fill(transport.submission_fd(0))  # and clear O_NONBLOCK
+    transport.notify(0)
+    assert os.eventfd_read(transport.submission_fd(0)) == MOST
+    transport.notify(0)
+    assert os.eventfd_read(transport.submission_fd(0)) == 1
+
+
+def test_a_kick_that_waits_all_the_same_is_ended_by_a_signal(
+    transport: VhostUserTransport, memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A back end may fill the eventfd up between the look for room and the write."""
+    set_up(transport, memory)
+    write = os.eventfd_write
+
+    def fill_first(fd: int, value: int) -> None:
+        monkeypatch.undo()
+        fill(fd)
+        write(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", fill_first)
+    with interrupted():
+        transport.notify(0)
 
 
 @pytest.mark.parametrize("index", [-1, 2])
@@ -238,6 +264,23 @@ def test_stopping_takes_every_queue_back_once(
     asked = [message.payload for message in backend.messages if message.name == "GET_VRING_BASE"]
     assert asked == [VRING_STATE.pack(0, 0), VRING_STATE.pack(1, 0)]
     os.eventfd_write(transport.completion_fd(1), 1)  # still there, for what was completed
+
+
+@pytest.mark.parametrize(("feature", "length"), [
+    (0, 36), (BlockFeature.MQ, 36), (BlockFeature.DISCARD, 52), (BlockFeature.WRITE_ZEROES, 52),
+])
+def test_only_configuration_that_must_be_there_is_asked_for(
+    backend: LiveBackend, path: Path, feature: int, length: int
+) -> None:
+    """A back end may refuse to show more than it has."""
+    backend.answers[Request.GET_FEATURES] = U64.pack(V1 | feature | PROTOCOL_FEATURES)
+    space = struct.pack("<QII18xH", 1000, 0, 62, 1).ljust(length, b"\0")
+    backend.answers[Request.GET_CONFIG] = lambda message: (
+        message.payload[:12] + space if len(message.payload) == 12 + length else b""
+    )
+    with VhostUserTransport(path) as transport:
+        (queue,) = VirtioBlkQueue.setup_queues(transport, 1, 64)
+        assert queue.capacity_bytes == 512_000
 
 
 # Refusals change nothing
@@ -317,6 +360,18 @@ def test_a_reply_that_never_comes(
         transport.check()
 
 
+def test_a_queue_that_is_not_stopped_in_time(path: Path, memory: SharedMemory) -> None:
+    with LiveBackend(path) as backend:
+        backend.answers[Request.GET_VRING_BASE] = None
+        with VhostUserTransport(path, drain_timeout_s=0.1) as transport:
+            set_up(transport, memory)
+            before_s = time.monotonic()
+            transport.stop()
+            assert 0.1 <= time.monotonic() - before_s < 2
+            with pytest.raises(DeviceBrokenError, match="GET_VRING_BASE did not come within"):
+                transport.check()
+
+
 def test_a_back_end_that_goes_while_queues_run(path: Path, memory: SharedMemory) -> None:
     before = open_fds()
     with LiveBackend(path) as backend:
@@ -366,6 +421,20 @@ def test_a_socket_nobody_listens_on(path: Path) -> None:
     with pytest.raises(TransportError, match="Connection refused"):
         VhostUserTransport(path)
     assert open_fds() == before
+
+
+def test_what_no_message_could_say(
+    backend: LiveBackend, transport: VhostUserTransport, path: Path
+) -> None:
+    with pytest.raises(TransportError, match="configuration 1000"):
+        transport.get_config(1000, 8)
+    for timeouts in ({"timeout_s": 0.0}, {"timeout_s": -1.0}, {"drain_timeout_s": 0.0}):
+        with pytest.raises(TransportError, match="be patient"):
+            VhostUserTransport(path, **timeouts)
+    with pytest.raises(TransportError, match="path is empty") as caught:
+        VhostUserTransport("")
+    assert caught.value.__suppress_context__  # one line of what went wrong is enough
+    transport.check()
 
 
 def test_a_closed_transport(backend: LiveBackend, path: Path) -> None:

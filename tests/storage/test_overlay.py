@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import subprocess
 import sys
 import zlib
@@ -158,6 +159,20 @@ def test_a_flush_makes_blocks_stable_before_bits() -> None:
     with pytest.raises(OSError, match="Input/output"):
         disk.flush()
     assert data[BLOCK] == 0  # no bit of a block that may not be there
+
+
+@pytest.mark.parametrize("faults", ["flush 1: EIO", "write 3: EIO"])
+def test_a_failure_keeps_no_buffer_of_the_callers(faults: str) -> None:
+    """They are guest RAM, which the front end of an export takes back one day."""
+    disk, _, _ = memory_overlay(faults)
+    disk.writev([memoryview(b"w" * BLOCK)], 0)
+    if "flush" not in faults:
+        disk.flush()
+    ram = mmap.mmap(-1, BLOCK)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.writev([memoryview(ram)], 0, durable=True)
+    ram.close()  # a BufferError while there is a view
+    disk.close()
 
 
 def test_a_failed_flush_is_latched_and_close_says_what_is_lost() -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 from types import TracebackType
 
 from pyvmm.errors import PeerClosedError
+from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.protocol import (
     PROTOCOL_FEATURES,
     REPLY,
     U64,
-    Channel,
-    Message,
     ProtocolFeature,
     Request,
 )

@@ -9,15 +9,14 @@ import functools
 import operator
 import sys
 
-from pyvmm import config
 from pyvmm.cli.main import main
-from pyvmm.virtio.block import BlockConfig
+from pyvmm.virtio.block import config
 from pyvmm.virtio.spec import Feature
 
 if __name__ == "__main__":
     names, *arguments = sys.argv[1:]
     disabled = functools.reduce(operator.or_, (Feature[name] for name in names.split(",")))
-    config.BlockConfig = functools.partial(  # type: ignore[assignment, attr-defined]
-        BlockConfig, disabled_features=int(disabled)
+    config.BlockConfig = functools.partial(  # type: ignore[assignment, misc]
+        config.BlockConfig, disabled_features=int(disabled)
     )
     sys.exit(main(arguments))

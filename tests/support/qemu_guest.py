@@ -7,18 +7,20 @@ vhost-user-blk-pci: /dev/vdb.  Guest RAM is a sealed memfd, which back ends are 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import select
 import stat
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from socket import socketpair
 from types import TracebackType
 
-from pyvmm.lab import initramfs, kernel, qemu
+from pyvmm.lab import kernel, qemu
+from pyvmm.linux.cache import cache_directory
+from pyvmm.linux.cpio import pack_cpio
 from tests.support.guest import TOOLS, run_in_guest
 
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
@@ -42,22 +44,8 @@ DIRECTORIES = ("bin", "dev", "modules", "new")
 
 def guest_kernel() -> kernel.Kernel:
     """Debian's kernel with ``MODULES``, from the cache that ``pyvmm lab`` uses."""
-    return kernel.obtain(kernel.cache_directory() / "+".join(MODULES), print, _unpack)
-
-
-def _unpack(work: Path, say: Callable[[str], None]) -> str:
-    """Leave ``vmlinux`` and ``modules/`` in ``work``; the version of the package."""
-    package = kernel.find_package(say)
-    archive = kernel.download(package, work, say)
-    root = work / "package"
-    kernel.run_tool(["dpkg", "-x", str(archive), str(root)], "cannot unpack the kernel package")
-    (image,) = root.glob("boot/vmlinuz-*")
-    (work / "vmlinux").write_bytes(kernel.extract_vmlinux(image.read_bytes()))
-    (work / "modules").mkdir()
-    for index, (name, data) in enumerate(kernel.load_order(root, MODULES)):
-        (work / "modules" / f"{index:02}-{name}.ko").write_bytes(data)
-    kernel.run_tool(["rm", "-r", str(root), str(archive)], "cannot remove the package")
-    return package.version
+    build = functools.partial(kernel.build_from_debian, wanted=MODULES)
+    return kernel.obtain(cache_directory() / "+".join(MODULES), print, build)
 
 
 def _initramfs(modules: tuple[Path, ...]) -> bytes:
@@ -71,7 +59,7 @@ def _initramfs(modules: tuple[Path, ...]) -> bytes:
     entries += [
         (f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules
     ]
-    return initramfs.pack_cpio(entries)
+    return pack_cpio(entries)
 
 
 class QemuGuest:

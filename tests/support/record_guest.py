@@ -21,6 +21,7 @@ from pyvmm.console import LineWatch
 from pyvmm.console_watch import ConsoleWatch
 from pyvmm.outcome import Outcome
 from pyvmm.report import Reporter
+from pyvmm.storage import open as storage_open
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.open import DiskSource, open_backend
 from tests.support.guest import KERNEL, TOOLS, run_in_guest
@@ -56,7 +57,7 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
             lines.feed(data)
             super().feed(data)
 
-    machine.open_backend = open_recorded  # type: ignore[attr-defined]
+    storage_open.open_backend = open_recorded
     machine.ConsoleWatch = NotingWatch  # type: ignore[attr-defined]
     config = RunConfig(
         kernel=KERNEL, disks=(parse_disk(f"{TOOLS},ro"), parse_disk(str(disk))),

@@ -31,6 +31,6 @@ class Pair:
     def assert_reported(self, problem: str) -> None:
         """One line names the socket, the front end's process and ``problem``."""
         assert len(self.rig.reports) == 1, self.rig.reports
-        assert self.rig.reports[0].startswith(f"{self.rig.path}: front end {os.getpid()}: ")
+        assert self.rig.reports[0].startswith(f"{self.rig.path}: front end (pid {os.getpid()}): ")
         assert problem in self.rig.reports[0]
         assert self.driver.request(IN, 5, room=512).data == b"\5" * 512

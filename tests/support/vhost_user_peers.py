@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import (
     HEADER,
@@ -16,8 +17,6 @@ from pyvmm.vhost_user.protocol import (
     REPLY,
     U64,
     VERSION,
-    Channel,
-    Message,
     ProtocolFeature,
     Request,
 )

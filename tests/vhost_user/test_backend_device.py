@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -105,15 +106,57 @@ def test_a_table_that_is_no_good_leaves_the_old_one(
     assert driver.request(IN, 4, room=512).data == b"\4" * 512
 
 
-def test_a_table_without_the_ring(rig: ExportRig, frontend: ScriptedFrontend) -> None:
-    frontend.start()
-    fd = memfd(4096)
-    table = MEM_TABLE.pack(1, 0) + MEM_REGION.pack(0, 4096, 0, 0)
-    assert frontend.ack(Request.SET_MEM_TABLE, table, [fd]) == 1
-    assert "SET_MEM_TABLE: ring 0 at 0x7f0000000000, which is in no memory region" in rig.reports[0]
-    os.close(fd)
+def test_a_table_without_one_of_the_rings_changes_nothing(
+    rig: ExportRig, frontend: ScriptedFrontend
+) -> None:
+    """The first ring is in the new table, the second is not: both go on in the old one."""
+    driver = frontend.start()
+    other = frontend.driver(1)
+    other.desc, other.avail, other.used = (gpa + RAM_BYTES // 2 for gpa in (
+        other.desc, other.avail, other.used
+    ))  # fmt: skip
+    frontend.set_up(other)
+    frontend.run(1)
+    half = frontend.region._replace(size=RAM_BYTES // 2)
+    table = MEM_TABLE.pack(1, 0) + MEM_REGION.pack(*half)
+    assert frontend.ack(Request.SET_MEM_TABLE, table, [frontend.ram_fd]) == 1
+    assert len(rig.reports) == 1
+    assert "SET_MEM_TABLE: ring 1 at 0x7f0000080000, which is in no memory" in rig.reports[0]
+    assert driver.request(IN, 3, room=512).data == b"\3" * 512
+    assert other.request(IN, 4, room=512).data == b"\4" * 512
+    assert other.request(IN, 5, room=512, indirect=True).data == b"\5" * 512
+    assert len(rig.reports) == 1
+    assert frontend.ack(Request.SET_MEM_TABLE, MEM_TABLE.pack(0, 0)) == 1
+    assert driver.request(IN, 6, room=512).data == b"\6" * 512
+
+
+def test_a_ring_that_was_spoilt_meanwhile_says_so(
+    rig: ExportRig, frontend: ScriptedFrontend
+) -> None:
+    """The table is refused, and the old one no longer holds what the ring needs."""
+    driver = frontend.start()
+    # Where a split ring goes on has to be near the index in its used ring.
+    frontend.memory.write_int(driver.used + 2, 2, 100)
+    region = MEM_REGION.pack(*frontend.region)
+    fds = [frontend.ram_fd] * 2
+    assert frontend.ack(Request.SET_MEM_TABLE, MEM_TABLE.pack(2, 0) + 2 * region, fds) == 1
+    spoilt, refused = rig.reports
+    assert "ring base 0 is not within 16 of the used index 100; it stopped until it is" in spoilt
+    assert "overlaps" in refused
     frontend.kick()
-    assert not frontend.is_closed()
+    driver.restart()
+    frontend.set_up(driver)
+    frontend.run()
+    assert driver.request(IN, 3, room=512).data == b"\3" * 512
+
+
+def test_a_front_end_that_shares_no_memory(rig: ExportRig, frontend: ScriptedFrontend) -> None:
+    """QEMU does not say so itself."""
+    frontend.negotiate()
+    assert frontend.ack(Request.SET_VRING_ADDR, frontend.addresses(frontend.driver())) == 1
+    assert rig.reports[0].endswith(
+        "in no memory region; none is shared (QEMU: -object memory-backend-memfd,share=on)"
+    )
 
 
 def test_the_region_of_a_running_ring_stays(rig: ExportRig, frontend: ScriptedFrontend) -> None:
@@ -247,6 +290,55 @@ def test_no_news_without_config(rig: ExportRig, frontend: ScriptedFrontend) -> N
         ours.recv(1)
     ours.close()
     theirs.close()
+
+
+def test_a_socket_that_would_keep_a_connection_up(
+    rig: ExportRig, frontend: ScriptedFrontend, tmp_path: Path
+) -> None:
+    """The disk would belong to a front end that is gone: refused."""
+    frontend.negotiate()
+    with contextlib.ExitStack() as stack:
+
+        def unix() -> socket.socket:
+            return stack.enter_context(socket.socket(socket.AF_UNIX))
+
+        listener, caller = unix(), unix()
+        listener.bind(str(tmp_path / "other"))
+        listener.listen()
+        caller.connect(str(tmp_path / "other"))
+        answerer = stack.enter_context(listener.accept()[0])
+        for own in (frontend.socket, caller, answerer, listener):
+            assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [own.fileno()]) == 1
+            assert "SET_BACKEND_REQ_FD: the file descriptor is no end" in rig.reports.pop()
+        assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [unix().fileno()]) == 1
+        assert "not connected" in rig.reports.pop()
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        socket.send_fds(ours, [b"x"], [frontend.socket.fileno()])
+        assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 1
+        assert "something was said before" in rig.reports.pop()
+    frontend.hang_up()
+    assert driver_works(negotiated(rig))
+    assert rig.reports == []
+
+
+def test_a_socket_to_which_no_connection_can_be_sent_later(
+    rig: ExportRig, frontend: ScriptedFrontend
+) -> None:
+    frontend.negotiate()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert frontend.ack(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+        with pytest.raises(BrokenPipeError):
+            socket.send_fds(ours, [b"x"], [frontend.socket.fileno()])
+    frontend.hang_up()
+    assert driver_works(negotiated(rig))
+
+
+def negotiated(rig: ExportRig) -> ScriptedFrontend:
+    """A new one."""
+    frontend = rig.connect()
+    frontend.negotiate()
+    return frontend
 
 
 def driver_works(frontend: ScriptedFrontend) -> bool:

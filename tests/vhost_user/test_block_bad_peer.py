@@ -3,12 +3,19 @@ given."""
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
+from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.memory import GuestMemory
+from pyvmm.vhost_user.block import LAST_DRAIN_S
+from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S
 from pyvmm.vhost_user.protocol import Request
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import Register
+from tests.support.eventfds import fill, interrupted
 from tests.support.vhost_user_disk import (
     FEATURES,
     RAM_BYTES,
@@ -37,13 +44,14 @@ def test_a_queue_that_is_refused_needs_a_reset(script: Script, refused: Request)
     script.peer.acknowledge(*RING_REQUESTS[: RING_REQUESTS.index(refused)])
     script.peer.acknowledge(refused, status=1)
     script.say_stopped()
+    script.say_stopped(index=1)  # which may have begun half-way
     other = BlockDriver(script.transport, script.memory, index=1)
     script.driver.negotiate(FEATURES)
     script.driver.setup_queue()
     other.setup_queue()
     script.driver.set(Register.STATUS, 15)
     assert script.driver.needs_reset
-    assert script.names()[-2:] == [refused.name, "GET_VRING_BASE"]
+    assert script.names()[-3:] == [refused.name, "GET_VRING_BASE", "GET_VRING_BASE"]
     assert not script.device.is_activated
     assert f"{refused.name}: the back end refuses it" in script.reports[0]
     assert script.reasons == []
@@ -57,10 +65,16 @@ def test_a_queue_that_is_refused_when_it_is_set_up_anew(script: Script) -> None:
     script.start()
     script.say_stopped()
     script.driver.set(Register.QUEUE_RESET, 1)
-    script.peer.acknowledge(Request.SET_VRING_NUM, status=1)
+    script.heard()
+    script.peer.acknowledge(*RING_REQUESTS[:-1])
+    script.peer.acknowledge(RING_REQUESTS[-1], status=1)
+    script.say_stopped()
     script.driver.setup_queue()
     assert script.driver.needs_reset
     assert script.driver.reg(Register.QUEUE_READY) == 0
+    assert script.names() == [*(request.name for request in RING_REQUESTS), "GET_VRING_BASE"]
+    script.driver.notify()
+    assert not is_readable(script.fds.kicks[0])
     assert script.reasons == []
 
 
@@ -148,3 +162,50 @@ def test_a_back_end_that_lies_about_its_configuration(script: Script) -> None:
     script.say_space(b"short")
     assert not script.device.refresh_capacity()
     assert_dead_and_harmless(script, "GET_CONFIG: reply of 17 bytes, not 48")
+
+
+def test_a_back_end_that_has_gone_is_looked_at_once(script: Script) -> None:
+    """Its socket stays readable for good; a thread that waits for it must not spin."""
+    script.start()
+    script.peer.hang_up()
+    doorbell = os.eventfd(0, os.EFD_NONBLOCK)
+    looks: list[float] = []
+    source = script.device.source
+
+    def look() -> float | None:
+        looks.append(time.monotonic())
+        os.eventfd_write(doorbell, 1)
+        return source.service()
+
+    def ring() -> float | None:
+        if time.monotonic() < looks[0] + 0.1:
+            return 0.02
+        loop.stop()
+        return None
+
+    loop = IoLoop([source.replace(service=look), IoSource(doorbell, ring)])
+    loop.run()
+    os.close(doorbell)
+    assert len(looks) == 1
+    assert script.reasons == [f"{PEER}: the peer has hung up"]
+
+
+def test_a_back_end_that_has_stopped_does_not_hold_up_the_end(script: Script) -> None:
+    """Its queues are asked for, but not waited for as long as during the run."""
+    script.start()
+    script.device.hurry()
+    assert script.frontend.drain_timeout_s == LAST_DRAIN_S < DRAIN_TIMEOUT_S
+    script.frontend.drain_timeout_s = 0.05
+    script.transport.close()
+    assert script.reasons == [
+        f"{PEER}: the reply to GET_VRING_BASE did not come within 0.05 s"
+    ]
+
+
+def test_a_kick_that_waits_is_ended_by_a_signal(script: Script) -> None:
+    """A back end can stop its own guest so; the end of the run kicks the vCPU."""
+    script.start()
+    fill(script.fds.kicks[0])
+    with interrupted():
+        script.driver.notify()
+    script.say_stopped()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from pyvmm.vhost_user.protocol import (
     ProtocolFeature,
     Request,
 )
+from tests.support.vhost_rig import ExportRig
 from tests.support.vhost_user_peers import (
     ALL_PROTOCOL_FEATURES,
     PEER,
@@ -99,6 +102,8 @@ def test_a_back_end_that_falls_silent_in_the_handshake(
     with pytest.raises(VhostUserError) as caught:
         Frontend(peer.channel, timeout_s=TIMEOUT_S)
     problem = f"the reply to {names[answered]} did not come within 0.05 s"
+    if not answered:
+        problem += " (is that a vhost-user back end?)"
     assert str(caught.value) == f"{PEER}: {problem}"
     assert peer.channel.fileno() == -1
 
@@ -148,10 +153,35 @@ def test_no_socket(tmp_path: Path) -> None:
     with pytest.raises(VhostUserError, match=r"no-such: cannot connect .* No such file"):
         Frontend.connect(str(tmp_path / "no-such"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(VhostUserError, match=r"file: cannot connect .* Connection refused"):
-        Frontend.connect(str(tmp_path / "file"))
+    for name in ("file", "."):
+        with pytest.raises(VhostUserError, match=r"cannot connect .*: it is no socket$"):
+            Frontend.connect(str(tmp_path / name))
+    with pytest.raises(VhostUserError, match=r"^vhost-user socket: its path is empty$"):
+        Frontend.connect("")
     with pytest.raises(VhostUserError, match=r"cannot connect .* path too long"):
         Frontend.connect("x" * 200)
+
+
+def test_a_socket_that_is_left_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+    with pytest.raises(VhostUserError, match=r"cannot connect .*: Connection refused$"):
+        Frontend.connect(path)
+    monkeypatch.setenv("PYVMM_LAB", "1")  # where a socket of the host's is only a name
+    with pytest.raises(VhostUserError, match=r"refused \(in the lab: sockets .* under /tmp"):
+        Frontend.connect(path)
+
+
+def test_a_back_end_that_is_in_use(tmp_path: Path) -> None:
+    with ExportRig(tmp_path / "socket") as rig, ThreadPoolExecutor(1) as threads:
+        rig.connect()
+        connecting = threads.submit(Frontend.connect, rig.path)
+        while not connecting.done():
+            rig.turn()
+            time.sleep(0.001)
+        with pytest.raises(PeerClosedError, match=r"the back end has hung up.*may be in use\)"):
+            connecting.result()
 
 
 def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
@@ -162,6 +192,36 @@ def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
         with pytest.raises(VhostUserError, match="the reply to GET_FEATURES did not come"):
             Frontend.connect(str(tmp_path / "socket"), timeout_s=TIMEOUT_S)
     assert open_fds() == before
+
+
+@pytest.mark.parametrize("makes_room", [True, False])
+def test_a_back_end_that_is_slow_to_accept(tmp_path: Path, makes_room: bool) -> None:
+    """Others are waiting, as many as its backlog holds: there may be room soon."""
+    before = open_fds()
+    with contextlib.ExitStack() as stack:
+
+        def unix() -> socket.socket:
+            return stack.enter_context(socket.socket(socket.AF_UNIX))
+
+        listener, first = unix(), unix()
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(0)
+        first.connect(str(tmp_path / "socket"))
+        with pytest.raises(BlockingIOError):
+            nonblocking(unix()).connect(str(tmp_path / "socket"))
+        if makes_room:
+            room = threading.Timer(0.1, lambda: stack.enter_context(listener.accept()[0]))
+            room.start()
+            stack.callback(room.join)
+        problem = "reply to GET_FEATURES" if makes_room else "cannot connect .* unavailable"
+        with pytest.raises(VhostUserError, match=problem):
+            Frontend.connect(str(tmp_path / "socket"), timeout_s=0.3)
+    assert open_fds() == before
+
+
+def nonblocking(sock: socket.socket) -> socket.socket:
+    sock.setblocking(False)
+    return sock
 
 
 # The connection
@@ -176,6 +236,8 @@ def test_looking_leaves_the_reply_to_whoever_waits_for_it(peer: ScriptedBackend)
         while not peer.heard():
             time.sleep(0.001)
         looking = threads.submit(frontend.check)
+        with pytest.raises(TimeoutError):
+            looking.result(0.05)  # one exchange at a time: it waits for this one
         peer.acknowledge(Request.SET_FEATURES)
         setting.result(10)
         looking.result(10)

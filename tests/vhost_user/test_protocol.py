@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import socket
 import struct
 import time
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.errors import PeerClosedError, VhostUserError
+from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.protocol import (
     HEADER,
     MAX_FDS,
@@ -27,8 +29,6 @@ from pyvmm.vhost_user.protocol import (
     VRING_ADDR,
     VRING_STATE,
     BackendRequest,
-    Channel,
-    Message,
     Request,
 )
 from tests.support.vhost_user_peers import PEER, open_fds, raw_message, send_raw
@@ -277,6 +277,29 @@ def test_a_peer_that_does_not_read(pair: Pair, timeout_s: float) -> None:
         fill()
     with pytest.raises(VhostUserError, match="does not read"):
         pair.channel.poll()
+
+
+def test_a_peer_that_clears_o_nonblock(pair: Pair) -> None:
+    """Who has given us the socket shares the flag; nothing rests on it."""
+    os.set_blocking(pair.channel.fileno(), True)
+    assert pair.channel.poll() is None
+
+    def talk() -> None:
+        for _ in range(10_000):
+            pair.channel.send(Request.SET_CONFIG, bytes(MAX_PAYLOAD))
+
+    with pytest.raises(VhostUserError, match="the peer does not read what it is sent"):
+        talk()
+
+
+def test_hanging_up_is_heard_by_whoever_waits_for_the_socket(pair: Pair) -> None:
+    assert not select.select([pair.channel], [], [], 0)[0]
+    pair.channel.hang_up("enough")
+    assert select.select([pair.channel], [], [], 0)[0]
+    assert pair.sock.recv(1) == b""
+    for _ in range(2):
+        with pytest.raises(VhostUserError, match=f"^{PEER}: enough$"):
+            pair.channel.poll()
 
 
 def test_a_closed_channel_says_so(pair: Pair) -> None:

@@ -72,7 +72,7 @@ def test_qemu_storage_daemon(tmp_path: Path, daemon: StorageDaemon) -> None:
             frontend.remove_region(region)
         frontend.check()
         daemon.kill()
-        with pytest.raises(PeerClosedError, match="socket: the peer has hung up"):
+        with pytest.raises(PeerClosedError, match="socket: the back end has hung up"):
             frontend.check()
     assert open_fds() == before
 
@@ -187,4 +187,4 @@ def test_another_process_that_is_killed(served: Served) -> None:
     served.drivers[0].notify()
     served.drivers[0].set(Register.STATUS, 0)
     (reason,) = served.reasons
-    assert reason.endswith("socket: the peer has hung up")
+    assert reason.endswith("socket: the back end has hung up")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,27 @@ def test_what_cannot_be_mapped_at_all(tmp_path: Path) -> None:
     with pytest.raises(UnusableRegionError, match="Bad file descriptor"):
         trusting.add(region(0, 1), read_only)
     assert trusting.memory.regions == ()
+
+
+def test_huge_pages(peer: PeerMemory) -> None:
+    """A file of huge pages is mapped from the beginning of one to the end of one."""
+    huge = 2 << 20
+    fd = os.memfd_create("peer-ram", os.MFD_ALLOW_SEALING | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    os.ftruncate(fd, 2 * huge)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    part = MemoryRegion(GPA, PAGE, USER, huge + 3 * PAGE)
+    problem = ""
+    try:
+        peer.add(part, fd)
+    except UnusableRegionError as error:
+        problem = str(error)
+    if problem:  # this host has none to spare; but it was asked for whole ones
+        assert "Cannot allocate memory" in problem
+    else:
+        peer.memory.write(GPA, b"through")
+        with mmap.mmap(fd, huge, offset=huge) as page:
+            assert page[3 * PAGE : 3 * PAGE + 7] == b"through"
+    os.close(fd)
 
 
 _U64 = st.one_of(

@@ -13,8 +13,10 @@ import pytest
 
 from pyvmm.vhost_user.protocol import U64, Request
 from pyvmm.vhost_user.server import MAX_FRONTENDS
+from pyvmm.vhost_user.session import MESSAGES_PER_TURN
 from pyvmm.virtio.block import BlockConfig
 from tests.support.vhost_rig import QUEUE_SIZE, ExportRig, held, open_fds
+from tests.support.virtio_driver import readable, writable
 
 IN, OUT = 0, 1
 READ_ONLY = BlockConfig(queue_size=QUEUE_SIZE, read_only=True)
@@ -34,8 +36,8 @@ def test_one_front_end_at_a_time_writes(tmp_path: Path, stack: ExitStack) -> Non
     driver = first.start()
     second = rig.connect()
     assert second.is_closed()
-    name = f"{rig.path}: front end {os.getpid()}"
-    assert rig.reports == [f"{name} is turned away: {name} uses the disk"]
+    name = f"{rig.path}: front end (pid {os.getpid()})"
+    assert rig.reports == [f"{name} is turned away: front end (pid {os.getpid()}) uses the disk"]
     assert driver.request(OUT, 1, data=b"z" * 512).status == 0
     first.hang_up()
     third = rig.connect()
@@ -54,6 +56,38 @@ def test_one_that_has_hung_up_is_in_nobodys_way(tmp_path: Path, stack: ExitStack
     assert sum("connected" in note for note in rig.notes) == 5
 
 
+def test_one_that_has_hung_up_with_much_unread_is_in_nobodys_way(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    """Its last messages are more than are read in a turn, so that its end is not seen yet."""
+    rig = stack.enter_context(ExportRig(tmp_path / "s"))
+    frontend = rig.connect()
+    with frontend.socket.dup() as other:
+        other.sendall(b"\3\0\0\0\1\0\0\0\0\0\0\0" * 2 * MESSAGES_PER_TURN)  # SET_OWNER
+    frontend.socket.close()
+    assert rig.connect().start().request(IN, 1, room=512).data == b"\1" * 512
+    assert rig.reports == []
+
+
+def test_what_a_ring_holds_before_it_starts_is_served_without_a_kick(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    """It may have been kicked before this export was there to hear of it."""
+    rig = stack.enter_context(ExportRig(tmp_path / "s"))
+    frontend = rig.connect()
+    frontend.negotiate()
+    frontend.share()
+    driver = frontend.driver()
+    frontend.set_up(driver)
+    status = driver.status_byte()
+    driver.place([
+        readable(driver.header(IN, 1), 16), writable(driver.alloc(512), 512), writable(status, 1)
+    ])  # fmt: skip
+    frontend.run()
+    assert [used.length for used in driver.reap()] == [513]
+    assert frontend.calls() == 1
+
+
 def test_many_read(tmp_path: Path, stack: ExitStack) -> None:
     rig = stack.enter_context(ExportRig(tmp_path / "s", config=READ_ONLY))
     drivers = [rig.connect().start() for _ in range(4)]
@@ -70,7 +104,7 @@ def test_a_crowd(tmp_path: Path, stack: ExitStack) -> None:
         sockets[-1].connect(rig.path)
         rig.turn()
     assert len(rig.reports) == 2
-    assert "is turned away" in rig.reports[0]
+    assert rig.reports[0].endswith(" is turned away: 64 front ends use the disk")
     assert sockets[-1].recv(1) == b""
     for one in sockets:
         one.close()
@@ -83,7 +117,7 @@ def test_who_comes_and_goes_is_noted(tmp_path: Path, stack: ExitStack) -> None:
     frontend = rig.connect()
     frontend.negotiate()
     frontend.hang_up()
-    name = f"{rig.path}: front end {os.getpid()}"
+    name = f"{rig.path}: front end (pid {os.getpid()})"
     assert rig.notes[0] == f"{name} connected"
     assert rig.notes[1].startswith(name)
     assert "hung up" in rig.notes[1]

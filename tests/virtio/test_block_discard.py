@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import pytest
 
 from pyvmm.virtio.block import BlockConfig
+from pyvmm.virtio.device import PASS_BYTES
+from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockFeature, Feature
+from tests.support.packed_driver import PackedDriver
 from tests.support.rig import DISK_SECTORS, Hooked, Rig
 from tests.support.virtio_driver import RAM_BASE, readable, writable
 from tests.virtio.conftest import MakeRig
@@ -58,6 +62,36 @@ def test_write_zeroes_of_many_segments(rig: Rig) -> None:
     data = b"".join(segment(*r, UNMAP * (i % 2)) for i, r in enumerate(ranges))
     assert rig.driver.request(WRITE_ZEROES, data=data) == (OK, 1, b"")
     assert rig.disk == with_zeroes(disk, *ranges)
+
+
+@pytest.mark.parametrize("limit", [RateLimit(), RateLimit(ops_per_s=1 << 40)])
+@pytest.mark.parametrize("plain", [{0, 1}, {0}, set()], ids=["plain", "mixed", "odd"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "split"])
+def test_a_pass_ends_after_so_many_bytes_zeroed(
+    new_rig: MakeRig, limit: RateLimit, plain: set[int], packed: bool
+) -> None:
+    """Few bytes of segments can ask for hours of work: other queues, and the end of the run, get
+    their turn between requests."""
+    rig = new_rig(config=BlockConfig(rate_limit=limit, queue_size=16))
+    rig.path.write_bytes(b"")
+    os.truncate(rig.path, PASS_BYTES)
+    rig.device.refresh_capacity()
+    driver = PackedDriver(rig.transport, rig.memory) if packed else rig.driver
+    driver.start(rig.driver.offered & ~int(Feature.EVENT_IDX) if packed else None)
+    most = MAX_SECTORS[WRITE_ZEROES]
+    quarter = segment(0, most, UNMAP) + segment(most, most, UNMAP)  # of what a pass may zero
+    assert 4 * 2 * most * 512 == PASS_BYTES
+    for _ in range(3):  # what was left in the ring is not forgotten
+        for place in range(6):
+            request = driver.put(struct.pack("<IIQ", WRITE_ZEROES, 0, 0) + quarter)
+            asked = [readable(request, 16 + len(quarter))]
+            if place % 2 in plain:  # the three descriptors that every driver uses
+                asked = [readable(request, 16), readable(request + 16, len(quarter))]
+            driver.place([driver.indirect([*asked, writable(driver.status_byte(), 1)])], place)
+        assert rig.transport.service(0) == 0.0
+        assert len(driver.reap()) == 4
+        assert rig.transport.service(0) is None
+        assert len(driver.reap()) == 2
 
 
 def test_discard_makes_a_hole_and_leaves_the_rest(new_rig: MakeRig) -> None:

@@ -10,7 +10,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.mmio import MmioTransport
-from pyvmm.virtio.rate_limit import MAX_WAIT_S, RateLimit
+from pyvmm.virtio.rate_limit import MAX_WAIT_S, RateLimit, RateLimiter
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
 from tests.support.virtio_driver import RAM_BASE, BlockDriver, readable, writable
 
@@ -225,6 +225,31 @@ def test_two_queues_share_one_limit() -> None:
     assert transport.service(1) is None
     assert len(low.reap()) == len(high.reap()) == 1
     transport.close()
+
+
+def test_devices_of_one_disk_share_its_limit() -> None:
+    """Each with a place of its own in the line, though their queues have the same number."""
+    limiter = RateLimiter(RateLimit(ops_per_s=10, ops_burst=1), clock=lambda: 0.0)
+    drivers, transports = [], []
+    for _ in range(3):
+        memory = GuestMemory.over(bytearray(1 << 16), RAM_BASE)
+        device = BlockDevice(BlockConfig(), MemoryBackend(bytearray(512)), limiter=limiter)
+        transport = MmioTransport(device, memory, lambda: None, report=print)
+        driver = BlockDriver(transport, memory)
+        driver.start()
+        driver.place([readable(driver.header(FLUSH), 16), writable(driver.status_byte(), 1)])
+        drivers.append(driver)
+        transports.append(transport)
+    assert transports[0].service(0) is None
+    assert transports[1].service(0) == pytest.approx(0.1)
+    assert transports[2].service(0) == pytest.approx(0.1)
+    assert [len(driver.reap()) for driver in drivers] == [1, 0, 0]
+    transports[1].close()  # its turn is the next one's
+    limiter.change(RateLimit())
+    assert transports[2].service(0) is None
+    assert len(drivers[2].reap()) == 1
+    transports[0].close()
+    transports[2].close()
 
 
 def test_bad_input_18_a_held_chain_counts_as_outstanding(limited: Make) -> None:

@@ -139,6 +139,21 @@ def test_a_back_end_that_dies_under_load_ends_the_run(
     assert len(messages.splitlines()) == 1
 
 
+def test_a_back_end_that_has_stopped_does_not_hold_up_the_end(
+    disk: Path, socket: Path
+) -> None:
+    load = "echo under way; while true; do dd if=/dev/zero of=/dev/vdb bs=64k count=900; done"
+    with Export(disk, socket) as export, Guest(load, "--disk", f"vhost-user={socket}") as run:
+        run.wait_for("under way")
+        export.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        begun_s = time.monotonic()
+        run.process.terminate()
+        status, _ = run.finish()
+    assert time.monotonic() - begun_s < 15
+    assert status == 128 + signal.SIGTERM
+
+
 def test_a_back_end_that_dies_unused_ends_the_run(back_end: BackEnd, socket: Path) -> None:
     with Guest("sleep 100", "--disk", f"vhost-user={socket}") as run:
         run.wait_for(USER_SPACE)

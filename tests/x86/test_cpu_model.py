@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def table(host: list[CpuidEntry], model: CpuModel) -> Table:
 def without(host: list[CpuidEntry], function: int, register: str, bit: int) -> list[CpuidEntry]:
     """The host, lacking a bit."""
     return [
-        replace(e, **{register: getattr(e, register) & ~(1 << bit)})
+        e.replace(**{register: getattr(e, register) & ~(1 << bit)})
         if e.function == function else e
         for e in host
     ]
@@ -133,7 +132,7 @@ def test_base_is_refused_where_the_host_has_less(
 
 
 def test_all_that_is_missing_is_named() -> None:
-    host = [replace(e, ecx=0) if e.function == 1 else e for e in INTEL]
+    host = [e.replace(ecx=0) if e.function == 1 else e for e in INTEL]
     with pytest.raises(ConfigError, match=r"offer cx16, pni, popcnt, sse4_1, sse4_2, ssse3$"):
         build(host, parse_cpu_option("base"), 0)
 

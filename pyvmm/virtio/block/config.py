@@ -4,12 +4,14 @@ configuration space shows that."""
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 
 from pyvmm.errors import ConfigError
-from pyvmm.storage.backend import BlockBackend
+from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BLOCK_ID_SIZE, SECTOR_SIZE, BlockFeature, Feature
+
+if TYPE_CHECKING:
+    from pyvmm.storage.backend import BlockBackend
 
 MIN_QUEUE_SIZE = 4
 """The smallest power of 2 that holds a header, a segment and a status byte."""
@@ -55,10 +57,10 @@ _ALWAYS = int(
 _CONFIG_SPACE = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
 WRITEBACK_OFFSET = 32
 """Where the one field that a driver may write is."""
+_PLAIN_END, _WRITE_ZEROES_END, _SECURE_ERASE_END = 36, 57, 72
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockConfig:
+class BlockConfig(Record):
     """One block device.
 
     ``serial`` is the ID string the guest can ask for, at most 20 printable ASCII characters.
@@ -84,7 +86,7 @@ class BlockConfig:
     block_size: int = 0
     physical_block_size: int = 4096
     writeback: bool = True
-    rate_limit: RateLimit = field(default_factory=RateLimit)
+    rate_limit: RateLimit = RateLimit()
     disabled_features: int = 0
 
     def __post_init__(self) -> None:
@@ -171,3 +173,13 @@ def config_space(
         of(BlockFeature.WRITE_ZEROES, MAX_SEGMENTS),
         of(BlockFeature.WRITE_ZEROES, backend.can_discard),
     )
+
+
+def config_space_length(features: int) -> int:
+    """Bytes of configuration space that any device with ``features`` has at least; more than it
+    has a vhost-user back end may refuse to show."""
+    if features & BlockFeature.SECURE_ERASE:
+        return _SECURE_ERASE_END
+    if features & (BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES):
+        return _WRITE_ZEROES_END
+    return _PLAIN_END

@@ -64,7 +64,8 @@ queue size: 1022 segments of 256 KiB are less."""
 class BlockDevice(RingDevice):
     """A disk of whole sectors over ``backend``, which belongs to the caller.
 
-    ``clock`` is what the rate limiter reads, in seconds.
+    ``clock`` is what the rate limiter reads, in seconds.  ``limiter`` is one that several devices
+    of one disk share; without, the device has its own.
     """
 
     device_type = DeviceType.BLOCK
@@ -75,6 +76,7 @@ class BlockDevice(RingDevice):
         backend: BlockBackend,
         *,
         clock: Callable[[], float] = time.monotonic,
+        limiter: RateLimiter | None = None,
     ) -> None:
         self._config = config
         self._backend = backend
@@ -82,7 +84,8 @@ class BlockDevice(RingDevice):
         self._read_only = config.read_only or backend.read_only
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")
         self._writeback = config.writeback
-        self._limiter: RateLimiter | None = None
+        self._zeroed_bytes = 0  # by the request just served
+        self._limiter = limiter
         # Chains that a rate limit keeps waiting, by queue index: taken, not yet served.
         self._held: dict[int, Chain] = {}
         # By queue index, each made in the first pass over a ring.
@@ -91,7 +94,8 @@ class BlockDevice(RingDevice):
             avail_features=offered_features(config, backend),
             queue_max_sizes=(config.queue_size,) * config.queues,
         )
-        self.set_rate_limit(config.rate_limit)
+        if limiter is None:
+            self.set_rate_limit(config.rate_limit)
 
     # The disk as the driver sees it
 
@@ -176,7 +180,7 @@ class BlockDevice(RingDevice):
         """Forget the chain of queue ``index`` that waits for its turn, and the turn."""
         self._held.pop(index, None)
         if self._limiter is not None:
-            self._limiter.leave(index)
+            self._limiter.leave((self, index))
 
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
         """See ``RingDevice._drain``: with a rate limit the first chain that may not go yet is
@@ -192,14 +196,15 @@ class BlockDevice(RingDevice):
                     self._backend,
                     may_write=not self._read_only,
                     serve=lambda chain: self._serve(chain, memory),
+                    others=self._take_zeroed,
                 )
             fast.drain(durable=not self._writeback)
             return 0.0
         waiting = ring.chains()
         if held is not None:
             waiting = itertools.chain((held,), waiting)
-        for chain in for_one_pass(waiting):
-            delay_s = limiter.admit(self._cost(chain), index) if limiter else 0.0
+        for chain in for_one_pass(waiting, self._take_zeroed):
+            delay_s = limiter.admit(self._cost(chain), (self, index)) if limiter else 0.0
             if delay_s:
                 self._held[index] = chain
                 return delay_s
@@ -291,20 +296,28 @@ class BlockDevice(RingDevice):
         return BLOCK_ID_SIZE - len(rest)
 
     def _discard(self, request: Request, memory: GuestMemory) -> int:
-        for sector, sectors, _ in self._segments(
+        for one in self._segments(
             request, memory, may_unmap=False, max_sectors=MAX_DISCARD_SECTORS
         ):
-            self._backend.discard(sector * SECTOR_SIZE, sectors * SECTOR_SIZE)
+            self._backend.discard(one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE)
         return 0
 
     def _write_zeroes(self, request: Request, memory: GuestMemory) -> int:
-        for sector, sectors, unmap in self._segments(
+        for one in self._segments(
             request, memory, may_unmap=True, max_sectors=MAX_WRITE_ZEROES_SECTORS
         ):
-            self._backend.write_zeroes(sector * SECTOR_SIZE, sectors * SECTOR_SIZE, unmap=unmap)
+            self._backend.write_zeroes(
+                one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE, unmap=one.unmap
+            )
+            self._zeroed_bytes += one.sectors * SECTOR_SIZE
         if not self._writeback:
             self._backend.flush()  # what a durable write is to the data it writes
         return 0
+
+    def _take_zeroed(self) -> int:
+        """The bytes zeroed since the last call: work that no buffer shows."""
+        zeroed, self._zeroed_bytes = self._zeroed_bytes, 0
+        return zeroed
 
     def _segments(
         self, request: Request, memory: GuestMemory, *, may_unmap: bool, max_sectors: int

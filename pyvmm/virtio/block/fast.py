@@ -45,12 +45,13 @@ class FastPath:
     """Passes over ``ring``, of a disk in ``backend`` that takes writes if ``may_write``.
 
     ``serve`` is the general path: it does what a chain asks and returns the bytes written into
-    it.  Holds views of ``memory``.
+    it; ``others`` are then the bytes of work that its buffers do not show.  Holds views of
+    ``memory``.
     """
 
     __slots__ = (
-        "_backend", "_done", "_may_write", "_memory", "_merges", "_near", "_near_gpa", "_serve",
-        "ring",
+        "_backend", "_done", "_may_write", "_memory", "_merges", "_near", "_near_gpa", "_others",
+        "_serve", "ring",
     )
 
     def __init__(
@@ -61,6 +62,7 @@ class FastPath:
         *,
         may_write: bool,
         serve: Callable[[Chain], int],
+        others: Callable[[], int],
     ) -> None:
         self.ring = ring
         self._near = ring.near
@@ -70,6 +72,7 @@ class FastPath:
         self._merges = isinstance(backend, RawBackend)
         self._may_write = may_write
         self._serve = serve
+        self._others = others
         # token | written << TOKEN_BITS of what has been served, in order
         self._done: list[int] = []
 
@@ -83,7 +86,7 @@ class FastPath:
             chains, left, other = ring.plain(left)
             if chains:
                 try:
-                    self._serve_all(chains, durable)
+                    left -= self._serve_all(chains, durable)
                 finally:
                     ring.push_all(done)
                     done.clear()
@@ -92,10 +95,14 @@ class FastPath:
                 if chain is None:
                     return
                 ring.push(chain, self._serve(chain))
-                left -= pass_bytes(chain)
+                left -= pass_bytes(chain) + self._others()
 
-    def _serve_all(self, chains: list[PlainChain], durable: bool) -> None:
-        """Serve ``chains``, in order."""
+    def _serve_all(self, chains: list[PlainChain], durable: bool) -> int:
+        """Serve ``chains``, in order; the bytes of work that their buffers do not show.
+
+        After PASS_BYTES of those the rest becomes available again, and the pass is over.
+        """
+        others = 0
         backend, near, near_gpa, done = self._backend, self._near, self._near_gpa, self._done
         for request_type, offset, buffers, run in self._runs(chains, durable):
             status = _OK
@@ -106,6 +113,11 @@ class FastPath:
                     backend.writev(buffers, offset, durable=durable)
                 else:
                     self._serve_alone(run)
+                    others += self._others()
+                    if others >= PASS_BYTES:
+                        for chain in reversed(chains[len(done) :]):
+                            self.ring.untake(chain_of(chain))
+                        break
                     continue
             except OSError:
                 if len(run) > 1:
@@ -116,6 +128,7 @@ class FastPath:
                 near[status_gpa - near_gpa] = status
                 written = length + STATUS_SIZE if writes and status == _OK else STATUS_SIZE
                 done.append(token | written << TOKEN_BITS)
+        return others
 
     def _serve_alone(self, run: list[PlainChain]) -> None:
         """Serve each of ``run`` by the general path."""

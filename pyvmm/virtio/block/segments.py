@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
+from pyvmm.lean import Record
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.block.request import BadRequestError, UnsupportedRequestError
 from pyvmm.virtio.queue import Buffer
@@ -16,7 +16,7 @@ _SEGMENT = struct.Struct("<QII")
 _KNOWN_FLAGS = WRITE_ZEROES_F_UNMAP
 
 
-class Segment(NamedTuple):
+class Segment(Record, kw_only=False):
     """``sector`` and ``sectors`` are in units of 512 bytes; ``unmap`` allows to free the room."""
 
     sector: int

@@ -10,10 +10,11 @@ resource descriptors that go into a buffer.  Bad arguments are programming error
 
 from __future__ import annotations
 
-import re
-
-_SEGMENT = re.compile(r"[A-Z_][A-Z0-9_]{0,3}")
-_EISA_ID = re.compile(r"[@-_]{3}[0-9A-F]{4}")  # three letters of five bits, of which A-Z are used
+_LETTERS, _DIGITS, _HEX = (
+    frozenset(characters)
+    for characters in ("ABCDEFGHIJKLMNOPQRSTUVWXYZ_", "0123456789", "0123456789ABCDEF")
+)
+_EISA_LETTERS = range(ord("@"), ord("_") + 1)  # what five bits can say, of which A-Z are used
 _SEGMENT_LENGTH = 4
 _MAX_COUNT = 0xFF
 _MAX_ARGUMENTS = 7
@@ -57,6 +58,15 @@ def package_length(content_bytes: int) -> bytes:
     raise ValueError(f"an AML package of {content_bytes} bytes is too long")
 
 
+def _is_segment(text: str) -> bool:
+    """One to four of A-Z, 0-9 and ``_``, and no digit first."""
+    return (
+        1 <= len(text) <= _SEGMENT_LENGTH
+        and text[0] in _LETTERS
+        and (_LETTERS | _DIGITS).issuperset(text)
+    )
+
+
 def path(text: str) -> bytes:
     r"""A NameString: ``COM1``, ``\_SB.COM1``, ``^^COM1``; ``\`` alone is the root.
 
@@ -65,7 +75,7 @@ def path(text: str) -> bytes:
     segments = text.lstrip("^") if text.startswith("^") else text.removeprefix("\\")
     prefix = text[: len(text) - len(segments)]
     parts = segments.split(".") if segments else []
-    if not text or len(parts) > _MAX_COUNT or not all(map(_SEGMENT.fullmatch, parts)):
+    if not text or len(parts) > _MAX_COUNT or not all(map(_is_segment, parts)):
         raise ValueError(f"{text!r} is not an ACPI path")
     names = b"".join(part.ljust(_SEGMENT_LENGTH, "_").encode("ascii") for part in parts)
     match len(parts):
@@ -104,12 +114,16 @@ def eisa_id(text: str) -> bytes:
 
     The three letters take five bits each and the digits four, the most significant byte first.
     """
-    if not _EISA_ID.fullmatch(text):
+    letters, digits = text[:3], text[3:]
+    if (
+        len(letters) != 3 or len(digits) != 4 or not _HEX.issuperset(digits)
+        or any(ord(letter) not in _EISA_LETTERS for letter in letters)
+    ):
         raise ValueError(f"{text!r} is not an EISA ID such as PNP0501")
     compressed = 0
-    for letter in text[:3]:
+    for letter in letters:
         compressed = compressed << 5 | ord(letter) - ord("@")
-    return _DWORD_PREFIX + (compressed << 16 | int(text[3:], 16)).to_bytes(4, "big")
+    return _DWORD_PREFIX + (compressed << 16 | int(digits, 16)).to_bytes(4, "big")
 
 
 def buffer(data: bytes) -> bytes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pyvmm.devices.serial import Serial
+from pyvmm.lean import Record
 from pyvmm.x86 import layout
 from pyvmm.x86.acpi import aml, resources
 
@@ -13,8 +13,7 @@ S5_SLEEP_TYPE = 5
 """SLP_TYP of the sleep control register that means soft off."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VirtioMmioDevice:
+class VirtioMmioDevice(Record):
     """A virtio-mmio transport: ``length`` bytes of registers at ``base``, interrupting ``gsi``.
 
     ``gsi`` is an edge-triggered, active high line.

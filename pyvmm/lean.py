@@ -1,0 +1,107 @@
+"""What the boot path has in place of ``typing`` and ``dataclasses``.
+
+Those two, with what they import and the code that ``@dataclass`` writes and compiles at every
+start, were a third of the time to the first guest instruction.  docs/architecture.md, "What the
+boot path may import", has the rule; tests/test_imports.py holds the code to it.
+
+``TYPE_CHECKING`` is false, and taken for true, by its name, by type checkers: names that only
+annotations use are imported under it.  They also see the real ``Protocol``, and that a ``Record``
+has the constructor and the immutability of a frozen keyword-only dataclass.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+__all__ = ["TYPE_CHECKING", "Protocol", "Record"]
+
+if TYPE_CHECKING:
+    from typing import Any, ClassVar, Protocol, Self, dataclass_transform
+else:
+    Protocol = object
+
+    def dataclass_transform(**_options):
+        """Says something to type checkers, and does nothing."""
+        return lambda kind: kind
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class _RecordType(type):
+    """Makes the annotated names of a class its slots, and what they are set to their defaults."""
+
+    def __new__(
+        mcs,
+        name: str,
+        bases: tuple[type, ...],
+        namespace: dict[str, Any],
+        *,
+        kw_only: bool = True,
+    ) -> _RecordType:
+        annotations: dict[str, str] = namespace.get("__annotations__", {})
+        fields = [name for name, kind in annotations.items() if not kind.startswith("ClassVar")]
+        defaults = {field: namespace.pop(field) for field in fields if field in namespace}
+        namespace |= {
+            "__slots__": fields, "_fields": tuple(fields), "_defaults": defaults,
+            "_kw_only": kw_only,
+        }
+        return super().__new__(mcs, name, bases, namespace)
+
+
+class Record(metaclass=_RecordType):
+    """Base of immutable values: a class's annotated names are its fields, given by keyword.
+
+    In a class made with ``kw_only=False`` they may be given by position too.  Defaults are
+    shared, so they must be immutable as well.  ``__post_init__`` may refuse values; it runs last.
+    Records are equal if they are of one class and their fields are.  A class that inherits fields
+    cannot be constructed: put one record into another instead.
+
+    Made for a few hundred objects, not for one each request: 2 us each.
+    """
+
+    _fields: ClassVar[tuple[str, ...]]
+    _defaults: ClassVar[dict[str, object]]
+    _kw_only: ClassVar[bool]
+
+    def __init__(self, *by_position: object, **values: object) -> None:
+        kind = type(self)
+        if by_position:
+            if kind._kw_only or len(by_position) > len(kind._fields):
+                raise TypeError(f"{kind.__name__}: too many arguments without a name")
+            for name, value in zip(kind._fields, by_position, strict=False):
+                if name in values:
+                    raise TypeError(f"{kind.__name__}: {name} is given twice")
+                values[name] = value
+        given = {**kind._defaults, **values}
+        if given.keys() != set(kind._fields):
+            wrong = ", ".join(sorted(given.keys() ^ set(kind._fields)))
+            raise TypeError(f"{kind.__name__}: missing or unknown: {wrong}")
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Where a class checks its fields."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy in which the fields named in ``changes`` have those values."""
+        return type(self)(**{**self._values(), **changes})
+
+    def _values(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self._fields}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be set: records do not change")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self._fields)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self._values().values()))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
+        return f"{type(self).__name__}({fields})"

@@ -1,0 +1,117 @@
+"""What the boot path imports: counts and names, never times (docs/architecture.md has the rule)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.kernels import ElfSegment, elf
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED = (
+    "collections.abc", "contextlib", "ctypes", "enum", "errno", "fcntl", "functools", "gc",
+    "itertools", "mmap", "operator", "os", "select", "signal", "stat", "struct", "sys", "termios",
+    "threading", "time", "types",
+)
+"""All that a module on the boot path may import of the standard library."""
+MAX_OURS, MAX_OURS_WITH_DISK = 70, 79
+"""Modules of ours.  Each costs 0.1 ms at least, in the lab 30 times that."""
+MAX_STANDARD = 45
+"""Modules of the standard library that a bare interpreter does not have, with what they import."""
+
+REPORT_STATUS_0 = bytes.fromhex("31c0 e6f4 f4")  # xor eax, eax; out 0xf4, al; hlt
+
+TRIPLE_FAULT = bytes.fromhex("0f0b")  # ud2, and no interrupt table
+
+
+def new_modules(code: str, *arguments: str) -> set[str]:
+    """What ``code`` adds to the modules of a bare interpreter."""
+    script = (
+        f"import sys\nbefore = set(sys.modules)\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+        "after = set(sys.modules) - before\nimport json\nprint(json.dumps(sorted(after)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script, *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT, stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def modules_of_a_run(folder: Path, *options: str) -> tuple[set[str], set[str]]:
+    """Our modules, and others, that a whole ``pyvmm run`` imports; without a /dev/kvm as far as
+    that matters."""
+    kernel = folder / "guest.elf"
+    kernel.write_bytes(elf(ElfSegment(data=REPORT_STATUS_0, p_memsz=4096)))
+    code = (
+        "from pyvmm.cli.main import main\n"
+        "status = main(['run', *sys.argv[1:]])\n"
+        "import os\n"
+        "assert status == (0 if os.access('/dev/kvm', os.R_OK | os.W_OK) else 125), status"
+    )
+    found = new_modules(
+        code, "--kernel", str(kernel), "--console", "none", "--timeout", "20", *options
+    )
+    ours = {name for name in found if name.partition(".")[0] == "pyvmm"}
+    return ours, found - ours
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+def test_a_boot_imports_no_more_of_the_standard_library_than_it_may(
+    tmp_path: Path, disk: Path
+) -> None:
+    allowed = new_modules("\n".join(f"import {name}" for name in (*ALLOWED, "__future__")))
+    _, others = modules_of_a_run(tmp_path, "--disk", f"{disk},ro")
+    assert others - allowed == set()
+    assert len(others) <= MAX_STANDARD
+
+
+def test_the_list_is_no_longer_than_need_be(tmp_path: Path, disk: Path) -> None:
+    _, others = modules_of_a_run(tmp_path, "--disk", str(disk))
+    built_in = set(sys.builtin_module_names) | {"os", "stat"}  # in a bare interpreter
+    assert set(ALLOWED) - built_in - others == set()
+
+
+def test_nothing_is_imported_while_the_guest_runs(tmp_path: Path, disk: Path) -> None:
+    kernel = tmp_path / "guest.elf"
+    kernel.write_bytes(elf(ElfSegment(data=TRIPLE_FAULT, p_memsz=4096)))
+    code = (
+        "import pyvmm.cli.main, pyvmm.machine\n"
+        "run, before, after = pyvmm.machine.Machine.run, set(), set()\n"
+        "def watched(machine):\n"
+        "    before.update(sys.modules)\n"
+        "    outcome = run(machine)\n"
+        "    after.update(sys.modules)\n"
+        "    return outcome\n"
+        "pyvmm.machine.Machine.run = watched\n"
+        "status = pyvmm.cli.main.main(['run', *sys.argv[1:]])\n"
+        "import os\n"
+        "assert status == (122 if os.access('/dev/kvm', os.R_OK | os.W_OK) else 125), status\n"
+        "assert before == after, after - before\n"
+    )
+    new_modules(code, "--kernel", str(kernel), "--disk", str(disk), "--timeout", "20")
+
+
+def test_a_guest_without_disks_needs_nothing_of_them(tmp_path: Path) -> None:
+    ours, _ = modules_of_a_run(tmp_path)
+    assert not any(name.startswith("pyvmm.virtio.block") for name in ours)
+    assert "pyvmm.storage.raw" not in ours
+    assert len(ours) <= MAX_OURS
+
+
+def test_a_disk_needs_only_what_a_file_is_served_by(tmp_path: Path, disk: Path) -> None:
+    ours, _ = modules_of_a_run(tmp_path, "--disk", str(disk))
+    for late in ("overlay", "nbd", "faulty", "fault_script"):
+        assert f"pyvmm.storage.{late}" not in ours
+    assert not any(name.startswith(("pyvmm.vhost_user", "pyvmm.driver")) for name in ours)
+    assert len(ours) <= MAX_OURS_WITH_DISK

@@ -1,0 +1,72 @@
+"""Record: frozen, slotted, keyword-only, as DESIGN wants configuration to be."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from pyvmm.lean import Record
+
+
+class Point(Record):
+    x: int
+    y: int = 0
+    unit: ClassVar[str] = "m"
+
+    def __post_init__(self) -> None:
+        if self.x < 0:
+            raise ValueError("x")
+
+
+class Pair(Record, kw_only=False):
+    first: int
+    second: int = 2
+
+
+def test_fields_come_by_keyword_and_have_defaults() -> None:
+    assert (Point(x=1).x, Point(x=1).y, Point(x=1, y=3).y, Point.unit) == (1, 0, 3, "m")
+    with pytest.raises(TypeError, match="without a name"):
+        Point(1)  # type: ignore[call-arg]
+    assert Pair(1) == Pair(1, 2) == Pair(first=1, second=2)
+
+
+@pytest.mark.parametrize("fields", [{}, {"y": 1}, {"x": 1, "z": 1}])
+def test_missing_and_unknown_fields_are_refused(fields: dict[str, int]) -> None:
+    with pytest.raises(TypeError, match="missing or unknown"):
+        Point(**fields)
+
+
+@pytest.mark.parametrize(("by_position", "by_name"), [((1, 2, 3), {}), ((1,), {"first": 1})])
+def test_too_many_fields_are_refused(
+    by_position: tuple[int, ...], by_name: dict[str, int]
+) -> None:
+    with pytest.raises(TypeError):
+        Pair(*by_position, **by_name)
+
+
+def test_a_record_does_not_change() -> None:
+    point = Point(x=1)
+    with pytest.raises(AttributeError):
+        point.x = 2  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        del point.x
+    with pytest.raises(AttributeError):
+        point.z = 2
+    assert not hasattr(point, "__dict__")
+
+
+def test_equality_and_hash_are_those_of_the_fields() -> None:
+    assert Point(x=1) == Point(x=1, y=0)
+    assert hash(Point(x=1)) == hash(Point(x=1, y=0))
+    assert Point(x=1) != Point(x=2)
+    assert Point(x=1, y=2) != Pair(1, 2)
+    assert repr(Point(x=1)) == "Point(x=1, y=0)"
+
+
+def test_replace_checks_as_construction_does() -> None:
+    assert Point(x=1).replace(y=5) == Point(x=1, y=5)
+    with pytest.raises(ValueError, match="x"):
+        Point(x=1).replace(x=-1)
+    with pytest.raises(TypeError):
+        Point(x=1).replace(z=1)
