@@ -23,7 +23,11 @@ from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
-from pyvmm.kvm.abi import KVM_CAP_READONLY_MEM, KVM_CAP_TSC_DEADLINE_TIMER
+from pyvmm.kvm.abi import (
+    KVM_CAP_MAX_VCPUS,
+    KVM_CAP_READONLY_MEM,
+    KVM_CAP_TSC_DEADLINE_TIMER,
+)
 from pyvmm.kvm.handles import Kvm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
@@ -75,6 +79,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         console = stack.enter_context(contextlib.closing(_open_console(config)))
 
         kvm = stack.enter_context(Kvm())
+        _check_cpus(kvm, config.cpus)
         vm = stack.enter_context(kvm.create_vm())
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
@@ -109,8 +114,11 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             attach(disk.device, irq_fd=disk.irq_fd, doorbells=disk.doorbells,
                    at_exit=config.serve == "exit" and disk.watch is None,
                    watch=disk.watch)
-        terminal = ConsoleDevice(output.write, runner.input_room, size=console.size)
         typed_fd, resized_fd = eventfd(stack), eventfd(stack)
+        resized = functools.partial(os.eventfd_write, resized_fd, 1)
+        terminal = ConsoleDevice(
+            output.write, runner.input_room, size=console.size, on_ready=resized
+        )
         attach(terminal, irq_fd=eventfd(stack), at_exit=True,
                doorbells=(typed_fd, eventfd(stack)))
         attach(EntropyDevice(), irq_fd=eventfd(stack), at_exit=True,
@@ -138,7 +146,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
 
         def resize() -> None:
             if terminal.resize(console.size):
-                os.eventfd_write(resized_fd, 1)
+                resized()
 
         def receive(typed: bytes) -> int:
             if not config.console_is_virtio:
@@ -155,9 +163,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 (f"virtio{index}", slot.sources) for index, slot in enumerate(slots[: len(disks)])
             ]
             # Not on this thread: it moves the console's bytes, for which the device may wait.
-            resized = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
+            resize_news = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
             others = [source for slot in slots[len(disks) :] for source in slot.sources]
-            workers.append(("virtio", [*others, resized]))
+            workers.append(("virtio", [*others, resize_news]))
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
                 receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
@@ -165,6 +173,14 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             return watch.judge(outcome)
 
         return Machine(kernel, run, watch, output, runner, loops, timer, stack.pop_all())
+
+
+def _check_cpus(kvm: Kvm, cpus: int) -> None:
+    """ConfigError if this KVM gives no VM so many vCPUs."""
+    # Documentation/virt/kvm/api.rst, 4.7: without the capability, what a KVM has always had.
+    limit = kvm.check_extension(KVM_CAP_MAX_VCPUS) or 4
+    if cpus > limit:
+        raise ConfigError(f"--cpus {cpus}", f"this host's KVM allows at most {limit}")
 
 
 def _open_console(config: RunConfig) -> Console:

@@ -15,7 +15,9 @@ from pyvmm.linux.requirements import Problem
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.x86.inspect import missing_options
 
-_SILENT_ENDS = (Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SHUTDOWN, Kind.RESET, Kind.QUIT, Kind.SIGNAL)
+_SILENT_ENDS = (
+    Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SHUTDOWN, Kind.RESET, Kind.QUIT, Kind.SIGNAL, Kind.PANIC
+)
 _NO_ROOT = ("Unable to mount root", "cannot mount the root", "No working init found")
 
 
@@ -46,7 +48,8 @@ def after(config: RunConfig, outcome: Outcome, *, has_printed: bool) -> list[str
 
 def _problems(config: RunConfig, *, unpack: bool) -> list[Problem]:
     return missing_options(
-        config.kernel, initrd=config.initrd, disk_head=_disk_head(config), unpack=unpack
+        config.kernel, initrd=config.initrd, disk_head=_disk_head(config), unpack=unpack,
+        acpi_off="acpi=off" in config.kernel_command_line().split(),
     )
 
 

@@ -11,26 +11,8 @@ from pyvmm.cli.main import main
 from pyvmm.linux import debian
 from pyvmm.linux.cache import Say
 from pyvmm.linux.debian import StockKernel
+from tests.support.kernels import COMPLETE_CONFIG as COMPLETE
 from tests.support.kernels import bzimage, elf, note_segment, pvh_note
-
-COMPLETE = """\
-CONFIG_64BIT=y
-CONFIG_PRINTK=y
-CONFIG_TTY=y
-CONFIG_SERIAL_8250=y
-CONFIG_SERIAL_8250_CONSOLE=y
-CONFIG_BLOCK=y
-CONFIG_VIRTIO_MMIO=y
-CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y
-CONFIG_ACPI=y
-CONFIG_VIRTIO_BLK=y
-CONFIG_EXT4_FS=y
-CONFIG_BLK_DEV_INITRD=y
-CONFIG_RD_GZIP=y
-CONFIG_DEVTMPFS=y
-CONFIG_DEVTMPFS_MOUNT=y
-CONFIG_BINFMT_ELF=y
-"""
 
 
 @pytest.fixture

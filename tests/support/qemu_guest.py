@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import stat
 import subprocess
 import time
@@ -18,7 +19,10 @@ from pathlib import Path
 from socket import socketpair
 from types import TracebackType
 
-from pyvmm.lab import initramfs, kernel, qemu
+from pyvmm.lab import kernel, qemu
+from pyvmm.linux import debian, modules, packages, payload
+from pyvmm.linux.cache import cache_directory
+from pyvmm.linux.cpio import pack_cpio
 from tests.support.guest import TOOLS, run_in_guest
 
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
@@ -42,26 +46,25 @@ DIRECTORIES = ("bin", "dev", "modules", "new")
 
 def guest_kernel() -> kernel.Kernel:
     """Debian's kernel with ``MODULES``, from the cache that ``pyvmm lab`` uses."""
-    return kernel.obtain(kernel.cache_directory() / "+".join(MODULES), print, _unpack)
+    return kernel.obtain(cache_directory() / "+".join(MODULES), print, _unpack)
 
 
 def _unpack(work: Path, say: Callable[[str], None]) -> str:
     """Leave ``vmlinux`` and ``modules/`` in ``work``; the version of the package."""
-    package = kernel.find_package(say)
-    archive = kernel.download(package, work, say)
-    root = work / "package"
-    kernel.run_tool(["dpkg", "-x", str(archive), str(root)], "cannot unpack the kernel package")
-    (image,) = root.glob("boot/vmlinuz-*")
-    (work / "vmlinux").write_bytes(kernel.extract_vmlinux(image.read_bytes()))
+    apt = packages.host_apt()
+    package = apt.find_image(kernel.META_PACKAGE)
+    root = debian.unpack_image(apt, package, work, say)
+    image = debian.find_in(root, "boot/vmlinuz-*", package)
+    (work / "vmlinux").write_bytes(payload.extract_vmlinux(image.read_bytes()))
     (work / "modules").mkdir()
-    for index, (name, data) in enumerate(kernel.load_order(root, MODULES)):
+    for index, (name, data) in enumerate(modules.load_order(root, MODULES)):
         (work / "modules" / f"{index:02}-{name}.ko").write_bytes(data)
-    kernel.run_tool(["rm", "-r", str(root), str(archive)], "cannot remove the package")
+    shutil.rmtree(root)
     return package.version
 
 
-def _initramfs(modules: tuple[Path, ...]) -> bytes:
-    """What loads ``modules`` and gives way to build/tools.img."""
+def _initramfs(loaded: tuple[Path, ...]) -> bytes:
+    """What loads ``loaded`` and gives way to build/tools.img."""
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in DIRECTORIES]
     entries += [(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in APPLETS]
     entries += [
@@ -69,9 +72,9 @@ def _initramfs(modules: tuple[Path, ...]) -> bytes:
         ("bin/busybox", stat.S_IFREG | 0o755, qemu.find_busybox().read_bytes()),
     ]
     entries += [
-        (f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules
+        (f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in loaded
     ]
-    return initramfs.pack_cpio(entries)
+    return pack_cpio(entries)
 
 
 class QemuGuest:
