@@ -11,6 +11,7 @@ from pyvmm.cli.main import main
 from pyvmm.linux import debian
 from pyvmm.linux.cache import Say
 from pyvmm.linux.debian import StockKernel
+from tests.support.guest import KERNEL
 from tests.support.kernels import COMPLETE_CONFIG as COMPLETE
 from tests.support.kernels import bzimage, elf, note_segment, pvh_note
 
@@ -68,6 +69,15 @@ def test_a_kernel_that_can(kernel: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert status == 0
     assert "\nboots here     yes, from a disk of ext4, without an initramfs\n" in out
     assert not re.search(r"^(missing|module)", out, re.MULTILINE)
+
+
+def test_our_own_kernel_can_and_has_its_configuration_inside(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out = inspect(capsys, KERNEL)
+    assert status == 0
+    assert "\nconfig         in the kernel (IKCONFIG)\n" in out
+    assert "\nboots here     yes, from a disk of ext4, without an initramfs\n" in out
 
 
 @pytest.mark.parametrize("option", sorted(
