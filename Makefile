@@ -14,7 +14,7 @@ VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || ec
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
 IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
 LAB_PACKAGES := qemu-system-x86 busybox-static
-TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common
+TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs
 BENCH_PACKAGES := gcc binutils libc6-dev linux-libc-dev qemu-system-x86 qemu-system-common
@@ -50,8 +50,8 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run run-packages shell test test-packages lint unit vm-test soak kernel image venv
-.PHONY: dev bench doctor clean
+.PHONY: help run run-packages shell test test-packages lint unit vm-test soak kernel stock
+.PHONY: image venv dev bench doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -85,14 +85,15 @@ unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guest
 	fi
 	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
 
-vm-test: dev kernel image build/tools.img ## Linux guests; in the lab where this host's KVM cannot
+vm-test: dev kernel image build/tools.img build/acpi/bzImage stock ## Linux guests; in the lab where this host's KVM cannot
 	@$(call choose_host,--timeout 2400)
 	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
 	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS)
 
-soak: dev kernel image build/tools.img ## 10,000 power cuts
+soak: dev kernel image build/tools.img ## 10,000 power cuts; a minute of load on four vCPUs
 	@$(call choose_host,)
+	PYVMM_STRESS_S=60 $$host $(BIN)/python -m pytest -q --timeout 1200 tests/vm/test_smp.py
 	PYVMM_POWER_CUTS=10000 $(BIN)/python -m pytest -q -m power_cut --timeout 7200 tests/vm
 
 kernel: build/bzImage build/vmlinux ## build/bzImage and build/vmlinux (minutes the first time, then cached)
@@ -101,6 +102,18 @@ build/bzImage build/vmlinux &: kernels/pyvmm.config kernels/build.py
 	@$(call need,$(KERNEL_PACKAGES))
 	$(PYTHON) kernels/build.py --out build
 	touch build/bzImage build/vmlinux
+
+# Told of its disks twice, by ACPI and by the command line: for the tests.
+build/acpi/bzImage: kernels/pyvmm.config kernels/acpi.config kernels/build.py
+	@$(call need,$(KERNEL_PACKAGES))
+	$(PYTHON) kernels/build.py --fragment kernels/acpi.config --out build/acpi
+	touch $@
+
+# Asked every time, from the cache unless apt knows a newer one; the tests read what it says.
+stock: venv ## Debian's own kernels, for the tests (cached; build/debian*.txt says where they are)
+	@mkdir -p build
+	$(BIN)/pyvmm kernel fetch debian >build/debian.txt
+	$(BIN)/pyvmm kernel fetch debian --backports >build/debian-backports.txt
 
 image: build/root.img build/test.img ## build/root.img: busybox on ext4, 64 MiB (test.img: for the tests)
 

@@ -21,7 +21,11 @@ from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
-from pyvmm.kvm.abi import KVM_CAP_READONLY_MEM, KVM_CAP_TSC_DEADLINE_TIMER
+from pyvmm.kvm.abi import (
+    KVM_CAP_MAX_VCPUS,
+    KVM_CAP_READONLY_MEM,
+    KVM_CAP_TSC_DEADLINE_TIMER,
+)
 from pyvmm.kvm.handles import Kvm
 from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.memory import GuestMemory
@@ -76,6 +80,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         console = stack.enter_context(contextlib.closing(_open_console(config)))
 
         kvm = stack.enter_context(Kvm())
+        _check_cpus(kvm, config.cpus)
         vm = stack.enter_context(kvm.create_vm())
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
@@ -111,8 +116,11 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                    at_exit=config.serve == "exit" and disk.watch is None,
                    watch=disk.watch)
             stack.callback(disk.at_end)
-        terminal = ConsoleDevice(output.write, runner.input_room, size=console.size)
         typed_fd, resized_fd = eventfd(stack), eventfd(stack)
+        resized = functools.partial(os.eventfd_write, resized_fd, 1)
+        terminal = ConsoleDevice(
+            output.write, runner.input_room, size=console.size, on_ready=resized
+        )
         attach(terminal, irq_fd=eventfd(stack), at_exit=True,
                doorbells=(typed_fd, eventfd(stack)))
         attach(EntropyDevice(), irq_fd=eventfd(stack), at_exit=True,
@@ -144,7 +152,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
 
         def resize() -> None:
             if terminal.resize(console.size):
-                os.eventfd_write(resized_fd, 1)
+                resized()
 
         def receive(typed: bytes) -> int:
             if not config.console_is_virtio:
@@ -161,9 +169,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 (f"virtio{index}", slot.sources) for index, slot in enumerate(slots[: len(disks)])
             ]
             # Not on this thread: it moves the console's bytes, for which the device may wait.
-            resized = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
+            resize_news = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
             others = [source for slot in slots[len(disks) :] for source in slot.sources]
-            workers.append(("virtio", [*others, resized]))
+            workers.append(("virtio", [*others, resize_news]))
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
                 receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
@@ -171,6 +179,14 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             return watch.judge(outcome)
 
         return Machine(kernel, run, watch, output, runner, loops, timer, stack.pop_all())
+
+
+def _check_cpus(kvm: Kvm, cpus: int) -> None:
+    """ConfigError if this KVM gives no VM so many vCPUs."""
+    # Documentation/virt/kvm/api.rst, 4.7: without the capability, what a KVM has always had.
+    limit = kvm.check_extension(KVM_CAP_MAX_VCPUS) or 4
+    if cpus > limit:
+        raise ConfigError(f"--cpus {cpus}", f"this host's KVM allows at most {limit}")
 
 
 def _open_console(config: RunConfig) -> Console:

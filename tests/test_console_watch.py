@@ -121,3 +121,43 @@ def test_with_time_stamps_an_unstamped_panic_is_a_quotation(runner: FakeRunner) 
 def test_messages_are_what_follows_each_time_stamp(line: bytes) -> None:
     stamps = re.finditer(rb"(?=(\[ *\d+\.\d+\] ))", line)
     assert texts(line) == [*reversed([line[stamp.end(1) :] for stamp in stamps]), line]
+
+
+def test_a_panic_that_pvpanic_reports_is_one_without_any_console(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.panic_reported()
+    said = Outcome(Kind.PANIC, detail="reported through pvpanic")
+    assert runner.later == [said], "the guest has a while to reboot"
+    assert watch.judge(Outcome(Kind.RESET)) == said
+    assert not watch.has_printed
+
+
+def test_the_console_says_why_pvpanic_was_told(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.panic_reported()
+    watch.feed(PANIC)
+    assert watch.judge(Outcome(Kind.RESET)).detail == "VFS: Unable to mount root fs"
+
+
+@pytest.mark.parametrize("kind", [Kind.GUEST_STATUS, Kind.POWER_OFF, Kind.SIGNAL, Kind.QUIT])
+def test_an_end_that_no_panic_brings_about_stays(runner: FakeRunner, kind: Kind) -> None:
+    watch = ConsoleWatch(runner)
+    watch.panic_reported()
+    assert watch.judge(Outcome(kind)).kind is kind
+
+
+def test_our_initramfs_has_the_reason_of_its_panic(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(b"[    1.20] virtio_blk: loaded\n"
+               b"pyvmm-initramfs: cannot mount the root: no /dev/vdz after 10 s\n"
+               b"[    1.25] Kernel panic - not syncing: Attempted to kill init!\n")
+    assert watch.judge(Outcome(Kind.RESET)).detail == (
+        "Attempted to kill init! (cannot mount the root: no /dev/vdz after 10 s)"
+    )
+
+
+def test_what_the_initramfs_says_without_a_panic_is_no_end(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(b"pyvmm-initramfs: cannot mount the root: \xff\xfe\n")
+    assert (runner.finished, runner.later) == ([], [])
+    assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET

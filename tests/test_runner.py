@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import os
@@ -111,6 +112,13 @@ def rig() -> Iterator[Rig]:
 
 def idle(vcpu: FakeVcpu) -> int:
     return vcpu.halt()
+
+
+def loop_of(rig: Rig, vcpu: FakeVcpu, name: str) -> VcpuLoop:
+    """A loop for one of several vCPUs, whose registers are said to be ``name``."""
+    return VcpuLoop(
+        vcpu, pio=rig.pio, mmio=rig.mmio, describe=lambda: name, finish=rig.runner.finish
+    )
 
 
 @pytest.mark.parametrize(("reason", "kind"), [
@@ -391,3 +399,48 @@ def test_a_defect_of_ours_ends_the_run_with_125(rig: Rig) -> None:
     assert outcome.exit_status == 125
     assert "vcpu0" in outcome.detail
     assert "oops" in outcome.detail
+
+
+class SpinningVcpu(FakeVcpu):
+    """Never leaves its guest but by a kick, as KVM_RUN with a busy guest: 100 % of a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(self.spin)
+
+    def spin(self, _: FakeVcpu) -> int:
+        while not self.kicked.is_set():
+            hashlib.sha256(bytes(4096)).digest()  # without the GIL, as in KVM_RUN
+        raise InterruptedError
+
+
+def test_the_end_of_a_run_reaches_eight_busy_vcpus(rig: Rig) -> None:
+    """The goal is 50 ms; a test host is busy with other things, so its bound is wide."""
+    loops = [loop_of(rig, SpinningVcpu(), f"vCPU {index}") for index in range(8)]
+    finished_s = []
+
+    def end() -> None:
+        finished_s.append(time.monotonic())
+        rig.runner.finish(Outcome(Kind.RESET))
+
+    timer = threading.Timer(0.2, end)
+    timer.start()
+    rig.runner.run(
+        vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
+        receive=rig.receive,
+    )
+    took_s = time.monotonic() - finished_s[0]
+    timer.join()
+    assert rig.runner.stopped
+    assert took_s < 1, f"stopping took {took_s:.3f} s"
+
+
+def test_one_vcpus_failure_ends_the_others(rig: Rig) -> None:
+    vcpus = [FakeVcpu(idle) for _ in range(3)]
+    vcpus.insert(2, FakeVcpu(lambda _: int(ExitReason.SHUTDOWN)))
+    loops = [loop_of(rig, vcpu, f"vCPU {index}") for index, vcpu in enumerate(vcpus)]
+    outcome = rig.runner.run(
+        vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
+        receive=rig.receive,
+    )
+    assert outcome == Outcome(Kind.TRIPLE_FAULT, detail="vCPU 2")
+    assert rig.runner.stopped

@@ -14,10 +14,12 @@ INIT = Path(__file__).with_name("stock_init.sh")
 
 MODULES = (
     "virtio_mmio", "virtio_blk", "virtio_rng", "virtio_console",
+    # Tells the host of a panic, whatever the console is.
+    "pvpanic_mmio",
     # ext4 finds its checksum by name, not by symbol, so that it is in no module's "depends".
     "crc32c_generic", "crc32c_intel", "ext4",
 )  # fmt: skip
-"""What a guest of pyvmm needs from a distribution's kernel to see its root, in load order."""
+"""The drivers of pyvmm's devices and of its root's file system, in load order."""
 
 DIRECTORIES = ("bin", "dev", "proc", "sys", "modules", "root")
 APPLETS = ("findfs", "grep", "insmod", "ls", "mount", "sleep", "switch_root", "tr", "umount")

@@ -35,22 +35,27 @@ class Guest:
     """What is asked of the kernel.
 
     ``initrd_compression`` is None without an initrd.  ``file_system`` is the root's on a disk, None
-    if there is no disk or its kind is unknown.
+    if there is no disk or its kind is unknown.  ``acpi_off`` is what the command line may say.
     """
 
     has_disk: bool = True
+    acpi_off: bool = False
     initrd_compression: Compression | None = None
     file_system: str | None = "ext4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """Something a guest needs, by any one of ``options``; ``without`` says what happens."""
+    """Something a guest needs, by any one of ``options``; ``without`` says what happens.
+
+    With ``given`` it is asked only of a kernel that has that option.
+    """
 
     purpose: str
     options: tuple[str, ...]
     without: str
     may_be_module: bool = False
+    given: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +98,16 @@ def requirements(guest: Guest) -> Iterator[Requirement]:
         yield Requirement(purpose="block devices", options=("BLOCK",), without=no_disk)
         yield Requirement(purpose="virtio-mmio", options=("VIRTIO_MMIO",), without=no_disk,
                           may_be_module=True)
-        yield Requirement(purpose="virtio-mmio discovery",
-                          options=("VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI"), without=no_disk)
+        by_command_line = "VIRTIO_MMIO_CMDLINE_DEVICES"
+        if guest.acpi_off:
+            yield Requirement(purpose="virtio-mmio discovery with acpi=off",
+                              options=(by_command_line,), without=no_disk)
+        else:
+            yield Requirement(purpose="virtio-mmio discovery",
+                              options=(by_command_line, "ACPI"), without=no_disk)
+            # ACPICA then fails to install its handler for PCI, and Linux gives up on all of it.
+            yield Requirement(purpose="ACPI's tables", options=("PCI",), given="ACPI",
+                              without=f"they are not loaded and {no_disk} (acpi=off may help)")
         yield Requirement(purpose="virtio-blk", options=("VIRTIO_BLK",), without=no_disk,
                           may_be_module=True)
         if guest.file_system is not None:
@@ -117,7 +130,11 @@ def requirements(guest: Guest) -> Iterator[Requirement]:
 
 def judge(config: KernelConfig, guest: Guest) -> list[Finding]:
     """Each requirement of ``guest`` with what ``config`` has of it."""
-    return [_find(config, requirement) for requirement in requirements(guest)]
+    return [
+        _find(config, requirement)
+        for requirement in requirements(guest)
+        if not requirement.given or config.state(requirement.given) == "y"
+    ]
 
 
 def problems(config: KernelConfig, guest: Guest) -> list[Problem]:

@@ -31,7 +31,8 @@ class ConsoleDevice(RingDevice):
     """A console whose output goes to ``transmit``, on the thread that serves the queue.
 
     Input is given to ``receive``; ``on_room`` is called when there is room for some again.
-    ``size`` is the terminal's ``(columns, rows)``, (0, 0) if it has none.
+    ``size`` is the terminal's ``(columns, rows)``, (0, 0) if it has none.  Linux looks at it only
+    when told of a change, so ``on_ready`` is for telling it as soon as its driver runs.
     """
 
     device_type = DeviceType.CONSOLE
@@ -42,6 +43,7 @@ class ConsoleDevice(RingDevice):
         on_room: Callable[[], None],
         *,
         size: tuple[int, int] = (0, 0),
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         features = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX
         super().__init__(
@@ -50,6 +52,7 @@ class ConsoleDevice(RingDevice):
         )
         self._transmit = transmit
         self._on_room = on_room
+        self._on_ready = on_ready
         self._size = size
         # Typed on one thread, taken on another.
         self._lock = threading.Lock()
@@ -97,6 +100,7 @@ class ConsoleDevice(RingDevice):
         """See ``VirtioDevice.activate``; from now on input is taken."""
         super().activate(memory, interrupt)
         self._on_room()
+        self._on_ready()
 
     def process_queue(self, index: int) -> float | None:
         """See ``VirtioDevice.process_queue``; empty buffers to receive into are no work."""

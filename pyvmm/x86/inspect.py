@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyvmm.errors import ConfigError, PyvmmError
@@ -83,17 +83,19 @@ def missing_options(
     *,
     initrd: str | os.PathLike[str] | None,
     disk_head: bytes | None,
+    acpi_off: bool = False,
     unpack: bool = False,
 ) -> list[Problem]:
     """Why the kernel at ``path`` will not boot with this initrd and disk; [] if nothing is known.
 
     ``disk_head`` is the start of the root disk, up to ``file_systems.HEAD_BYTES``; None without a
-    disk.  Only a configuration beside the kernel is looked at, which takes some milliseconds; with
-    ``unpack``, first the one inside the kernel, which takes seconds.  It never raises because of
-    what it reads: this is to explain a failure, not to be one.
+    disk.  ``acpi_off`` is what the command line says.  Only a configuration beside the kernel is
+    looked at, which takes some milliseconds; with ``unpack``, first the one inside the kernel,
+    which takes seconds.  It never raises because of what it reads: this is to explain a failure,
+    not to be one.
     """
     try:
-        guest = describe_guest(initrd, disk_head)
+        guest = replace(describe_guest(initrd, disk_head), acpi_off=acpi_off)
         with ImageFile(path) as image:
             kernel = parse_kernel(image, layout.MMIO_GAP_START)
             config = None

@@ -11,26 +11,9 @@ from pyvmm.cli.main import main
 from pyvmm.linux import debian
 from pyvmm.linux.cache import Say
 from pyvmm.linux.debian import StockKernel
+from tests.support.guest import KERNEL
+from tests.support.kernels import COMPLETE_CONFIG as COMPLETE
 from tests.support.kernels import bzimage, elf, note_segment, pvh_note
-
-COMPLETE = """\
-CONFIG_64BIT=y
-CONFIG_PRINTK=y
-CONFIG_TTY=y
-CONFIG_SERIAL_8250=y
-CONFIG_SERIAL_8250_CONSOLE=y
-CONFIG_BLOCK=y
-CONFIG_VIRTIO_MMIO=y
-CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y
-CONFIG_ACPI=y
-CONFIG_VIRTIO_BLK=y
-CONFIG_EXT4_FS=y
-CONFIG_BLK_DEV_INITRD=y
-CONFIG_RD_GZIP=y
-CONFIG_DEVTMPFS=y
-CONFIG_DEVTMPFS_MOUNT=y
-CONFIG_BINFMT_ELF=y
-"""
 
 
 @pytest.fixture
@@ -86,6 +69,15 @@ def test_a_kernel_that_can(kernel: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert status == 0
     assert "\nboots here     yes, from a disk of ext4, without an initramfs\n" in out
     assert not re.search(r"^(missing|module)", out, re.MULTILINE)
+
+
+def test_our_own_kernel_can_and_has_its_configuration_inside(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out = inspect(capsys, KERNEL)
+    assert status == 0
+    assert "\nconfig         in the kernel (IKCONFIG)\n" in out
+    assert "\nboots here     yes, from a disk of ext4, without an initramfs\n" in out
 
 
 @pytest.mark.parametrize("option", sorted(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli.main import main
+from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS
 from tests.support.kernels import bzimage, elf
 
 
@@ -164,6 +165,67 @@ def test_an_option_with_a_bad_value_is_named(
     capsys: pytest.CaptureFixture[str], kernel: Path, option: tuple[str, str]
 ) -> None:
     assert option[0] in refusal(capsys, "--kernel", kernel, *option)
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    (("--cpus", "0"), "from 1 to 8"), (("--cpus", "9"), "from 1 to 8"),
+    (("--cpus", "-1"), "--cpus"), (("--cpus", "many"), "from 1 to 8"),
+    (("--rtc", "local"), "utc, none"), (("--mmio", "x"), "mapped, trapped"),
+])
+def test_a_choice_that_is_none_names_the_choices(
+    capsys: pytest.CaptureFixture[str], kernel: Path, option: tuple[str, str], words: str
+) -> None:
+    line = refusal(capsys, "--kernel", kernel, *option)
+    assert option[0] in line
+    assert words in line
+
+
+def test_more_disks_than_interrupt_lines(
+    capsys: pytest.CaptureFixture[str], kernel: Path, tmp_path: Path
+) -> None:
+    disks: list[str | Path] = []
+    for index in range(9):
+        path = tmp_path / f"disk{index}"
+        path.write_bytes(bytes(512))
+        disks += ["--disk", path]
+    line = refusal(capsys, "--kernel", kernel, *disks)
+    assert "--disk" in line
+    assert "9 disks; this machine has lines for 8" in line
+
+
+class SmallKvm:
+    """A KVM that allows two vCPUs and does no more than say so."""
+
+    def __enter__(self) -> SmallKvm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def check_extension(self, capability: int) -> int:
+        return 2 if capability == KVM_CAP_MAX_VCPUS else 0
+
+
+def test_more_cpus_than_this_kvm_allows(
+    capsys: pytest.CaptureFixture[str], kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvmm.machine.Kvm", SmallKvm)
+    line = refusal(capsys, "--kernel", kernel, "--initrd", "/etc/hostname", "--cpus", "3")
+    assert "--cpus 3: this host's KVM allows at most 2" in line
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ('{"cpuid_modifiers": [], "msr_modifiers": []}', "msr_modifiers"),
+    ("[1]", "object"), ("{", "JSON"), ("\x00", "JSON"),
+])
+def test_a_cpu_model_that_says_too_much_or_too_little(
+    capsys: pytest.CaptureFixture[str], kernel: Path, tmp_path: Path, content: str, words: str
+) -> None:
+    model = tmp_path / "model.json"
+    model.write_text(content)
+    line = refusal(capsys, "--kernel", kernel, "--cpu", model)
+    assert str(model) in line
+    assert words in line
 
 
 @pytest.mark.parametrize("use", ["kernel", "disk"])

@@ -10,8 +10,8 @@ from pyvmm.linux.requirements import FILE_SYSTEMS, Guest, State, judge, problems
 
 COMPLETE = dict.fromkeys((
     "64BIT", "PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE", "BLOCK", "VIRTIO_MMIO",
-    "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI", "VIRTIO_BLK", "EXT4_FS", "BLK_DEV_INITRD", "RD_GZIP",
-    "DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_ELF",
+    "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI", "PCI", "VIRTIO_BLK", "EXT4_FS", "BLK_DEV_INITRD",
+    "RD_GZIP", "DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_ELF",
 ), "y")  # fmt: skip
 DISK = Guest()
 INITRD = Guest(initrd_compression=Compression.GZIP)
@@ -47,6 +47,25 @@ def test_devices_are_found_by_command_line_or_by_acpi() -> None:
     assert str(problem) == (
         "the kernel has neither CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES nor CONFIG_ACPI "
         "(virtio-mmio discovery): no disk is found"
+    )
+
+
+def test_acpi_wants_pci_unless_it_is_off() -> None:
+    (problem,) = problems(config(PCI="n"), DISK)
+    assert str(problem) == (
+        "the kernel lacks CONFIG_PCI (ACPI's tables): they are not loaded and no disk is found "
+        "(acpi=off may help)"
+    )
+    assert problems(config(PCI="n"), Guest(acpi_off=True)) == []
+    assert problems(config(PCI="n", ACPI="n"), DISK) == []
+
+
+def test_with_acpi_off_only_the_command_line_is_left() -> None:
+    assert problems(config(ACPI="n"), Guest(acpi_off=True)) == []
+    (problem,) = problems(config(VIRTIO_MMIO_CMDLINE_DEVICES="n"), Guest(acpi_off=True))
+    assert str(problem) == (
+        "the kernel lacks CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES (virtio-mmio discovery with "
+        "acpi=off): no disk is found"
     )
 
 

@@ -171,3 +171,25 @@ def elf(*segments: ElfSegment, **fields: int) -> bytearray:
         )
         data += segment.data
     return image + data
+
+
+COMPLETE_CONFIG = """\
+CONFIG_64BIT=y
+CONFIG_PRINTK=y
+CONFIG_TTY=y
+CONFIG_SERIAL_8250=y
+CONFIG_SERIAL_8250_CONSOLE=y
+CONFIG_BLOCK=y
+CONFIG_VIRTIO_MMIO=y
+CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y
+CONFIG_ACPI=y
+CONFIG_PCI=y
+CONFIG_VIRTIO_BLK=y
+CONFIG_EXT4_FS=y
+CONFIG_BLK_DEV_INITRD=y
+CONFIG_RD_GZIP=y
+CONFIG_DEVTMPFS=y
+CONFIG_DEVTMPFS_MOUNT=y
+CONFIG_BINFMT_ELF=y
+"""
+"""A configuration with all that any guest needs."""

@@ -48,8 +48,8 @@ def guest_kernel() -> kernel.Kernel:
     return kernel.obtain(cache_directory() / "+".join(MODULES), print, build)
 
 
-def _initramfs(modules: tuple[Path, ...]) -> bytes:
-    """What loads ``modules`` and gives way to build/tools.img."""
+def _initramfs(loaded: tuple[Path, ...]) -> bytes:
+    """What loads ``loaded`` and gives way to build/tools.img."""
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in DIRECTORIES]
     entries += [(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in APPLETS]
     entries += [
@@ -57,7 +57,7 @@ def _initramfs(modules: tuple[Path, ...]) -> bytes:
         ("bin/busybox", stat.S_IFREG | 0o755, qemu.find_busybox().read_bytes()),
     ]
     entries += [
-        (f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules
+        (f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in loaded
     ]
     return pack_cpio(entries)
 

@@ -26,10 +26,12 @@ class ConsoleRig:
     def __init__(self) -> None:
         self.shown = bytearray()
         self.rooms: list[int] = []
+        self.readies: list[int] = []
         self.irqs: list[int] = []
         self.memory = GuestMemory.over(bytearray(1 << 20), RAM_BASE)
         self.device = ConsoleDevice(
-            self.shown.extend, lambda: self.rooms.append(1), size=(80, 24)
+            self.shown.extend, lambda: self.rooms.append(1), size=(80, 24),
+            on_ready=lambda: self.readies.append(1),
         )
         self.transport = MmioTransport(
             self.device, self.memory, lambda: self.irqs.append(1), report=print
@@ -58,6 +60,13 @@ class ConsoleRig:
 @pytest.fixture
 def rig() -> ConsoleRig:
     return ConsoleRig()
+
+
+def test_a_driver_that_runs_is_told_of_the_size(rig: ConsoleRig) -> None:
+    """Linux's driver reads the size only after a change of the configuration."""
+    assert rig.readies == []
+    rig.start()
+    assert rig.readies == [1]
 
 
 def test_output_is_shown_in_order(rig: ConsoleRig) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pty
-import select
 import signal
 import subprocess
 import termios
@@ -16,51 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest import IMAGE, USER_SPACE, command, environment, run_in_guest
+from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.kvm
-
-
-class Terminal:
-    """A pseudo-terminal with ``pyvmm run`` in its foreground."""
-
-    def __init__(self, *options: str) -> None:
-        self.seen = b""
-        self.pid, self.master = pty.fork()
-        if self.pid == 0:
-            os.execve(
-                command()[0], command(*options), environment()
-            )
-
-    def wait_for(self, text: str, timeout_s: float = 60) -> None:
-        """Read until ``text`` has been shown behind what was waited for before."""
-        until_s = time.monotonic() + timeout_s
-        while text.encode() not in self.seen:
-            ready, _, _ = select.select([self.master], [], [], until_s - time.monotonic())
-            assert ready, f"no {text!r} in {self.seen!r}"
-            self.seen += os.read(self.master, 4096)
-        self.seen = self.seen.partition(text.encode())[2]
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def status(self, timeout_s: float = 30) -> int:
-        """The exit status, while output goes on being read."""
-        until_s = time.monotonic() + timeout_s
-        while time.monotonic() < until_s:
-            if select.select([self.master], [], [], 0.05)[0]:
-                with contextlib.suppress(OSError):  # the other side is closed
-                    self.seen += os.read(self.master, 4096)
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.pid = 0
-                return os.waitstatus_to_exitcode(status)
-        raise AssertionError(f"still running; {self.seen!r}")
-
-    def close(self) -> None:
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.master)
 
 
 @pytest.fixture

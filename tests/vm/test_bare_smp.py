@@ -1,0 +1,143 @@
+"""Guests of a few instructions on several real vCPUs: starting them, stopping them, one failing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pyvmm.bus import Bus
+from pyvmm.console import Console, OutputBuffer
+from pyvmm.kvm.handles import Kvm
+from pyvmm.memory import GuestMemory
+from pyvmm.outcome import Kind, Outcome
+from pyvmm.report import Reporter
+from pyvmm.runner import Runner
+from pyvmm.vcpu_loop import VcpuLoop
+from pyvmm.x86 import cpu, cpuid, layout
+from pyvmm.x86.cpu_model import parse_cpu_option
+from tests.support.bare import LONG_MODE_ENTRY, MEMORY_BYTES, assemble
+
+pytestmark = pytest.mark.bare
+
+CPUS = 8
+STARTED_ENTRY = 0x10000  # where start_processors.S has the others begin
+STOP_S = 0.05
+"""How soon the end of a run is to reach every vCPU."""
+
+
+@dataclass
+class Smp:
+    """A runner with ``CPUS`` vCPUs, of which none has run yet."""
+
+    memory: GuestMemory
+    loops: list[VcpuLoop]
+    runner: Runner
+    written: list[tuple[int, int]] = field(default_factory=list)
+    """Port writes: (size in bytes, value)."""
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.written.append((size, value))
+        if len(self.written) == CPUS - 1:
+            self.runner.finish(Outcome(Kind.RESET))
+
+    def run(self) -> Outcome:
+        with Path(os.devnull).open("wb") as nowhere:
+            return self.runner.run(
+                vcpus=self.loops, workers=[], console=Console(None, None),
+                output=OutputBuffer(nowhere.fileno(), self.runner.wake, lambda _: None),
+                receive=len,
+            )
+
+
+@contextlib.contextmanager
+def machine(*, irqchip: bool) -> Iterator[Smp]:
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(contextlib.closing(Runner(Reporter(io.StringIO()))))
+        memory = stack.enter_context(GuestMemory([(0, MEMORY_BYTES)]))
+        kvm = stack.enter_context(Kvm())
+        vm = stack.enter_context(kvm.create_vm())
+        vm.set_tss_addr(layout.TSS)
+        vm.set_identity_map_addr(layout.IDENTITY_MAP)
+        if irqchip:
+            vm.create_irqchip()
+        vm.set_user_memory_region(0, 0, MEMORY_BYTES, memory.regions[0].host_address)
+        pio = Bus("PIO", 0)
+        smp = Smp(memory, [], runner)
+        pio.add(0x3F8, 1, smp)
+        model = parse_cpu_option("host")
+        for index in range(CPUS):
+            vcpu = stack.enter_context(vm.create_vcpu(index))
+            vcpu.set_cpuid(cpuid.build(kvm.supported_cpuid(), model, index, vcpu_count=CPUS))
+            smp.loops.append(VcpuLoop(
+                vcpu, pio=pio, mmio=Bus("MMIO", 12), finish=runner.finish,
+                describe=functools.partial(str, f"vCPU {index}"),
+            ))
+        yield smp
+        assert runner.stopped
+
+
+def load(smp: Smp, code: bytes, index: int, entry: int = LONG_MODE_ENTRY) -> None:
+    """Have vCPU ``index`` begin with ``code`` at ``entry``, in 64-bit mode."""
+    smp.memory.write(entry, code)
+    cpu.setup_long_mode(smp.memory, smp.loops[index].vcpu, entry, layout.BOOT_PARAMS)
+
+
+def time_to_stop_s(smp: Smp) -> float:
+    """Run, end the run after a while, and say how long after that every thread was joined."""
+    finished_s: list[float] = []
+
+    def end() -> None:
+        finished_s.append(time.monotonic())
+        smp.runner.finish(Outcome(Kind.RESET))
+
+    timer = threading.Timer(0.3, end)
+    timer.start()
+    assert smp.run().kind is Kind.RESET
+    took_s = time.monotonic() - finished_s[0]
+    timer.join()
+    return took_s
+
+
+def test_the_end_of_a_run_reaches_every_spinning_vcpu_at_once(tmp_path: Path) -> None:
+    """The best of five counts: what else this host does is no fault of ours."""
+    took_s = []
+    for _ in range(5):
+        with machine(irqchip=False) as smp:
+            code = assemble("spin", LONG_MODE_ENTRY, tmp_path)
+            for index in range(CPUS):
+                load(smp, code, index)
+            took_s.append(time_to_stop_s(smp))
+    assert min(took_s) < STOP_S, took_s
+    assert max(took_s) < 20 * STOP_S, took_s
+
+
+def test_the_boot_processor_starts_all_others(tmp_path: Path) -> None:
+    with machine(irqchip=True) as smp:
+        smp.memory.write(STARTED_ENTRY, assemble("real_mode", STARTED_ENTRY, tmp_path))
+        load(smp, assemble("start_processors", LONG_MODE_ENTRY, tmp_path), 0)
+        smp.runner.finish_after(20, Outcome(Kind.TIMEOUT))
+        assert smp.run().kind is Kind.RESET
+    assert smp.written == [(1, 0x5A)] * (CPUS - 1)
+
+
+def test_one_vcpus_triple_fault_ends_the_run(tmp_path: Path) -> None:
+    failing, elsewhere = 5, LONG_MODE_ENTRY + 0x1000
+    with machine(irqchip=False) as smp:
+        for index in range(CPUS):
+            load(smp, assemble("spin", LONG_MODE_ENTRY, tmp_path), index)
+        load(smp, assemble("triple_fault", elsewhere, tmp_path), failing, elsewhere)
+        smp.runner.finish_after(20, Outcome(Kind.TIMEOUT))
+        outcome = smp.run()
+    assert outcome == Outcome(Kind.TRIPLE_FAULT, detail=f"vCPU {failing}")

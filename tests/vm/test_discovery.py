@@ -1,0 +1,68 @@
+"""Ten virtio devices at once: each is found once, in a stable order, on a line of its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.guest import BUILD, IMAGE, KERNEL, Run, boot, run_in_guest, sparse
+from tests.support.stock import STABLE, boot_stock
+
+pytestmark = pytest.mark.kvm
+
+ACPI_KERNEL = BUILD / "acpi" / "bzImage"
+NAMES = [f"vd{letter}" for letter in "abcdefgh"]
+SERIALS = [f"disk-{name}" for name in NAMES]
+ROOT = f"{IMAGE},snapshot,serial={SERIALS[0]}"
+SHOW = (
+    "for d in $(ls /sys/block | grep ^vd); do echo disk $d $(cat /sys/block/$d/serial); done;"
+    " grep virtio /proc/interrupts;"
+    " echo random $(dd if=/dev/hwrng bs=32 count=1 2>&1 | wc -c) $(cat /sys/class/misc/hw_random/"
+    "rng_current); echo to hvc0 > /dev/hvc0; dmesg | grep -c error\\ -16; dmesg | grep -i warn"
+)
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> list[str]:
+    """The options of seven small disks that come behind the root."""
+    options = []
+    for name, serial in list(zip(NAMES, SERIALS, strict=True))[1:]:
+        options += ["--disk", f"{sparse(tmp_path / name, 1)},serial={serial}"]
+    return options
+
+
+def check(run: Run) -> None:
+    """Each device was seen once, on an interrupt line of its own, and in its place."""
+    seen = run.console + run.messages
+    assert run.status == 0, seen
+    assert run.lines("disk ") == [
+        f"{name} {serial}" for name, serial in zip(NAMES, SERIALS, strict=True)
+    ], seen
+    lines = re.findall(r"^ *(\d+):.* (virtio\d+)\b", run.console, re.MULTILINE)
+    assert sorted(device for _, device in lines) == [f"virtio{index}" for index in range(10)], seen
+    assert len({line for line, _ in lines}) == 10, seen
+    assert "virtio_rng" in run.lines("random ")[0], seen
+    assert "to hvc0" in run.console, seen
+
+
+def test_all_of_them_by_the_command_line(disks: list[str]) -> None:
+    check(boot("--disk", ROOT, *disks,
+               append=run_in_guest(SHOW), kernel=KERNEL))
+
+
+def test_all_of_them_by_acpi(disks: list[str]) -> None:
+    check(boot_stock(STABLE, SHOW, *disks, "--cpus", "2", root=ROOT))
+
+
+def test_a_kernel_that_is_told_twice_sees_each_once(disks: list[str]) -> None:
+    run = boot("--disk", ROOT, *disks, "--cpus", "2",
+               append=run_in_guest(SHOW), kernel=ACPI_KERNEL)
+    check(run)
+
+
+def test_a_kernel_with_acpi_switched_off_takes_the_command_line(disks: list[str]) -> None:
+    run = boot("--disk", ROOT, *disks,
+               append=f"acpi=off {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
+    check(run)
