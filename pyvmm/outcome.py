@@ -23,6 +23,10 @@ class Kind(enum.Enum):
     SIGNAL = "stopped by a signal"
 
 
+MAYBE_SILENT = (
+    Kind.PANIC, Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SHUTDOWN, Kind.RESET, Kind.QUIT, Kind.SIGNAL
+)
+"""Ends that want an explanation if the guest printed nothing; a panic wants one in any case."""
 MAX_GUEST_STATUS = 119
 _FIXED_STATUS = {
     Kind.RESET: 0,

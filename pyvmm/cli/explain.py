@@ -12,7 +12,7 @@ import os
 from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.linux.file_systems import HEAD_BYTES
 from pyvmm.linux.requirements import Problem
-from pyvmm.outcome import Kind, Outcome
+from pyvmm.outcome import MAYBE_SILENT, Kind, Outcome
 from pyvmm.x86.inspect import missing_options
 
 _NO_ROOT = ("Unable to mount root", "cannot mount the root", "No working init found")
@@ -31,7 +31,7 @@ def after(config: RunConfig, outcome: Outcome, *, has_printed: bool) -> list[str
             f"the root could not be mounted: root= and --disk must name it, and {config.kernel} "
             "must have its driver and file system (pyvmm kernel inspect says)"
         ]
-    if not has_printed:
+    if not has_printed and outcome.kind in MAYBE_SILENT:
         words = config.kernel_command_line().split()
         consoles = [word for word in words if word.startswith("console=")]
         told = " ".join(consoles) or "none"

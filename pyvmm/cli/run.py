@@ -20,7 +20,7 @@ from pyvmm.config import (
 )
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.lean import TYPE_CHECKING
-from pyvmm.outcome import MAX_GUEST_STATUS, Kind, Outcome
+from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.x86.cpu_model import parse_cpu_option
 
@@ -45,10 +45,6 @@ examples:
 """
 
 
-_EXPLAINED = (
-    Kind.PANIC, Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SHUTDOWN, Kind.RESET, Kind.QUIT, Kind.SIGNAL
-)
-"""Ends that may be the kernel's own fault; all but a panic only if it printed nothing."""
 _QUIET = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.POWER_OFF, Kind.QUIT)
 
 COMMAND = Command(
@@ -138,7 +134,7 @@ def run_main(argv: list[str]) -> int:
     if not machine.console_line_ended:
         _end_line()
     lines = []
-    if outcome.kind in _EXPLAINED and (outcome.kind is Kind.PANIC or not machine.has_printed):
+    if outcome.kind in MAYBE_SILENT and (outcome.kind is Kind.PANIC or not machine.has_printed):
         lines += _explain(config, outcome, has_printed=machine.has_printed)
     if args.timing:
         lines += timing_lines(
