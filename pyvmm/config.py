@@ -18,6 +18,7 @@ MAX_QUEUES = 8  # a disk's
 MAX_CPUS = 8
 MMIO_MODES = ("mapped", "trapped")
 RTC_KINDS = ("utc", "none")
+DISCOVERY_WAYS = ("both", "acpi", "cmdline")
 SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
 MAX_DISKS = 8
@@ -104,7 +105,8 @@ class RunConfig:
 
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
     None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
-    among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean).
+    among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean); ``discovery``, among
+    DISCOVERY_WAYS, is how the guest is told of its virtio devices.
     """
 
     kernel: Path
@@ -121,11 +123,12 @@ class RunConfig:
     serve: str = "thread"
     rtc: str = "utc"
     timing: bool = False
+    discovery: str = "both"
 
     def __post_init__(self) -> None:
         for option, value, choices in (
             ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
-            ("--rtc", self.rtc, RTC_KINDS),
+            ("--rtc", self.rtc, RTC_KINDS), ("--discovery", self.discovery, DISCOVERY_WAYS),
         ):
             if value not in choices:
                 raise ConfigError(f"{option} {value}", f"is none of {', '.join(choices)}")
@@ -178,7 +181,7 @@ class RunConfig:
         parts = []
         if self.timing:
             parts.append("pyvmm_timing=1")
-        for index in range(self.virtio_devices):
+        for index in range(self.virtio_devices if self.discovery != "acpi" else 0):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
         if self.cmdline is not None:
