@@ -20,6 +20,7 @@ MAX_QUEUES = 8  # a disk's
 MAX_CPUS = 8
 MMIO_MODES = ("mapped", "trapped")
 RTC_KINDS = ("utc", "none")
+DISCOVERY_WAYS = ("both", "acpi", "cmdline")
 SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
 _NEARLY_VHOST_USER = ("vhostuser=", "vhostuser:", "vhostuserblk=", "vhostuserblk:")
@@ -106,7 +107,8 @@ class RunConfig(Record):
 
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
     None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
-    among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean).
+    among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean); ``discovery``, among
+    DISCOVERY_WAYS, is how the guest is told of its virtio devices.
     """
 
     kernel: str | PathLike[str]
@@ -123,6 +125,7 @@ class RunConfig(Record):
     serve: str = "thread"
     rtc: str = "utc"
     timing: bool = False
+    discovery: str = "both"
 
     def __post_init__(self) -> None:
         for option, path in (("--kernel", self.kernel), ("--initrd", self.initrd)):
@@ -130,7 +133,7 @@ class RunConfig(Record):
                 raise ConfigError(option, "names no file")
         for option, value, choices in (
             ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
-            ("--rtc", self.rtc, RTC_KINDS),
+            ("--rtc", self.rtc, RTC_KINDS), ("--discovery", self.discovery, DISCOVERY_WAYS),
         ):
             if value not in choices:
                 raise ConfigError(f"{option} {value}", f"is none of {', '.join(choices)}")
@@ -183,7 +186,7 @@ class RunConfig(Record):
         parts = []
         if self.timing:
             parts.append("pyvmm_timing=1")
-        for index in range(self.virtio_devices):
+        for index in range(self.virtio_devices if self.discovery != "acpi" else 0):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
         if self.cmdline is not None:

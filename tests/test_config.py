@@ -182,7 +182,8 @@ def test_the_last_console_gets_what_is_typed(append: str, is_virtio: bool) -> No
 
 @pytest.mark.parametrize(("given", "words"), [
     ({"cpus": 0}, "from 1 to 8"), ({"cpus": 9}, "from 1 to 8"),
-    ({"mmio": "fast"}, "mapped, trapped"), ({"serve": ""}, "thread, exit"),
+    ({"mmio": "fast"}, "mapped, trapped"), ({"discovery": "pci"}, "both, acpi, cmdline"),
+    ({"serve": ""}, "thread, exit"),
 ])
 def test_what_is_no_choice_is_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"--{next(iter(given))}") as caught:
@@ -194,6 +195,13 @@ def test_what_is_no_choice_is_refused(given: dict[str, Any], words: str) -> None
 def test_what_is_no_number_of_cpus_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--cpus"):
         parse_cpus(text)
+
+
+def test_devices_may_be_left_to_acpi() -> None:
+    config = RunConfig(kernel=KERNEL, disks=(disk("d"),), discovery="acpi")
+    assert "virtio_mmio" not in config.kernel_command_line()
+    config = RunConfig(kernel=KERNEL, disks=(disk("d"),), discovery="cmdline")
+    assert config.kernel_command_line().count("virtio_mmio.device=") == 3
 
 
 def test_with_an_initrd_the_root_is_the_initrds_business() -> None:

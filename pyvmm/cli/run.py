@@ -84,6 +84,9 @@ COMMAND = Command(
                "that notifies; default thread)"),
         Option(name="--rtc", metavar="CLOCK", default="utc",
                help="the real-time clock: utc or none (default utc)"),
+        Option(name="--discovery", metavar="WAY", default="both",
+               help="how the guest is told of its disks: acpi, cmdline, or both (default), "
+               "where a kernel that reads both complains of the second; see docs/kernels.md"),
         Option(name="--timing",
                help="say how long start-up, kernel, init and user space took (the guest's init "
                "marks them: docs/devices.md)"),
@@ -109,6 +112,7 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         mmio=args.mmio,
         serve=args.serve,
         rtc=args.rtc,
+        discovery=args.discovery,
         timing=args.timing,
     )
 

@@ -93,6 +93,10 @@ def requirements(guest: Guest) -> Iterator[Requirement]:
     yield Requirement(purpose="terminals", options=("TTY",), without=silent)
     yield Requirement(purpose="serial port", options=("SERIAL_8250",), without=silent)
     yield Requirement(purpose="serial console", options=("SERIAL_8250_CONSOLE",), without=silent)
+    if not guest.acpi_off:
+        # On a hardware-reduced platform no line is ISA's: only ACPI knows the UART's.
+        yield Requirement(purpose="serial port by ACPI", options=("SERIAL_8250_PNP",),
+                          given="ACPI", without="what programs print is not seen (acpi=off helps)")
     no_disk = "no disk is found"
     if guest.has_disk:
         yield Requirement(purpose="block devices", options=("BLOCK",), without=no_disk)

@@ -14,8 +14,9 @@ from tests.support.kernels import bzimage
 
 NO_ROOT = Outcome(Kind.PANIC, detail="VFS: Unable to mount root fs on unknown-block(254,0)")
 # Options without which a disk of ext4 is not booted from, when there is no initramfs.
-NEEDED = ("64BIT", "PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE", "BLOCK", "VIRTIO_MMIO",
-          "PCI", "VIRTIO_BLK", "EXT4_FS", "DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_ELF")
+NEEDED = ("64BIT", "PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE", "SERIAL_8250_PNP",
+          "BLOCK", "VIRTIO_MMIO", "PCI", "VIRTIO_BLK", "EXT4_FS", "DEVTMPFS", "DEVTMPFS_MOUNT",
+          "BINFMT_ELF")
 
 
 @pytest.fixture

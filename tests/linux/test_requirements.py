@@ -9,7 +9,8 @@ from pyvmm.linux.config import KernelConfig
 from pyvmm.linux.requirements import FILE_SYSTEMS, Guest, State, judge, problems
 
 COMPLETE = dict.fromkeys((
-    "64BIT", "PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE", "BLOCK", "VIRTIO_MMIO",
+    "64BIT", "PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE", "SERIAL_8250_PNP",
+    "BLOCK", "VIRTIO_MMIO",
     "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI", "PCI", "VIRTIO_BLK", "EXT4_FS", "BLK_DEV_INITRD",
     "RD_GZIP", "DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_ELF",
 ), "y")  # fmt: skip
@@ -56,8 +57,8 @@ def test_acpi_wants_pci_unless_it_is_off() -> None:
         "the kernel lacks CONFIG_PCI (ACPI's tables): they are not loaded and no disk is found "
         "(acpi=off may help)"
     )
-    assert problems(config(PCI="n"), Guest(acpi_off=True)) == []
-    assert problems(config(PCI="n", ACPI="n"), DISK) == []
+    assert problems(config(PCI="n", SERIAL_8250_PNP="n"), Guest(acpi_off=True)) == []
+    assert problems(config(PCI="n", SERIAL_8250_PNP="n", ACPI="n"), DISK) == []
 
 
 def test_with_acpi_off_only_the_command_line_is_left() -> None:
