@@ -79,6 +79,7 @@ lint: dev ## ruff, mypy --strict, import-linter
 
 unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guests if there is a /dev/kvm
 	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES) $(BENCH_PACKAGES))
+	$(BIN)/pyvmm lab -- true  # what it downloads the first time is not for a test's output
 	select="not kvm and not power_cut"
 	if ! [ -r /dev/kvm -a -w /dev/kvm ]; then
 	  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not power_cut and not bare"

@@ -120,7 +120,9 @@ def test_nobody_waits_for_a_listener_who_does_not_read(listener: Listener) -> No
     report("later")
     heard += listener.read()
     whole = re.findall(r"^pyvmm: (line \d+ x{90})$", heard, re.MULTILINE)
-    assert whole == lines[: len(whole)]
+    # In order; a terminal's buffer may empty into another meanwhile, and have room again.
+    rest = iter(lines)
+    assert all(line in rest for line in whole)
     assert heard.endswith("\npyvmm: later\n")
     left_out = re.findall(r"^pyvmm: \((\d+) more lines like these were left out\)$", heard, re.M)
     # The last line that a terminal had room for may lack its end alone.

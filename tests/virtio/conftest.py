@@ -16,8 +16,26 @@ from tests.support.rig import RAM_BYTES, Hooked, Rig, make_rig
 MakeRig = Callable[..., Rig]
 
 
+class Page:
+    """Which kind of register page rigs have."""
+
+    is_mapped = False
+
+
 @pytest.fixture
-def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
+def page() -> Page:
+    """Trapped, unless ``both_pages`` says otherwise."""
+    return Page()
+
+
+@pytest.fixture(params=["trapped", "mapped"])
+def both_pages(request: pytest.FixtureRequest, page: Page) -> None:
+    """The test runs twice: with a register page of either kind."""
+    page.is_mapped = request.param == "mapped"
+
+
+@pytest.fixture
+def new_rig(tmp_path: Path, page: Page) -> Iterator[MakeRig]:
     """Makes rigs over one image, closed in the end."""
     with ExitStack() as stack:
 
@@ -27,7 +45,7 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
             backend: BlockBackend | None = None,
             queue_size: int = 16,
             ram_bytes: int = RAM_BYTES,
-            keep_used: bool = False,
+            keep_used: bool | None = None,
         ) -> Rig:
             rig = make_rig(
                 tmp_path / "disk.img",
@@ -35,7 +53,7 @@ def new_rig(tmp_path: Path) -> Iterator[MakeRig]:
                 backend=backend,
                 queue_size=queue_size,
                 ram_bytes=ram_bytes,
-                keep_used=keep_used,
+                keep_used=page.is_mapped if keep_used is None else keep_used,
             )
             stack.callback(rig.backend.close)
             stack.callback(rig.transport.close)

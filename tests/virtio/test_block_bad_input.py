@@ -26,7 +26,7 @@ from tests.support.virtio_driver import (
 )
 from tests.virtio.conftest import MakeRig
 
-pytestmark = pytest.mark.usefixtures("both_paths")
+pytestmark = pytest.mark.usefixtures("both_paths", "both_pages")
 
 RAM_END = RAM_BASE + RAM_BYTES
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8

@@ -30,7 +30,7 @@ from tests.support.virtio_driver import (
 )
 from tests.virtio.conftest import MakeRig
 
-pytestmark = pytest.mark.usefixtures("both_paths")
+pytestmark = pytest.mark.usefixtures("both_paths", "both_pages")
 
 RAM_END = RAM_BASE + RAM_BYTES
 IN, OUT = 0, 1

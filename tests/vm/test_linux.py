@@ -142,6 +142,20 @@ def test_an_initrd_is_found_and_used() -> None:
     assert run.lines("pyvmm-init: root ")[0].split()[1] in ("rootfs", "tmpfs")
 
 
+@pytest.mark.parametrize("mmio", ["mapped", "trapped"])
+@pytest.mark.parametrize("serve", ["thread", "exit"])
+def test_a_disk_costs_the_exits_its_register_page_and_place_cost(mmio: str, serve: str) -> None:
+    script = "dd if=/dev/vda of=/dev/null bs=4k count=1000 iflag=direct && exit 4"
+    run = boot("--disk", f"{IMAGE},ro", "--mmio", mmio, "--serve", serve, "-v",
+               append=f"quiet {run_in_guest(script)}")
+    assert run.status == 4, run.console + run.messages
+    found = re.search(r"exits: mmio (\d+)", run.messages)
+    assert found, run.messages
+    least = {"mapped": 0, "trapped": 2000}[mmio] + {"thread": 0, "exit": 1000}[serve]
+    # What is more than the 1000 reads' is set-up and what was read to boot.
+    assert least <= int(found[1]) < least + 900
+
+
 def test_a_feature_taken_away_is_gone() -> None:
     show = run_in_guest("grep -m1 ^flags /proc/cpuinfo")
     run = boot("--disk", f"{IMAGE},ro", "--cpu", "host,-sse4_2,-popcnt", append=show)
