@@ -56,13 +56,27 @@ class IoLoop:
 
     def run(self) -> None:
         """Serve in the calling thread until stopped; once."""
-        poll, by_fd = self._poller.poll, self._by_fd
+        poll, by_fd, stop_fd = self._poller.poll, self._by_fd, self._stop_fd
+        most = len(by_fd) + 1
+        alone = len(by_fd) == 1
         due_s: dict[int, float] = {}
         with self._poller:
             while not self._stopping:
-                wait_s = max(0.0, min(due_s.values()) - time.monotonic()) if due_s else None
-                for fd, _ in poll(wait_s):
-                    if fd != self._stop_fd:
+                if not due_s:
+                    # Nearly always.  One has rung, and one pass is enough; or there is more, and
+                    # no other source to wait for its turn: no need to poll in between.
+                    for fd, _ in poll(None, most):
+                        if fd != stop_fd:
+                            service = by_fd[fd]
+                            delay_s = service()
+                            while delay_s == 0.0 and alone and not self._stopping:
+                                delay_s = service()
+                            if delay_s is not None:
+                                due_s[fd] = time.monotonic() + delay_s
+                    continue
+                wait_s = max(0.0, min(due_s.values()) - time.monotonic())
+                for fd, _ in poll(wait_s, most):
+                    if fd != stop_fd:
                         due_s[fd] = 0.0
                 now_s = time.monotonic()
                 for fd in [fd for fd, at_s in due_s.items() if at_s <= now_s]:

@@ -105,7 +105,8 @@ class PackedDriverRing:
             return False
         # The device asks for notifications, then looks at the ring; here it is the other way
         # about.  Without the fence both could miss the other's store.
-        self._full_fence()
+        with self._full_fence:
+            pass
         event = self._device_event[0]
         flags = event >> _EVENT_FLAGS_SHIFT & _EVENT_FLAGS_MASK
         if flags == _DESC and self._event_idx:
@@ -134,7 +135,8 @@ class PackedDriverRing:
             return False
         self._driver_event[0] = self._event = event
         # The device uses a chain, then reads what was stored above.
-        self._full_fence()
+        with self._full_fence:
+            pass
         return True
 
     def take_used(self) -> list[int]:

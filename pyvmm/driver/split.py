@@ -101,7 +101,8 @@ class SplitDriverRing:
         self._asked_at = new
         # The device asks for notifications, then looks at avail.idx; here it is the other way
         # about.  Without the fence both could miss the other's store.
-        self._full_fence()
+        with self._full_fence:
+            pass
         if self._event_idx:
             # 2.7.10.1 "Driver Requirements: Available Buffer Notification Suppression": only if
             # an entry was put where avail_event points.
@@ -117,7 +118,8 @@ class SplitDriverRing:
         self._interrupts = enabled
         if not self._event_idx:
             self._avail_header[_FLAGS] = 0 if enabled else AVAIL_F_NO_INTERRUPT
-            self._full_fence()
+            with self._full_fence:
+                pass
         else:
             self._ask_for_interrupt()
 
@@ -132,7 +134,8 @@ class SplitDriverRing:
             return False
         self._used_event[0] = self._event = event
         # The device stores used.idx, then reads what was stored above.
-        self._full_fence()
+        with self._full_fence:
+            pass
         return True
 
     def take_used(self) -> list[int]:

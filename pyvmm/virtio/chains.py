@@ -22,6 +22,8 @@ PLAIN_MAX_BYTES = 64 << 20
 PLAIN_FRAME_BYTES = PLAIN_HEADER_BYTES + PLAIN_STATUS_BYTES
 PLAIN_SIZE = 3 * DESCRIPTOR_SIZE
 """Bytes of the shortest plain chain: header, data, status."""
+_BARE_SIZE = 2 * DESCRIPTOR_SIZE
+"""Bytes of a chain without data: header, status."""
 
 # Plain integers: an IntFlag operation costs more than the rest of a chain walk.
 NEXT = int(DescriptorFlag.NEXT)
@@ -84,7 +86,10 @@ class IndirectTables:
     the links, in order, of the longest plain chain whose data is to be read and to be written.
     """
 
-    __slots__ = ("_allowed", "_layout", "_memory", "_reading", "_writing", "near", "near_gpa")
+    __slots__ = (
+        "_allowed", "_last_short", "_layout", "_memory", "_reading", "_unpack_three",
+        "_unpack_two", "_writing", "near", "near_gpa",
+    )
 
     def __init__(
         self,
@@ -107,13 +112,52 @@ class IndirectTables:
             if queue_gpa is not None and region.gpa <= queue_gpa < region.end:
                 self.near_gpa = region.gpa
                 self.near = memory.view(region.gpa, region.length)
+        several = layout.format.removeprefix("@")
+        self._unpack_two = struct.Struct(f"@{several * 2}").unpack_from
+        self._unpack_three = struct.Struct(f"@{several * 3}").unpack_from
+        enough = len(reading) * DESCRIPTOR_SIZE >= PLAIN_SIZE
+        self._last_short = len(self.near) - PLAIN_SIZE if allowed and enough else -1
 
     @property
     def last_short(self) -> int:
         """Where in ``near`` the table of a plain chain of one data buffer may begin at last; less
         than 0 if nowhere."""
-        allowed = self._allowed and len(self._reading) * DESCRIPTOR_SIZE >= PLAIN_SIZE
-        return len(self.near) - PLAIN_SIZE if allowed else -1
+        return self._last_short
+
+    def short(self, token: int, gpa: int, length: int) -> PlainChain | None:
+        """``plain`` for the two tables that a driver with one request at a time has, nearly
+        always: with one data buffer, and with none."""
+        near, offset = self.near, gpa - self.near_gpa
+        if not 0 <= offset <= self._last_short:
+            return None
+        if length == PLAIN_SIZE:
+            (
+                header, header_length, header_link, data, data_length, data_link,
+                status, status_length, status_link,
+            ) = self._unpack_three(near, offset)
+            if not 0 < data_length <= PLAIN_MAX_BYTES:
+                return None
+            if data_link == self._writing[1]:
+                writes = WRITE
+            elif data_link == self._reading[1]:
+                writes = 0
+            else:
+                return None
+        elif length == _BARE_SIZE:
+            (
+                header, header_length, header_link, status, status_length, status_link,
+            ) = self._unpack_two(near, offset)
+            data = data_length = writes = 0
+        else:
+            return None
+        if (
+            header_length != PLAIN_HEADER_BYTES
+            or header_link != self._reading[0]
+            or status_length != PLAIN_STATUS_BYTES
+            or status_link & FLAGS_MASK != WRITE
+        ):
+            return None
+        return token, header, data, data_length, writes, status, ()
 
     def plain(self, token: int, gpa: int, length: int) -> PlainChain | None:
         """The plain chain that the table of ``length`` bytes at ``gpa`` is, if it is one."""

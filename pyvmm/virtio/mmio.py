@@ -26,6 +26,9 @@ from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, Feature, Register, Status
 
 VENDOR_ID = int.from_bytes(b"PVMM", "little")
 
+# Plain integers: to look a member of an enumeration up costs more than what is done with it.
+_QUEUE_NOTIFY = int(Register.QUEUE_NOTIFY)
+_CONFIG = int(Register.CONFIG)
 _WORD = 0xFFFF_FFFF
 _REGISTER_SIZE = 4
 
@@ -83,6 +86,9 @@ class MmioTransport:
         self._report = report
         self._defer = defer
         self._lock = threading.Lock()
+        self._queue_count = len(device.queues)
+        # Whether the device is to serve its queues: what the status register says, at hand.
+        self._is_running = False
         self._words = memoryview(self.page).cast("I")
         self._interrupt = InterruptLine(self._words, raise_irq, keep_used=keep_used)
         self._writers: dict[int, Callable[[int], None]] = {
@@ -131,14 +137,14 @@ class MmioTransport:
         registers": other writes to them are ignored, and so are writes to what is read-only.
         A QueueNotify that arrives here gets its pass before the call returns.
         """
-        if offset >= Register.CONFIG:
+        if offset >= _CONFIG:
             if offset + size <= PAGE_SIZE:
-                self._write_config(offset - Register.CONFIG, size, value)
+                self._write_config(offset - _CONFIG, size, value)
             return
         if size != _REGISTER_SIZE:
             return
         value &= _WORD
-        if offset == Register.QUEUE_NOTIFY:
+        if offset == _QUEUE_NOTIFY:
             if self.service(value) is not None and self._defer:
                 self._defer(value)
         elif offset == Register.INTERRUPT_ACK:
@@ -155,7 +161,7 @@ class MmioTransport:
         that does not exist or is not set up, or that come before DRIVER_OK, do nothing.
         """
         with self._lock:
-            if not self._is_running or not 0 <= queue_index < len(self._device.queues):
+            if not self._is_running or not 0 <= queue_index < self._queue_count:
                 return None
             try:
                 return self._device.process_queue(queue_index)
@@ -183,6 +189,7 @@ class MmioTransport:
             if self.page.closed:
                 return
             self._device.reset()
+            self._is_running = False
             self._words.release()
             self.page.close()
 
@@ -192,9 +199,9 @@ class MmioTransport:
     def _status(self) -> int:
         return self._words[Register.STATUS // 4]
 
-    @property
-    def _is_running(self) -> bool:
-        return not self.page.closed and self._status & (_RUNNING | _STOPPED) == _RUNNING
+    def _show_status(self, status: int) -> None:
+        self._show(Register.STATUS, status)
+        self._is_running = status & (_RUNNING | _STOPPED) == _RUNNING
 
     def _write_status(self, value: int) -> None:
         status = self._status
@@ -203,11 +210,11 @@ class MmioTransport:
             return
         value &= ~_NEEDS_RESET  # the device's bit; drivers write back what they read
         if value == status & ~_NEEDS_RESET | _FAILED:
-            self._show(Register.STATUS, status | _FAILED)
+            self._show_status(status | _FAILED)
         elif (status, value) in _TRANSITIONS:
             if value == _NEGOTIATED and not self._negotiate():
                 return
-            self._show(Register.STATUS, value)
+            self._show_status(value)
             if value == _RUNNING:
                 self._activate()
 
@@ -232,7 +239,7 @@ class MmioTransport:
     def _need_reset(self, reason: str) -> None:
         """Stop until the driver resets: "the device MUST send a device configuration change
         notification" (2.1.2 "Device Requirements: Device Status Field")."""
-        self._show(Register.STATUS, self._status | _NEEDS_RESET)
+        self._show_status(self._status | _NEEDS_RESET)
         self._interrupt.notify_config()
         self._report(f"{self._name}: stopped until the guest resets it: {reason}")
 
@@ -248,7 +255,7 @@ class MmioTransport:
         self._select_device_features(0)
         self._select_queue(0)
         self._interrupt.reset()
-        self._show(Register.STATUS, 0)
+        self._show_status(0)
 
     # Features
 

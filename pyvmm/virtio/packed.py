@@ -63,7 +63,8 @@ _ID_SHIFT, _FLAGS_SHIFT = 32, 48
 _BASE_SLOT_MASK, _BASE_WRAP, _BASE_USED_SHIFT = 0x7FFF, 1 << 15, 16
 # struct pvirtq_event_suppress as one 32-bit word: offset, wrap counter, flags.
 _EVENT_SIZE = 4
-_EVENT_SLOT_MASK, _EVENT_WRAP_SHIFT, _EVENT_FLAGS_SHIFT = 0x7FFF, 15, 16
+_EVENT_SLOT_MASK, _EVENT_WRAP, _EVENT_FLAGS_SHIFT = 0x7FFF, 1 << 15, 16
+_EVENT_PLACE_MASK = 0xFFFF  # slot and wrap counter
 _EVENT_FLAGS_MASK = 3
 # A token is the buffer ID and above it the slots; what was written is above that.
 _SLOTS_SHIFT, _SLOTS_MASK = 16, 0xFFFF
@@ -171,6 +172,44 @@ class PackedRing:
         self._device_event[0] = _DISABLE << _EVENT_FLAGS_SHIFT
         # Slots that were taken and are held back are not the driver's to make available again.
         self._budget = self._size - self._taken()
+
+    def alone(self) -> PlainChain | None:
+        """The chain in the next slot if there is none behind it; see ``Ring.alone``."""
+        slot, available = self._avail_slot, self._available
+        # Only when the owner bits are seen changed may the rest be read: x86 loads in order.
+        if (
+            self._flags[8 * slot] == available | INDIRECT
+            and slot == self._used_slot
+            and (available == _AVAIL) == (self._used != 0)  # nothing is taken, so one may be
+        ):
+            behind, its_available = slot + 1, available
+            if behind == self._size:
+                behind, its_available = 0, available ^ _OWNER
+            if self._flags[8 * behind] & _OWNER != its_available:
+                gpa, length, buffer_id, _ = _unpack(self._ring, slot * DESCRIPTOR_SIZE)
+                chain = self._indirect.short(buffer_id | 1 << _SLOTS_SHIFT, gpa, length)
+                if chain is not None:
+                    self._device_event[0] = _DISABLE << _EVENT_FLAGS_SHIFT
+                    self._avail_slot, self._available = behind, its_available
+                    return chain
+        self.begin()
+        return None
+
+    def answer(self, token: int, written: int) -> bool:
+        """What ``push`` and ``publish`` do, for the one chain of a pass; see ``Ring.answer``."""
+        slot, used = self._used_slot, self._used
+        flags = used | WRITE if written else used
+        self._rest[2 * slot] = written | (token & _ID_MASK | flags << 16) << _ID_SHIFT
+        # It took one slot, and there is no other chain.
+        self._used_slot = self._avail_slot
+        self._used = _OWNER if self._available == _AVAIL else 0
+        with self._full_fence:
+            pass
+        event = self._driver_event[0]
+        event_flags = event >> _EVENT_FLAGS_SHIFT & _EVENT_FLAGS_MASK
+        if event_flags == _DESC and self._event_idx:
+            return event & _EVENT_PLACE_MASK == (slot | _EVENT_WRAP if used else slot)
+        return event_flags != _DISABLE
 
     def walk(self) -> Chain | None:
         """The chain at the next slot; see ``Ring.walk``."""
@@ -282,13 +321,14 @@ class PackedRing:
         self._done.clear()
         # The driver asks for interrupts, then looks at the ring; here it is the other way about.
         # Without the fence both could miss the other's store, and the interrupt would be lost.
-        self._full_fence()
+        with self._full_fence:
+            pass
         event = self._driver_event[0]
         event_flags = event >> _EVENT_FLAGS_SHIFT & _EVENT_FLAGS_MASK
         if event_flags == _DESC and self._event_idx:
             # 2.8.10: "Event will only trigger when this descriptor is made [...] used".
             advanced = slot - old_slot + (0 if used == old_used else size)
-            event_used = _OWNER if event >> _EVENT_WRAP_SHIFT & 1 else 0
+            event_used = _OWNER if event & _EVENT_WRAP else 0
             distance = (event & _EVENT_SLOT_MASK) - old_slot
             distance += 0 if event_used == old_used else size
             return 0 <= distance < advanced
@@ -299,13 +339,14 @@ class PackedRing:
     def pending(self) -> bool:
         """Ask for a notification, then look at the next slot; see ``Ring.pending``."""
         slot, available = self._avail_slot, self._available
-        event = _ENABLE << _EVENT_FLAGS_SHIFT
         if self._event_idx:
-            wrap = int(available == _AVAIL)
-            event = slot | wrap << _EVENT_WRAP_SHIFT | _DESC << _EVENT_FLAGS_SHIFT
-        self._device_event[0] = event
+            wrap = _EVENT_WRAP if available == _AVAIL else 0
+            self._device_event[0] = slot | wrap | _DESC << _EVENT_FLAGS_SHIFT
+        else:
+            self._device_event[0] = _ENABLE << _EVENT_FLAGS_SHIFT
         # The driver makes a descriptor available, then reads what was stored above.
-        self._full_fence()
+        with self._full_fence:
+            pass
         return self._flags[8 * slot] & _OWNER == available
 
     def _walk(self, slot: int, available: int) -> Chain:

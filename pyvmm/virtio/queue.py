@@ -25,6 +25,8 @@ Its descriptors are, in a row: a readable one of 16 bytes at GPA ``header``; one
 at GPA ``status``.  None is empty.  ``data`` is the GPA of the first of data, and ``pieces`` holds
 them all if they are several, else nothing.  ``token`` is for ``Ring.push_all``; its low 16 bits
 are the head.
+
+A lone chain (``Ring.alone``) may also have no data at all: then ``length`` is 0.
 """
 PLAIN_HEADER_BYTES = 16
 PLAIN_STATUS_BYTES = 1
@@ -86,11 +88,12 @@ def chain_of(plain: PlainChain) -> Chain:
     """``plain`` as any other chain."""
     token, header, data, length, writes, status, pieces = plain
     readable, writable = [(header, PLAIN_HEADER_BYTES)], [(status, PLAIN_STATUS_BYTES)]
-    buffers = list(pieces) or [(data, length)]
-    if writes:
-        writable[:0] = buffers
-    else:
-        readable += buffers
+    if length:
+        buffers = list(pieces) or [(data, length)]
+        if writes:
+            writable[:0] = buffers
+        else:
+            readable += buffers
     return Chain(token & 0xFFFF, readable, writable)
 
 
@@ -101,7 +104,9 @@ class Ring(Protocol):
     driver is asked not to notify.
 
     A device that can do more with plain chains has a pass of its own in place of ``chains``:
-    ``begin``, then ``plain`` and ``walk`` in turn until nothing is left.
+    ``begin``, then ``plain`` and ``walk`` in turn until nothing is left.  And because a driver
+    often waits for each request before it makes the next, there is a shorter one for a single
+    chain: ``alone``, ``answer``, ``pending``.
 
     VIRTIO_F_IN_ORDER is kept as long as chains are pushed in the order they were taken.  It
     would *allow* to write one used element for a batch of chains whose buffers were all filled
@@ -144,6 +149,13 @@ class Ring(Protocol):
         that are left of the limit, and whether a chain follows that is not known to be plain.
         """
 
+    def alone(self) -> PlainChain | None:
+        """Begin a pass as ``begin`` does; if one chain waits, in an indirect table with one data
+        buffer or none, take it.  Else None: nothing is taken, the pass goes on.  RingError."""
+
+    def answer(self, token: int, written: int) -> bool:
+        """``push`` for the chain that ``alone`` took, and ``publish``."""
+
     def walk(self) -> Chain | None:
         """Take the next chain of the pass, of any shape; None if there is none.  RingError."""
 
@@ -163,18 +175,10 @@ class Ring(Protocol):
         """
 
 
-class FullFence:
-    """Calling it orders this thread's earlier stores before its later loads.
+FullFence = threading.Lock
+"""Entering one, with nothing inside, orders this thread's earlier stores before its later loads.
 
-    x86 keeps stores in order and loads in order, but lets a load overtake an earlier store.
-    CPython has no fence; taking a free lock executes a locked instruction, which is one (65 ns).
-    """
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __call__(self) -> None:
-        self._lock.acquire()
-        self._lock.release()
+x86 keeps stores in order and loads in order, but lets a load overtake an earlier store.  CPython
+has no fence; taking a free lock executes a locked instruction, which is one.  A ring has a lock of
+its own for that, and ``with`` takes it without a call of a Python function (40 ns).
+"""

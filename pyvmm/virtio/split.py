@@ -31,6 +31,7 @@ from pyvmm.virtio.chains import (
 from pyvmm.virtio.queue import (
     PLAIN_HEADER_BYTES,
     PLAIN_STATUS_BYTES,
+    TOKEN_BITS,
     Chain,
     FullFence,
     PlainChain,
@@ -139,6 +140,35 @@ class SplitRing:
         self._heads = self._waiting_heads()
         self._taken = 0
 
+    def alone(self) -> PlainChain | None:
+        """The one head that is new; see ``Ring.alone``."""
+        available, at = self._avail_header[_IDX], self._next_avail
+        # One more than are used: nothing for ``_waiting_heads`` to find but a head out of range.
+        if available == (at + 1) & 0xFFFF and at == self._published:
+            head = self._avail_ring[at & self._mask]
+            if head < self._size:
+                gpa, length, link = _unpack_linked(self._table, head * DESCRIPTOR_SIZE)
+                if link & FLAGS_MASK == INDIRECT:
+                    chain = self._indirect.short(head, gpa, length)
+                    if chain is not None:
+                        if not self._event_idx:
+                            self._used_header[_FLAGS] = USED_F_NO_NOTIFY
+                        self._next_avail = available
+                        return chain
+        self.begin()
+        return None
+
+    def answer(self, token: int, written: int) -> bool:
+        """What ``push`` and ``publish`` do, for the one chain of a pass; see ``Ring.answer``."""
+        used = self._next_used
+        self._used_ring[used & self._mask] = token | written << TOKEN_BITS
+        self._used_header[_IDX] = self._next_used = self._published = (used + 1) & 0xFFFF
+        with self._full_fence:
+            pass
+        if self._event_idx:
+            return self._used_event[0] == used
+        return not self._avail_header[_FLAGS] & AVAIL_F_NO_INTERRUPT
+
     def walk(self) -> Chain | None:
         """The chain at the next head; see ``Ring.walk``."""
         if self._taken == len(self._heads):
@@ -221,7 +251,8 @@ class SplitRing:
         self._used_header[_IDX] = self._published = new
         # The driver asks for interrupts, then looks at used.idx; here it is the other way about.
         # Without the fence both could miss the other's store, and the interrupt would be lost.
-        self._full_fence()
+        with self._full_fence:
+            pass
         if self._event_idx:
             # 2.7.7.2 "Device Requirements: Used Buffer Notification Suppression": if an element
             # was put where used_event points, "the device MUST send a notification".
@@ -235,7 +266,8 @@ class SplitRing:
         else:
             self._used_header[_FLAGS] = 0
         # The driver stores avail.idx, then reads what was stored above.
-        self._full_fence()
+        with self._full_fence:
+            pass
         return self._avail_header[_IDX] != self._next_avail
 
     def _waiting_heads(self) -> list[int]:

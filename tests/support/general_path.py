@@ -11,9 +11,11 @@ from pyvmm.virtio.device import RingDevice
 class GeneralBlockDevice(BlockDevice):
     """Serves every chain by the general path."""
 
+    process_queue = RingDevice.process_queue
     _drain = RingDevice._drain
 
 
 def without_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block device takes the general path from now on."""
+    monkeypatch.setattr(BlockDevice, "process_queue", RingDevice.process_queue)
     monkeypatch.setattr(BlockDevice, "_drain", RingDevice._drain)

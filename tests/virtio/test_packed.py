@@ -113,6 +113,7 @@ def test_work_that_arrives_during_the_pass_is_bounded(hooked: tuple[Rig, Hooked]
 
     backend.flush = flush  # type: ignore[method-assign]
     driver.place(chain, 1)
+    driver.place(chain, 1)  # a pass that begins with a single one looks for no other
     rig.transport.service(0)
     assert flushes == SIZE
     assert not driver.needs_reset

@@ -3,11 +3,11 @@ VIRTIO_F_EVENT_IDX."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 
-from pyvmm.virtio.queue import FullFence
 from pyvmm.virtio.spec import BlockFeature, EventFlags, Feature
 from tests.support.packed_driver import PackedDriver
 from tests.support.rig import Hooked, Rig
@@ -240,11 +240,13 @@ def at_fences(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     between the device's store and its look."""
     script: list[Callable[[], None]] = []
 
-    def fence(self: FullFence) -> None:
-        if script:
-            script.pop(0)()
+    class Fence(contextlib.nullcontext[None]):
+        def __enter__(self) -> None:
+            if script:
+                script.pop(0)()
 
-    monkeypatch.setattr(FullFence, "__call__", fence)
+    for kind in KINDS:
+        monkeypatch.setattr(f"pyvmm.virtio.{kind}.FullFence", Fence)
     return script
 
 

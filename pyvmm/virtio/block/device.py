@@ -182,24 +182,44 @@ class BlockDevice(RingDevice):
         if self._limiter is not None:
             self._limiter.leave((self, index))
 
+    def process_queue(self, index: int) -> float | None:
+        """See ``VirtioDevice.process_queue``: ``fast.py``'s, unless there is a rate limit."""
+        if self._limiter is not None or self._held:
+            return super().process_queue(index)
+        fast = self._fast_paths.get(index)
+        if fast is None:
+            fast = self._make_fast_path(index)
+            if fast is None:
+                return None
+        return fast.process(durable=not self._writeback)
+
+    def _make_fast_path(self, index: int) -> FastPath | None:
+        """That of queue ``index``, if the queue has work at all; it is used until the queue is
+        stopped."""
+        memory, interrupt = self._memory, self._interrupt
+        if memory is None or interrupt is None or not self.queues[index].ready:
+            return None
+        ring = self._rings[index]
+        if ring is None:
+            return None
+        fast = self._fast_paths[index] = FastPath(
+            ring,
+            memory,
+            self._backend,
+            may_write=not self._read_only,
+            may_flush=bool(self.acked_features & BlockFeature.FLUSH),
+            serve=lambda chain: self._serve(chain, memory),
+            others=self._take_zeroed,
+            index=index,
+            notify=interrupt.notify_used,
+        )
+        return fast
+
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
-        """See ``RingDevice._drain``: with a rate limit the first chain that may not go yet is
-        held back, and comes first when its time has come; without, it is ``fast.py``'s."""
+        """See ``RingDevice._drain``: the first chain that the rate limit does not let go yet is
+        held back, and comes first when its time has come."""
         limiter = self._limiter
         held = self._held.pop(index, None)
-        if limiter is None and held is None:
-            fast = self._fast_paths.get(index)
-            if fast is None or fast.ring is not ring:
-                fast = self._fast_paths[index] = FastPath(
-                    ring,
-                    memory,
-                    self._backend,
-                    may_write=not self._read_only,
-                    serve=lambda chain: self._serve(chain, memory),
-                    others=self._take_zeroed,
-                )
-            fast.drain(durable=not self._writeback)
-            return 0.0
         waiting = ring.chains()
         if held is not None:
             waiting = itertools.chain((held,), waiting)
