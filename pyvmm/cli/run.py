@@ -97,8 +97,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rtc", metavar="CLOCK", default="utc",
                    help="the real-time clock: utc or none (default utc)")
     p.add_argument("--discovery", metavar="WAY", default="both",
-                   help="how the guest is told of its disks: acpi, cmdline, or both (default), "
-                   "where a kernel that reads both complains of the second; see docs/kernels.md")
+                   help="how the guest is told of its disks: acpi, cmdline (there is no ACPI then) "
+                   "or both (default; a kernel that reads both complains: docs/kernels.md)")
     p.add_argument("--timing", action="store_true",
                    help="say how long start-up, kernel, init and user space took (the guest's init "
                    "marks them: docs/devices.md)")
