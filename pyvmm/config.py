@@ -108,7 +108,7 @@ class RunConfig(Record):
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
     None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
     among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean); ``discovery``, among
-    DISCOVERY_WAYS, is how the guest is told of its virtio devices.
+    DISCOVERY_WAYS, is how the guest is told of its virtio devices: ``cmdline`` means no ACPI.
     """
 
     kernel: str | PathLike[str]

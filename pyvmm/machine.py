@@ -64,9 +64,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
         write_mp_table(memory, cpus=config.cpus)
-        in_acpi = config.virtio_devices if config.discovery != "cmdline" else 0
-        places = [layout.virtio_slot(index) for index in range(in_acpi)]
-        rsdp = write_acpi_tables(
+        places = [layout.virtio_slot(index) for index in range(config.virtio_devices)]
+        # A kernel with ACPI knows interrupt lines by it alone: without it is without all of it.
+        rsdp = 0 if config.discovery == "cmdline" else write_acpi_tables(
             memory, vcpu_count=config.cpus, rtc=config.rtc == "utc",
             devices=[VirtioMmioDevice(base=base, length=layout.VIRTIO_MMIO_STRIDE, gsi=gsi)
                      for base, gsi in places],

@@ -46,7 +46,8 @@ def after(config: RunConfig, outcome: Outcome, *, has_printed: bool) -> list[str
 def _problems(config: RunConfig, *, unpack: bool) -> list[Problem]:
     return missing_options(
         config.kernel, initrd=config.initrd, disk_head=_disk_head(config), unpack=unpack,
-        acpi_off="acpi=off" in config.kernel_command_line().split(),
+        acpi_off=config.discovery == "cmdline"
+        or "acpi=off" in config.kernel_command_line().split(),
     )
 
 

@@ -69,7 +69,8 @@ COMMAND = Command(
         Option(name="--memory", metavar="SIZE", default="256M",
                help="guest RAM, as 256M or 1G (default 256M)"),
         Option(name="--cpu", metavar="MODEL", default="host",
-               help="host, then features to take away: host,-xsave,-avx2 (default host)"),
+               help="host, base or FILE.json, then features to take away: host,-xsave,-avx2 "
+               "(default host; docs/cpu-models.md)"),
         Option(name="--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)"),
         Option(name="--timeout", metavar="S",
                help="stop the guest S seconds after it started, with exit status 124"),
@@ -85,8 +86,8 @@ COMMAND = Command(
         Option(name="--rtc", metavar="CLOCK", default="utc",
                help="the real-time clock: utc or none (default utc)"),
         Option(name="--discovery", metavar="WAY", default="both",
-               help="how the guest is told of its disks: acpi, cmdline, or both (default), "
-               "where a kernel that reads both complains of the second; see docs/kernels.md"),
+               help="how the guest is told of its disks: acpi, cmdline (there is no ACPI then) "
+               "or both (default; a kernel that reads both complains: docs/kernels.md)"),
         Option(name="--timing",
                help="say how long start-up, kernel, init and user space took (the guest's init "
                "marks them: docs/devices.md)"),

@@ -74,6 +74,8 @@ def test_a_kernel_that_finds_no_devices_is_named_too(kernel: Path, disk: Path) -
     assert explain.before(run_of(kernel, disk)) == []
     (line,) = explain.before(run_of(kernel, disk, append="acpi=off"))
     assert f"the kernel lacks {by_command_line} (virtio-mmio discovery with acpi=off)" in line
+    no_acpi = RunConfig(kernel=kernel, disks=(parse_disk(str(disk)),), discovery="cmdline")
+    assert explain.before(no_acpi) == [line]
     configure(kernel, COMPLETE.replace(f"{by_command_line}=y\n", "").replace(f"{acpi}=y\n", ""))
     (line,) = explain.before(run_of(kernel, disk))
     assert f"the kernel has neither {by_command_line} nor {acpi}" in line
