@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 
 from pyvmm.errors import ConfigError
+from pyvmm.report import write_now
 
 ESCAPE = 0x01  # Ctrl-A
 HELP = (
@@ -34,7 +35,7 @@ class OutputBuffer:
     """
 
     LIMIT = 64 * 1024
-    CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
+    CHUNK = 4096
 
     def __init__(
         self, fd: int | None, wake: Callable[[], None], observe: Callable[[bytes], None]
@@ -74,7 +75,7 @@ class OutputBuffer:
         return len(self._data) >= self.CHUNK
 
     def drain(self) -> None:
-        """Write one chunk to the host; OSError if the host refuses (the bytes are dropped)."""
+        """Write what the host takes now of one chunk; OSError if it refuses (they are dropped)."""
         with self._lock:
             chunk = bytes(self._data[: self.CHUNK])
             if not chunk:
@@ -84,7 +85,7 @@ class OutputBuffer:
             if self.fd is not None:
                 with contextlib.suppress(BlockingIOError):
                     done = 0
-                    done = os.write(self.fd, chunk)
+                    done = write_now(self.fd, chunk)
         except OSError:
             done = len(chunk)
             raise

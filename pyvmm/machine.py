@@ -132,7 +132,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             slot.connect()
 
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-        loops = []
+        loops: list[VcpuLoop] = []
         for index in range(config.cpus):
             vcpu = stack.enter_context(vm.create_vcpu(index))
             vcpu.set_cpuid(cpuid.build(
@@ -140,16 +140,18 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
             ))
             loops.append(VcpuLoop(
-                vcpu, pio=pio, mmio=mmio, finish=runner.finish,
+                vcpu, pio=pio, mmio=mmio, finish=runner.finish, machine=loops,
                 describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
             ))
         # The others wait, in the kernel, for the first one's INIT and SIPI.
         cpu.setup_boot(memory, loops[0].vcpu, kernel)
 
+        # Looking at a disk may wait for the disk: that is for its thread, not for the main one.
+        looks = [eventfd(stack) for _ in disks]
+
         def refresh() -> None:
-            for disk, slot in zip(disks, slots, strict=False):
-                if disk.device.refresh_capacity():
-                    slot.transport.config_changed()
+            for fd in looks:
+                os.eventfd_write(fd, 1)
 
         def resize() -> None:
             if terminal.resize(console.size):
@@ -167,7 +169,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             if config.timeout_s is not None:
                 runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))
             workers = [
-                (f"virtio{index}", slot.sources) for index, slot in enumerate(slots[: len(disks)])
+                (f"virtio{index}",
+                 [*slot.sources, IoSource(fd, functools.partial(_look, disk, slot))])
+                for index, (disk, slot, fd) in enumerate(zip(disks, slots, looks, strict=False))
             ]
             # Not on this thread: it moves the console's bytes, for which the device may wait.
             resize_news = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
@@ -226,6 +230,12 @@ def _add_endings(pio: Bus, runner: Runner, watch: ConsoleWatch, report: Reporter
     ))
     debug_exit = DebugExit(lambda byte: runner.finish(Outcome(Kind.GUEST_STATUS, byte)))
     pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
+
+
+def _look(disk: _Disk, slot: Slot) -> None:
+    """See whether ``disk`` has grown, and tell its driver."""
+    if disk.device.refresh_capacity():
+        slot.transport.config_changed()
 
 
 def _swallow(

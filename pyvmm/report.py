@@ -106,7 +106,7 @@ class Reporter:
         safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)[:MAX_LINE]
         text = "\n" * self._is_cut + f"pyvmm: {safe}\n"
         try:
-            missing = _write(self._stream, text)
+            missing = write_text_now(self._stream, text)
         except BlockingIOError:
             return False
         except (OSError, ValueError):
@@ -116,7 +116,7 @@ class Reporter:
         return not missing
 
 
-def _write(stream: TextIO, text: str) -> int:
+def write_text_now(stream: TextIO, text: str) -> int:
     """Write ``text`` without waiting; how many bytes could not be.  BlockingIOError if none."""
     try:
         fd = stream.fileno()
@@ -125,11 +125,11 @@ def _write(stream: TextIO, text: str) -> int:
         stream.flush()
         return 0
     data = text.encode(stream.encoding or "utf-8", "backslashreplace")
-    return len(data) - _write_now(fd, data)
+    return len(data) - write_now(fd, data)
 
 
-def _write_now(fd: int, data: bytes) -> int:
-    """write(2) that does not wait.
+def write_now(fd: int, data: bytes) -> int:
+    """write(2) that does not wait: the number of bytes written, BlockingIOError if none.
 
     O_NONBLOCK cannot just be set: ``fd`` is shared with the shell and everything else it started.
     """
@@ -154,7 +154,7 @@ def _write_now(fd: int, data: bytes) -> int:
 
 
 def _write_where_there_is_room(fd: int, data: bytes, room: int) -> int:
-    """``_write_now`` by asking first: a descriptor that polls writable takes ``room`` bytes."""
+    """``write_now`` by asking first: a descriptor that polls writable takes ``room`` bytes."""
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     done = 0

@@ -87,7 +87,7 @@ class Runner:
         self.wake()
 
     def watch_for_halt(self) -> None:
-        """The guest said that it halts: end the run once a vCPU has, with interrupts off."""
+        """The guest said that it halts: end the run once all vCPUs have, with interrupts off."""
         self._halt_watch_until_s = time.monotonic() + HALT_WATCH_S
 
     def run(
@@ -159,6 +159,8 @@ class Runner:
             # A terminal is read even while the guest is not listening, or Ctrl-A x would not work.
             if input_fd is not None and (interactive or len(typed) < INPUT_LIMIT):
                 poller.register(input_fd, select.POLLIN)
+            if output.fd is None:
+                self._give_to_observer(output)
             show = self._is_time_to_show(output)
             if show and output.fd is not None:
                 poller.register(output.fd, select.POLLOUT)
@@ -171,7 +173,7 @@ class Runner:
                 while self._noticed:
                     if notice := notices.get(self._noticed.pop()):
                         notice()
-            if show and (output.fd is None or output.fd in ready):
+            if show and output.fd in ready:
                 self._drain_once(output)
                 self._gathering_since_s = None
             if input_fd is not None and input_fd in ready:
@@ -187,6 +189,12 @@ class Runner:
                 del typed[: receive(bytes(typed))]
                 self._input_waits = bool(typed)
             self._check_clock()
+
+    def _give_to_observer(self, output: OutputBuffer) -> None:
+        """Nobody takes console bytes: a panic among them is to be seen all the same."""
+        while output.pending:
+            output.drain()
+        self._gathering_since_s = None
 
     def _is_time_to_show(self, output: OutputBuffer) -> bool:
         """Whether console bytes wait and have gathered for long enough."""
@@ -221,6 +229,7 @@ class Runner:
             if now_s >= self._halt_watch_until_s:
                 self._halt_watch_until_s = 0.0
             for loop, _ in self._vcpus:
+                loop.is_halted = False
                 loop.inspect = True
             self._kick()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyvmm.bus import Bus
 from pyvmm.errors import KvmError
@@ -38,6 +38,7 @@ class VcpuLoop:
     ``describe`` gives the vCPU's registers as text for an outcome's detail; ``finish`` takes the
     outcome if this vCPU decides it.  Another thread stops the loop by setting ``stopping`` and
     then kicking the vCPU; with ``inspect`` set a kick makes it look whether the guest has halted.
+    ``machine`` has the loops of all vCPUs, when they run.
     """
 
     def __init__(
@@ -48,10 +49,14 @@ class VcpuLoop:
         mmio: Bus,
         describe: Callable[[], str],
         finish: Callable[[Outcome], None],
+        machine: Sequence[VcpuLoop] | None = None,
     ) -> None:
         self.vcpu = vcpu
         self.stopping = False
         self.inspect = False
+        self.is_halted = False
+        """What the last look found: nothing in this vCPU will wake it."""
+        self._machine = (self,) if machine is None else machine
         self._pio = pio
         self._mmio = mmio
         self._describe = describe
@@ -137,7 +142,12 @@ class VcpuLoop:
             return f"no registers: {error}"
 
     def _finish_if_halted(self) -> None:
-        """End the run if the guest sits in HLT with interrupts off: nothing will wake it."""
-        halted = self.vcpu.get_mp_state() == abi.KVM_MP_STATE_HALTED
-        if halted and not self.vcpu.get_regs().rflags & RFLAGS_IF:
+        """End the run if every vCPU sits in HLT with interrupts off, or was never started: nothing
+        will wake them.  One alone may be about to be, or be what Linux leaves behind while the
+        last of its CPUs powers off."""
+        state = self.vcpu.get_mp_state()
+        self.is_halted = state == abi.KVM_MP_STATE_UNINITIALIZED or (
+            state == abi.KVM_MP_STATE_HALTED and not self.vcpu.get_regs().rflags & RFLAGS_IF
+        )
+        if all(loop.is_halted for loop in self._machine):
             self._finish(Outcome(Kind.SHUTDOWN, detail="halted with interrupts off"))

@@ -114,10 +114,13 @@ def idle(vcpu: FakeVcpu) -> int:
     return vcpu.halt()
 
 
-def loop_of(rig: Rig, vcpu: FakeVcpu, name: str) -> VcpuLoop:
+def loop_of(
+    rig: Rig, vcpu: FakeVcpu, name: str, machine: list[VcpuLoop] | None = None
+) -> VcpuLoop:
     """A loop for one of several vCPUs, whose registers are said to be ``name``."""
     return VcpuLoop(
-        vcpu, pio=rig.pio, mmio=rig.mmio, describe=lambda: name, finish=rig.runner.finish
+        vcpu, pio=rig.pio, mmio=rig.mmio, describe=lambda: name, finish=rig.runner.finish,
+        machine=machine,
     )
 
 
@@ -296,6 +299,57 @@ def test_a_halt_with_interrupts_off_is_a_shutdown(rig: Rig) -> None:
 
     rig.runner.watch_for_halt()
     assert rig.run(guest).kind is Kind.SHUTDOWN
+
+
+@pytest.mark.parametrize(("boot_rflags", "kind"), [(0x2, Kind.SHUTDOWN), (0x202, Kind.TIMEOUT)])
+def test_several_vcpus_have_halted_when_all_of_them_have(
+    rig: Rig, boot_rflags: int, kind: Kind
+) -> None:
+    """What Linux's last CPU has still to do, such as to power off, is not cut short."""
+    loops: list[VcpuLoop] = []
+    for state, rflags in (
+        (abi.KVM_MP_STATE_HALTED, boot_rflags), (abi.KVM_MP_STATE_HALTED, 0x2),
+        (abi.KVM_MP_STATE_UNINITIALIZED, 0x2),
+    ):
+        vcpu = FakeVcpu(lambda one: one.halt())
+        vcpu.mp_state, vcpu.rflags = state, rflags
+        loops.append(loop_of(rig, vcpu, "vCPU", loops))
+    rig.runner.watch_for_halt()
+    rig.runner.finish_after(0.5, Outcome(Kind.TIMEOUT))
+    outcome = rig.runner.run(
+        vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
+        receive=rig.receive,
+    )
+    assert outcome.kind is kind
+
+
+def test_output_that_nobody_takes_is_observed_all_the_same(rig: Rig) -> None:
+    def observe(data: bytes) -> None:
+        if b"panic" in data:
+            rig.runner.finish(Outcome(Kind.PANIC))
+
+    def guest(vcpu: FakeVcpu) -> int:
+        rig.output.write(b"panic\n")
+        return vcpu.halt()
+
+    rig.output = OutputBuffer(None, rig.runner.wake, observe)
+    assert rig.run(guest).kind is Kind.PANIC
+
+
+def test_a_terminal_that_nobody_reads_does_not_keep_a_run_from_ending(rig: Rig) -> None:
+    ours, theirs = os.openpty()
+
+    def guest(vcpu: FakeVcpu) -> int:
+        for _ in range(15):
+            rig.output.write(b"x" * 4096, wait=False)
+        return vcpu.halt()
+
+    rig.output = OutputBuffer(theirs, rig.runner.wake, rig.observed.extend)
+    rig.runner.finish_after(0.3, Outcome(Kind.TIMEOUT))
+    assert rig.run(guest).kind is Kind.TIMEOUT
+    assert os.get_blocking(theirs)
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_guest_on_its_way_to_halt_is_not_kicked_to_a_standstill(rig: Rig) -> None:

@@ -21,7 +21,7 @@ from pyvmm.config import (
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.lean import TYPE_CHECKING
 from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
-from pyvmm.report import Reporter
+from pyvmm.report import Reporter, write_text_now
 from pyvmm.x86.cpu_model import parse_cpu_option
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         memory_bytes=parse_size("--memory", args.memory),
         cpu=parse_cpu_option(args.cpu),
         cpus=parse_cpus(args.cpus),
-        timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout else None,
+        timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout is not None else None,
         console=args.console,
         mmio=args.mmio,
         serve=args.serve,
@@ -152,9 +152,9 @@ def run_main(argv: list[str]) -> int:
     if args.verbose:
         lines.append(f"exits: {machine.exits}")
         lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
-    with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing
+    with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing, or waits
         for line in lines:
-            print(f"pyvmm: {line}", file=sys.stderr, flush=True)
+            write_text_now(sys.stderr, f"pyvmm: {line}\n")
     return outcome.exit_status
 
 
@@ -169,8 +169,11 @@ def _warn(config: RunConfig, report: Reporter) -> None:
     if not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
     with contextlib.suppress(OSError):
-        beside = os.listdir(os.path.dirname(config.kernel) or ".")
-        if any(name == ".config" or name.startswith("config-") for name in beside):
+        folder = os.path.dirname(config.kernel) or "."
+        names = os.listdir(folder)
+        is_there = any(name == ".config" or name.startswith("config-") for name in names)
+        # arch/x86/boot/bzImage in the tree that it was built in.
+        if is_there or os.path.exists(f"{folder}/../../../.config"):
             from pyvmm.cli import explain
 
             for line in explain.before(config):
@@ -187,7 +190,7 @@ def _end_line() -> None:
     """Our lines start at the left edge, whatever the guest left unfinished on the terminal."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.isatty():
-            print(flush=True)
+            write_text_now(sys.stdout, "\n")
 
 
 def _process_start_s() -> float:

@@ -68,7 +68,7 @@ class Finding:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{option} is not set" if value == "n" else f"{option}={value}"
+            f"{option} is not set" if value == "n" else f"{option}={ascii(value)[1:-1]}"
             for option, value in self.settings
         )
 

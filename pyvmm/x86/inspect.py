@@ -103,7 +103,7 @@ def missing_options(
                 config = linux_config.extract(_unpack(image, kernel)[2], IN_KERNEL)
         if config is None:
             config = linux_config.beside(Path(path), kernel.version)
-    except (PyvmmError, OSError):
+    except (PyvmmError, OSError, MemoryError):
         return []
     return problems(config, guest) if config is not None else []
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.kvm
 
 # What the boot loader, here pyvmm or Linux's own PVH code for it, wrote to type_of_loader.
 SHOW_LOADER = "cat /proc/sys/kernel/bootloader_type; exit 3"
-LOADER_UNDEFINED, LOADER_XEN = "255", "144"
+LOADER_UNDEFINED, LOADER_PVH = "255", "176"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def plain_vmlinux(tmp_path: Path) -> Path:
 def test_a_vmlinux_with_a_pvh_note_is_entered_by_pvh() -> None:
     run = boot("--disk", f"{IMAGE},ro", "-v", append=run_in_guest(SHOW_LOADER), kernel=VMLINUX)
     assert run.status == 3, run.console + run.messages
-    assert LOADER_XEN in run.console.splitlines()
+    assert LOADER_PVH in run.console.splitlines()
     assert "ELF vmlinux, 32-bit PVH entry at 0x" in run.messages
 
 
