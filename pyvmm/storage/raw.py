@@ -26,7 +26,6 @@ from pyvmm.storage.files import (
 )
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
-_preadv, _pwritev = os.preadv, os.pwritev
 # What fallocate answers where it cannot do it: the file system, a device, an odd alignment.
 _CANNOT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
@@ -68,7 +67,7 @@ class RawBackend:
             length = len(buffers[0])
             if (
                 0 <= offset <= self.size_bytes - length
-                and _preadv(self._fd, buffers, offset) == length
+                and os.preadv(self._fd, buffers, offset) == length
             ):
                 return
         self._transfer(os.preadv, buffers, offset)
@@ -84,7 +83,7 @@ class RawBackend:
                 length = len(buffers[0])
                 if (
                     0 <= offset <= self.size_bytes - length
-                    and _pwritev(self._fd, buffers, offset) == length
+                    and os.pwritev(self._fd, buffers, offset) == length
                 ):
                     return
             self._transfer(os.pwritev, buffers, offset)

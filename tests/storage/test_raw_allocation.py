@@ -116,7 +116,7 @@ def test_a_durable_write_asks_the_kernel_for_it(
         disk.writev([memoryview(b"d" * 512)], 512, durable=True)
         assert flags_seen == [os.RWF_DSYNC] * 2
         disk.writev([memoryview(b"d" * 512)], 1024)
-        assert flags_seen[2:] == [0, 0]
+        assert set(flags_seen[2:]) == {0}  # a short one may be begun again
     assert big.read_bytes()[: 3 * 512] == b"x" * 512 + b"d" * 1024
 
 
