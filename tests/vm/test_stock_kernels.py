@@ -15,6 +15,8 @@ from tests.support.stock import BACKPORTS, STABLE, boot_stock, stock_kernel
 pytestmark = pytest.mark.kvm
 
 CRASH = "echo c > /proc/sysrq-trigger"
+# What is printed before an ending gets a second to leave the UART: a panic stops the CPU that sends
+# it, and writes its own lines between the bytes.
 SHOW_CPUS = "echo cpus $(nproc) of $(grep -c ^processor /proc/cpuinfo)"
 ENDS = {
     "poweroff -f": (0, "guest powered off"),
@@ -39,7 +41,7 @@ def check(run: Run, cpus: int, ending: str, end: tuple[int, str]) -> None:
     (BACKPORTS, 1, "halt -f"), (BACKPORTS, 2, "reboot -f"), (BACKPORTS, 4, CRASH),
 ])
 def test_debians_kernel(name: str, cpus: int, ending: str) -> None:
-    run = boot_stock(name, f"{SHOW_CPUS}; {ending}", "--cpus", str(cpus), append="panic=-1")
+    run = boot_stock(name, f"{SHOW_CPUS}; sleep 1; {ending}", "--cpus", str(cpus), append="panic=-1")
     check(run, cpus, ending, ENDS[ending])
     assert run.lines(USER_SPACE) == [f" (Linux {stock_kernel(name).release})"]
     assert "bzImage, boot protocol 2.15, Linux 6." in run.messages
@@ -50,7 +52,7 @@ def test_debians_kernel(name: str, cpus: int, ending: str) -> None:
 ])
 def test_our_kernel(cpus: int, ending: str) -> None:
     run = boot("--disk", f"{IMAGE},snapshot", "--cpus", str(cpus), "-v",
-               append=run_in_guest(f"{SHOW_CPUS}; {ending}"))
+               append=run_in_guest(f"{SHOW_CPUS}; sleep 1; {ending}"))
     # Without ACPI, powering off is no more than halting.
     check(run, cpus, ending, ENDS["halt -f" if ending == "poweroff -f" else ending])
 
