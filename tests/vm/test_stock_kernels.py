@@ -41,7 +41,8 @@ def check(run: Run, cpus: int, ending: str, end: tuple[int, str]) -> None:
     (BACKPORTS, 1, "halt -f"), (BACKPORTS, 2, "reboot -f"), (BACKPORTS, 4, CRASH),
 ])
 def test_debians_kernel(name: str, cpus: int, ending: str) -> None:
-    run = boot_stock(name, f"{SHOW_CPUS}; sleep 1; {ending}", "--cpus", str(cpus), append="panic=-1")
+    script = f"{SHOW_CPUS}; sleep 1; {ending}"
+    run = boot_stock(name, script, "--cpus", str(cpus), append="panic=-1")
     check(run, cpus, ending, ENDS[ending])
     assert run.lines(USER_SPACE) == [f" (Linux {stock_kernel(name).release})"]
     assert "bzImage, boot protocol 2.15, Linux 6." in run.messages
