@@ -1,27 +1,70 @@
-"""What the boot path has in place of ``typing`` and ``dataclasses``.
+"""What the boot path has in place of ``typing``, ``dataclasses`` and ``enum``.
 
-Those two, with what they import and the code that ``@dataclass`` writes and compiles at every
-start, were a third of the time to the first guest instruction.  docs/architecture.md, "What the
-boot path may import", has the rule; tests/test_imports.py holds the code to it.
+The first two, with what they import and the code that ``@dataclass`` writes and compiles at every
+start, were a third of the time to the first guest instruction; to make the classes of 25
+enumerations, another tenth.  docs/architecture.md, "What the boot path may import", has the rule;
+tests/test_imports.py holds the code to it.
 
 ``TYPE_CHECKING`` is false, and taken for true, by its name, by type checkers: names that only
 annotations use are imported under it.  They also see the real ``Protocol``, and that a ``Record``
 has the constructor and the immutability of a frozen keyword-only dataclass.
+
+``IntEnum``, ``IntFlag`` and ``StrEnum`` are the standard library's to type checkers.  At run time
+their members are what they were set to, plain integers and texts: members have no ``name`` and no
+``value`` of their own (``name_of`` finds a name), and say nothing of their class.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
-__all__ = ["TYPE_CHECKING", "Protocol", "Record"]
+__all__ = ["TYPE_CHECKING", "IntEnum", "IntFlag", "Protocol", "Record", "StrEnum", "name_of"]
 
 if TYPE_CHECKING:
+    from enum import Enum, IntEnum, IntFlag, StrEnum
     from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 else:
     Protocol = object
 
+    class _Enumeration(type):
+        """A class used as an enumeration is: called, iterated over and asked by name."""
+
+        def __call__(cls, value):
+            if cls._any_bits or value in tuple(cls):
+                return value
+            raise ValueError(f"{value!r} is not a valid {cls.__name__}")
+
+        def __iter__(cls):
+            return (value for name, value in vars(cls).items() if name[0] != "_")
+
+        def __getitem__(cls, name):
+            if name in vars(cls) and name[0] != "_":
+                return vars(cls)[name]
+            raise KeyError(name)
+
+    class IntEnum(metaclass=_Enumeration):
+        """Integers with names."""
+
+        _any_bits = False
+
+    class IntFlag(metaclass=_Enumeration):
+        """Bits with names; any of them together are good."""
+
+        _any_bits = True
+
+    class StrEnum(metaclass=_Enumeration):
+        """Texts with names."""
+
+        _any_bits = False
+
     def dataclass_transform(**_options):
         """Says something to type checkers, and does nothing."""
         return lambda kind: kind
+
+
+def name_of(kind: type[Enum], value: object) -> str:
+    """The name of the member of ``kind`` that is ``value``; "" when none is."""
+    names = (name for name in vars(kind) if name[0] != "_" and kind[name] == value)
+    return next(names, "")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import enum
-
-from pyvmm.lean import Record
+from pyvmm.lean import Record, StrEnum
 
 
-class Kind(enum.Enum):
+class Kind(StrEnum):
     """Every way a run can end."""
 
     GUEST_STATUS = "guest reported a status"
@@ -62,7 +60,7 @@ class Outcome(Record, kw_only=False):
         return _FIXED_STATUS[self.kind]
 
     def __str__(self) -> str:
-        text = self.kind.value
+        text: str = self.kind
         if self.kind is Kind.GUEST_STATUS:
             text += f" {self.value}"
             if self.value > MAX_GUEST_STATUS:

@@ -110,7 +110,7 @@ def _inspect(path: str, config_file: str | None) -> int:
 
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     kernel = found.kernel
-    yield "format", f"{kernel.kind.value}, {_size(found.size_bytes)}"
+    yield "format", f"{kernel.kind}, {_size(found.size_bytes)}"
     yield "version", found.version or "not known"
     if kernel.protocol:
         yield "boot protocol", dotted(kernel.protocol)
@@ -124,7 +124,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "compression", packed
     yield "load address", f"{kernel.start:#x}"
     yield "needs RAM", f"{_size(kernel.end - kernel.start)}, up to {kernel.end:#x}"
-    yield "entry", f"{kernel.entry_kind.value} at {kernel.entry:#x}"
+    yield "entry", f"{kernel.entry_kind} at {kernel.entry:#x}"
     yield "initrd", f"up to {kernel.initrd_addr_max:#x}"
     yield "command line", f"up to {kernel.cmdline_limit} bytes"
     yield "config", found.config.source if found.config is not None else "not known"

@@ -7,16 +7,15 @@ the host's, on CLOCK_BOOTTIME: the clock on which the kernel tells when a proces
 
 from __future__ import annotations
 
-import enum
 import threading
 import time
 from collections.abc import Callable, Iterable
 
 from pyvmm.devices.byte_device import ByteDevice
-from pyvmm.lean import Record
+from pyvmm.lean import IntEnum, Record
 
 
-class Stage(enum.IntEnum):
+class Stage(IntEnum):
     """Marks that begin a stage."""
 
     INIT = 1

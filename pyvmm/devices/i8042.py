@@ -6,13 +6,13 @@ controller that does not answer costs two seconds ("i8042: Can't read CTR while 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
+from pyvmm.lean import IntEnum
 
 
-class Command(enum.IntEnum):
+class Command(IntEnum):
     """Bytes written to the command port (IBM PS/2 Hardware Interface, keyboard controller)."""
 
     READ_CONTROL = 0x20

@@ -7,13 +7,13 @@ control register.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
+from pyvmm.lean import IntEnum
 
 
-class Register(enum.IntEnum):
+class Register(IntEnum):
     """Offsets."""
 
     SLEEP_CONTROL = 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
+from pyvmm.lean import IntFlag
 
 
-class Event(enum.IntFlag):
+class Event(IntFlag):
     """The bits of the port, as in Linux's include/uapi/misc/pvpanic.h."""
 
     PANICKED = 1 << 0

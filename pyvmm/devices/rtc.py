@@ -10,12 +10,12 @@ status A that found UIP clear, or without one from the first read of a time regi
 
 from __future__ import annotations
 
-import enum
 import threading
 import time
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
+from pyvmm.lean import IntEnum
 
 HOLD_NS = 100_000_000
 _SECOND_NS = 1_000_000_000
@@ -23,7 +23,7 @@ _UPDATE_NS = 244_000  # how long before an update UIP announces it
 _RAM_BYTES = 128
 
 
-class Register(enum.IntEnum):
+class Register(IntEnum):
     """Where things are in the chip; all else is RAM, which keeps what is written."""
 
     SECONDS = 0x00

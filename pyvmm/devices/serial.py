@@ -9,17 +9,17 @@ and starts a UART, after it had the interrupt enabled for a moment; unread bytes
 
 from __future__ import annotations
 
-import enum
 import threading
 from collections import deque
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
+from pyvmm.lean import IntEnum
 
 FIFO_SIZE = 16
 
 
-class Register(enum.IntEnum):
+class Register(IntEnum):
     """Offsets; 0 and 1 are the divisor latch while LCR.DLAB is set."""
 
     DATA = 0  # read RBR, write THR, or DLL

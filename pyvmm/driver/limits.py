@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pyvmm.driver.errors import RequestError
 from pyvmm.driver.request import Segment
 from pyvmm.driver.transport import Transport
+from pyvmm.lean import name_of
 from pyvmm.virtio.block.config import config_space_length
 from pyvmm.virtio.spec import SECTOR_SIZE, BlockFeature
 
@@ -76,7 +77,7 @@ class BlockLimits:
     def check_feature(self, feature: BlockFeature) -> None:
         """RequestError unless ``feature`` was negotiated."""
         if not self._features & feature:
-            raise RequestError(f"VIRTIO_BLK_F_{feature.name} was not negotiated")
+            raise RequestError(f"VIRTIO_BLK_F_{name_of(BlockFeature, feature)} was not negotiated")
 
     def check_range(self, name: str, length: int, limit: int) -> None:
         """RequestError if a request called ``name`` covers more than ``limit`` bytes."""

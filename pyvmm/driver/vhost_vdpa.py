@@ -21,6 +21,7 @@ from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.eventfds import QueueEventFds
 from pyvmm.driver.transport import MappedRegion, QueueLayout, Transport
 from pyvmm.kvm.abi import Ioctl, Structure
+from pyvmm.lean import name_of
 from pyvmm.virtio.rings import first_base
 from pyvmm.virtio.spec import DeviceType, Status
 
@@ -222,7 +223,8 @@ class VhostVdpaTransport(Transport):
         self._set_status(self._status | bit)
         status = self._get(abi.VHOST_VDPA_GET_STATUS, ctypes.c_uint8())
         if not status & bit:
-            raise self._error(f"the device does not take status {bit.name} (it is {status:#x})")
+            name = name_of(Status, bit)
+            raise self._error(f"the device does not take status {name} (it is {status:#x})")
 
     def _set_status(self, status: Status) -> None:
         self._ioctl(abi.VHOST_VDPA_SET_STATUS, ctypes.c_uint8(status))

@@ -11,10 +11,9 @@ import functools
 import mmap
 import struct
 from collections.abc import Callable
-from enum import IntEnum
 
 from pyvmm.kvm import abi
-from pyvmm.lean import Record
+from pyvmm.lean import IntEnum, Record, name_of
 
 
 class ExitReason(IntEnum):
@@ -223,10 +222,8 @@ class UnknownExit(Record, kw_only=False):
     hardware_reason: int = 0
 
     def __str__(self) -> str:
-        try:
-            name = f"KVM_EXIT_{ExitReason(self.reason).name}"
-        except ValueError:
-            name = "unknown exit"
+        known = name_of(ExitReason, self.reason)
+        name = f"KVM_EXIT_{known}" if known else "unknown exit"
         hardware = f", hardware reason {self.hardware_reason:#x}" if self.hardware_reason else ""
         return f"{name} ({self.reason}{hardware})"
 

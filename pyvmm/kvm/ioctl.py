@@ -21,9 +21,6 @@ from pyvmm.kvm import abi
 _INT_MAX = (1 << 31) - 1
 _ULONG_MAX = (1 << 64) - 1
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
-
 _HINTS = {
     (abi.KVM_CREATE_VM, errno.EBUSY): "another hypervisor is using the CPU's virtualization",
     (abi.KVM_GET_API_VERSION, errno.ENOTTY): "this file is not a KVM device",
@@ -41,7 +38,7 @@ def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | 
         try:
             if isinstance(argument, int) and argument > _INT_MAX:
                 # fcntl.ioctl takes a C int; what its upper half would become is undefined.
-                result: int = _libc.ioctl(fd, request, argument)
+                result: int = _libc().ioctl(fd, request, argument)
                 if result < 0:
                     raise OSError(ctypes.get_errno(), "ioctl")
                 return result
@@ -52,6 +49,12 @@ def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | 
             code = error.errno or errno.EIO
             hint = _HINTS.get((request, code), "")
             raise KvmError(abi.IOCTL_NAMES[request], code, hint) from error
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
+    return libc
 
 
 def entry_by_fcntl(fd: int) -> Callable[[], object]:
@@ -66,8 +69,10 @@ def entry_by_fcntl(fd: int) -> Callable[[], object]:
 def entry_by_libc(fd: int) -> Callable[[], object]:
     """KVM_RUN where ``fcntl.ioctl`` would retry EINTR, and a kicked vCPU spin; OSError."""
 
+    libc_ioctl = _libc().ioctl
+
     def enter() -> None:
-        if _libc.ioctl(fd, abi.KVM_RUN, 0) < 0:
+        if libc_ioctl(fd, abi.KVM_RUN, 0) < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 

@@ -17,12 +17,13 @@ import threading
 from collections.abc import Callable
 
 from pyvmm.errors import ActivateError, GuestError, RingError
+from pyvmm.lean import name_of
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.interrupt import InterruptLine
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.rings import make_ring
-from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, Feature, Register, Status
+from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, DeviceType, Feature, Register, Status
 
 VENDOR_ID = int.from_bytes(b"PVMM", "little")
 
@@ -361,4 +362,4 @@ class MmioTransport:
 
     @property
     def _name(self) -> str:
-        return f"virtio {self._device.device_type.name.lower()} device"
+        return f"virtio {name_of(DeviceType, self._device.device_type).lower()} device"

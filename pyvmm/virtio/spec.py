@@ -6,10 +6,10 @@ little-endian; this package serves x86 guests on x86 hosts only, so native views
 
 from __future__ import annotations
 
-import enum
+from pyvmm.lean import IntEnum, IntFlag
 
 
-class DeviceType(enum.IntEnum):
+class DeviceType(IntEnum):
     """5 "Device Types"."""
 
     BLOCK = 2
@@ -17,7 +17,7 @@ class DeviceType(enum.IntEnum):
     ENTROPY = 4
 
 
-class Status(enum.IntFlag):
+class Status(IntFlag):
     """2.1 "Device Status Field"."""
 
     ACKNOWLEDGE = 1
@@ -28,7 +28,7 @@ class Status(enum.IntFlag):
     FAILED = 128
 
 
-class Feature(enum.IntFlag):
+class Feature(IntFlag):
     """6 "Reserved Feature Bits": what any device may offer."""
 
     INDIRECT_DESC = 1 << 28
@@ -39,7 +39,7 @@ class Feature(enum.IntFlag):
     RING_RESET = 1 << 40
 
 
-class Register(enum.IntEnum):
+class Register(IntEnum):
     """4.2.2 "MMIO Device Register Layout": offsets in bytes."""
 
     MAGIC_VALUE = 0x000
@@ -78,14 +78,14 @@ MAGIC = 0x74726976
 MMIO_VERSION = 2
 
 
-class InterruptBit(enum.IntFlag):
+class InterruptBit(IntFlag):
     """InterruptStatus and InterruptACK, 4.2.2 "MMIO Device Register Layout"."""
 
     USED_BUFFER = 1
     CONFIG_CHANGE = 2
 
 
-class DescriptorFlag(enum.IntFlag):
+class DescriptorFlag(IntFlag):
     """2.7.5 "The Virtqueue Descriptor Table": ``flags`` of a descriptor, split or packed."""
 
     NEXT = 1
@@ -93,14 +93,14 @@ class DescriptorFlag(enum.IntFlag):
     INDIRECT = 4
 
 
-class PackedFlag(enum.IntFlag):
+class PackedFlag(IntFlag):
     """2.8.1 "Driver and Device Ring Wrap Counters": more ``flags`` of a packed descriptor."""
 
     AVAIL = 1 << 7
     USED = 1 << 15
 
 
-class EventFlags(enum.IntEnum):
+class EventFlags(IntEnum):
     """2.8.10 "Driver and Device Event Suppression": RING_EVENT_FLAGS_*; 3 is reserved."""
 
     ENABLE = 0
@@ -116,7 +116,7 @@ MAX_QUEUE_SIZE = 32768
 """2.7 "Split Virtqueues": "The maximum Queue Size value is 32768"; packed ones have 2^15."""
 
 
-class ConsoleFeature(enum.IntFlag):
+class ConsoleFeature(IntFlag):
     """5.3.3 "Feature bits" of the console device."""
 
     SIZE = 1 << 0
@@ -124,7 +124,7 @@ class ConsoleFeature(enum.IntFlag):
     EMERG_WRITE = 1 << 2
 
 
-class BlockFeature(enum.IntFlag):
+class BlockFeature(IntFlag):
     """5.2.3 "Feature bits" of the block device."""
 
     SIZE_MAX = 1 << 1
@@ -142,7 +142,7 @@ class BlockFeature(enum.IntFlag):
     SECURE_ERASE = 1 << 16
 
 
-class BlockRequestType(enum.IntEnum):
+class BlockRequestType(IntEnum):
     """5.2.6 "Device Operation" of the block device: ``type`` of a request."""
 
     IN = 0
@@ -155,7 +155,7 @@ class BlockRequestType(enum.IntEnum):
     SECURE_ERASE = 14
 
 
-class BlockStatus(enum.IntEnum):
+class BlockStatus(IntEnum):
     """5.2.6 "Device Operation" of the block device: the request's last byte."""
 
     OK = 0

@@ -7,13 +7,12 @@ every field, and return a ``Kernel`` whose segments say which bytes of the file 
 
 from __future__ import annotations
 
-import enum
 import os
 import stat
 from types import TracebackType
 
 from pyvmm.errors import ConfigError
-from pyvmm.lean import Record
+from pyvmm.lean import Record, StrEnum
 from pyvmm.x86 import layout
 
 # O_NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for regular files.
@@ -27,14 +26,14 @@ _FILE_TYPES = {
 }
 
 
-class KernelKind(enum.Enum):
+class KernelKind(StrEnum):
     """The kernel formats that pyvmm boots."""
 
     BZIMAGE = "bzImage"
     ELF = "ELF vmlinux"
 
 
-class EntryKind(enum.Enum):
+class EntryKind(StrEnum):
     """The state in which a kernel wants to be entered, and what it wants to be told there."""
 
     LINUX_64 = "64-bit Linux entry"
@@ -78,12 +77,12 @@ class Kernel(Record):
 
     def describe(self) -> str:
         """What the file is, how and where it is entered and the RAM it needs, on one line."""
-        words = [self.kind.value]
+        words = [str(self.kind)]
         if self.protocol:
             words.append(f"boot protocol {dotted(self.protocol)}")
         if self.version:
             words.append(f"Linux {self.version.split(' ', 1)[0]}")
-        words.append(f"{self.entry_kind.value} at {self.entry:#x}")
+        words.append(f"{self.entry_kind} at {self.entry:#x}")
         words.append(f"needs RAM from {self.start:#x} to {self.end:#x}")
         return ", ".join(words)
 

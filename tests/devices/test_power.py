@@ -59,7 +59,7 @@ def test_the_sleep_type_alone_does_nothing_and_reads_back_without_slp_en() -> No
     assert rig.pio.read(layout.SLEEP_CONTROL_PORT, 1) == 3 << 2
 
 
-@pytest.mark.parametrize("register", Register)
+@pytest.mark.parametrize("register", list(Register))
 @given(value=st.integers(0, 0xFF))
 def test_nothing_else_ends_the_run(register: Register, value: int) -> None:
     rig = Rig()

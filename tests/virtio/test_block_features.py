@@ -82,7 +82,7 @@ def test_everything_that_can_be_served_is_offered(rig: Rig) -> None:
     assert rig.driver.offered == rig.device.avail_features == wanted
 
 
-@pytest.mark.parametrize("feature", [*COMMON, *BLOCK], ids=lambda f: str(f.name))
+@pytest.mark.parametrize("feature", [*COMMON, *BLOCK], ids=hex)
 def test_each_feature_can_be_switched_off(
     new_rig: MakeRig, feature: Feature | BlockFeature
 ) -> None:

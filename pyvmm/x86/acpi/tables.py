@@ -10,7 +10,6 @@ a first vCPU whose LINT0 is open as vectors 0 to 15, which are exceptions.
 from __future__ import annotations
 
 import ctypes
-import enum
 import struct
 from collections.abc import Sequence
 from ctypes import c_char
@@ -19,6 +18,7 @@ from ctypes import c_uint16 as u16
 from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
 
+from pyvmm.lean import IntFlag
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import layout
 from pyvmm.x86.acpi.dsdt import VirtioMmioDevice, definition_block
@@ -58,7 +58,7 @@ _SYSTEM_IO = 1
 _BYTE_ACCESS = 1
 
 
-class BootArchitecture(enum.IntFlag):
+class BootArchitecture(IntFlag):
     """5.2.9.3 IA-PC Boot Architecture Flags, those that pyvmm sets.
 
     8042 is not among them.  There is a controller to pull reset by, but nothing behind it, and the
@@ -69,7 +69,7 @@ class BootArchitecture(enum.IntFlag):
     CMOS_RTC_NOT_PRESENT = 1 << 5
 
 
-class FixedFeature(enum.IntFlag):
+class FixedFeature(IntFlag):
     """5.2.9.2 Fixed ACPI Description Table: Fixed Feature Flags, those that pyvmm sets.
 
     For buttons and RTC, set means that there is none among the fixed registers.
