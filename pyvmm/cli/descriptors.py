@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
@@ -30,7 +29,8 @@ def allow_many_descriptors() -> None:
 
     It is low, 1024 mostly, for the sake of select(2) alone, which nothing here uses.
     """
-    import resource  # pyvmm run starts without
+    import contextlib  # pyvmm run starts without these two
+    import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
-import signal
 import sys
 
 import pyvmm
@@ -13,6 +11,7 @@ from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.errors import PyvmmError
 
 HOST_ERROR_STATUS = 125
+_SIGINT, _SIGPIPE = 2, 13  # what `signal` calls so; most of what it imports can come later, faster
 
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
@@ -43,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
                 # What is made until the guest runs lives as long as the process: to look for
                 # garbage in it takes 1 ms of 20.  run_main switches it on again.
                 gc.disable()
-                from pyvmm.cli.run import run_main
+                from pyvmm.cli.bundle import Bundle, default_path
 
-                return run_main(rest)
+                with Bundle(default_path()) as bundle:
+                    from pyvmm.cli.run import run_main
+
+                    return run_main(rest, bundle)
             case "export":
                 from pyvmm.cli.export import export_main
 
@@ -86,13 +88,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             # The reader of our output has gone; there is nobody left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 128 + signal.SIGPIPE
+            return 128 + _SIGPIPE
         _show_traceback(rest)
         # Nothing of the guest's or the user's: no descriptors, threads or room left on this host.
         _say(f"this host: {error}")
         return HOST_ERROR_STATUS
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return 128 + _SIGINT
     finally:
         gc.enable()
 
@@ -100,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 def _show_traceback(args: list[str]) -> None:
     """Where the error under way comes from, if -vv asks for it."""
     if "-vv" in args or args.count("-v") + args.count("--verbose") > 1:
+        import contextlib
         import traceback
 
         with contextlib.suppress(OSError, ValueError):
@@ -108,5 +111,7 @@ def _show_traceback(args: list[str]) -> None:
 
 def _say(line: str) -> None:
     """One line on standard error, if there is one."""
+    import contextlib
+
     with contextlib.suppress(OSError, ValueError):
         print(f"pyvmm: {line}", file=sys.stderr, flush=True)

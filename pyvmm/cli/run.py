@@ -27,6 +27,8 @@ from pyvmm.x86.cpu_model import parse_cpu_option
 if TYPE_CHECKING:
     from types import SimpleNamespace
 
+    from pyvmm.cli.bundle import Bundle
+
 EPILOG = """\
 exit status:
   0-119  what the guest reported through I/O port 0xf4 (119 for anything larger); 0 too when it
@@ -118,8 +120,11 @@ def config_from(args: SimpleNamespace) -> RunConfig:
     )
 
 
-def run_main(argv: list[str]) -> int:
-    """Run one machine to its end; the exit status of its outcome."""
+def run_main(argv: list[str], bundle: Bundle) -> int:
+    """Run one machine to its end; the exit status of its outcome.
+
+    ``bundle`` is where modules come from until the guest runs.
+    """
     started_s = _process_start_s()
     args = parse_options(COMMAND, argv)
     config = config_from(args)
@@ -132,9 +137,13 @@ def run_main(argv: list[str]) -> int:
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
         guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        bundle.__exit__()
+        gc.freeze()  # what is there stays: no collection need look at it
         gc.enable()  # pyvmm.cli.main says why it is not
         outcome = machine.run()
         end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        missing = bundle.left_out()
+    gc.unfreeze()
     report.close()
     if not machine.console_line_ended:
         _end_line()
@@ -155,6 +164,7 @@ def run_main(argv: list[str]) -> int:
     with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing, or waits
         for line in lines:
             write_text_now(sys.stderr, f"pyvmm: {line}\n")
+    bundle.update(missing)
     return outcome.exit_status
 
 

@@ -1,0 +1,182 @@
+"""The compiled code of a run's modules in one file, so that Python need not look for 85 of them.
+
+For every module Python asks for half a dozen names in as many system calls, then opens, examines
+and reads a ``.pyc``, with a page of Python code in between: more work than to run what most of ours
+have to say, and where files are far (the lab has its over 9p) 3 ms a module.  So the first run
+leaves ``__pycache__/run.<tag>.bundle`` behind, and the next ones take from it what they import.
+
+It is a ``.pyc`` in all but number: it lies beside the code, so that whoever can change it could
+change the code; a module whose source has another size or modification time than it had then is
+not taken from it, nor anything at all by another Python; without the right to write there is none;
+``PYTHONDONTWRITEBYTECODE`` or ``-B`` keeps it from being written.
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+import sys
+
+from pyvmm.lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any, Self
+
+    # Module, file, whether it is a package, st_mtime_ns and st_size of the file, marshalled code.
+    Entry = tuple[str, str, bool, int, int, bytes]
+
+WORTH_WRITING = 8
+"""So many modules that are not in it yet; one or two more options of a run are not."""
+_OURS = os.path.dirname(os.path.dirname(__file__))
+_STANDARD = os.path.dirname(os.__file__)
+
+
+def default_path() -> str:
+    """Where the bundle of this Python and this copy of pyvmm is, or would be."""
+    tag = f"{sys.implementation.cache_tag}-{sys.hexversion:x}-O{sys.flags.optimize}"
+    return os.path.join(_OURS, "__pycache__", f"run.{tag}.bundle")
+
+
+class Bundle:
+    """A finder of modules (``sys.meta_path``) while it is entered; one that knows none if there
+    is no good file at ``path``.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._entries: dict[str, Entry] = {entry[0]: entry for entry in _read(path)}
+        self._known: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._known = set(sys.modules)
+        sys.meta_path.insert(0, self)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """No longer find modules."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """``importlib.abc.MetaPathFinder``: a module of the bundle, if its source is the same."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return None
+        _, file, is_package, mtime_ns, size, code = entry
+        try:
+            now = os.stat(file)
+        except OSError:
+            return None
+        if (now.st_mtime_ns, now.st_size) != (mtime_ns, size):
+            return None
+        loader: Any = _Loader(code, file)
+        spec = type(sys.__spec__)(name, loader, origin=file)
+        if is_package:
+            spec.submodule_search_locations = [os.path.dirname(file)]
+        return spec
+
+    def left_out(self) -> set[str]:
+        """Modules imported since it was entered that it could not, but might, have had."""
+        return {
+            name for name in set(sys.modules) - self._known
+            if not isinstance(getattr(sys.modules[name], "__loader__", None), _Loader)
+            and _source(name)
+        }
+
+    def update(self, names: Iterable[str]) -> None:
+        """Write the file anew with the modules ``names`` too, if that is worth it and allowed.
+
+        Atomic, and silent: to have no bundle only costs time.
+        """
+        added = set(names)
+        if len(added) < WORTH_WRITING or sys.dont_write_bytecode:
+            return
+        kept = [entry for name, entry in self._entries.items() if name not in added]
+        entries = kept + [entry for name in sorted(added) if (entry := _entry(name))]
+        temporary = f"{self._path}.{os.getpid()}"
+        data = marshal.dumps([_relative(entry) for entry in entries])
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o644)
+            try:
+                os.write(fd, len(data).to_bytes(8, "little") + data)
+            finally:
+                os.close(fd)
+            os.replace(temporary, self._path)  # written in part, it has the wrong length
+        except OSError:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+
+class _Loader:
+    """``importlib.abc.Loader`` of one module."""
+
+    def __init__(self, code: bytes, file: str) -> None:
+        self._code = code
+        self._file = file
+
+    def create_module(self, _spec: ModuleSpec) -> None:
+        """An ordinary module will do."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill ``module``."""
+        module.__file__ = self._file
+        code, self._code = self._code, b""
+        exec(marshal.loads(code), module.__dict__)
+
+
+def _read(path: str) -> list[Entry]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        if int.from_bytes(data[:8], "little") != len(data) - 8:
+            return []
+        return [_absolute(entry) for entry in marshal.loads(data[8:])]
+    except (OSError, ValueError, EOFError, TypeError):
+        return []
+
+
+def _source(name: str) -> str:
+    """The source file of a loaded module of ours or of the standard library; "" if none."""
+    file = getattr(sys.modules[name], "__file__", None) or ""
+    ours = file.startswith(f"{_OURS}/") and name.partition(".")[0] == "pyvmm"
+    is_ours_or_standard = ours or os.path.dirname(file) in (
+        _STANDARD, f"{_STANDARD}/{name.partition('.')[0]}"
+    )
+    return file if file.endswith(".py") and is_ours_or_standard else ""
+
+
+def _entry(name: str) -> Entry | None:
+    """A loaded module as an entry; None if its code cannot be had."""
+    spec = sys.modules[name].__spec__
+    file = _source(name)
+    try:
+        before = os.stat(file)
+        code = spec.loader.get_code(name)  # type: ignore[union-attr]
+    except (OSError, AttributeError, ImportError):
+        return None
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return name, file, is_package, before.st_mtime_ns, before.st_size, marshal.dumps(code)
+
+
+# Files are known by where they are in the package or the library: a copied tree is its own.
+_ROOTS = {"pyvmm": _OURS, "standard": _STANDARD}
+
+
+def _relative(entry: Entry) -> tuple[str, str, str, bool, int, int, bytes]:
+    name, file, *rest = entry
+    root = next(key for key, folder in _ROOTS.items() if file.startswith(f"{folder}/"))
+    return name, root, os.path.relpath(file, _ROOTS[root]), *rest  # type: ignore[return-value]
+
+
+def _absolute(stored: tuple[str, str, str, bool, int, int, bytes]) -> Entry:
+    name, root, relative, *rest = stored
+    return name, f"{_ROOTS[root]}/{relative}", *rest  # type: ignore[return-value]
