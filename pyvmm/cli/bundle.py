@@ -14,7 +14,9 @@ not taken from it, nor anything at all by another Python; without the right to w
 from __future__ import annotations
 
 import marshal
+import mmap
 import os
+import struct
 import sys
 
 from pyvmm.lean import TYPE_CHECKING
@@ -25,13 +27,14 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any, Self
 
-    # Module, file, whether it is a package, st_mtime_ns and st_size of the file, marshalled code.
-    Entry = tuple[str, str, bool, int, int, bytes]
+    # File, whether it is a package, st_mtime_ns and st_size of the file, marshalled code.
+    Entry = tuple[str, bool, int, int, bytes | memoryview]
 
 WORTH_WRITING = 8
 """So many modules that are not in it yet; one or two more options of a run are not."""
 _OURS = os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
+_ROOTS = {"pyvmm": _OURS, "standard": _STANDARD}
 
 
 def default_path() -> str:
@@ -47,7 +50,7 @@ class Bundle:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._entries: dict[str, Entry] = {entry[0]: entry for entry in _read(path)}
+        self._entries = _read(path)
         self._known: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -67,7 +70,7 @@ class Bundle:
         entry = self._entries.get(name)
         if entry is None:
             return None
-        _, file, is_package, mtime_ns, size, code = entry
+        file, is_package, mtime_ns, size, code = entry
         try:
             now = os.stat(file)
         except OSError:
@@ -96,18 +99,23 @@ class Bundle:
         added = set(names)
         if len(added) < WORTH_WRITING or sys.dont_write_bytecode:
             return
-        kept = [entry for name, entry in self._entries.items() if name not in added]
-        entries = kept + [entry for name in sorted(added) if (entry := _entry(name))]
+        entries = dict(self._entries)
+        for name in added:
+            if entry := _entry(name):
+                entries[name] = entry
+        data = _encode(entries)
         temporary = f"{self._path}.{os.getpid()}"
-        data = marshal.dumps([_relative(entry) for entry in entries])
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = os.open(temporary, flags, 0o644)
             try:
-                os.write(fd, len(data).to_bytes(8, "little") + data)
+                written = os.write(fd, data)
             finally:
                 os.close(fd)
-            os.replace(temporary, self._path)  # written in part, it has the wrong length
+            if written == len(data):
+                os.replace(temporary, self._path)
+            else:
+                os.unlink(temporary)
         except OSError:
             if os.path.exists(temporary):
                 os.unlink(temporary)
@@ -116,7 +124,7 @@ class Bundle:
 class _Loader:
     """``importlib.abc.Loader`` of one module."""
 
-    def __init__(self, code: bytes, file: str) -> None:
+    def __init__(self, code: bytes | memoryview, file: str) -> None:
         self._code = code
         self._file = file
 
@@ -130,18 +138,42 @@ class _Loader:
         exec(marshal.loads(code), module.__dict__)
 
 
-def _read(path: str) -> list[Entry]:
+# The file: how long the index is; the index, marshalled; the code of each module, one after another.
+_HEAD = struct.Struct("<Q")
+
+
+def _read(path: str) -> dict[str, Entry]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            data = os.read(fd, os.fstat(fd).st_size)
+            # Mapped, it is neither copied nor read where nobody looks.
+            data = memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
         finally:
             os.close(fd)
-        if int.from_bytes(data[:8], "little") != len(data) - 8:
-            return []
-        return [_absolute(entry) for entry in marshal.loads(data[8:])]
-    except (OSError, ValueError, EOFError, TypeError):
-        return []
+        (index_bytes,) = _HEAD.unpack_from(data)
+        at = _HEAD.size + index_bytes
+        entries: dict[str, Entry] = {}
+        for name, root, relative, is_package, mtime_ns, size, length in marshal.loads(
+            data[_HEAD.size : at]
+        ):
+            file = f"{_ROOTS[root]}/{relative}"
+            entries[name] = file, is_package, mtime_ns, size, data[at : at + length]
+            at += length
+    except (OSError, ValueError, EOFError, TypeError, struct.error):
+        return {}
+    return entries if at == len(data) else {}
+
+
+def _encode(entries: dict[str, Entry]) -> bytes:
+    index = []
+    for name, (file, is_package, mtime_ns, size, code) in entries.items():
+        # A copied tree is a tree of its own.
+        root = next(key for key, folder in _ROOTS.items() if file.startswith(f"{folder}/"))
+        relative = os.path.relpath(file, _ROOTS[root])
+        index.append((name, root, relative, is_package, mtime_ns, size, len(code)))
+    head = marshal.dumps(index)
+    codes = b"".join(entry[-1] for entry in entries.values())
+    return _HEAD.pack(len(head)) + head + codes
 
 
 def _source(name: str) -> str:
@@ -164,19 +196,4 @@ def _entry(name: str) -> Entry | None:
     except (OSError, AttributeError, ImportError):
         return None
     is_package = spec is not None and spec.submodule_search_locations is not None
-    return name, file, is_package, before.st_mtime_ns, before.st_size, marshal.dumps(code)
-
-
-# Files are known by where they are in the package or the library: a copied tree is its own.
-_ROOTS = {"pyvmm": _OURS, "standard": _STANDARD}
-
-
-def _relative(entry: Entry) -> tuple[str, str, str, bool, int, int, bytes]:
-    name, file, *rest = entry
-    root = next(key for key, folder in _ROOTS.items() if file.startswith(f"{folder}/"))
-    return name, root, os.path.relpath(file, _ROOTS[root]), *rest  # type: ignore[return-value]
-
-
-def _absolute(stored: tuple[str, str, str, bool, int, int, bytes]) -> Entry:
-    name, root, relative, *rest = stored
-    return name, f"{_ROOTS[root]}/{relative}", *rest  # type: ignore[return-value]
+    return file, is_package, before.st_mtime_ns, before.st_size, marshal.dumps(code)
