@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError
 from pyvmm.lean import TYPE_CHECKING, Record
-from pyvmm.storage.open import DiskSource
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import CpuModel
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from os import PathLike
     from typing import ClassVar
 
+    from pyvmm.storage.open import DiskSource
     from pyvmm.virtio.block.config import BlockConfig
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
@@ -279,6 +279,8 @@ def parse_disk(text: str) -> AnyDiskConfig:
         return _vhost_user_disk(option, location.removeprefix(VHOST_USER), given)
     if "ro" in given and not given.keys().isdisjoint({"snapshot", "overlay"}):
         raise ConfigError(option, "is either ro or a snapshot, which the guest may write to")
+    from pyvmm.storage.open import DiskSource
+
     source = DiskSource(
         location=location,
         read_only="ro" in given,

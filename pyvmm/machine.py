@@ -22,14 +22,17 @@ from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm.abi import (
+    KVM_CAP_COALESCED_MMIO,
+    KVM_CAP_COALESCED_PIO,
     KVM_CAP_MAX_VCPUS,
     KVM_CAP_READONLY_MEM,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
-from pyvmm.kvm.handles import Kvm
+from pyvmm.kvm.handles import Kvm, Vcpu
 from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
+from pyvmm.polled_uart import PolledUart
 from pyvmm.report import Reporter
 from pyvmm.runner import REFRESH_SIGNAL, RESIZE_SIGNAL, Runner
 from pyvmm.slot import Slot, eventfd
@@ -47,6 +50,7 @@ from pyvmm.x86.reset_vector import write_reset_vector
 if TYPE_CHECKING:
     from typing import Any
 
+    from pyvmm.kvm.exits import CoalescedRing
     from pyvmm.vhost_user.block import VhostUserBlock
     from pyvmm.virtio.block import BlockDevice
 
@@ -97,7 +101,6 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         serial = Serial(
             output.write, lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
         )
-        pio.add(layout.SERIAL_PORT, Serial.LENGTH, serial)
         timer = BootTimer()
         pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
         _add_endings(pio, runner, watch, report)
@@ -117,7 +120,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                    at_exit=config.serve == "exit" and disk.watch is None,
                    watch=disk.watch)
             stack.callback(disk.at_end)
-        typed_fd, resized_fd = eventfd(stack), eventfd(stack)
+        typed_fd, resized_fd, polled_fd = eventfd(stack), eventfd(stack), eventfd(stack)
         resized = functools.partial(os.eventfd_write, resized_fd, 1)
         terminal = ConsoleDevice(
             output.write, runner.input_room, size=console.size, on_ready=resized
@@ -133,8 +136,14 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
 
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
         loops: list[VcpuLoop] = []
-        for index in range(config.cpus):
-            vcpu = stack.enter_context(vm.create_vcpu(index))
+        vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
+        uart = PolledUart(
+            serial, ring=_coalesced_ring(kvm, vcpus[0]),
+            gather=functools.partial(vm.gather_port, layout.SERIAL_PORT),
+            begin=functools.partial(os.eventfd_write, polled_fd, 1),
+        )
+        pio.add(layout.SERIAL_PORT, Serial.LENGTH, uart)
+        for index, vcpu in enumerate(vcpus):
             vcpu.set_cpuid(cpuid.build(
                 kvm.supported_cpuid(), config.cpu, index,
                 vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
@@ -142,6 +151,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             loops.append(VcpuLoop(
                 vcpu, pio=pio, mmio=mmio, finish=runner.finish, machine=loops,
                 describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
+                at_end=uart.flush,
             ))
         # The others wait, in the kernel, for the first one's INIT and SIPI.
         cpu.setup_boot(memory, loops[0].vcpu, kernel)
@@ -176,7 +186,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             # Not on this thread: it moves the console's bytes, for which the device may wait.
             resize_news = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
             others = [source for slot in slots[len(disks) :] for source in slot.sources]
-            workers.append(("virtio", [*others, resize_news]))
+            polled_news = IoSource(polled_fd, uart.tick)
+            workers.append(("virtio", [*others, resize_news, polled_news]))
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
                 receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
@@ -192,6 +203,13 @@ def _check_cpus(kvm: Kvm, cpus: int) -> None:
     limit = kvm.check_extension(KVM_CAP_MAX_VCPUS) or 4
     if cpus > limit:
         raise ConfigError(f"--cpus {cpus}", f"this host's KVM allows at most {limit}")
+
+
+def _coalesced_ring(kvm: Kvm, vcpu: Vcpu) -> CoalescedRing | None:
+    """Where KVM gathers writes to ports; None if this one cannot."""
+    if not kvm.check_extension(KVM_CAP_COALESCED_PIO):
+        return None
+    return vcpu.coalesced_ring(kvm.check_extension(KVM_CAP_COALESCED_MMIO))
 
 
 def _open_console(config: RunConfig) -> Console:

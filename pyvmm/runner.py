@@ -37,8 +37,8 @@ DRAIN_TIMEOUT_S = 2.0
 HALT_WATCH_S = 10.0
 HALT_POLL_S = 0.05
 LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
-GATHER_S = 0.01
-"""How long console bytes may gather before they are shown."""
+GATHER_S, STREAM_GATHER_S = 0.01, 0.05
+"""How long console bytes may gather before they are shown: an echo, and one of many in a row."""
 INPUT_LIMIT = 4096
 
 
@@ -59,6 +59,8 @@ class Runner:
         self._halt_watch_until_s = 0.0
         self._next_inspection_s = 0.0
         self._gathering_since_s: float | None = None
+        self._gather_s = GATHER_S
+        self._shown_s = 0.0
         self._input_waits = False
         self._noticed: set[int] = set()
         self._threads: list[threading.Thread] = []
@@ -175,7 +177,7 @@ class Runner:
                         notice()
             if show and output.fd in ready:
                 self._drain_once(output)
-                self._gathering_since_s = None
+                self._gathering_since_s, self._shown_s = None, time.monotonic()
             if input_fd is not None and input_fd in ready:
                 data = _read_input(input_fd)
                 if data is None:
@@ -203,13 +205,15 @@ class Runner:
         now_s = time.monotonic()
         if self._gathering_since_s is None:
             self._gathering_since_s = now_s
-        return output.has_chunk or now_s >= self._gathering_since_s + GATHER_S
+            streams = now_s < self._shown_s + 2 * STREAM_GATHER_S
+            self._gather_s = STREAM_GATHER_S if streams else GATHER_S
+        return output.has_chunk or now_s >= self._gathering_since_s + self._gather_s
 
     def _poll_timeout_ms(self, *, shows: bool) -> int | None:
         """How long to wait; what is being shown waits for the terminal, not for the clock."""
         waits_s = [at_s for at_s, _ in self._deadlines]
         if self._gathering_since_s is not None and not shows:
-            waits_s.append(self._gathering_since_s + GATHER_S)
+            waits_s.append(self._gathering_since_s + self._gather_s)
         if self._halt_watch_until_s:
             waits_s.append(self._next_inspection_s)
         if not waits_s:
@@ -266,12 +270,13 @@ class Runner:
     def _start(
         self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
     ) -> None:
+        # The guest first: what it rings for before the others are there waits in an eventfd.
+        for index, vcpu in enumerate(vcpus):
+            self._vcpus.append((vcpu, self._spawn(f"vcpu{index}", vcpu.run)))
         for name, sources in workers:
             loop = IoLoop(sources, self._stop_fd)
             self._io_loops.append(loop)
             self._spawn(name, loop.run)
-        for index, vcpu in enumerate(vcpus):
-            self._vcpus.append((vcpu, self._spawn(f"vcpu{index}", vcpu.run)))
 
     def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:

@@ -38,7 +38,8 @@ class VcpuLoop:
     ``describe`` gives the vCPU's registers as text for an outcome's detail; ``finish`` takes the
     outcome if this vCPU decides it.  Another thread stops the loop by setting ``stopping`` and
     then kicking the vCPU; with ``inspect`` set a kick makes it look whether the guest has halted.
-    ``machine`` has the loops of all vCPUs, when they run.
+    ``machine`` has the loops of all vCPUs, when they run; ``at_end`` is called in the vCPU's thread
+    when it has run for the last time.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class VcpuLoop:
         describe: Callable[[], str],
         finish: Callable[[Outcome], None],
         machine: Sequence[VcpuLoop] | None = None,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.vcpu = vcpu
         self.stopping = False
@@ -61,6 +63,7 @@ class VcpuLoop:
         self._mmio = mmio
         self._describe = describe
         self._finish = finish
+        self._at_end = at_end
         self.exits = Exits()
         """How often the guest was left, once ``run`` has returned."""
 
@@ -108,6 +111,7 @@ class VcpuLoop:
                 elif not self._rare_exit(reason):
                     return
         finally:
+            self._at_end()
             self.exits = Exits(mmio=mmios, io=ios, other=every - mmios - ios)
 
     def _rare_exit(self, reason: int) -> bool:

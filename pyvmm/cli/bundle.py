@@ -138,7 +138,7 @@ class _Loader:
         exec(marshal.loads(code), module.__dict__)
 
 
-# The file: how long the index is; the index, marshalled; the code of each module, one after another.
+# The file: the length of the index; the index, marshalled; the modules' code, one after another.
 _HEAD = struct.Struct("<Q")
 
 

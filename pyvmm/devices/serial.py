@@ -93,6 +93,19 @@ class Serial(ByteDevice):
             self._update_irq()
             return len(taken)
 
+    def send(self, data: bytes) -> None:
+        """All of ``data`` was written to the first register, byte by byte."""
+        with self._lock:
+            plain = bool(data) and not self._lcr & LCR_DLAB and not self._mcr & MCR_LOOP
+            if plain:
+                self._thre_pending = True
+                self._update_irq()
+        if plain:
+            self._transmit(data)
+        else:
+            for value in data:
+                self._write_data(value)
+
     def read_byte(self, offset: int) -> int:
         """BusDevice: read a register."""
         return self._readers[offset]()

@@ -180,6 +180,24 @@ class kvm_cpuid2(Structure):
     _fields_ = [("nent", _u32), ("padding", _u32), ("entries", kvm_cpuid_entry2 * 0)]
 
 
+class kvm_coalesced_mmio_zone(Structure):
+    """KVM_REGISTER_COALESCED_MMIO: where writes are gathered; ``pio`` says that it is a port."""
+
+    _fields_ = [("addr", _u64), *_each(_u32, "size pio")]
+
+
+class kvm_coalesced_mmio(Structure):
+    """One of them."""
+
+    _fields_ = [("phys_addr", _u64), *_each(_u32, "len pio"), ("data", _u8 * 8)]
+
+
+class kvm_coalesced_mmio_ring(Structure):
+    """The ring's head; from ``first`` up to ``last``, not included, there are writes to take."""
+
+    _fields_ = _each(_u32, "first last")
+
+
 class kvm_translation(Structure):
     _fields_ = [
         *_each(_u64, "linear_address physical_address"),
@@ -318,6 +336,7 @@ KVM_CAP_EXT_CPUID = 7
 KVM_CAP_CLOCKSOURCE = 8
 KVM_CAP_NR_MEMSLOTS = 10  # memory slots of one VM
 KVM_CAP_MP_STATE = 14
+KVM_CAP_COALESCED_MMIO = 15  # where the ring is, in pages from the start of kvm_run
 KVM_CAP_IRQFD = 32
 KVM_CAP_PIT2 = 33
 KVM_CAP_IOEVENTFD = 36
@@ -327,6 +346,7 @@ KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_IMMEDIATE_EXIT = 136
+KVM_CAP_COALESCED_PIO = 162
 
 KVM_API_VERSION = 12
 
@@ -351,6 +371,8 @@ KVM_SET_TSS_ADDR = _IO(0x47)  # KVM_CAP_SET_TSS_ADDR
 KVM_SET_IDENTITY_MAP_ADDR = _IOW(0x48, _u64)  # KVM_CAP_SET_IDENTITY_MAP_ADDR
 KVM_CREATE_IRQCHIP = _IO(0x60)  # KVM_CAP_IRQCHIP
 KVM_IRQ_LINE = _IOW(0x61, kvm_irq_level)  # KVM_CAP_IRQCHIP
+KVM_REGISTER_COALESCED_MMIO = _IOW(0x67, kvm_coalesced_mmio_zone)  # KVM_CAP_COALESCED_PIO
+KVM_UNREGISTER_COALESCED_MMIO = _IOW(0x68, kvm_coalesced_mmio_zone)
 KVM_IRQFD = _IOW(0x76, kvm_irqfd)  # KVM_CAP_IRQFD
 KVM_CREATE_PIT2 = _IOW(0x77, kvm_pit_config)  # KVM_CAP_PIT2
 KVM_IOEVENTFD = _IOW(0x79, kvm_ioeventfd)  # KVM_CAP_IOEVENTFD

@@ -7,6 +7,7 @@ Everything that ends a run or is seldom goes through ``decode()``, which returns
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import struct
@@ -63,6 +64,11 @@ _MMIO = struct.Struct("<QQIB")
 _HEAD = struct.Struct("<II")
 _U64 = struct.Struct("<Q")
 _MAX_DATA = 16
+
+_RING_HEAD_BYTES = ctypes.sizeof(abi.kvm_coalesced_mmio_ring)
+_GATHERED = struct.Struct("<QII8s")  # abi.kvm_coalesced_mmio: phys_addr, len, pio, data
+RING_CAPACITY = (mmap.PAGESIZE - _RING_HEAD_BYTES) // _GATHERED.size
+"""KVM_COALESCED_MMIO_MAX; one less fit."""
 
 _MASK = (1 << 64) - 1
 EXIT_REASON_WORD = _REASON // 4
@@ -132,6 +138,45 @@ class RunPage:
     def release(self) -> None:
         """Drop the views, so that the mapping under them can be closed."""
         self.words.release()
+        self._view.release()
+
+
+class CoalescedRing:
+    """Takes the writes that KVM gathered in ``view``, a page behind the run page; one for a VM.
+
+    Documentation/virt/kvm/api.rst, 4.116 "KVM_(UN)REGISTER_COALESCED_MMIO".  KVM adds at ``last``,
+    one thread at a time takes at ``first``.
+    """
+
+    __slots__ = ("_indices", "_view")
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._indices = view[:_RING_HEAD_BYTES].cast("I")  # first, last
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to take."""
+        first, last = self._indices
+        return first == last
+
+    def take(self) -> list[tuple[int, bytes]]:
+        """``(address, data)`` of every write that waits, oldest first, and make room for more."""
+        first, last = self._indices
+        taken: list[tuple[int, bytes]] = []
+        # No index of KVM's is believed further than the page goes.
+        while first != last and len(taken) < RING_CAPACITY:
+            address, length, _, data = _GATHERED.unpack_from(
+                self._view, _RING_HEAD_BYTES + first * _GATHERED.size
+            )
+            taken.append((address, data[:length]))
+            first = (first + 1) % RING_CAPACITY
+        self._indices[0] = first
+        return taken
+
+    def release(self) -> None:
+        """Drop the views, so that the mapping under them can be closed."""
+        self._indices.release()
         self._view.release()
 
 

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import RunPage
+from pyvmm.kvm.exits import CoalescedRing, RunPage
 from pyvmm.kvm.ioctl import ioctl, vcpu_entry
 from pyvmm.lean import Record
 
@@ -211,6 +211,14 @@ class Vm(_Handle):
         )
         ioctl(self.fd, abi.KVM_IOEVENTFD, request)
 
+    def gather_port(self, port: int, on: bool) -> None:
+        """Have one-byte writes to ``port`` gathered (``Vcpu.coalesced_ring``), not make exits.
+
+        With ``on`` false no longer: once this returns, all that was gathered is in the ring.
+        """
+        request = abi.KVM_REGISTER_COALESCED_MMIO if on else abi.KVM_UNREGISTER_COALESCED_MMIO
+        ioctl(self.fd, request, abi.kvm_coalesced_mmio_zone(addr=port, size=1, pio=1))
+
     def create_vcpu(self, index: int) -> Vcpu:
         """vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
@@ -224,11 +232,12 @@ class Vm(_Handle):
 class Vcpu(_Handle):
     """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
 
-    __slots__ = ("_map", "enter", "page")
+    __slots__ = ("_map", "_ring", "enter", "page")
 
     def __init__(self, fd: int, mapping: mmap.mmap) -> None:
         super().__init__(fd)
         self._map = mapping
+        self._ring: CoalescedRing | None = None
         self.enter = vcpu_entry(fd)
         """KVM_RUN itself, for a loop that cannot afford ``run``; OSError as the kernel has it."""
         self.page = RunPage(mapping)
@@ -332,8 +341,20 @@ class Vcpu(_Handle):
         number: int = state.mp_state
         return number
 
+    def coalesced_ring(self, page: int) -> CoalescedRing:
+        """What ``Vm.gather_port`` gathers, of any vCPU's writes; valid until this one is closed.
+
+        ``page`` is what KVM says of KVM_CAP_COALESCED_MMIO.
+        """
+        if self._ring is None:
+            at = page * mmap.PAGESIZE
+            self._ring = CoalescedRing(memoryview(self._map)[at : at + mmap.PAGESIZE])
+        return self._ring
+
     def close(self) -> None:
         """Unmap the run page and close the fd; idempotent."""
+        if self._ring is not None:
+            self._ring.release()
         self.page.release()
         self._map.close()
         super().close()

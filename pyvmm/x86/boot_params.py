@@ -16,10 +16,9 @@ from ctypes import c_uint64 as u64
 from pyvmm.errors import ConfigError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.x86 import layout
-from pyvmm.x86.image import Kernel
+from pyvmm.x86.image import SETUP_HEADER_MAX_END, Kernel
 
 SETUP_HEADER_OFFSET = 0x1F1
-SETUP_HEADER_MAX_END = 0x290
 """Where boot_params has its next member: no setup header can be longer."""
 
 BOOT_FLAG = 0xAA55

@@ -26,11 +26,11 @@ from pyvmm.x86.boot_params import (
     BOOT_FLAG,
     HEADER_MAGIC,
     LOADED_HIGH,
-    SETUP_HEADER_MAX_END,
     SETUP_HEADER_OFFSET,
     SetupHeader,
 )
 from pyvmm.x86.image import (
+    SETUP_HEADER_MAX_END,
     EntryKind,
     ImageFile,
     Kernel,
@@ -42,8 +42,6 @@ from pyvmm.x86.image import (
 )
 
 HEADER_MAGIC_OFFSET = 0x202
-HEAD_BYTES = SETUP_HEADER_MAX_END
-"""How much of the file's start ``parse`` wants to see."""
 
 MIN_PROTOCOL = 0x020C
 """2.12 brought xloadflags, which say whether there is a 64-bit entry."""
@@ -66,8 +64,8 @@ def matches(head: bytes) -> bool:
 def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
     """The plan for loading the bzImage ``image``, whose first bytes are ``head``.
 
-    ``head`` is as much of HEAD_BYTES as the file has, and the only copy of the header that is
-    looked at.  ``ram_end`` is the end of RAM below 4 GiB.  ConfigError names the field.
+    ``head`` is as much of SETUP_HEADER_MAX_END as the file has, and the only copy of the header
+    that is looked at.  ``ram_end`` is the end of RAM below 4 GiB.  ConfigError names the field.
     """
     header_bytes = _header_bytes(image, head)
     header = SetupHeader.from_buffer_copy(header_bytes.ljust(ctypes.sizeof(SetupHeader), b"\0"))

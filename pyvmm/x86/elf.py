@@ -25,7 +25,6 @@ from pyvmm.x86.image import (
     require_ram,
 )
 
-MAGIC = b"\x7fELF"
 HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 """Elf64_Ehdr."""
 PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
@@ -42,11 +41,6 @@ _PROGRAM_ONLY = {2: "PT_DYNAMIC", 3: "PT_INTERP", 7: "PT_TLS"}
 # (COMMAND_LINE_SIZE - 1, and initrd_addr_max in arch/x86/boot/header.S).
 CMDLINE_LIMIT = 2047
 INITRD_ADDR_MAX = 0x7FFF_FFFF
-
-
-def matches(head: bytes) -> bool:
-    """Whether a file that starts with ``head`` calls itself ELF."""
-    return head.startswith(MAGIC)
 
 
 def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:

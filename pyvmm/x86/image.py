@@ -26,6 +26,11 @@ _FILE_TYPES = {
 }
 
 
+ELF_MAGIC = b"\x7fELF"
+SETUP_HEADER_MAX_END = 0x290
+"""Where a bzImage's header must have ended (boot.rst, "The Real-Mode Kernel Header")."""
+
+
 class KernelKind(StrEnum):
     """The kernel formats that pyvmm boots."""
 

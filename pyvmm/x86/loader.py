@@ -9,10 +9,17 @@ from __future__ import annotations
 import os
 
 from pyvmm.memory import PAGE_SIZE, GuestMemory
-from pyvmm.x86 import bzimage, elf
-from pyvmm.x86.boot_params import write_boot_params
-from pyvmm.x86.image import EntryKind, ImageFile, Kernel, KernelKind, align_up
-from pyvmm.x86.pvh import write_start_info
+from pyvmm.x86.image import (
+    ELF_MAGIC,
+    SETUP_HEADER_MAX_END,
+    EntryKind,
+    ImageFile,
+    Kernel,
+    KernelKind,
+    align_up,
+)
+
+# What knows one kind of kernel is imported for a kernel of that kind.
 
 __all__ = [
     "EntryKind",
@@ -22,8 +29,6 @@ __all__ = [
     "load_kernel",
     "parse_kernel",
     "write_boot_info",
-    "write_boot_params",
-    "write_start_info",
 ]
 
 
@@ -42,9 +47,14 @@ def load_kernel(memory: GuestMemory, path: str | os.PathLike[str]) -> Kernel:
 
 def parse_kernel(image: ImageFile, ram_end: int) -> Kernel:
     """The plan for loading the kernel ``image``; ``ram_end`` is the end of RAM below 4 GiB."""
-    head = image.read_at(0, min(image.size_bytes, bzimage.HEAD_BYTES))
-    if elf.matches(head):
+    head = image.read_at(0, min(image.size_bytes, SETUP_HEADER_MAX_END))
+    if head.startswith(ELF_MAGIC):
+        from pyvmm.x86 import elf
+
         return elf.parse(image, head, ram_end)
+
+    from pyvmm.x86 import bzimage
+
     if bzimage.matches(head):
         return bzimage.parse(image, head, ram_end)
     raise image.error("not a Linux kernel: neither an ELF magic at byte 0 "
@@ -87,5 +97,11 @@ def write_boot_info(
     See ``write_boot_params`` and ``write_start_info``, of which it calls one;
     ``cpu.setup_boot`` points the vCPU to what was written.
     """
-    write = write_start_info if kernel.entry_kind is EntryKind.PVH else write_boot_params
-    write(memory, kernel, cmdline, initrd, rsdp=rsdp)
+    if kernel.entry_kind is EntryKind.PVH:
+        from pyvmm.x86.pvh import write_start_info
+
+        write_start_info(memory, kernel, cmdline, initrd, rsdp=rsdp)
+    else:
+        from pyvmm.x86.boot_params import write_boot_params
+
+        write_boot_params(memory, kernel, cmdline, initrd, rsdp=rsdp)

@@ -12,8 +12,14 @@ import pytest
 from pyvmm.errors import ConfigError
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import layout
-from pyvmm.x86.boot_params import BootE820Entry, BootParams, SetupHeader, e820_map
-from pyvmm.x86.loader import Kernel, load_kernel, write_boot_params
+from pyvmm.x86.boot_params import (
+    BootE820Entry,
+    BootParams,
+    SetupHeader,
+    e820_map,
+    write_boot_params,
+)
+from pyvmm.x86.loader import Kernel, load_kernel
 from tests.support.kernels import GIB, MIB, SETUP_FIELDS, bzimage, elf
 from tests.support.loading import MakeFile, blank
 

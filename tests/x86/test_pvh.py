@@ -18,9 +18,8 @@ from pyvmm.x86.loader import (
     load_initrd,
     load_kernel,
     write_boot_info,
-    write_start_info,
 )
-from pyvmm.x86.pvh import HvmMemmapTableEntry, HvmModlistEntry, HvmStartInfo
+from pyvmm.x86.pvh import HvmMemmapTableEntry, HvmModlistEntry, HvmStartInfo, write_start_info
 from tests.support.kernels import (
     CODE,
     MIB,

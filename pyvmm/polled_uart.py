@@ -1,0 +1,119 @@
+"""A UART whose driver's bytes come by the ringful, not by the exit.
+
+A driver that polls, as Linux's does for the messages of its boot, makes two exits a character: it
+reads LSR, then writes THR.  The write needs none: KVM gathers writes to a port in a ring, and since
+the driver comes to read LSR before the next character, they are found there soon.
+
+Soon is not always.  A driver may send and then not look at the UART again, and its bytes would
+lie in the ring unseen.  So KVM is asked for this only while a driver is seen to look before it
+sends; meanwhile the ring is looked at every TICK_S besides; and when the UART has not been used
+for QUIET_TICKS of these, it is back to an exit a write.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from pyvmm.devices.serial import FIFO_SIZE, Register, Serial
+from pyvmm.errors import KvmError
+from pyvmm.kvm.exits import CoalescedRing
+
+POLLED_BYTES = 64
+"""So many bytes sent by a driver that looks at LSR for every FIFO_SIZE of them, and it polls."""
+TICK_S = 0.02
+QUIET_TICKS = 10
+
+
+class PolledUart:
+    """A BusDevice before ``uart``; only that while ``ring`` is None, for a KVM that cannot gather.
+
+    ``gather`` has KVM gather what is written to the UART's first port, or no longer; KvmError if it
+    cannot.  ``begin`` has ``tick`` called, from any thread, and again after as many seconds as
+    that returns.
+    """
+
+    def __init__(
+        self,
+        uart: Serial,
+        *,
+        ring: CoalescedRing | None,
+        gather: Callable[[bool], None],
+        begin: Callable[[], None],
+    ) -> None:
+        self._uart = uart
+        self._ring = ring
+        self._gather = gather
+        self._begin = begin
+        # Of the ring's reader, whom there must be one of: a vCPU's thread, or the ticks'.
+        self._lock = threading.Lock()
+        self._gathers = False
+        self._can_gather = ring is not None
+        self._may_send = 0  # bytes, after a look at LSR
+        self._polled = 0  # bytes sent by polling
+        self._quiet_ticks = 0
+
+    def read(self, offset: int, size: int) -> int:
+        """BusDevice: read registers."""
+        if self._gathers:
+            self.flush()
+        if offset == Register.LSR:
+            self._may_send = FIFO_SIZE
+        return self._uart.read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """BusDevice: write registers."""
+        if self._gathers:
+            self.flush()
+        elif offset == Register.DATA:
+            if self._may_send:
+                self._may_send -= 1
+                self._polled += 1
+                if self._polled == POLLED_BYTES:
+                    self._start()
+            else:
+                self._polled = 0
+        self._uart.write(offset, size, value)
+
+    def flush(self) -> None:
+        """Send what KVM has gathered."""
+        self._quiet_ticks = 0
+        if self._ring is not None and not self._ring.is_empty:
+            with self._lock:
+                self._take()
+
+    def tick(self) -> float | None:
+        """IoSource's service: see what KVM has gathered; when to come back, None if never."""
+        with self._lock:
+            if not self._gathers:
+                return None
+            if self._take():
+                self._quiet_ticks = 0
+            self._quiet_ticks += 1
+            if self._quiet_ticks <= QUIET_TICKS:
+                return TICK_S
+            self._gathers, self._polled = False, 0
+            self._ask(False)
+            self._take()  # what came before KVM obeyed
+            return None
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._can_gather and not self._gathers:
+                self._quiet_ticks = 0
+                self._ask(True)
+                self._gathers = self._can_gather
+        if self._gathers:
+            self._begin()
+
+    def _ask(self, on: bool) -> None:
+        try:
+            self._gather(on)
+        except KvmError:  # one exit a byte is what there was before
+            self._can_gather = False
+
+    def _take(self) -> bool:
+        """Whether there was anything."""
+        data = b"".join(data for _, data in self._ring.take()) if self._ring is not None else b""
+        self._uart.send(data)
+        return bool(data)
