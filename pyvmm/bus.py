@@ -6,6 +6,8 @@ writes vanish.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pyvmm.lean import Protocol
 
 
@@ -30,6 +32,9 @@ class Bus:
         self.name = name
         self._bits = granule_bits
         self._table: dict[int, tuple[int, int, BusDevice]] = {}
+        self.find: Callable[[int], tuple[int, int, BusDevice] | None] = self._table.get
+        """``(base, end, device)`` of granule ``address >> granule_bits``, or None: for a loop that
+        cannot afford ``read`` and ``write``."""
 
     def add(self, base: int, length: int, device: BusDevice) -> None:
         """Give ``length`` addresses from ``base`` to ``device``; ValueError if not free."""

@@ -36,7 +36,7 @@ from pyvmm.polled_uart import PolledUart
 from pyvmm.report import Reporter
 from pyvmm.runner import REFRESH_SIGNAL, RESIZE_SIGNAL, Runner
 from pyvmm.slot import Slot, eventfd
-from pyvmm.vcpu_loop import Exits, VcpuLoop
+from pyvmm.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
 from pyvmm.virtio.console import ConsoleDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy import EntropyDevice
@@ -96,7 +96,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
 
         watch = ConsoleWatch(runner)
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
-        pio, mmio = Bus("PIO", 0), Bus("MMIO", 12)
+        pio, mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
 
         serial = Serial(
             output.write, lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room

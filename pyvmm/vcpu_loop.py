@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pyvmm.bus import Bus
 from pyvmm.errors import KvmError
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import EXIT_REASON_WORD, ExitReason, SystemEventExit, decode
+from pyvmm.kvm.exits import ExitReason, SystemEventExit, decode
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.lean import Record
 from pyvmm.outcome import Kind, Outcome
 
 RFLAGS_IF = 1 << 9
+MMIO_GRANULE_BITS = 12
 _MASKS = tuple((1 << 8 * length) - 1 for length in range(9))
 
 
@@ -35,11 +36,12 @@ class Exits(Record):
 class VcpuLoop:
     """Runs one vCPU in the calling thread until ``stopping`` is set.
 
-    ``describe`` gives the vCPU's registers as text for an outcome's detail; ``finish`` takes the
-    outcome if this vCPU decides it.  Another thread stops the loop by setting ``stopping`` and
-    then kicking the vCPU; with ``inspect`` set a kick makes it look whether the guest has halted.
-    ``machine`` has the loops of all vCPUs, when they run; ``at_end`` is called in the vCPU's thread
-    when it has run for the last time.
+    ``mmio`` has granules of ``1 << MMIO_GRANULE_BITS`` addresses.  ``describe`` gives the vCPU's
+    registers as text for an outcome's detail; ``finish`` takes the outcome if this vCPU decides it.
+    Another thread stops the loop by setting ``stopping`` and then kicking the vCPU; with
+    ``inspect`` set a kick makes it look whether the guest has halted.  ``machine`` has the loops of
+    all vCPUs, when they run; ``at_end`` is called in the vCPU's thread when it has run for the last
+    time.
     """
 
     def __init__(
@@ -71,9 +73,9 @@ class VcpuLoop:
         """Enter the guest again and again."""
         # Every name of the loop is bound here: what it looks up, it looks up at every exit.
         vcpu, page, pio, mmio = self.vcpu, self.vcpu.page, self._pio, self._mmio
-        enter, words, decode_mmio, answer = vcpu.enter, page.words, page.mmio, page.set_mmio_data
+        enter, access, answer, masks = vcpu.enter, page.access, page.set_mmio_data, _MASKS
         reason_io, reason_mmio = int(ExitReason.IO), int(ExitReason.MMIO)
-        read_mmio, write_mmio = mmio.read, mmio.write
+        read_mmio, find = mmio.read, mmio.find
         every = ios = mmios = 0
         try:
             while not self.stopping:
@@ -92,12 +94,14 @@ class VcpuLoop:
                 except OSError as error:
                     self._fail(f"KVM_RUN: {error.strerror} [errno {error.errno}]")
                     return
-                reason = words[EXIT_REASON_WORD]
+                reason, address, data, length, is_write = access()
                 if reason == reason_mmio:
                     mmios += 1
-                    address, data, length, is_write = decode_mmio()
                     if is_write:
-                        write_mmio(address, length, data & _MASKS[length])
+                        # Bus.write, without the call.
+                        entry = find(address >> MMIO_GRANULE_BITS)
+                        if entry is not None and address + length <= entry[1]:
+                            entry[2].write(address - entry[0], length, data & masks[length])
                     else:
                         answer(read_mmio(address, length))
                 elif reason == reason_io:

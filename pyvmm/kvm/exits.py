@@ -61,6 +61,7 @@ _MMIO_DATA = _UNION + 8
 # These mirror abi.kvm_run's members; tests/kvm/test_exits.py holds them against it.
 _IO = struct.Struct("<BBHIQ")
 _MMIO = struct.Struct("<QQIB")
+_ACCESS = struct.Struct(f"<I{_UNION - _REASON - 4}xQQIB")
 _HEAD = struct.Struct("<II")
 _U64 = struct.Struct("<Q")
 _MAX_DATA = 16
@@ -81,7 +82,7 @@ class RunPage:
     ``buffer`` is the mapping of the vCPU fd; a test may give any bytearray of two pages.
     """
 
-    __slots__ = ("_view", "io", "mmio", "words")
+    __slots__ = ("_view", "access", "io", "mmio", "words")
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._view = memoryview(buffer)
@@ -102,6 +103,10 @@ class RunPage:
         ``data`` is the eight data bytes as a little-endian integer; on a write only the low
         ``length`` bytes mean anything, on a read none does.
         """
+
+        self.access: Callable[[], tuple[int, int, int, int, int]]
+        self.access = functools.partial(_ACCESS.unpack_from, self._view, _REASON)
+        """The exit reason, and what ``mmio`` gives, which means something if that is the reason."""
 
     @property
     def exit_reason(self) -> int:
