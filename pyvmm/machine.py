@@ -322,6 +322,19 @@ class Machine:
         """Run the guest to its end, in the calling thread, which must be the main thread."""
         return self._run()
 
+    def pause(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest, from another thread than the one in ``run``: see ``Runner.pause``."""
+        return self._runner.pause(timeout_s)
+
+    def resume(self) -> None:
+        """Let a paused guest go on, from any thread: see ``Runner.resume``."""
+        self._runner.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a pause was asked for and not taken back."""
+        return self._runner.is_paused
+
     @property
     def user_space_seen_s(self) -> float | None:
         """When the guest's init said that it runs, on CLOCK_BOOTTIME; None if it never did."""

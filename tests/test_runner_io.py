@@ -79,11 +79,10 @@ def test_an_output_nobody_takes_does_not_hold_up_the_end(rig: Rig) -> None:
 def test_what_the_host_did_not_take_is_still_observed(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyvmm.runner.DRAIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("pyvmm.console.DRAIN_TIMEOUT_S", 0.1)
 
     def guest(vcpu: FakeVcpu) -> int:
-        rig.output.write(b"x" * (1 << 17))  # more than a pipe holds
-        rig.output.write(b"Kernel panic\n", wait=False)
+        rig.output.write(b"x" * (1 << 17) + b"Kernel panic\n")  # more than a pipe holds
         rig.runner.finish(Outcome(Kind.RESET))
         return vcpu.halt()
 
@@ -154,7 +153,7 @@ def test_a_terminal_that_nobody_reads_does_not_keep_a_run_from_ending(rig: Rig) 
 
     def guest(vcpu: FakeVcpu) -> int:
         for _ in range(15):
-            rig.output.write(b"x" * 4096, wait=False)
+            rig.output.write(b"x" * 4096)
         return vcpu.halt()
 
     rig.output = OutputBuffer(theirs, rig.runner.wake, rig.observed.extend)

@@ -33,6 +33,7 @@ class FakeVcpu(Vcpu):
         self.kicked = threading.Event()
         self.mp_state = abi.KVM_MP_STATE_RUNNABLE
         self.rflags = 0x202
+        self.pauses_noted = 0
         self.enter = self._enter
 
     def _enter(self) -> None:
@@ -50,6 +51,9 @@ class FakeVcpu(Vcpu):
 
     def clear_exit_request(self) -> None:
         self.kicked.clear()
+
+    def note_pause(self) -> None:
+        self.pauses_noted += 1
 
     def get_mp_state(self) -> int:
         return self.mp_state
