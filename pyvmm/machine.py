@@ -95,7 +95,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         pio, mmio = Bus("PIO", 0), Bus("MMIO", 12)
 
         serial = Serial(
-            output.write, lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
+            output.write if config.cpus == 1 else watch.tap(output.write),
+            lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
         )
         pio.add(layout.SERIAL_PORT, Serial.LENGTH, serial)
         timer = BootTimer()
