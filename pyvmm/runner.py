@@ -35,7 +35,6 @@ STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
 )
 JOIN_TIMEOUT_S = 5.0
-LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
 INPUT_LIMIT = 4096
 PAUSED, RESUMED = "\npaused; Ctrl-A p resumes\n", "\nresumed\n"
 
@@ -112,8 +111,6 @@ class Runner:
     def resume(self) -> None:
         """Let a paused guest go on; nothing if it is not paused.  Once is enough."""
         self._vcpus.resume()
-        if self._main_thread is not None:
-            self.wake()  # it watches for a halt again
 
     @property
     def is_paused(self) -> bool:
@@ -232,17 +229,12 @@ class Runner:
                 self._input_waits = bool(typed)
             self._check_clock()
 
-    def _poll_timeout_ms(self, show_s: float | None) -> int | None:
+    def _poll_timeout_ms(self, show_s: float | None) -> int:
         """How long to wait for events; ``show_s`` is when there is something to show."""
-        waits_s = [at_s for at_s, _ in self._deadlines]
+        waits_s = [self._halts.due_s, *(at_s for at_s, _ in self._deadlines)]
         if show_s is not None:
             waits_s.append(show_s)
-        if not self.is_paused:
-            waits_s.append(self._halts.due_s)
-        if not waits_s:
-            return None
-        left_s = min(max(0.0, min(waits_s) - time.monotonic()), LONGEST_POLL_S)
-        return int(left_s * 1000) + 1
+        return int(max(0.0, min(waits_s) - time.monotonic()) * 1000) + 1
 
     def _check_clock(self) -> None:
         now_s = time.monotonic()
@@ -250,12 +242,12 @@ class Runner:
             if now_s >= at_s:
                 self.finish(outcome)
         # Not at every turn of this loop: a kick's signal wakes this thread too.
-        if (
-            now_s >= self._halts.due_s
-            and not self.is_paused
-            and self._halts.is_worth_it(now_s, self._vcpus.cpu_time_s())
-        ):
-            self._vcpus.inspect()
+        if now_s >= self._halts.due_s:
+            cpu_time_s = self._vcpus.cpu_time_s()
+            if self.is_paused:
+                self._halts.start_anew(now_s, cpu_time_s)
+            elif self._halts.is_worth_it(now_s, cpu_time_s):
+                self._vcpus.inspect()
 
     def _lose_output(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):

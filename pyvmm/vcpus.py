@@ -147,10 +147,15 @@ class HaltWatch:
 
     def __init__(self, now_s: float) -> None:
         self._announced_until_s = now_s
-        self._since_s, self._used_s = now_s, 0.0
-        self._window_s = FIRST_WINDOW_S
-        self.due_s = now_s + FIRST_WINDOW_S
+        self.due_s = now_s
         """When to ask the next time."""
+        self.start_anew(now_s, 0.0)
+
+    def start_anew(self, now_s: float, cpu_time_s: float) -> None:
+        """Nothing can be said of the guest's last while: it is paused, say."""
+        self._window_s = FIRST_WINDOW_S
+        self._since_s, self._used_s = now_s, cpu_time_s
+        self.due_s = now_s + FIRST_WINDOW_S
 
     def announce(self, now_s: float) -> None:
         """The guest says that it halts."""
@@ -158,7 +163,7 @@ class HaltWatch:
         self.due_s = now_s
 
     def is_worth_it(self, now_s: float, cpu_time_s: float) -> bool:
-        """Whether to inspect now, when it is due; ``cpu_time_s`` is what the vCPUs have used."""
+        """Whether to inspect now, when it is due; ``cpu_time_s`` is what all vCPUs have used."""
         if now_s < self._announced_until_s:
             self.due_s = now_s + ANNOUNCED_POLL_S
             return True

@@ -365,6 +365,13 @@ def test_work_makes_the_windows_shorter_again() -> None:
     assert min(t for t in times if t >= halt_s) <= halt_s + 2 * FIRST_WINDOW_S
 
 
+def test_a_pause_is_no_rest() -> None:
+    watch = HaltWatch(0.0)
+    looks(watch, lambda _: 0.0, 100.0)
+    watch.start_anew(200.0, 5.0)
+    assert looks(watch, lambda t: 5.0 + max(t - 200.0, 0.0) * 0.5, 300.0) == []
+
+
 def test_an_announced_halt_is_looked_for_at_once_and_for_a_while() -> None:
     watch = HaltWatch(0.0)
     watch.announce(1.0)
