@@ -10,17 +10,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable
 
 from pyvmm.errors import ConfigError
 from pyvmm.report import write_now
 
+GATHER_S, STREAM_GATHER_S = 0.01, 0.05
+"""How long console bytes may gather before they are shown."""
+DRAIN_TIMEOUT_S = 2.0
 ESCAPE = 0x01  # Ctrl-A
 HELP = (
     "\nCtrl-A x  quit (the guest is stopped at once)\n"
+    "Ctrl-A p  pause the guest, or resume it\n"
     "Ctrl-A ?  this help\n"
     "Ctrl-A Ctrl-A  send Ctrl-A to the guest\n"
 )
@@ -47,27 +53,31 @@ class OutputBuffer:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._data = bytearray()
+        self._ours = bytearray()
         self._open = True
         self.line_ended = True
         """Whether the last byte shown ended a line."""
 
-    def write(self, data: bytes, *, wait: bool = True) -> None:
-        """Add ``data``; waits while the buffer is full, unless the buffer was shut.
-
-        The draining thread itself must not wait.
-        """
+    def write(self, data: bytes) -> None:
+        """Add ``data`` of the guest's; waits while the buffer is full, unless it was shut."""
         with self._lock:
-            while wait and len(self._data) >= self.LIMIT and self._open:
+            while len(self._data) >= self.LIMIT and self._open:
                 self._room.wait()
             before = len(self._data)
             self._data += data
         if not before or before < self.CHUNK <= before + len(data):
             self._wake()
 
+    def say(self, text: str) -> None:
+        """Show ``text`` of ours, ahead of what waits; the observer does not see it."""
+        with self._lock:
+            self._ours += text.encode()
+        self._wake()
+
     @property
     def pending(self) -> bool:
         """Whether bytes wait to be drained."""
-        return bool(self._data)
+        return bool(self._data or self._ours)
 
     @property
     def has_chunk(self) -> bool:
@@ -77,7 +87,8 @@ class OutputBuffer:
     def drain(self) -> None:
         """Write what the host takes now of one chunk; OSError if it refuses (they are dropped)."""
         with self._lock:
-            chunk = bytes(self._data[: self.CHUNK])
+            waiting = self._ours or self._data
+            chunk = bytes(waiting[: self.CHUNK])
             if not chunk:
                 return
         done = len(chunk)
@@ -91,11 +102,12 @@ class OutputBuffer:
             raise
         finally:
             with self._lock:
-                del self._data[:done]
+                del waiting[:done]
                 self._room.notify_all()
             if done:
                 self.line_ended = chunk[done - 1] == 0x0A
-            self._observe(chunk[:done])
+            if waiting is self._data:
+                self._observe(chunk[:done])
 
     def give_up(self) -> None:
         """The host takes no more: show what waits to the observer only."""
@@ -108,6 +120,63 @@ class OutputBuffer:
         with self._lock:
             self._open = False
             self._room.notify_all()
+
+
+class OutputPump:
+    """Shows what an OutputBuffer holds, for the thread that has to wait for other things too.
+
+    Bytes gather until there is a chunk of them, or for GATHER_S, so that an echo is prompt; for
+    STREAM_GATHER_S while they keep coming, so that showing them costs little.  ``lost`` is called
+    with the error when the host refuses some for good; what comes later goes to the observer only.
+    """
+
+    def __init__(self, output: OutputBuffer, lost: Callable[[OSError], None]) -> None:
+        self._output = output
+        self._lost = lost
+        self._due_s: float | None = None
+        self._shown_s = 0.0
+
+    def fd_to_write(self) -> int | None:
+        """What to wait for, to call ``write`` when it is writable; None if it is not time yet."""
+        output = self._output
+        if output.fd is None:
+            # Nobody takes the bytes: a panic among them is to be seen all the same.
+            while output.pending:
+                output.drain()
+            self._due_s = None
+        if not output.pending:
+            return None
+        now_s = time.monotonic()
+        if self._due_s is None:
+            streams = now_s < self._shown_s + 2 * STREAM_GATHER_S
+            self._due_s = now_s + (STREAM_GATHER_S if streams else GATHER_S)
+        return output.fd if output.has_chunk or now_s >= self._due_s else None
+
+    @property
+    def due_s(self) -> float | None:
+        """When it will be time, if nothing else comes; None if nothing waits."""
+        return self._due_s
+
+    def write(self) -> None:
+        """Show what the host takes now."""
+        try:
+            self._output.drain()
+        except OSError as error:
+            self._output.fd = None
+            self._lost(error)
+        self._due_s, self._shown_s = None, time.monotonic()
+
+    def finish(self) -> None:
+        """The last of the output, for as long as the host takes it and DRAIN_TIMEOUT_S."""
+        until_s = time.monotonic() + DRAIN_TIMEOUT_S
+        while self._output.pending and time.monotonic() < until_s:
+            if self._output.fd is not None:
+                poller = select.poll()
+                poller.register(self._output.fd, select.POLLOUT)
+                if not poller.poll(100):
+                    continue
+            self.write()
+        self._output.give_up()
 
 
 class LineWatch:
@@ -130,8 +199,14 @@ class LineWatch:
 class EscapeFilter:
     """Takes Ctrl-A sequences out of what is typed; the rest is the guest's."""
 
-    def __init__(self, on_quit: Callable[[], None], on_help: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_quit: Callable[[], None],
+        on_pause: Callable[[], None],
+        on_help: Callable[[], None],
+    ) -> None:
         self._on_quit = on_quit
+        self._on_pause = on_pause
         self._on_help = on_help
         self._escaped = False
 
@@ -149,6 +224,8 @@ class EscapeFilter:
             match chr(byte):
                 case "x" | "X":
                     self._on_quit()
+                case "p" | "P":
+                    self._on_pause()
                 case "?" | "h" | "H":
                     self._on_help()
                 case "\x01":

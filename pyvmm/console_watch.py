@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
 from pyvmm.console import LineWatch
 from pyvmm.lean import Protocol
 from pyvmm.outcome import Kind, Outcome
 
 _PANIC = b"Kernel panic - not syncing"
-_PANIC_END = b"---[ end Kernel panic"
+_END_MARK = b"---[ end "
+_PANIC_END = _END_MARK + b"Kernel panic"
 _HALTED = (b"reboot: System halted", b"reboot: Power down")
 _USER_SPACE = b"pyvmm-init: user space reached"
 _CANNOT_MOUNT = b"pyvmm-initramfs: cannot mount the root"
 PANIC_GRACE_S = 2.0
 """How long after a panic's first line the guest may go on printing, if it does not reboot."""
+SENT_LIMIT = 32 * 1024
+"""How much of what one vCPU has sent is kept, at most; half of it at least."""
 
 
 class Ender(Protocol):
@@ -43,6 +48,7 @@ class ConsoleWatch:
         self._has_stamps = False
         self._reported = False
         self._mount_error = ""
+        self._sent: dict[int, bytearray] = {}
         self.has_printed = False
         self.user_space_seen_s: float | None = None
 
@@ -50,6 +56,26 @@ class ConsoleWatch:
         """The next bytes of console output."""
         self.has_printed = True
         self._lines.feed(data)
+
+    def tap(self, transmit: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        """``transmit``, for a UART with several vCPUs; it is called in the sender's thread.
+
+        A panic does not wait until other CPUs have left the UART (Linux's ``oops_in_progress``):
+        what they send to a terminal gets between the bytes of the panic's line.  Those of the one
+        vCPU alone are whole lines.
+        """
+        sent, sender = self._sent, threading.get_ident
+
+        def tapped(data: bytes) -> None:
+            own = sent.get(sender())
+            if own is None:
+                own = sent[sender()] = bytearray()
+            own += data
+            if len(own) > SENT_LIMIT:
+                del own[: -(SENT_LIMIT // 2)]
+            transmit(data)
+
+        return tapped
 
     def panic_reported(self) -> None:
         """The guest told pvpanic that it panicked: what it printed before says why.
@@ -65,11 +91,17 @@ class ConsoleWatch:
         return (self._panic or "reported through pvpanic") + self._mount_error
 
     def judge(self, outcome: Outcome) -> Outcome:
-        """What a run's end means, given what the console said: a panic explains a reboot."""
-        if (self._panic is not None or self._reported) and outcome.kind in (
+        """What a run's end means, given what the console said: a panic explains a reboot.
+
+        Once all threads of the run are done.
+        """
+        if outcome.kind in (
             Kind.PANIC, Kind.RESET, Kind.SHUTDOWN, Kind.TRIPLE_FAULT, Kind.TIMEOUT
         ):
-            return Outcome(Kind.PANIC, detail=self._why)
+            if self._panic is None:
+                self._panic = self._find_torn_panic()
+            if self._panic is not None or self._reported:
+                return Outcome(Kind.PANIC, detail=self._why)
         if outcome.kind is Kind.INTERNAL_ERROR:
             hint = (
                 "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"
@@ -79,8 +111,7 @@ class ConsoleWatch:
         return outcome
 
     def _on_line(self, line: bytes) -> None:
-        *messages, whole = texts(line)
-        self._has_stamps = self._has_stamps or bool(messages)
+        self._has_stamps = self._has_stamps or len(texts(line)) > 1
         if self.user_space_seen_s is None and line.startswith(_USER_SPACE):
             self.user_space_seen_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             return
@@ -88,20 +119,45 @@ class ConsoleWatch:
             said = line.removeprefix(b"pyvmm-initramfs: ")
             self._mount_error = f" ({said.decode('ascii', 'replace')})"
             return
-        if not self._has_stamps:
-            messages = [whole]  # else this is somebody quoting a kernel that stamps what it says
-        for message in messages:
-            if self._panic is None and message.startswith(_PANIC):
-                said = message.removeprefix(_PANIC)
-                self._panic = said.decode("ascii", "replace").lstrip(": ").strip()
-                self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self._panic))
+        for message in self._messages(line):
+            if self._panic is None and (reason := _reason(message)) is not None:
+                self._panic = reason
+                self._runner.finish_after(PANIC_GRACE_S, Outcome(Kind.PANIC, detail=reason))
                 return
-            if self._panic is not None and message.startswith(_PANIC_END):
-                self._runner.finish(Outcome(Kind.PANIC, detail=self._panic))
+            if message.startswith(_PANIC_END):
+                if self._panic is None:  # its first line was torn
+                    last = message.removeprefix(_END_MARK).removesuffix(b" ]---")
+                    self._panic = _reason(last)
+                self._runner.finish(Outcome(Kind.PANIC, detail=self._why))
                 return
             if message.startswith(_HALTED):
                 self._runner.watch_for_halt()
                 return
+
+    def _messages(self, line: bytes) -> list[bytes]:
+        """What may be a message of printk on ``line``: if the kernel stamps what it says, what has
+        no stamp is somebody quoting it."""
+        *stamped, whole = texts(line)
+        return stamped if self._has_stamps else [whole]
+
+    def _find_torn_panic(self) -> str | None:
+        """The panic that a vCPU has sent while others sent something else: see ``tap``."""
+        found: list[str] = []
+
+        def on_line(line: bytes) -> None:
+            reasons = map(_reason, self._messages(line))
+            found.extend(reason for reason in reasons if reason is not None)
+
+        for sent in list(self._sent.values()) if len(self._sent) > 1 else ():
+            LineWatch(on_line).feed(bytes(sent) + b"\n")
+        return found[0] if found else None
+
+
+def _reason(message: bytes) -> str | None:
+    """What the kernel panicked over, if ``message`` says that it did."""
+    if not message.startswith(_PANIC):
+        return None
+    return message.removeprefix(_PANIC).decode("ascii", "replace").lstrip(": ").strip()
 
 
 def texts(line: bytes) -> list[bytes]:

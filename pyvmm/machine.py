@@ -99,7 +99,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         pio, mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
 
         serial = Serial(
-            output.write, lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
+            output.write if config.cpus == 1 else watch.tap(output.write),
+            lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
         )
         timer = BootTimer()
         pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
@@ -339,6 +340,19 @@ class Machine:
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread, which must be the main thread."""
         return self._run()
+
+    def pause(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest, from another thread than the one in ``run``: see ``Runner.pause``."""
+        return self._runner.pause(timeout_s)
+
+    def resume(self) -> None:
+        """Let a paused guest go on, from any thread: see ``Runner.resume``."""
+        self._runner.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a pause was asked for and not taken back."""
+        return self._runner.is_paused
 
     @property
     def user_space_seen_s(self) -> float | None:

@@ -8,6 +8,7 @@ decides the outcome; every thread is then kicked, stopped and joined.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -17,11 +18,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, RawTerminal
+from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, OutputPump, RawTerminal
 from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.vcpu_loop import VcpuLoop
+from pyvmm.vcpus import HaltWatch, Vcpus
 
 KICK_SIGNAL = signal.SIGRTMIN
 REFRESH_SIGNAL = signal.SIGUSR1
@@ -33,19 +35,15 @@ STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
 )
 JOIN_TIMEOUT_S = 5.0
-DRAIN_TIMEOUT_S = 2.0
-HALT_WATCH_S = 10.0
-HALT_POLL_S = 0.05
-LONGEST_POLL_S = 3600.0  # poll takes a C int of milliseconds
-GATHER_S, STREAM_GATHER_S = 0.01, 0.05
-"""How long console bytes may gather before they are shown: an echo, and one of many in a row."""
 INPUT_LIMIT = 4096
+PAUSED, RESUMED = "\npaused; Ctrl-A p resumes\n", "\nresumed\n"
 
 
 class Runner:
     """Runs vCPUs, I/O workers and the console until somebody calls ``finish``.
 
-    ``finish`` and ``wake`` may be called from any thread, all else belongs to the main thread.
+    ``finish``, ``wake`` and ``resume`` may be called from any thread, ``pause`` from any that is
+    not the run's own; all else belongs to the main thread.
     """
 
     def __init__(self, report: Reporter) -> None:
@@ -56,15 +54,12 @@ class Runner:
         self._outcomes: list[Outcome] = []
         self._stopping = False
         self._deadlines: list[tuple[float, Outcome]] = []
-        self._halt_watch_until_s = 0.0
-        self._next_inspection_s = 0.0
-        self._gathering_since_s: float | None = None
-        self._gather_s = GATHER_S
-        self._shown_s = 0.0
+        self._halts = HaltWatch(time.monotonic())
         self._input_waits = False
         self._noticed: set[int] = set()
         self._threads: list[threading.Thread] = []
-        self._vcpus: list[tuple[VcpuLoop, threading.Thread]] = []
+        self._main_thread: threading.Thread | None = None
+        self._vcpus = Vcpus(KICK_SIGNAL)
         self._io_loops: list[IoLoop] = []
 
     def finish(self, outcome: Outcome) -> None:
@@ -90,7 +85,37 @@ class Runner:
 
     def watch_for_halt(self) -> None:
         """The guest said that it halts: end the run once all vCPUs have, with interrupts off."""
-        self._halt_watch_until_s = time.monotonic() + HALT_WATCH_S
+        self._halts.announce(time.monotonic())
+
+    def pause(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest: True once every vCPU has left KVM_RUN and waits for ``resume``.
+
+        Before the run it is True at once, and the guest will start paused.  False, without a
+        pause, if the run is over or ends meanwhile, be it by a vCPU that fails, or if another
+        thread resumes the guest.  False too after ``timeout_s`` seconds (None: wait for as long as
+        it takes): a vCPU at a device, say one that waits for a full console, parks only when it is
+        done there.  The pause stays asked for then, and no vCPU enters the guest.
+
+        RuntimeError in a thread of the run: it would wait for itself, or for one that needs it.
+
+        Time goes on: the host's clock, the guest's, ``finish_after``.  Whatever ends a run ends a
+        paused one.  The threads of the devices go on too: they serve what is in the rings, and
+        interrupts, as those of the timers in KVM, wait for the guest.  kvm-clock tells it of the
+        pause, so that its watchdogs see no lock-up.
+        """
+        if threading.current_thread() in (self._main_thread, *self._threads):
+            raise RuntimeError("pause() in a thread of the run would wait for ever: use another")
+        self._vcpus.begin_pause()
+        return self._vcpus.wait_until_parked(timeout_s)
+
+    def resume(self) -> None:
+        """Let a paused guest go on; nothing if it is not paused.  Once is enough."""
+        self._vcpus.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a pause was asked for and not taken back."""
+        return self._vcpus.is_paused
 
     def run(
         self,
@@ -111,6 +136,8 @@ class Runner:
         switch_interval_s = sys.getswitchinterval()
         # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
         sys.setswitchinterval(1e-4)
+        self._main_thread = threading.current_thread()
+        pump = OutputPump(output, self._lose_output)
         try:
             with (
                 Signals(self._on_signal) as signals,
@@ -119,13 +146,14 @@ class Runner:
                 try:
                     self._start(vcpus, workers)
                     self._main_loop(
-                        console, output, receive, terminal.active, signals.wakeup_fd, notices
+                        console, output, pump, receive, terminal.active, signals.wakeup_fd, notices
                     )
                 finally:
                     output.shut()
                     self._stop()
-                self._drain(output)
+                pump.finish()
         finally:
+            self._main_thread = None
             sys.setswitchinterval(switch_interval_s)
         return self._outcomes[0]
 
@@ -143,14 +171,24 @@ class Runner:
         self,
         console: Console,
         output: OutputBuffer,
+        pump: OutputPump,
         receive: Callable[[bytes], int],
         interactive: bool,
         signal_fd: int,
         notices: Mapping[int, Callable[[], None]],
     ) -> None:
+        def toggle_pause() -> None:
+            # Not waiting for it: a vCPU may have to wait for this thread.
+            if self.is_paused:
+                self.resume()
+            else:
+                self._vcpus.begin_pause()
+            output.say(PAUSED if self.is_paused else RESUMED)
+
         escapes = EscapeFilter(
             on_quit=lambda: self.finish(Outcome(Kind.QUIT)),
-            on_help=lambda: output.write(HELP.encode(), wait=False),
+            on_pause=toggle_pause,
+            on_help=lambda: output.say(HELP),
         )
         typed = bytearray()
         input_fd = console.input_fd
@@ -161,12 +199,12 @@ class Runner:
             # A terminal is read even while the guest is not listening, or Ctrl-A x would not work.
             if input_fd is not None and (interactive or len(typed) < INPUT_LIMIT):
                 poller.register(input_fd, select.POLLIN)
-            if output.fd is None:
-                self._give_to_observer(output)
-            show = self._is_time_to_show(output)
-            if show and output.fd is not None:
-                poller.register(output.fd, select.POLLOUT)
-            ready = dict(poller.poll(self._poll_timeout_ms(shows=show)))
+            output_fd = pump.fd_to_write()
+            if output_fd is not None:
+                poller.register(output_fd, select.POLLOUT)
+            # What is being shown waits for the terminal, not for the clock.
+            show_s = pump.due_s if output_fd is None else None
+            ready = dict(poller.poll(self._poll_timeout_ms(show_s)))
             if self._wake_fd in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake_fd)
@@ -175,9 +213,8 @@ class Runner:
                 while self._noticed:
                     if notice := notices.get(self._noticed.pop()):
                         notice()
-            if show and output.fd in ready:
-                self._drain_once(output)
-                self._gathering_since_s, self._shown_s = None, time.monotonic()
+            if output_fd in ready:
+                pump.write()
             if input_fd is not None and input_fd in ready:
                 data = _read_input(input_fd)
                 if data is None:
@@ -192,72 +229,31 @@ class Runner:
                 self._input_waits = bool(typed)
             self._check_clock()
 
-    def _give_to_observer(self, output: OutputBuffer) -> None:
-        """Nobody takes console bytes: a panic among them is to be seen all the same."""
-        while output.pending:
-            output.drain()
-        self._gathering_since_s = None
-
-    def _is_time_to_show(self, output: OutputBuffer) -> bool:
-        """Whether console bytes wait and have gathered for long enough."""
-        if not output.pending:
-            return False
-        now_s = time.monotonic()
-        if self._gathering_since_s is None:
-            self._gathering_since_s = now_s
-            streams = now_s < self._shown_s + 2 * STREAM_GATHER_S
-            self._gather_s = STREAM_GATHER_S if streams else GATHER_S
-        return output.has_chunk or now_s >= self._gathering_since_s + self._gather_s
-
-    def _poll_timeout_ms(self, *, shows: bool) -> int | None:
-        """How long to wait; what is being shown waits for the terminal, not for the clock."""
-        waits_s = [at_s for at_s, _ in self._deadlines]
-        if self._gathering_since_s is not None and not shows:
-            waits_s.append(self._gathering_since_s + self._gather_s)
-        if self._halt_watch_until_s:
-            waits_s.append(self._next_inspection_s)
-        if not waits_s:
-            return None
-        left_s = min(max(0.0, min(waits_s) - time.monotonic()), LONGEST_POLL_S)
-        return int(left_s * 1000) + 1
+    def _poll_timeout_ms(self, show_s: float | None) -> int:
+        """How long to wait for events; ``show_s`` is when there is something to show."""
+        waits_s = [self._halts.due_s, *(at_s for at_s, _ in self._deadlines)]
+        if show_s is not None:
+            waits_s.append(show_s)
+        return int(max(0.0, min(waits_s) - time.monotonic()) * 1000) + 1
 
     def _check_clock(self) -> None:
         now_s = time.monotonic()
         for at_s, outcome in self._deadlines:
             if now_s >= at_s:
                 self.finish(outcome)
-        if self._halt_watch_until_s and now_s >= self._next_inspection_s:
-            # Not at every turn of this loop: a kick's signal wakes this thread too, and a guest
-            # that is kicked again and again gets nowhere.
-            self._next_inspection_s = now_s + HALT_POLL_S
-            if now_s >= self._halt_watch_until_s:
-                self._halt_watch_until_s = 0.0
-            for loop, _ in self._vcpus:
-                loop.is_halted = False
-                loop.inspect = True
-            self._kick()
+        # Not at every turn of this loop: a kick's signal wakes this thread too.
+        if now_s >= self._halts.due_s:
+            cpu_time_s = self._vcpus.cpu_time_s()
+            if self.is_paused:
+                self._halts.start_anew(now_s, cpu_time_s)
+            elif self._halts.is_worth_it(now_s, cpu_time_s):
+                self._vcpus.inspect()
 
-    def _drain_once(self, output: OutputBuffer) -> None:
-        try:
-            output.drain()
-        except BrokenPipeError:
-            output.fd = None
+    def _lose_output(self, error: OSError) -> None:
+        if isinstance(error, BrokenPipeError):
             self.finish(Outcome(Kind.SIGNAL, signal.SIGPIPE, "nobody reads the console any more"))
-        except OSError as error:
-            output.fd = None
+        else:
             self._report(f"console output is lost from here on: {error.strerror}")
-
-    def _drain(self, output: OutputBuffer) -> None:
-        """The last of the console's output, for as long as the host takes it."""
-        until_s = time.monotonic() + DRAIN_TIMEOUT_S
-        while output.pending and time.monotonic() < until_s:
-            if output.fd is not None:
-                poller = select.poll()
-                poller.register(output.fd, select.POLLOUT)
-                if not poller.poll(100):
-                    continue
-            self._drain_once(output)
-        output.give_up()
 
     def _on_signal(self, number: int) -> None:
         if number in NOTICE_SIGNALS:
@@ -271,14 +267,15 @@ class Runner:
         self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
     ) -> None:
         # The guest first: what it rings for before the others are there waits in an eventfd.
+        self._vcpus.begin(vcpus)
         for index, vcpu in enumerate(vcpus):
-            self._vcpus.append((vcpu, self._spawn(f"vcpu{index}", vcpu.run)))
+            self._spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
         for name, sources in workers:
             loop = IoLoop(sources, self._stop_fd)
             self._io_loops.append(loop)
             self._spawn(name, loop.run)
 
-    def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
+    def _spawn(self, name: str, body: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
                 body()
@@ -291,28 +288,19 @@ class Runner:
 
         # Daemon: a thread stuck in a dead disk's system call must not keep the process alive.
         thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self._threads.append(thread)  # before it can ask whether it is one of them
         thread.start()
-        self._threads.append(thread)
-        return thread
-
-    def _kick(self) -> None:
-        for loop, thread in self._vcpus:
-            if thread.is_alive() and thread.ident is not None:
-                loop.vcpu.request_exit()
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pthread_kill(thread.ident, KICK_SIGNAL)
 
     def _stop(self) -> None:
         self._stopping = True
-        for loop, _ in self._vcpus:
-            loop.stopping = True
         for io_loop in self._io_loops:
             io_loop.stop()
         os.eventfd_write(self._stop_fd, 1)
         until_s = time.monotonic() + JOIN_TIMEOUT_S
-        self._kick()
+        self._vcpus.stop()
         for thread in self._threads:
-            thread.join(max(0.0, until_s - time.monotonic()))
+            if thread.is_alive():  # one that could not be started cannot be joined
+                thread.join(max(0.0, until_s - time.monotonic()))
         stuck = [thread.name for thread in self._threads if thread.is_alive()]
         if stuck:
             self._report(f"{', '.join(stuck)} did not stop within {JOIN_TIMEOUT_S:g} s")

@@ -14,6 +14,8 @@ from pyvmm.outcome import Kind, Outcome
 
 RFLAGS_IF = 1 << 9
 MMIO_GRANULE_BITS = 12
+_NOT_STARTED = (abi.KVM_MP_STATE_UNINITIALIZED, abi.KVM_MP_STATE_INIT_RECEIVED)
+"""Only another vCPU ends these, by INIT or SIPI."""
 _MASKS = tuple((1 << 8 * length) - 1 for length in range(9))
 
 
@@ -39,9 +41,10 @@ class VcpuLoop:
     ``mmio`` has granules of ``1 << MMIO_GRANULE_BITS`` addresses.  ``describe`` gives the vCPU's
     registers as text for an outcome's detail; ``finish`` takes the outcome if this vCPU decides it.
     Another thread stops the loop by setting ``stopping`` and then kicking the vCPU; with
-    ``inspect`` set a kick makes it look whether the guest has halted.  ``machine`` has the loops of
-    all vCPUs, when they run; ``at_end`` is called in the vCPU's thread when it has run for the last
-    time.
+    ``inspect`` set a kick makes it look whether the guest has halted.  After every kick
+    ``wait_while_paused`` is called, which says whether there was a pause.  ``machine`` has the
+    loops of all vCPUs, when they run.  ``vcpus.py`` does all that.  ``at_end`` is called in the
+    vCPU's thread when it has run for the last time.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class VcpuLoop:
         self.vcpu = vcpu
         self.stopping = False
         self.inspect = False
+        self.wait_while_paused: Callable[[], bool] = lambda: False
         self.is_halted = False
         """What the last look found: nothing in this vCPU will wake it."""
         self._machine = (self,) if machine is None else machine
@@ -88,6 +92,8 @@ class VcpuLoop:
                     if self.inspect:
                         self.inspect = False
                         self._finish_if_halted()
+                    if self.wait_while_paused():
+                        vcpu.note_pause()
                     continue
                 except BlockingIOError:
                     continue  # a processor that INIT or SIPI has just woken: now it runs
@@ -154,7 +160,7 @@ class VcpuLoop:
         will wake them.  One alone may be about to be, or be what Linux leaves behind while the
         last of its CPUs powers off."""
         state = self.vcpu.get_mp_state()
-        self.is_halted = state == abi.KVM_MP_STATE_UNINITIALIZED or (
+        self.is_halted = state in _NOT_STARTED or (
             state == abi.KVM_MP_STATE_HALTED and not self.vcpu.get_regs().rflags & RFLAGS_IF
         )
         if all(loop.is_halted for loop in self._machine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pty
 import termios
@@ -41,6 +42,24 @@ def test_without_a_file_the_observer_still_sees_everything() -> None:
     output.write(b"x" * 10_000)
     drained(output)
     assert bytes(seen) == b"x" * 10_000
+
+
+def test_what_we_say_goes_first_and_the_observer_does_not_see_it() -> None:
+    """Else it would be taken for the guest's, or cut in two what the guest says."""
+    read_end, write_end = os.pipe()
+    seen, wakes = bytearray(), []
+    output = OutputBuffer(write_end, lambda: wakes.append(1), seen.extend)
+    output.write(b"Kernel pan")
+    output.say("\npaused\n")
+    output.write(b"ic")
+    assert len(wakes) == 2
+    output.drain()
+    assert output.line_ended
+    drained(output)
+    assert os.read(read_end, 100) == b"\npaused\nKernel panic"
+    assert seen == b"Kernel panic"
+    os.close(read_end)
+    os.close(write_end)
 
 
 def test_a_full_buffer_makes_the_writer_wait_and_loses_nothing() -> None:
@@ -120,24 +139,23 @@ def test_an_endless_line_is_cut_not_kept() -> None:
     assert [len(line) for line in lines] == [LineWatch.LIMIT, 4]
 
 
-@pytest.mark.parametrize(("typed", "passed", "quits", "helps"), [
-    (b"ls\r", b"ls\r", 0, 0),
-    (b"\x01x", b"", 1, 0),
-    (b"\x01?", b"", 0, 1),
-    (b"\x01\x01", b"\x01", 0, 0),
-    (b"a\x01bc", b"a\x01bc", 0, 0),
-    (b"\x03\x1a\x04", b"\x03\x1a\x04", 0, 0),
+@pytest.mark.parametrize(("typed", "passed", "called"), [
+    (b"ls\r", b"ls\r", []),
+    (b"\x01x", b"", ["quit"]),
+    (b"\x01p\x01P", b"", ["pause", "pause"]),
+    (b"\x01?", b"", ["help"]),
+    (b"\x01\x01", b"\x01", []),
+    (b"a\x01bc", b"a\x01bc", []),
+    (b"\x03\x1a\x04", b"\x03\x1a\x04", []),
 ])
-def test_ctrl_a_sequences(typed: bytes, passed: bytes, quits: int, helps: int) -> None:
-    counts = {"quit": 0, "help": 0}
-
-    def count(name: str) -> None:
-        counts[name] += 1
-
-    whole = EscapeFilter(lambda: count("quit"), lambda: count("help"))
+def test_ctrl_a_sequences(typed: bytes, passed: bytes, called: list[str]) -> None:
+    calls: list[str] = []
+    names = ("quit", "pause", "help")
+    whole, bytewise = (
+        EscapeFilter(*(functools.partial(calls.append, name) for name in names)) for _ in range(2)
+    )
     assert whole.feed(typed) == passed
-    assert (counts["quit"], counts["help"]) == (quits, helps)
-    bytewise = EscapeFilter(lambda: count("quit"), lambda: count("help"))
+    assert calls == called
     assert b"".join(bytewise.feed(bytes([b])) for b in typed) == passed
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.console_watch import ConsoleWatch, texts
+from pyvmm.console_watch import SENT_LIMIT, ConsoleWatch, texts
 from pyvmm.outcome import Kind, Outcome
 
 
@@ -160,4 +162,65 @@ def test_what_the_initramfs_says_without_a_panic_is_no_end(runner: FakeRunner) -
     watch = ConsoleWatch(runner)
     watch.feed(b"pyvmm-initramfs: cannot mount the root: \xff\xfe\n")
     assert (runner.finished, runner.later) == ([], [])
+    assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET
+
+
+def send(watch: ConsoleWatch, *sent: tuple[str, bytes]) -> bytes:
+    """Send pieces through one tap, each from the vCPU named; what came out, which was fed."""
+    out = bytearray()
+    transmit = watch.tap(out.extend)
+    with contextlib.ExitStack() as stack:
+        vcpus = {
+            name: stack.enter_context(ThreadPoolExecutor(1)) for name in sorted(dict(sent))
+        }
+        for name, data in sent:
+            vcpus[name].submit(transmit, data).result()
+    watch.feed(bytes(out))
+    return bytes(out)
+
+
+TORN = (
+    ("tty", b"[    0.1] Linux version 6.12\r\n1000"), ("panic", b"[    5.538225] Kern"),
+    ("tty", b"15\r\n10016"), ("panic", b"el panic - not syncing: sysrq triggered crash\r\n[    5."),
+    ("tty", b"10017\r\n10018"), ("panic", b"566511] CPU: 3\r\n"), ("tty", b"\r\n"),
+)
+"""As Debian's 6.12 printed it: another CPU goes on sending what a program has written."""
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_a_panic_that_another_vcpu_writes_into_is_read_all_the_same(
+    runner: FakeRunner, reported: bool
+) -> None:
+    watch = ConsoleWatch(runner)
+    sent = send(watch, *TORN)
+    assert sent == b"".join(data for _, data in TORN)
+    if reported:
+        watch.panic_reported()
+    said = Outcome(Kind.PANIC, detail="sysrq triggered crash")
+    assert watch.judge(Outcome(Kind.RESET)) == said
+    assert watch.judge(Outcome(Kind.POWER_OFF)).kind is Kind.POWER_OFF
+
+
+def test_a_torn_panic_without_reboot_is_told_by_its_last_line(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    send(watch, *TORN, ("panic", b"[    5.9] ---[ end Kernel panic - not syncing: torn ]---\r\n"))
+    assert runner.finished == [Outcome(Kind.PANIC, detail="torn")]
+
+
+def test_what_two_vcpus_print_is_no_panic_if_neither_says_so(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    send(
+        watch, ("a", b"[    0.1] Linux version 6.12\r\n[    5.5] echo"),
+        ("b", b"Kernel panic - not syncing: quoted\n"), ("a", b" Kernel panic - not syncing: no\n"),
+    )
+    assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET
+
+
+def test_the_last_that_each_vcpu_has_sent_is_kept_and_no_more(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    much = b"x\n" * SENT_LIMIT
+    send(watch, ("panic", much), ("tty", much), *TORN)
+    assert watch.judge(Outcome(Kind.RESET)).detail == "sysrq triggered crash"
+    watch = ConsoleWatch(runner)
+    send(watch, *TORN, ("panic", much), ("tty", much))
     assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET

@@ -38,7 +38,8 @@ exit status:
   128+n  stopped by signal n
 
 keys, when standard input is a terminal:
-  Ctrl-A x quits, Ctrl-A ? helps, Ctrl-A Ctrl-A sends Ctrl-A; all others go to the guest.
+  Ctrl-A x quits, Ctrl-A p pauses and resumes, Ctrl-A ? helps, Ctrl-A Ctrl-A sends Ctrl-A; all
+  others go to the guest.
 
 examples:
   pyvmm run --kernel bzImage --disk root.img

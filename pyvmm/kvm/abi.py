@@ -186,9 +186,7 @@ class kvm_coalesced_mmio_zone(Structure):
     _fields_ = [("addr", _u64), *_each(_u32, "size pio")]
 
 
-class kvm_coalesced_mmio(Structure):
-    """One of them."""
-
+class kvm_coalesced_mmio(Structure):  # one of them
     _fields_ = [("phys_addr", _u64), *_each(_u32, "len pio"), ("data", _u8 * 8)]
 
 
@@ -344,6 +342,7 @@ KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
 KVM_CAP_INTERNAL_ERROR_DATA = 40
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_KVMCLOCK_CTRL = 76
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_COALESCED_PIO = 162
@@ -391,6 +390,7 @@ KVM_GET_FPU = _IOR(0x8C, kvm_fpu)
 KVM_SET_FPU = _IOW(0x8D, kvm_fpu)
 KVM_SET_CPUID2 = _IOW(0x90, kvm_cpuid2)  # KVM_CAP_EXT_CPUID
 KVM_GET_MP_STATE = _IOR(0x98, kvm_mp_state)  # KVM_CAP_MP_STATE
+KVM_KVMCLOCK_CTRL = _IO(0xAD)  # KVM_CAP_KVMCLOCK_CTRL
 
 IOCTL_NAMES = MappingProxyType(
     {value: name for name, value in list(globals().items()) if isinstance(value, Ioctl)}

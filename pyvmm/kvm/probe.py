@@ -59,6 +59,7 @@ CAPABILITIES = (
     Capability(abi.KVM_CAP_TSC_DEADLINE_TIMER, "TSC_DEADLINE_TIMER", "cheap guest timers", False),
     Capability(abi.KVM_CAP_INTERNAL_ERROR_DATA, "INTERNAL_ERROR_DATA", "why KVM gave up", False),
     Capability(abi.KVM_CAP_CLOCKSOURCE, "CLOCKSOURCE", "kvm-clock", False),
+    Capability(abi.KVM_CAP_KVMCLOCK_CTRL, "KVMCLOCK_CTRL", "pauses that no watchdog minds", False),
     Capability(abi.KVM_CAP_MAX_VCPUS, "MAX_VCPUS", "virtual CPUs", False),
 )
 

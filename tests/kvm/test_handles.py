@@ -215,6 +215,15 @@ def test_run_names_kvm_run_when_it_fails(kernel: FakeKernel, fake_vcpu: Vcpu) ->
     assert caught.value.errno == errno.EFAULT
 
 
+def test_a_pause_is_noted_where_the_guest_has_a_clock_to_note_it_in(
+    kernel: FakeKernel, fake_vcpu: Vcpu
+) -> None:
+    fake_vcpu.note_pause()
+    assert [name for name, _ in kernel.calls] == ["KVM_KVMCLOCK_CTRL"]
+    kernel.answers["KVM_KVMCLOCK_CTRL"] = OSError(errno.EINVAL, "no kvm-clock")
+    fake_vcpu.note_pause()
+
+
 def _loop_forever(vm: Vm) -> tuple[Vcpu, mmap.mmap]:
     """A vCPU in real mode at 0x1000, where ``jmp .`` lies."""
     ram = mmap.mmap(-1, 0x2000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -11,20 +11,23 @@ import signal
 import struct
 import termios
 import time
+from pathlib import Path
 
-from tests.support.guest import command, environment
+from tests.support.guest import KERNEL, command, environment
 
 
 class Terminal:
     """A pseudo-terminal of ``rows`` and ``columns`` with ``pyvmm run`` in its foreground."""
 
-    def __init__(self, *options: str, rows: int = 24, columns: int = 80) -> None:
+    def __init__(
+        self, *options: str, rows: int = 24, columns: int = 80, kernel: Path = KERNEL
+    ) -> None:
         self.seen = b""
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
             os.execve(
-                command()[0], command(*options), environment()
+                command()[0], command(*options, kernel=kernel), environment()
             )
 
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
@@ -35,6 +38,15 @@ class Terminal:
             assert ready, f"no {text!r} in {self.seen!r}"
             self.seen += os.read(self.master, 4096)
         self.seen = self.seen.partition(text.encode())[2]
+
+    def hear(self, duration_s: float) -> bytes:
+        """What is shown in so much time, behind what was waited for."""
+        until_s = time.monotonic() + duration_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            if select.select([self.master], [], [], left_s)[0]:
+                self.seen += os.read(self.master, 4096)
+        heard, self.seen = self.seen, b""
+        return heard
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())

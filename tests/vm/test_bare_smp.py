@@ -1,4 +1,4 @@
-"""Guests of a few instructions on several real vCPUs: starting them, stopping them, one failing."""
+"""Guests of a few instructions on several real vCPUs: they start, stop, pause, fail and halt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
 from pyvmm.runner import Runner
 from pyvmm.vcpu_loop import VcpuLoop
+from pyvmm.vcpus import FIRST_WINDOW_S
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.cpu_model import parse_cpu_option
 from tests.support.bare import LONG_MODE_ENTRY, MEMORY_BYTES, assemble
@@ -31,12 +33,16 @@ pytestmark = pytest.mark.bare
 CPUS = 8
 STARTED_ENTRY = 0x10000  # where start_processors.S has the others begin
 STOP_S = 0.05
-"""How soon the end of a run is to reach every vCPU."""
+"""How soon the end of a run, or a pause, is to reach every vCPU."""
+COUNTER = 0x180000  # of count.S
+HALT, WAIT = b"\xfa\xf4", b"\xfb\xf4"  # cli or sti, then hlt, in any mode
+SOON_S = 3 * FIRST_WINDOW_S
+"""How soon a halt is to be noticed that nobody announces."""
 
 
 @dataclass
 class Smp:
-    """A runner with ``CPUS`` vCPUs, of which none has run yet."""
+    """A runner with some vCPUs, of which none has run yet."""
 
     memory: GuestMemory
     loops: list[VcpuLoop]
@@ -62,7 +68,7 @@ class Smp:
 
 
 @contextlib.contextmanager
-def machine(*, irqchip: bool) -> Iterator[Smp]:
+def machine(*, irqchip: bool, cpus: int = CPUS) -> Iterator[Smp]:
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(contextlib.closing(Runner(Reporter(io.StringIO()))))
         memory = stack.enter_context(GuestMemory([(0, MEMORY_BYTES)]))
@@ -77,12 +83,12 @@ def machine(*, irqchip: bool) -> Iterator[Smp]:
         smp = Smp(memory, [], runner)
         pio.add(0x3F8, 1, smp)
         model = parse_cpu_option("host")
-        for index in range(CPUS):
+        for index in range(cpus):
             vcpu = stack.enter_context(vm.create_vcpu(index))
-            vcpu.set_cpuid(cpuid.build(kvm.supported_cpuid(), model, index, vcpu_count=CPUS))
+            vcpu.set_cpuid(cpuid.build(kvm.supported_cpuid(), model, index, vcpu_count=cpus))
             smp.loops.append(VcpuLoop(
                 vcpu, pio=pio, mmio=Bus("MMIO", 12), finish=runner.finish,
-                describe=functools.partial(str, f"vCPU {index}"),
+                describe=functools.partial(str, f"vCPU {index}"), machine=smp.loops,
             ))
         yield smp
         assert runner.stopped
@@ -121,6 +127,77 @@ def test_the_end_of_a_run_reaches_every_spinning_vcpu_at_once(tmp_path: Path) ->
             took_s.append(time_to_stop_s(smp))
     assert min(took_s) < STOP_S, took_s
     assert max(took_s) < 20 * STOP_S, took_s
+
+
+def test_a_pause_reaches_every_spinning_vcpu_at_once(tmp_path: Path) -> None:
+    """The best of five counts, as above; nobody runs until the guest is resumed."""
+    took_s: list[float] = []
+
+    def script(smp: Smp) -> None:
+        def count() -> int:
+            return smp.memory.read_int(COUNTER, 4)
+
+        for _ in range(5):
+            before = count()
+            while count() == before:
+                time.sleep(0.01)
+            started_s = time.monotonic()
+            assert smp.runner.pause()
+            took_s.append(time.monotonic() - started_s)
+            paused = count()
+            time.sleep(0.1)
+            assert count() == paused
+            smp.runner.resume()
+
+    with machine(irqchip=False) as smp:
+        for index in range(CPUS):
+            load(smp, assemble("count", LONG_MODE_ENTRY, tmp_path), index)
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(script, smp)
+            done.add_done_callback(lambda _: smp.runner.finish(Outcome(Kind.RESET)))
+            smp.runner.finish_after(60, Outcome(Kind.TIMEOUT))
+            assert smp.run().kind is Kind.RESET
+            done.result()
+    print(f"paused within {', '.join(f'{1000 * s:.1f}' for s in took_s)} ms")
+    assert min(took_s) < STOP_S, took_s
+    assert max(took_s) < 20 * STOP_S, took_s
+
+
+@pytest.mark.parametrize("name", ["halt", "spin"])
+def test_a_run_may_begin_and_end_paused(tmp_path: Path, name: str) -> None:
+    with machine(irqchip=False) as smp:
+        for index in range(CPUS):
+            load(smp, assemble(name, LONG_MODE_ENTRY, tmp_path), index)
+        assert smp.runner.pause()
+        assert time_to_stop_s(smp) < 20 * STOP_S
+        assert {loop.vcpu.get_regs().rip for loop in smp.loops} == {LONG_MODE_ENTRY}
+
+
+@pytest.mark.parametrize("others", [None, b"", HALT])
+def test_a_halt_for_good_is_noticed_though_nobody_says_so(
+    tmp_path: Path, others: bytes | None
+) -> None:
+    """Of one vCPU (None), or of two of which the second is not started (b""), or halts too."""
+    with machine(irqchip=True, cpus=1 if others is None else 2) as smp:
+        smp.memory.write(STARTED_ENTRY, others or b"\0")
+        load(smp, assemble("start_and_halt", LONG_MODE_ENTRY, tmp_path), 0)
+        smp.runner.finish_after(20, Outcome(Kind.TIMEOUT))
+        started_s = time.monotonic()
+        assert smp.run() == Outcome(Kind.SHUTDOWN, detail="halted with interrupts off")
+        assert time.monotonic() - started_s < SOON_S
+
+
+@pytest.mark.parametrize(("name", "other"), [("wait", b""), ("start_and_halt", WAIT)])
+def test_one_vcpu_that_waits_for_an_interrupt_is_enough_to_go_on(
+    tmp_path: Path, name: str, other: bytes
+) -> None:
+    with machine(irqchip=True, cpus=2) as smp:
+        smp.memory.write(STARTED_ENTRY, other)
+        load(smp, assemble(name, LONG_MODE_ENTRY, tmp_path), 0)
+        smp.runner.finish_after(4 * FIRST_WINDOW_S, Outcome(Kind.TIMEOUT))
+        assert smp.run().kind is Kind.TIMEOUT
+        # It was looked at, but seldom.
+        assert 1 <= max(loop.exits.other for loop in smp.loops) <= 8
 
 
 def test_the_boot_processor_starts_all_others(tmp_path: Path) -> None:

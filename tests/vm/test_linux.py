@@ -88,6 +88,25 @@ def test_ways_to_end(image: Path, ending: str, status: int, words: str) -> None:
     assert (run.status, words in run.messages) == (status, True), run.console + run.messages
 
 
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_halt_that_the_kernel_does_not_announce_ends_the_run(image: Path, cpus: int) -> None:
+    run = boot(
+        "--disk", image, "-v", "--cpus", str(cpus), append=f"loglevel=0 {run_in_guest('halt -f')}"
+    )
+    assert "System halted" not in run.console
+    assert run.status == 0, run.console + run.messages
+    assert "guest shut down: halted with interrupts off" in run.messages
+
+
+def test_an_idle_guest_is_left_alone(image: Path) -> None:
+    """It is looked at twice in this time, from outside once its CPUs do nothing."""
+    run = boot("--disk", image, "-v", "--cpus", "2", append=run_in_guest("sleep 15; exit 3"))
+    assert run.status == 3, run.console + run.messages
+    found = re.search(r"exits: .*other (\d+)", run.messages)
+    assert found, run.messages
+    assert int(found[1]) < 20, "looking for a halt is not polling"
+
+
 def test_a_triple_fault_shows_where(image: Path) -> None:
     run = boot(
         "--disk", image, append=run_in_guest("echo triple > /sys/kernel/reboot/type; reboot -f"),

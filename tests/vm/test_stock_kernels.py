@@ -5,12 +5,14 @@ A boot of Debian's takes a dozen seconds in the lab, so each one shows all it ca
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 
-from tests.support.guest import IMAGE, USER_SPACE, Run, boot, run_in_guest
+from tests.support.guest import IMAGE, TOOLS, USER_SPACE, Run, boot, run_in_guest
 from tests.support.stock import BACKPORTS, STABLE, boot_stock, stock_kernel
+from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.kvm
 
@@ -80,6 +82,24 @@ def test_the_clock_tells_the_hosts_time_and_may_be_absent() -> None:
     assert abs(int(run.lines("clock ")[0])) <= 2
     run = boot_stock(STABLE, script, "--rtc", "none")
     assert (run.lines("clock "), run.lines("looked")) == ([], [""]), run.console + run.messages
+
+
+def test_a_pause_is_no_lock_up_to_the_guests_watchdog() -> None:
+    kernel = stock_kernel(STABLE)
+    script = (
+        "echo 2 > /proc/sys/kernel/watchdog_thresh; (while :; do :; done)& sleep 3; echo rea''dy;"
+        " sleep 12; echo locked up $(dmesg | grep -c 'soft lock[u]p') times; exit 0"
+    )
+    options = ("--initrd", str(kernel.initramfs), "--disk", f"{TOOLS},snapshot", "--append",
+               f"root=/dev/vda quiet {run_in_guest(script)}")
+    with contextlib.closing(Terminal(*options, kernel=kernel.vmlinuz)) as terminal:
+        terminal.wait_for("ready")
+        terminal.type("\x01p")
+        terminal.wait_for("paused")
+        terminal.hear(8.0)  # the watchdog barks after twice its threshold
+        terminal.type("\x01p")
+        terminal.wait_for("locked up 0 times")
+        assert terminal.status() == 0
 
 
 def test_without_acpi_debians_kernel_finds_no_disk_and_is_told_why() -> None:

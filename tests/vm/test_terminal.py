@@ -58,6 +58,16 @@ def test_ctrl_a_x_quits_and_restores_the_terminal(shell: Terminal) -> None:
     assert termios.tcgetattr(shell.master)[3] & (termios.ICANON | termios.ECHO)
 
 
+def test_ctrl_a_p_pauses_the_guest_and_what_is_typed_waits(shell: Terminal) -> None:
+    shell.type("\x01p")
+    shell.wait_for("paused; Ctrl-A p resumes")
+    shell.type("echo $((6 * 7))\r")
+    assert shell.hear(1.0).strip() == b""
+    shell.type("\x01p")
+    shell.wait_for("resumed")
+    shell.wait_for("42")
+
+
 def test_a_signal_restores_the_terminal(shell: Terminal) -> None:
     os.kill(shell.pid, signal.SIGTERM)
     assert shell.status() == 128 + signal.SIGTERM
