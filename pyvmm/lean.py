@@ -1,6 +1,6 @@
-"""What the boot path has in place of ``typing`` and ``dataclasses``.
+"""What the boot path has in place of ``typing``, ``dataclasses`` and ``pathlib``.
 
-Those two, with what they import and the code that ``@dataclass`` writes and compiles at every
+The first two, with what they import and the code that ``@dataclass`` writes and compiles at every
 start, were a third of the time to the first guest instruction.  docs/architecture.md, "What the
 boot path may import", has the rule; tests/test_imports.py holds the code to it.
 
@@ -11,8 +11,10 @@ has the constructor and the immutability of a frozen keyword-only dataclass.
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
-__all__ = ["TYPE_CHECKING", "Protocol", "Record"]
+__all__ = ["TYPE_CHECKING", "Protocol", "Record", "cache_path"]
 
 if TYPE_CHECKING:
     from typing import Any, ClassVar, Protocol, Self, dataclass_transform
@@ -105,3 +107,12 @@ class Record(metaclass=_RecordType):
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
         return f"{type(self).__name__}({fields})"
+
+
+def cache_path() -> str:
+    """The cache directory: ``$PYVMM_CACHE``, else ``$XDG_CACHE_HOME/pyvmm``, else
+    ``~/.cache/pyvmm``.  It may not be there."""
+    if chosen := os.environ.get("PYVMM_CACHE"):
+        return os.path.abspath(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "pyvmm")

@@ -333,6 +333,16 @@ class Machine:
         return self._watch.has_printed
 
     @property
+    def waits_for_root(self) -> bool:
+        """Whether the kernel said that it waits for its root."""
+        return self._watch.waits_for_root
+
+    @property
+    def reached_init(self) -> bool:
+        """Whether the kernel said that it starts a program, or the guest's init that it runs."""
+        return self._watch.reached_init
+
+    @property
     def marks(self) -> tuple[Mark, ...]:
         """What the guest wrote to the boot timer."""
         return self._timer.marks
