@@ -175,8 +175,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             ]
             # Not on this thread: it moves the console's bytes, for which the device may wait.
             resize_news = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
-            others = [source for slot in slots[len(disks) :] for source in slot.sources]
-            workers.append(("virtio", [*others, resize_news]))
+            workers.append(("console", [*slots[len(disks)].sources, resize_news]))
+            # A thread of its own, since the console's may wait for a terminal that takes nothing.
+            workers.append(("entropy", slots[-1].sources))
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
                 receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
