@@ -44,11 +44,9 @@ def test_a_root_that_is_not_there_is_a_panic_with_a_remedy() -> None:
     (None, ("--discovery", "acpi"), "CONFIG_ACPI (virtio-mmio discovery by ACPI): no disk"),
 ])
 def test_what_the_kernel_lacks_is_read_from_it_after_a_panic_and_said_before_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: bytes | None, options: tuple[str, ...],
-    lacks: str,
+    tmp_path: Path, disk: bytes | None, options: tuple[str, ...], lacks: str
 ) -> None:
     """Our kernel has neither."""
-    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
     image = tmp_path / "disk.img"
     image.write_bytes(disk or IMAGE.read_bytes()[:1 << 20])
     for number in range(2):
@@ -58,10 +56,7 @@ def test_what_the_kernel_lacks_is_read_from_it_after_a_panic_and_said_before_the
         assert run.messages.count(line) == number + 1, run.messages
 
 
-def test_a_kernel_that_waits_for_its_root_in_vain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
+def test_a_kernel_that_waits_for_its_root_in_vain() -> None:
     run = boot("--disk", f"{IMAGE},snapshot", "--discovery", "acpi", append="rootwait",
                timeout_s=10)
     assert run.status == 124, run.console + run.messages
@@ -80,11 +75,9 @@ def test_an_ext2_root_is_mounted_by_ext4(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernel", ["ours", "acpi", STABLE, BACKPORTS])
 def test_nothing_is_said_of_kernels_that_boot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    kernel: str,
+    capsys: pytest.CaptureFixture[str], kernel: str
 ) -> None:
     """Every way in which the other tests of this directory boot them."""
-    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
     disk = ["--disk", f"{TOOLS},snapshot"]
     ways = [[], ["--cpus", "8"], ["--append", "console=hvc0"], ["--mmio", "trapped"]]
     if kernel in (STABLE, BACKPORTS):
