@@ -16,6 +16,9 @@ _PANIC_END = _END_MARK + b"Kernel panic"
 _HALTED = (b"reboot: System halted", b"reboot: Power down")
 _USER_SPACE = b"pyvmm-init: user space reached"
 _CANNOT_MOUNT = b"pyvmm-initramfs: cannot mount the root"
+# init/main.c and init/do_mounts.c; "quiet" hides both.
+_RUNS, _AS_INIT = b"Run ", b" as init process"
+_WAITS_FOR_ROOT = b"Waiting for root device "
 PANIC_GRACE_S = 2.0
 """How long after a panic's first line the guest may go on printing, if it does not reboot."""
 SENT_LIMIT = 32 * 1024
@@ -39,6 +42,8 @@ class ConsoleWatch:
     """Reads along on the guest's console: a panic, a halt, user space.
 
     ``user_space_seen_s`` is when the guest's init said hello, on CLOCK_BOOTTIME, or None.
+    ``reached_init`` is whether the kernel said that it starts one, ``waits_for_root`` whether it
+    said that it waits for its root (``rootwait``).
     """
 
     def __init__(self, runner: Ender) -> None:
@@ -50,6 +55,8 @@ class ConsoleWatch:
         self._mount_error = ""
         self._sent: dict[int, bytearray] = {}
         self.has_printed = False
+        self.waits_for_root = False
+        self.reached_init = False
         self.user_space_seen_s: float | None = None
 
     def feed(self, data: bytes) -> None:
@@ -114,6 +121,7 @@ class ConsoleWatch:
         self._has_stamps = self._has_stamps or len(texts(line)) > 1
         if self.user_space_seen_s is None and line.startswith(_USER_SPACE):
             self.user_space_seen_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+            self.reached_init = True
             return
         if line.startswith(_CANNOT_MOUNT):
             said = line.removeprefix(b"pyvmm-initramfs: ")
@@ -133,6 +141,11 @@ class ConsoleWatch:
             if message.startswith(_HALTED):
                 self._runner.watch_for_halt()
                 return
+            if not self.reached_init:
+                if message.startswith(_RUNS) and message.endswith(_AS_INIT):
+                    self.reached_init = True
+                elif message.startswith(_WAITS_FOR_ROOT):
+                    self.waits_for_root = True
 
     def _messages(self, line: bytes) -> list[bytes]:
         """What may be a message of printk on ``line``: if the kernel stamps what it says, what has

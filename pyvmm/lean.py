@@ -1,4 +1,4 @@
-"""What the boot path has in place of ``typing``, ``dataclasses`` and ``enum``.
+"""What the boot path has in place of ``typing``, ``dataclasses``, ``enum`` and ``pathlib``.
 
 The first two, with what they import and the code that ``@dataclass`` writes and compiles at every
 start, were a third of the time to the first guest instruction; to make the classes of 25
@@ -16,8 +16,12 @@ their members are what they were set to, plain integers and texts: members have 
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
-__all__ = ["TYPE_CHECKING", "IntEnum", "IntFlag", "Protocol", "Record", "StrEnum", "name_of"]
+__all__ = [
+    "TYPE_CHECKING", "IntEnum", "IntFlag", "Protocol", "Record", "StrEnum", "cache_path", "name_of"
+]
 
 if TYPE_CHECKING:
     from enum import Enum, IntEnum, IntFlag, StrEnum
@@ -148,3 +152,12 @@ class Record(metaclass=_RecordType):
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
         return f"{type(self).__name__}({fields})"
+
+
+def cache_path() -> str:
+    """The cache directory: ``$PYVMM_CACHE``, else ``$XDG_CACHE_HOME/pyvmm``, else
+    ``~/.cache/pyvmm``.  It may not be there."""
+    if chosen := os.environ.get("PYVMM_CACHE"):
+        return os.path.abspath(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "pyvmm")

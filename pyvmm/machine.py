@@ -22,13 +22,11 @@ from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm.abi import (
-    KVM_CAP_COALESCED_MMIO,
-    KVM_CAP_COALESCED_PIO,
     KVM_CAP_MAX_VCPUS,
     KVM_CAP_READONLY_MEM,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
-from pyvmm.kvm.handles import Kvm, Vcpu
+from pyvmm.kvm.handles import Kvm
 from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
@@ -50,7 +48,6 @@ from pyvmm.x86.reset_vector import write_reset_vector
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyvmm.kvm.exits import CoalescedRing
     from pyvmm.vhost_user.block import VhostUserBlock
     from pyvmm.virtio.block import BlockDevice
 
@@ -139,7 +136,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         loops: list[VcpuLoop] = []
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
         uart = PolledUart(
-            serial, ring=_coalesced_ring(kvm, vcpus[0]),
+            # Gathered, nobody knows which vCPU sent what, as ConsoleWatch does to tell lines apart.
+            serial, ring=vcpus[0].coalesced_ring(kvm.ring_page) if config.cpus == 1 else None,
             gather=functools.partial(vm.gather_port, layout.SERIAL_PORT),
             begin=functools.partial(os.eventfd_write, polled_fd, 1),
         )
@@ -186,9 +184,10 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             ]
             # Not on this thread: it moves the console's bytes, for which the device may wait.
             resize_news = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
-            others = [source for slot in slots[len(disks) :] for source in slot.sources]
             polled_news = IoSource(polled_fd, uart.tick)
-            workers.append(("virtio", [*others, resize_news, polled_news]))
+            workers.append(("console", [*slots[len(disks)].sources, resize_news, polled_news]))
+            # A thread of its own, since the console's may wait for a terminal that takes nothing.
+            workers.append(("entropy", slots[-1].sources))
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
                 receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
@@ -204,13 +203,6 @@ def _check_cpus(kvm: Kvm, cpus: int) -> None:
     limit = kvm.check_extension(KVM_CAP_MAX_VCPUS) or 4
     if cpus > limit:
         raise ConfigError(f"--cpus {cpus}", f"this host's KVM allows at most {limit}")
-
-
-def _coalesced_ring(kvm: Kvm, vcpu: Vcpu) -> CoalescedRing | None:
-    """Where KVM gathers writes to ports; None if this one cannot."""
-    if not kvm.check_extension(KVM_CAP_COALESCED_PIO):
-        return None
-    return vcpu.coalesced_ring(kvm.check_extension(KVM_CAP_COALESCED_MMIO))
 
 
 def _open_console(config: RunConfig) -> Console:
@@ -363,6 +355,16 @@ class Machine:
     def has_printed(self) -> bool:
         """Whether anything came out of the guest's console."""
         return self._watch.has_printed
+
+    @property
+    def waits_for_root(self) -> bool:
+        """Whether the kernel said that it waits for its root."""
+        return self._watch.waits_for_root
+
+    @property
+    def reached_init(self) -> bool:
+        """Whether the kernel said that it starts a program, or the guest's init that it runs."""
+        return self._watch.reached_init
 
     @property
     def marks(self) -> tuple[Mark, ...]:

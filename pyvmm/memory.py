@@ -19,6 +19,8 @@ from pyvmm.errors import GuestMemoryError, HostError
 
 PAGE_SIZE = 4096
 _MAP_NORESERVE = 0x4000  # mmap.MAP_NORESERVE came with Python 3.13
+_MREMAP_TO = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
+_MAP_FAILED = (1 << 64) - 1
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -179,3 +181,27 @@ class GuestMemory:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def replace_page(page: mmap.mmap, content: bytes) -> None:
+    """Make ``content`` what the one page of ``page`` holds, all at once for whoever reads it.
+
+    Stores arrive one by one; here another page takes the place of this one, in a single step of
+    the host's page table, which a guest follows that has the page mapped.  Views of ``page`` stay
+    good; what is stored into it meanwhile is lost.  OSError if the host cannot, and has not.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+    address, length = ctypes.c_void_p, ctypes.c_size_t
+    libc.mmap.argtypes = (address, length, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.mremap.argtypes = (address, length, length, ctypes.c_int, address)
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+    fresh = libc.mmap(None, PAGE_SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if fresh == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), "mmap")
+    ctypes.memmove(fresh, content, PAGE_SIZE)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    if libc.mremap(fresh, PAGE_SIZE, PAGE_SIZE, _MREMAP_TO, place) == _MAP_FAILED:
+        error = ctypes.get_errno()
+        libc.munmap(ctypes.c_void_p(fresh), ctypes.c_size_t(PAGE_SIZE))
+        raise OSError(error, "mremap")

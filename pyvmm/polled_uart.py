@@ -26,7 +26,7 @@ QUIET_TICKS = 10
 
 
 class PolledUart:
-    """A BusDevice before ``uart``; only that while ``ring`` is None, for a KVM that cannot gather.
+    """A BusDevice before ``uart``; only that if ``ring`` is None.
 
     ``gather`` has KVM gather what is written to the UART's first port, or no longer; KvmError if it
     cannot.  ``begin`` has ``tick`` called, from any thread, and again after as many seconds as

@@ -224,3 +224,26 @@ def test_the_last_that_each_vcpu_has_sent_is_kept_and_no_more(runner: FakeRunner
     watch = ConsoleWatch(runner)
     send(watch, *TORN, ("panic", much), ("tty", much))
     assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET
+
+
+@pytest.mark.parametrize(("line", "reached"), [
+    (b"[    0.4] Run /sbin/init as init process\n", True),
+    (b"[    0.4] Run /init as init process\n", True),
+    (b"pyvmm-init: user space reached after 0.3 s\n", True),
+    (b"[    0.4] Run /sbin/init as init\n", False),
+    (b"[    0.4] VFS: Mounted root (ext4 filesystem) readonly on device 254:0.\n", False),
+])
+def test_whether_the_kernel_came_as_far_as_an_init(
+    runner: FakeRunner, line: bytes, reached: bool
+) -> None:
+    watch = ConsoleWatch(runner)
+    assert not watch.reached_init
+    watch.feed(line)
+    assert watch.reached_init is reached
+    assert not watch.waits_for_root
+
+
+def test_a_kernel_that_waits_for_its_root(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    watch.feed(b"[    0.4] Waiting for root device /dev/vda...\r\n")
+    assert (watch.waits_for_root, watch.reached_init) == (True, False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kernels import ElfSegment, elf
+from tests.support.kernels import COMPLETE_CONFIG, ElfSegment, elf, with_ikconfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = (
@@ -115,3 +115,34 @@ def test_a_disk_needs_only_what_a_file_is_served_by(tmp_path: Path, disk: Path) 
         assert f"pyvmm.storage.{late}" not in ours
     assert not any(name.startswith(("pyvmm.vhost_user", "pyvmm.driver")) for name in ours)
     assert len(ours) <= MAX_OURS_WITH_DISK
+
+
+def test_a_kernel_that_is_remembered_costs_a_start_little(tmp_path: Path, disk: Path) -> None:
+    """What ``pyvmm kernel inspect`` left is judged without what read it."""
+    kernel = tmp_path / "bzImage"
+    kernel.write_bytes(with_ikconfig(COMPLETE_CONFIG))
+    look = (
+        "import os\n"
+        f"os.environ['PYVMM_CACHE'] = {str(tmp_path / 'cache')!r}\n"
+        "from pyvmm.cli.main import main\n"
+        "main(['kernel', 'inspect', sys.argv[1]])"
+    )
+    new_modules(look, str(kernel))
+    judge = (
+        "import os\n"
+        f"os.environ['PYVMM_CACHE'] = {str(tmp_path / 'cache')!r}\n"
+        "from pyvmm.cli import explain, run\n"
+        "from pyvmm.cli.options import parse_options\n"
+        "config = run.config_from(parse_options(run.COMMAND, sys.argv[1:]))\n"
+        "assert run._has_known_configuration(config.kernel)\n"
+        "assert explain.before(config) == []\n"
+    )
+    found = new_modules(judge, "--kernel", str(kernel), "--disk", str(disk))
+    allowed = new_modules("\n".join(f"import {name}" for name in (*ALLOWED, "__future__")))
+    others = {name for name in found if name.partition(".")[0] != "pyvmm"}
+    assert others - allowed == set()
+    assert sorted(name for name in found if name.startswith("pyvmm.linux.")) == [
+        f"pyvmm.linux.{name}" for name in (
+            "file_systems", "formats", "guest", "options", "remembered", "requirements"
+        )
+    ]

@@ -1,7 +1,8 @@
 """Why a kernel will not boot here, or has not: what its configuration says, in lines for a person.
 
 Imported only where there is something to explain: before a boot if a configuration lies beside the
-kernel, and after a boot that failed.
+kernel or is remembered from an earlier look, and after a boot that failed.  What judges imports
+little (``linux.requirements``); what reads and unpacks kernels is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -9,58 +10,115 @@ from __future__ import annotations
 import contextlib
 import os
 
+from pyvmm.cli.run import remembered_path
 from pyvmm.config import DiskConfig, RunConfig
+from pyvmm.lean import TYPE_CHECKING
 from pyvmm.linux.file_systems import HEAD_BYTES
-from pyvmm.linux.requirements import Problem
+from pyvmm.linux.guest import Boot, describe
+from pyvmm.linux.remembered import covers, recall, remember
+from pyvmm.linux.requirements import problems
 from pyvmm.outcome import MAYBE_SILENT, Kind, Outcome
-from pyvmm.x86.inspect import missing_options
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from pyvmm.linux.options import KernelConfig
 
 _NO_ROOT = ("Unable to mount root", "cannot mount the root", "No working init found")
 
 
 def before(config: RunConfig) -> list[str]:
-    """What a configuration beside the kernel says against booting it; [] if nothing."""
-    return [f"{config.kernel}: {problem}" for problem in _problems(config, unpack=False)]
+    """What is known against booting this kernel so; [] if nothing.  Nothing is unpacked for it."""
+    boot = _boot(config)
+    kernel_config = _configuration(config.kernel, boot, unpack=False)
+    return [] if kernel_config is None else _lines(config, boot, kernel_config)
 
 
-def after(config: RunConfig, outcome: Outcome, *, has_printed: bool) -> list[str]:
-    """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked."""
-    if outcome.kind is Kind.PANIC and any(text in outcome.detail for text in _NO_ROOT):
-        found = [f"{config.kernel}: {problem}" for problem in _problems(config, unpack=True)]
-        return found or [
-            f"the root could not be mounted: root= and --disk must name it, and {config.kernel} "
-            "must have its driver and file system (pyvmm kernel inspect says)"
-        ]
-    if not has_printed and outcome.kind in MAYBE_SILENT:
+def after(
+    config: RunConfig,
+    outcome: Outcome,
+    *,
+    has_printed: bool,
+    waits_for_root: bool = False,
+    reached_init: bool = False,
+) -> list[str]:
+    """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked.
+
+    The others say what the console showed: anything at all, that the kernel waits for its root
+    (``rootwait``), that it started a program.
+    """
+    is_stuck = outcome.kind is Kind.TIMEOUT and not reached_init
+    is_silent = not has_printed and outcome.kind in MAYBE_SILENT
+    has_no_root = (is_stuck and waits_for_root) or (
+        outcome.kind is Kind.PANIC and any(text in outcome.detail for text in _NO_ROOT)
+    )
+    if not (has_no_root or is_silent or is_stuck):
+        return []
+    boot = _boot(config)
+    found = _lines(config, boot, _configuration(config.kernel, boot, unpack=True))
+    if is_silent and not has_no_root:
         words = config.kernel_command_line().split()
         consoles = [word for word in words if word.startswith("console=")]
         told = " ".join(consoles) or "none"
         return [
             f"the kernel printed nothing: its consoles are {told}; console=ttyS0 is the serial "
             f"port (or earlyprintk=ttyS0 for the first of it)",
-            *(f"{config.kernel}: {problem}" for problem in _problems(config, unpack=True)),
+            *found,
         ]
-    return []
+    if has_no_root and not found:
+        return [
+            f"the root could not be mounted: root= and --disk must name it, and {config.kernel} "
+            "must have its driver and file system (pyvmm kernel inspect says)"
+        ]
+    return found
 
 
-def _problems(config: RunConfig, *, unpack: bool) -> list[Problem]:
-    return missing_options(
-        config.kernel, initrd=config.initrd, disk_head=_disk_head(config), unpack=unpack,
-        acpi_off=config.discovery == "cmdline"
-        or "acpi=off" in config.kernel_command_line().split(),
+def _lines(config: RunConfig, boot: Boot, kernel_config: KernelConfig | None) -> list[str]:
+    guest = describe(boot, kernel_config)
+    found = [] if kernel_config is None else problems(kernel_config, guest)
+    return [*guest.mistakes, *(f"{config.kernel}: {problem}" for problem in found)]
+
+
+def _configuration(
+    kernel: str | PathLike[str], boot: Boot, *, unpack: bool
+) -> KernelConfig | None:
+    """What ``kernel`` was built with: as remembered, else read and, from now on, remembered."""
+    try:
+        entry = remembered_path(kernel)
+    except (OSError, ValueError):
+        return None
+    found = recall(entry)
+    # What the kernel has inside is the truth; a file beside it may be another kernel's.
+    is_final = found is not None and not (unpack and os.path.isabs(found.source))
+    if found is not None and is_final and covers(found, describe(boot, found)):
+        return found
+    from pyvmm.x86.inspect import read_configuration
+
+    found = read_configuration(kernel, unpack=unpack)
+    if found is not None:
+        remember(entry, found)
+    return found
+
+
+def _boot(config: RunConfig) -> Boot:
+    initrd = None if config.initrd is None else _read(os.fspath(config.initrd), 0)
+
+    def read_disk(index: int, offset: int) -> bytes:
+        disk = config.disks[index]
+        return _read(disk.location, offset) if isinstance(disk, DiskConfig) else b""
+
+    return Boot(
+        command_line=config.kernel_command_line(), cpus=config.cpus, disks=len(config.disks),
+        acpi=config.discovery != "cmdline", initrd=initrd, read_disk=read_disk,
     )
 
 
-def _disk_head(config: RunConfig) -> bytes | None:
-    """The first bytes of the first disk: none of them if it is no file; None without a disk."""
-    if not config.disks:
-        return None
-    disk = config.disks[0]
-    if isinstance(disk, DiskConfig):
-        with contextlib.suppress(OSError, ValueError):
-            fd = os.open(disk.location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                return os.pread(fd, HEAD_BYTES, 0)
-            finally:
-                os.close(fd)
+def _read(path: str, offset: int) -> bytes:
+    """The start of a file or disk; nothing if it is none, and may not be looked into."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            return os.pread(fd, HEAD_BYTES, offset)
+        finally:
+            os.close(fd)
     return b""

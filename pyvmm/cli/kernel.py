@@ -8,21 +8,53 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from pyvmm.cli.run import remembered_path
 from pyvmm.errors import ConfigError
+from pyvmm.linux import config as linux_config
 from pyvmm.linux import debian
 from pyvmm.linux.cache import cache_directory
-from pyvmm.linux.compression import Compression
+from pyvmm.linux.compression import Compression, UnpackError
 from pyvmm.linux.config import KernelConfig
-from pyvmm.linux.requirements import Finding, Guest, State, judge, problems
+from pyvmm.linux.file_systems import SQUASHFS_COMPRESSORS
+from pyvmm.linux.guest import Guest
+from pyvmm.linux.remembered import remember
+from pyvmm.linux.requirements import (
+    FILE_SYSTEMS,
+    Finding,
+    State,
+    judge,
+    problems,
+)
 from pyvmm.x86.image import dotted
 from pyvmm.x86.inspect import Inspection, inspect
 
 CANNOT_BOOT_STATUS = 1
 
+_ALONE = Guest()
+_WITH_INITRD = Guest(initrd_compression=Compression.GZIP)
+# What some runs ask for beside that, and others do not.
+_SPECIAL = (
+    ("with an initramfs", (
+        *(Guest(initrd_compression=kind) for kind in Compression),
+        Guest(initrd_compression=Compression.NONE, is_ram_disk=True),
+    )),
+    ("with console=hvc0", (Guest(console="hvc0"),)),
+    ("with --cpus 2", (Guest(cpus=2),)),
+    ("with --discovery acpi", (Guest(cmdline_devices=False),)),
+    ("with --discovery cmdline or acpi=off", (Guest(acpi=False), Guest(acpi=False, cpus=2))),
+    ("with the root on a partition", (Guest(partitions="gpt"), Guest(partitions="dos"))),
+    ("with the root on another file system", (
+        *(Guest(file_system=name) for name in FILE_SYSTEMS),
+        *(Guest(file_system="squashfs", squashfs=name)
+          for name in filter(None, SQUASHFS_COMPRESSORS)),
+    )),
+)
+
 DESCRIPTION = """\
 inspect says what a kernel file is and, where the kernel or its configuration tells, whether it can
 boot here, naming each option that is missing.  The configuration is the one inside the kernel
-(CONFIG_IKCONFIG), else config-VERSION beside it, else .config of the tree it was built in.
+(CONFIG_IKCONFIG), else config-VERSION beside it, else .config of the tree it was built in.  It is
+remembered: pyvmm run then says before the boot what that one lacks.
 
 fetch unpacks Debian's kernel for virtual machines (linux-image-cloud-amd64) into ~/.cache/pyvmm
 (PYVMM_CACHE says where else) and prints where its files are; nothing is installed.  With them is
@@ -85,6 +117,11 @@ def kernel_main(argv: list[str]) -> int:
 
 def _fetch(backports: bool, version: str | None) -> int:
     kernel = debian.fetch(cache_directory(), _say, backports=backports, version=version)
+    with contextlib.suppress(OSError, UnpackError):
+        found = linux_config.read(kernel.config)
+        for path in (kernel.vmlinuz, kernel.vmlinux):
+            if found is not None:
+                remember(remembered_path(path), found)
     print(f"version    {kernel.version} (Linux {kernel.release})")
     print(f"kernel     {kernel.vmlinuz}")
     print(f"vmlinux    {kernel.vmlinux}")
@@ -100,9 +137,13 @@ def _inspect(path: str, config_file: str | None) -> int:
     if found.config is None:
         print(f"{'boots here':<15}not known: {_why_unknown(found)}")
         return 0
-    print()
-    for finding in _findings(found.config):
-        print(f"{finding.state.value:<9}{finding.requirement.purpose:<24}{finding}")
+    if config_file is None:
+        with contextlib.suppress(OSError):
+            remember(remembered_path(path), found.config)
+    for title, findings in _findings(found.config):
+        print(f"\n{title}:" if title else "")
+        for finding in findings:
+            print(f"{finding.state.value:<9}{finding.requirement.purpose:<37}{finding}")
     verdict, can_boot = _verdict(found.config)
     print(f"\n{'boots here':<15}{verdict}")
     return 0 if can_boot else CANNOT_BOOT_STATUS
@@ -136,24 +177,30 @@ def _why_unknown(found: Inspection) -> str:
     return "no configuration is in the kernel or lies beside it (--config FILE)"
 
 
-def _findings(config: KernelConfig) -> list[Finding]:
-    """What a guest needs without an initramfs, then what it also needs with one."""
-    found = judge(config, Guest())
-    known = {finding.requirement for finding in found}
-    packed = judge(config, Guest(initrd_compression=Compression.GZIP))
-    return found + [finding for finding in packed if finding.requirement not in known]
+def _findings(config: KernelConfig) -> Iterator[tuple[str, list[Finding]]]:
+    """What every guest needs, under no title, then what others need beside it, by titles."""
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    for title, guests in (("", (_ALONE,)), *_SPECIAL):
+        found = []
+        for guest in guests:
+            for finding in judge(config, guest):
+                what = finding.requirement.purpose, finding.requirement.options
+                if what not in seen:
+                    seen.add(what)
+                    found.append(finding)
+        yield title, found
 
 
 def _verdict(config: KernelConfig) -> tuple[str, bool]:
     """Whether a guest with a disk of ext4 boots, in words and as an answer."""
-    alone = problems(config, Guest())
+    alone = problems(config, _ALONE)
     if not alone:
         return "yes, from a disk of ext4, without an initramfs", True
-    helped = problems(config, Guest(initrd_compression=Compression.GZIP))
+    helped = problems(config, _WITH_INITRD)
     if not helped:
         modules = [
             option
-            for finding in judge(config, Guest())
+            for finding in judge(config, _ALONE)
             if finding.state is State.MODULE
             for option, value in finding.settings
             if value == "m"

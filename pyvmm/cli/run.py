@@ -19,7 +19,7 @@ from pyvmm.config import (
     parse_size,
 )
 from pyvmm.devices.boot_timer import timing_lines
-from pyvmm.lean import TYPE_CHECKING
+from pyvmm.lean import TYPE_CHECKING, cache_path
 from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
 from pyvmm.report import Reporter, write_text_now
 from pyvmm.x86.cpu_model import parse_cpu_option
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from types import SimpleNamespace
 
     from pyvmm.cli.bundle import Bundle
+    from pyvmm.machine import Machine
 
 EPILOG = """\
 exit status:
@@ -149,8 +150,11 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     if not machine.console_line_ended:
         _end_line()
     lines = []
-    if outcome.kind in MAYBE_SILENT and (outcome.kind is Kind.PANIC or not machine.has_printed):
-        lines += _explain(config, outcome, has_printed=machine.has_printed)
+    if outcome.kind in MAYBE_SILENT and (
+        outcome.kind is Kind.PANIC or not machine.has_printed
+        or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
+    ):
+        lines += _explain(config, outcome, machine)
     if args.timing:
         lines += timing_lines(
             machine.marks, process_start_s=started_s, guest_start_s=guest_start_s, end_s=end_s
@@ -169,32 +173,58 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     return outcome.exit_status
 
 
-def _explain(config: RunConfig, outcome: Outcome, *, has_printed: bool) -> list[str]:
+def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]:
     from pyvmm.cli import explain
 
-    return explain.after(config, outcome, has_printed=has_printed)
+    return explain.after(
+        config, outcome, has_printed=machine.has_printed,
+        waits_for_root=machine.waits_for_root, reached_init=machine.reached_init,
+    )
 
 
 def _warn(config: RunConfig, report: Reporter) -> None:
     """Say what may be meant, but seldom is."""
     if not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
-    with contextlib.suppress(OSError):
-        folder = os.path.dirname(config.kernel) or "."
-        names = os.listdir(folder)
-        is_there = any(name == ".config" or name.startswith("config-") for name in names)
-        # arch/x86/boot/bzImage in the tree that it was built in.
-        if is_there or os.path.exists(f"{folder}/../../../.config"):
-            from pyvmm.cli import explain
+    if _has_known_configuration(config.kernel):
+        from pyvmm.cli import explain
 
-            for line in explain.before(config):
-                report(line)
+        for line in explain.before(config):
+            report(line)
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if config.memory_bytes > host_bytes:
         report(
             f"--memory {format_size(config.memory_bytes)} is more than this host has "
             f"({host_bytes >> 20}M): it may be killed when the guest uses it"
         )
+
+
+def _has_known_configuration(kernel: str | os.PathLike[str]) -> bool:
+    """Whether ``explain`` can know without unpacking it what ``kernel`` was built with.
+
+    Asked at every start, so that those of which nothing is known import nothing for it.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.exists(remembered_path(kernel)):
+            return True
+        links = [os.path.realpath(kernel)] if os.path.islink(kernel) else []
+        for path in (os.fspath(kernel), *links):
+            folder = os.path.dirname(path) or "."
+            names = os.listdir(folder)
+            if any(name == ".config" or name.startswith("config-") for name in names):
+                return True
+            # arch/x86/boot/bzImage in the tree that it was built in.
+            if os.path.exists(f"{folder}/../../../.config"):
+                return True
+    return False
+
+
+def remembered_path(kernel: str | os.PathLike[str]) -> str:
+    """Where ``linux.remembered`` keeps what is known of the file ``kernel``, under its identity;
+    OSError if it cannot be looked at."""
+    status = os.stat(kernel)
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return os.path.join(cache_path(), "configs", "-".join(f"{part:x}" for part in identity))
 
 
 def _end_line() -> None:

@@ -97,6 +97,13 @@ class Kvm(_Handle):
         """Bytes of a vCPU's run page and what follows it."""
         return ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
 
+    @property
+    def ring_page(self) -> int:
+        """Where writes to ports are gathered, in pages from the start of kvm_run; 0: nowhere."""
+        if not self.check_extension(abi.KVM_CAP_COALESCED_PIO):
+            return 0
+        return self.check_extension(abi.KVM_CAP_COALESCED_MMIO)
+
     def supported_cpuid(self) -> list[CpuidEntry]:
         """The CPUID this host can give a guest; KVM does not set the hypervisor bit in it."""
         count = 256
@@ -342,12 +349,12 @@ class Vcpu(_Handle):
         number: int = state.mp_state
         return number
 
-    def coalesced_ring(self, page: int) -> CoalescedRing:
+    def coalesced_ring(self, page: int) -> CoalescedRing | None:
         """What ``Vm.gather_port`` gathers, of any vCPU's writes; valid until this one is closed.
 
-        ``page`` is what KVM says of KVM_CAP_COALESCED_MMIO.
+        ``page`` is ``Kvm.ring_page``; None if that is 0.
         """
-        if self._ring is None:
+        if self._ring is None and page:
             at = page * mmap.PAGESIZE
             self._ring = CoalescedRing(memoryview(self._map)[at : at + mmap.PAGESIZE])
         return self._ring

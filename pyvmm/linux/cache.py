@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyvmm.errors import HostError
+from pyvmm.lean import cache_path
 
 Say = Callable[[str], None]
 """Takes a line for the person who waits."""
 
 
 def cache_directory() -> Path:
-    """``$PYVMM_CACHE``, else ``$XDG_CACHE_HOME/pyvmm``, else ``~/.cache/pyvmm``."""
-    if chosen := os.environ.get("PYVMM_CACHE"):
-        return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pyvmm"
+    """``lean.cache_path``: ``$PYVMM_CACHE``, or where else caches are."""
+    return Path(cache_path())
 
 
 def source_key(*files: str | Path) -> str:

@@ -9,67 +9,47 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import enum
 import importlib
 import lzma
 import os
 import shutil
 import subprocess
 import zlib
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.linux import lz4
+from pyvmm.linux.formats import Compression, detect
 from pyvmm.linux.host import install_command
 
+__all__ = ["Compression", "UnpackError", "decompress", "detect", "pieces"]
+
+PIECE_BYTES = 1 << 20
+"""What comes out is handed on in such pieces; of LZ4 in blocks of up to 8 MiB."""
 _XZ_MEMORY_BYTES = 256 << 20
 """The kernel's own scripts ask for a dictionary of at most 128 MiB."""
-_READ_BYTES = 1 << 20
+_FEED_BYTES = 64 << 10
+_PROGRAMS = {Compression.ZSTD: "zstd", Compression.LZO: "lzop"}
 
 
 class UnpackError(PyvmmError):
     """Compressed data is damaged, cut off, or larger than the limit; the text has no subject."""
 
 
-class Compression(enum.Enum):
-    """Formats by the names that Linux's configuration gives them (CONFIG_KERNEL_...)."""
-
-    NONE = "none"
-    GZIP = "GZIP"
-    XZ = "XZ"
-    LZ4 = "LZ4"
-    ZSTD = "ZSTD"
-    BZIP2 = "BZIP2"
-    LZMA = "LZMA"
-    LZO = "LZO"
-
-
-_MAGICS = (
-    (b"\x1f\x8b", Compression.GZIP),
-    (b"\xfd7zXZ\0", Compression.XZ),
-    (lz4.MAGIC, Compression.LZ4),
-    (b"\x28\xb5\x2f\xfd", Compression.ZSTD),
-    (b"BZh", Compression.BZIP2),
-    (b"\x5d\0\0", Compression.LZMA),
-    (b"\x89LZO\0\r\n\x1a\n", Compression.LZO),
-)
-_PROGRAMS = {Compression.ZSTD: "zstd", Compression.LZO: "lzop"}
-
-
 class _Decompressor(Protocol):
-    """What the standard library's decompressors have in common."""
+    """What the decompressors of bz2, lzma and zstd have in common."""
 
     @property
     def eof(self) -> bool:
         """Whether the end of the compressed data was reached."""
 
+    @property
+    def needs_input(self) -> bool:
+        """Whether nothing more comes out before more goes in."""
+
     def decompress(self, data: bytes, /, max_length: int) -> bytes:
-        """At most ``max_length`` bytes of what ``data`` unpacks to."""
-
-
-def detect(head: bytes) -> Compression:
-    """The format of a file that starts with ``head``; NONE if it is none of these."""
-    return next((kind for magic, kind in _MAGICS if head.startswith(magic)), Compression.NONE)
+        """At most ``max_length`` bytes of what ``data`` unpacks to; the rest is kept."""
 
 
 def decompress(data: bytes, *, limit: int) -> bytes:
@@ -79,41 +59,79 @@ def decompress(data: bytes, *, limit: int) -> bytes:
     UnpackError if it cannot be unpacked to at most ``limit`` bytes, HostError if this host has
     no program that could.
     """
+    return b"".join(pieces(data, limit=limit))
+
+
+def pieces(data: bytes, *, limit: int) -> Iterator[bytes]:
+    """``decompress`` a piece at a time: whoever has seen enough stops, and little is kept.
+
+    It raises as ``decompress`` does, which may be after some pieces; ``limit`` is never exceeded.
+    """
     kind = detect(data)
+    left = limit
     try:
-        match kind:
-            case Compression.NONE:
-                unpacked = data
-            case Compression.GZIP:
-                unpacked = _by_library(zlib.decompressobj(wbits=31), data, limit)
-            case Compression.XZ:
-                unpacked = _by_library(_xz(lzma.FORMAT_XZ), data, limit)
-            case Compression.LZMA:
-                unpacked = _by_library(_xz(lzma.FORMAT_ALONE), data, limit)
-            case Compression.BZIP2:
-                unpacked = _by_library(bz2.BZ2Decompressor(), data, limit)
-            case Compression.LZ4:
-                unpacked = lz4.decompress(data, limit=limit)
-            case Compression.ZSTD if (zstd := _zstd_module()) is not None:
-                unpacked = _by_library(zstd, data, limit)
-            case _:
-                unpacked = _by_program(_PROGRAMS[kind], data, limit)
+        with contextlib.closing(_open(kind, data, limit)) as unpacked:
+            for piece in unpacked:
+                left -= len(piece)
+                if left < 0:
+                    break
+                yield piece
     except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as error:
         raise UnpackError(f"{kind.value} data is damaged: {error}") from error
-    if len(unpacked) > limit:
+    if left < 0:
         raise UnpackError(f"{kind.value} data unpacks to more than the limit of {limit} bytes")
-    return unpacked
+
+
+def _open(kind: Compression, data: bytes, limit: int) -> Generator[bytes]:
+    match kind:
+        case Compression.NONE:
+            return (piece for piece in (data,))
+        case Compression.GZIP:
+            return _gunzip(data)
+        case Compression.XZ:
+            return _by_library(lambda: _xz(lzma.FORMAT_XZ), data)
+        case Compression.LZMA:
+            return _by_library(lambda: _xz(lzma.FORMAT_ALONE), data)
+        case Compression.BZIP2:
+            return _by_library(bz2.BZ2Decompressor, data)
+        case Compression.LZ4:
+            return lz4.blocks(data)
+        case Compression.ZSTD if (zstd := _zstd_module()) is not None:
+            return _by_library(lambda: zstd, data)
+        case _:
+            return _by_program(_PROGRAMS[kind], data, limit)
 
 
 def _xz(container: int) -> lzma.LZMADecompressor:
     return lzma.LZMADecompressor(format=container, memlimit=_XZ_MEMORY_BYTES)
 
 
-def _by_library(decompressor: _Decompressor, data: bytes, limit: int) -> bytes:
-    unpacked = decompressor.decompress(data, limit + 1)
-    if not decompressor.eof and len(unpacked) <= limit:
+def _gunzip(data: bytes) -> Generator[bytes]:
+    """zlib's has another face, and copies what it has not used yet at every call."""
+    unpacker = zlib.decompressobj(wbits=31)
+    for at in range(0, len(data), _FEED_BYTES):
+        packed = data[at : at + _FEED_BYTES]
+        while packed and not unpacker.eof:
+            yield unpacker.decompress(packed, PIECE_BYTES)
+            packed = unpacker.unconsumed_tail
+        if unpacker.eof:
+            return
+    while not unpacker.eof and (last := unpacker.decompress(b"", PIECE_BYTES)):
+        yield last
+    if not unpacker.eof:
         raise ValueError("it ends too early")
-    return unpacked
+
+
+def _by_library(make: Callable[[], _Decompressor], data: bytes) -> Generator[bytes]:
+    unpacker = make()
+    for at in range(0, len(data), _FEED_BYTES):
+        packed = data[at : at + _FEED_BYTES]
+        while not unpacker.eof and (packed or not unpacker.needs_input):
+            yield unpacker.decompress(packed, PIECE_BYTES)
+            packed = b""
+        if unpacker.eof:
+            return
+    raise ValueError("it ends too early")
 
 
 def _zstd_module() -> _Decompressor | None:
@@ -126,7 +144,7 @@ def _zstd_module() -> _Decompressor | None:
     return decompressor
 
 
-def _by_program(program: str, data: bytes, limit: int) -> bytes:
+def _by_program(program: str, data: bytes, limit: int) -> Generator[bytes]:
     """What ``program -dc`` makes of ``data``, read up to one byte over ``limit``.
 
     Its exit status is no help: these programs complain about bytes after the data, too.
@@ -141,11 +159,12 @@ def _by_program(program: str, data: bytes, limit: int) -> bytes:
             [program, "-dcq"], stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ))
         stack.callback(process.kill)
-        unpacked = bytearray()
-        while len(unpacked) <= limit:
-            if process.stdout is None or not (some := process.stdout.read(_READ_BYTES)):
+        done = 0
+        while done <= limit:
+            some = process.stdout.read(PIECE_BYTES) if process.stdout is not None else b""
+            if not some:
                 break
-            unpacked += some
-        if not unpacked:
+            done += len(some)
+            yield some
+        if not done:
             raise ValueError(f"{program} cannot read it")
-    return bytes(unpacked)

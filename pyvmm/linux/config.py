@@ -8,30 +8,19 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from pyvmm.linux.compression import UnpackError, decompress
+from pyvmm.linux.options import KernelConfig
+
+__all__ = ["MAX_CONFIG_BYTES", "KernelConfig", "beside", "parse", "read", "unpack"]
 
 MAX_CONFIG_BYTES = 8 << 20
 """A distribution's is 300 KiB."""
 
 _SETTING = re.compile(r"^CONFIG_(\w+)=(.*)$", re.MULTILINE)
 _ANY_SETTING = re.compile(r"^(?:# )?CONFIG_\w+(?:=| is not set)", re.MULTILINE)
-_IKCONFIG_START, _IKCONFIG_END = b"IKCFG_ST", b"IKCFG_ED"
-
-
-@dataclass(frozen=True, slots=True)
-class KernelConfig:
-    """The options that are set, without their ``CONFIG_``, and where that is from."""
-
-    options: Mapping[str, str]
-    source: str
-
-    def state(self, option: str) -> str:
-        """``y``, ``m``, another value, or ``n`` for an option that is not set."""
-        return self.options.get(option, "n")
 
 
 def parse(text: str, source: str) -> KernelConfig | None:
@@ -54,15 +43,11 @@ def read(path: Path) -> KernelConfig | None:
     return parse(data.decode("utf-8", "replace"), os.fspath(path))
 
 
-def extract(image: bytes | bytearray, source: str) -> KernelConfig | None:
-    """The configuration inside an unpacked kernel (CONFIG_IKCONFIG=y), None if it has none."""
-    start = image.find(_IKCONFIG_START)
-    end = image.find(_IKCONFIG_END, start)
-    if start < 0 or end < 0:
-        return None
+def unpack(packed: bytes | bytearray, source: str) -> KernelConfig | None:
+    """The configuration as a kernel has it inside (CONFIG_IKCONFIG=y), gzip-compressed; None if it
+    is damaged, or none.  What is over MAX_CONFIG_BYTES is left out."""
     try:
-        unpacker = zlib.decompressobj(wbits=31)
-        data = unpacker.decompress(image[start + len(_IKCONFIG_START) : end], MAX_CONFIG_BYTES)
+        data = zlib.decompressobj(wbits=31).decompress(packed, MAX_CONFIG_BYTES)
     except zlib.error:
         return None
     return parse(data.decode("utf-8", "replace"), source)

@@ -7,7 +7,9 @@ doc/lz4_Block_format.md.
 
 from __future__ import annotations
 
-MAGIC = b"\x02\x21\x4c\x18"
+from collections.abc import Generator
+
+from pyvmm.linux.formats import LZ4_MAGIC as MAGIC
 
 _MAX_BLOCK_BYTES = 8 << 20
 _MIN_MATCH = 4
@@ -15,24 +17,22 @@ _LONG = 15
 """A length of four bits that is followed by more of it."""
 
 
-def decompress(data: bytes, *, limit: int) -> bytes:
-    """``data``, a legacy frame, unpacked; ends one block after ``limit`` bytes at the latest.
+def blocks(data: bytes) -> Generator[bytes]:
+    """The blocks of ``data``, a legacy frame, unpacked one at a time.
 
     What follows the last block and is too short to be one is ignored: Linux puts the unpacked
     size there.  ValueError for anything else that is not as the format says.
     """
     if not data.startswith(MAGIC):
         raise ValueError("no LZ4 legacy frame")
-    unpacked = bytearray()
     at = len(MAGIC)
-    while len(data) - at > 4 and len(unpacked) <= limit:
+    while len(data) - at > 4:
         length = int.from_bytes(data[at : at + 4], "little")
         at += 4
         if length > len(data) - at:
             raise ValueError(f"a block of {length} bytes at byte {at} is cut off")
-        unpacked += decompress_block(data[at : at + length])
+        yield bytes(decompress_block(data[at : at + length]))
         at += length
-    return bytes(unpacked)
 
 
 def decompress_block(data: bytes) -> bytearray:

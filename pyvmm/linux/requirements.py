@@ -1,25 +1,42 @@
-"""What a kernel must have been built with to boot here, judged by its configuration."""
+"""What a kernel must have been built with to boot here, judged by its configuration.
+
+``pyvmm run`` may ask before a boot, so this imports nothing but ``enum`` and what it judges.
+"""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from pyvmm.linux.compression import Compression
-from pyvmm.linux.config import KernelConfig
+from pyvmm.lean import Record
+from pyvmm.linux.file_systems import SQUASHFS_COMPRESSORS
+from pyvmm.linux.formats import Compression
+from pyvmm.linux.guest import Guest
+from pyvmm.linux.options import KernelConfig
 
-# Which options make a file system mountable; one of them will do.
+# Which options make a file system mountable; one of them will do.  ext4 mounts ext2 and ext3 too,
+# as itself if by no other name.
 FILE_SYSTEMS = {
     "ext4": ("EXT4_FS",),
     "ext3": ("EXT4_FS", "EXT3_FS"),
-    "ext2": ("EXT2_FS", "EXT4_USE_FOR_EXT2"),
+    "ext2": ("EXT4_FS", "EXT2_FS"),
     "xfs": ("XFS_FS",),
     "btrfs": ("BTRFS_FS",),
     "f2fs": ("F2FS_FS",),
     "squashfs": ("SQUASHFS",),
     "erofs": ("EROFS_FS",),
+    "iso9660": ("ISO9660_FS",),
+    "jfs": ("JFS_FS",),
+    "cramfs": ("CRAMFS",),
+    "romfs": ("ROMFS_FS",),
 }
+PARTITIONS = {
+    "gpt": ("EFI_PARTITION",),
+    "dos": ("MSDOS_PARTITION",),
+    "any": ("EFI_PARTITION", "MSDOS_PARTITION"),
+}
+BUILT_IN = ("CMDLINE_BOOL", "CMDLINE", "CMDLINE_OVERRIDE", "INITRAMFS_SOURCE")
+"""What ``guest.describe`` looks at."""
 
 
 class State(enum.Enum):
@@ -30,25 +47,11 @@ class State(enum.Enum):
     MISSING = "missing"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guest:
-    """What is asked of the kernel.
-
-    ``initrd_compression`` is None without an initrd.  ``file_system`` is the root's on a disk, None
-    if there is no disk or its kind is unknown.  ``acpi_off`` is what the command line may say.
-    """
-
-    has_disk: bool = True
-    acpi_off: bool = False
-    initrd_compression: Compression | None = None
-    file_system: str | None = "ext4"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requirement:
+class Requirement(Record):
     """Something a guest needs, by any one of ``options``; ``without`` says what happens.
 
-    With ``given`` it is asked only of a kernel that has that option.
+    With ``given`` it is asked only of a kernel that has that option.  ``at_least`` is for an
+    option that is a number.
     """
 
     purpose: str
@@ -56,10 +59,10 @@ class Requirement:
     without: str
     may_be_module: bool = False
     given: str = ""
+    at_least: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(Record):
     """A requirement, and what a configuration has of it."""
 
     requirement: Requirement
@@ -73,9 +76,8 @@ class Finding:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A reason why a guest will not boot: ``option`` is ``state`` ("n" or "m")."""
+class Problem(Record):
+    """A reason why a guest will not boot: ``option`` is ``state`` ("n", "m", or its number)."""
 
     option: str
     state: str
@@ -87,49 +89,133 @@ class Problem:
 
 def requirements(guest: Guest) -> Iterator[Requirement]:
     """What ``guest`` needs, in the order in which a boot would miss it."""
-    silent = "nothing is seen on the console"
     yield Requirement(purpose="64 bits", options=("64BIT",), without="it is a 32-bit kernel")
-    yield Requirement(purpose="kernel messages", options=("PRINTK",), without=silent)
+    yield from _console(guest)
+    if guest.cpus > 1:
+        yield from _cpus(guest)
+    if guest.has_disk or guest.console == "hvc0":
+        yield from _virtio(guest)
+    if guest.has_disk:
+        yield from _root(guest)
+    yield from _start(guest)
+
+
+def _console(guest: Guest) -> Iterator[Requirement]:
+    silent = "nothing is seen on the console"
+    yield Requirement(purpose="kernel messages", options=("PRINTK",),
+                      without="what the kernel says is not seen")
     yield Requirement(purpose="terminals", options=("TTY",), without=silent)
+    if guest.console == "hvc0":
+        # It selects HVC_DRIVER.
+        yield Requirement(purpose="console hvc0", options=("VIRTIO_CONSOLE",), may_be_module=True,
+                          without="no hvc0 shows anything or takes what is typed")
+    if guest.console != "ttyS0":
+        return
     yield Requirement(purpose="serial port", options=("SERIAL_8250",), without=silent)
     yield Requirement(purpose="serial console", options=("SERIAL_8250_CONSOLE",), without=silent)
-    if not guest.acpi_off:
+    if guest.acpi:
         # On a hardware-reduced platform no line is ISA's: only ACPI knows the UART's.
         yield Requirement(purpose="serial port by ACPI", options=("SERIAL_8250_PNP",),
                           given="ACPI", without="what programs print is not seen (acpi=off helps)")
-    no_disk = "no disk is found"
-    if guest.has_disk:
-        yield Requirement(purpose="block devices", options=("BLOCK",), without=no_disk)
-        yield Requirement(purpose="virtio-mmio", options=("VIRTIO_MMIO",), without=no_disk,
-                          may_be_module=True)
-        by_command_line = "VIRTIO_MMIO_CMDLINE_DEVICES"
-        if guest.acpi_off:
+
+
+def _cpus(guest: Guest) -> Iterator[Requirement]:
+    one = "only one vCPU runs"
+    yield Requirement(purpose="several vCPUs", options=("SMP",), without=one)
+    yield Requirement(purpose=f"{guest.cpus} vCPUs", options=("NR_CPUS",), given="SMP",
+                      at_least=guest.cpus, without="no more of them run")
+    if guest.acpi:
+        yield Requirement(purpose="finding vCPUs", options=("ACPI", "X86_MPPARSE"), given="SMP",
+                          without=one)
+    else:
+        yield Requirement(purpose="finding vCPUs without ACPI", options=("X86_MPPARSE",),
+                          given="SMP", without=one)
+
+
+def _virtio(guest: Guest) -> Iterator[Requirement]:
+    nothing = "no disk is found" if guest.has_disk else "no hvc0 is found"
+    yield Requirement(purpose="virtio-mmio", options=("VIRTIO_MMIO",), without=nothing,
+                      may_be_module=True)
+    by_command_line = "VIRTIO_MMIO_CMDLINE_DEVICES"
+    if not guest.acpi:
+        if guest.cmdline_devices:
             yield Requirement(purpose="virtio-mmio discovery with acpi=off",
-                              options=(by_command_line,), without=no_disk)
-        else:
-            yield Requirement(purpose="virtio-mmio discovery",
-                              options=(by_command_line, "ACPI"), without=no_disk)
-            # ACPICA then fails to install its handler for PCI, and Linux gives up on all of it.
-            yield Requirement(purpose="ACPI's tables", options=("PCI",), given="ACPI",
-                              without=f"they are not loaded and {no_disk} (acpi=off may help)")
-        yield Requirement(purpose="virtio-blk", options=("VIRTIO_BLK",), without=no_disk,
-                          may_be_module=True)
-        if guest.file_system is not None:
-            name = guest.file_system
-            yield Requirement(purpose=f"root file system {name}", options=FILE_SYSTEMS[name],
-                              without=f"a root of {name} is not mounted", may_be_module=True)
-    if guest.initrd_compression is not None:
+                              options=(by_command_line,), without=nothing)
+        return
+    if guest.cmdline_devices:
+        yield Requirement(purpose="virtio-mmio discovery", options=(by_command_line, "ACPI"),
+                          without=nothing)
+        helps = "acpi=off may help"
+    else:
+        yield Requirement(purpose="virtio-mmio discovery by ACPI", options=("ACPI",),
+                          without=nothing)
+        helps = "--discovery cmdline may help"
+    # ACPICA then fails to install its handler for PCI, and Linux gives up on all of it.
+    yield Requirement(purpose="ACPI's tables", options=("PCI",), given="ACPI",
+                      without=f"they are not loaded and {nothing} ({helps})")
+
+
+def _root(guest: Guest) -> Iterator[Requirement]:
+    no_disk = "no disk is found"
+    yield Requirement(purpose="block devices", options=("BLOCK",), without=no_disk)
+    yield Requirement(purpose="virtio-blk", options=("VIRTIO_BLK",), without=no_disk,
+                      may_be_module=True)
+    if guest.partitions:
+        name = {"gpt": "GPT", "dos": "MBR", "any": ""}[guest.partitions]
+        yield Requirement(purpose=f"{name} partitions".strip(),
+                          options=PARTITIONS[guest.partitions],
+                          without="the root's partition is not found")
+    if options := FILE_SYSTEMS.get(guest.file_system or ""):
+        not_mounted = f"a root of {guest.file_system} is not mounted"
+        yield Requirement(purpose=f"root file system {guest.file_system}", options=options,
+                          without=not_mounted, may_be_module=True)
+        if guest.squashfs:
+            yield Requirement(purpose=f"squashfs, {guest.squashfs}",
+                              options=(f"SQUASHFS_{guest.squashfs}",), given="SQUASHFS",
+                              without=not_mounted)
+
+
+def _start(guest: Guest) -> Iterator[Requirement]:
+    if (kind := guest.initrd_compression) is not None:
         unused = "the initrd is not used"
         yield Requirement(purpose="initramfs", options=("BLK_DEV_INITRD",), without=unused)
-        if guest.initrd_compression is not Compression.NONE:
-            name = guest.initrd_compression.value
-            yield Requirement(purpose=f"initramfs, {name}", options=(f"RD_{name}",), without=unused)
+        if kind is not Compression.NONE:
+            yield Requirement(purpose=f"initramfs, {kind.value}", options=(f"RD_{kind.value}",),
+                              without=unused)
+        if guest.is_ram_disk:
+            yield Requirement(purpose="initrd, a file system", options=("BLK_DEV_RAM",),
+                              without=unused)
     no_dev = "/dev of a root without device files stays empty"
     yield Requirement(purpose="devtmpfs", options=("DEVTMPFS",), without=no_dev)
-    if guest.initrd_compression is None:
+    if guest.initrd_compression is None and not guest.mounts_devtmpfs:
         yield Requirement(purpose="devtmpfs, no initramfs", options=("DEVTMPFS_MOUNT",),
                           without=no_dev)
     yield Requirement(purpose="programs", options=("BINFMT_ELF",), without="no program is run")
+    yield Requirement(purpose="scripts", options=("BINFMT_SCRIPT",), may_be_module=True,
+                      without="an init that is a script is not run")
+
+
+def every_guest() -> Iterator[Guest]:
+    """Guests that together ask for everything that a guest can ask for."""
+    for acpi, cmdline_devices in ((True, True), (True, False), (False, True)):
+        for console in ("ttyS0", "hvc0"):
+            yield Guest(cpus=2, acpi=acpi, cmdline_devices=cmdline_devices, console=console)
+    yield Guest(initrd_compression=Compression.NONE, is_ram_disk=True)
+    for kind in Compression:
+        yield Guest(initrd_compression=kind)
+    for name in FILE_SYSTEMS:
+        yield Guest(file_system=name)
+    for name in filter(None, SQUASHFS_COMPRESSORS):
+        yield Guest(file_system="squashfs", squashfs=name)
+    for table in PARTITIONS:
+        yield Guest(partitions=table)
+
+
+def known_options() -> frozenset[str]:
+    """Every option that a judgement may rest on."""
+    asked = {need for guest in every_guest() for need in requirements(guest)}
+    found = {option for need in asked for option in (*need.options, need.given) if option}
+    return frozenset(found | set(BUILT_IN))
 
 
 def judge(config: KernelConfig, guest: Guest) -> list[Finding]:
@@ -150,6 +236,8 @@ def problems(config: KernelConfig, guest: Guest) -> list[Problem]:
         if finding.state is State.MISSING:
             names = " nor ".join(f"CONFIG_{option}" for option in need.options)
             verb = "has neither" if len(need.options) > 1 else "lacks"
+            if need.at_least:
+                names, verb = f"CONFIG_{option}={ascii(value)[1:-1]}", "has"
             text = f"the kernel {verb} {names} ({need.purpose}): {need.without}"
         elif finding.state is State.MODULE and guest.initrd_compression is None:
             text = (f"the kernel has CONFIG_{option}={value} ({need.purpose}), a module: without "
@@ -165,7 +253,10 @@ def _find(config: KernelConfig, requirement: Requirement) -> Finding:
     # The best comes first; a sort keeps the order of equals.
     settings.sort(key=lambda setting: {"y": 0, "m": 1}.get(setting[1], 2))
     best = settings[0][1]
-    if best == "y":
+    if requirement.at_least:
+        is_less = best.isdecimal() and len(best) < 10 and int(best) < requirement.at_least
+        state = State.MISSING if is_less else State.BUILT_IN
+    elif best == "y":
         state = State.BUILT_IN
     elif best == "m" and requirement.may_be_module:
         state = State.MODULE

@@ -20,6 +20,9 @@ RECEIVE_QUEUE, TRANSMIT_QUEUE = 0, 1
 QUEUE_SIZE = 64
 MAX_CHAIN_BYTES = 64 << 10
 """Of one chain no more is shown: a guest cannot make us keep its memory in ours."""
+PASS_BYTES = 64 << 10
+"""After so many shown, a pass takes no further chain: whoever serves it may wait for the terminal,
+and the transport's lock with it."""
 MAX_TYPED_BYTES = 4096
 
 # struct virtio_console_config { le16 cols; le16 rows; le32 max_nr_ports; le32 emerg_wr; }
@@ -54,6 +57,7 @@ class ConsoleDevice(RingDevice):
         self._on_room = on_room
         self._on_ready = on_ready
         self._size = size
+        self._shown_bytes = 0
         # Typed on one thread, taken on another.
         self._lock = threading.Lock()
         self._typed = bytearray()
@@ -109,9 +113,12 @@ class ConsoleDevice(RingDevice):
 
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
         """See ``RingDevice._drain``; the receive queue's chains wait for something typed."""
-        if index != RECEIVE_QUEUE:
-            return super()._drain(index, ring, memory)
         chains = ring.chains()
+        if index != RECEIVE_QUEUE:
+            enough_bytes = self._shown_bytes + PASS_BYTES
+            while self._shown_bytes < enough_bytes and (chain := next(chains, None)):
+                ring.push(chain, self._serve(chain, memory))
+            return 0.0
         while self._typed and (chain := next(chains, None)):
             ring.push(chain, self._fill(chain, memory))
         return 0.0
@@ -140,5 +147,8 @@ class ConsoleDevice(RingDevice):
             except GuestMemoryError:
                 break
             self._transmit(data)
+            self._shown_bytes += len(data)
             left -= len(data)
+            if not left:
+                break
         return 0

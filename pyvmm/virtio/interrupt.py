@@ -15,6 +15,8 @@ _INTERRUPT_STATUS = Register.INTERRUPT_STATUS // 4
 class InterruptLine:
     """InterruptStatus in ``words``, the register page, and the line that ``raise_irq`` pulses.
 
+    Whoever holds ``lock`` finds it unchanged.
+
     With ``keep_used`` the used buffer bit is set while the device runs, acknowledged or not.
     """
 
@@ -25,18 +27,18 @@ class InterruptLine:
         self._raise_irq = raise_irq
         self._keep_used = keep_used
         self._kept = 0
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def start(self) -> None:
         """The device runs from here on."""
         if self._keep_used:
-            with self._lock:
+            with self.lock:
                 self._words[_INTERRUPT_STATUS] |= _USED_BUFFER
                 self._kept = _USED_BUFFER
 
     def reset(self) -> None:
         """The device runs no more, and nothing is pending."""
-        with self._lock:
+        with self.lock:
             self._kept = self._words[_INTERRUPT_STATUS] = 0
 
     def notify_used(self, queue_index: int) -> None:
@@ -51,11 +53,11 @@ class InterruptLine:
         self._set(_CONFIG_CHANGE)
 
     def _set(self, bit: int) -> None:
-        with self._lock:
+        with self.lock:
             self._words[_INTERRUPT_STATUS] |= bit
         self._raise_irq()
 
     def acknowledge(self, bits: int) -> None:
         """Clear ``bits``; those that are not set stay so."""
-        with self._lock:
+        with self.lock:
             self._words[_INTERRUPT_STATUS] &= ~bits | self._kept

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from pyvmm.errors import ActivateError, GuestError, RingError
 from pyvmm.lean import name_of
-from pyvmm.memory import PAGE_SIZE, GuestMemory
+from pyvmm.memory import PAGE_SIZE, GuestMemory, replace_page
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.interrupt import InterruptLine
 from pyvmm.virtio.queue import Queue
@@ -30,6 +30,8 @@ VENDOR_ID = int.from_bytes(b"PVMM", "little")
 # Plain integers: to look a member of an enumeration up costs more than what is done with it.
 _QUEUE_NOTIFY = int(Register.QUEUE_NOTIFY)
 _CONFIG = int(Register.CONFIG)
+_CONFIG_BYTES = PAGE_SIZE - _CONFIG
+_GENERATION = int(Register.CONFIG_GENERATION)
 _WORD = 0xFFFF_FFFF
 _REGISTER_SIZE = 4
 
@@ -121,6 +123,7 @@ class MmioTransport:
             Register.SHM_BASE_HIGH,
         ):
             self._show(register, _WORD)
+        self.page[_CONFIG:] = device.read_config(0, _CONFIG_BYTES)  # nobody reads it yet
         self._reset()
 
     # The faces: the bus calls read and write, an I/O thread calls service.
@@ -173,11 +176,7 @@ class MmioTransport:
     def config_changed(self) -> None:
         """The device's configuration space has new contents: show them, tell the driver."""
         with self._lock:
-            # A driver that reads meanwhile sees the generation change, before or after; should
-            # it read between the two, the interrupt makes it read once more.
-            self._bump_generation()
             self._show_config()
-            self._bump_generation()
             if self._status & Status.DRIVER_OK:
                 self._interrupt.notify_config()
 
@@ -351,11 +350,26 @@ class MmioTransport:
             self._show_config()
 
     def _show_config(self) -> None:
-        self.page[Register.CONFIG :] = self._device.read_config(0, PAGE_SIZE - Register.CONFIG)
+        """Whatever is new in the configuration space appears together with a new generation.
 
-    def _bump_generation(self) -> None:
-        generation = self._words[Register.CONFIG_GENERATION // 4] + 1
-        self._show(Register.CONFIG_GENERATION, generation & _WORD)
+        Not in any order of stores: a driver reads a mapped page at any time, and between the one
+        that changes the space and the one that changes the generation it would find the same
+        generation twice, and half of what it reads is old (2.5.1 "Driver Requirements: Device
+        Configuration Space" has it compare the two).
+        """
+        space = self._device.read_config(0, _CONFIG_BYTES)
+        if self.page[_CONFIG:] == space:
+            return
+        with self._interrupt.lock:
+            page = bytearray(self.page)
+            page[_CONFIG:] = space
+            generation = self._words[_GENERATION // 4] + 1 & _WORD
+            page[_GENERATION : _GENERATION + 4] = generation.to_bytes(4, "little")
+            try:
+                replace_page(self.page, bytes(page))
+            except OSError:  # then the driver hears of it by an interrupt, and reads again
+                self.page[_CONFIG:] = space
+                self._words[_GENERATION // 4] = generation
 
     def _show(self, register: Register, value: int) -> None:
         self._words[register // 4] = value

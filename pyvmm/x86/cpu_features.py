@@ -92,6 +92,12 @@ DEPENDENTS: Mapping[str, str] = MappingProxyType({
     "sgx": "sgx_lc",
 })  # fmt: skip
 
+# What a 64-bit Linux is built to rely on (arch/x86/include/asm/required-features.h), its system
+# calls and its interrupts.  It does not look for most of them, and nor do programs.
+ESSENTIAL = (
+    "fpu", "msr", "pae", "cx8", "apic", "cmov", "fxsr", "sse", "sse2", "syscall", "lm",
+)  # fmt: skip
+
 # Leaves that describe one feature, and go with it.
 LEAVES: Mapping[str, frozenset[int]] = MappingProxyType({
     "xsave": frozenset({0xD}),

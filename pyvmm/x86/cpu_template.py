@@ -71,7 +71,7 @@ def _read(path: str) -> str:
 
 def _parse(text: str) -> object:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"is not JSON: {error.msg}, line {error.lineno} column {error.colno}"
@@ -85,6 +85,12 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"field {_quoted(name)} is given twice in one object")
         found[name] = value
     return found
+
+
+def _integer(digits: str) -> int:
+    """Python refuses thousands of digits, without saying where.  What is longer than a message
+    quotes is cut: it is out of range all the same, and the field's own check says so."""
+    return int(digits[: _QUOTED + 1])
 
 
 def _masks(template: object) -> Iterator[RegisterMask]:

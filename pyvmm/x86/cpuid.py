@@ -13,6 +13,7 @@ from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
 from pyvmm.kvm.handles import CpuidEntry
 from pyvmm.x86.cpu_features import (
     COMPONENTS,
+    ESSENTIAL,
     LEAVES,
     POSITIONS,
     Word,
@@ -28,6 +29,7 @@ _SMT_LEVEL, _CORE_LEVEL = 1, 2  # level types of leaves 0xB and 0x1F
 _SHARED_CACHE_LEVEL = 3
 _RANGES = (0, 0x8000_0000)  # leaves that say in eax which is the last one of their range
 _RANGE_LEAVES = 0x1000_0000
+_ADDRESS_SIZES = 0x8000_0008
 
 _Entries = dict[tuple[int, int], CpuidEntry]
 
@@ -44,15 +46,20 @@ def build(
 
     ``supported`` is ``Kvm.supported_cpuid()``.  Two things that it never says are added: the
     hypervisor bit, and the TSC deadline timer if KVM has KVM_CAP_TSC_DEADLINE_TIMER
-    (``tsc_deadline``).  ConfigError if the model asks for what is not there.
+    (``tsc_deadline``).  ConfigError if the model asks for what is not there, or takes away what no
+    64-bit Linux runs without.
     """
     entries = {(entry.function, entry.index): entry for entry in supported}
     _set_feature(entries, "hypervisor", True)
     if tsc_deadline:
         _set_feature(entries, "tsc_deadline_timer", True)
     _check_host(entries, model)
+    takes_away = model.functions is not None or model.masks or model.removed
+    before = _essentials(entries) if takes_away else {}
     _apply(entries, model)
     _check_result(entries, model)
+    if takes_away:
+        _check_essentials(before, _essentials(entries), model)
     _describe_kvm(entries)
     _describe_topology(entries, vcpu_id, vcpu_count)
     return list(entries.values())
@@ -80,6 +87,27 @@ def _check_result(entries: _Entries, model: CpuModel) -> None:
         raise ConfigError(
             f"{OPTION} {model.name}",
             f"wants {', '.join(missing)}, and takes that away too, or what it rests on",
+        )
+
+
+def _essentials(entries: _Entries) -> dict[str, int]:
+    """What every 64-bit Linux is built to rely on, in words, and what CPUID says of it; 0 is no."""
+    found = {name: int(_has_feature(entries, name)) for name in ESSENTIAL}
+    for first in _RANGES:
+        last = _register(entries, (first, 0, "eax"))
+        found[f"leaf {first:#x} eax, the number of the last leaf"] = int(last > first)
+    sizes = _register(entries, (_ADDRESS_SIZES, 0, "eax")) & 0xFFFF
+    found[f"leaf {_ADDRESS_SIZES:#x} eax, the address sizes"] = sizes
+    return found
+
+
+def _check_essentials(before: dict[str, int], after: dict[str, int], model: CpuModel) -> None:
+    """ConfigError if ``model`` took of them what the host had."""
+    lost = [what for what, value in before.items() if value and after[what] != value]
+    if lost:
+        raise ConfigError(
+            f"{OPTION} {model.name}",
+            f"takes away {', '.join(lost)}, without which no 64-bit Linux runs",
         )
 
 
@@ -240,7 +268,7 @@ def _with_topology(
         if entry.function == 4:
             eax |= min(cores, 63) << 26
         return entry.replace(eax=eax)
-    if entry.function == 0x8000_0008:
+    if entry.function == _ADDRESS_SIZES:
         return entry.replace(ecx=entry.ecx & ~0xF0FF | core_bits << 12 | min(cores, 255))
     if entry.function == 0x8000_001E:
         return entry.replace(eax=vcpu_id, ebx=vcpu_id & 0xFF, ecx=0)

@@ -1,30 +1,28 @@
 """What a kernel file is, and whether it can boot here, found out without booting it.
 
-``inspect`` takes the time to unpack the kernel; ``missing_options`` is for ``pyvmm run``, which has
-none to spare before a boot and more after a failed one.
+``inspect`` takes the time to unpack the kernel; ``read_configuration`` is for ``pyvmm run``, which
+has none to spare before a boot and more after a failed one.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.linux import config as linux_config
-from pyvmm.linux import file_systems, payload
-from pyvmm.linux.compression import Compression, UnpackError, detect
+from pyvmm.linux import payload
+from pyvmm.linux.compression import PIECE_BYTES, Compression, UnpackError, detect
 from pyvmm.linux.config import KernelConfig
-from pyvmm.linux.requirements import Guest, Problem, problems
+from pyvmm.linux.formats import MAGIC_BYTES
+from pyvmm.linux.scan import IN_KERNEL, Scan, check_packed, scan, unpack_and_scan
 from pyvmm.x86 import layout
 from pyvmm.x86.image import ImageFile, Kernel
 from pyvmm.x86.loader import parse_kernel
 
-IN_KERNEL = "in the kernel (IKCONFIG)"
-
-_BANNER = re.compile(rb"Linux version ([\x20-\x7e]{1,256})")
-_MAGIC_BYTES = 16
+__all__ = ["IN_KERNEL", "Inspection", "inspect", "read_configuration"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,91 +55,79 @@ def inspect(
     config = _read_config(Path(config_file)) if config_file is not None else None
     with ImageFile(path) as image:
         kernel = parse_kernel(image, layout.MMIO_GAP_START)
-        compression, packed_bytes, unpacked, unknown = _unpack(image, kernel)
+        look = _look_into(image, kernel)
         size_bytes = image.size_bytes
-    version = kernel.version
-    if not version and (banner := _BANNER.search(unpacked)):
-        version = banner[1].decode("ascii")
+    version = kernel.version or look.inside.version
     if config is None:
-        config = linux_config.extract(unpacked, IN_KERNEL)
+        config = look.inside.config
     if config is None:
         config = linux_config.beside(Path(path), version)
     return Inspection(
         kernel=kernel,
         size_bytes=size_bytes,
         version=version,
-        compression=compression,
-        packed_bytes=packed_bytes,
-        unpacked_bytes=len(unpacked) if packed_bytes else 0,
-        unknown=unknown,
+        compression=look.compression,
+        packed_bytes=look.packed_bytes,
+        unpacked_bytes=look.inside.size_bytes if look.packed_bytes else 0,
+        unknown=look.unknown,
         config=config,
     )
 
 
-def missing_options(
-    path: str | os.PathLike[str],
-    *,
-    initrd: str | os.PathLike[str] | None,
-    disk_head: bytes | None,
-    acpi_off: bool = False,
-    unpack: bool = False,
-) -> list[Problem]:
-    """Why the kernel at ``path`` will not boot with this initrd and disk; [] if nothing is known.
+def read_configuration(
+    path: str | os.PathLike[str], *, unpack: bool
+) -> KernelConfig | None:
+    """The configuration of the kernel at ``path``: its own, else what lies beside it.
 
-    ``disk_head`` is the start of the root disk, up to ``file_systems.HEAD_BYTES``; None without a
-    disk.  ``acpi_off`` is what the command line says.  Only a configuration beside the kernel is
-    looked at, which takes some milliseconds; with ``unpack``, first the one inside the kernel,
-    which takes seconds.  It never raises because of what it reads: this is to explain a failure,
-    not to be one.
+    Without ``unpack`` only the latter is looked at, which takes some milliseconds; unpacking
+    takes seconds, though no longer than until a configuration is found.  None if there is none,
+    and because of whatever is read: this is to explain a failure, not to be one.
     """
     try:
-        guest = replace(describe_guest(initrd, disk_head), acpi_off=acpi_off)
         with ImageFile(path) as image:
             kernel = parse_kernel(image, layout.MMIO_GAP_START)
-            config = None
-            if unpack:
-                config = linux_config.extract(_unpack(image, kernel)[2], IN_KERNEL)
-        if config is None:
-            config = linux_config.beside(Path(path), kernel.version)
+            config = _look_into(image, kernel, whole=False).inside.config if unpack else None
+        return config or linux_config.beside(Path(path), kernel.version)
     except (PyvmmError, OSError, MemoryError):
-        return []
-    return problems(config, guest) if config is not None else []
+        return None
 
 
-def describe_guest(
-    initrd: str | os.PathLike[str] | None, disk_head: bytes | None
-) -> Guest:
-    """What a guest with this initrd and this root disk asks of its kernel; ConfigError, initrd."""
-    compression = None
-    if initrd is not None:
-        with ImageFile(initrd) as image:
-            compression = detect(image.read_at(0, min(image.size_bytes, _MAGIC_BYTES)))
-    # With an initrd, it is the initrd that knows what is on the disk.
-    known = disk_head is not None and initrd is None
-    return Guest(
-        has_disk=disk_head is not None,
-        initrd_compression=compression,
-        file_system=file_systems.detect(disk_head) if known and disk_head is not None else None,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What is in a kernel file: ``inside`` is empty if ``unknown`` says why it is not known."""
+
+    inside: Scan
+    compression: Compression = Compression.NONE
+    packed_bytes: int = 0
+    unknown: str = ""
 
 
-def _unpack(image: ImageFile, kernel: Kernel) -> tuple[Compression, int, bytes, str]:
-    """``(compression, packed size in bytes, the kernel as it runs, why that is not known)``."""
+def _look_into(image: ImageFile, kernel: Kernel, *, whole: bool = True) -> _Look:
+    """The kernel as it runs; without ``whole`` only until everything is found."""
     if kernel.setup_header is None:
         if sum(segment.length for segment in kernel.segments) > payload.MAX_KERNEL_BYTES:
-            return Compression.NONE, 0, b"", f"it is over {payload.MAX_KERNEL_BYTES} bytes"
-        parts = [image.read_at(part.file_offset, part.length) for part in kernel.segments]
-        return Compression.NONE, 0, b"".join(parts), ""
+            return _Look(inside=Scan(), unknown=f"it is over {payload.MAX_KERNEL_BYTES} bytes")
+        return _Look(inside=scan(_parts(image, kernel), whole=whole))
     compression, length = Compression.NONE, 0
     try:
         offset, length = payload.locate(image.read_at(0, payload.HEAD_BYTES))
-        if not 0 < length <= payload.MAX_KERNEL_BYTES or offset + length > image.size_bytes:
-            return Compression.NONE, 0, b"", "its header says nothing of a payload"
-        packed = image.read_at(offset, length)
-        compression = detect(packed)
-        return compression, length, payload.unpack(packed)[1], ""
+        if length == 0 or offset + length > image.size_bytes:
+            return _Look(inside=Scan(), unknown="its header says nothing of a payload")
+        compression = detect(image.read_at(offset, min(length, MAGIC_BYTES)))
+        check_packed(compression, length)
+        inside = unpack_and_scan(image.read_at(offset, length), whole=whole)
     except (UnpackError, PyvmmError) as error:
-        return compression, length, b"", str(error)
+        return _Look(inside=Scan(), compression=compression, packed_bytes=length,
+                     unknown=str(error))
+    return _Look(inside=inside, compression=compression, packed_bytes=length)
+
+
+def _parts(image: ImageFile, kernel: Kernel) -> Iterator[bytes]:
+    """The segments of an ELF kernel, a piece at a time."""
+    for segment in kernel.segments:
+        end = segment.file_offset + segment.length
+        for offset in range(segment.file_offset, end, PIECE_BYTES):
+            yield image.read_at(offset, min(PIECE_BYTES, end - offset))
 
 
 def _read_config(path: Path) -> KernelConfig:

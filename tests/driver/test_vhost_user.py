@@ -1,27 +1,22 @@
-"""The vhost-user transport, against a back end that a test tells what to say.
+"""The vhost-user transport, against a back end that a test tells what to say: what is said.
 
-What a back end can do wrong in messages is judged in ``tests/vhost_user/test_frontend.py``; here
-is what becomes of it in the driver half.
+What becomes of refusals, and of a back end that is gone or wicked, is in
+``test_vhost_user_failures.py``.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import socket
 import struct
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pyvmm.driver.errors import DeviceBrokenError, TransportError
+from pyvmm.driver.errors import TransportError
 from pyvmm.driver.memory import SharedMemory
 from pyvmm.driver.queue import VirtioBlkQueue
-from pyvmm.driver.transport import QueueLayout
 from pyvmm.driver.vhost_user import VhostUserTransport
-from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import (
     MEM_REGION,
     MEM_TABLE,
@@ -35,54 +30,8 @@ from pyvmm.vhost_user.protocol import (
 )
 from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.eventfds import MOST, fill, interrupted
-from tests.support.live_backend import REFUSED, LiveBackend, hang_up
-
-V1 = int(Feature.VERSION_1)
-Act = Callable[[VhostUserTransport], object]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "disk.sock"
-
-
-@pytest.fixture
-def backend(path: Path) -> Iterator[LiveBackend]:
-    """A back end; the fds that are open before it are open after it, and no others."""
-    before = open_fds()
-    with LiveBackend(path) as backend:
-        yield backend
-    assert open_fds() == before
-
-
-@pytest.fixture
-def transport(backend: LiveBackend, path: Path) -> Iterator[VhostUserTransport]:
-    with VhostUserTransport(path, timeout_s=0.2) as transport:
-        yield transport
-
-
-@pytest.fixture
-def memory() -> Iterator[SharedMemory]:
-    with SharedMemory(16384) as memory:
-        yield memory
-
-
-def open_fds() -> list[str]:
-    return sorted(os.listdir("/proc/self/fd"))
-
-
-def layouts(memory: SharedMemory, count: int = 2) -> list[QueueLayout]:
-    return [
-        QueueLayout(16, start, start + 0x400, start + 0x800)
-        for start in range(memory.address, memory.address + count * 4096, 4096)
-    ]
-
-
-def set_up(transport: VhostUserTransport, memory: SharedMemory, count: int = 2) -> None:
-    transport.negotiate(V1)
-    transport.map_mem_region(memory.address, memory.length, memory.fd)
-    transport.setup_queues(layouts(memory, count))
-
+from tests.support.live_backend import LiveBackend
+from tests.support.vhost_user_queues import V1, layouts, set_up
 
 # The handshake
 
@@ -281,166 +230,3 @@ def test_only_configuration_that_must_be_there_is_asked_for(
     with VhostUserTransport(path) as transport:
         (queue,) = VirtioBlkQueue.setup_queues(transport, 1, 64)
         assert queue.capacity_bytes == 512_000
-
-
-# Refusals change nothing
-
-
-@pytest.mark.parametrize("request_", [
-    Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ADDR,
-    Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ENABLE,
-])
-def test_a_refused_queue_ends_those_before_it(
-    backend: LiveBackend,
-    transport: VhostUserTransport,
-    memory: SharedMemory,
-    request_: Request,
-) -> None:
-    def refuse_second(message: Message) -> bytes:
-        return REFUSED if message.payload[0] == 1 else U64.pack(0)
-
-    transport.negotiate(V1)
-    transport.map_mem_region(memory.address, memory.length, memory.fd)
-    before = open_fds()
-    backend.answers[request_] = refuse_second
-    with pytest.raises(TransportError, match=rf"disk\.sock: {request_.name}: .*refuses"):
-        transport.setup_queues(layouts(memory))
-    kept = sum(len(fds) for place, fds in backend.fds.items() if place > 7)
-    assert len(open_fds()) == len(before) + kept  # what is left is the back end's
-    assert backend.names[-2:] == ["GET_VRING_BASE", "GET_VRING_BASE"]
-    del backend.answers[request_]
-    transport.setup_queues(layouts(memory))
-    transport.check()
-
-
-def test_refused_features_and_memory(
-    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory
-) -> None:
-    backend.answers[Request.SET_FEATURES] = backend.answers[Request.ADD_MEM_REG] = REFUSED
-    with pytest.raises(TransportError, match=r"SET_FEATURES: .*refuses"):
-        transport.negotiate(V1)
-    with pytest.raises(TransportError, match=r"ADD_MEM_REG: .*refuses"):
-        transport.map_mem_region(memory.address, 4096, memory.fd)
-    assert transport.acked_features == 0
-    assert transport.regions == ()
-    transport.check()
-
-
-# A back end that is gone or wicked
-
-
-ACTS: dict[Request, Act] = {
-    Request.SET_FEATURES: lambda transport: transport.negotiate(V1),
-    Request.GET_CONFIG: lambda transport: transport.get_config(0, 60),
-}
-
-
-@pytest.mark.parametrize("request_", ACTS)
-def test_a_back_end_that_hangs_up_is_gone_for_good(
-    backend: LiveBackend, transport: VhostUserTransport, request_: Request
-) -> None:
-    backend.answers[request_] = hang_up
-    with pytest.raises(DeviceBrokenError, match=rf"disk\.sock: .*hung up.* {request_.name}"):
-        ACTS[request_](transport)
-    for act in (*ACTS.values(), VhostUserTransport.check):
-        with pytest.raises(DeviceBrokenError, match="hung up"):
-            act(transport)
-
-
-@pytest.mark.parametrize("request_", ACTS)
-def test_a_reply_that_never_comes(
-    backend: LiveBackend, transport: VhostUserTransport, request_: Request
-) -> None:
-    backend.answers[request_] = None
-    before_s = time.monotonic()
-    with pytest.raises(DeviceBrokenError, match=rf"{request_.name} did not come within 0\.2 s"):
-        ACTS[request_](transport)
-    assert time.monotonic() - before_s < 2
-    with pytest.raises(DeviceBrokenError, match="did not come"):
-        transport.check()
-
-
-def test_a_queue_that_is_not_stopped_in_time(path: Path, memory: SharedMemory) -> None:
-    with LiveBackend(path) as backend:
-        backend.answers[Request.GET_VRING_BASE] = None
-        with VhostUserTransport(path, drain_timeout_s=0.1) as transport:
-            set_up(transport, memory)
-            before_s = time.monotonic()
-            transport.stop()
-            assert 0.1 <= time.monotonic() - before_s < 2
-            with pytest.raises(DeviceBrokenError, match="GET_VRING_BASE did not come within"):
-                transport.check()
-
-
-def test_a_back_end_that_goes_while_queues_run(path: Path, memory: SharedMemory) -> None:
-    before = open_fds()
-    with LiveBackend(path) as backend:
-        transport = VhostUserTransport(path)
-        set_up(transport, memory)
-        transport.check()
-        backend.answers[Request.GET_CONFIG] = hang_up
-        with pytest.raises(DeviceBrokenError):
-            transport.get_config(0, 8)
-        assert select.select([transport], [], [], 5)[0]
-        for _ in range(2):
-            with pytest.raises(DeviceBrokenError, match="hung up"):
-                transport.check()
-        transport.notify(0)  # harmless
-        with pytest.raises(DeviceBrokenError, match="hung up"):
-            transport.unmap_mem_region(memory.address, memory.length)
-        transport.stop()
-        transport.close()
-    assert open_fds() == before
-
-
-def test_a_back_end_that_speaks_unasked(
-    backend: LiveBackend, transport: VhostUserTransport, memory: SharedMemory
-) -> None:
-    set_up(transport, memory)
-    backend.say(Request.GET_FEATURES)
-    assert select.select([transport], [], [], 5)[0]
-    with pytest.raises(DeviceBrokenError, match="nobody has asked for it"):
-        transport.check()
-
-
-def test_a_handshake_that_fails_leaves_nothing_open(path: Path) -> None:
-    before = open_fds()
-    with LiveBackend(path) as backend:
-        backend.answers[Request.GET_QUEUE_NUM] = hang_up
-        with pytest.raises(TransportError, match=r"disk\.sock: .*hung up.* GET_QUEUE_NUM"):
-            VhostUserTransport(path)
-    assert open_fds() == before
-
-
-def test_a_socket_nobody_listens_on(path: Path) -> None:
-    before = open_fds()
-    with pytest.raises(TransportError, match=r"disk\.sock: cannot connect .*: No such file"):
-        VhostUserTransport(path)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-    with pytest.raises(TransportError, match="Connection refused"):
-        VhostUserTransport(path)
-    assert open_fds() == before
-
-
-def test_what_no_message_could_say(
-    backend: LiveBackend, transport: VhostUserTransport, path: Path
-) -> None:
-    with pytest.raises(TransportError, match="configuration 1000"):
-        transport.get_config(1000, 8)
-    for timeouts in ({"timeout_s": 0.0}, {"timeout_s": -1.0}, {"drain_timeout_s": 0.0}):
-        with pytest.raises(TransportError, match="be patient"):
-            VhostUserTransport(path, **timeouts)
-    with pytest.raises(TransportError, match="path is empty") as caught:
-        VhostUserTransport("")
-    assert caught.value.__suppress_context__  # one line of what went wrong is enough
-    transport.check()
-
-
-def test_a_closed_transport(backend: LiveBackend, path: Path) -> None:
-    transport = VhostUserTransport(path)
-    transport.close()
-    transport.close()
-    for act in (*ACTS.values(), VhostUserTransport.check):
-        with pytest.raises(TransportError, match="the transport is closed"):
-            act(transport)

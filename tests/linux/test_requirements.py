@@ -6,13 +6,23 @@ import pytest
 
 from pyvmm.linux.compression import Compression
 from pyvmm.linux.config import KernelConfig
-from pyvmm.linux.requirements import FILE_SYSTEMS, Guest, State, judge, problems
+from pyvmm.linux.guest import Guest
+from pyvmm.linux.requirements import (
+    BUILT_IN,
+    FILE_SYSTEMS,
+    State,
+    every_guest,
+    judge,
+    known_options,
+    problems,
+)
+from tests.support.kernels import OPTIONS
 
 COMPLETE = dict.fromkeys((
     "64BIT", "PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE", "SERIAL_8250_PNP",
     "BLOCK", "VIRTIO_MMIO",
     "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI", "PCI", "VIRTIO_BLK", "EXT4_FS", "BLK_DEV_INITRD",
-    "RD_GZIP", "DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_ELF",
+    "RD_GZIP", "DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_ELF", "BINFMT_SCRIPT",
 ), "y")  # fmt: skip
 DISK = Guest()
 INITRD = Guest(initrd_compression=Compression.GZIP)
@@ -57,17 +67,120 @@ def test_acpi_wants_pci_unless_it_is_off() -> None:
         "the kernel lacks CONFIG_PCI (ACPI's tables): they are not loaded and no disk is found "
         "(acpi=off may help)"
     )
-    assert problems(config(PCI="n", SERIAL_8250_PNP="n"), Guest(acpi_off=True)) == []
+    assert problems(config(PCI="n", SERIAL_8250_PNP="n"), Guest(acpi=False)) == []
     assert problems(config(PCI="n", SERIAL_8250_PNP="n", ACPI="n"), DISK) == []
 
 
 def test_with_acpi_off_only_the_command_line_is_left() -> None:
-    assert problems(config(ACPI="n"), Guest(acpi_off=True)) == []
-    (problem,) = problems(config(VIRTIO_MMIO_CMDLINE_DEVICES="n"), Guest(acpi_off=True))
+    assert problems(config(ACPI="n"), Guest(acpi=False)) == []
+    (problem,) = problems(config(VIRTIO_MMIO_CMDLINE_DEVICES="n"), Guest(acpi=False))
     assert str(problem) == (
         "the kernel lacks CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES (virtio-mmio discovery with "
         "acpi=off): no disk is found"
     )
+
+
+def test_by_acpi_alone() -> None:
+    by_acpi = Guest(cmdline_devices=False)
+    assert problems(config(VIRTIO_MMIO_CMDLINE_DEVICES="n"), by_acpi) == []
+    (problem,) = problems(config(ACPI="n"), by_acpi)
+    assert str(problem) == (
+        "the kernel lacks CONFIG_ACPI (virtio-mmio discovery by ACPI): no disk is found"
+    )
+    (problem,) = problems(config(PCI="n"), by_acpi)
+    assert "(--discovery cmdline may help)" in str(problem)
+
+
+def test_a_virtio_console_needs_no_serial_port() -> None:
+    hvc = Guest(console="hvc0")
+    (problem,) = problems(config(), hvc)
+    assert str(problem) == (
+        "the kernel lacks CONFIG_VIRTIO_CONSOLE (console hvc0): "
+        "no hvc0 shows anything or takes what is typed"
+    )
+    without = {"SERIAL_8250": "n", "SERIAL_8250_CONSOLE": "n", "SERIAL_8250_PNP": "n"}
+    assert problems(config(VIRTIO_CONSOLE="y", **without), hvc) == []
+    (problem,) = problems(config(VIRTIO_CONSOLE="m"), hvc)
+    assert (problem.option, problem.state) == ("VIRTIO_CONSOLE", "m")
+    assert problems(config(VIRTIO_CONSOLE="m"), hvc.replace(initrd_compression=Compression.NONE)) \
+        == []
+
+
+def test_a_virtio_console_is_a_device_without_a_disk_too() -> None:
+    alone = Guest(console="hvc0", has_disk=False)
+    assert problems(config(VIRTIO_CONSOLE="y", VIRTIO_BLK="n", BLOCK="n"), alone) == []
+    (problem,) = problems(config(VIRTIO_CONSOLE="y", VIRTIO_MMIO="n"), alone)
+    assert str(problem) == (
+        "the kernel lacks CONFIG_VIRTIO_MMIO (virtio-mmio): no hvc0 is found"
+    )
+
+
+def test_another_console_is_not_ours_to_judge() -> None:
+    without = {"SERIAL_8250": "n", "SERIAL_8250_CONSOLE": "n", "SERIAL_8250_PNP": "n"}
+    assert problems(config(**without), Guest(console="")) == []
+
+
+SMP = {"SMP": "y", "NR_CPUS": "4", "X86_MPPARSE": "y"}
+
+
+def test_several_vcpus() -> None:
+    assert problems(config(), Guest(cpus=1)) == []
+    (problem,) = problems(config(), Guest(cpus=2))
+    assert str(problem) == "the kernel lacks CONFIG_SMP (several vCPUs): only one vCPU runs"
+    assert problems(config(**SMP), Guest(cpus=4)) == []
+    (problem,) = problems(config(**SMP), Guest(cpus=5))
+    assert str(problem) == "the kernel has CONFIG_NR_CPUS=4 (5 vCPUs): no more of them run"
+    assert (problem.option, problem.state) == ("NR_CPUS", "4")
+
+
+def test_vcpus_are_found_by_acpi_or_by_the_mp_table() -> None:
+    no_table = SMP | {"X86_MPPARSE": "n"}
+    assert problems(config(**no_table), Guest(cpus=2)) == []
+    (problem,) = problems(config(**no_table), Guest(cpus=2, acpi=False))
+    assert str(problem) == (
+        "the kernel lacks CONFIG_X86_MPPARSE (finding vCPUs without ACPI): only one vCPU runs"
+    )
+    (problem,) = problems(config(**no_table, ACPI="n"), Guest(cpus=2))
+    assert "has neither CONFIG_ACPI nor CONFIG_X86_MPPARSE" in str(problem)
+    assert problems(config(**no_table), Guest(cpus=1, acpi=False)) == []
+
+
+@pytest.mark.parametrize(("table", "option"), [
+    ("gpt", "EFI_PARTITION"), ("dos", "MSDOS_PARTITION"),
+])
+def test_a_root_on_a_partition(table: str, option: str) -> None:
+    (problem,) = problems(config(), Guest(partitions=table))
+    assert problem.option == option
+    assert problems(config(**{f"C_{option}": "y"}), Guest(partitions=table)) == []
+    assert problems(config(**{f"C_{option}": "y"}), Guest(partitions="any")) == []
+    (problem,) = problems(config(), Guest(partitions="any"))
+    assert "has neither CONFIG_EFI_PARTITION nor CONFIG_MSDOS_PARTITION" in str(problem)
+
+
+def test_an_initrd_that_is_a_file_system() -> None:
+    guest = Guest(initrd_compression=Compression.NONE, is_ram_disk=True)
+    for state in ("n", "m"):
+        (problem,) = problems(config(BLK_DEV_RAM=state), guest)
+        assert problem.option == "BLK_DEV_RAM"
+    assert problems(config(BLK_DEV_RAM="y"), guest) == []
+
+
+def test_what_a_squashfs_is_packed_with() -> None:
+    guest = Guest(file_system="squashfs", squashfs="ZSTD")
+    assert [p.option for p in problems(config(), guest)] == ["SQUASHFS"]
+    assert [p.option for p in problems(config(SQUASHFS="y"), guest)] == ["SQUASHFS_ZSTD"]
+    assert problems(config(SQUASHFS="y", SQUASHFS_ZSTD="y"), guest) == []
+
+
+def test_devtmpfs_may_be_mounted_by_the_command_line() -> None:
+    assert problems(config(DEVTMPFS_MOUNT="n"), Guest(mounts_devtmpfs=True)) == []
+
+
+def test_the_options_of_all_guests_are_known() -> None:
+    assert known_options() == {*OPTIONS, "NR_CPUS", *BUILT_IN}
+    complete = KernelConfig(dict.fromkeys(OPTIONS, "y") | {"NR_CPUS": "8"}, "test")
+    for guest in every_guest():
+        assert problems(complete, guest) == []
 
 
 @pytest.mark.parametrize("option", ["VIRTIO_MMIO", "VIRTIO_BLK", "EXT4_FS"])

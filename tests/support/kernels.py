@@ -6,6 +6,7 @@ taken from the package, so that they check it.
 
 from __future__ import annotations
 
+import gzip
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -173,24 +174,39 @@ def elf(*segments: ElfSegment, **fields: int) -> bytearray:
     return image + data
 
 
-COMPLETE_CONFIG = """\
-CONFIG_64BIT=y
-CONFIG_PRINTK=y
-CONFIG_TTY=y
-CONFIG_SERIAL_8250=y
-CONFIG_SERIAL_8250_CONSOLE=y
-CONFIG_BLOCK=y
-CONFIG_VIRTIO_MMIO=y
-CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y
-CONFIG_ACPI=y
-CONFIG_SERIAL_8250_PNP=y
-CONFIG_PCI=y
-CONFIG_VIRTIO_BLK=y
-CONFIG_EXT4_FS=y
-CONFIG_BLK_DEV_INITRD=y
-CONFIG_RD_GZIP=y
-CONFIG_DEVTMPFS=y
-CONFIG_DEVTMPFS_MOUNT=y
-CONFIG_BINFMT_ELF=y
+def bz_with(payload: bytes, **fields: int) -> bytearray:
+    """A bzImage of ``payload``, where a compressed kernel is."""
+    return bzimage({"payload_offset": 0x400, "payload_length": len(payload)} | fields,
+                   code=bytes(0x400) + payload)
+
+
+def with_ikconfig(config: str) -> bytearray:
+    """A bzImage that holds a vmlinux, gzip-compressed, that holds its configuration."""
+    inside = b"IKCFG_ST" + gzip.compress(config.encode()) + b"IKCFG_ED"
+    return bz_with(gzip.compress(elf(ElfSegment(
+        data=b"Linux version 6.1.0-inside (who@where) #1\n\0" + inside + bytes(5000)
+    ))))
+
+
+_OPTIONS = """
+64BIT PRINTK TTY SERIAL_8250 SERIAL_8250_CONSOLE SERIAL_8250_PNP VIRTIO_CONSOLE
+SMP X86_MPPARSE ACPI PCI VIRTIO_MMIO VIRTIO_MMIO_CMDLINE_DEVICES
+BLOCK VIRTIO_BLK EFI_PARTITION MSDOS_PARTITION
+EXT4_FS EXT3_FS EXT2_FS XFS_FS BTRFS_FS F2FS_FS EROFS_FS ISO9660_FS JFS_FS CRAMFS ROMFS_FS
+SQUASHFS SQUASHFS_ZLIB SQUASHFS_LZO SQUASHFS_XZ SQUASHFS_LZ4 SQUASHFS_ZSTD
+BLK_DEV_INITRD BLK_DEV_RAM RD_GZIP RD_BZIP2 RD_LZMA RD_XZ RD_LZO RD_LZ4 RD_ZSTD
+DEVTMPFS DEVTMPFS_MOUNT BINFMT_ELF BINFMT_SCRIPT
 """
+OPTIONS = tuple(_OPTIONS.split())
+"""All that are y or n; beside them there is NR_CPUS."""
+COMPLETE_CONFIG = "".join(f"CONFIG_{name}=y\n" for name in OPTIONS) + "CONFIG_NR_CPUS=8\n"
 """A configuration with all that any guest needs."""
+
+
+def lacking(*options: str) -> str:
+    """COMPLETE_CONFIG without ``options``."""
+    text = COMPLETE_CONFIG
+    for option in options:
+        assert f"CONFIG_{option}=y\n" in text
+        text = text.replace(f"CONFIG_{option}=y\n", f"# CONFIG_{option} is not set\n")
+    return text

@@ -14,3 +14,12 @@ from tests.support.guest import IMAGE
 def image(tmp_path: Path) -> Path:
     """A copy of build/test.img that the test may write."""
     return shutil.copyfile(IMAGE, tmp_path / "root.img")
+
+
+@pytest.fixture(autouse=True)
+def own_memory(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pyvmm remembers of a kernel from one failed run is not said in another test's."""
+    if request.node.get_closest_marker("power_cut") is None:  # they need the lab's, in the cache
+        monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))

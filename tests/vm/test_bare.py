@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pyvmm.kvm.exits import HltExit, InternalErrorExit, ShutdownExit
+from pyvmm.virtio.console import ConsoleDevice
+from pyvmm.virtio.mmio import MmioTransport
 from tests.support.bare import (
     LONG_MODE_ENTRY,
     REAL_MODE_ENTRY,
@@ -81,6 +87,54 @@ def test_a_register_page_is_read_without_exits(machine: BareMachine, tmp_path: P
         (DEVICE + 0x50, b"\x02\x00\x00\x00"),
         (DEVICE + 0x70, (0x7472_6977).to_bytes(4, "little")),
     ]
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads give way to each other as often as they can, in the middle of whatever they do."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before_s)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_no_torn_configuration_is_taken_for_a_whole_one(
+    machine: BareMachine, tmp_path: Path
+) -> None:
+    """The guest reads a mapped page while the terminal's size changes all the time; both numbers
+    of it are equal."""
+    _load(machine, "config_space", tmp_path)
+    device = ConsoleDevice(lambda _data: None, lambda: None, size=(1, 1))
+    transport = MmioTransport(device, machine.memory, lambda: None, report=print)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(transport.page))
+    machine.vm.set_user_memory_region(1, DEVICE, len(transport.page), address, read_only=True)
+    over = threading.Event()
+    changes = itertools.count(1)
+
+    def change() -> None:
+        while not over.is_set():
+            size = next(changes) & 0x7FFF
+            device.resize((size, size))
+            transport.config_changed()
+
+    def hinder() -> None:
+        while not over.is_set():
+            pass
+
+    threads = [threading.Thread(target=body) for body in (change, hinder)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert machine.run() == HltExit(), machine.describe()
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        machine.vm.set_user_memory_region(1, DEVICE, 0, address, read_only=True)
+        transport.close()
+    assert machine.written == [(0xF4, 1, ord("W"))]
+    assert next(changes) > 100
 
 
 def test_hlt_stops_after_the_instruction(machine: BareMachine, tmp_path: Path) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.guest import IMAGE, KERNEL, boot, run_in_guest
-from tests.support.kernels import COMPLETE_CONFIG
+from pyvmm.cli import explain
+from pyvmm.cli.main import main
+from pyvmm.cli.options import parse_options
+from pyvmm.cli.run import COMMAND, config_from
+from tests.support.disk_heads import file_system
+from tests.support.guest import BUILD, IMAGE, KERNEL, TOOLS, boot, run_in_guest
+from tests.support.kernels import lacking
+from tests.support.stock import BACKPORTS, STABLE, stock_kernel
 
 pytestmark = pytest.mark.kvm
 
 
 def test_an_option_that_is_missing_is_named_before_the_boot(tmp_path: Path) -> None:
     kernel = shutil.copyfile(KERNEL, tmp_path / "bzImage-mine")
-    lacking = COMPLETE_CONFIG.replace("CONFIG_EXT4_FS=y\n", "")
-    (tmp_path / "config-mine").write_text(lacking)
+    (tmp_path / "config-mine").write_text(lacking("EXT4_FS"))
     run = boot("--disk", f"{IMAGE},snapshot", append=run_in_guest("exit 3"), kernel=kernel)
     assert run.status == 3, run.console + run.messages
     assert run.messages == (
@@ -30,7 +36,65 @@ def test_a_root_that_is_not_there_is_a_panic_with_a_remedy() -> None:
     run = boot("--disk", f"{IMAGE},snapshot", append="root=/dev/vdz")
     assert run.status == 121, run.console + run.messages
     assert "kernel panic: VFS: Unable to mount root fs" in run.messages
-    assert "root= and --disk must name it" in run.messages
+    assert "root=/dev/vdz is not there: root= and --disk must name it (vda)" in run.messages
+
+
+@pytest.mark.parametrize(("disk", "options", "lacks"), [
+    (file_system("xfs"), (), "CONFIG_XFS_FS (root file system xfs): a root of xfs"),
+    (None, ("--discovery", "acpi"), "CONFIG_ACPI (virtio-mmio discovery by ACPI): no disk"),
+])
+def test_what_the_kernel_lacks_is_read_from_it_after_a_panic_and_said_before_the_next(
+    tmp_path: Path, disk: bytes | None, options: tuple[str, ...], lacks: str
+) -> None:
+    """Our kernel has neither."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(disk or IMAGE.read_bytes()[:1 << 20])
+    for number in range(2):
+        run = boot("--disk", f"{image},ro", *options)
+        assert run.status == 121, run.console + run.messages
+        line = f"pyvmm: {KERNEL}: the kernel lacks {lacks}"
+        assert run.messages.count(line) == number + 1, run.messages
+
+
+def test_a_kernel_that_waits_for_its_root_in_vain() -> None:
+    run = boot("--disk", f"{IMAGE},snapshot", "--discovery", "acpi", append="rootwait",
+               timeout_s=10)
+    assert run.status == 124, run.console + run.messages
+    assert "the kernel lacks CONFIG_ACPI (virtio-mmio discovery by ACPI)" in run.messages
+
+
+def test_an_ext2_root_is_mounted_by_ext4(tmp_path: Path) -> None:
+    """For which nobody is warned: ext4 takes it, without EXT4_USE_FOR_EXT2 too."""
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(1 << 20)
+    subprocess.run(["/sbin/mke2fs", "-q", "-F", "-t", "ext2", image], check=True)
+    run = boot("--disk", f"{image},ro", append="init=/nothing")
+    assert "Requested init /nothing failed" in run.messages, run.console + run.messages
+
+
+@pytest.mark.parametrize("kernel", ["ours", "acpi", STABLE, BACKPORTS])
+def test_nothing_is_said_of_kernels_that_boot(
+    capsys: pytest.CaptureFixture[str], kernel: str
+) -> None:
+    """Every way in which the other tests of this directory boot them."""
+    disk = ["--disk", f"{TOOLS},snapshot"]
+    ways = [[], ["--cpus", "8"], ["--append", "console=hvc0"], ["--mmio", "trapped"]]
+    if kernel in (STABLE, BACKPORTS):
+        stock = stock_kernel(kernel)
+        path = stock.vmlinuz
+        disk += ["--initrd", str(stock.initramfs), "--append", "root=/dev/vda"]
+    else:
+        path = {"ours": KERNEL, "acpi": BUILD / "acpi/bzImage"}[kernel]
+        ways += [["--discovery", "cmdline", "--cpus", "4"], ["--append", "acpi=off"],
+                 ["--initrd", str(BUILD / "initramfs.cpio.gz")]]
+    if kernel != "ours":
+        ways += [["--discovery", "acpi", "--cpus", "4"]]
+    assert main(["kernel", "inspect", str(path)]) == 0
+    assert "missing  " in capsys.readouterr().out
+    for way in ways:
+        args = parse_options(COMMAND, ["--kernel", str(path), *disk, *way])
+        assert explain.before(config_from(args)) == [], way
 
 
 def test_a_kernel_that_prints_nothing_is_told_which_console_to_use() -> None:

@@ -199,6 +199,59 @@ def test_a_template_can_hide_the_hypervisor(tmp_path: Path) -> None:
     assert guest[1, 0].ecx >> 31 == 0
 
 
+NEEDED = ["fpu", "msr", "pae", "cx8", "apic", "cmov", "fxsr", "sse", "sse2", "syscall", "lm"]
+BITS = {
+    **{name: ("0x1", bit) for name, bit in {
+        "fpu": 0, "msr": 5, "pae": 6, "cx8": 8, "apic": 9, "cmov": 15, "fxsr": 24, "sse": 25,
+        "sse2": 26,
+    }.items()},
+    "syscall": ("0x80000001", 11), "lm": ("0x80000001", 29),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("host", [INTEL, AMD], ids=["intel", "amd"])
+def test_what_every_64_bit_linux_runs_on_cannot_be_taken_away(
+    tmp_path: Path, host: list[CpuidEntry], name: str
+) -> None:
+    leaf, bit = BITS[name]
+    masked = template(tmp_path, (leaf, "0x0", {"edx": "0b0" + "x" * bit}))
+    for model in (masked, parse_cpu_option(f"host,-{name}"), parse_cpu_option(f"base,-{name}")):
+        with pytest.raises(ConfigError) as caught:
+            build(host, model, 0)
+        message = str(caught.value)
+        assert message.startswith(f"--cpu {model.name}: takes away ")
+        assert re.search(rf"\b{name}\b.*, without which no 64-bit Linux runs$", message)
+
+
+def test_what_the_host_does_not_have_is_not_missed() -> None:
+    """A KVM that is not complete may say nothing of it, and boot all the same."""
+    host = without(INTEL, 1, "edx", 5)
+    assert build(host, parse_cpu_option("host,-avx"), 0)
+
+
+@pytest.mark.parametrize(("leaf", "bitmap", "what"), [
+    ("0x0", "0b" + "0" * 32, "leaf 0x0 eax, the number of the last leaf"),
+    ("0x80000000", "0b0" + "x" * 31, "leaf 0x80000000 eax, the number of the last leaf"),
+    ("0x80000008", "0bx0xxxxx", "leaf 0x80000008 eax, the address sizes"),
+    ("0x80000008", "0b" + "0" * 16, "leaf 0x80000008 eax, the address sizes"),
+])
+def test_nor_can_what_a_kernel_believes_of_its_addresses_and_leaves(
+    tmp_path: Path, leaf: str, bitmap: str, what: str
+) -> None:
+    model = template(tmp_path, (leaf, "0x0", {"eax": bitmap}))
+    with pytest.raises(ConfigError) as caught:
+        build(INTEL, model, 0)
+    assert str(caught.value) == (
+        f"--cpu {model.name}: takes away {what}, without which no 64-bit Linux runs"
+    )
+
+
+def test_address_sizes_that_are_left_alone_may_be_mentioned(tmp_path: Path) -> None:
+    model = template(tmp_path, ("0x80000008", "0x0", {"eax": "0b0000000000000000" + "x" * 16}))
+    assert table(INTEL, model)[0x8000_0008, 0].eax == 0x3934
+
+
 @pytest.mark.bare
 def test_this_hosts_kvm_takes_base_less_what_it_lacks() -> None:
     with Kvm() as kvm:

@@ -15,6 +15,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.x86.cpu_model import RegisterMask, parse_cpu_option
 from pyvmm.x86.cpu_template import MAX_BYTES
 
+LEAF_OF = '{"cpuid_modifiers": [{"leaf": %s, "modifiers": []}]}'
 Parse = Callable[[str | bytes | object], tuple[RegisterMask, ...]]
 ALL = 0xFFFF_FFFF
 MODIFIER = {"register": "ebx", "bitmap": "0b0"}
@@ -72,7 +73,13 @@ def test_a_subleaf_may_be_left_out_and_nothing_need_be_masked(parse: Parse) -> N
     ("{", "is not JSON"),
     (b"\xff{}", "is not UTF-8 at byte 0"),
     ("[" * 100_000, "nests so deep"),
-    ('{"cpuid_modifiers": ' + "9" * 10_000 + "}", "limit"),
+    ('{"cpuid_modifiers": ' + "9" * 10_000 + "}", rf"cpuid_modifiers: is {'9' * 40}\.\.\., not a"),
+    ("9" * 10_000, rf"the file: is {'9' * 40}\.\.\., not an object"),
+    (LEAF_OF % ("9" * 10_000), rf"\[0\].leaf: {'9' * 40}\.\.\. is not a number of 32 bits"),
+    (LEAF_OF % ("-" + "9" * 10_000), rf"\[0\].leaf: -{'9' * 39}\.\.\. is not a number of 32 bits"),
+    (LEAF_OF % ("9" * 10_000 + "e9"), r"\[0\].leaf: .* is neither a number nor text"),
+    (LEAF_OF % ("9" * 10_000 + ".5"), r"\[0\].leaf: .* is neither a number nor text"),
+    (LEAF_OF % f'"0x{"f" * 10_000}"', r"\[0\].leaf: .* is not a number of 32 bits"),
     ([], r"the file: is \[\], not an object with cpuid_modifiers"),
     (7, "the file: is 7, not an object"),
     ({}, "the file: has no field 'cpuid_modifiers'"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import lzma
+import os
+import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +19,10 @@ from hypothesis import strategies as st
 from pyvmm.errors import ConfigError
 from pyvmm.linux.compression import Compression
 from pyvmm.linux.config import KernelConfig
+from pyvmm.linux.scan import MAX_PACKED_BYTES
 from pyvmm.x86.image import EntryKind, KernelKind
-from pyvmm.x86.inspect import IN_KERNEL, describe_guest, inspect, missing_options
-from tests.support.kernels import MIB, ElfSegment, bzimage, elf, note_segment, pvh_note
+from pyvmm.x86.inspect import IN_KERNEL, inspect, read_configuration
+from tests.support.kernels import MIB, ElfSegment, bz_with, bzimage, elf, note_segment, pvh_note
 from tests.support.loading import MakeFile
 
 CONFIG = b"CONFIG_64BIT=y\nCONFIG_VIRTIO_BLK=m\n"
@@ -26,13 +31,6 @@ VMLINUX = bytes(elf(ElfSegment(
     + b"IKCFG_ED" + bytes(5000)
 ), note_segment(pvh_note(2 * MIB))))
 SIZE = len(VMLINUX).to_bytes(4, "little")
-MISSING_EVERYTHING = "# CONFIG_64BIT is not set\n"
-
-
-def bz_with(payload: bytes, **fields: int) -> bytearray:
-    """A bzImage of ``payload``."""
-    return bzimage({"payload_offset": 0x400, "payload_length": len(payload)} | fields,
-                   code=bytes(0x400) + payload)
 
 
 def packed_by(*command: str) -> bytes:
@@ -121,62 +119,64 @@ def test_a_file_that_is_no_kernel(image: MakeFile) -> None:
 # ---- for pyvmm run -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ext4() -> bytes:
-    """The start of a disk of ext4."""
-    head = bytearray(0x1000)
-    head[0x438:0x43A] = b"\x53\xef"
-    head[0x460] = 0x40
-    return bytes(head)
-
-
-def test_run_learns_what_is_missing(image: MakeFile, tmp_path: Path, ext4: bytes) -> None:
-    path = image(bzimage())
-    assert missing_options(path, initrd=None, disk_head=ext4) == []
-    (tmp_path / "config-6.1.0-synthetic").write_text(MISSING_EVERYTHING)
-    options = {problem.option for problem in missing_options(path, initrd=None, disk_head=ext4)}
-    assert {"SERIAL_8250_CONSOLE", "VIRTIO_BLK", "EXT4_FS", "DEVTMPFS"} <= options
-    assert "BLK_DEV_INITRD" not in options
-
-
-def test_run_without_a_disk_or_with_an_initrd(
-    image: MakeFile, initrd_file: MakeFile, tmp_path: Path, ext4: bytes
-) -> None:
-    path, initrd = image(bzimage()), initrd_file(lzma.compress(b"initrd"))
-    (tmp_path / "config-6.1.0-synthetic").write_text(MISSING_EVERYTHING)
-    options = {problem.option for problem in missing_options(path, initrd=initrd, disk_head=None)}
-    assert {"BLK_DEV_INITRD", "RD_XZ"} <= options
-    assert not options & {"VIRTIO_BLK", "EXT4_FS", "DEVTMPFS_MOUNT"}
-    options = {problem.option for problem in missing_options(path, initrd=initrd, disk_head=ext4)}
-    assert "VIRTIO_BLK" in options
-    assert "EXT4_FS" not in options, "the initrd knows what it mounts"
-    options = {problem.option for problem in missing_options(path, initrd=None, disk_head=b"")}
-    assert "VIRTIO_BLK" in options
-    assert "EXT4_FS" not in options
-
-
-def test_the_config_inside_is_looked_at_only_when_asked(image: MakeFile, ext4: bytes) -> None:
+def test_what_lies_beside_a_kernel_costs_no_unpacking(image: MakeFile, tmp_path: Path) -> None:
     path = image(bz_with(gzip.compress(VMLINUX)))
-    assert missing_options(path, initrd=None, disk_head=ext4) == []
-    problems = missing_options(path, initrd=None, disk_head=ext4, unpack=True)
-    assert ("VIRTIO_BLK", "m") in {(problem.option, problem.state) for problem in problems}
+    assert read_configuration(path, unpack=False) is None
+    inside = read_configuration(path, unpack=True)
+    assert inside == KernelConfig({"64BIT": "y", "VIRTIO_BLK": "m"}, IN_KERNEL)
+    beside = tmp_path / "config-6.1.0-synthetic"
+    beside.write_text("CONFIG_64BIT=y\n")
+    assert read_configuration(path, unpack=False) == KernelConfig({"64BIT": "y"}, str(beside))
+    assert read_configuration(path, unpack=True) == inside, "the kernel knows better"
+    path.write_bytes(bzimage())
+    assert read_configuration(path, unpack=True) == KernelConfig({"64BIT": "y"}, str(beside))
 
 
 def test_an_explanation_never_fails(image: MakeFile, tmp_path: Path) -> None:
-    assert missing_options(tmp_path / "missing", initrd=None, disk_head=None) == []
-    assert missing_options(image(b"hello"), initrd=None, disk_head=None, unpack=True) == []
-    path = image(bz_with(b"no magic number here"))
-    assert missing_options(path, initrd=tmp_path, disk_head=None, unpack=True) == []
-    assert missing_options(path, initrd=None, disk_head=None, unpack=True) == []
+    for unpack in (True, False):
+        assert read_configuration(tmp_path / "missing", unpack=unpack) is None
+        assert read_configuration(tmp_path, unpack=unpack) is None
+        assert read_configuration(image(b"hello"), unpack=unpack) is None
+        path = image(bz_with(b"no magic number here"))
+        assert read_configuration(path, unpack=unpack) is None
 
 
-def test_a_guest_from_its_files(initrd_file: MakeFile, ext4: bytes) -> None:
-    guest = describe_guest(None, ext4)
-    assert (guest.has_disk, guest.initrd_compression, guest.file_system) == (True, None, "ext4")
-    guest = describe_guest(initrd_file(b"07070100"), None)
-    assert (guest.has_disk, guest.initrd_compression) == (False, Compression.NONE)
-    with pytest.raises(ConfigError, match="cannot open"):
-        describe_guest("/nowhere", None)
+@pytest.mark.parametrize("size_bytes", [MAX_PACKED_BYTES + 1, 1 << 31])
+def test_a_payload_too_large_to_look_into_is_not_read(image: MakeFile, size_bytes: int) -> None:
+    head = bz_with(b"\x1f\x8b" + bytes(600), payload_length=size_bytes)
+    path = image(head)
+    with path.open("r+b") as file:
+        file.truncate(size_bytes + len(head))  # a hole
+    found = inspect(path)
+    assert found.unknown == (
+        f"its payload is {size_bytes} bytes of GZIP; up to {MAX_PACKED_BYTES} are looked into"
+    )
+
+
+@pytest.mark.parametrize("pack", [
+    ["lz4", "-l", "-c"], ["gzip", "-1", "-c"], ["zstd", "-c"], ["xz", "-0", "-c"],
+], ids=lambda command: command[0])
+def test_a_bomb_is_unpacked_in_little_memory(
+    image: MakeFile, tmp_path: Path, pack: list[str]
+) -> None:
+    """Half a gigabyte, in half as much address space for all of Python."""
+    size_bytes = 512 << 20
+    bomb = tmp_path / "bomb"
+    with bomb.open("wb") as file:
+        file.write(VMLINUX)
+        file.truncate(size_bytes)
+    with bomb.open("rb") as file:
+        packed = subprocess.run(pack, stdin=file, capture_output=True, check=True).stdout
+    path = image(bz_with(packed + size_bytes.to_bytes(4, "little"), init_size=1 << 30))
+    limit = 300 << 20
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "kernel", "inspect", path], capture_output=True,
+        text=True, check=False, env={**os.environ, "PYVMM_CACHE": str(tmp_path / "cache")},
+        preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.stderr == ""
+    assert "512.0 MiB" in done.stdout
+    assert "in the kernel (IKCONFIG)" in done.stdout
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[

@@ -1,0 +1,43 @@
+"""What kernels, modules and initramfs files are compressed with, told by their first bytes.
+
+Apart from ``compression``, which unpacks them, because ``pyvmm run`` looks at an initrd before it
+boots and has no use for the libraries.
+"""
+
+from __future__ import annotations
+
+import enum
+
+LZ4_MAGIC = b"\x02\x21\x4c\x18"
+"""Of the "legacy frame" (``lz4 -l``)."""
+
+
+class Compression(enum.Enum):
+    """Formats by the names that Linux's configuration gives them (CONFIG_KERNEL_...)."""
+
+    NONE = "none"
+    GZIP = "GZIP"
+    XZ = "XZ"
+    LZ4 = "LZ4"
+    ZSTD = "ZSTD"
+    BZIP2 = "BZIP2"
+    LZMA = "LZMA"
+    LZO = "LZO"
+
+
+_MAGICS = (
+    (b"\x1f\x8b", Compression.GZIP),
+    (b"\xfd7zXZ\0", Compression.XZ),
+    (LZ4_MAGIC, Compression.LZ4),
+    (b"\x28\xb5\x2f\xfd", Compression.ZSTD),
+    (b"BZh", Compression.BZIP2),
+    (b"\x5d\0\0", Compression.LZMA),
+    (b"\x89LZO\0\r\n\x1a\n", Compression.LZO),
+)
+MAGIC_BYTES = max(len(magic) for magic, _ in _MAGICS)
+"""How much of a file's start ``detect`` wants to see."""
+
+
+def detect(head: bytes) -> Compression:
+    """The format of a file that starts with ``head``; NONE if it is none of these."""
+    return next((kind for magic, kind in _MAGICS if head.startswith(magic)), Compression.NONE)

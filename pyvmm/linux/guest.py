@@ -1,0 +1,190 @@
+"""What a run asks of its kernel, as far as the run and the kernel's command line say it.
+
+This is read the way Linux reads it: init/do_mounts.c for ``root=``, lib/cmdline.c for the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvmm.lean import Record
+from pyvmm.linux import file_systems
+from pyvmm.linux.formats import Compression, detect
+from pyvmm.linux.options import KernelConfig
+
+ONE_CPU_WORDS = ("nosmp", "nolapic", "disableapic")
+_CPU_LIMITS = ("maxcpus", "nr_cpus", "possible_cpus")
+_UUID_LENGTH = 36  # of a GPT partition; that of an MBR one is SSSSSSSS-PP
+_DISK = "/dev/vd"
+
+
+class Boot(Record):
+    """A run as its kernel meets it.
+
+    ``acpi`` is whether there are tables, ``disks`` counts them; ``initrd`` is the start of that
+    file, None without.  ``read_disk`` gives up to ``file_systems.HEAD_BYTES`` of disk ``index``
+    from a byte on, nothing if that cannot be known.
+    """
+
+    command_line: str = ""
+    cpus: int = 1
+    acpi: bool = True
+    disks: int = 1
+    initrd: bytes | None = None
+    read_disk: Callable[[int, int], bytes] = lambda index, offset: b""
+
+
+class Guest(Record):
+    """What is asked of the kernel.
+
+    ``cpus`` are those it is to use.  ``acpi`` is whether it is to read tables, ``cmdline_devices``
+    whether the command line announces virtio-mmio devices.  ``console`` is the one that counts of
+    those that are shown, the last: ``ttyS0``, ``hvc0``, or "" if none of the two is asked for.
+
+    ``initrd_compression`` is None without an initrd, which is a file or built in; ``is_ram_disk``
+    says that it is a file system rather than an archive.
+
+    ``file_system`` is the root's, on a disk, None if that is not known; ``squashfs`` its
+    compression, if it has one.  ``partitions`` is the kind of table that the root is found by:
+    ``gpt``, ``dos``, ``any`` of the two, "" for none.  ``mounts_devtmpfs`` is whether the command
+    line has the kernel mount it.
+
+    ``mistakes`` are reasons for which no kernel boots so, in words.
+    """
+
+    cpus: int = 1
+    acpi: bool = True
+    cmdline_devices: bool = True
+    console: str = "ttyS0"
+    has_disk: bool = True
+    initrd_compression: Compression | None = None
+    is_ram_disk: bool = False
+    file_system: str | None = "ext4"
+    squashfs: str = ""
+    partitions: str = ""
+    mounts_devtmpfs: bool = False
+    mistakes: tuple[str, ...] = ()
+
+
+def words_of(command_line: str) -> list[tuple[str, str]]:
+    """The parameters on a kernel's command line, ``(name, value)``; behind ``--`` they are init's.
+
+    Double quotes keep spaces together; ``-`` and ``_`` in names are the same.
+    """
+    found = []
+    word, quoted = "", False
+    for character in f"{command_line} ":
+        if character == '"':
+            quoted = not quoted
+        elif not character.isspace() or quoted:
+            word += character
+        elif word:
+            if word == "--":
+                break
+            name, _, value = word.partition("=")
+            found.append((name.replace("-", "_"), value))
+            word = ""
+    return found
+
+
+def describe(boot: Boot, config: KernelConfig | None) -> Guest:
+    """What ``boot`` asks of a kernel that was built with ``config``, None if that is not known.
+
+    It matters because a command line and an initramfs may be built in.
+    """
+    words = words_of(_command_line(boot, config))
+    values = dict(words)  # the last of each counts
+    names = {name for name, _ in words}
+    compression = detect(boot.initrd) if boot.initrd is not None else None
+    if compression is None and config is not None and config.text("INITRAMFS_SOURCE"):
+        compression = Compression.NONE
+    guest = Guest(
+        cpus=_cpus(boot.cpus, values),
+        acpi=boot.acpi and values.get("acpi") != "off",
+        cmdline_devices="virtio_mmio.device" in names,
+        console=_console(words),
+        has_disk=boot.disks > 0,
+        initrd_compression=compression,
+        is_ram_disk=boot.initrd is not None and file_systems.detect(boot.initrd) is not None,
+        file_system=None,
+        mounts_devtmpfs=values.get("devtmpfs.mount", "0") != "0",
+    )
+    mistakes = []
+    needs_devices = guest.has_disk or guest.console == "hvc0"
+    if needs_devices and not guest.acpi and not guest.cmdline_devices:
+        mistakes.append("nothing tells the kernel of its devices: ACPI is off, and they are not on "
+                        "its command line (--discovery)")
+    if guest.has_disk and compression is None:  # else the initrd knows what the root is
+        guest, mistake = _with_root(guest, boot, values)
+        mistakes += [mistake] if mistake else []
+    return guest.replace(mistakes=tuple(mistakes))
+
+
+def _command_line(boot: Boot, config: KernelConfig | None) -> str:
+    """What the kernel reads: the built-in text, then ours, or that text alone."""
+    built_in = config.text("CMDLINE") if config is not None else ""
+    if config is None or not built_in or config.state("CMDLINE_BOOL") != "y":
+        return boot.command_line
+    if config.state("CMDLINE_OVERRIDE") == "y":
+        return built_in
+    return f"{built_in} {boot.command_line}"
+
+
+def _cpus(cpus: int, values: dict[str, str]) -> int:
+    if any(word in values for word in ONE_CPU_WORDS):
+        return 1
+    limits = [_number(values.get(name, ""), cpus) for name in _CPU_LIMITS]
+    return max(1, min([cpus, *limits]))
+
+
+def _console(words: list[tuple[str, str]]) -> str:
+    """The last console of ours; Linux takes the serial port if it is told of none at all."""
+    named = [value.partition(",")[0] for name, value in words if name == "console"]
+    ours = [
+        "hvc0" if name == "hvc0" else "ttyS0"
+        for name in named
+        if name in ("hvc0", "ttyS0", "uart8250", "uart")
+    ]
+    if ours:
+        return ours[-1]
+    return "" if named else "ttyS0"
+
+
+def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest, str]:
+    """``guest`` with what mounting ``root=`` takes, and what is wrong with it, "" if nothing."""
+    root = values.get("root", "")
+    kind, _, name = root.partition("=")
+    if not root:
+        return guest, "the command line has no root=: without an initramfs there is none to mount"
+    if kind in ("UUID", "LABEL"):
+        return guest, (f"root={kind}= is for an initramfs to find: the kernel alone knows "
+                       "/dev/vda, PARTUUID= and PARTLABEL=")
+    if kind == "PARTUUID":
+        by_gpt = len(name.partition("/")[0]) == _UUID_LENGTH
+        return guest.replace(partitions="gpt" if by_gpt else "dos"), ""
+    if kind == "PARTLABEL":
+        return guest.replace(partitions="gpt"), ""
+    if not root.startswith(_DISK):
+        return guest, ""  # nothing of ours, or by number
+    letters = root[len(_DISK) :].rstrip("0123456789")
+    number = _number(root[len(_DISK) + len(letters) :], 0)
+    index = ord(letters) - ord("a") if len(letters) == 1 else boot.disks
+    if not 0 <= index < boot.disks:
+        there = ", ".join(f"vd{chr(ord('a') + disk)}" for disk in range(boot.disks))
+        return guest, f"root={root} is not there: root= and --disk must name it ({there})"
+    head = boot.read_disk(index, 0)
+    if number:
+        guest = guest.replace(partitions=file_systems.partition_table(head) or "any")
+        offset = file_systems.partition_offset(head, number)
+        head = boot.read_disk(index, offset) if offset is not None else b""
+    found = file_systems.detect(head)
+    named = values.get("rootfstype", "")
+    return guest.replace(
+        file_system=named if named and "," not in named else found,
+        squashfs=file_systems.squashfs_compressor(head) if found == "squashfs" else "",
+    ), ""
+
+
+def _number(text: str, otherwise: int) -> int:
+    """``text`` as a number, ``otherwise`` if it is none that fits."""
+    return int(text) if text.isdecimal() and len(text) < 10 else otherwise

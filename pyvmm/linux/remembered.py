@@ -1,0 +1,94 @@
+"""What was read of a kernel's configuration, kept for later runs of the same kernel.
+
+To unpack a kernel takes seconds, and a start has none to spare.  So whoever has had a reason to do
+it (``pyvmm kernel inspect``, a run that failed) leaves what it found in the cache: an entry, a
+small text file of the options that ``requirements`` knows.  ``cli.run.remembered_path`` names it
+after the kernel file's identity, so that a kernel built anew is another one.
+
+The cache may hold anything: an entry that is not understood is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from pyvmm.linux.guest import Guest
+from pyvmm.linux.options import KernelConfig
+from pyvmm.linux.requirements import BUILT_IN, known_options, requirements
+
+MAX_ENTRIES = 100
+_TITLE = "pyvmm: a kernel's configuration"
+_MAX_ENTRY_BYTES = 64 << 10
+_NO_FILE = "-"
+
+
+def recall(entry: str) -> KernelConfig | None:
+    """The configuration in the file ``entry``; None if there is none, or none that still holds.
+
+    It has a value for every option that was known when it was written, ``n`` too (``covers``).
+    """
+    try:
+        fd = os.open(entry, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            data = os.read(fd, _MAX_ENTRY_BYTES + 1)
+        finally:
+            os.close(fd)
+        title, source, source_identity, *lines = data.decode().removesuffix("\n").split("\n")
+        if title != _TITLE or len(data) > _MAX_ENTRY_BYTES:
+            return None
+        if source_identity != _NO_FILE and source_identity != _identity(source):
+            return None
+    except (OSError, ValueError):
+        return None
+    pairs = [line.partition("=") for line in lines]
+    return KernelConfig({name: value for name, _, value in pairs}, source)
+
+
+def covers(config: KernelConfig, guest: Guest) -> bool:
+    """Whether ``config``, of ``recall``, has all that ``guest`` is judged by: a later version of
+    pyvmm may want to know more."""
+    wanted = {option for need in requirements(guest) for option in (*need.options, need.given)}
+    return (wanted - {""} | set(BUILT_IN)) <= config.options.keys()
+
+
+def remember(entry: str, config: KernelConfig) -> None:
+    """Leave ``config`` in the file ``entry``; where that cannot be, it is not.
+
+    If ``config`` comes from a file, it holds as long as that file does not change.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        source_identity = _NO_FILE
+        if os.path.isabs(config.source):
+            source_identity = _identity(config.source)
+        settings = [f"{name}={config.state(name)}" for name in sorted(known_options())]
+        text = "\n".join([_TITLE, config.source, source_identity, *settings, ""])
+        data = text.encode()
+        if len(data) > _MAX_ENTRY_BYTES or text.count("\n") != len(settings) + 3:
+            return
+        folder = os.path.dirname(entry)
+        os.makedirs(folder, exist_ok=True)
+        # Whoever reads meanwhile sees all of it or nothing.
+        unfinished = f"{entry}.{os.getpid()}"
+        try:
+            with open(unfinished, "wb") as file:  # noqa: PTH123 - there is no pathlib here
+                file.write(data)
+            os.replace(unfinished, entry)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
+        _forget_oldest(folder)
+
+
+def _identity(path: str) -> str:
+    status = os.stat(path)
+    return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+
+
+def _forget_oldest(folder: str) -> None:
+    """Keep MAX_ENTRIES: somebody who builds kernels makes one a build."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry.stat().st_mtime_ns, entry.path) for entry in entries)
+    for _, path in found[:-MAX_ENTRIES]:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

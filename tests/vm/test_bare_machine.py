@@ -1,0 +1,49 @@
+"""How a machine is put together, seen without running its guest: any /dev/kvm will do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pyvmm.config import RunConfig, parse_disk
+from pyvmm.io_loop import IoSource
+from pyvmm.machine import build
+from pyvmm.outcome import Kind, Outcome
+from pyvmm.report import Reporter
+from pyvmm.runner import Runner
+from tests.support.kernels import elf
+
+pytestmark = pytest.mark.bare
+
+
+def test_no_device_waits_for_another_ones_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Least of all the entropy device for the console, whose terminal may take nothing."""
+    threads: dict[str, Sequence[IoSource]] = {}
+
+    def run(
+        _runner: Runner, *, workers: Sequence[tuple[str, Sequence[IoSource]]], **_others: object
+    ) -> Outcome:
+        threads.update(workers)
+        return Outcome(Kind.RESET)
+
+    monkeypatch.setattr(Runner, "run", run)
+    kernel = tmp_path / "guest.elf"
+    kernel.write_bytes(elf())
+    disks = []
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(4096))
+        disks.append(parse_disk(f"{tmp_path / name},queues=2"))
+    config = RunConfig(kernel=kernel, disks=tuple(disks), console="none")
+    with build(config, report=Reporter()) as machine:
+        machine.run()
+    assert {name: len(sources) for name, sources in threads.items()} == {
+        "virtio0": 3, "virtio1": 3,  # two queues, and a look at the file's size
+        "console": 4,  # typed bytes, output, the terminal's size
+        "entropy": 1,
+    }
+    fds = [source.fd for sources in threads.values() for source in sources]
+    assert len(set(fds)) == len(fds)
