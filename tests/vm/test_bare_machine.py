@@ -42,7 +42,7 @@ def test_no_device_waits_for_another_ones_thread(
         machine.run()
     assert {name: len(sources) for name, sources in threads.items()} == {
         "virtio0": 3, "virtio1": 3,  # two queues, and a look at the file's size
-        "console": 4,  # typed bytes, output, the terminal's size
+        "console": 4,  # typed bytes, output, the terminal's size, the UART
         "entropy": 1,
     }
     fds = [source.fd for sources in threads.values() for source in sources]
