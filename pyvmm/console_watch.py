@@ -109,6 +109,9 @@ class ConsoleWatch:
                 self._panic = self._find_torn_panic()
             if self._panic is not None or self._reported:
                 return Outcome(Kind.PANIC, detail=self._why)
+        if outcome.kind is Kind.SHUTDOWN and not self.has_printed:
+            # What a halted system says last it says itself; a kernel that died early says nothing.
+            return outcome.replace(kind=Kind.SILENT_HALT)
         if outcome.kind is Kind.INTERNAL_ERROR:
             hint = (
                 "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"

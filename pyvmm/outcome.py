@@ -12,6 +12,7 @@ class Kind(StrEnum):
     RESET = "guest rebooted"
     SHUTDOWN = "guest shut down"
     POWER_OFF = "guest powered off"
+    SILENT_HALT = "guest halted without a word"
     QUIT = "quit at the console"
     PANIC = "kernel panic"
     TRIPLE_FAULT = "triple fault"
@@ -22,7 +23,8 @@ class Kind(StrEnum):
 
 
 MAYBE_SILENT = (
-    Kind.PANIC, Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SHUTDOWN, Kind.RESET, Kind.QUIT, Kind.SIGNAL
+    Kind.PANIC, Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SILENT_HALT, Kind.SHUTDOWN, Kind.RESET,
+    Kind.QUIT, Kind.SIGNAL,
 )
 """Ends that want an explanation if the guest printed nothing; a panic wants one in any case."""
 MAX_GUEST_STATUS = 119
@@ -32,6 +34,7 @@ _FIXED_STATUS = {
     Kind.POWER_OFF: 0,
     Kind.QUIT: 0,
     Kind.PANIC: 121,
+    Kind.SILENT_HALT: 121,
     Kind.TRIPLE_FAULT: 122,
     Kind.INTERNAL_ERROR: 123,
     Kind.TIMEOUT: 124,

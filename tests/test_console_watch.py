@@ -165,6 +165,15 @@ def test_what_the_initramfs_says_without_a_panic_is_no_end(runner: FakeRunner) -
     assert watch.judge(Outcome(Kind.RESET)).kind is Kind.RESET
 
 
+def test_a_halt_is_an_end_of_those_who_have_said_something(runner: FakeRunner) -> None:
+    watch = ConsoleWatch(runner)
+    halt = Outcome(Kind.SHUTDOWN, detail="halted with interrupts off")
+    assert watch.judge(halt) == Outcome(Kind.SILENT_HALT, detail="halted with interrupts off")
+    assert watch.judge(halt).exit_status == 121
+    watch.feed(b"bye")
+    assert watch.judge(halt) == halt
+
+
 def send(watch: ConsoleWatch, *sent: tuple[str, bytes]) -> bytes:
     """Send pieces through one tap, each from the vCPU named; what came out, which was fed."""
     out = bytearray()

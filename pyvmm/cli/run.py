@@ -34,7 +34,8 @@ EPILOG = """\
 exit status:
   0-119  what the guest reported through I/O port 0xf4 (119 for anything larger); 0 too when it
          rebooted, powered off or halted
-  121    kernel panic          122    triple fault        123    KVM internal error
+  121    kernel panic, or a halt without a word printed
+  122    triple fault        123    KVM internal error
   124    timeout               125    bad option, bad file or unusable host
   128+n  stopped by signal n
 
