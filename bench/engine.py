@@ -5,25 +5,40 @@
 A prepared virtqueue is offered again and again and ``process_queue`` timed: ns per request, the
 least of many rounds.  Columns are what is under the device: nothing ("ring"), a disk in memory,
 a file in the page cache.  ``random`` sectors cannot be merged, ``sequential`` ones can.
+
+Rows called "loop" have one request at a time go all the way: from the write into the doorbell's
+eventfd through epoll, the I/O loop, the transport and the device to the write into the
+interrupt's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import random
 import struct
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.memory import GuestMemory
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.raw import RawBackend
 from pyvmm.virtio.block import BlockConfig, BlockDevice
-from pyvmm.virtio.spec import BlockFeature, BlockRequestType, DescriptorFlag, Feature, PackedFlag
+from pyvmm.virtio.mmio import MmioTransport
+from pyvmm.virtio.spec import (
+    BlockFeature,
+    BlockRequestType,
+    DescriptorFlag,
+    Feature,
+    PackedFlag,
+    Register,
+)
 
 REQUESTS = 64
 """Different requests in a queue; every depth divides it."""
@@ -144,6 +159,10 @@ class SplitLoad:
             for i, (gpa, length, flags) in enumerate(chain)
         )
 
+    def close(self) -> None:
+        """Let go of RAM."""
+        self._avail.release()
+
     def offer(self, count: int) -> None:
         """Make the next ``count`` requests available."""
         self._avail[1] = self._avail[1] + count & 0xFFFF
@@ -175,6 +194,10 @@ class PackedLoad:
         self._ring = memory.view(RING, len(laps[0]))
         self._ring[:] = self._laps[1]  # no slot is available in the first lap
         self._offered = 0
+
+    def close(self) -> None:
+        """Let go of RAM."""
+        self._ring.release()
 
     def offer(self, count: int) -> None:
         """Make the next ``count`` requests available."""
@@ -222,7 +245,69 @@ def measure_ns(
             if status or not load.served(memory):
                 raise RuntimeError(f"{shape.name}: request {index} has status {status}")
         device.reset()
-        del load, offer
+        load.close()
+    return best
+
+
+def set_up(write: Callable[[int, int, int], None], load: SplitLoad | PackedLoad) -> None:
+    """What a driver writes into the registers until its queue runs."""
+    packed = isinstance(load, PackedLoad)
+    features = FEATURES | (Feature.RING_PACKED if packed else 0)
+    for status in (1, 3):
+        write(Register.STATUS, 4, status)
+    for word in (0, 1):
+        write(Register.DRIVER_FEATURES_SEL, 4, word)
+        write(Register.DRIVER_FEATURES, 4, features >> 32 * word & 0xFFFF_FFFF)
+    write(Register.STATUS, 4, 11)
+    write(Register.QUEUE_NUM, 4, load.size)
+    for register, area in (
+        (Register.QUEUE_DESC_LOW, RING),
+        (Register.QUEUE_DRIVER_LOW, DRIVER_AREA),
+        (Register.QUEUE_DEVICE_LOW, DEVICE_AREA),
+    ):
+        write(register, 4, area)
+    write(Register.QUEUE_READY, 4, 1)
+    write(Register.STATUS, 4, 15)
+
+
+def measure_loop_ns(
+    backend: BlockBackend, shape: Shape, *, packed: bool, rounds: int, requests: int = 64
+) -> float:
+    """ns from doorbell to interrupt and back, one request at a time, the least of ``rounds``."""
+    random.seed(5)
+    doorbell, irq = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+    with GuestMemory([(0, RAM_BYTES)]) as memory:
+        load = PackedLoad(memory, shape) if packed else SplitLoad(memory, shape)
+        transport = MmioTransport(
+            BlockDevice(BlockConfig(), backend), memory,
+            functools.partial(os.eventfd_write, irq, 1), report=print, keep_used=True,
+        )
+        set_up(transport.write, load)
+        serve, offer, clock = transport.service, load.offer, time.perf_counter_ns
+        best, left, started = float("inf"), rounds * requests, 0
+
+        def service() -> float | None:
+            nonlocal best, left, started
+            delay_s = serve(0)
+            left -= 1
+            if left % requests == 0:
+                best = min(best, (clock() - started) / requests)
+                if not left:
+                    loop.stop()
+                started = clock()
+            offer(1)
+            os.eventfd_write(doorbell, 1)
+            return delay_s
+
+        loop = IoLoop([IoSource(doorbell, service)])
+        offer(1)
+        os.eventfd_write(doorbell, 1)
+        started = clock()
+        loop.run()
+        transport.close()
+        load.close()
+    for fd in (doorbell, irq):
+        os.close(fd)
     return best
 
 
@@ -241,6 +326,18 @@ def main() -> None:
             NullBackend(bytearray(DISK_BYTES)), MemoryBackend(bytearray(DISK_BYTES)), raw,
         ]
         print(f"{'ns per request':44}{'ring':>9}{'memory':>9}{'file':>9}")
+        for shape in SHAPES:
+            for kind in ("split", "packed"):
+                row = f"{shape.name}, loop, {kind}"
+                if arguments.only in row:
+                    loops = [
+                        measure_loop_ns(
+                            backend, shape, packed=kind == "packed",
+                            rounds=max(rounds // 10 // max(shape.segments, 1), 5),
+                        )
+                        for backend in backends
+                    ]
+                    print(f"{row:44}" + "".join(f"{cell:9.0f}" for cell in loops))
         for shape in SHAPES:
             for depth in DEPTHS:
                 for kind in ("split", "packed"):

@@ -12,6 +12,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.raw import RawBackend
 from pyvmm.virtio.block import BlockConfig, BlockDevice
+from pyvmm.virtio.device import MAX_CHAIN_BYTES
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockFeature, Feature, InterruptBit, Register, Status
 from tests.support.rig import DISK_SECTORS, Rig
@@ -151,7 +152,7 @@ def test_configuration_space_is_on_the_page(new_rig: MakeRig) -> None:
     assert rig.transport.page[Register.CONFIG : Register.CONFIG + FIELDS.size] == raw
     assert Space._make(FIELDS.unpack(raw)) == Space(
         capacity=DISK_SECTORS,
-        size_max=256 << 10,
+        size_max=2 << 20,
         seg_max=126,
         cylinders=0,
         heads=0,
@@ -187,9 +188,11 @@ def test_block_sizes() -> None:
     assert space.discard_sector_alignment == 4
 
 
-def test_largest_advised_request_fits_used_len() -> None:
-    space = space_of(BlockConfig(queue_size=1024))
-    assert space.size_max * space.seg_max + 1 < 2**32
+@pytest.mark.parametrize("queue_size", [4, 64, 256, 1024])
+def test_the_largest_advised_request_is_not_refused(queue_size: int) -> None:
+    space = space_of(BlockConfig(queue_size=queue_size))
+    assert space.size_max >= 256 << 10
+    assert 16 + space.size_max * space.seg_max + 1 < MAX_CHAIN_BYTES
 
 
 def test_zeroing_that_frees_nothing_says_so() -> None:

@@ -6,6 +6,7 @@ That both do the same is test_fast_path_equal.py's to show.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.virtio.block import BlockConfig, BlockDevice
+from pyvmm.virtio.block.fast import FastPath
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.packed_driver import PackedDriver
@@ -130,6 +132,44 @@ def test_reads_and_writes_need_no_general_path(
     disk.place(IN, 8, pieces, indirect=indirect)
     disk.serve()
     assert disk.answers() == [(OK, b"\xab" * sum(pieces))] * 2
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_request_alone_needs_no_batch(
+    scratched: Rig, kind: str, monkeypatch: pytest.MonkeyPatch, event_idx: bool
+) -> None:
+    disk = Disk(scratched, kind, FEATURES if event_idx else FEATURES & ~Feature.EVENT_IDX)
+    monkeypatch.setattr(FastPath, "_drain", None)
+    driver = disk.driver
+    for number in range(2 * SIZE + 3):  # over the ring's end, in both laps
+        sector = number % DISK_SECTORS
+        data = bytes([number % 251]) * 512
+        assert driver.request(OUT, sector, data=data, indirect=True) == (OK, 1, b"")
+        assert driver.request(FLUSH, indirect=True) == (OK, 1, b"")
+        assert driver.request(IN, sector, room=512, indirect=True) == (OK, 513, data)
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_a_read_only_disk_is_not_written_though_its_file_could_be(
+    new_rig: MakeRig, tmp_path: Path, kind: str, requests: int
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(DISK_SECTORS * 512))
+    config = BlockConfig(read_only=True, queue_size=SIZE)
+    disk = Disk(new_rig(config=config, backend=ScratchedDisk(path)), kind)
+    for sector in range(requests):
+        disk.place(OUT, sector, fill=1)
+    assert disk.serve() == 0
+    assert [status for status, _ in disk.answers()] == [IOERR] * requests
+    assert disk.content(0, DISK_SECTORS) == bytes(DISK_SECTORS * 512)
+
+
+def test_a_flush_alone_that_fails_says_so(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(disk.backend, "flush", fail)
+    assert disk.driver.request(FLUSH, indirect=True) == (IOERR, 1, b"")
 
 
 @pytest.mark.parametrize("pieces", [(512,), (200, 312)])

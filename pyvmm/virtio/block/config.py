@@ -7,6 +7,7 @@ import struct
 
 from pyvmm.errors import ConfigError
 from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.virtio.device import MAX_CHAIN_BYTES
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BLOCK_ID_SIZE, SECTOR_SIZE, BlockFeature, Feature
 
@@ -21,9 +22,7 @@ MAX_BLOCK_SIZE = 4096
 """Bytes, logical; Linux takes no block larger than a page."""
 MAX_PHYSICAL_BLOCK_SIZE = 1 << 20
 
-SIZE_MAX = 256 << 10
-"""Bytes a data segment may have.  A longer segment is served too; the most segments of this
-size, 1022, stay under what one request may have."""
+_MAX_SIZE_MAX = 4 << 20
 MAX_SEGMENTS = 32
 """Ranges of one discard or write-zeroes request."""
 MAX_DISCARD_SECTORS = 1 << 22
@@ -112,6 +111,15 @@ class BlockConfig(Record):
             raise ConfigError("--disk features", "VERSION_1 and RO cannot be switched off")
 
     @property
+    def size_max(self) -> int:
+        """Bytes a data segment may have: 1 MiB in a queue of 256.  A longer one is served too; the
+        most of this size stay under what one request may have.
+
+        Guests have large buffers in few pieces, and one segment costs less than four.
+        """
+        return min(MAX_CHAIN_BYTES // self.queue_size, _MAX_SIZE_MAX)
+
+    @property
     def seg_max(self) -> int:
         """The most data segments of a request: a chain holds no more than ``queue_size``
         descriptors, and header and status may take one each."""
@@ -156,7 +164,7 @@ def config_space(
     physical = max(config.physical_block_size, block)
     return _CONFIG_SPACE.pack(
         backend.size_bytes // SECTOR_SIZE,
-        of(BlockFeature.SIZE_MAX, SIZE_MAX),
+        of(BlockFeature.SIZE_MAX, config.size_max),
         of(BlockFeature.SEG_MAX, config.seg_max),
         *(0, 0, 0),  # geometry
         of(BlockFeature.BLK_SIZE, block),

@@ -58,7 +58,7 @@ _OK = int(BlockStatus.OK)
 
 _MAX_DATA = MAX_CHAIN_BYTES - 4096
 """Bytes of one request.  No driver that keeps to SEG_MAX and SIZE_MAX reaches it, whatever the
-queue size: 1022 segments of 256 KiB are less."""
+queue size: 254 segments of 1 MiB, or 1022 of 256 KiB, are less."""
 
 
 class BlockDevice(RingDevice):

@@ -133,7 +133,7 @@ class FastPath:
             else:
                 return self._serve(chain_of(chain))
         except OSError:
-            result, written = _IOERR, STATUS_SIZE
+            result = _IOERR
         near[status] = result
         return written
 
