@@ -6,8 +6,9 @@ the driver comes to read LSR before the next character, they are found there soo
 
 Soon is not always.  A driver may send and then not look at the UART again, and its bytes would
 lie in the ring unseen.  So KVM is asked for this only while a driver is seen to look before it
-sends; meanwhile the ring is looked at every TICK_S besides; and when the UART has not been used
-for QUIET_TICKS of these, it is back to an exit a write.
+sends; meanwhile the ring is looked at every TICK_S besides; and when the UART has not been used for
+QUIET_TICKS of these, or its driver wants to be interrupted when it may send more, it is back to an
+exit a write.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class PolledUart:
         self._ring = ring
         self._gather = gather
         self._begin = begin
-        # Of the ring's reader, whom there must be one of: a vCPU's thread, or the ticks'.
+        # Held from taking bytes out of the ring until the UART has them: a vCPU's thread and the
+        # ticks' take them, and none may overtake the other.
         self._lock = threading.Lock()
         self._gathers = False
         self._can_gather = ring is not None
@@ -64,8 +66,15 @@ class PolledUart:
     def write(self, offset: int, size: int, value: int) -> None:
         """BusDevice: write registers."""
         if self._gathers:
-            self.flush()
-        elif offset == Register.DATA:
+            # What was gathered comes first, so also while a tick ends the gathering.
+            with self._lock:
+                self._take()
+                self._uart.write(offset, size, value)
+                self._quiet_ticks = 0
+                if self._uart.interrupts_when_empty:
+                    self._stop()
+            return
+        if offset == Register.DATA:
             if self._may_send:
                 self._may_send -= 1
                 self._polled += 1
@@ -77,10 +86,9 @@ class PolledUart:
 
     def flush(self) -> None:
         """Send what KVM has gathered."""
+        with self._lock:
+            self._take()
         self._quiet_ticks = 0
-        if self._ring is not None and not self._ring.is_empty:
-            with self._lock:
-                self._take()
 
     def tick(self) -> float | None:
         """IoSource's service: see what KVM has gathered; when to come back, None if never."""
@@ -92,19 +100,24 @@ class PolledUart:
             self._quiet_ticks += 1
             if self._quiet_ticks <= QUIET_TICKS:
                 return TICK_S
-            self._gathers, self._polled = False, 0
-            self._ask(False)
-            self._take()  # what came before KVM obeyed
+            self._stop()
             return None
 
     def _start(self) -> None:
         with self._lock:
-            if self._can_gather and not self._gathers:
+            self._polled = 0
+            if self._can_gather and not self._uart.interrupts_when_empty:
                 self._quiet_ticks = 0
                 self._ask(True)
                 self._gathers = self._can_gather
         if self._gathers:
             self._begin()
+
+    def _stop(self) -> None:
+        """With the lock held."""
+        self._ask(False)
+        self._take()  # what came before KVM obeyed
+        self._gathers = False
 
     def _ask(self, on: bool) -> None:
         try:

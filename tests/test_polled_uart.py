@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 import struct
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -142,11 +144,16 @@ def test_bytes_that_came_while_kvm_was_told_to_stop_are_sent() -> None:
     def slowly(on: bool) -> None:
         kvm.write(Register.DATA, ord("x"))
         stop(on)
+        # Made an exit already, while the ioctl waits for a grace period.
+        later.append(threads.submit(kvm.uart.write, Register.DATA, 1, ord("y")))
 
+    later: list[Future[None]] = []
     kvm.uart._gather = slowly
-    while kvm.uart.tick() is not None:
-        pass
-    assert kvm.sent == b"x"
+    with ThreadPoolExecutor(1) as threads:
+        while kvm.uart.tick() is not None:
+            pass
+        later[0].result()
+    assert kvm.sent == b"xy"
 
 
 @pytest.mark.parametrize("kvm", [Kvm(can_gather=False), Kvm(refuses=True)], ids=["old", "refuses"])
@@ -158,13 +165,45 @@ def test_a_kvm_that_cannot(kvm: Kvm) -> None:
     assert kvm.uart.tick() is None
 
 
-def test_the_transmitter_empty_interrupt_comes_with_the_bytes() -> None:
+def test_a_driver_that_waits_for_the_transmitters_interrupt_waits_for_nothing_else() -> None:
     kvm = Kvm().polls()
+    kvm.write(Register.DATA, ord("a"))
     kvm.write(Register.IER, uart.IER_THRE)
     assert kvm.read(Register.IIR_FCR) & 0x0F == uart.IIR_THRE
-    assert kvm.levels[-1] is False
-    kvm.write(Register.DATA, ord("a"))
-    assert kvm.read(Register.IIR_FCR) & 0x0F == uart.IIR_THRE
+    assert kvm.levels[-1:] == [False]
+    for _ in range(16):
+        kvm.write(Register.DATA, ord("b"))
+    assert kvm.levels[-1:] == [True], "at once, not with a tick"
+    kvm.poll_out(bytes(2 * POLLED_BYTES))
+    assert kvm.begun == 1, "nor while it polls in between"
+    kvm.write(Register.IER, 0)
+    kvm.poll_out(bytes(POLLED_BYTES))
+    assert kvm.begun == 2
+
+
+def test_a_tick_and_the_guest_do_not_overtake_each_other() -> None:
+    """The tick has taken the bytes and not sent them yet, when the guest goes on."""
+    kvm = Kvm().polls()
+    for byte in b"hello":
+        kvm.write(Register.DATA, byte)
+    serial, taken, go_on = kvm.uart._uart, threading.Event(), threading.Event()
+    send = serial.send
+
+    def slowly(data: bytes) -> None:
+        taken.set()
+        go_on.wait(10)
+        send(data)
+
+    serial.send = slowly  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as threads:
+        tick = threads.submit(kvm.uart.tick)
+        assert taken.wait(10)
+        serial.send = send  # type: ignore[method-assign]
+        guest = threads.submit(kvm.write, Register.LCR, uart.LCR_DLAB)
+        go_on.set()
+        tick.result()
+        guest.result()
+    assert kvm.sent == b"hello"
 
 
 def test_the_divisor_and_loopback_are_not_sent() -> None:

@@ -34,7 +34,6 @@ WORTH_WRITING = 8
 """So many modules that are not in it yet; one or two more options of a run are not."""
 _OURS = os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
-_ROOTS = {"pyvmm": _OURS, "standard": _STANDARD}
 
 
 def default_path() -> str:
@@ -115,10 +114,9 @@ class Bundle:
             if written == len(data):
                 os.replace(temporary, self._path)
             else:
-                os.unlink(temporary)
+                _unlink(temporary)
         except OSError:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            _unlink(temporary)
 
 
 class _Loader:
@@ -134,12 +132,25 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         """Fill ``module``."""
         module.__file__ = self._file
-        code, self._code = self._code, b""
-        exec(marshal.loads(code), module.__dict__)
+        try:
+            code = marshal.loads(self._code)
+        except (ValueError, EOFError, TypeError):  # damaged: the source is there
+            with open(self._file, "rb") as source:  # noqa: PTH123 - pathlib takes 8 ms
+                code = compile(source.read(), self._file, "exec")
+            _unlink(default_path())
+        self._code = b""
+        exec(code, module.__dict__)
 
 
 # The file: the length of the index; the index, marshalled; the modules' code, one after another.
 _HEAD = struct.Struct("<Q")
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return
 
 
 def _read(path: str) -> dict[str, Entry]:
@@ -153,10 +164,10 @@ def _read(path: str) -> dict[str, Entry]:
         (index_bytes,) = _HEAD.unpack_from(data)
         at = _HEAD.size + index_bytes
         entries: dict[str, Entry] = {}
-        for name, root, relative, is_package, mtime_ns, size, length in marshal.loads(
-            data[_HEAD.size : at]
-        ):
-            file = f"{_ROOTS[root]}/{relative}"
+        ours, standard, index = marshal.loads(data[_HEAD.size : at])
+        if (ours, standard) != (_OURS, _STANDARD):
+            return {}  # a copied tree: its code would call its files by the names of the other's
+        for name, file, is_package, mtime_ns, size, length in index:
             entries[name] = file, is_package, mtime_ns, size, data[at : at + length]
             at += length
     except (OSError, ValueError, EOFError, TypeError, struct.error):
@@ -167,11 +178,8 @@ def _read(path: str) -> dict[str, Entry]:
 def _encode(entries: dict[str, Entry]) -> bytes:
     index = []
     for name, (file, is_package, mtime_ns, size, code) in entries.items():
-        # A copied tree is a tree of its own.
-        root = next(key for key, folder in _ROOTS.items() if file.startswith(f"{folder}/"))
-        relative = os.path.relpath(file, _ROOTS[root])
-        index.append((name, root, relative, is_package, mtime_ns, size, len(code)))
-    head = marshal.dumps(index)
+        index.append((name, file, is_package, mtime_ns, size, len(code)))
+    head = marshal.dumps((_OURS, _STANDARD, index))
     codes = b"".join(entry[-1] for entry in entries.values())
     return _HEAD.pack(len(head)) + head + codes
 
@@ -193,7 +201,7 @@ def _entry(name: str) -> Entry | None:
     try:
         before = os.stat(file)
         code = spec.loader.get_code(name)  # type: ignore[union-attr]
-    except (OSError, AttributeError, ImportError):
+    except Exception:  # a source that is being edited may be anything; the run has ended well
         return None
     is_package = spec is not None and spec.submodule_search_locations is not None
     return file, is_package, before.st_mtime_ns, before.st_size, marshal.dumps(code)

@@ -93,6 +93,11 @@ class Serial(ByteDevice):
             self._update_irq()
             return len(taken)
 
+    @property
+    def interrupts_when_empty(self) -> bool:
+        """Whether the driver waits for the transmitter's interrupt, and does not poll."""
+        return bool(self._ier & IER_THRE)
+
     def send(self, data: bytes) -> None:
         """All of ``data`` was written to the first register, byte by byte."""
         with self._lock:

@@ -81,11 +81,45 @@ def test_so_does_one_of_the_same_size(tree: Path) -> None:
 def test_a_copied_tree_has_its_own_modules(tree: Path) -> None:
     run(tree)
     copy = tree.with_name("copy")
-    shutil.copytree(tree, copy)  # with times, so that the bundle is good there
-    _, loader, what = run(copy)
-    assert loader == "_Loader"
+    shutil.copytree(tree, copy)  # with times
+    assert run(copy)[0] == 0
+    count, loader, what = run(copy)
+    assert (count > 25, loader) == (True, "_Loader")
     assert str(copy) in what
     assert str(tree) + os.sep not in what
+
+
+def test_damaged_code_is_had_from_its_source(tree: Path) -> None:
+    run(tree)
+    (file,) = files(tree)
+    content = file.read_bytes()
+    code = content.index(b"pyvmm.config", 8)  # the index; its code is zeros from here on
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert code < start
+    file.write_bytes(content[:start] + bytes(len(content) - start))
+    count, _, what = run(tree)
+    assert count > 25
+    assert str(tree) in what
+    assert run(tree)[1] == "SourceFileLoader", "it was thrown away"
+
+
+def test_a_source_that_has_become_nonsense_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyvmm import config
+
+    class Loader:
+        def get_code(self, name: str) -> None:
+            raise SyntaxError(name)
+
+    assert config.__spec__ is not None
+    monkeypatch.setattr(config.__spec__, "loader", Loader())
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "run.bundle"
+    names = [name for name in sys.modules if name.startswith("pyvmm.")]
+    bundle.Bundle(str(path)).update(names)
+    assert "pyvmm.errors" in bundle._read(str(path))
+    assert "pyvmm.config" not in bundle._read(str(path))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000, -1])
@@ -115,13 +149,19 @@ def test_each_optimisation_has_its_own(tree: Path) -> None:
     assert len(files(tree)) == 2
 
 
-def test_one_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+def test_one_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     made = bundle.Bundle(str(tmp_path / "nowhere" / "run.bundle"))
     made.update(name for name in sys.modules if name.startswith("pyvmm."))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_few_new_modules_are_not_worth_it(tmp_path: Path) -> None:
+def test_few_new_modules_are_not_worth_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "run.bundle"
     bundle.Bundle(str(path)).update(["pyvmm.errors", "pyvmm.lean"])
     assert not path.exists()
