@@ -19,8 +19,12 @@ END_TIMEOUT_S = 10.0
 
 
 def environment() -> dict[str, str]:
-    """The environment in which pyvmm is this checkout's, whatever is installed."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    """The environment in which pyvmm is this checkout's, whatever is installed.
+
+    Compiled code is kept, as it is for everybody who has not asked otherwise.
+    """
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": str(ROOT)}
 
 
 class Watched:
