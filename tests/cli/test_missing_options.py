@@ -9,7 +9,7 @@ import gzip
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 
 import pytest
 
@@ -88,6 +88,7 @@ class StandIn:
 
     has_printed, waits_for_root, reached_init, console_line_ended = True, False, False, True
     marks, user_space_seen_s, exits = (), None, 0
+    kernel = SimpleNamespace(version="6.1.0-synthetic", describe=lambda: "a kernel")
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.outcome = Outcome(Kind.RESET)
@@ -256,4 +257,20 @@ def test_our_own_kernel_is_not_warned_of(rig: Rig, options: Arguments) -> None:
     rig.kernel = KERNEL
     rig.inspect()
     before, _ = rig.run(options)
+    assert before == []
+
+
+@pytest.mark.parametrize("place", [".config/", "config-6.0", "config-6.1.0-synthetic/", ".config"])
+def test_what_is_no_configuration_of_the_kernel_costs_a_start_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Nearly every home directory has a ``.config`` in it."""
+    rig.inside(lacking("SERIAL_8250"))
+    path = rig.kernel.parent / place
+    if place.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_text(lacking("TTY"))
+    monkeypatch.setattr("pyvmm.cli.explain.before", None)
+    before, _ = rig.run(PLAIN, Outcome(Kind.RESET))
     assert before == []
