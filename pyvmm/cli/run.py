@@ -152,11 +152,6 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     if not machine.console_line_ended:
         _end_line()
     lines = []
-    if outcome.kind in MAYBE_SILENT and (
-        outcome.kind is Kind.PANIC or not machine.has_printed
-        or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
-    ):
-        lines += _explain(config, outcome, machine)
     if args.timing:
         lines += timing_lines(
             machine.marks, process_start_s=started_s, guest_start_s=guest_start_s, end_s=end_s
@@ -168,11 +163,21 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     if args.verbose:
         lines.append(f"exits: {machine.exits}")
         lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
+    _say(lines)
+    # Last, for it may take seconds, and who waits no longer has seen the rest.
+    if outcome.kind in MAYBE_SILENT and (
+        outcome.kind is Kind.PANIC or not machine.has_printed
+        or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
+    ):
+        _say(_explain(config, outcome, machine))
+    bundle.update(missing)
+    return outcome.exit_status
+
+
+def _say(lines: list[str]) -> None:
     with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing, or waits
         for line in lines:
             write_text_now(sys.stderr, f"pyvmm: {line}\n")
-    bundle.update(missing)
-    return outcome.exit_status
 
 
 def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]:
@@ -181,6 +186,7 @@ def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]
     return explain.after(
         config, outcome, has_printed=machine.has_printed,
         waits_for_root=machine.waits_for_root, reached_init=machine.reached_init,
+        is_known=has_known_configuration(config.kernel, machine.kernel.version),
     )
 
 

@@ -233,7 +233,7 @@ def test_run_names_it_before_the_boot_if_inspect_has_seen_the_kernel(
 def test_every_failure_that_an_option_may_cause_names_it(rig: Rig, outcome: Outcome) -> None:
     rig.inside(lacking("DEVTMPFS"))
     _, after = rig.run(PLAIN, outcome)
-    assert "lacks CONFIG_DEVTMPFS (devtmpfs)" in after[0]
+    assert "lacks CONFIG_DEVTMPFS (devtmpfs)" in after[-1]
 
 
 @pytest.mark.parametrize("options", [run for run, _ in CASES.values()])
@@ -258,6 +258,31 @@ def test_our_own_kernel_is_not_warned_of(rig: Rig, options: Arguments) -> None:
     rig.inspect()
     before, _ = rig.run(options)
     assert before == []
+
+
+@pytest.mark.parametrize("kind", [Kind.QUIT, Kind.SIGNAL])
+def test_who_stopped_a_run_does_not_wait_for_the_kernel_to_be_unpacked(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setattr(StandIn, "has_printed", False)
+    rig.inside(lacking("SERIAL_8250"))
+    with monkeypatch.context() as patch:
+        patch.setattr("pyvmm.x86.inspect.read_configuration", None)
+        _, after = rig.run(PLAIN, Outcome(kind, 15))
+    assert "the kernel printed nothing" in after[-1]
+    rig.inspect()
+    _, after = rig.run(PLAIN, Outcome(kind, 15))
+    assert "lacks CONFIG_SERIAL_8250 " in after[-1]
+
+
+def test_the_outcome_comes_before_its_explanation(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandIn, "has_printed", False)
+    rig.inside(COMPLETE_CONFIG)
+    _, after = rig.run(PLAIN, Outcome(Kind.SIGNAL, 15))
+    assert after[0] == "stopped by a signal (15)"
+    assert after[1].startswith("the kernel printed nothing")
 
 
 @pytest.mark.parametrize("place", [".config/", "config-6.0", "config-6.1.0-synthetic/", ".config"])
