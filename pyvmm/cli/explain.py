@@ -16,7 +16,7 @@ from pyvmm.lean import TYPE_CHECKING
 from pyvmm.linux.file_systems import HEAD_BYTES
 from pyvmm.linux.guest import Boot, describe
 from pyvmm.linux.remembered import covers, recall, remember
-from pyvmm.linux.requirements import problems
+from pyvmm.linux.requirements import notes, problems
 from pyvmm.outcome import MAYBE_SILENT, Kind, Outcome
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ def after(
     if may_wait or is_known:
         kernel_config = _configuration(config.kernel, boot, unpack=may_wait)
     found = _lines(config, boot, kernel_config)
+    # They are of what comes once the root is mounted.
+    is_mounted = not has_no_root or "No working init found" in outcome.detail
+    if kernel_config is not None and is_mounted:
+        remarks = notes(kernel_config, describe(boot, kernel_config))
+        found += [f"{config.kernel}: {remark}" for remark in remarks]
     if is_silent and not has_no_root:
         words = config.kernel_command_line().split()
         consoles = [word for word in words if word.startswith("console=")]
