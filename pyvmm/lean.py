@@ -20,7 +20,8 @@ import os
 
 TYPE_CHECKING = False
 __all__ = [
-    "TYPE_CHECKING", "IntEnum", "IntFlag", "Protocol", "Record", "StrEnum", "cache_path", "name_of"
+    "TYPE_CHECKING", "IntEnum", "IntFlag", "Protocol", "Record", "StrEnum", "cache_path",
+    "configuration_paths", "name_of",
 ]
 
 if TYPE_CHECKING:
@@ -161,3 +162,27 @@ def cache_path() -> str:
         return os.path.abspath(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(base, "pyvmm")
+
+
+def configuration_paths(kernel: str | os.PathLike[str], version: str) -> list[str]:
+    """Where the configuration of the file ``kernel`` may lie, absolute, in the order to look.
+
+    That is ``config-VERSION`` in the kernel's directory, as distributions have it, with VERSION
+    from the kernel's name or from the kernel itself; and ``.config`` of the source tree in which
+    the kernel was built.  ``version`` is the kernel's own text, "" if unknown.
+    """
+    release = version.split(" ", 1)[0]
+    found = []
+    for path in dict.fromkeys((os.path.abspath(kernel), os.path.realpath(kernel))):
+        folder, _, name = path.rpartition("/")
+        _, dash, suffix = name.partition("-")
+        if dash:
+            found.append(f"{folder}/config-{suffix}")
+        if release and "/" not in release:
+            found.append(f"{folder}/config-{release}")
+        if name == "vmlinux":
+            found.append(f"{folder}/.config")
+        for boot in ("/arch/x86/boot", "/arch/x86_64/boot"):
+            if folder.endswith(boot):
+                found.append(f"{folder.removesuffix(boot)}/.config")
+    return list(dict.fromkeys(found))

@@ -146,6 +146,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             vcpu.set_cpuid(cpuid.build(
                 kvm.supported_cpuid(), config.cpu, index,
                 vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
+                memory_end=sum(layout.ram_ranges(config.memory_bytes)[-1]),
             ))
             loops.append(VcpuLoop(
                 vcpu, pio=pio, mmio=mmio, finish=runner.finish, machine=loops,

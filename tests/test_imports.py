@@ -134,7 +134,7 @@ def test_a_kernel_that_is_remembered_costs_a_start_little(tmp_path: Path, disk: 
         "from pyvmm.cli import explain, run\n"
         "from pyvmm.cli.options import parse_options\n"
         "config = run.config_from(parse_options(run.COMMAND, sys.argv[1:]))\n"
-        "assert run._has_known_configuration(config.kernel)\n"
+        "assert run.has_known_configuration(config.kernel, '')\n"
         "assert explain.before(config) == []\n"
     )
     found = new_modules(judge, "--kernel", str(kernel), "--disk", str(disk))

@@ -16,7 +16,7 @@ from pyvmm.lean import TYPE_CHECKING
 from pyvmm.linux.file_systems import HEAD_BYTES
 from pyvmm.linux.guest import Boot, describe
 from pyvmm.linux.remembered import covers, recall, remember
-from pyvmm.linux.requirements import problems
+from pyvmm.linux.requirements import notes, problems
 from pyvmm.outcome import MAYBE_SILENT, Kind, Outcome
 
 if TYPE_CHECKING:
@@ -41,8 +41,12 @@ def after(
     has_printed: bool,
     waits_for_root: bool = False,
     reached_init: bool = False,
+    is_known: bool = True,
 ) -> list[str]:
     """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked.
+
+    Not so if the guest was stopped by a person or a signal, who do not wait: then that counts
+    which can be read at once, if there is any (``is_known``).
 
     The others say what the console showed: anything at all, that the kernel waits for its root
     (``rootwait``), that it started a program.
@@ -55,7 +59,16 @@ def after(
     if not (has_no_root or is_silent or is_stuck):
         return []
     boot = _boot(config)
-    found = _lines(config, boot, _configuration(config.kernel, boot, unpack=True))
+    may_wait = outcome.kind not in (Kind.QUIT, Kind.SIGNAL)
+    kernel_config = None
+    if may_wait or is_known:
+        kernel_config = _configuration(config.kernel, boot, unpack=may_wait)
+    found = _lines(config, boot, kernel_config)
+    # They are of what comes once the root is mounted.
+    is_mounted = not has_no_root or "No working init found" in outcome.detail
+    if kernel_config is not None and is_mounted:
+        remarks = notes(kernel_config, describe(boot, kernel_config))
+        found += [f"{config.kernel}: {remark}" for remark in remarks]
     if is_silent and not has_no_root:
         words = config.kernel_command_line().split()
         consoles = [word for word in words if word.startswith("console=")]

@@ -23,6 +23,7 @@ from pyvmm.linux.requirements import (
     Finding,
     State,
     judge,
+    notes,
     problems,
 )
 from pyvmm.x86.image import dotted
@@ -52,9 +53,10 @@ _SPECIAL = (
 
 DESCRIPTION = """\
 inspect says what a kernel file is and, where the kernel or its configuration tells, whether it can
-boot here, naming each option that is missing.  The configuration is the one inside the kernel
-(CONFIG_IKCONFIG), else config-VERSION beside it, else .config of the tree it was built in.  It is
-remembered: pyvmm run then says before the boot what that one lacks.
+boot here, naming each option that is missing (as a note if it depends on the image).  The
+configuration is the one inside the kernel (CONFIG_IKCONFIG), else config-VERSION beside it, else
+.config of the tree it was built in.  It is remembered: pyvmm run then says before the boot what
+that one lacks.
 
 fetch unpacks Debian's kernel for virtual machines (linux-image-cloud-amd64) into ~/.cache/pyvmm
 (PYVMM_CACHE says where else) and prints where its files are; nothing is installed.  With them is
@@ -146,6 +148,8 @@ def _inspect(path: str, config_file: str | None) -> int:
             print(f"{finding.state.value:<9}{finding.requirement.purpose:<37}{finding}")
     verdict, can_boot = _verdict(found.config)
     print(f"\n{'boots here':<15}{verdict}")
+    for note in notes(found.config, _ALONE):
+        print(f"{'note':<15}{note}")
     return 0 if can_boot else CANNOT_BOOT_STATUS
 
 

@@ -19,7 +19,7 @@ from pyvmm.config import (
     parse_size,
 )
 from pyvmm.devices.boot_timer import timing_lines
-from pyvmm.lean import TYPE_CHECKING, cache_path
+from pyvmm.lean import TYPE_CHECKING, cache_path, configuration_paths
 from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
 from pyvmm.report import Reporter, write_text_now
 from pyvmm.x86.cpu_model import parse_cpu_option
@@ -136,7 +136,8 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
 
     report = Reporter(sys.stderr)
     with build(config, report=report) as machine:
-        _warn(config, report)
+        version = machine.kernel.version
+        _warn(config, version, report)
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
         guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -151,11 +152,6 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     if not machine.console_line_ended:
         _end_line()
     lines = []
-    if outcome.kind in MAYBE_SILENT and (
-        outcome.kind is Kind.PANIC or not machine.has_printed
-        or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
-    ):
-        lines += _explain(config, outcome, machine)
     if args.timing:
         lines += timing_lines(
             machine.marks, process_start_s=started_s, guest_start_s=guest_start_s, end_s=end_s
@@ -167,11 +163,21 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     if args.verbose:
         lines.append(f"exits: {machine.exits}")
         lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
+    _say(lines)
+    # Last, for it may take seconds, and who waits no longer has seen the rest.
+    if outcome.kind in MAYBE_SILENT and (
+        outcome.kind is Kind.PANIC or not machine.has_printed
+        or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
+    ):
+        _say(_explain(config, outcome, machine))
+    bundle.update(missing)
+    return outcome.exit_status
+
+
+def _say(lines: list[str]) -> None:
     with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing, or waits
         for line in lines:
             write_text_now(sys.stderr, f"pyvmm: {line}\n")
-    bundle.update(missing)
-    return outcome.exit_status
 
 
 def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]:
@@ -180,14 +186,15 @@ def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]
     return explain.after(
         config, outcome, has_printed=machine.has_printed,
         waits_for_root=machine.waits_for_root, reached_init=machine.reached_init,
+        is_known=has_known_configuration(config.kernel, machine.kernel.version),
     )
 
 
-def _warn(config: RunConfig, report: Reporter) -> None:
+def _warn(config: RunConfig, version: str, report: Reporter) -> None:
     """Say what may be meant, but seldom is."""
     if not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
-    if _has_known_configuration(config.kernel):
+    if has_known_configuration(config.kernel, version):
         from pyvmm.cli import explain
 
         for line in explain.before(config):
@@ -200,23 +207,16 @@ def _warn(config: RunConfig, report: Reporter) -> None:
         )
 
 
-def _has_known_configuration(kernel: str | os.PathLike[str]) -> bool:
-    """Whether ``explain`` can know without unpacking it what ``kernel`` was built with.
+def has_known_configuration(kernel: str | os.PathLike[str], version: str) -> bool:
+    """Whether ``explain`` can know without unpacking it what ``kernel``, whose own text is
+    ``version``, was built with.
 
     Asked at every start, so that those of which nothing is known import nothing for it.
     """
-    with contextlib.suppress(OSError):
-        if os.path.exists(remembered_path(kernel)):
-            return True
-        links = [os.path.realpath(kernel)] if os.path.islink(kernel) else []
-        for path in (os.fspath(kernel), *links):
-            folder = os.path.dirname(path) or "."
-            names = os.listdir(folder)
-            if any(name == ".config" or name.startswith("config-") for name in names):
-                return True
-            # arch/x86/boot/bzImage in the tree that it was built in.
-            if os.path.exists(f"{folder}/../../../.config"):
-                return True
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.exists(remembered_path(kernel)) or any(
+            os.path.isfile(path) for path in configuration_paths(kernel, version)
+        )
     return False
 
 

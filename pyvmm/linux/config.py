@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
+from pyvmm.lean import configuration_paths
 from pyvmm.linux.compression import UnpackError, decompress
 from pyvmm.linux.options import KernelConfig
 
@@ -56,28 +56,12 @@ def unpack(packed: bytes | bytearray, source: str) -> KernelConfig | None:
 def beside(kernel: Path, version: str) -> KernelConfig | None:
     """The configuration that lies where one would look for it; None if none does.
 
-    That is ``config-VERSION`` in the kernel's directory, as distributions have it, with VERSION
-    from the kernel's name or from the kernel itself; and ``.config`` of the source tree in which
-    the kernel was built.  ``version`` is the kernel's own text, "" if unknown.
+    ``lean.configuration_paths`` says where; ``version`` is the kernel's own text, "" if unknown.
     """
-    for path in _places(kernel, version):
+    for path in map(Path, configuration_paths(kernel, version)):
         try:
             if path.is_file() and (found := read(path)) is not None:
                 return found
         except (OSError, ValueError, UnpackError):
             continue
     return None
-
-
-def _places(kernel: Path, version: str) -> Iterator[Path]:
-    release = version.split(" ", 1)[0]
-    for path in dict.fromkeys((kernel.absolute(), Path(os.path.realpath(kernel)))):
-        _, dash, suffix = path.name.partition("-")
-        if dash:
-            yield path.parent / f"config-{suffix}"
-        if release and "/" not in release:
-            yield path.parent / f"config-{release}"
-        if path.name == "vmlinux":
-            yield path.parent / ".config"
-        if path.parts[-4:-1] in (("arch", "x86", "boot"), ("arch", "x86_64", "boot")):
-            yield path.parents[3] / ".config"

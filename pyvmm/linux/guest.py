@@ -39,7 +39,8 @@ class Guest(Record):
 
     ``cpus`` are those it is to use.  ``acpi`` is whether it is to read tables, ``cmdline_devices``
     whether the command line announces virtio-mmio devices.  ``console`` is the one that counts of
-    those that are shown, the last: ``ttyS0``, ``hvc0``, or "" if none of the two is asked for.
+    those that are shown, the last: ``ttyS0``, ``hvc0``, or "" if none of the two is asked for;
+    ``names_hvc0`` is whether ``hvc0`` is one of them.
 
     ``initrd_compression`` is None without an initrd, which is a file or built in; ``is_ram_disk``
     says that it is a file system rather than an archive.
@@ -56,6 +57,7 @@ class Guest(Record):
     acpi: bool = True
     cmdline_devices: bool = True
     console: str = "ttyS0"
+    names_hvc0: bool = False
     has_disk: bool = True
     initrd_compression: Compression | None = None
     is_ram_disk: bool = False
@@ -103,6 +105,9 @@ def describe(boot: Boot, config: KernelConfig | None) -> Guest:
         acpi=boot.acpi and values.get("acpi") != "off",
         cmdline_devices="virtio_mmio.device" in names,
         console=_console(words),
+        names_hvc0=any(
+            name == "console" and value.partition(",")[0] == "hvc0" for name, value in words
+        ),
         has_disk=boot.disks > 0,
         initrd_compression=compression,
         is_ram_disk=boot.initrd is not None and file_systems.detect(boot.initrd) is not None,

@@ -48,8 +48,8 @@ def recall(entry: str) -> KernelConfig | None:
 def covers(config: KernelConfig, guest: Guest) -> bool:
     """Whether ``config``, of ``recall``, has all that ``guest`` is judged by: a later version of
     pyvmm may want to know more."""
-    wanted = {option for need in requirements(guest) for option in (*need.options, need.given)}
-    return (wanted - {""} | set(BUILT_IN)) <= config.options.keys()
+    wanted = set(BUILT_IN).union(*(need.asked_about() for need in requirements(guest)))
+    return wanted <= config.options.keys()
 
 
 def remember(entry: str, config: KernelConfig) -> None:

@@ -40,26 +40,34 @@ BUILT_IN = ("CMDLINE_BOOL", "CMDLINE", "CMDLINE_OVERRIDE", "INITRAMFS_SOURCE")
 
 
 class State(enum.Enum):
-    """Whether the kernel has what is needed."""
+    """Whether the kernel has what is needed; NOTE is missing where a boot may do without."""
 
     BUILT_IN = "ok"
     MODULE = "module"
+    NOTE = "note"
     MISSING = "missing"
 
 
 class Requirement(Record):
     """Something a guest needs, by any one of ``options``; ``without`` says what happens.
 
-    With ``given`` it is asked only of a kernel that has that option.  ``at_least`` is for an
-    option that is a number.
+    With ``given`` it is asked only of a kernel that has all those options.  ``at_least`` is for an
+    option that is a number.  ``depends_on_image`` says that some images boot without, and which
+    kind this one is nobody knows; ``unless`` are options that together do in its place.
     """
 
     purpose: str
     options: tuple[str, ...]
     without: str
     may_be_module: bool = False
-    given: str = ""
+    given: tuple[str, ...] = ()
     at_least: int = 0
+    depends_on_image: bool = False
+    unless: tuple[str, ...] = ()
+
+    def asked_about(self) -> set[str]:
+        """The options that decide on it."""
+        return {*self.options, *self.given, *self.unless}
 
 
 class Finding(Record):
@@ -111,25 +119,30 @@ def _console(guest: Guest) -> Iterator[Requirement]:
                           without="no hvc0 shows anything or takes what is typed")
     if guest.console != "ttyS0":
         return
-    yield Requirement(purpose="serial port", options=("SERIAL_8250",), without=silent)
-    yield Requirement(purpose="serial console", options=("SERIAL_8250_CONSOLE",), without=silent)
+    hvc0: tuple[str, ...] = ()
+    if guest.names_hvc0:  # then that is what is seen
+        hvc0, silent = ("VIRTIO_CONSOLE", "VIRTIO_MMIO"), "nothing is seen on ttyS0"
+    yield Requirement(purpose="serial port", options=("SERIAL_8250",), without=silent, unless=hvc0)
+    yield Requirement(purpose="serial console", options=("SERIAL_8250_CONSOLE",), without=silent,
+                      unless=hvc0)
     if guest.acpi:
         # On a hardware-reduced platform no line is ISA's: only ACPI knows the UART's.
         yield Requirement(purpose="serial port by ACPI", options=("SERIAL_8250_PNP",),
-                          given="ACPI", without="what programs print is not seen (acpi=off helps)")
+                          given=("ACPI", "SERIAL_8250_CONSOLE"),
+                          without="what programs print is not seen (acpi=off helps)")
 
 
 def _cpus(guest: Guest) -> Iterator[Requirement]:
     one = "only one vCPU runs"
     yield Requirement(purpose="several vCPUs", options=("SMP",), without=one)
-    yield Requirement(purpose=f"{guest.cpus} vCPUs", options=("NR_CPUS",), given="SMP",
+    yield Requirement(purpose=f"{guest.cpus} vCPUs", options=("NR_CPUS",), given=("SMP",),
                       at_least=guest.cpus, without="no more of them run")
     if guest.acpi:
-        yield Requirement(purpose="finding vCPUs", options=("ACPI", "X86_MPPARSE"), given="SMP",
+        yield Requirement(purpose="finding vCPUs", options=("ACPI", "X86_MPPARSE"), given=("SMP",),
                           without=one)
     else:
         yield Requirement(purpose="finding vCPUs without ACPI", options=("X86_MPPARSE",),
-                          given="SMP", without=one)
+                          given=("SMP",), without=one)
 
 
 def _virtio(guest: Guest) -> Iterator[Requirement]:
@@ -151,7 +164,7 @@ def _virtio(guest: Guest) -> Iterator[Requirement]:
                           without=nothing)
         helps = "--discovery cmdline may help"
     # ACPICA then fails to install its handler for PCI, and Linux gives up on all of it.
-    yield Requirement(purpose="ACPI's tables", options=("PCI",), given="ACPI",
+    yield Requirement(purpose="ACPI's tables", options=("PCI",), given=("ACPI",),
                       without=f"they are not loaded and {nothing} ({helps})")
 
 
@@ -171,7 +184,7 @@ def _root(guest: Guest) -> Iterator[Requirement]:
                           without=not_mounted, may_be_module=True)
         if guest.squashfs:
             yield Requirement(purpose=f"squashfs, {guest.squashfs}",
-                              options=(f"SQUASHFS_{guest.squashfs}",), given="SQUASHFS",
+                              options=(f"SQUASHFS_{guest.squashfs}",), given=("SQUASHFS",),
                               without=not_mounted)
 
 
@@ -186,13 +199,15 @@ def _start(guest: Guest) -> Iterator[Requirement]:
             yield Requirement(purpose="initrd, a file system", options=("BLK_DEV_RAM",),
                               without=unused)
     no_dev = "/dev of a root without device files stays empty"
-    yield Requirement(purpose="devtmpfs", options=("DEVTMPFS",), without=no_dev)
+    yield Requirement(purpose="devtmpfs", options=("DEVTMPFS",), without=no_dev,
+                      depends_on_image=True)
     if guest.initrd_compression is None and not guest.mounts_devtmpfs:
         yield Requirement(purpose="devtmpfs, no initramfs", options=("DEVTMPFS_MOUNT",),
-                          without=no_dev)
+                          without=f"{no_dev} until its init mounts it, as systemd does",
+                          depends_on_image=True)
     yield Requirement(purpose="programs", options=("BINFMT_ELF",), without="no program is run")
     yield Requirement(purpose="scripts", options=("BINFMT_SCRIPT",), may_be_module=True,
-                      without="an init that is a script is not run")
+                      without="an init that is a script is not run", depends_on_image=True)
 
 
 def every_guest() -> Iterator[Guest]:
@@ -214,26 +229,33 @@ def every_guest() -> Iterator[Guest]:
 def known_options() -> frozenset[str]:
     """Every option that a judgement may rest on."""
     asked = {need for guest in every_guest() for need in requirements(guest)}
-    found = {option for need in asked for option in (*need.options, need.given) if option}
-    return frozenset(found | set(BUILT_IN))
+    return frozenset(set(BUILT_IN).union(*(need.asked_about() for need in asked)))
 
 
 def judge(config: KernelConfig, guest: Guest) -> list[Finding]:
     """Each requirement of ``guest`` with what ``config`` has of it."""
     return [
-        _find(config, requirement)
+        _find(config, guest, requirement)
         for requirement in requirements(guest)
-        if not requirement.given or config.state(requirement.given) == "y"
+        if all(config.state(option) == "y" for option in requirement.given)
     ]
 
 
 def problems(config: KernelConfig, guest: Guest) -> list[Problem]:
     """Why ``guest`` will not boot with a kernel of ``config``; a module counts without initrd."""
-    found = []
+    return [problem for problem, is_note in _lacking(config, guest) if not is_note]
+
+
+def notes(config: KernelConfig, guest: Guest) -> list[Problem]:
+    """Why it may not, though other images boot so."""
+    return [problem for problem, is_note in _lacking(config, guest) if is_note]
+
+
+def _lacking(config: KernelConfig, guest: Guest) -> Iterator[tuple[Problem, bool]]:
     for finding in judge(config, guest):
         need = finding.requirement
         option, value = finding.settings[0]
-        if finding.state is State.MISSING:
+        if finding.state in (State.MISSING, State.NOTE):
             names = " nor ".join(f"CONFIG_{option}" for option in need.options)
             verb = "has neither" if len(need.options) > 1 else "lacks"
             if need.at_least:
@@ -244,11 +266,11 @@ def problems(config: KernelConfig, guest: Guest) -> list[Problem]:
                     f"an initramfs that loads it (--initrd) {need.without}")
         else:
             continue
-        found.append(Problem(option=option, state=value, text=text))
-    return found
+        is_note = finding.state is State.NOTE or need.depends_on_image
+        yield Problem(option=option, state=value, text=text), is_note
 
 
-def _find(config: KernelConfig, requirement: Requirement) -> Finding:
+def _find(config: KernelConfig, guest: Guest, requirement: Requirement) -> Finding:
     settings = [(option, config.state(option)) for option in requirement.options]
     # The best comes first; a sort keeps the order of equals.
     settings.sort(key=lambda setting: {"y": 0, "m": 1}.get(setting[1], 2))
@@ -261,5 +283,10 @@ def _find(config: KernelConfig, requirement: Requirement) -> Finding:
     elif best == "m" and requirement.may_be_module:
         state = State.MODULE
     else:
-        state = State.MISSING
+        has = ("y",) if guest.initrd_compression is None else ("y", "m")
+        is_replaced = requirement.unless and all(
+            config.state(option) in has for option in requirement.unless
+        )
+        may_do = requirement.depends_on_image or is_replaced
+        state = State.NOTE if may_do else State.MISSING
     return Finding(requirement=requirement, state=state, settings=tuple(settings))

@@ -30,6 +30,7 @@ _SHARED_CACHE_LEVEL = 3
 _RANGES = (0, 0x8000_0000)  # leaves that say in eax which is the last one of their range
 _RANGE_LEAVES = 0x1000_0000
 _ADDRESS_SIZES = 0x8000_0008
+_MIN_PHYSICAL_BITS = 36  # what every 64-bit processor has
 
 _Entries = dict[tuple[int, int], CpuidEntry]
 
@@ -41,13 +42,15 @@ def build(
     *,
     vcpu_count: int = 1,
     tsc_deadline: bool = False,
+    memory_end: int = 0,
 ) -> list[CpuidEntry]:
     """The entries for KVM_SET_CPUID2 of vCPU ``vcpu_id`` (its APIC ID) out of ``vcpu_count``.
 
     ``supported`` is ``Kvm.supported_cpuid()``.  Two things that it never says are added: the
     hypervisor bit, and the TSC deadline timer if KVM has KVM_CAP_TSC_DEADLINE_TIMER
-    (``tsc_deadline``).  ConfigError if the model asks for what is not there, or takes away what no
-    64-bit Linux runs without.
+    (``tsc_deadline``).  ConfigError if the model asks for what is not there, takes away what no
+    64-bit Linux runs without, or leaves too few bits of physical address to reach ``memory_end``,
+    the address behind the guest's memory.
     """
     entries = {(entry.function, entry.index): entry for entry in supported}
     _set_feature(entries, "hypervisor", True)
@@ -56,10 +59,12 @@ def build(
     _check_host(entries, model)
     takes_away = model.functions is not None or model.masks or model.removed
     before = _essentials(entries) if takes_away else {}
+    host_bits = _physical_bits(entries)
     _apply(entries, model)
     _check_result(entries, model)
     if takes_away:
         _check_essentials(before, _essentials(entries), model)
+        _check_physical_bits(host_bits, _physical_bits(entries), memory_end, model)
     _describe_kvm(entries)
     _describe_topology(entries, vcpu_id, vcpu_count)
     return list(entries.values())
@@ -96,9 +101,24 @@ def _essentials(entries: _Entries) -> dict[str, int]:
     for first in _RANGES:
         last = _register(entries, (first, 0, "eax"))
         found[f"leaf {first:#x} eax, the number of the last leaf"] = int(last > first)
-    sizes = _register(entries, (_ADDRESS_SIZES, 0, "eax")) & 0xFFFF
-    found[f"leaf {_ADDRESS_SIZES:#x} eax, the address sizes"] = sizes
+    linear = _register(entries, (_ADDRESS_SIZES, 0, "eax")) >> 8 & 0xFF
+    found[f"leaf {_ADDRESS_SIZES:#x} eax, the size of a linear address"] = linear
     return found
+
+
+def _physical_bits(entries: _Entries) -> int:
+    return _register(entries, (_ADDRESS_SIZES, 0, "eax")) & 0xFF
+
+
+def _check_physical_bits(host_bits: int, bits: int, memory_end: int, model: CpuModel) -> None:
+    """ConfigError if ``model`` took more of them than a fleet's common mask may."""
+    needed = max(_MIN_PHYSICAL_BITS, (memory_end - 1).bit_length() if memory_end else 0)
+    if bits < min(host_bits, needed):
+        raise ConfigError(
+            f"{OPTION} {model.name}",
+            f"leaf {_ADDRESS_SIZES:#x} eax leaves {bits} bits of physical address, "
+            f"this machine needs {needed}",
+        )
 
 
 def _check_essentials(before: dict[str, int], after: dict[str, int], model: CpuModel) -> None:

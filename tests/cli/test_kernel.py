@@ -92,7 +92,7 @@ def test_our_own_kernel_can_and_has_its_configuration_inside(
 
 @pytest.mark.parametrize("option", [
     "64BIT", "PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE", "SERIAL_8250_PNP", "BLOCK",
-    "VIRTIO_MMIO", "PCI", "VIRTIO_BLK", "EXT4_FS", "DEVTMPFS", "BINFMT_ELF", "BINFMT_SCRIPT",
+    "VIRTIO_MMIO", "PCI", "VIRTIO_BLK", "EXT4_FS", "BINFMT_ELF",
 ])
 def test_what_every_boot_needs(
     kernel: Path, capsys: pytest.CaptureFixture[str], option: str
@@ -122,14 +122,16 @@ def test_what_only_one_way_of_booting_needs(
     assert re.search(rf"^missing  .* {option} is not set$", parts[title], re.MULTILINE), out
 
 
-def test_without_devtmpfs_mount_it_boots_from_an_initramfs(
-    kernel: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", ["DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_SCRIPT"])
+def test_what_depends_on_the_image_is_a_note(
+    kernel: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    with_config(kernel, lacking("DEVTMPFS_MOUNT"))
+    with_config(kernel, lacking(option))
     status, out = inspect(capsys, kernel)
     assert status == 0
-    assert re.search(r"^missing  .* DEVTMPFS_MOUNT is not set$", out, re.MULTILINE)
-    assert "\nboots here     yes, with an initramfs\n" in out
+    assert re.search(rf"^note  .* {option} is not set$", out, re.MULTILINE)
+    assert "\nboots here     yes, from a disk of ext4, without an initramfs\nnote  " in out
+    assert re.search(rf"^note +the kernel lacks CONFIG_{option} \(", out, re.MULTILINE)
 
 
 def test_modules_need_an_initramfs(kernel: Path, capsys: pytest.CaptureFixture[str]) -> None:

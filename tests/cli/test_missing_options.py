@@ -9,7 +9,7 @@ import gzip
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 
 import pytest
 
@@ -25,6 +25,10 @@ NO_ROOT = Outcome(Kind.PANIC, detail="VFS: Unable to mount root fs on unknown-bl
 ROOT = "root.img"
 PARTITION = ("--append", "root=/dev/vda1")
 NO_ACPI = ("--discovery", "cmdline")
+
+NO_INIT = Outcome(Kind.PANIC, detail="No working init found.")
+ON_THE_IMAGE = {"DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_SCRIPT"}
+"""What an image may do without: said when it did not."""
 
 Arguments = tuple[str, ...]
 
@@ -88,6 +92,7 @@ class StandIn:
 
     has_printed, waits_for_root, reached_init, console_line_ended = True, False, False, True
     marks, user_space_seen_s, exits = (), None, 0
+    kernel = SimpleNamespace(version="6.1.0-synthetic", describe=lambda: "a kernel")
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.outcome = Outcome(Kind.RESET)
@@ -192,10 +197,11 @@ def test_inspect_names_it(rig: Rig, option: str) -> None:
         put(config_without(option))
         said = rig.inspect()
         state = "NR_CPUS=1" if option == "NR_CPUS" else f"{option} is not set"
-        assert re.search(rf"^missing  .*\b{state}", said, re.MULTILINE), said
+        word = "note" if option in ON_THE_IMAGE else "missing"
+        assert re.search(rf"^{word}  .*\b{state}", said, re.MULTILINE), said
 
 
-@pytest.mark.parametrize("option", CASES)
+@pytest.mark.parametrize("option", sorted(CASES.keys() - ON_THE_IMAGE))
 def test_run_names_it_before_the_boot_if_it_is_said_beside_the_kernel(
     rig: Rig, option: str
 ) -> None:
@@ -206,7 +212,7 @@ def test_run_names_it_before_the_boot_if_it_is_said_beside_the_kernel(
         assert after == before
 
 
-@pytest.mark.parametrize("option", CASES)
+@pytest.mark.parametrize("option", sorted(CASES.keys() - ON_THE_IMAGE))
 def test_run_names_it_after_a_failure_and_before_the_next(rig: Rig, option: str) -> None:
     rig.inside(config_without(option))
     before, after = rig.run(CASES[option][0])
@@ -216,7 +222,7 @@ def test_run_names_it_after_a_failure_and_before_the_next(rig: Rig, option: str)
     assert before == after
 
 
-@pytest.mark.parametrize("option", CASES)
+@pytest.mark.parametrize("option", sorted(CASES.keys() - ON_THE_IMAGE))
 def test_run_names_it_before_the_boot_if_inspect_has_seen_the_kernel(
     rig: Rig, option: str
 ) -> None:
@@ -226,13 +232,24 @@ def test_run_names_it_before_the_boot_if_inspect_has_seen_the_kernel(
     assert_named(option, before, rig.kernel)
 
 
+@pytest.mark.parametrize("option", sorted(ON_THE_IMAGE))
+def test_run_names_what_depends_on_the_image_if_no_init_ran(rig: Rig, option: str) -> None:
+    rig.beside(config_without(option))
+    before, after = rig.run(PLAIN, NO_INIT)
+    assert before == []
+    assert_named(option, after, rig.kernel)
+    before, (line,) = rig.run(PLAIN, NO_ROOT)
+    assert before == []
+    assert "root= and --disk must name it" in line
+
+
 @pytest.mark.parametrize("outcome", [
-    Outcome(Kind.TIMEOUT), Outcome(Kind.PANIC, detail="No working init found."), NO_ROOT,
+    Outcome(Kind.TIMEOUT), NO_INIT, NO_ROOT,
 ], ids=lambda outcome: str(outcome.kind))
 def test_every_failure_that_an_option_may_cause_names_it(rig: Rig, outcome: Outcome) -> None:
-    rig.inside(lacking("DEVTMPFS"))
+    rig.inside(lacking("BINFMT_ELF"))
     _, after = rig.run(PLAIN, outcome)
-    assert "lacks CONFIG_DEVTMPFS (devtmpfs)" in after[0]
+    assert "lacks CONFIG_BINFMT_ELF (programs)" in after[-1]
 
 
 @pytest.mark.parametrize("options", [run for run, _ in CASES.values()])
@@ -256,4 +273,45 @@ def test_our_own_kernel_is_not_warned_of(rig: Rig, options: Arguments) -> None:
     rig.kernel = KERNEL
     rig.inspect()
     before, _ = rig.run(options)
+    assert before == []
+
+
+@pytest.mark.parametrize("kind", [Kind.QUIT, Kind.SIGNAL])
+def test_who_stopped_a_run_does_not_wait_for_the_kernel_to_be_unpacked(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setattr(StandIn, "has_printed", False)
+    rig.inside(lacking("SERIAL_8250"))
+    with monkeypatch.context() as patch:
+        patch.setattr("pyvmm.x86.inspect.read_configuration", None)
+        _, after = rig.run(PLAIN, Outcome(kind, 15))
+    assert "the kernel printed nothing" in after[-1]
+    rig.inspect()
+    _, after = rig.run(PLAIN, Outcome(kind, 15))
+    assert "lacks CONFIG_SERIAL_8250 " in after[-1]
+
+
+def test_the_outcome_comes_before_its_explanation(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandIn, "has_printed", False)
+    rig.inside(COMPLETE_CONFIG)
+    _, after = rig.run(PLAIN, Outcome(Kind.SIGNAL, 15))
+    assert after[0] == "stopped by a signal (15)"
+    assert after[1].startswith("the kernel printed nothing")
+
+
+@pytest.mark.parametrize("place", [".config/", "config-6.0", "config-6.1.0-synthetic/", ".config"])
+def test_what_is_no_configuration_of_the_kernel_costs_a_start_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Nearly every home directory has a ``.config`` in it."""
+    rig.inside(lacking("SERIAL_8250"))
+    path = rig.kernel.parent / place
+    if place.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_text(lacking("TTY"))
+    monkeypatch.setattr("pyvmm.cli.explain.before", None)
+    before, _ = rig.run(PLAIN, Outcome(Kind.RESET))
     assert before == []

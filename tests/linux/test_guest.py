@@ -198,3 +198,11 @@ def test_devtmpfs() -> None:
 def test_nothing_is_too_odd(text: str, disk: bytes, root: str) -> None:
     guest_of(f"{root}{text}", bytes(510) + b"\x55\xaaEFI PART" + disk)
     guest_of(text, config=config(CMDLINE_BOOL="y", CMDLINE=f'"{text}"'))
+
+
+@pytest.mark.parametrize(("words", "is_named"), [
+    ("console=hvc0 console=ttyS0", True), ("console=hvc0", True), ("console=ttyS0", False),
+    ("", False), ("hvc0", False),
+])
+def test_whether_hvc0_is_named(words: str, is_named: bool) -> None:
+    assert guest_of(f"root=/dev/vda {words}").names_hvc0 is is_named

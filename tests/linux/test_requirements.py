@@ -14,6 +14,7 @@ from pyvmm.linux.requirements import (
     every_guest,
     judge,
     known_options,
+    notes,
     problems,
 )
 from tests.support.kernels import OPTIONS
@@ -41,14 +42,46 @@ def test_nothing_is_missing(guest: Guest) -> None:
 
 
 DISCOVERY = {"ACPI", "VIRTIO_MMIO_CMDLINE_DEVICES"}
+IMAGE = {"DEVTMPFS", "DEVTMPFS_MOUNT", "BINFMT_SCRIPT"}
 
 
-@pytest.mark.parametrize("option", sorted(COMPLETE.keys() - DISCOVERY))
+@pytest.mark.parametrize("option", sorted(COMPLETE.keys() - DISCOVERY - IMAGE))
 def test_each_option_in_turn_is_named(option: str) -> None:
     guest = INITRD if option in ("BLK_DEV_INITRD", "RD_GZIP") else DISK
     (problem,) = problems(config(**{f"C_{option}": "n"}), guest)
     assert (problem.option, problem.state) == (option, "n")
     assert str(problem).startswith(f"the kernel lacks CONFIG_{option} (")
+
+
+@pytest.mark.parametrize("option", sorted(IMAGE))
+def test_what_depends_on_the_image_is_a_note(option: str) -> None:
+    lacks = config(**{option: "n"})
+    assert problems(lacks, DISK) == []
+    (note,) = notes(lacks, DISK)
+    assert str(note).startswith(f"the kernel lacks CONFIG_{option} (")
+    states = {finding.settings[0][0]: finding.state for finding in judge(lacks, DISK)}
+    assert states[option] is State.NOTE
+
+
+def test_so_is_a_module_of_that_kind() -> None:
+    assert problems(config(BINFMT_SCRIPT="m"), DISK) == []
+    assert [note.option for note in notes(config(BINFMT_SCRIPT="m"), DISK)] == ["BINFMT_SCRIPT"]
+    assert notes(config(BINFMT_SCRIPT="m"), INITRD) == []
+
+
+@pytest.mark.parametrize("without", [
+    {"SERIAL_8250": "n", "SERIAL_8250_CONSOLE": "n", "SERIAL_8250_PNP": "n"},
+    {"SERIAL_8250_CONSOLE": "n", "SERIAL_8250_PNP": "n"}, {"SERIAL_8250_CONSOLE": "n"},
+])
+def test_a_serial_console_may_be_missing_where_hvc0_is_named_and_there(
+    without: dict[str, str]
+) -> None:
+    both = Guest(console="ttyS0", names_hvc0=True)
+    assert problems(config(VIRTIO_CONSOLE="y", **without), both) == []
+    assert "nothing is seen on ttyS0" in str(notes(config(VIRTIO_CONSOLE="y", **without), both)[-1])
+    assert problems(config(VIRTIO_CONSOLE="m", **without), both)
+    assert problems(config(**without), both)
+    assert problems(config(VIRTIO_CONSOLE="y", **without), DISK)
 
 
 def test_devices_are_found_by_command_line_or_by_acpi() -> None:
@@ -173,14 +206,14 @@ def test_what_a_squashfs_is_packed_with() -> None:
 
 
 def test_devtmpfs_may_be_mounted_by_the_command_line() -> None:
-    assert problems(config(DEVTMPFS_MOUNT="n"), Guest(mounts_devtmpfs=True)) == []
+    assert notes(config(DEVTMPFS_MOUNT="n"), Guest(mounts_devtmpfs=True)) == []
 
 
 def test_the_options_of_all_guests_are_known() -> None:
     assert known_options() == {*OPTIONS, "NR_CPUS", *BUILT_IN}
     complete = KernelConfig(dict.fromkeys(OPTIONS, "y") | {"NR_CPUS": "8"}, "test")
     for guest in every_guest():
-        assert problems(complete, guest) == []
+        assert problems(complete, guest) == notes(complete, guest) == []
 
 
 @pytest.mark.parametrize("option", ["VIRTIO_MMIO", "VIRTIO_BLK", "EXT4_FS"])

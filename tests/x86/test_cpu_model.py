@@ -233,8 +233,9 @@ def test_what_the_host_does_not_have_is_not_missed() -> None:
 @pytest.mark.parametrize(("leaf", "bitmap", "what"), [
     ("0x0", "0b" + "0" * 32, "leaf 0x0 eax, the number of the last leaf"),
     ("0x80000000", "0b0" + "x" * 31, "leaf 0x80000000 eax, the number of the last leaf"),
-    ("0x80000008", "0bx0xxxxx", "leaf 0x80000008 eax, the address sizes"),
-    ("0x80000008", "0b" + "0" * 16, "leaf 0x80000008 eax, the address sizes"),
+    ("0x80000008", "0b" + "x" * 7 + "0" + "x" * 8,
+     "leaf 0x80000008 eax, the size of a linear address"),
+    ("0x80000008", "0b" + "0" * 16, "leaf 0x80000008 eax, the size of a linear address"),
 ])
 def test_nor_can_what_a_kernel_believes_of_its_addresses_and_leaves(
     tmp_path: Path, leaf: str, bitmap: str, what: str
@@ -245,6 +246,24 @@ def test_nor_can_what_a_kernel_believes_of_its_addresses_and_leaves(
     assert str(caught.value) == (
         f"--cpu {model.name}: takes away {what}, without which no 64-bit Linux runs"
     )
+
+
+def test_a_fleet_may_have_fewer_bits_of_physical_address(tmp_path: Path) -> None:
+    fewer = "0b" + "x" * 8 + f"{0x27:08b}".replace("1", "x")  # 0x34 & 0x27: 36 bits
+    model = template(tmp_path, ("0x80000008", "0x0", {"eax": fewer}))
+    assert table(INTEL, model)[0x8000_0008, 0].eax == 0x3924
+    assert build(INTEL, model, 0, memory_end=1 << 36)
+    with pytest.raises(ConfigError, match="leaves 36 bits of physical address, this machine needs "
+                                          "37"):
+        build(INTEL, model, 0, memory_end=(1 << 36) + 1)
+
+
+@pytest.mark.parametrize("kept", ["0bx0xxxxx", "0b00000000"])
+def test_but_not_fewer_than_any_64_bit_processor_has(tmp_path: Path, kept: str) -> None:
+    model = template(tmp_path, ("0x80000008", "0x0", {"eax": kept}))
+    with pytest.raises(ConfigError, match=r"eax leaves \d+ bits of physical address, this machine "
+                                          "needs 36$"):
+        build(INTEL, model, 0)
 
 
 def test_address_sizes_that_are_left_alone_may_be_mentioned(tmp_path: Path) -> None:
