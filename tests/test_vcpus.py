@@ -320,6 +320,20 @@ def test_a_guest_that_waits_is_seldom_looked_at_and_never_ended(
 
 
 @pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("by_pit", [True, False])
+def test_a_guest_that_an_nmi_may_wake_has_not_halted(rig: Rig, by_pit: bool) -> None:
+    vcpu = waiting(HALTED, OFF)
+    vcpu.pit_sends_nmi = by_pit
+    loops: list[VcpuLoop] = []
+    loops.append(loop_of(rig, vcpu, "vCPU", loops, lambda: not by_pit))
+    rig.runner.finish_after(1.0, END)
+    assert rig.runner.run(
+        vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
+        receive=rig.receive,
+    ) == END
+
+
+@pytest.mark.usefixtures("hasty")
 def test_nobody_looks_while_the_guest_is_paused(rig: Rig) -> None:
     def script() -> None:
         assert rig.runner.pause()
