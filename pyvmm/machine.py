@@ -151,7 +151,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             loops.append(VcpuLoop(
                 vcpu, pio=pio, mmio=mmio, finish=runner.finish, machine=loops,
                 describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
-                at_end=uart.flush,
+                at_end=uart.flush, can_be_woken=vm.can_wake,
             ))
         # The others wait, in the kernel, for the first one's INIT and SIPI.
         cpu.setup_boot(memory, loops[0].vcpu, kernel)

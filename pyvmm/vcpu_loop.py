@@ -43,8 +43,9 @@ class VcpuLoop:
     Another thread stops the loop by setting ``stopping`` and then kicking the vCPU; with
     ``inspect`` set a kick makes it look whether the guest has halted.  After every kick
     ``wait_while_paused`` is called, which says whether there was a pause.  ``machine`` has the
-    loops of all vCPUs, when they run.  ``vcpus.py`` does all that.  ``at_end`` is called in the
-    vCPU's thread when it has run for the last time.
+    loops of all vCPUs, when they run; ``can_be_woken`` says whether a device may wake one that has
+    interrupts off.  ``vcpus.py`` does all that.  ``at_end`` is called in the vCPU's thread when it
+    has run for the last time.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class VcpuLoop:
         finish: Callable[[Outcome], None],
         machine: Sequence[VcpuLoop] | None = None,
         at_end: Callable[[], None] = lambda: None,
+        can_be_woken: Callable[[], bool] = lambda: False,
     ) -> None:
         self.vcpu = vcpu
         self.stopping = False
@@ -70,6 +72,7 @@ class VcpuLoop:
         self._describe = describe
         self._finish = finish
         self._at_end = at_end
+        self._can_be_woken = can_be_woken
         self.exits = Exits()
         """How often the guest was left, once ``run`` has returned."""
 
@@ -157,11 +160,13 @@ class VcpuLoop:
 
     def _finish_if_halted(self) -> None:
         """End the run if every vCPU sits in HLT with interrupts off, or was never started: nothing
-        will wake them.  One alone may be about to be, or be what Linux leaves behind while the
-        last of its CPUs powers off."""
+        will wake them, unless a device or the PIT sends NMIs.  One alone may be about to be, or be
+        what Linux leaves behind while the last of its CPUs powers off."""
         state = self.vcpu.get_mp_state()
         self.is_halted = state in _NOT_STARTED or (
-            state == abi.KVM_MP_STATE_HALTED and not self.vcpu.get_regs().rflags & RFLAGS_IF
+            state == abi.KVM_MP_STATE_HALTED
+            and not self.vcpu.get_regs().rflags & RFLAGS_IF
+            and not self.vcpu.pit_can_wake()
         )
-        if all(loop.is_halted for loop in self._machine):
+        if all(loop.is_halted for loop in self._machine) and not self._can_be_woken():
             self._finish(Outcome(Kind.SHUTDOWN, detail="halted with interrupts off"))

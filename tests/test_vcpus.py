@@ -14,7 +14,6 @@ from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.vcpu_loop import VcpuLoop
-from pyvmm.vcpus import ANNOUNCED_POLL_S, ANNOUNCED_S, FIRST_WINDOW_S, LONGEST_WINDOW_S, HaltWatch
 from tests.support.runner_rig import FakeVcpu, Rig, SpinningVcpu, idle, loop_of
 
 DEADLINE_S = 20.0
@@ -320,6 +319,20 @@ def test_a_guest_that_waits_is_seldom_looked_at_and_never_ended(
 
 
 @pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("by_pit", [True, False])
+def test_a_guest_that_an_nmi_may_wake_has_not_halted(rig: Rig, by_pit: bool) -> None:
+    vcpu = waiting(HALTED, OFF)
+    vcpu.pit_sends_nmi = by_pit
+    loops: list[VcpuLoop] = []
+    loops.append(loop_of(rig, vcpu, "vCPU", loops, lambda: not by_pit))
+    rig.runner.finish_after(1.0, END)
+    assert rig.runner.run(
+        vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
+        receive=rig.receive,
+    ) == END
+
+
+@pytest.mark.usefixtures("hasty")
 def test_nobody_looks_while_the_guest_is_paused(rig: Rig) -> None:
     def script() -> None:
         assert rig.runner.pause()
@@ -329,53 +342,3 @@ def test_nobody_looks_while_the_guest_is_paused(rig: Rig) -> None:
 
     outcome = run(rig, waiting(HALTED, OFF), script=script, ends=False)
     assert outcome.kind is Kind.SHUTDOWN
-
-
-def looks(watch: HaltWatch, used_s: Callable[[float], float], until_s: float) -> list[float]:
-    """When ``watch`` wants to look, of a guest that at ``t`` has used so much CPU time."""
-    found = []
-    while (now_s := watch.due_s) < until_s:
-        if watch.is_worth_it(now_s, used_s(now_s)):
-            found.append(now_s)
-    return found
-
-
-def test_a_guest_that_does_nothing_is_looked_at_less_and_less() -> None:
-    times = looks(HaltWatch(0.0), lambda _: 0.0, 1000.0)
-    assert times[:4] == [2, 6, 14, 30]
-    assert times[-1] - times[-2] == LONGEST_WINDOW_S
-
-
-def test_a_busy_guest_is_not_looked_at() -> None:
-    assert looks(HaltWatch(0.0), lambda now_s: 0.05 * now_s, 1000.0) == []
-
-
-def test_a_halt_after_work_is_looked_at_soon() -> None:
-    """Within two windows, even if timers that nobody serves still wake the vCPU."""
-    times = looks(HaltWatch(0.0), lambda t: min(t, 99.0) + 0.002 * t, 200.0)
-    assert 99 + FIRST_WINDOW_S <= times[0] <= 99 + 2 * FIRST_WINDOW_S
-
-
-def test_work_makes_the_windows_shorter_again() -> None:
-    """An hour of rest, five minutes of work, and it halts."""
-    rest_s, halt_s = 3600.0, 3900.0
-    times = looks(HaltWatch(0.0), lambda t: min(max(t - rest_s, 0.0), halt_s - rest_s), 4000.0)
-    assert len([t for t in times if t <= rest_s]) < 70
-    assert [t for t in times if rest_s + LONGEST_WINDOW_S < t < halt_s] == []
-    assert min(t for t in times if t >= halt_s) <= halt_s + 2 * FIRST_WINDOW_S
-
-
-def test_a_pause_is_no_rest() -> None:
-    watch = HaltWatch(0.0)
-    looks(watch, lambda _: 0.0, 100.0)
-    watch.start_anew(200.0, 5.0)
-    assert looks(watch, lambda t: 5.0 + max(t - 200.0, 0.0) * 0.5, 300.0) == []
-
-
-def test_an_announced_halt_is_looked_for_at_once_and_for_a_while() -> None:
-    watch = HaltWatch(0.0)
-    watch.announce(1.0)
-    times = looks(watch, lambda t: t, 100.0)
-    assert times[0] == 1.0
-    assert times[1] == pytest.approx(1.0 + ANNOUNCED_POLL_S)
-    assert times[-1] == pytest.approx(1.0 + ANNOUNCED_S, abs=2 * ANNOUNCED_POLL_S)

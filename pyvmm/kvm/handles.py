@@ -227,6 +227,12 @@ class Vm(_Handle):
         request = abi.KVM_REGISTER_COALESCED_MMIO if on else abi.KVM_UNREGISTER_COALESCED_MMIO
         ioctl(self.fd, request, abi.kvm_coalesced_mmio_zone(addr=port, size=1, pio=1))
 
+    def can_wake(self) -> bool:
+        """Whether a line of the IOAPIC may wake a vCPU that has interrupts off (``nmi.py``)."""
+        from pyvmm.kvm.nmi import ioapic_can_wake  # rare: not on the boot path
+
+        return ioapic_can_wake(self.fd)
+
     def create_vcpu(self, index: int) -> Vcpu:
         """vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
@@ -348,6 +354,12 @@ class Vcpu(_Handle):
         ioctl(self.fd, abi.KVM_GET_MP_STATE, state)
         number: int = state.mp_state
         return number
+
+    def pit_can_wake(self) -> bool:
+        """Whether the PIT may wake it though it has interrupts off (``nmi.py``)."""
+        from pyvmm.kvm.nmi import pit_can_wake  # rare: not on the boot path
+
+        return pit_can_wake(self.fd)
 
     def coalesced_ring(self, page: int) -> CoalescedRing | None:
         """What ``Vm.gather_port`` gathers, of any vCPU's writes; valid until this one is closed.

@@ -33,7 +33,7 @@ def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | 
     A structure or bytearray is read and written in place.
     """
     if isinstance(argument, int) and not 0 <= argument <= _ULONG_MAX:
-        raise ValueError(f"{abi.IOCTL_NAMES[request]}: {argument:#x} is not an unsigned long")
+        raise ValueError(f"{_name(request)}: {argument:#x} is not an unsigned long")
     while True:
         try:
             if isinstance(argument, int) and argument > _INT_MAX:
@@ -48,7 +48,15 @@ def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | 
         except OSError as error:
             code = error.errno or errno.EIO
             hint = _HINTS.get((request, code), "")
-            raise KvmError(abi.IOCTL_NAMES[request], code, hint) from error
+            raise KvmError(_name(request), code, hint) from error
+
+
+def _name(request: abi.Ioctl) -> str:
+    if request in abi.IOCTL_NAMES:
+        return abi.IOCTL_NAMES[request]
+    from pyvmm.kvm.irqchip_abi import IOCTL_NAMES  # not on the boot path
+
+    return IOCTL_NAMES[request]
 
 
 def _libc() -> ctypes.CDLL:

@@ -33,6 +33,7 @@ class FakeVcpu(Vcpu):
         self.kicked = threading.Event()
         self.mp_state = abi.KVM_MP_STATE_RUNNABLE
         self.rflags = 0x202
+        self.pit_sends_nmi = False
         self.pauses_noted = 0
         self.enter = self._enter
 
@@ -57,6 +58,9 @@ class FakeVcpu(Vcpu):
 
     def get_mp_state(self) -> int:
         return self.mp_state
+
+    def pit_can_wake(self) -> bool:
+        return self.pit_sends_nmi
 
     def get_regs(self) -> abi.kvm_regs:
         return abi.kvm_regs(rflags=self.rflags)
@@ -108,12 +112,13 @@ def idle(vcpu: FakeVcpu) -> int:
 
 
 def loop_of(
-    rig: Rig, vcpu: FakeVcpu, name: str, machine: list[VcpuLoop] | None = None
+    rig: Rig, vcpu: FakeVcpu, name: str, machine: list[VcpuLoop] | None = None,
+    can_be_woken: Callable[[], bool] = lambda: False,
 ) -> VcpuLoop:
     """A loop for one of several vCPUs, whose registers are said to be ``name``."""
     return VcpuLoop(
         vcpu, pio=rig.pio, mmio=rig.mmio, describe=lambda: name, finish=rig.runner.finish,
-        machine=machine,
+        machine=machine, can_be_woken=can_be_woken,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 
 from pyvmm.bus import Bus
 from pyvmm.console import Console, OutputBuffer
-from pyvmm.kvm.handles import Kvm
+from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
@@ -45,6 +46,7 @@ class Smp:
     """A runner with some vCPUs, of which none has run yet."""
 
     memory: GuestMemory
+    vm: Vm
     loops: list[VcpuLoop]
     runner: Runner
     written: list[tuple[int, int]] = field(default_factory=list)
@@ -78,9 +80,10 @@ def machine(*, irqchip: bool, cpus: int = CPUS) -> Iterator[Smp]:
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         if irqchip:
             vm.create_irqchip()
+            vm.create_pit2()
         vm.set_user_memory_region(0, 0, MEMORY_BYTES, memory.regions[0].host_address)
         pio = Bus("PIO", 0)
-        smp = Smp(memory, [], runner)
+        smp = Smp(memory, vm, [], runner)
         pio.add(0x3F8, 1, smp)
         model = parse_cpu_option("host")
         for index in range(cpus):
@@ -89,6 +92,7 @@ def machine(*, irqchip: bool, cpus: int = CPUS) -> Iterator[Smp]:
             smp.loops.append(VcpuLoop(
                 vcpu, pio=pio, mmio=Bus("MMIO", 12), finish=runner.finish,
                 describe=functools.partial(str, f"vCPU {index}"), machine=smp.loops,
+                can_be_woken=vm.can_wake,
             ))
         yield smp
         assert runner.stopped
@@ -198,6 +202,44 @@ def test_one_vcpu_that_waits_for_an_interrupt_is_enough_to_go_on(
         assert smp.run().kind is Kind.TIMEOUT
         # It was looked at, but seldom.
         assert 1 <= max(loop.exits.other for loop in smp.loops) <= 8
+
+
+MASKED, AS_NMI = 0x10000, 0x400
+
+
+def load_wait_nmi(smp: Smp, folder: Path, lint0: int, lint1: int, pin_4: int) -> None:
+    smp.memory.write(STARTED_ENTRY, struct.pack("<3I", lint0, lint1, pin_4))
+    load(smp, assemble("wait_nmi", LONG_MODE_ENTRY, folder), 0)
+
+
+def test_a_line_that_is_an_nmi_may_wake_a_halted_guest(tmp_path: Path) -> None:
+    with machine(irqchip=True, cpus=1) as smp:
+        load_wait_nmi(smp, tmp_path, MASKED, MASKED, AS_NMI)
+        timer = threading.Timer(SOON_S, smp.vm.irq_line, (4, True))
+        timer.start()
+        smp.runner.finish_after(SOON_S + 0.5, Outcome(Kind.TIMEOUT))
+        assert smp.run().kind is Kind.TIMEOUT
+        timer.join()
+        assert smp.loops[0].exits.other > 1, "it was looked at"
+        assert smp.loops[0].vcpu.get_regs().rbp == 1
+
+
+def test_the_pits_nmis_wake_a_halted_guest(tmp_path: Path) -> None:
+    with machine(irqchip=True, cpus=1) as smp:
+        load_wait_nmi(smp, tmp_path, AS_NMI, MASKED, MASKED)
+        smp.runner.finish_after(SOON_S, Outcome(Kind.TIMEOUT))
+        assert smp.run().kind is Kind.TIMEOUT
+        assert smp.loops[0].exits.other > 1, "it was looked at"
+        assert smp.loops[0].vcpu.get_regs().rbp >= 1  # the next one if this is acknowledged
+
+
+def test_an_nmi_that_nobody_sends_wakes_no_guest(tmp_path: Path) -> None:
+    """LINT1, which Linux leaves so, and lines that are interrupts or masked."""
+    with machine(irqchip=True, cpus=1) as smp:
+        load_wait_nmi(smp, tmp_path, 0x700, AS_NMI, MASKED | AS_NMI)
+        smp.runner.finish_after(20, Outcome(Kind.TIMEOUT))
+        assert smp.run() == Outcome(Kind.SHUTDOWN, detail="halted with interrupts off")
+        assert smp.loops[0].vcpu.get_regs().rbp == 0
 
 
 def test_the_boot_processor_starts_all_others(tmp_path: Path) -> None:
