@@ -87,7 +87,7 @@ unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guest
 	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
 
 vm-test: dev kernel image build/tools.img build/acpi/bzImage stock ## Linux guests; in the lab where this host's KVM cannot
-	@$(call choose_host,--timeout 2400)
+	@$(call choose_host,--timeout 2400 --memory 3G)
 	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
 	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS)

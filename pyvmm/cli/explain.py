@@ -75,7 +75,8 @@ def after(
         told = " ".join(consoles) or "none"
         return [
             f"the kernel printed nothing: its consoles are {told}; console=ttyS0 is the serial "
-            f"port (or earlyprintk=ttyS0 for the first of it)",
+            f"port (or earlyprintk=ttyS0 for the first of it); should every kernel be silent here, "
+            "`pyvmm doctor` says whether this host's KVM is complete",
             *found,
         ]
     if has_no_root and not found:

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli.main import main
+from pyvmm.cli.options import parse_options
+from pyvmm.cli.run import COMMAND, config_from
 from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS
 from tests.support.kernels import bzimage, elf
 
@@ -294,3 +296,8 @@ def test_vv_shows_the_traceback_too(
     traceback, _, line = capsys.readouterr().err.rstrip().rpartition("\n")
     assert traceback.startswith("Traceback (most recent call last):")
     assert line.startswith(f"pyvmm: {tmp_path}/missing: ")
+
+
+def test_what_is_appended_in_parts_comes_together() -> None:
+    args = parse_options(COMMAND, ["--kernel", "k", "--append", "a=1", "--append=b c"])
+    assert config_from(args).append == "a=1 b c"

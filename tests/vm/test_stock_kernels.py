@@ -40,7 +40,9 @@ def check(run: Run, cpus: int, ending: str, end: tuple[int, str]) -> None:
 
 @pytest.mark.parametrize(("name", "cpus", "ending"), [
     (STABLE, 1, CRASH), (STABLE, 2, "halt -f"), (STABLE, 4, "poweroff -f"),
+    (STABLE, 4, "reboot -f"),
     (BACKPORTS, 1, "halt -f"), (BACKPORTS, 2, "reboot -f"), (BACKPORTS, 4, CRASH),
+    (BACKPORTS, 4, "poweroff -f"),
 ])
 def test_debians_kernel(name: str, cpus: int, ending: str) -> None:
     script = f"{SHOW_CPUS}; sleep 1; {ending}"
