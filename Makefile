@@ -18,7 +18,7 @@ TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-s
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs
 BENCH_PACKAGES := gcc binutils libc6-dev linux-libc-dev qemu-system-x86 qemu-system-common
-TOOLS := /usr/bin/fio /sbin/mke2fs /sbin/e2fsck /sbin/blkdiscard
+TOOLS := /usr/bin/fio /usr/bin/chrt /sbin/mke2fs /sbin/e2fsck /sbin/blkdiscard
 
 # $(call need,PACKAGES): as root install the missing ones, else print the command that does.
 define need
@@ -124,7 +124,7 @@ build/root.img build/test.img &: guest/build_image.py guest/init $(wildcard gues
 	$(PYTHON) guest/build_image.py --out build/test.img --initrd build/initramfs.cpio.gz
 	cp --sparse=always build/test.img build/root.img
 
-build/tools.img: guest/build_image.py guest/init $(wildcard guest/exit/*)
+build/tools.img: Makefile guest/build_image.py guest/init $(wildcard guest/exit/*)
 	@$(call need,$(IMAGE_PACKAGES) $(TOOL_PACKAGES))
 	mkdir -p build
 	$(PYTHON) guest/build_image.py --out build/tools.img --size 192M $(addprefix --with-program ,$(TOOLS))

@@ -19,9 +19,11 @@ STALL_S = 1.0 if STRESS_S >= 60 else 3.0
 """The longest gap.  ``make soak`` wants a quiet host; the host of ``make test`` may have others to
 serve, and in the lab four busy vCPUs share one emulated CPU: what is to be seen there is a vCPU
 that never goes on."""
-# Twenty times a second, and with no new process: the time since the last time, in 1/100 s.
+# Twenty times a second, and with no new process: the time since the last time, in 1/100 s.  One on
+# each vCPU, which the guest's scheduler runs before all else (SCHED_FIFO): among a dozen programs
+# that want to run one of its own choice waits for a second and more, whatever the machine.
 TICKER = (
-    "mkfifo /dev/shm/never; exec 3<>/dev/shm/never; last=0; while :; do"
+    "mkfifo /dev/shm/never$1; exec 3<>/dev/shm/never$1; last=0; while :; do"
     " read up idle < /proc/uptime; now=${up%.*}${up#*.};"
     " [ $last -eq 0 ] || echo $((now - last)); last=$now; read -t 0.05 nothing <&3; done"
 )
@@ -51,16 +53,18 @@ def test_the_vcpus_share_the_work_and_have_apic_ids_of_their_own() -> None:
 
 
 def test_no_interrupt_is_lost_and_nothing_stalls_under_load(tmp_path: Path) -> None:
-    """Two disks written and read back, all vCPUs busy; a clock in the guest notes every gap."""
-    load = "; ".join([
-        f"({TICKER}) > /dev/shm/gaps &",
+    """Two disks written and read back, all vCPUs busy; a clock on each of them notes every gap."""
+    load = f"cat > /dev/shm/tick <<'X'\n{TICKER}\nX\n" + "; ".join([
+        "for n in 0 1 2 3; do"
+        " chrt -f 2 taskset $((1 << n)) sh /dev/shm/tick $n > /dev/shm/gaps$n & done",
         "for n in 1 2 3 4; do (while :; do :; done) & done",
         f"end=$(($(cut -d. -f1 /proc/uptime) + {STRESS_S}))",
         "work() { while [ $(cut -d. -f1 /proc/uptime) -lt $end ]; do"
         f" {FIO.format(file='/dev/$1', size='4m')} > /dev/shm/$1 || echo broken $1;"
         " grep -q ';t;0;0;' /dev/shm/$1 && echo whole $1; done; }",
         "work vdb & a=$!; work vdc & wait $! $a",
-        "echo ticks $(wc -l < /dev/shm/gaps) longest $(sort -n /dev/shm/gaps | tail -1)",
+        "for n in 0 1 2 3; do"
+        " echo ticks $(wc -l < /dev/shm/gaps$n) longest $(sort -n /dev/shm/gaps$n | tail -1); done",
         "exit 0",
     ]).replace("&;", "&")
     disks = [sparse(tmp_path / name, 8) for name in ("b", "c")]
@@ -74,7 +78,9 @@ def test_no_interrupt_is_lost_and_nothing_stalls_under_load(tmp_path: Path) -> N
     assert not run.lines("broken"), run.console
     for name in ("vdb", "vdc"):
         assert run.lines(f"whole {name}"), run.console
-    ticks, longest_cs = re.findall(r"^ticks (\d+) longest (\d+)$", run.console, re.MULTILINE)[0]
-    print(f"{ticks} ticks, the longest gap {int(longest_cs) / 100} s")
-    assert int(ticks) > STRESS_S, run.console
-    assert int(longest_cs) / 100 < STALL_S, run.console
+    clocks = re.findall(r"^ticks (\d+) longest (\d+)$", run.console, re.MULTILINE)
+    assert len(clocks) == CPUS, run.console
+    for ticks, longest_cs in clocks:
+        print(f"{ticks} ticks, the longest gap {int(longest_cs) / 100} s")
+        assert int(ticks) > STRESS_S, run.console
+        assert int(longest_cs) / 100 < STALL_S, run.console
