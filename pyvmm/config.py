@@ -131,6 +131,15 @@ class RunConfig(Record):
         for option, path in (("--kernel", self.kernel), ("--initrd", self.initrd)):
             if path == "":
                 raise ConfigError(option, "names no file")
+        if not self.console:
+            raise ConfigError("--console", "names no file; write stdio, none or a file's name")
+        for option, text in (("--cmdline", self.cmdline or ""), ("--append", self.append)):
+            if not text.isascii() or "\0" in text:
+                position = next(
+                    at for at, one in enumerate(text) if one == "\0" or not one.isascii()
+                )
+                raise ConfigError(option, f"has {text[position]!a} at position {position}; "
+                                  "only ASCII without NUL can be passed to a kernel")
         for option, value, choices in (
             ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
             ("--rtc", self.rtc, RTC_KINDS), ("--discovery", self.discovery, DISCOVERY_WAYS),
@@ -178,10 +187,11 @@ class RunConfig(Record):
         consoles = [word for word in words if word.startswith("console=")]
         return bool(consoles) and consoles[-1].startswith("console=hvc")
 
-    def kernel_command_line(self) -> str:
+    def kernel_command_line(self, limit: int | None = None) -> str:
         """The whole command line: devices, the base (default or ``cmdline``), then ``append``.
 
         Devices come first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
+        ConfigError, naming the longer option, if it has more than ``limit`` bytes.
         """
         parts = []
         if self.timing:
@@ -196,7 +206,17 @@ class RunConfig(Record):
             if self.disks and self.initrd is None:
                 parts.append(f"root=/dev/vda {'ro' if self.disks[0].read_only else 'rw'}")
         parts.append(self.append)
-        return " ".join(part for part in parts if part)
+        line = " ".join(part for part in parts if part)
+        if limit is not None and len(line) > limit:
+            own = len(self.append)
+            option = "--append"
+            if self.cmdline is not None and len(self.cmdline) > own:
+                option, own = "--cmdline", len(self.cmdline)
+            raise ConfigError(
+                option, f"has {own} bytes, which are {len(line)} with all that belongs to the "
+                f"command line: the limit of kernel {self.kernel} is {limit}"
+            )
+        return line
 
 
 def parse_size(option: str, text: str) -> int:

@@ -73,10 +73,11 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                      for base, gsi in places],
         )
         write_reset_vector(memory)
-        write_boot_info(memory, kernel, config.kernel_command_line(), initrd, rsdp=rsdp)
+        cmdline = config.kernel_command_line(kernel.cmdline_limit)
+        write_boot_info(memory, kernel, cmdline, initrd, rsdp=rsdp)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         disks = [
-            _open_disk(disk, index, runner, stack, report)
+            _open_disk(disk, index, runner, stack, report, config.timeout_s)
             for index, disk in enumerate(config.disks)
         ]
         console = stack.enter_context(contextlib.closing(_open_console(config)))
@@ -192,6 +193,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
                 receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
+                at_end=[disk.at_end for disk in disks],
             )
             return watch.judge(outcome)
 
@@ -266,7 +268,7 @@ class _Disk(Record, kw_only=False):
     """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
 
     ``watch`` waits for news of the process that serves it, if that is another one; ``at_end`` is
-    called before the device is closed.
+    called when the run ends, and again before the device is closed.
     """
 
     device: BlockDevice | VhostUserBlock
@@ -282,13 +284,15 @@ def _open_disk(
     runner: Runner,
     stack: contextlib.ExitStack,
     report: Reporter,
+    timeout_s: float | None,
 ) -> _Disk:
+    """Open disk ``index``; a server that it is on has at most ``timeout_s`` to answer."""
     irq_fd = eventfd(stack)
     if isinstance(config, DiskConfig):
         from pyvmm.storage.open import open_backend
         from pyvmm.virtio.block import BlockDevice
 
-        opened = open_backend(config.source, report=report)
+        opened = open_backend(config.source, report=report, timeout_s=timeout_s)
         device = BlockDevice(config.block, stack.enter_context(contextlib.closing(opened)))
         return _Disk(device, irq_fd, tuple(eventfd(stack) for _ in device.queue_max_sizes))
 
@@ -299,7 +303,8 @@ def _open_disk(
         # Linux waits for ever for a request that nobody answers: the run is over.
         runner.finish(Outcome(Kind.HOST_ERROR, detail=f"disk {index}: {reason}"))
 
-    frontend = stack.enter_context(contextlib.closing(Frontend.connect(config.socket)))
+    frontend = Frontend.connect(config.socket, handshake_timeout_s=timeout_s)
+    stack.callback(frontend.close)
     doorbells = tuple(eventfd(stack) for _ in range(config.queues))
     served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
     return _Disk(

@@ -126,12 +126,14 @@ class Runner:
         output: OutputBuffer,
         receive: Callable[[bytes], int],
         notices: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+        at_end: Sequence[Callable[[], None]] = (),
     ) -> Outcome:
         """Run to the end; every thread is stopped and the terminal restored when this returns.
 
         ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
         never holds up another.  ``receive`` takes typed bytes and says how many it took;
-        ``notices`` are called, on this thread, after a signal among NOTICE_SIGNALS.
+        ``notices`` are called, on this thread, after a signal among NOTICE_SIGNALS; those of
+        ``at_end`` before the threads are waited for, which may wait for a peer themselves.
         """
         switch_interval_s = sys.getswitchinterval()
         # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
@@ -150,6 +152,8 @@ class Runner:
                     )
                 finally:
                     output.shut()
+                    for prepare in at_end:
+                        prepare()
                     self._stop()
                 pump.finish()
         finally:

@@ -19,6 +19,7 @@ from pyvmm.config import (
     parse_size,
 )
 from pyvmm.devices.boot_timer import timing_lines
+from pyvmm.errors import PyvmmError
 from pyvmm.lean import TYPE_CHECKING, cache_path, configuration_paths
 from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
 from pyvmm.report import Reporter, write_text_now
@@ -132,6 +133,20 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     args = parse_options(COMMAND, argv)
     config = config_from(args)
 
+    try:
+        return _run(args, config, started_s, bundle)
+    except (OSError, PyvmmError) as error:
+        from pyvmm.cli.descriptors import shortage
+
+        if too_few := shortage(error, config):
+            raise too_few from error
+        raise
+
+
+def _run(
+    args: SimpleNamespace, config: RunConfig, started_s: float, bundle: Bundle
+) -> int:
+    """Build and run the machine of ``config``; see ``run_main``."""
     from pyvmm.machine import build
 
     report = Reporter(sys.stderr)

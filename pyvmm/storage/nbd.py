@@ -22,7 +22,13 @@ from pyvmm.storage.backend import (
     read_only_error,
     write_real_zeroes,
 )
-from pyvmm.storage.nbd_handshake import Export, Transmission, connect, negotiate
+from pyvmm.storage.nbd_handshake import (
+    Export,
+    Transmission,
+    connect,
+    limit_time,
+    negotiate,
+)
 from pyvmm.storage.nbd_uri import parse_nbd_uri
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -70,8 +76,9 @@ _SLOWEST_BYTES_PER_S = 64 << 10
 class NbdBackend:
     """The export ``uri`` names.
 
-    ConfigError, naming ``uri``, if it cannot be had.  ``report`` gets one line when the connection
-    is lost; every operation fails from then on.
+    ConfigError, naming ``uri``, if it cannot be had within ``timeout_s`` (and ``open_timeout_s``)
+    seconds.  ``report`` gets one line when the connection is lost; every operation fails from
+    then on.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class NbdBackend:
         read_only: bool = False,
         report: Callable[[str], None],
         timeout_s: float = TIMEOUT_S,
+        open_timeout_s: float | None = None,
     ) -> None:
         self.uri = uri
         self.read_only = read_only
@@ -91,16 +99,20 @@ class NbdBackend:
         self._cookie = 0
         self._is_lost = False
         address = parse_nbd_uri(uri)
+        patience_s = timeout_s if open_timeout_s is None else min(timeout_s, open_timeout_s)
+        until_s = time.monotonic() + patience_s
         try:
-            self._connection = connect(address, timeout_s)
+            self._connection = connect(address, until_s)
             try:
-                export = negotiate(self._connection, address.export)
+                export = negotiate(self._connection, address.export, until_s)
                 _check_export(export, uri, read_only)
             except BaseException:
                 self._connection.close()
                 raise
         except TimeoutError as error:
-            raise ConfigError(uri, f"the server does not answer in {timeout_s:g} s") from error
+            raise ConfigError(
+                uri, f"the server has not agreed on a disk within {patience_s:g} s"
+            ) from error
         except OSError as error:
             raise ConfigError(uri, f"cannot be opened: {error.strerror or error}") from error
         self.size_bytes = export.size_bytes - export.size_bytes % export.block_size
@@ -243,7 +255,7 @@ class NbdBackend:
     def _send(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
-            self._mind_the_time()
+            limit_time(self._connection, self._until_s)
             done = self._connection.sendmsg(buffers[:_IOV_MAX])
             missing -= done
             if missing:
@@ -252,20 +264,13 @@ class NbdBackend:
     def _receive_into(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
-            self._mind_the_time()
+            limit_time(self._connection, self._until_s)
             done = self._connection.recvmsg_into(buffers[:_IOV_MAX])[0]
             if not done:
                 raise OSError(errno.ECONNRESET, "the server closed the connection")
             missing -= done
             if missing:
                 buffers = buffers_behind(buffers, done)
-
-    def _mind_the_time(self) -> None:
-        """Let the next call on the connection take what is left for the request."""
-        left_s = self._until_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError(errno.ETIMEDOUT, "the server is too slow")
-        self._connection.settimeout(left_s)
 
     def _check_latch(self) -> None:
         if self._flush_errno:

@@ -21,7 +21,9 @@ class NbdAddress(Record):
 
 def is_nbd_uri(location: str) -> bool:
     """Whether ``location`` is meant as an NBD URI; a file of that name is written ./nbd:..."""
-    return location.startswith(("nbd:", "nbds:", "nbd+unix:", "nbds+unix:"))
+    # A URI's scheme is written in any case (RFC 3986, 3.1 "Scheme").
+    scheme, colon, _ = location.partition(":")
+    return bool(colon) and scheme.lower() in ("nbd", "nbds", "nbd+unix", "nbds+unix")
 
 
 def parse_nbd_uri(uri: str) -> NbdAddress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Sequence
 
 from pyvmm.storage.backend import (
@@ -37,7 +38,8 @@ class RawBackend:
     is locked while it is open: exclusively, or shared with other readers if ``read_only``.
     ``report`` takes a line about what is odd but no reason to refuse.
 
-    Writes never make the file grow.  Interrupted system calls are retried by CPython itself
+    Writes never make the file grow, not even one that somebody has truncated meanwhile: where it
+    ends early they are EIO, as reads are.  Interrupted system calls are retried by CPython itself
     (PEP 475).
     """
 
@@ -56,6 +58,7 @@ class RawBackend:
             check_disk(self._fd, path)
             lock_disk(self._fd, path, read_only, report)
             self.block_size = logical_block_size(self._fd)
+            self._may_shrink = stat.S_ISREG(os.fstat(self._fd).st_mode)
             self.refresh_size()
         except BaseException:
             self.close()
@@ -83,13 +86,18 @@ class RawBackend:
                 length = len(buffers[0])
                 if (
                     0 <= offset <= self.size_bytes - length
+                    and (
+                        not self._may_shrink
+                        or os.lseek(self._fd, 0, os.SEEK_END) >= offset + length
+                    )
                     and os.pwritev(self._fd, buffers, offset) == length
                 ):
                     return
+            self._check_end(offset, sum(map(len, buffers)))
             self._transfer(os.pwritev, buffers, offset)
             return
         self._check_latch()
-        check_range(self.path, offset, sum(map(len, buffers)), self.size_bytes)
+        self._check_end(offset, sum(map(len, buffers)))
         try:
             self._transfer(_pwritev_dsync, buffers, offset)
         except OSError as error:
@@ -152,7 +160,7 @@ class RawBackend:
             if done == missing:
                 return
             if not done:
-                raise OSError(errno.EIO, "the file has become shorter", self.path)
+                raise self._shorter()
             missing -= done
             offset += done
             buffers = buffers_behind(buffers, done)
@@ -161,7 +169,7 @@ class RawBackend:
         """fallocate in ``mode``, which leaves zeroes; False if that cannot be done here."""
         if self.read_only:
             raise read_only_error(self.path)
-        check_range(self.path, offset, length, self.size_bytes)
+        self._check_end(offset, length)
         if length:
             try:
                 fallocate(self._fd, mode | KEEP_SIZE, offset, length)
@@ -170,6 +178,15 @@ class RawBackend:
                     raise
                 return False
         return True
+
+    def _check_end(self, offset: int, length: int) -> None:
+        """OSError unless these bytes are in the disk, and in the file as it is now."""
+        check_range(self.path, offset, length, self.size_bytes)
+        if self._may_shrink and length and os.lseek(self._fd, 0, os.SEEK_END) < offset + length:
+            raise self._shorter()
+
+    def _shorter(self) -> OSError:
+        return OSError(errno.EIO, "the file has become shorter", self.path)
 
     def _check_latch(self) -> None:
         if self._flush_errno:

@@ -210,7 +210,7 @@ def test_a_server_that_only_listens(sock: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(sock))
         listener.listen()
-        with pytest.raises(ConfigError, match=r"does not answer in 0\.2 s"):
+        with pytest.raises(ConfigError, match=r"has not agreed on a disk within 0\.2 s"):
             NbdBackend(uri(sock), report=print, timeout_s=0.2)
 
 
