@@ -34,7 +34,11 @@ else:
         """A class used as an enumeration is: called, iterated over and asked by name."""
 
         def __call__(cls, value):
-            if cls._any_bits or value in tuple(cls):
+            # The member itself, since the code compares with `is`.
+            for member in cls:
+                if member == value:
+                    return member
+            if cls._any_bits:
                 return value
             raise ValueError(f"{value!r} is not a valid {cls.__name__}")
 
