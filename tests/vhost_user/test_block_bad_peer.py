@@ -50,6 +50,7 @@ def test_a_queue_that_is_refused_needs_a_reset(script: Script, refused: Request)
     script.say_stopped()
     script.say_stopped(index=1)  # which may have begun half-way
     other = BlockDriver(script.transport, script.memory, index=1)
+    other.desc, other.avail, other.used = (RAM_BASE + 0x8000 + 0x1000 * i for i in range(3))
     script.driver.negotiate(FEATURES)
     script.driver.setup_queue()
     other.setup_queue()

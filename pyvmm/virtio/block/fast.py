@@ -149,7 +149,10 @@ class FastPath:
                     left -= self._serve_all(chains, durable)
                 finally:
                     ring.push_all(done)
+                    served = len(done)
                     done.clear()
+                    if served < len(chains):
+                        ring.give_back()
             if other and left > 0:
                 chain = ring.walk()
                 if chain is None:
@@ -158,10 +161,8 @@ class FastPath:
                 left -= pass_bytes(chain) + self._others()
 
     def _serve_all(self, chains: list[PlainChain], durable: bool) -> int:
-        """Serve ``chains``, in order; the bytes of work that their buffers do not show.
-
-        After PASS_BYTES of those the rest becomes available again, and the pass is over.
-        """
+        """Serve ``chains``, in order, into ``_done``; the bytes of work that their buffers do not
+        show.  After PASS_BYTES of those the rest is left, and the pass is over."""
         others = 0
         backend, near, near_gpa, done = self._backend, self._near, self._near_gpa, self._done
         for request_type, offset, buffers, run in self._runs(chains, durable):
@@ -175,8 +176,6 @@ class FastPath:
                     self._serve_alone(run)
                     others += self._others()
                     if others >= PASS_BYTES:
-                        for chain in reversed(chains[len(done) :]):
-                            self.ring.untake(chain_of(chain))
                         break
                     continue
             except OSError:
