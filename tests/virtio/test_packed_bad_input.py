@@ -184,7 +184,7 @@ def test_bad_input_30_packed_chain_longer_than_the_queue(rig: Rig, driver: Packe
     assert_refused(rig, driver)
 
 
-def test_bad_input_30_more_descriptors_in_a_table_than_any_packed_queue_has(new_rig: MakeRig) -> None:
+def test_bad_input_30_more_descriptors_in_a_table_than_a_packed_queue_has(new_rig: MakeRig) -> None:
     rig = new_rig()
     driver = new_driver(rig, 2)
     driver.start()
