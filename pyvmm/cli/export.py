@@ -18,6 +18,7 @@ from pyvmm.serving import serve
 from pyvmm.storage.open import open_backend
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
+from pyvmm.virtio.block.config import MAX_QUEUE_SIZE
 from pyvmm.virtio.rate_limit import RateLimiter
 
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
@@ -109,14 +110,16 @@ def export_main(argv: list[str]) -> int:
             contextlib.closing(open_backend(disk.source, report=report))
         )
         servers: list[Server] = []
-        limit = disk.block.rate_limit
+        # A front end cannot ask what size of ring it may choose: any that QEMU has will do.
+        block = disk.block.replace(queue_size=MAX_QUEUE_SIZE)
+        limit = block.rate_limit
         # The disk's, not a connection's: a front end that reconnects gets no fresh burst.
         limiter = RateLimiter(limit) if limit else None
 
         def start() -> list[IoSource]:
             server = Server(
                 args.socket,
-                lambda: BlockDevice(disk.block, backend, limiter=limiter),
+                lambda: BlockDevice(block, backend, limiter=limiter),
                 exclusive=not (disk.read_only or backend.read_only),
                 report=Seldom(report),
                 note=report if args.verbose else lambda line: None,

@@ -24,6 +24,9 @@ from pyvmm.virtio.spec import Feature
 # vhost-user has no message that resets one ring, and a front end that passes the bit on to its
 # guest (QEMU does) would leave ours running.
 _NOT_OFFERED = int(Feature.RING_RESET)
+USUAL_RING_SIZE = 128
+"""Entries of a front end's rings, unless its user says otherwise: QEMU's and cloud-hypervisor's
+default.  QEMU's own back ends advise for as many (``seg_max`` 126)."""
 _NO_MEMORY = "none is shared (QEMU: -object memory-backend-memfd,share=on)"
 
 
@@ -88,6 +91,9 @@ class Backend:
         trust_memory: bool = False,
     ) -> None:
         self._device = device
+        # SET_VRING_NUM comes when the driver starts; the front end has read the configuration
+        # space by then, and some read it once only.
+        device.expect_rings_of(USUAL_RING_SIZE)
         self._kicks = kicks
         self._report = report
         self._memory = PeerMemory(trust=trust_memory)

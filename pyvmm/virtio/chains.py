@@ -74,8 +74,18 @@ def collect(descriptors: Iterable[tuple[int, int, int]]) -> tuple[list[Buffer], 
     return readable, writable
 
 
+def too_long(limit: int, *, in_table: bool) -> RingError:
+    """The error of a descriptor chain of more than ``limit`` descriptors."""
+    what = f"{limit}, the most entries of a queue" if in_table else f"the queue size {limit}"
+    return RingError(f"descriptor chain is longer than {what}")
+
+
 class IndirectTables:
     """Finds indirect descriptor tables; ``allowed`` is whether INDIRECT_DESC was negotiated.
+
+    A table may be longer than the ring, up to the largest ring that the device allows.  For Linux
+    a table's length has nothing to do with the ring's: it makes a table of SEG_MAX + 2
+    descriptors, and reads SEG_MAX before the ring has a size.
 
     ``near`` is the region of RAM around the virtqueue, where its tables usually are too, and
     ``near_gpa`` where it begins: what lies in it can be checked and read in a third of the time

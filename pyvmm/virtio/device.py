@@ -48,6 +48,8 @@ class VirtioDevice(abc.ABC):
         self.avail_features = int(avail_features)
         self.queue_max_sizes = queue_max_sizes
         self.queues = [Queue(max_size) for max_size in queue_max_sizes]
+        # Whoever keeps to what the device advises can do so in a ring of so many entries.
+        self._advised_ring_size = min(queue_max_sizes)
         self._acked_features = 0
         self._memory: GuestMemory | None = None
         self._interrupt: Interrupt | None = None
@@ -72,6 +74,14 @@ class VirtioDevice(abc.ABC):
             # further if VIRTIO_F_VERSION_1 is not accepted."
             raise GuestError("VIRTIO_F_VERSION_1 was not accepted; legacy is not served")
         self._acked_features = features
+
+    def expect_rings_of(self, size: int) -> None:
+        """Advise the driver of nothing that needs a ring of more than ``size`` entries.
+
+        For a transport that learns how long the rings are after the driver has read the
+        configuration space, and perhaps kept it.
+        """
+        self._advised_ring_size = min(size, *self.queue_max_sizes)
 
     @abc.abstractmethod
     def read_config(self, offset: int, length: int) -> bytes:

@@ -29,6 +29,7 @@ from pyvmm.virtio.chains import (
     check_size,
     collect,
     ring_area,
+    too_long,
 )
 from pyvmm.virtio.queue import (
     PLAIN_HEADER_BYTES,
@@ -102,11 +103,12 @@ class PackedRing:
             memory, "device event suppression", queue.device_area, _EVENT_SIZE, 4
         ).cast("I")
 
+        self._longest = queue.max_size
         # The flags of a plain chain in a table of its own: there "the VIRTQ_DESC_F_WRITE flags
         # bit is the only valid flag" (2.8.7).
         self._indirect = IndirectTables(
             memory, queue.descriptor_area, allowed=indirect, layout=_LINKED,
-            reading=(0,) * size, writing=(0,) + (WRITE,) * (size - 1),
+            reading=(0,) * queue.max_size, writing=(0,) + (WRITE,) * (queue.max_size - 1),
         )  # fmt: skip
         self.near, self.near_gpa = self._indirect.near, self._indirect.near_gpa
         # Where a plain chain of one data buffer may begin at last.
@@ -382,7 +384,7 @@ class PackedRing:
             if slot == self._size:
                 slot = 0
                 available ^= _OWNER
-        raise RingError(f"descriptor chain is longer than the queue size {self._size}")
+        raise too_long(self._size, in_table=False)
 
     def _indirect_chain(self, buffer_id: int, gpa: int, length: int) -> Chain:
         """The chain in the table of ``length`` bytes at ``gpa``: all of it, in order.
@@ -392,7 +394,7 @@ class PackedRing:
         Scatter-Gather Support").
         """
         table = self._indirect.at(gpa, length)
-        if length // DESCRIPTOR_SIZE > self._size:
-            raise RingError(f"descriptor chain is longer than the queue size {self._size}")
+        if length // DESCRIPTOR_SIZE > self._longest:
+            raise too_long(self._longest, in_table=True)
         descriptors = DESCRIPTOR.iter_unpack(table)
         return Chain(buffer_id, *collect((gpa, size, flags) for gpa, size, _, flags in descriptors))

@@ -3,7 +3,7 @@
 Three areas in guest memory: the descriptor table and the available ring, written by the driver,
 and the used ring, written here.  Nothing the guest can write is trusted twice: indices of the
 device's own progress live in this object, a descriptor is copied before it is looked at, and
-every walk is bounded by the queue size.
+every walk is bounded by the queue's size, or in a table of its own by the largest there may be.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pyvmm.virtio.chains import (
     check_size,
     collect,
     ring_area,
+    too_long,
 )
 from pyvmm.virtio.queue import (
     PLAIN_HEADER_BYTES,
@@ -93,8 +94,9 @@ class SplitRing:
         self._used_ring = used[_RING_HEADER_SIZE:-_EVENT_SIZE].cast("Q")
         self._avail_event = used[-_EVENT_SIZE:].cast("H")
 
+        self._longest = queue.max_size
         # The links of a plain chain in a table of its own.
-        to_read = tuple(NEXT | index + 1 << _NEXT_SHIFT for index in range(size))
+        to_read = tuple(NEXT | index + 1 << _NEXT_SHIFT for index in range(self._longest))
         to_write = to_read[:1] + tuple(link | WRITE for link in to_read[1:])
         self._indirect = IndirectTables(
             memory, queue.descriptor_area, allowed=indirect, layout=_LINKED,
@@ -320,15 +322,16 @@ class SplitRing:
         in place of the one that refers to it.
 
         "A driver MUST NOT create a descriptor chain longer than the Queue Size of the device"
-        (2.7.5.3.1 "Driver Requirements: Indirect Descriptors"), which also ends every loop.
+        (2.7.5.3.1 "Driver Requirements: Indirect Descriptors"), which also ends every loop.  With
+        a table that is the size the device has at most: see ``IndirectTables``.
         """
         table, entries, index = self._table, self._size, head
-        budget = self._size
+        budget = limit = self._size
         while True:
             if index >= entries:
                 raise RingError(f"descriptor {index} in a table of {entries}")
             if not budget:
-                raise RingError(f"descriptor chain is longer than the queue size {self._size}")
+                raise too_long(limit, in_table=table is not self._table)
             gpa, length, flags, following = _unpack(table, index * DESCRIPTOR_SIZE)
             if flags & INDIRECT:
                 # WRITE is ignored here, as 2.7.5.3.2 "Device Requirements" demands.
@@ -338,6 +341,8 @@ class SplitRing:
                     raise RingError("descriptor with both INDIRECT and NEXT")
                 table = self._indirect.at(gpa, length)
                 entries, index = length // DESCRIPTOR_SIZE, 0
+                budget += self._longest - limit
+                limit = self._longest
                 continue
             budget -= 1
             yield gpa, length, flags

@@ -7,8 +7,9 @@ chains; ``BlockDriver`` adds block requests in any framing.  Guest memory is car
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from pyvmm.memory import GuestMemory
@@ -107,6 +108,13 @@ class VirtioDriver:
         self.memory.write(gpa, bytes(length))
         self._top = gpa + length
         return gpa
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[None]:
+        """What is allocated within is free again afterwards."""
+        mark = self._top
+        yield
+        self._top = mark
 
     def put(self, data: bytes) -> int:
         """The GPA of a fresh copy of ``data``."""

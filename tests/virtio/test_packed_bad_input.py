@@ -184,11 +184,11 @@ def test_bad_input_30_packed_chain_longer_than_the_queue(rig: Rig, driver: Packe
     assert_refused(rig, driver)
 
 
-def test_bad_input_30_three_descriptors_in_a_packed_queue_of_two(new_rig: MakeRig) -> None:
+def test_bad_input_30_more_descriptors_in_a_table_than_a_packed_queue_has(new_rig: MakeRig) -> None:
     rig = new_rig()
     driver = new_driver(rig, 2)
     driver.start()
-    submit_raw(driver, [driver.indirect(read_chain(driver, 1)[0])])
+    submit_raw(driver, [driver.indirect(read_chain(driver, 15)[0])])
     assert driver.reap() == []
     assert driver.needs_reset
     rig.assert_works()

@@ -217,11 +217,11 @@ def test_bad_input_30_chain_longer_than_the_queue(rig: Rig, indirect: bool) -> N
     rig.assert_needs_reset()
 
 
-def test_bad_input_30_three_descriptors_in_a_queue_of_two(new_rig: MakeRig) -> None:
+def test_bad_input_30_more_descriptors_in_a_table_than_any_queue_has(new_rig: MakeRig) -> None:
     rig = new_rig()
     rig.driver.size = 2
     rig.driver.start()
-    chain, _, _ = read_chain(rig, 1)
+    chain, _, _ = read_chain(rig, SIZE - 1)
     offer_at(rig, [rig.driver.indirect(chain)])
     assert_nothing_used(rig)
     assert rig.driver.needs_reset

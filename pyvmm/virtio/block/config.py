@@ -110,20 +110,23 @@ class BlockConfig(Record):
         if self.disabled_features & _NOT_SWITCHABLE:
             raise ConfigError("--disk features", "VERSION_1 and RO cannot be switched off")
 
-    @property
-    def size_max(self) -> int:
-        """Bytes a data segment may have: 1 MiB in a queue of 256.  A longer one is served too; the
-        most of this size stay under what one request may have.
 
-        Guests have large buffers in few pieces, and one segment costs less than four.
-        """
-        return min(MAX_CHAIN_BYTES // self.queue_size, _MAX_SIZE_MAX)
+def size_max(ring_size: int) -> int:
+    """Bytes a data segment may have: 1 MiB with a ring of 256.  A longer one is served too; the
+    most of this size stay under what one request may have.
 
-    @property
-    def seg_max(self) -> int:
-        """The most data segments of a request: a chain holds no more than ``queue_size``
-        descriptors, and header and status may take one each."""
-        return self.queue_size - 2
+    Guests have large buffers in few pieces, and one segment costs less than four.
+    """
+    return min(MAX_CHAIN_BYTES // ring_size, _MAX_SIZE_MAX)
+
+
+def seg_max(ring_size: int) -> int:
+    """The most data segments of a request: header and status may take a descriptor each.
+
+    Without INDIRECT_DESC all of them are in the ring.  There a longer chain never finds room:
+    Linux, which takes this number on trust, would wait for ever.
+    """
+    return ring_size - 2
 
 
 def _check_power_of_2(name: str, value: int, least: int, most: int) -> None:
@@ -152,10 +155,11 @@ def offered_features(config: BlockConfig, backend: BlockBackend) -> int:
 
 
 def config_space(
-    config: BlockConfig, backend: BlockBackend, features: int, *, writeback: bool
+    config: BlockConfig, backend: BlockBackend, features: int, *, writeback: bool, ring_size: int
 ) -> bytes:
     """The configuration space (5.2.4 "Device configuration layout") of a device that offers
-    ``features``; fields of other features are 0."""
+    ``features``; fields of other features are 0.  What it advises suits rings of ``ring_size``
+    entries and more."""
 
     def of(feature: BlockFeature, value: int) -> int:
         return value if features & feature else 0
@@ -164,8 +168,8 @@ def config_space(
     physical = max(config.physical_block_size, block)
     return _CONFIG_SPACE.pack(
         backend.size_bytes // SECTOR_SIZE,
-        of(BlockFeature.SIZE_MAX, config.size_max),
-        of(BlockFeature.SEG_MAX, config.seg_max),
+        of(BlockFeature.SIZE_MAX, size_max(ring_size)),
+        of(BlockFeature.SEG_MAX, seg_max(ring_size)),
         *(0, 0, 0),  # geometry
         of(BlockFeature.BLK_SIZE, block),
         of(BlockFeature.TOPOLOGY, (physical // block).bit_length() - 1),

@@ -117,8 +117,9 @@ class BlockDevice(RingDevice):
     def read_config(self, offset: int, length: int) -> bytes:
         """``length`` bytes of configuration space from ``offset``; zeros behind its end."""
         space = config_space(
-            self._config, self._backend, self.avail_features, writeback=self._writeback
-        )
+            self._config, self._backend, self.avail_features,
+            writeback=self._writeback, ring_size=self._advised_ring_size,
+        )  # fmt: skip
         return space[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
