@@ -241,6 +241,7 @@ _DISK_VALUES = {
     "iops": "RATE[:BURST]",
     "bps": "RATE[:BURST]",
     "faults": "FILE",
+    "format": "raw",
 }
 _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
 
@@ -287,6 +288,7 @@ def parse_disk(text: str) -> AnyDiskConfig:
         snapshot="snapshot" in given or "overlay" in given,
         overlay=given.get("overlay", ""),
         faults=given.get("faults", ""),
+        is_raw=_disk_is_raw(option, given.get("format", "")),
     )
     return DiskConfig(
         source=source,
@@ -304,6 +306,14 @@ def _vhost_user_disk(option: str, socket: str, given: dict[str, str]) -> VhostUs
         if name != "queues":
             raise ConfigError(option, f"{name} is for the back end to decide; only queues= is ours")
     return VhostUserDiskConfig(socket=socket, queues=_disk_queues(option, given.get("queues", "1")))
+
+
+def _disk_is_raw(option: str, value: str) -> bool:
+    if value not in ("", "raw"):
+        raise ConfigError(
+            option, f"format={value} is not raw; convert it: qemu-img convert -O raw IN OUT"
+        )
+    return bool(value)
 
 
 def _disk_serial(option: str, value: str) -> str:
