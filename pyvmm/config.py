@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError
 from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.numerals import decimal_number, shown, whole_number
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import CpuModel
@@ -28,6 +29,8 @@ MAX_DISKS = 8
 OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
 DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
+MAX_SIZE_BYTES = 1 << 60
+"""Of any size in a text; more than any option takes."""
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -224,24 +227,32 @@ def parse_size(option: str, text: str) -> int:
     number = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
     digits = number.removesuffix(unit)
-    if not digits.isascii() or not digits.isdigit() or len(digits) > 20:
-        raise ConfigError(f"{option} {text}", "is not a size; write 256M or 1G")
-    return int(digits) * _SIZE_UNITS[unit]
+    count = whole_number(digits, 0, MAX_SIZE_BYTES // _SIZE_UNITS[unit])
+    if count is None:
+        raise ConfigError(
+            f"{option} {shown(text)}",
+            f"is not a size up to {format_size(MAX_SIZE_BYTES)}; write 256M or 1G",
+        )
+    return count * _SIZE_UNITS[unit]
 
 
 def parse_cpus(text: str) -> int:
     """``4`` -> 4; ConfigError if it is no number.  The range is RunConfig's."""
-    if not text.isascii() or not text.isdigit() or len(text) > 6:
-        raise ConfigError(f"--cpus {text}", f"is not a number from 1 to {MAX_CPUS}")
-    return int(text)
+    count = whole_number(text, 0, 999_999)
+    if count is None:
+        raise ConfigError(f"--cpus {shown(text)}", f"is not a number from 1 to {MAX_CPUS}")
+    return count
 
 
 def parse_seconds(option: str, text: str) -> float:
     """``2.5`` -> seconds; ConfigError naming ``option``."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{option} {text}", "is not a number of seconds") from None
+    seconds = decimal_number(text, 0, MAX_TIMEOUT_S)
+    if not seconds:
+        raise ConfigError(
+            f"{option} {shown(text)}",
+            f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
+        )
+    return seconds
 
 
 def format_size(size_bytes: int) -> str:
@@ -261,6 +272,7 @@ _DISK_VALUES = {
     "iops": "RATE[:BURST]",
     "bps": "RATE[:BURST]",
     "faults": "FILE",
+    "format": "raw",
 }
 _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
 
@@ -307,6 +319,7 @@ def parse_disk(text: str) -> AnyDiskConfig:
         snapshot="snapshot" in given or "overlay" in given,
         overlay=given.get("overlay", ""),
         faults=given.get("faults", ""),
+        is_raw=_disk_is_raw(option, given.get("format", "")),
     )
     return DiskConfig(
         source=source,
@@ -326,6 +339,14 @@ def _vhost_user_disk(option: str, socket: str, given: dict[str, str]) -> VhostUs
     return VhostUserDiskConfig(socket=socket, queues=_disk_queues(option, given.get("queues", "1")))
 
 
+def _disk_is_raw(option: str, value: str) -> bool:
+    if value not in ("", "raw"):
+        raise ConfigError(
+            option, f"format={value} is not raw; convert it: qemu-img convert -O raw IN OUT"
+        )
+    return bool(value)
+
+
 def _disk_serial(option: str, value: str) -> str:
     if not value.isascii() or not value.isprintable():
         raise ConfigError(option, "serial= wants printable ASCII characters")
@@ -337,8 +358,8 @@ def _disk_serial(option: str, value: str) -> str:
 
 
 def _disk_queues(option: str, value: str) -> int:
-    if value not in map(str, range(1, MAX_QUEUES + 1)):
-        raise ConfigError(option, f"queues={value} is not a number from 1 to {MAX_QUEUES}")
+    if value not in map(str, range(1, MAX_QUEUES + 1)):  # 01 neither
+        raise ConfigError(option, f"queues={shown(value)} is not a number from 1 to {MAX_QUEUES}")
     return int(value)
 
 

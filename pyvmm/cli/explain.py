@@ -42,6 +42,7 @@ def after(
     waits_for_root: bool = False,
     reached_init: bool = False,
     is_known: bool = True,
+    is_linux: bool = True,
 ) -> list[str]:
     """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked.
 
@@ -49,9 +50,9 @@ def after(
     which can be read at once, if there is any (``is_known``).
 
     The others say what the console showed: anything at all, that the kernel waits for its root
-    (``rootwait``), that it started a program.
+    (``rootwait``), that it started a program.  What is not Linux starts none, and is not stuck.
     """
-    is_stuck = outcome.kind is Kind.TIMEOUT and not reached_init
+    is_stuck = is_linux and outcome.kind is Kind.TIMEOUT and not reached_init
     is_silent = not has_printed and outcome.kind in MAYBE_SILENT
     has_no_root = (is_stuck and waits_for_root) or (
         outcome.kind is Kind.PANIC and any(text in outcome.detail for text in _NO_ROOT)

@@ -65,7 +65,7 @@ COMMAND = Command(
                "another process, seen as /dev/vda; repeat for vdb, ...  Options: ro (the "
                "guest cannot write), snapshot (what it writes is dropped), overlay=FILE (or "
                "kept in FILE), serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
-               "bps=RATE[:BURST], faults=FILE; see docs/disks.md"),
+               "bps=RATE[:BURST], faults=FILE, format=raw; see docs/disks.md"),
         Option(name="--initrd", metavar="FILE", help="an initial RAM disk (initramfs) to load"),
         Option(name="--cmdline", metavar="S",
                help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
@@ -151,8 +151,7 @@ def _run(
 
     report = Reporter(sys.stderr)
     with build(config, report=report) as machine:
-        version = machine.kernel.version
-        _warn(config, version, report)
+        _warn(config, machine, report)
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
         guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -202,14 +201,16 @@ def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]
         config, outcome, has_printed=machine.has_printed,
         waits_for_root=machine.waits_for_root, reached_init=machine.reached_init,
         is_known=has_known_configuration(config.kernel, machine.kernel.version),
+        is_linux=machine.kernel.is_linux,
     )
 
 
-def _warn(config: RunConfig, version: str, report: Reporter) -> None:
+def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
     """Say what may be meant, but seldom is."""
-    if not config.disks and config.initrd is None:
+    kernel = machine.kernel
+    if kernel.is_linux and not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
-    if has_known_configuration(config.kernel, version):
+    if has_known_configuration(config.kernel, kernel.version):
         from pyvmm.cli import explain
 
         for line in explain.before(config):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from pyvmm.errors import HostError
 from pyvmm.lab.streams import Input, Keyboard, Lines, Output, Signals, Source, Tail, describe
+from pyvmm.numerals import shown, whole_number
 
 BEAT_S = 1.0
 BOOT_LIMIT_S = 180.0
@@ -197,7 +198,12 @@ class Session:
             self._enter(Phase.RUNNING, self._timeout_s)
             self._connect_input()
         elif verb == "exit":
-            self._status = int(rest)
+            # Root in the lab, CMD can write to this port too.
+            status = whole_number(rest, 0, 255)
+            if status is None:
+                self._fail(f"it gave no exit status, but {shown(rest)!r}")
+                return
+            self._status = status
             self._enter(Phase.DRAINING, DRAIN_S)
         elif verb == "fail":
             self._fail(rest)

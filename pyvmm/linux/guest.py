@@ -11,11 +11,13 @@ from pyvmm.lean import Record
 from pyvmm.linux import file_systems
 from pyvmm.linux.formats import Compression, detect
 from pyvmm.linux.options import KernelConfig
+from pyvmm.numerals import whole_number
 
 ONE_CPU_WORDS = ("nosmp", "nolapic", "disableapic")
 _CPU_LIMITS = ("maxcpus", "nr_cpus", "possible_cpus")
 _UUID_LENGTH = 36  # of a GPT partition; that of an MBR one is SSSSSSSS-PP
 _DISK = "/dev/vd"
+_MAX_NUMBER = 999_999_999
 
 
 class Boot(Record):
@@ -192,4 +194,5 @@ def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest,
 
 def _number(text: str, otherwise: int) -> int:
     """``text`` as a number, ``otherwise`` if it is none that fits."""
-    return int(text) if text.isdecimal() and len(text) < 10 else otherwise
+    number = whole_number(text, 0, _MAX_NUMBER)
+    return otherwise if number is None else number

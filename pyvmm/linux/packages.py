@@ -16,9 +16,11 @@ from typing import TypeVar
 from pyvmm.errors import HostError
 from pyvmm.linux.cache import Say, locked
 from pyvmm.linux.host import MissingToolError, install_command, run_tool
+from pyvmm.numerals import whole_number
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DEFAULT_MIRROR = "http://deb.debian.org/debian/"
+_MAX_PACKAGE_BYTES = 1 << 40
 
 
 T = TypeVar("T")
@@ -83,9 +85,10 @@ class Apt:
         shown = self._show(name, version)
         found = re.search(r"^Version: (.+)$", shown, re.MULTILINE)
         size = re.search(r"^Size: (\d+)$", shown, re.MULTILINE)
-        if found is None or size is None:
+        size_bytes = whole_number(size[1], 0, _MAX_PACKAGE_BYTES) if size else None
+        if found is None or size_bytes is None:
             raise AptError(self._unknown(name, version))
-        return Package(name=name, version=found[1], size_bytes=int(size[1]))
+        return Package(name=name, version=found[1], size_bytes=size_bytes)
 
     def download(self, package: Package, into: Path, say: Say) -> Path:
         """Fetch ``package``'s archive (without root, and without installing it) to ``into``.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError
 from pyvmm.lean import Record
+from pyvmm.numerals import whole_number
 
 DEFAULT_PORT = 10809
+_MAX_PORT = 0xFFFF
 _FORMS = "write nbd://host[:port][/export] or nbd+unix:///export?socket=PATH"
 _MAX_NAME_BYTES = 4096  # NBD's limit for any string
 
@@ -32,9 +34,11 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
 
     try:
         parts = urlsplit(uri)
-        host, port = parts.hostname or "", parts.port
+        host, port = parts.hostname or "", _port(parts.netloc)
     except ValueError as error:
         raise ConfigError(uri, f"is no NBD address ({error}); {_FORMS}") from error
+    if port is None:
+        raise ConfigError(uri, f"its port is not a number from 1 to {_MAX_PORT}")
     # Not parse_qs: in a file's name + is no space.
     query = [field.partition("=") for field in parts.query.split("&") if field]
     sockets = [unquote(value) for name, _, value in query if name == "socket" and value]
@@ -43,12 +47,26 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
         raise ConfigError(uri, "asks for TLS, which pyvmm does not speak")
     if len(query) != len(sockets) or parts.fragment or parts.username is not None:
         raise ConfigError(uri, f"has parts that pyvmm does not know; {_FORMS}")
+    if not export.isascii() and _is_garbled(export):
+        raise ConfigError(ascii(uri), "its export's name is not UTF-8")
     if len(export.encode()) > _MAX_NAME_BYTES:
         raise ConfigError(uri, f"its export's name is longer than {_MAX_NAME_BYTES} bytes")
     if parts.scheme == "nbd+unix":
         if parts.netloc or len(sockets) != 1:
             raise ConfigError(uri, "names no Unix socket; write nbd+unix:///export?socket=PATH")
         return NbdAddress(socket_path=sockets[0], export=export)
-    if not host or sockets or port == 0:
+    if not host or sockets:
         raise ConfigError(uri, "names no host; write nbd://host[:port][/export]")
-    return NbdAddress(host=host, port=port or DEFAULT_PORT, export=export)
+    return NbdAddress(host=host, port=port, export=export)
+
+
+def _port(netloc: str) -> int | None:
+    """Return the port that ``netloc``, ``host:port`` or ``[host]:port``, gives, else NBD's own;
+    None if it is none."""
+    text = netloc.rpartition("@")[2].rpartition("]")[2].partition(":")[2]
+    return whole_number(text, 1, _MAX_PORT) if text else DEFAULT_PORT
+
+
+def _is_garbled(text: str) -> bool:
+    """True if ``text`` came from an argument that is not UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)

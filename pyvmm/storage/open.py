@@ -24,7 +24,8 @@ class DiskSource(Record):
 
     ``location`` is a file's path or an NBD URI.  With ``snapshot`` it is never written: what is
     written goes to the file ``overlay``, or to one that is gone after the run if that is empty.
-    ``faults`` is a script's path (``pyvmm.storage.fault_script``).
+    ``faults`` is a script's path (``pyvmm.storage.fault_script``).  With ``is_raw`` the file's
+    bytes are the disk even if they look like an image of another format.
     """
 
     location: str
@@ -32,6 +33,7 @@ class DiskSource(Record):
     snapshot: bool = False
     overlay: str = ""
     faults: str = ""
+    is_raw: bool = False
 
     @property
     def is_shared(self) -> bool:
@@ -62,11 +64,15 @@ def open_backend(
             backend = NbdBackend(
                 source.location, read_only=read_only, report=report, open_timeout_s=timeout_s
             )
+            is_checked = False  # raw by protocol
         else:
             from pyvmm.storage.raw import RawBackend
 
             backend = RawBackend(source.location, read_only=read_only, report=report)
+            is_checked = not source.is_raw
         stack.callback(backend.close)
+        if is_checked:
+            _check_format(backend, source.location, report)
         if source.snapshot:
             backend = _open_overlay(backend, source, stack, report)
         if source.faults:
@@ -77,6 +83,36 @@ def open_backend(
             backend = FaultyBackend(backend, parse_script(script, source.faults))
         stack.pop_all()
         return backend
+
+
+def _check_format(backend: BlockBackend, path: str, report: Callable[[str], None]) -> None:
+    """Refuse what is not a raw image but holds one; report what is unlikely to be a disk."""
+    try:
+        head, tail = _read(backend, 0, 1024), _read(backend, backend.size_bytes - 512, 512)
+    except OSError:
+        return  # the guest will see the same error
+    # An image of ext4 begins with zeros, and none of the formats does.
+    if not any(head[:4]) and not any(tail[:4]):
+        return
+    from pyvmm.storage.image_kinds import kind_of_head, kind_of_tail
+
+    kind = kind_of_head(head) or kind_of_tail(tail)
+    if kind is None:
+        return
+    if kind.is_likely_raw:
+        report(f"{path}: is {kind.name}, attached as the raw bytes it is ({kind.remedy(path)})")
+        return
+    raise ConfigError(
+        path,
+        f"is {kind.name}, and a disk must be a raw image; convert it: {kind.remedy(path)} "
+        "(to attach these very bytes add ,format=raw)",
+    )
+
+
+def _read(backend: BlockBackend, offset: int, length: int) -> bytes:
+    data = bytearray(min(length, backend.size_bytes - offset))
+    backend.readv([memoryview(data)], offset)
+    return bytes(data)
 
 
 def _open_overlay(

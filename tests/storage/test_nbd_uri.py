@@ -25,8 +25,9 @@ def test_addresses(uri: str, address: NbdAddress) -> None:
 
 @pytest.mark.parametrize(("uri", "problem"), [
     ("nbd://", "names no host"), ("nbd:///export", "names no host"), ("nbd:host", "names no host"),
-    ("nbd://host:0", "names no host"), ("nbd://host:70000", "no NBD address"),
-    ("nbd://host:port", "no NBD address"), ("nbd://[::1", "no NBD address"),
+    ("nbd://host:0", "from 1 to 65535"), ("nbd://host:70000", "from 1 to 65535"),
+    ("nbd://host:port", "from 1 to 65535"), ("nbd://[::1]:x", "from 1 to 65535"),
+    ("nbd://[::1", "no NBD address"),
     ("nbd://host?socket=x", "names no host"), ("nbd+unix:///x", "no Unix socket"),
     ("nbd+unix://host/x?socket=s", "no Unix socket"), ("nbd+unix:///?socket=", "does not know"),
     ("nbd+unix:///?socket=a&socket=b", "no Unix socket"), ("nbds://host", "TLS"),
