@@ -4,16 +4,14 @@
     python3 kernels/build.py --out build        leaves build/bzImage and build/vmlinux
 
 The result is kept by content in the cache directory ($PYVMM_CACHE, $XDG_CACHE_HOME/pyvmm or
-~/.cache/pyvmm), so a second run copies two files.  Needs no root.  Standard library only: this
-runs before there is a virtual environment.
+~/.cache/pyvmm), so a second run copies two files.  Needs no root.  Standard library only, and of
+pyvmm what needs no more: this runs before there is a virtual environment.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import filecmp
 import hashlib
 import os
@@ -22,10 +20,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script: the checkout's pyvmm
+from pyvmm.errors import HostError
+from pyvmm.lean import cache_path
+from pyvmm.linux import trust
+from pyvmm.linux.cache import locked
 
 FRAGMENT = Path(__file__).resolve().parent / "pyvmm.config"
 PACKAGE = "linux-source-6.1"
@@ -99,17 +104,26 @@ class Source:
 
 def find_source(cache: Path) -> Source:
     """The installed package, else one already downloaded, else the one apt would download."""
+    trust.check_directory(cache)
     if TARBALL.exists():
         version = _output("dpkg-query", "-W", "-f", "${Version}", PACKAGE)
         return Source(version=version or _sha256(TARBALL), tarball=TARBALL)
     show = _output("apt-cache", "show", "--no-all-versions", PACKAGE) or ""
     if match := re.search(r"^Version: (\S+)$", show, re.MULTILINE):
         downloaded = cache / f"{PACKAGE}_{match[1]}.tar.xz"
-        return Source(version=match[1], tarball=downloaded if downloaded.exists() else None)
+        return Source(version=match[1], tarball=_own_file(downloaded))
     if kept := sorted(cache.glob(f"{PACKAGE}_*.tar.xz")):
         version = kept[-1].name.removeprefix(f"{PACKAGE}_").removesuffix(".tar.xz")
-        return Source(version=version, tarball=kept[-1])
+        return Source(version=version, tarball=_own_file(kept[-1]))
     raise BuildError(f"no kernel source: {TARBALL} is missing; {_install_hint([PACKAGE])}")
+
+
+def _own_file(path: Path) -> Path | None:
+    """``path`` of the cache, unless it is missing; HostError if another user may have made it."""
+    if not os.path.lexists(path):
+        return None
+    trust.check_file(path)
+    return path
 
 
 def download_source(version: str, cache: Path, work: Path) -> Path:
@@ -155,7 +169,7 @@ def build(fragments: Sequence[Path], cache: Path) -> Path:
     if re.search(r"[\s:]", str(cache)):
         raise BuildError(f"{cache}: a kernel cannot be built under a path with spaces or colons; "
                          "set PYVMM_CACHE to another directory")
-    cache.mkdir(parents=True, exist_ok=True)
+    trust.make_directory(cache)
     source = find_source(cache)
     compiler = _output("gcc", "--version").splitlines()[0]
     key = cache_key(options, source.version, compiler)
@@ -163,19 +177,22 @@ def build(fragments: Sequence[Path], cache: Path) -> Path:
     if is_complete(done):
         say(f"cached: {done}")
         return done
-    with locked(cache / f"{key}.lock"):
+    with locked(cache / f"{key}.lock", say), trust.writable_by_us_alone():
         if is_complete(done):
             return done
-        work = cache / f"{key}.work"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        # Under the lock, what still carries this name is left over from a killed build.
+        for stale in cache.glob(f"{key}.work*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{key}.work-", dir=cache))
         try:
             if (free := shutil.disk_usage(cache).free) < WORK_BYTES:
                 raise BuildError(f"{cache}: {free >> 20} MiB free, the build needs "
                                  f"{WORK_BYTES >> 20} MiB for a while")
             tarball = source.tarball or download_source(source.version, cache, work)
             say(f"building Linux from {PACKAGE} {source.version}: a few minutes, once")
-            _build_in(work, tarball, options, cache / f"{key}.log")
+            log = cache / f"{key}.log"
+            log.unlink(missing_ok=True)
+            _build_in(work, tarball, options, log)
             shutil.rmtree(done, ignore_errors=True)
             os.rename(work / "result", done)
         finally:
@@ -192,7 +209,7 @@ def _build_in(work: Path, tarball: Path, options: Mapping[str, str], log: Path) 
     # A fixed date: the same source gives the same kernel, whoever builds it and when.
     stamp = time.strftime("%Y-%m-%d", time.gmtime(tarball.stat().st_mtime))
     make = ["make", *MAKE_VARIABLES, f"KBUILD_BUILD_TIMESTAMP={stamp}"]
-    with log.open("w") as output:
+    with log.open("x") as output:
         progress = Progress(output, environment)
         progress.run("unpacking", ["tar", "-xJf", str(tarball), "--strip-components=1",
                                    *(f"--exclude={glob}" for glob in UNPACK_EXCLUDE)], cwd=tree)
@@ -224,24 +241,13 @@ def build_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether ``directory`` holds a finished build (it appears by one rename)."""
+    """Whether ``directory`` holds a finished build (it appears by one rename).
+
+    HostError if another user could have made it.
+    """
+    if os.path.lexists(directory):
+        trust.check_tree(directory)
     return all((directory / name).exists() for name in ARTEFACTS)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``; says so when another run has it, and waits."""
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            say(f"another run (pid {lock.read().strip() or '?'}) is building this; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 class Progress:
@@ -324,12 +330,9 @@ def missing_packages(cache: Path) -> list[str]:
     return sorted(packages)
 
 
-def cache_directory(environment: Mapping[str, str]) -> Path:
-    """Where built kernels are kept: the project's cache directory, outside the tree."""
-    if value := environment.get("PYVMM_CACHE"):
-        return Path(value).absolute() / "kernels"
-    base = environment.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pyvmm" / "kernels"
+def cache_directory() -> Path:
+    """Where built kernels are kept: in pyvmm's cache, outside the tree."""
+    return Path(cache_path()) / "kernels"
 
 
 def install(source: Path, target: Path) -> None:
@@ -337,9 +340,8 @@ def install(source: Path, target: Path) -> None:
     if target.exists() and filecmp.cmp(source, target, shallow=False):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with trust.replacing(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def _install_hint(packages: Sequence[str]) -> str:
@@ -377,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--missing", action="store_true",
                         help="print the Debian packages that are needed and missing, and end")
     options = parser.parse_args(arguments)
-    cache = cache_directory(os.environ)
+    cache = cache_directory()
     if options.missing:
         print(*missing_packages(cache))
         return 0
@@ -388,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             install(done / name, options.out / name)
     except KeyboardInterrupt:
         return 130
-    except (BuildError, OSError, subprocess.CalledProcessError) as error:
+    except (BuildError, HostError, OSError, subprocess.CalledProcessError) as error:
         print(f"kernels/build.py: {error}", file=sys.stderr)
         return 1
     say(f"{options.out / 'bzImage'} and {options.out / 'vmlinux'} are ready")

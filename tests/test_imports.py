@@ -143,6 +143,6 @@ def test_a_kernel_that_is_remembered_costs_a_start_little(tmp_path: Path, disk: 
     assert others - allowed == set()
     assert sorted(name for name in found if name.startswith("pyvmm.linux.")) == [
         f"pyvmm.linux.{name}" for name in (
-            "file_systems", "formats", "guest", "options", "remembered", "requirements"
+            "file_systems", "formats", "guest", "options", "remembered", "requirements", "trust"
         )
     ]

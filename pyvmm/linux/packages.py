@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyvmm.errors import HostError
+from pyvmm.linux import trust
 from pyvmm.linux.cache import Say, locked
 from pyvmm.linux.host import MissingToolError, install_command, run_tool
 from pyvmm.numerals import whole_number
@@ -143,11 +144,13 @@ def backports_apt(cache: Path, say: Say) -> Apt:
     directory = cache / f"apt-{suite}"
     try:
         for name in ("lists/partial", "cache/archives/partial"):
-            (directory / name).mkdir(parents=True, exist_ok=True)
+            trust.make_directory(directory / name)
+        trust.check_tree(directory)
         sources = directory / "sources.list"
-        sources.write_text(
-            f"deb [arch=amd64 signed-by={KEYRING}] {_mirror(codename)} {suite} main\n"
-        )
+        with trust.replacing(sources) as unfinished:
+            Path(unfinished).write_text(
+                f"deb [arch=amd64 signed-by={KEYRING}] {_mirror(codename)} {suite} main\n"
+            )
     except OSError as error:
         raise HostError(f"cannot use the cache {directory}: {error}") from error
     settings = {

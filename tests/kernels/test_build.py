@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from kernels import build
+from pyvmm.errors import HostError
+from tests.support.planted import give_away
 
 MAKEFILE = """\
 allnoconfig:
@@ -132,7 +135,7 @@ def test_two_racing_builds_both_succeed_and_build_once(
     assert len(results) == 2
     assert results[0] == results[1]
     assert builds.read_text() == "built\n"
-    assert "is building this; waiting for it" in capsys.readouterr().err
+    assert "waiting for it" in capsys.readouterr().err
 
 
 def test_an_outer_make_does_not_leak_into_the_build(
@@ -201,9 +204,47 @@ def test_a_tarball_downloaded_before_is_used(
     assert build.find_source(tmp_path) == build.Source(version="6.1.9-1", tarball=kept)
 
 
-@pytest.mark.parametrize(("environment", "expected"), [
-    ({"PYVMM_CACHE": "/c", "XDG_CACHE_HOME": "/x"}, "/c/kernels"),
-    ({"XDG_CACHE_HOME": "/x"}, "/x/pyvmm/kernels"),
-])
-def test_cache_directory(environment: dict[str, str], expected: str) -> None:
-    assert build.cache_directory(environment) == Path(expected)
+def test_kernels_are_kept_in_pyvmms_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYVMM_CACHE", "/c")
+    assert build.cache_directory() == Path("/c/kernels")
+
+
+@pytest.mark.parametrize("planted", ["KEY", "KEY.lock", "KEY.log", "KEY.work", "tarball"])
+def test_fault_9_what_is_planted_for_a_kernel_is_not_believed(
+    planted: str, builds: Path, fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, victim = tmp_path / "cache", tmp_path / "victim"
+    victim.write_text("precious")
+    done = build.build([fragment], cache)
+    (cache / f"{done.name}.lock").unlink()
+    if planted == "KEY":
+        give_away(monkeypatch, done)
+    else:
+        shutil.rmtree(done)
+    if planted == "tarball":
+        build.TARBALL.rename(cache / f"{build.PACKAGE}_6.1.9-1.tar.xz")
+        give_away(monkeypatch, *cache.glob("*.tar.xz"))
+        monkeypatch.setattr(build, "_output", lambda *command: "gcc 12" if "gcc" in command else "")
+    elif planted != "KEY":
+        (cache / planted.replace("KEY", done.name)).symlink_to(victim)
+    if planted in ("KEY", "KEY.lock", "tarball"):
+        with pytest.raises(HostError, match=f"{cache}/.*(a symbolic link|belongs to).*PYVMM_CACHE"):
+            build.build([fragment], cache)
+        assert builds.read_text() == "built\n", "by the build that was there first"
+    else:
+        assert build.is_complete(build.build([fragment], cache))
+    assert victim.read_text() == "precious"
+
+
+def test_fault_9_a_cache_that_others_may_write_is_one_line(
+    builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
+    assert build.main(["--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"kernels/build.py: {tmp_path}/cache: others may write there (mode 0777)" in error
+    assert "chmod go-w" in error
+    assert error.count("\n") == 1
