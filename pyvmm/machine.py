@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.bus import Bus
 from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig, VhostUserDiskConfig
-from pyvmm.console import Console, OutputBuffer
+from pyvmm.console.output import OutputBuffer
+from pyvmm.console.place import Console
 from pyvmm.console_watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
 from pyvmm.devices.debug_exit import DebugExit
@@ -32,7 +33,8 @@ from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.polled_uart import PolledUart
 from pyvmm.report import Reporter
-from pyvmm.runner import REFRESH_SIGNAL, RESIZE_SIGNAL, Runner
+from pyvmm.runner import Runner
+from pyvmm.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
 from pyvmm.slot import Slot, eventfd
 from pyvmm.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
 from pyvmm.virtio.console import ConsoleDevice

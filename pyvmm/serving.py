@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.bell import Bell
 from pyvmm.io_loop import IoLoop, IoSource
-from pyvmm.runner import KICK_SIGNAL, NOTICE_SIGNALS, REFRESH_SIGNAL, Signals
+from pyvmm.signals import KICK_SIGNAL, NOTICE_SIGNALS, REFRESH_SIGNAL, Signals
 
 WATCH_S = 0.05
 """How often a write that may wait is looked at; it is ended after one to two of these."""

@@ -14,7 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.console import Console, EscapeFilter, LineWatch, OutputBuffer, RawTerminal
+from pyvmm.console.output import LineWatch, OutputBuffer
+from pyvmm.console.place import Console
+from pyvmm.console.terminal import RawTerminal
+from pyvmm.console.typed import EscapeFilter
 from pyvmm.errors import ConfigError
 
 

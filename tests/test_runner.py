@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyvmm.console import Console
+from pyvmm.console.place import Console
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import ExitReason
 from pyvmm.outcome import Kind, Outcome

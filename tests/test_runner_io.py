@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyvmm.console import OutputBuffer
+from pyvmm.console.output import OutputBuffer
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import ExitReason
@@ -79,7 +79,7 @@ def test_an_output_nobody_takes_does_not_hold_up_the_end(rig: Rig) -> None:
 def test_what_the_host_did_not_take_is_still_observed(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyvmm.console.DRAIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("pyvmm.console.output.DRAIN_TIMEOUT_S", 0.1)
 
     def guest(vcpu: FakeVcpu) -> int:
         rig.output.write(b"x" * (1 << 17) + b"Kernel panic\n")  # more than a pipe holds

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pyvmm.console import Console
+from pyvmm.console.place import Console
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
 from pyvmm.outcome import Kind, Outcome

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pyvmm import machine
 from pyvmm.config import RunConfig, parse_disk
-from pyvmm.console import LineWatch
+from pyvmm.console.output import LineWatch
 from pyvmm.console_watch import ConsoleWatch
 from pyvmm.outcome import Outcome
 from pyvmm.report import Reporter

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pyvmm.bus import Bus
-from pyvmm.console import Console, OutputBuffer
+from pyvmm.console.output import OutputBuffer
+from pyvmm.console.place import Console
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import EXIT_REASON_WORD, RunPage

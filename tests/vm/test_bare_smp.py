@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.bus import Bus
-from pyvmm.console import Console, OutputBuffer
+from pyvmm.console.output import OutputBuffer
+from pyvmm.console.place import Console
 from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome

@@ -1,4 +1,4 @@
-"""The guest's console on the host: a terminal, a file or nothing.
+"""What the guest prints, on its way to the host.
 
 Guest output is written by vCPU threads into a bounded buffer and moved to the host by the main
 thread, so that a terminal that is slow or stopped never makes a run unstoppable; a full buffer
@@ -8,28 +8,16 @@ makes the vCPU wait, so that no byte is lost.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import select
-import sys
-import termios
 import threading
 import time
 from collections.abc import Callable
 
-from pyvmm.errors import ConfigError
 from pyvmm.report import write_now
 
 GATHER_S, STREAM_GATHER_S = 0.01, 0.05
 """How long console bytes may gather before they are shown."""
 DRAIN_TIMEOUT_S = 2.0
-ESCAPE = 0x01  # Ctrl-A
-HELP = (
-    "\nCtrl-A x  quit (the guest is stopped at once)\n"
-    "Ctrl-A p  pause the guest, or resume it\n"
-    "Ctrl-A ?  this help\n"
-    "Ctrl-A Ctrl-A  send Ctrl-A to the guest\n"
-)
 
 
 class OutputBuffer:
@@ -194,153 +182,3 @@ class LineWatch:
         for line in lines:
             self._on_line(line[: self.LIMIT].rstrip(b"\r"))
         self._partial = rest[: self.LIMIT]
-
-
-class EscapeFilter:
-    """Takes Ctrl-A sequences out of what is typed; the rest is the guest's."""
-
-    def __init__(
-        self,
-        on_quit: Callable[[], None],
-        on_pause: Callable[[], None],
-        on_help: Callable[[], None],
-    ) -> None:
-        self._on_quit = on_quit
-        self._on_pause = on_pause
-        self._on_help = on_help
-        self._escaped = False
-
-    def feed(self, data: bytes) -> bytes:
-        """The bytes of ``data`` that are for the guest."""
-        out = bytearray()
-        for byte in data:
-            if not self._escaped:
-                if byte == ESCAPE:
-                    self._escaped = True
-                else:
-                    out.append(byte)
-                continue
-            self._escaped = False
-            match chr(byte):
-                case "x" | "X":
-                    self._on_quit()
-                case "p" | "P":
-                    self._on_pause()
-                case "?" | "h" | "H":
-                    self._on_help()
-                case "\x01":
-                    out.append(byte)
-                case _:
-                    out += bytes((ESCAPE, byte))
-        return bytes(out)
-
-
-class RawTerminal:
-    """A terminal in raw mode for as long as the context lasts; every byte goes to the guest.
-
-    Only the foreground process group touches a terminal; in the background it is left alone.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._saved: list[object] | None = None
-
-    def __enter__(self) -> RawTerminal:
-        try:
-            if os.isatty(self.fd) and os.tcgetpgrp(self.fd) == os.getpgrp():
-                saved = termios.tcgetattr(self.fd)
-                raw = termios.tcgetattr(self.fd)
-                raw[0] &= ~(termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
-                            | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON)
-                # OPOST stays: lines of ours and of others on the same terminal stay lines.
-                raw[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG
-                            | termios.IEXTEN)
-                raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
-                termios.tcsetattr(self.fd, termios.TCSADRAIN, raw)
-                self._saved = list(saved)
-        except (OSError, termios.error):
-            self._saved = None
-        return self
-
-    @property
-    def active(self) -> bool:
-        """Whether the terminal is in raw mode because of us."""
-        return self._saved is not None
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._saved is not None:
-            saved, self._saved = self._saved, None
-            # The terminal may have gone away meanwhile; then there is nothing to restore.
-            with contextlib.suppress(OSError, termios.error):
-                termios.tcsetattr(self.fd, termios.TCSADRAIN, saved)  # type: ignore[arg-type]
-
-
-class Console:
-    """Where the guest's console goes: ``input_fd`` (None: no input) and ``output_fd``."""
-
-    def __init__(
-        self, input_fd: int | None, output_fd: int | None, *, owns_output: bool = False
-    ) -> None:
-        self.input_fd = input_fd
-        self.output_fd = output_fd
-        self._owns_output = owns_output
-
-    @classmethod
-    def open(cls, where: str) -> Console:
-        """``stdio``, ``none``, or a file to (over)write; ConfigError if it cannot be."""
-        if where == "none":
-            return cls(None, None)
-        if where == "stdio":
-            sys.stdout.flush()
-            return cls(_readable(0), 1 if _is_open(1) else None)
-        try:
-            fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise ConfigError(
-                f"--console {where}", f"cannot be written: {error.strerror}; "
-                "give stdio, none, or a file that can be created"
-            ) from None
-        return cls(None, fd, owns_output=True)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Columns and rows of the terminal; (0, 0) if there is none."""
-        if self.output_fd is None:
-            return (0, 0)
-        try:
-            columns, rows = os.get_terminal_size(self.output_fd)
-        except OSError:
-            return (0, 0)
-        return (columns, rows)
-
-    def begin(self) -> None:
-        """Empty the file for a run that is about to start; a refused run leaves it as it was."""
-        if self._owns_output and self.output_fd is not None:
-            with contextlib.suppress(OSError):  # what has no length: a device, a FIFO
-                os.ftruncate(self.output_fd, 0)
-
-    def close(self) -> None:
-        """Close a file opened by ``open``; idempotent."""
-        if self._owns_output and self.output_fd is not None:
-            os.close(self.output_fd)
-            self.output_fd = None
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError as error:
-        return error.errno != errno.EBADF
-    return True
-
-
-def _readable(fd: int) -> int | None:
-    """``fd`` if it can be read without being stopped for it (a background job's terminal)."""
-    if not _is_open(fd):
-        return None
-    try:
-        if os.isatty(fd) and os.tcgetpgrp(fd) != os.getpgrp():
-            return None
-    except OSError:
-        return None
-    return fd

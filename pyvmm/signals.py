@@ -1,0 +1,56 @@
+"""The signals of a run: which there are, and their handlers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+KICK_SIGNAL = signal.SIGRTMIN
+REFRESH_SIGNAL = signal.SIGUSR1
+"""Look at the disks again: a file may have grown."""
+RESIZE_SIGNAL = signal.SIGWINCH
+"""The terminal has another size."""
+NOTICE_SIGNALS = (REFRESH_SIGNAL, RESIZE_SIGNAL)
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
+)
+
+
+class Signals:
+    """Signal handlers for the length of a run; the previous ones come back afterwards.
+
+    ``wakeup_fd`` becomes readable at every signal: the kernel may hand one to any thread, and
+    then nothing else interrupts the main thread's poll.
+    """
+
+    def __init__(self, on_stop: Callable[[int], None], *, raw_terminal: bool = True) -> None:
+        self._on_stop = on_stop
+        self._raw_terminal = raw_terminal
+        self._saved: dict[int, object] = {}
+        self._previous_wakeup_fd = -1
+        self.wakeup_fd = self._wakeup_write_fd = -1
+
+    def __enter__(self) -> Signals:
+        self.wakeup_fd, self._wakeup_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(
+            self._wakeup_write_fd, warn_on_full_buffer=False
+        )
+        for number in (*STOP_SIGNALS, *NOTICE_SIGNALS):
+            # What was ignored stays ignored (nohup, a shell's background job).
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))
+        if self._raw_terminal:
+            # Stopped with a raw terminal, the shell that takes over would be unusable.
+            self._saved[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
+        self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self._saved.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._saved.clear()
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        os.close(self.wakeup_fd)
+        os.close(self._wakeup_write_fd)
