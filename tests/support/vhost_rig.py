@@ -259,6 +259,7 @@ class ExportRig:
         config: BlockConfig | None = None,
         backend: BlockBackend | None = None,
         trust_memory: bool = False,
+        device_type: type[BlockDevice] = BlockDevice,
     ) -> None:
         self.path = str(path)
         self.disk = bytearray(b"".join(bytes([i]) * 512 for i in range(64)))
@@ -269,15 +270,32 @@ class ExportRig:
         self.now_s = 1000.0
         self.delay_s: float | None = None
         self._frontends: list[ScriptedFrontend] = []
-        self.server = Server(
+        self.devices: list[BlockDevice] = []
+        """One for every front end that came."""
+        self._device_type = device_type
+        self._trust_memory = trust_memory
+        self.server = self._new_server()
+
+    def _new_server(self) -> Server:
+        return Server(
             self.path,
-            lambda: BlockDevice(self.config, self.backend, clock=lambda: self.now_s),
+            self._new_device,
             exclusive=not self.config.read_only,
             report=self.reports.append,
             note=self.notes.append,
-            trust_memory=trust_memory,
+            trust_memory=self._trust_memory,
             clock=lambda: self.now_s,
         )
+
+    def _new_device(self) -> BlockDevice:
+        device = self._device_type(self.config, self.backend, clock=lambda: self.now_s)
+        self.devices.append(device)
+        return device
+
+    def restart(self) -> None:
+        """End the server, with every connection, and start another."""
+        self.server.close()
+        self.server = self._new_server()
 
     def turn(self) -> None:
         """Let the server work until nothing is left to do, or it asks to wait."""
