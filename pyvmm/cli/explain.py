@@ -44,7 +44,8 @@ def after(
     is_known: bool = True,
     is_linux: bool = True,
 ) -> list[str]:
-    """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked.
+    """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked, but
+    no more than EXPLAIN_S of ``linux.work``.
 
     Not so if the guest was stopped by a person or a signal, who do not wait: then that counts
     which can be read at once, if there is any (``is_known``).
@@ -107,9 +108,10 @@ def _configuration(
     is_final = found is not None and not (unpack and os.path.isabs(found.source))
     if found is not None and is_final and covers(found, describe(boot, found)):
         return found
+    from pyvmm.linux.work import EXPLAIN_S, Budget
     from pyvmm.x86.inspect import read_configuration
 
-    found = read_configuration(kernel, unpack=unpack)
+    found = read_configuration(kernel, unpack=unpack, budget=Budget(wall_s=EXPLAIN_S))
     if found is not None:
         remember(entry, found)
     return found
