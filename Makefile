@@ -14,7 +14,7 @@ VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || ec
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
 IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
 LAB_PACKAGES := qemu-system-x86 busybox-static
-TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd
+TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd fdisk binutils xz-utils
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs
 BENCH_PACKAGES := gcc binutils libc6-dev linux-libc-dev qemu-system-x86 qemu-system-common

@@ -201,7 +201,7 @@ def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]
         config, outcome, has_printed=machine.has_printed,
         waits_for_root=machine.waits_for_root, reached_init=machine.reached_init,
         is_known=has_known_configuration(config.kernel, machine.kernel.version),
-        is_linux=machine.kernel.is_linux,
+        is_linux=machine.kernel.is_linux, version=machine.kernel.version,
     )
 
 
@@ -210,10 +210,12 @@ def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
     kernel = machine.kernel
     if kernel.is_linux and not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
-    if has_known_configuration(config.kernel, kernel.version):
+    if has_known_configuration(config.kernel, kernel.version) or (
+        kernel.is_linux and _root_is_special(config)
+    ):
         from pyvmm.cli import explain
 
-        for line in explain.before(config):
+        for line in explain.before(config, kernel.version):
             report(line)
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if config.memory_bytes > host_bytes:
@@ -221,6 +223,26 @@ def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
             f"--memory {format_size(config.memory_bytes)} is more than this host has "
             f"({host_bytes >> 20}M): it may be killed when the guest uses it"
         )
+
+
+def _root_is_special(config: RunConfig) -> bool:
+    """True unless the root is the first disk as a whole, and an ext4 that any Linux mounts.
+
+    Asked at every start, like ``has_known_configuration``: one small read, and no import.
+    """
+    if "root=" in f"{config.cmdline or ''} {config.append}":
+        return True
+    if not config.disks or config.initrd is not None:
+        return False
+    head = b""
+    with contextlib.suppress(OSError, ValueError):
+        fd = os.open(config.disks[0].location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            head = os.pread(fd, 2048, 0)
+        finally:
+            os.close(fd)
+    has_small_blocks = head[0x438:0x43A] == b"\x53\xef" and head[0x418] <= 2
+    return bool(head) and not (has_small_blocks and head[510:512] != b"\x55\xaa")
 
 
 def has_known_configuration(kernel: str | os.PathLike[str], version: str) -> bool:

@@ -11,24 +11,25 @@ from pyvmm.lean import Record
 from pyvmm.linux import file_systems
 from pyvmm.linux.formats import Compression, detect
 from pyvmm.linux.options import KernelConfig
+from pyvmm.linux.root import find_root
 from pyvmm.numerals import whole_number
 
 ONE_CPU_WORDS = ("nosmp", "nolapic", "disableapic")
 _CPU_LIMITS = ("maxcpus", "nr_cpus", "possible_cpus")
-_UUID_LENGTH = 36  # of a GPT partition; that of an MBR one is SSSSSSSS-PP
-_DISK = "/dev/vd"
 _MAX_NUMBER = 999_999_999
 
 
 class Boot(Record):
     """A run as its kernel meets it.
 
-    ``acpi`` is whether there are tables, ``disks`` counts them; ``initrd`` is the start of that
+    ``version`` is the kernel's own text, "" if it is not known.  ``acpi`` is whether there are
+    tables, ``disks`` counts them; ``initrd`` is the start of that
     file, None without.  ``read_disk`` gives up to ``file_systems.HEAD_BYTES`` of disk ``index``
     from a byte on, nothing if that cannot be known.
     """
 
     command_line: str = ""
+    version: str = ""
     cpus: int = 1
     acpi: bool = True
     disks: int = 1
@@ -121,7 +122,7 @@ def describe(boot: Boot, config: KernelConfig | None) -> Guest:
     if needs_devices and not guest.acpi and not guest.cmdline_devices:
         mistakes.append("nothing tells the kernel of its devices: ACPI is off, and they are not on "
                         "its command line (--discovery)")
-    if guest.has_disk and compression is None:  # else the initrd knows what the root is
+    if guest.has_disk:
         guest, mistake = _with_root(guest, boot, values)
         mistakes += [mistake] if mistake else []
     return guest.replace(mistakes=tuple(mistakes))
@@ -159,37 +160,25 @@ def _console(words: list[tuple[str, str]]) -> str:
 
 def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest, str]:
     """``guest`` with what mounting ``root=`` takes, and what is wrong with it, "" if nothing."""
-    root = values.get("root", "")
-    kind, _, name = root.partition("=")
-    if not root:
-        return guest, "the command line has no root=: without an initramfs there is none to mount"
-    if kind in ("UUID", "LABEL"):
-        return guest, (f"root={kind}= is for an initramfs to find: the kernel alone knows "
-                       "/dev/vda, PARTUUID= and PARTLABEL=")
-    if kind == "PARTUUID":
-        by_gpt = len(name.partition("/")[0]) == _UUID_LENGTH
-        return guest.replace(partitions="gpt" if by_gpt else "dos"), ""
-    if kind == "PARTLABEL":
-        return guest.replace(partitions="gpt"), ""
-    if not root.startswith(_DISK):
-        return guest, ""  # nothing of ours, or by number
-    letters = root[len(_DISK) :].rstrip("0123456789")
-    number = _number(root[len(_DISK) + len(letters) :], 0)
-    index = ord(letters) - ord("a") if len(letters) == 1 else boot.disks
-    if not 0 <= index < boot.disks:
-        there = ", ".join(f"vd{chr(ord('a') + disk)}" for disk in range(boot.disks))
-        return guest, f"root={root} is not there: root= and --disk must name it ({there})"
-    head = boot.read_disk(index, 0)
-    if number:
-        guest = guest.replace(partitions=file_systems.partition_table(head) or "any")
-        offset = file_systems.partition_offset(head, number)
-        head = boot.read_disk(index, offset) if offset is not None else b""
+    name = values.get("root", "")
+    has_initrd = guest.initrd_compression is not None
+    if not name:
+        return guest, "" if has_initrd else (
+            "the command line has no root=: without an initramfs there is none to mount"
+        )
+    root = find_root(
+        name, boot.disks, boot.read_disk, has_initrd=has_initrd, version=boot.version
+    )
+    if has_initrd:  # it may have its own way to what the root takes
+        return guest, root.mistake
+    head = root.place.head if root.place is not None else b""
     found = file_systems.detect(head)
     named = values.get("rootfstype", "")
     return guest.replace(
+        partitions=root.table,
         file_system=named if named and "," not in named else found,
         squashfs=file_systems.squashfs_compressor(head) if found == "squashfs" else "",
-    ), ""
+    ), root.mistake
 
 
 def _number(text: str, otherwise: int) -> int:

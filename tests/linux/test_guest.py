@@ -127,7 +127,7 @@ def test_a_root_on_a_partition_of_a_disk_that_cannot_be_looked_into() -> None:
     ("PARTUUID=6c1b2c8d-02", "dos"), ('"PARTLABEL=my root"', "gpt"),
 ])
 def test_a_partition_by_its_name(root: str, table: str) -> None:
-    guest = guest_of(f"root={root}")
+    guest = guest_of(f"root={root}", b"")
     assert (guest.partitions, guest.mistakes) == (table, ())
 
 
@@ -135,7 +135,7 @@ def test_a_partition_by_its_name(root: str, table: str) -> None:
 def test_what_only_an_initramfs_finds(root: str) -> None:
     (mistake,) = guest_of(f"root={root}").mistakes
     assert "is for an initramfs to find" in mistake
-    assert guest_of(f"root={root}", initrd=b"070701").mistakes == ()
+    assert guest_of(f"root={root}", b"", initrd=b"070701").mistakes == ()
 
 
 def test_no_root_at_all() -> None:
