@@ -32,6 +32,7 @@ class Signals:
         self._job_control = job_control
         self._saved: dict[int, object] = {}
         self._previous_wakeup_fd = -1
+        self._previous_mask: set[int | signal.Signals] = set()
         self.wakeup_fd = self._wakeup_write_fd = -1
 
     def __enter__(self) -> Signals:
@@ -46,9 +47,12 @@ class Signals:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_signal(n))
         # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
         self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
+        # Those that came during the start were held for us: pyvmm.cli.main.
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
         return self
 
     def __exit__(self, *_exc: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
         for number, handler in self._saved.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._saved.clear()

@@ -12,6 +12,7 @@ from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.config import parse_size
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.lab import CommandError, LabConfig, default_writable, run
+from pyvmm.report import say
 from pyvmm.storage.raw import RawBackend
 
 LAB_FAILED_STATUS = 125
@@ -128,6 +129,4 @@ def lab_main(argv: list[str]) -> int:
 
 def _say(line: str) -> None:
     # The terminal may be raw: the carriage return keeps lines at the left edge.
-    end = "\r\n" if os.isatty(2) else "\n"
-    with contextlib.suppress(OSError):
-        os.write(2, f"lab: {line}{end}".encode(errors="replace"))
+    say(line, who="lab", end="\r\n" if os.isatty(2) else "\n")
