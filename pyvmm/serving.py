@@ -27,7 +27,7 @@ def serve(
     sources, is ended if it waits.
     """
     taken: list[int] = []
-    with Signals(taken.append, raw_terminal=False) as signals, _BellWatch(bell):
+    with Signals(taken.append, job_control=False) as signals, _BellWatch(bell):
 
         def look() -> None:
             os.read(signals.wakeup_fd, 4096)  # the handlers have run by now

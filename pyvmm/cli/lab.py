@@ -13,6 +13,7 @@ from pyvmm.config import parse_seconds, parse_size
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.lab import MAX_CPUS, CommandError, LabConfig, default_writable, run
 from pyvmm.numerals import shown, whole_number
+from pyvmm.report import say
 from pyvmm.storage.raw import RawBackend
 
 LAB_FAILED_STATUS = 125
@@ -136,6 +137,4 @@ def lab_main(argv: list[str]) -> int:
 
 def _say(line: str) -> None:
     # The terminal may be raw: the carriage return keeps lines at the left edge.
-    end = "\r\n" if os.isatty(2) else "\n"
-    with contextlib.suppress(OSError):
-        os.write(2, f"lab: {line}{end}".encode(errors="replace"))
+    say(line, who="lab", end="\r\n" if os.isatty(2) else "\n")

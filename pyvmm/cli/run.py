@@ -22,7 +22,7 @@ from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
 from pyvmm.lean import TYPE_CHECKING, cache_path, configuration_paths
 from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
-from pyvmm.report import Reporter, write_text_now
+from pyvmm.report import Reporter, end_line, say
 from pyvmm.x86.cpu_model import parse_cpu_option
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _run(
     gc.unfreeze()
     report.close()
     if not machine.console_line_ended:
-        _end_line()
+        end_line()
     lines = []
     if args.timing:
         lines += timing_lines(
@@ -173,25 +173,29 @@ def _run(
     if args.verbose and (user_space_s := machine.user_space_seen_s) is not None:
         lines.append(f"user space after {user_space_s - started_s:.2f} s")
     if args.verbose or outcome.kind not in _QUIET or outcome.value > MAX_GUEST_STATUS:
-        lines.append(str(outcome))
+        lines += _lines_of(outcome)
     if args.verbose:
         lines.append(f"exits: {machine.exits}")
         lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
-    _say(lines)
+    for line in lines:
+        say(line)
     # Last, for it may take seconds, and who waits no longer has seen the rest.
     if outcome.kind in MAYBE_SILENT and (
         outcome.kind is Kind.PANIC or not machine.has_printed
         or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
     ):
-        _say(_explain(config, outcome, machine))
+        for line in _explain(config, outcome, machine):
+            say(line)
     bundle.update(missing)
     return outcome.exit_status
 
 
-def _say(lines: list[str]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing, or waits
-        for line in lines:
-            write_text_now(sys.stderr, f"pyvmm: {line}\n")
+def _lines_of(outcome: Outcome) -> list[str]:
+    """The lines that tell of ``outcome``: several where its detail is registers, which are ours."""
+    text = str(outcome)
+    if outcome.kind in (Kind.TRIPLE_FAULT, Kind.INTERNAL_ERROR):
+        return text.split("\n")
+    return [text]
 
 
 def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]:
@@ -264,13 +268,6 @@ def remembered_path(kernel: str | os.PathLike[str]) -> str:
     status = os.stat(kernel)
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     return os.path.join(cache_path(), "configs", "-".join(f"{part:x}" for part in identity))
-
-
-def _end_line() -> None:
-    """Our lines start at the left edge, whatever the guest left unfinished on the terminal."""
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stdout.isatty():
-            write_text_now(sys.stdout, "\n")
 
 
 def _process_start_s() -> float:

@@ -18,6 +18,10 @@ from pyvmm.report import write_now
 GATHER_S, STREAM_GATHER_S = 0.01, 0.05
 """How long console bytes may gather before they are shown."""
 DRAIN_TIMEOUT_S = 2.0
+READER_S = 0.1
+"""How often a FIFO that nobody reads is looked at."""
+STALL_S = 0.3
+"""Who has taken nothing for so long does not read: who stops a run does not wait for that."""
 
 
 class OutputBuffer:
@@ -43,6 +47,8 @@ class OutputBuffer:
         self._data = bytearray()
         self._ours = bytearray()
         self._open = True
+        self.taken_bytes = 0
+        """Those that the host has taken so far, ours among them."""
         self.line_ended = True
         """Whether the last byte shown ended a line."""
 
@@ -72,13 +78,16 @@ class OutputBuffer:
         """Whether so many wait that waiting for more makes no sense."""
         return len(self._data) >= self.CHUNK
 
-    def drain(self) -> None:
-        """Write what the host takes now of one chunk; OSError if it refuses (they are dropped)."""
+    def drain(self) -> bytes:
+        """Write what the host takes now of one chunk; the guest's bytes of it.
+
+        OSError if the host refuses (they are dropped).
+        """
         with self._lock:
             waiting = self._ours or self._data
             chunk = bytes(waiting[: self.CHUNK])
             if not chunk:
-                return
+                return b""
         done = len(chunk)
         try:
             if self.fd is not None:
@@ -91,11 +100,13 @@ class OutputBuffer:
         finally:
             with self._lock:
                 del waiting[:done]
+                self.taken_bytes += done
                 self._room.notify_all()
             if done:
                 self.line_ended = chunk[done - 1] == 0x0A
             if waiting is self._data:
                 self._observe(chunk[:done])
+        return chunk[:done] if waiting is self._data else b""
 
     def give_up(self) -> None:
         """The host takes no more: show what waits to the observer only."""
@@ -116,13 +127,25 @@ class OutputPump:
     Bytes gather until there is a chunk of them, or for GATHER_S, so that an echo is prompt; for
     STREAM_GATHER_S while they keep coming, so that showing them costs little.  ``lost`` is called
     with the error when the host refuses some for good; what comes later goes to the observer only.
+    ``shown`` gets the guest's bytes that the host has taken.  Nothing is written, and so refused,
+    as long as not ``has_reader()``.
     """
 
-    def __init__(self, output: OutputBuffer, lost: Callable[[OSError], None]) -> None:
+    def __init__(
+        self,
+        output: OutputBuffer,
+        lost: Callable[[OSError], None],
+        shown: Callable[[bytes], None] | None = None,
+        has_reader: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._output = output
         self._lost = lost
+        self._shown = shown
+        self._has_reader = has_reader
         self._due_s: float | None = None
         self._shown_s = 0.0
+        self._offered_s: float | None = None
+        """Since when the host has taken nothing of what waits for it."""
 
     def fd_to_write(self) -> int | None:
         """What to wait for, to call ``write`` when it is writable; None if it is not time yet."""
@@ -138,7 +161,14 @@ class OutputPump:
         if self._due_s is None:
             streams = now_s < self._shown_s + 2 * STREAM_GATHER_S
             self._due_s = now_s + (STREAM_GATHER_S if streams else GATHER_S)
-        return output.fd if output.has_chunk or now_s >= self._due_s else None
+        if not output.has_chunk and now_s < self._due_s:
+            return None
+        if self._offered_s is None:
+            self._offered_s = now_s
+        if not self._has_reader():
+            self._due_s = now_s + READER_S
+            return None
+        return output.fd
 
     @property
     def due_s(self) -> float | None:
@@ -147,24 +177,45 @@ class OutputPump:
 
     def write(self) -> None:
         """Show what the host takes now."""
+        taken_bytes = self._output.taken_bytes
         try:
-            self._output.drain()
+            data = self._output.drain()
+            if self._shown is not None:
+                self._shown(data)
         except OSError as error:
             self._output.fd = None
             self._lost(error)
         self._due_s, self._shown_s = None, time.monotonic()
+        if self._output.taken_bytes != taken_bytes:
+            self._offered_s = None
 
-    def finish(self) -> None:
-        """The last of the output, for as long as the host takes it and DRAIN_TIMEOUT_S."""
+    def finish(self, patience_s: float) -> bool:
+        """Show the last of the output, for DRAIN_TIMEOUT_S at most; whether all was taken.
+
+        It is given up before if the host has taken nothing for ``patience_s``, be it since before
+        the end.
+        """
+        output = self._output
         until_s = time.monotonic() + DRAIN_TIMEOUT_S
-        while self._output.pending and time.monotonic() < until_s:
-            if self._output.fd is not None:
+        is_last = False
+        while output.pending and not is_last:
+            if output.fd is not None:
+                now_s = time.monotonic()
+                if self._offered_s is None:
+                    self._offered_s = now_s
+                left_s = min(until_s, self._offered_s + patience_s) - now_s
+                is_last = left_s <= 0
+                if not self._has_reader():
+                    time.sleep(max(0.0, min(left_s, READER_S)))
+                    continue
                 poller = select.poll()
-                poller.register(self._output.fd, select.POLLOUT)
-                if not poller.poll(100):
+                poller.register(output.fd, select.POLLOUT)
+                if not poller.poll(max(0.0, left_s) * 1000):
                     continue
             self.write()
-        self._output.give_up()
+        is_all = not output.pending
+        output.give_up()
+        return is_all
 
 
 class LineWatch:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pyvmm.errors import HostError
 from pyvmm.lab.streams import Input, Keyboard, Lines, Output, Signals, Source, Tail, describe
 from pyvmm.numerals import shown, whole_number
+from pyvmm.report import echo
 
 BEAT_S = 1.0
 BOOT_LIMIT_S = 180.0
@@ -98,7 +99,8 @@ class Session:
         self._control = wiring.ports["control"]
         self._terminal = wiring.ports.get("terminal")
         self._saved_terminal: TerminalState | None = None
-        self._console = Tail(wiring.console_fd, 2 if verbose else None)
+        show = functools.partial(echo, end="\r\n" if os.isatty(2) else "\n")
+        self._console = Tail(wiring.console_fd, show if verbose else None)
         self._messages = Tail(wiring.messages_fd)
         out = self._terminal or wiring.ports["out"]
         self._outputs = [

@@ -84,21 +84,20 @@ class Signals(Source):
 
 
 class Tail(Source):
-    """Keeps the last ``LIMIT`` bytes, and copies all of them to ``echo_fd`` if there is one."""
+    """Keeps the last ``LIMIT`` bytes, and gives all of them to ``echo`` if there is one."""
 
     LIMIT = 1 << 14
 
-    def __init__(self, fd: int, echo_fd: int | None = None) -> None:
+    def __init__(self, fd: int, echo: Callable[[bytes], None] | None = None) -> None:
         super().__init__(fd)
-        self._echo_fd = echo_fd
+        self._echo = echo
         self._kept = b""
 
     def take(self, data: bytes) -> None:
         """Keep and copy."""
         self._kept = (self._kept + data)[-self.LIMIT :]
-        if self._echo_fd is not None:
-            with contextlib.suppress(OSError):
-                os.write(self._echo_fd, data)
+        if self._echo is not None:
+            self._echo(data)
 
     def lines(self, count: int) -> list[str]:
         """The last ``count`` lines that are not blank."""

@@ -16,6 +16,7 @@ from enum import IntEnum, IntFlag
 from pyvmm.errors import ConfigError
 from pyvmm.storage.backend import (
     SECTOR_SIZE,
+    HostErrors,
     buffers_behind,
     buffers_slice,
     check_range,
@@ -51,6 +52,12 @@ class Command(IntEnum):
     FLUSH = 3
     TRIM = 4
     WRITE_ZEROES = 6
+
+
+_OPERATIONS = {
+    Command.READ: "a read", Command.WRITE: "a write", Command.FLUSH: "a flush",
+    Command.TRIM: "a discard", Command.WRITE_ZEROES: "zeroing",
+}
 
 
 class CommandFlag(IntFlag):
@@ -93,6 +100,7 @@ class NbdBackend:
         self.uri = uri
         self.read_only = read_only
         self._report = report
+        self._errors = HostErrors(uri, report)
         self._timeout_s = timeout_s
         self._until_s = 0.0
         self._flush_errno = 0
@@ -250,7 +258,9 @@ class NbdBackend:
             raise OSError(errno.EIO, "the connection is lost", self.uri) from lost
         if error:
             number = error if error in _ERRORS else errno.EIO
-            raise OSError(number, os.strerror(number), self.uri)
+            refused = OSError(number, os.strerror(number), self.uri)
+            self._errors.say(_OPERATIONS[command], refused)
+            raise refused
 
     def _send(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))

@@ -140,7 +140,8 @@ def test_durable_is_fua(tmp_path: Path, sock: Path) -> None:
 def test_requests_keep_to_the_servers_sizes(sock: Path) -> None:
     limits = ("--filter=blocksize-policy", "memory", "size=1M", "blocksize-minimum=4096",
               "blocksize-maximum=65536", "blocksize-error-policy=error")
-    with nbdkit(sock, *limits), connected(uri(sock)) as disk:
+    reports: list[str] = []
+    with nbdkit(sock, *limits), connected(uri(sock), reports=reports) as disk:
         assert disk.block_size == 4096
         data = os.urandom(1 << 20)
         disk.writev([memoryview(data)[:1000], memoryview(data)[1000:]], 0)
@@ -148,6 +149,7 @@ def test_requests_keep_to_the_servers_sizes(sock: Path) -> None:
         with pytest.raises(OSError, match="Invalid argument") as caught:
             disk.writev(room(512), 512)
         assert caught.value.errno == errno.EINVAL
+        assert len(reports) == 1
         assert read(disk, 0, 4096) == data[:4096]  # an error is no lost connection
 
 
@@ -217,25 +219,31 @@ def test_a_server_that_only_listens(sock: Path) -> None:
 def test_errors_of_the_server_are_the_disks(sock: Path) -> None:
     faults = ("--filter=error", "memory", "size=64K", "error-pread=EIO", "error-pwrite=ENOSPC",
               "error-pread-rate=100%", "error-pwrite-rate=100%")
-    with nbdkit(sock, *faults), connected(uri(sock)) as disk:
+    reports: list[str] = []
+    with nbdkit(sock, *faults), connected(uri(sock), reports=reports) as disk:
         for _ in range(2):
             with pytest.raises(OSError, match="Input/output"):
                 disk.readv(room(512), 0)
             with pytest.raises(OSError, match="No space"):
                 disk.writev(room(512), 0)
         disk.flush()
+    assert [line.partition(" failed: ")[0] for line in reports] == [
+        f"{uri(sock)}: a read", f"{uri(sock)}: a write"
+    ]
 
 
 def test_a_failed_flush_is_latched(sock: Path) -> None:
     command = ["eval", "get_size=echo 32768", "pread=head -c $3 /dev/zero", "pwrite=cat >/dev/null",
                "can_flush=exit 0", "flush=echo EIO >&2; exit 1"]
-    with nbdkit(sock, *command), connected(uri(sock)) as disk:
+    reports: list[str] = []
+    with nbdkit(sock, *command), connected(uri(sock), reports=reports) as disk:
         with pytest.raises(OSError, match="Input/output"):
             disk.writev(room(512), 0, durable=True)
         for again in (disk.flush, lambda: disk.writev(room(512), 0, durable=True)):
             with pytest.raises(OSError, match="earlier flush"):
                 again()
         disk.writev(room(512), 0)
+    assert len(reports) == 1
 
 
 def test_the_guest_sees_a_killed_server_as_io_errors(image: Path, sock: Path) -> None:
