@@ -42,7 +42,7 @@ class Target(abc.ABC):
         noise = random.Random(1)
         return [noise.randbytes(length) for length in (16, 64, 256, 1024)]
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Let go of what the target holds; idempotent."""
 
 

@@ -30,6 +30,8 @@ MOST_FINDINGS = 20
 CASE_FILE = "case"
 """The case under way, behind its length in 4 bytes: what is left of a process that was killed."""
 SUMMARY_FILE = "summary.json"
+MOST_GROWN = 500
+"""Cases of an earlier guided run that are mutated without atheris."""
 NOISE_SHARE = 0.5
 """Of the cases of a structured target that are made without atheris."""
 
@@ -96,6 +98,8 @@ class Worker:
         corpus = list(initial_cases(self._name, target))
         for case in corpus:
             self.one(case)
+        grown = sorted((self._folder / "corpus").glob("*"))
+        corpus += [path.read_bytes() for path in rng.sample(grown, min(MOST_GROWN, len(grown)))]
         while not self.is_over:
             if not corpus or (target.is_structured and rng.random() < NOISE_SHARE):
                 self.one(mutator.noise())

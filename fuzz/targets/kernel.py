@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fuzz.checks import check_one_line
 from fuzz.files import MemoryFile
 from fuzz.target import Target
 from pyvmm.errors import ConfigError
@@ -48,8 +49,7 @@ class KernelTarget(Target):
         try:
             kernel = load_kernel(memory, path)
         except ConfigError as error:
-            assert str(error).startswith(f"{path}: "), error
-            assert "\n" not in str(error), error
+            check_one_line(error, begins=f"{path}: ")
             assert self._is_blank(0, _RAM_BYTES), "refused, and RAM was written"
             return
         try:
@@ -78,7 +78,7 @@ def _tell(memory: GuestMemory, kernel: Kernel, path: str, length: int) -> None:
         assert size == length
         write_boot_info(memory, kernel, _CMDLINE, (gpa, size))
     except ConfigError as error:
-        assert "\n" not in str(error), error
+        check_one_line(error)
 
 
 def make() -> Target:
