@@ -10,7 +10,7 @@ from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm.virtio import device as virtio_device
 from pyvmm.virtio.block import fast
-from pyvmm.virtio.spec import BlockFeature, Feature
+from pyvmm.virtio.spec import BlockFeature, Feature, Register
 from tests.support.packed_driver import PackedDriver, pack
 from tests.support.virtio_driver import (
     INDIRECT,
@@ -192,6 +192,8 @@ class _Case:
         mask = None if is_legal else self._writable_bytes()
         before = self._memory.read(RAM_BASE, RAM_BYTES)
         driver.notify()
+        if source.chance(20):
+            return self._reset_midway()
         self._machine.drain(driver.index)
         if mask is not None:
             self._check_untouched(before, mask)
@@ -333,6 +335,35 @@ class _Case:
             elif flags & WRITE:
                 _permit(mask, gpa, length)
 
+    def _reset_midway(self) -> bool:
+        """Reset the device, or the queue, while chains wait: nothing is touched any more."""
+        source, driver = self._source, self._driver
+        if self._features & Feature.RING_RESET and source.chance(128):
+            driver.set(Register.QUEUE_SEL, driver.index)
+            driver.set(Register.QUEUE_RESET, 1)
+        else:
+            driver.set(Register.STATUS, 0)
+        before = self._memory.read(RAM_BASE, RAM_BYTES)
+        disk = bytes(self._machine.disk)
+        driver.notify()
+        self._machine.now_s += 1.0
+        self._machine.drain(driver.index)
+        assert self._memory.read(RAM_BASE, RAM_BYTES) == before, "RAM written after a reset"
+        assert self._machine.disk == disk, "the disk was written after a reset"
+        if driver.status and not driver.needs_reset:
+            # 2.6.1.2 "Virtqueue Re-enable"
+            driver.restart()
+            driver.setup_queue()
+            self._arena = driver._top
+            self._adopt_disk()
+            return True
+        return self._go_on(driver, {})
+
+    def _adopt_disk(self) -> None:
+        """The model becomes what the disk is."""
+        self._disk.now = bytearray(self._machine.disk)
+        self._disk.unknown.clear()
+
     def _check_untouched(self, before: bytes, mask: bytearray) -> None:
         after = self._memory.read(RAM_BASE, RAM_BYTES)
         if before == after:
@@ -351,8 +382,7 @@ class _Case:
             offered = (driver.avail_idx - driver.used_idx) & 0xFFFF
             assert used <= offered, f"{used} chains used of {offered} offered"
         driver.start(self._features)
-        self._disk.now = bytearray(self._machine.disk)
-        self._disk.unknown.clear()
+        self._adopt_disk()
         return True
 
     # What came of legal chains

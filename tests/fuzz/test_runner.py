@@ -103,11 +103,11 @@ def test_the_same_bytes_are_the_same_decisions() -> None:
     for source in (first, second):
         assert source.more
     decisions = [
-        [s.number(3, 300), s.pick("abcdef"), s.bits(13), s.edge(7, 9, bits=32), s.chance(128)]
+        (s.number(3, 300), s.pick("abcdef"), s.bits(13), s.edge(7, 9, bits=32), s.chance(128))
         for s in (first, second)
     ]
     assert decisions[0] == decisions[1]
-    assert 3 <= int(decisions[0][0]) <= 300
+    assert 3 <= decisions[0][0] <= 300
     empty = Source(b"")
     assert (empty.number(5, 9), empty.pick("xyz"), empty.chance(255)) == (5, "x", False)
 
