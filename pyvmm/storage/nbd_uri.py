@@ -33,20 +33,23 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ConfigError(uri, f"is no NBD address ({error}); {_FORMS}") from error
-    # Not parse_qs: in a file's name + is no space.  Nor need it be UTF-8, as an export's has to.
+    # Not parse_qs: in a file's name + is no space.
     query = [field.partition("=") for field in parts.query.split("&") if field]
+    # A file's name need not be UTF-8, as an export's has to be.
     sockets = [unquote(value, errors="surrogateescape")
                for name, _, value in query if name == "socket" and value]
     export = unquote(parts.path, errors="surrogateescape").removeprefix("/")
     if parts.scheme.startswith("nbds"):
         raise ConfigError(uri, "asks for TLS, which pyvmm does not speak")
+    try:
+        host.encode("idna")  # as it is looked up
+    except UnicodeError:
+        raise ConfigError(
+            uri, "names a host that cannot be: a name's parts have 1 to 63 bytes"
+        ) from None
     if len(query) != len(sockets) or parts.fragment or parts.username is not None:
         raise ConfigError(uri, f"has parts that pyvmm does not know; {_FORMS}")
-    try:
-        name_bytes = len(export.encode())
-    except UnicodeEncodeError:
-        raise ConfigError(uri, "its export's name is not UTF-8, as NBD wants it") from None
-    if name_bytes > _MAX_NAME_BYTES:
+    if len(export.encode()) > _MAX_NAME_BYTES:
         raise ConfigError(uri, f"its export's name is longer than {_MAX_NAME_BYTES} bytes")
     if parts.scheme == "nbd+unix":
         if parts.netloc or len(sockets) != 1:
@@ -54,10 +57,4 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
         return NbdAddress(socket_path=sockets[0], export=export)
     if not host or sockets or port == 0:
         raise ConfigError(uri, "names no host; write nbd://host[:port][/export]")
-    try:
-        host.encode("idna")  # as it is looked up
-    except UnicodeError:
-        raise ConfigError(
-            uri, "names a host that cannot be: a name's parts have 1 to 63 bytes"
-        ) from None
     return NbdAddress(host=host, port=port or DEFAULT_PORT, export=export)
