@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+T ?= 60
 
 VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv)
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
@@ -50,7 +51,7 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run run-packages shell test test-packages lint unit vm-test soak kernel stock
+.PHONY: help run run-packages shell test test-packages lint unit vm-test soak fuzz kernel stock
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -97,6 +98,9 @@ soak: dev kernel image build/tools.img ## an hour of rings, 10,000 power cuts, a
 	PYVMM_SOAK_S=$${PYVMM_SOAK_S:-3600} $(BIN)/python -m pytest -q -s --timeout 0 tests/virtio/test_ring_model.py
 	PYVMM_STRESS_S=60 $$host $(BIN)/python -m pytest -q --timeout 1200 tests/vm/test_smp.py
 	PYVMM_POWER_CUTS=10000 $(BIN)/python -m pytest -q -m power_cut --timeout 7200 tests/vm
+
+fuzz: dev ## fuzz what reads untrusted bytes for T seconds (60) in all; ARGS='rings text' picks targets
+	@$(BIN)/python -m fuzz --seconds $(T) $(ARGS)
 
 kernel: build/bzImage build/vmlinux ## build/bzImage and build/vmlinux (minutes the first time, then cached)
 

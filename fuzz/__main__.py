@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuzz.campaign import Campaign, table
-from fuzz.target import about, load_target, target_names
+from fuzz.target import about, is_target, load_target, target_names
 from fuzz.watch import Watch, minimise
 from fuzz.worker import coverage_guide
 
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{name:16} {about(name)}" for name in target_names()))
         return 0
-    names = [word for word in options.words if word in target_names()]
-    files = [Path(word) for word in options.words if word not in target_names()]
+    names = [word for word in options.words if is_target(word)]
+    files = [Path(word) for word in options.words if not is_target(word)]
     if unknown := [str(file) for file in files if not file.is_file()]:
         parser.error(f"{', '.join(unknown)}: neither a target (--list) nor a file")
     if files:

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz.worker import CASE_FILE, SUMMARY_FILE, save
 from fuzz.watch import Finding
+from fuzz.worker import CASE_FILE, SUMMARY_FILE, save
 
 GRACE_S = 60.0
 """How much longer than its time a process may take, for the case under way, before it is stuck."""
 LEAST_S = 1.0
+GUIDED_FROM_S = 20.0
+"""A target's share of the time from which atheris is used: it needs seconds to begin."""
 _COVERAGE = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 _TAIL_BYTES = 20_000
 
@@ -95,7 +97,7 @@ class Campaign:
                    "--seconds", str(self._share_s), "--seed", str(self._seed)]
         if self._runs is not None:
             command += ["--runs", str(self._runs)]
-        if self._plain:
+        if self._plain or (self._runs is None and self._share_s < GUIDED_FROM_S):
             command.append("--plain")
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(

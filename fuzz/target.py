@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import importlib
+import importlib.util
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +43,7 @@ class Target(abc.ABC):
         noise = random.Random(1)
         return [noise.randbytes(length) for length in (16, 64, 256, 1024)]
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Let go of what the target holds; idempotent."""
 
 
@@ -52,11 +53,23 @@ def target_names() -> list[str]:
     return sorted(file.stem.replace("_", "-") for file in files if not file.stem.startswith("_"))
 
 
+def is_target(word: str) -> bool:
+    """True if ``word`` names a target: one of ours, or any module, by its dotted name."""
+    if word in target_names():
+        return True
+    if "." not in word or "/" in word or Path(word).exists():
+        return False
+    try:
+        return importlib.util.find_spec(word) is not None
+    except ImportError:
+        return False
+
+
 def load_target(name: str) -> Target:
-    """Import the module of target ``name`` and make it; KeyError if there is none."""
-    if name not in target_names():
-        raise KeyError(name)
-    module = importlib.import_module(f"fuzz.targets.{name.replace('-', '_')}")
+    """Import the module of target ``name`` and make it."""
+    module = importlib.import_module(
+        name if "." in name else f"fuzz.targets.{name.replace('-', '_')}"
+    )
     target: Target = module.make()
     return target
 

@@ -30,6 +30,8 @@ MOST_FINDINGS = 20
 CASE_FILE = "case"
 """The case under way, behind its length in 4 bytes: what is left of a process that was killed."""
 SUMMARY_FILE = "summary.json"
+MOST_GROWN = 500
+"""Cases of an earlier guided run that are mutated without atheris."""
 NOISE_SHARE = 0.5
 """Of the cases of a structured target that are made without atheris."""
 
@@ -96,6 +98,8 @@ class Worker:
         corpus = list(initial_cases(self._name, target))
         for case in corpus:
             self.one(case)
+        grown = sorted((self._folder / "corpus").glob("*"))
+        corpus += [path.read_bytes() for path in rng.sample(grown, min(MOST_GROWN, len(grown)))]
         while not self.is_over:
             if not corpus or (target.is_structured and rng.random() < NOISE_SHARE):
                 self.one(mutator.noise())
@@ -103,8 +107,13 @@ class Worker:
                 self.one(mutator.mutate(rng.choice(corpus), rng.choice(corpus)))
         self.finish()
 
-    def fuzz_guided(self, atheris: Any, seed: int) -> NoReturn:
-        """Fuzz by libFuzzer; what it thinks worth keeping stays in ``corpus`` for the next time."""
+    def fuzz_guided(
+        self, atheris: Any, instrumented: contextlib.ExitStack, seed: int
+    ) -> NoReturn:
+        """Fuzz by libFuzzer; what it thinks worth keeping stays in ``corpus`` for the next time.
+
+        ``instrumented`` is closed once the first cases have imported what is imported late.
+        """
         self._is_guided = True
         target = self._target
         grown, seeds = self._folder / "corpus", self._folder / "seeds"
@@ -113,6 +122,7 @@ class Worker:
         for number, case in enumerate(initial_cases(self._name, target)):
             (seeds / f"{number:03}").write_bytes(case[: target.max_bytes])
             self.one(case)
+        instrumented.close()
         words = []
         if target.words:
             path = self._folder / "words"
@@ -177,16 +187,16 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     faulthandler.enable()
     atheris = None if arguments.plain else coverage_guide()
-    with contextlib.ExitStack() as stack:
-        if atheris is not None:
-            stack.enter_context(atheris.instrument_imports(include=["pyvmm"]))
-        target = load_target(arguments.name)
+    instrumented = contextlib.ExitStack()
+    if atheris is not None:
+        instrumented.enter_context(atheris.instrument_imports(include=["pyvmm"]))
+    target = load_target(arguments.name)
     worker = Worker(
         arguments.name, target, arguments.folder,
         deadline_s=begun_s + arguments.seconds, runs=arguments.runs,
     )
     if atheris is not None and target.is_guided:
-        worker.fuzz_guided(atheris, arguments.seed)
+        worker.fuzz_guided(atheris, instrumented, arguments.seed)
     worker.fuzz_plainly(arguments.seed)
 
 

@@ -8,6 +8,7 @@ import lzma
 import shutil
 from collections.abc import Iterable
 
+from fuzz.checks import check_one_line
 from fuzz.files import MemoryFile
 from fuzz.target import Target
 from pyvmm.errors import ConfigError
@@ -51,7 +52,7 @@ class InspectTarget(Target):
         try:
             inspect(path)
         except ConfigError as error:
-            assert "\n" not in str(error), error
+            check_one_line(error)
         read_configuration(path, unpack=True)
         read_configuration(path, unpack=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fuzz.checks import check_one_line
 from fuzz.files import MemoryFile
 from fuzz.target import Target
 from pyvmm.errors import ConfigError
@@ -48,8 +49,7 @@ class KernelTarget(Target):
         try:
             kernel = load_kernel(memory, path)
         except ConfigError as error:
-            assert str(error).startswith(f"{path}: "), error
-            assert "\n" not in str(error), error
+            check_one_line(error, begins=f"{path}: ")
             assert self._is_blank(0, _RAM_BYTES), "refused, and RAM was written"
             return
         try:
@@ -57,7 +57,8 @@ class KernelTarget(Target):
             assert self._is_blank(0, kernel.start), "RAM before the kernel was written"
             assert self._is_blank(kernel.end, _RAM_BYTES), "RAM behind the kernel was written"
             kernel.describe()
-            _tell(memory, kernel, path, len(data))
+            cmdline = data[-48:].decode("utf-8", "surrogateescape") if data[-1] & 1 else _CMDLINE
+            _tell(memory, kernel, path, len(data), cmdline)
         finally:
             self._ram[:] = self._zeros
 
@@ -69,16 +70,18 @@ class KernelTarget(Target):
         self._file.close()
 
 
-def _tell(memory: GuestMemory, kernel: Kernel, path: str, length: int) -> None:
+def _tell(
+    memory: GuestMemory, kernel: Kernel, path: str, length: int, cmdline: str
+) -> None:
     """Load the initrd and write what the kernel is told; each may be refused."""
     try:
         gpa, size = load_initrd(memory, path, kernel)
         assert kernel.end <= gpa, "the initrd overlaps the kernel"
         assert gpa + size <= min(_RAM_BYTES, kernel.initrd_addr_max + 1)
         assert size == length
-        write_boot_info(memory, kernel, _CMDLINE, (gpa, size))
+        write_boot_info(memory, kernel, cmdline, (gpa, size))
     except ConfigError as error:
-        assert "\n" not in str(error), error
+        check_one_line(error)
 
 
 def make() -> Target:

@@ -19,7 +19,8 @@ from pyvmm.kvm.exits import RING_CAPACITY, CoalescedRing
 from pyvmm.polled_uart import PolledUart
 from pyvmm.x86 import layout
 
-_DATA, _LCR, _MCR = (layout.SERIAL_PORT + int(r) for r in (Register.DATA, Register.LCR, Register.MCR))
+_DATA = layout.SERIAL_PORT + int(Register.DATA)
+_LCR, _MCR = layout.SERIAL_PORT + int(Register.LCR), layout.SERIAL_PORT + int(Register.MCR)
 _DLAB, _LOOP = 0x80, 0x10
 _ENTRY = struct.Struct("<QII8s")
 _MOST_MARKS = 100_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from fuzz.files import MemoryFile
 from fuzz.source import Source
@@ -86,18 +87,18 @@ class TextTarget(Target):
         self._file.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _FakeApt(Apt):
     """apt whose answer to everything is ``said``."""
 
-    __slots__ = ("said",)
+    said: str
 
     def _show(self, name: str, version: str | None) -> str:
         return self.said
 
 
 def _read_packages(text: str) -> None:
-    apt = _FakeApt()
-    object.__setattr__(apt, "said", text)
+    apt = _FakeApt(said=text)
     apt.find("x")
     apt.find_image("linux-image-cloud-amd64")
 

@@ -41,10 +41,18 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
         raise ConfigError(uri, f"its port is not a number from 1 to {_MAX_PORT}")
     # Not parse_qs: in a file's name + is no space.
     query = [field.partition("=") for field in parts.query.split("&") if field]
-    sockets = [unquote(value) for name, _, value in query if name == "socket" and value]
-    export = unquote(parts.path).removeprefix("/")
+    # A file's name need not be UTF-8, as an export's has to be.
+    sockets = [unquote(value, errors="surrogateescape")
+               for name, _, value in query if name == "socket" and value]
+    export = unquote(parts.path, errors="surrogateescape").removeprefix("/")
     if parts.scheme.startswith("nbds"):
         raise ConfigError(uri, "asks for TLS, which pyvmm does not speak")
+    try:
+        host.encode("idna")  # as it is looked up
+    except UnicodeError:
+        raise ConfigError(
+            uri, "names a host that cannot be: a name's parts have 1 to 63 bytes"
+        ) from None
     if len(query) != len(sockets) or parts.fragment or parts.username is not None:
         raise ConfigError(uri, f"has parts that pyvmm does not know; {_FORMS}")
     if not export.isascii() and _is_garbled(export):
