@@ -42,7 +42,10 @@ ZERO_SECTORS = 1 << 14
 QUEUE_SECTORS = ZERO_SECTORS + 512
 """Sectors of the disk that are one queue's, so that the order of queues does not matter."""
 ROOM_POISON = 0xA5
-MAX_PIECES = 7
+GAP = 3
+"""Bytes between buffers, at the most."""
+MAX_PIECES, MANY_PIECES = 7, 60
+"""Descriptors of nearly all chains, and of the others."""
 
 
 class MirroredMemory:
@@ -157,6 +160,7 @@ class LegalQueue:
         *,
         habits: Habits,
         rng: random.Random,
+        longest_table: int,
     ) -> None:
         self.driver = driver
         self.habits = habits
@@ -166,6 +170,8 @@ class LegalQueue:
         self._first_sector = driver.index * QUEUE_SECTORS
         self._rng = rng
         self._features = features
+        # Indirect tables may be longer than the ring, as Linux's are.
+        self._longest = longest_table if features & Feature.INDIRECT_DESC else driver.size
         self._is_packed = isinstance(driver, PackedDriver)
         self.waiting: deque[Pending] = deque()
         self._answered: deque[Pending] = deque()
@@ -189,16 +195,16 @@ class LegalQueue:
         ask = self._new_ask()
         readables, writables = self._cut(ask)
         count = len(readables) + len(writables)
-        may_indirect = bool(self._features & Feature.INDIRECT_DESC) and count <= driver.size
         direct = count  # descriptors in the ring itself
-        if may_indirect and (rng.random() < self.habits.indirect or count > len(self._free)):
+        if self._features & Feature.INDIRECT_DESC and (
+            rng.random() < self.habits.indirect or count > len(self._free)
+        ):
             direct = 0
-            if not self._is_packed and rng.random() < 0.1:
+            if not self._is_packed and count <= driver.size and rng.random() < 0.1:
                 direct = rng.randrange(count)  # and the rest in a table: 2.7.5.3.2
-        taken = direct + (direct < count)
-        if taken > len(self._free) or count > driver.size:
+        if direct + (direct < count) > len(self._free):
             return False
-        blocks = self._take_ram(sum(map(len, readables + writables)) + 16 * count + 64)
+        blocks = self._take_ram(sum(map(len, readables + writables)) + (16 + GAP) * (count + 1))
         if blocks is None:
             return False
 
@@ -206,7 +212,7 @@ class LegalQueue:
             nonlocal blocks
             assert blocks is not None
             which = rng.random() < 0.15
-            gpa = -(-(blocks[which] + rng.choice((0, 0, 1, 3))) // alignment) * alignment
+            gpa = -(-(blocks[which] + rng.choice((0, 0, 1, GAP))) // alignment) * alignment
             blocks = (blocks[0], gpa + len(data)) if which else (gpa + len(data), blocks[1])
             self._memory.write(gpa, data)
             return gpa
@@ -238,7 +244,7 @@ class LegalQueue:
         """Room for ``length`` bytes in either arena, with gaps."""
         gpas: list[int] = []
         for arena in self._arenas:
-            gpa = arena.take(length + 4 * 2 * MAX_PIECES + 16)
+            gpa = arena.take(length)
             if gpa is None:
                 if gpas:
                     self._arenas[0].undo()
@@ -282,11 +288,11 @@ class LegalQueue:
         if rng.random() >= self.habits.plain:
             front = [cut for cut in front if rng.random() < 0.7]
             back = [cut for cut in back if rng.random() < 0.7]
-            for _ in range(rng.randrange(MAX_PIECES - 3)):
+            many = MANY_PIECES if rng.random() < 0.05 else MAX_PIECES
+            for _ in range(rng.randrange(many - 3)):
                 cuts, end = rng.choice(((front, len(request)), (back, len(room))))
                 cuts.append(rng.randrange(1, end) if end > 1 else 0)
-        most = min(MAX_PIECES, self.driver.size)
-        while len(front) + len(back) + 2 > most:
+        while len(front) + len(back) + 2 > self._longest:
             longest = max(front, back, key=len)
             longest.pop(rng.randrange(len(longest)))
         readables = [piece for piece in pieces(request, front) if piece]

@@ -2,10 +2,11 @@
 combination of what rings can be and of what can happen to them.
 
 Rings are split and packed, of 2 to 256 entries, with and without EVENT_IDX, INDIRECT_DESC and
-IN_ORDER.  Chains have 1 to 7 descriptors, cut anywhere, direct, indirect or both.  Requests come
-alone or in crowds, some of them write-zeroes that are more than a pass serves.  Meanwhile the rate
-limit changes, rings are stopped and go on where they were, front ends and exports come again, and
-queues and devices are reset.  The fast path, and the general path alone.
+IN_ORDER.  Chains have 1 to 7 descriptors and some have 60, cut anywhere, direct, indirect or both,
+in tables that may be longer than the ring.  Requests come alone or in crowds, some of them
+write-zeroes that are more than a pass serves.  Meanwhile the rate limit changes, rings are stopped
+and go on where they were, front ends and exports come again, and queues and devices are reset.
+The fast path, and the general path alone.
 
 Every request must be answered once, in order, with its own data, the status and the length of the
 model; the disk must in the end be the model's; and nothing of RAM may change that was not asked
@@ -166,8 +167,9 @@ class Episode:
         self.say(f"queue {index}: {what}")
         arenas = Arena(start, start + each), Arena(far, far + each)
         return LegalQueue(
-            driver, self.memory, arenas, self.model, self.features, habits=habits, rng=rng
-        )
+            driver, self.memory, arenas, self.model, self.features, habits=habits, rng=rng,
+            longest_table=self.max_size,
+        )  # fmt: skip
 
     def offer(self, queue: LegalQueue, most: int) -> None:
         """Offer up to ``most`` requests, and notify if the device asks for it."""
