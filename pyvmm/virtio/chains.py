@@ -66,7 +66,7 @@ def ring_area(
 def make_chain(
     head: int, descriptors: Iterable[tuple[int, int, int]], slots: int = 1
 ) -> Chain:
-    """The chain of ``(gpa, length, flags)`` descriptors.
+    """Return the chain of ``(gpa, length, flags)`` descriptors, without the empty ones.
 
     RingError if a readable one comes after a writable one.
     """
@@ -225,7 +225,7 @@ class IndirectTables:
             raise RingError(f"indirect table: {error}") from error
 
     def too_long(self) -> RingError:
-        """The error of a chain of more than ``longest`` descriptors, some of them in a table."""
+        """Return the error of a chain with a table and more than ``longest`` descriptors."""
         return RingError(
             f"descriptor chain is longer than {self.longest}, the most entries of a queue"
         )

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 MAX_CHAIN_BYTES = 256 << 20
 """Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""
 PASS_BYTES = 64 << 20
-"""After so much work a pass takes no further chain: bytes moved, and what else takes as long
-(``chain_work``, CALL_WORK).  Some 20 ms, for which nobody else has the transport's lock."""
+"""After so much work a pass takes no further chain.  Work is bytes moved, and anything else that
+takes as long (``chain_work``, CALL_WORK).  The transport's lock is then held for some 20 ms."""
 CALL_WORK = 64 << 10
-"""Bytes moved that a call to the host counts for which moves none, such as to discard a range."""
+"""Bytes that a call to the host counts for in that if it moves none: a discard, a flush."""
 
 
 class Interrupt(Protocol):
@@ -51,7 +51,7 @@ class VirtioDevice(abc.ABC):
         self.avail_features = int(avail_features)
         self.queue_max_sizes = queue_max_sizes
         self.queues = [Queue(max_size) for max_size in queue_max_sizes]
-        # Whoever keeps to what the device advises can do so in a ring of so many entries.
+        # What the device advises can be done in a ring of so many entries.
         self._advised_ring_size = min(queue_max_sizes)
         self._acked_features = 0
         self._memory: GuestMemory | None = None
@@ -196,13 +196,13 @@ class RingDevice(VirtioDevice):
         return 0.0
 
     def _take_extra_work(self) -> int:
-        """The work since the last call that no descriptor and no buffer shows."""
+        """Return the work since the last call that no descriptor and no buffer shows."""
         return 0
 
 
 def for_one_pass(chains: Iterable[Chain], extra_work: Callable[[], int]) -> Iterator[Chain]:
-    """``chains`` until they have been PASS_BYTES of work: what is left stays available for the
-    next pass.  ``extra_work`` is what the last one's descriptors and buffers do not show."""
+    """Yield ``chains`` until they have been PASS_BYTES of work; the rest stays available for the
+    next pass.  ``extra_work`` returns the part that the last chain's buffers do not show."""
     left = PASS_BYTES
     for chain in chains:
         yield chain
@@ -212,7 +212,7 @@ def for_one_pass(chains: Iterable[Chain], extra_work: Callable[[], int]) -> Iter
 
 
 def chain_work(chain: Chain) -> int:
-    """What ``chain`` counts for in PASS_BYTES: its descriptors, and the bytes in its buffers."""
+    """Return the work of ``chain``: its descriptors, and the bytes in its buffers."""
     readable, writable = chain.readable, chain.writable
     length = 0
     for _, buffer_length in readable:

@@ -31,8 +31,8 @@ A lone chain (``Ring.alone``) may also have no data at all: then ``length`` is 0
 PLAIN_HEADER_BYTES = 16
 PLAIN_STATUS_BYTES = 1
 DESCRIPTOR_WORK = 8 << 10
-"""Bytes moved that a descriptor counts for in the work of a pass, whatever its length: to walk it
-and to find its memory takes 2 us, as long as to move about so much."""
+"""Bytes that a descriptor counts for in the work of a pass, besides its length.  Walking it and
+finding its memory takes 2 us, as does moving so many bytes."""
 TOKEN_BITS = 32
 """How wide a token is: ``token | written << TOKEN_BITS`` is what ``Ring.push_all`` takes."""
 
@@ -107,7 +107,7 @@ def chain_of(plain: PlainChain) -> Chain:
 
 
 def plain_work(plain: PlainChain) -> int:
-    """The work of ``plain`` in a pass: that of the same chain in any other form."""
+    """Return the work of ``plain`` in a pass, the same as ``chain_work(chain_of(plain))``."""
     descriptors = 2 + (len(plain[6]) or 1)
     return plain[3] + PLAIN_HEADER_BYTES + PLAIN_STATUS_BYTES + descriptors * DESCRIPTOR_WORK
 
