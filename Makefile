@@ -129,10 +129,16 @@ build/root.img build/test.img &: guest/build_image.py guest/init $(wildcard gues
 	$(PYTHON) guest/build_image.py --out build/test.img --initrd build/initramfs.cpio.gz
 	cp --sparse=always build/test.img build/root.img
 
-build/tools.img: Makefile guest/build_image.py guest/init $(wildcard guest/exit/*)
+build/pyvmm-scattered: guest/tools/pyvmm-scattered.c
+	@$(call need,gcc libc6-dev)
+	mkdir -p build
+	gcc -O2 -Wall -Wextra -Werror -static -s -o $@ $<
+
+build/tools.img: Makefile guest/build_image.py guest/init build/pyvmm-scattered $(wildcard guest/exit/*)
 	@$(call need,$(IMAGE_PACKAGES) $(TOOL_PACKAGES))
 	mkdir -p build
-	$(PYTHON) guest/build_image.py --out build/tools.img --size 192M $(addprefix --with-program ,$(TOOLS))
+	$(PYTHON) guest/build_image.py --out build/tools.img --size 192M $(addprefix --with-program ,$(TOOLS)) \
+	  --add build/pyvmm-scattered:/bin/pyvmm-scattered
 
 venv: .venv/.installed ## .venv/bin/pyvmm
 

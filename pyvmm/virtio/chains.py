@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 from pyvmm.errors import GuestMemoryError, RingError
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue import PLAIN_HEADER_BYTES, PLAIN_STATUS_BYTES, Buffer, PlainChain, Queue
+from pyvmm.virtio.queue import (
+    DESCRIPTOR_WORK,
+    PLAIN_HEADER_BYTES,
+    PLAIN_STATUS_BYTES,
+    Buffer,
+    Chain,
+    PlainChain,
+    Queue,
+)
 from pyvmm.virtio.spec import MAX_QUEUE_SIZE, DescriptorFlag
 
 DESCRIPTOR_SIZE = 16
@@ -20,6 +28,8 @@ DESCRIPTOR = struct.Struct("@QIHH")
 PLAIN_MAX_BYTES = 64 << 20
 """A chain of more data than this is not called plain."""
 PLAIN_FRAME_BYTES = PLAIN_HEADER_BYTES + PLAIN_STATUS_BYTES
+PLAIN_WORK = PLAIN_FRAME_BYTES + 3 * DESCRIPTOR_WORK
+"""``plain_work`` of a chain with one data buffer, but for its length."""
 PLAIN_SIZE = 3 * DESCRIPTOR_SIZE
 """Bytes of the shortest plain chain: header, data, status."""
 _BARE_SIZE = 2 * DESCRIPTOR_SIZE
@@ -53,39 +63,40 @@ def ring_area(
         raise RingError(f"the {name}: {error}") from error
 
 
-def collect(descriptors: Iterable[tuple[int, int, int]]) -> tuple[list[Buffer], list[Buffer]]:
-    """The readable and the writable buffers of ``(gpa, length, flags)`` descriptors.
+def make_chain(
+    head: int, descriptors: Iterable[tuple[int, int, int]], slots: int = 1
+) -> Chain:
+    """Return the chain of ``(gpa, length, flags)`` descriptors, without the empty ones.
 
-    Empty ones are left out.  RingError if a readable one comes after a writable one.
+    RingError if a readable one comes after a writable one.
     """
     readable: list[Buffer] = []
     writable: list[Buffer] = []
     written_to = False
+    empty = 0
     for gpa, length, flags in descriptors:
         if flags & WRITE:
             written_to = True
             if length:
                 writable.append((gpa, length))
+            else:
+                empty += 1
         elif written_to:
             # 2.7.4.2 "Driver Requirements: Message Framing"
             raise RingError("device-readable descriptor after a device-writable one")
         elif length:
             readable.append((gpa, length))
-    return readable, writable
-
-
-def too_long(limit: int, *, in_table: bool) -> RingError:
-    """The error of a descriptor chain of more than ``limit`` descriptors."""
-    what = f"{limit}, the most entries of a queue" if in_table else f"the queue size {limit}"
-    return RingError(f"descriptor chain is longer than {what}")
+        else:
+            empty += 1
+    return Chain(head, readable, writable, slots, empty)
 
 
 class IndirectTables:
     """Finds indirect descriptor tables; ``allowed`` is whether INDIRECT_DESC was negotiated.
 
-    A table may be longer than the ring, up to the largest ring that the device allows.  For Linux
-    a table's length has nothing to do with the ring's: it makes a table of SEG_MAX + 2
-    descriptors, and reads SEG_MAX before the ring has a size.
+    A table may be longer than the ring: a chain may have ``longest`` descriptors in all, as many
+    as the largest ring that the device allows.  Linux makes tables of SEG_MAX + 2 descriptors
+    whatever the ring's size, and reads SEG_MAX before the ring has one.
 
     ``near`` is the region of RAM around the virtqueue, where its tables usually are too, and
     ``near_gpa`` where it begins: what lies in it can be checked and read in a third of the time
@@ -93,12 +104,12 @@ class IndirectTables:
 
     ``layout`` takes a descriptor apart into ``(gpa, length, link)``, where ``link`` is its flags,
     in the low 16 bits, and whatever else leads to the next one.  ``reading`` and ``writing`` are
-    the links, in order, of the longest plain chain whose data is to be read and to be written.
+    the links, in order, of a chain of ``longest`` whose data is to be read and to be written.
     """
 
     __slots__ = (
         "_allowed", "_last_short", "_layout", "_memory", "_reading", "_unpack_three",
-        "_unpack_two", "_writing", "near", "near_gpa",
+        "_unpack_two", "_writing", "longest", "near", "near_gpa",
     )
 
     def __init__(
@@ -116,6 +127,7 @@ class IndirectTables:
         self._layout = layout
         self._reading = reading
         self._writing = writing
+        self.longest = len(reading)
         self.near_gpa = 0
         self.near = memoryview(b"")
         for region in memory.regions:
@@ -125,7 +137,7 @@ class IndirectTables:
         several = layout.format.removeprefix("@")
         self._unpack_two = struct.Struct(f"@{several * 2}").unpack_from
         self._unpack_three = struct.Struct(f"@{several * 3}").unpack_from
-        enough = len(reading) * DESCRIPTOR_SIZE >= PLAIN_SIZE
+        enough = self.longest * DESCRIPTOR_SIZE >= PLAIN_SIZE
         self._last_short = len(self.near) - PLAIN_SIZE if allowed and enough else -1
 
     @property
@@ -173,7 +185,7 @@ class IndirectTables:
         """The plain chain that the table of ``length`` bytes at ``gpa`` is, if it is one."""
         offset = gpa - self.near_gpa
         if (
-            not PLAIN_SIZE <= length <= len(self._reading) * DESCRIPTOR_SIZE
+            not PLAIN_SIZE <= length <= self.longest * DESCRIPTOR_SIZE
             or length % DESCRIPTOR_SIZE
             or not 0 <= offset <= len(self.near) - length
             or not self._allowed
@@ -211,3 +223,9 @@ class IndirectTables:
             return self._memory.view(gpa, length)
         except GuestMemoryError as error:
             raise RingError(f"indirect table: {error}") from error
+
+    def too_long(self) -> RingError:
+        """Return the error of a chain with a table and more than ``longest`` descriptors."""
+        return RingError(
+            f"descriptor chain is longer than {self.longest}, the most entries of a queue"
+        )

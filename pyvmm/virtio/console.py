@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.device import Interrupt, RingDevice
+from pyvmm.virtio.device import PASS_BYTES as PASS_WORK
+from pyvmm.virtio.device import Interrupt, RingDevice, for_one_pass
 from pyvmm.virtio.queue import Chain, Ring
 from pyvmm.virtio.spec import ConsoleFeature, DeviceType, Feature
 
@@ -23,6 +24,8 @@ MAX_CHAIN_BYTES = 64 << 10
 PASS_BYTES = 64 << 10
 """After so many shown, a pass takes no further chain: whoever serves it may wait for the terminal,
 and the transport's lock with it."""
+_SHOWN_WORK = PASS_WORK // PASS_BYTES
+"""Bytes moved in any other pass that a byte shown counts for."""
 MAX_TYPED_BYTES = 4096
 
 # struct virtio_console_config { le16 cols; le16 rows; le32 max_nr_ports; le32 emerg_wr; }
@@ -113,22 +116,27 @@ class ConsoleDevice(RingDevice):
 
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
         """See ``RingDevice._drain``; the receive queue's chains wait for something typed."""
-        chains = ring.chains()
+        chains = for_one_pass(ring.chains(), self._take_extra_work)
         if index != RECEIVE_QUEUE:
-            enough_bytes = self._shown_bytes + PASS_BYTES
-            while self._shown_bytes < enough_bytes and (chain := next(chains, None)):
+            for chain in chains:
                 ring.push(chain, self._serve(chain, memory))
             return 0.0
-        while self._typed and (chain := next(chains, None)):
-            ring.push(chain, self._fill(chain, memory))
+        while self._typed and (room := next(chains, None)):
+            ring.push(room, self._fill(room, memory))
         return 0.0
+
+    def _take_extra_work(self) -> int:
+        """See ``RingDevice._take_extra_work``: to show text takes longer than to move it."""
+        shown_bytes, self._shown_bytes = self._shown_bytes, 0
+        return shown_bytes * _SHOWN_WORK
 
     def _fill(self, chain: Chain, memory: GuestMemory) -> int:
         """Put typed bytes into ``chain``; how many."""
         written = 0
         for gpa, length in chain.writable:
             with self._lock:
-                piece = bytes(self._typed[:length])
+                if not (piece := bytes(self._typed[:length])):
+                    break
                 try:
                     memory.write(gpa, piece)
                 except GuestMemoryError:
@@ -139,16 +147,17 @@ class ConsoleDevice(RingDevice):
         return written
 
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Show what a chain of the transmit queue holds; nothing is written into it."""
-        left = MAX_CHAIN_BYTES
+        """Show what a chain of the transmit queue holds, all at once: to show a byte costs as much
+        as to show many.  Nothing is written into it."""
+        data = bytearray()
         for gpa, length in chain.readable:
             try:
-                data = memory.read(gpa, min(length, left))
+                data += memory.read(gpa, min(length, MAX_CHAIN_BYTES - len(data)))
             except GuestMemoryError:
                 break
-            self._transmit(data)
-            self._shown_bytes += len(data)
-            left -= len(data)
-            if not left:
+            if len(data) == MAX_CHAIN_BYTES:
                 break
+        if data:
+            self._transmit(bytes(data))
+            self._shown_bytes += len(data)
         return 0

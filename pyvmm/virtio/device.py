@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pyvmm.errors import ActivateError, GuestError, RingError
 from pyvmm.lean import TYPE_CHECKING, Protocol
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue import Chain, Queue, Ring
+from pyvmm.virtio.queue import DESCRIPTOR_WORK, Chain, Queue, Ring
 from pyvmm.virtio.rings import make_ring
 from pyvmm.virtio.spec import DeviceType, Feature
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 MAX_CHAIN_BYTES = 256 << 20
 """Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""
 PASS_BYTES = 64 << 20
-"""After so many bytes, in buffers or zeroed, a pass takes no further chain."""
+"""After so much work a pass takes no further chain.  Work is bytes moved, and anything else that
+takes as long (``chain_work``, CALL_WORK).  The transport's lock is then held for some 20 ms."""
+CALL_WORK = 64 << 10
+"""Bytes that a call to the host counts for in that if it moves none: a discard, a flush."""
 
 
 class Interrupt(Protocol):
@@ -48,7 +51,7 @@ class VirtioDevice(abc.ABC):
         self.avail_features = int(avail_features)
         self.queue_max_sizes = queue_max_sizes
         self.queues = [Queue(max_size) for max_size in queue_max_sizes]
-        # Whoever keeps to what the device advises can do so in a ring of so many entries.
+        # What the device advises can be done in a ring of so many entries.
         self._advised_ring_size = min(queue_max_sizes)
         self._acked_features = 0
         self._memory: GuestMemory | None = None
@@ -153,7 +156,7 @@ class VirtioDevice(abc.ABC):
     @abc.abstractmethod
     def process_queue(self, index: int) -> float | None:
         """One pass: serve what waits in queue ``index``, at most a queue's length of chains and
-        about PASS_BYTES of their buffers, then publish them all and interrupt once.  Never sleeps.
+        about PASS_BYTES of work, then publish them all and interrupt once.  Never sleeps.
 
         Returns when to call again: None once nothing is left (the next notification says
         when), 0.0 if more is waiting, else the seconds a rate limit asks to wait.  A queue that
@@ -189,32 +192,34 @@ class RingDevice(VirtioDevice):
     def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
         """Serve and push what waits in ``ring``, which is queue ``index``; the seconds to wait
         before the rest may be served, 0.0 if there is no reason to."""
-        for chain in for_one_pass(ring.chains()):
+        for chain in for_one_pass(ring.chains(), self._take_extra_work):
             ring.push(chain, self._serve(chain, memory))
         return 0.0
 
+    def _take_extra_work(self) -> int:
+        """Return the work since the last call that no descriptor and no buffer shows."""
+        return 0
 
-def for_one_pass(
-    chains: Iterable[Chain], others: Callable[[], int] = lambda: 0
-) -> Iterator[Chain]:
-    """``chains`` until they have had PASS_BYTES: what is left stays available for the next pass.
-    ``others`` are bytes that the last one's buffers do not show.
 
-    A queue's length of large requests would hold the transport's lock for too long.
-    """
+def for_one_pass(chains: Iterable[Chain], extra_work: Callable[[], int]) -> Iterator[Chain]:
+    """Yield ``chains`` until they have been PASS_BYTES of work; the rest stays available for the
+    next pass.  ``extra_work`` returns the part that the last chain's buffers do not show."""
     left = PASS_BYTES
     for chain in chains:
         yield chain
-        left -= pass_bytes(chain) + others()
+        left -= chain_work(chain) + extra_work()
         if left <= 0:
             return
 
 
-def pass_bytes(chain: Chain) -> int:
-    """What ``chain`` counts for in PASS_BYTES: the bytes in its buffers."""
+def chain_work(chain: Chain) -> int:
+    """Return the work of ``chain``: its descriptors, and the bytes in its buffers."""
+    readable, writable = chain.readable, chain.writable
     length = 0
-    for _, buffer_length in chain.readable:
+    for _, buffer_length in readable:
         length += buffer_length
-    for _, buffer_length in chain.writable:
+    for _, buffer_length in writable:
         length += buffer_length
-    return length if length <= MAX_CHAIN_BYTES else 0  # more was refused, and took no time
+    if length > MAX_CHAIN_BYTES:
+        length = 0  # it was refused, and nothing moved
+    return length + (len(readable) + len(writable) + chain.empty) * DESCRIPTOR_WORK

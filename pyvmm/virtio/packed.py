@@ -21,17 +21,17 @@ from pyvmm.virtio.chains import (
     DESCRIPTOR_SIZE,
     INDIRECT,
     NEXT,
-    PLAIN_FRAME_BYTES,
     PLAIN_MAX_BYTES,
     PLAIN_SIZE,
+    PLAIN_WORK,
     WRITE,
     IndirectTables,
     check_size,
-    collect,
+    make_chain,
     ring_area,
-    too_long,
 )
 from pyvmm.virtio.queue import (
+    DESCRIPTOR_WORK,
     PLAIN_HEADER_BYTES,
     PLAIN_STATUS_BYTES,
     SLOTS_SHIFT,
@@ -103,7 +103,6 @@ class PackedRing:
             memory, "device event suppression", queue.device_area, _EVENT_SIZE, 4
         ).cast("I")
 
-        self._longest = queue.max_size
         # The flags of a plain chain in a table of its own: there "the VIRTQ_DESC_F_WRITE flags
         # bit is the only valid flag" (2.8.7).
         self._indirect = IndirectTables(
@@ -239,7 +238,7 @@ class PackedRing:
         self._avail_slot = slot
         return chain
 
-    def plain(self, byte_limit: int) -> tuple[list[PlainChain], int, bool]:
+    def plain(self, work_limit: int) -> tuple[list[PlainChain], int, bool]:
         """The plain chains that come next; see ``Ring.plain``.
 
         They are in an indirect table that is near, or in three slots before the ring's end.
@@ -248,7 +247,7 @@ class PackedRing:
         ring, near, near_gpa, all_flags = self._ring, self.near, self.near_gpa, self._flags
         slot, available, budget = self._avail_slot, self._available, self._budget
         other = False
-        while byte_limit > 0 and budget > 0:
+        while work_limit > 0 and budget > 0:
             # Only when the owner bits are seen changed may the rest be read: x86 loads in order.
             flags = all_flags[8 * slot]
             if flags & _OWNER != available:
@@ -292,16 +291,16 @@ class PackedRing:
                 if chain is None:
                     break
                 chains.append(chain)
-                length = chain[3]
+                length = chain[3] + (len(chain[6]) - 1) * DESCRIPTOR_WORK
             other = False
-            byte_limit -= length + PLAIN_FRAME_BYTES
+            work_limit -= length + PLAIN_WORK
             budget -= slots
             slot += slots
             if slot == self._size:
                 slot = 0
                 available ^= _OWNER
         self._budget, self._avail_slot, self._available = budget, slot, available
-        return chains, byte_limit, other
+        return chains, work_limit, other
 
     def push(self, chain: Chain, written: int) -> None:
         """Remember ``chain`` as used with ``written`` bytes; see ``Ring.push``."""
@@ -379,12 +378,12 @@ class PackedRing:
             descriptors.append((gpa, length, flags))
             if not flags & NEXT:
                 # "Buffer ID is included in the last descriptor in the list" (2.8.6).
-                return Chain(buffer_id, *collect(descriptors), len(descriptors))
+                return make_chain(buffer_id, descriptors, len(descriptors))
             slot += 1
             if slot == self._size:
                 slot = 0
                 available ^= _OWNER
-        raise too_long(self._size, in_table=False)
+        raise RingError(f"descriptor chain is longer than the queue size {self._size}")
 
     def _indirect_chain(self, buffer_id: int, gpa: int, length: int) -> Chain:
         """The chain in the table of ``length`` bytes at ``gpa``: all of it, in order.
@@ -394,7 +393,7 @@ class PackedRing:
         Scatter-Gather Support").
         """
         table = self._indirect.at(gpa, length)
-        if length // DESCRIPTOR_SIZE > self._longest:
-            raise too_long(self._longest, in_table=True)
+        if length // DESCRIPTOR_SIZE > self._indirect.longest:
+            raise self._indirect.too_long()
         descriptors = DESCRIPTOR.iter_unpack(table)
-        return Chain(buffer_id, *collect((gpa, size, flags) for gpa, size, _, flags in descriptors))
+        return make_chain(buffer_id, ((gpa, size, flags) for gpa, size, _, flags in descriptors))

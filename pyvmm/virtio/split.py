@@ -19,17 +19,17 @@ from pyvmm.virtio.chains import (
     FLAGS_MASK,
     INDIRECT,
     NEXT,
-    PLAIN_FRAME_BYTES,
     PLAIN_MAX_BYTES,
     PLAIN_SIZE,
+    PLAIN_WORK,
     WRITE,
     IndirectTables,
     check_size,
-    collect,
+    make_chain,
     ring_area,
-    too_long,
 )
 from pyvmm.virtio.queue import (
+    DESCRIPTOR_WORK,
     PLAIN_HEADER_BYTES,
     PLAIN_STATUS_BYTES,
     TOKEN_BITS,
@@ -94,9 +94,8 @@ class SplitRing:
         self._used_ring = used[_RING_HEADER_SIZE:-_EVENT_SIZE].cast("Q")
         self._avail_event = used[-_EVENT_SIZE:].cast("H")
 
-        self._longest = queue.max_size
         # The links of a plain chain in a table of its own.
-        to_read = tuple(NEXT | index + 1 << _NEXT_SHIFT for index in range(self._longest))
+        to_read = tuple(NEXT | index + 1 << _NEXT_SHIFT for index in range(queue.max_size))
         to_write = to_read[:1] + tuple(link | WRITE for link in to_read[1:])
         self._indirect = IndirectTables(
             memory, queue.descriptor_area, allowed=indirect, layout=_LINKED,
@@ -192,10 +191,9 @@ class SplitRing:
         # One at a time: chains that are not taken stay available.
         self._taken += 1
         self._next_avail = (self._next_avail + 1) & 0xFFFF
-        readable, writable = collect(self._descriptors(head))
-        return Chain(head, readable, writable)
+        return make_chain(head, self._descriptors(head))
 
-    def plain(self, byte_limit: int) -> tuple[list[PlainChain], int, bool]:
+    def plain(self, work_limit: int) -> tuple[list[PlainChain], int, bool]:
         """The plain chains that come next; see ``Ring.plain``.
 
         They are in an indirect table that is near, or three in a row in the descriptor table.
@@ -235,13 +233,13 @@ class SplitRing:
                 if chain is None:
                     break
                 chains.append(chain)
-                length = chain[3]
-            byte_limit -= length + PLAIN_FRAME_BYTES
-            if byte_limit <= 0:
+                length = chain[3] + (len(chain[6]) - 1) * DESCRIPTOR_WORK
+            work_limit -= length + PLAIN_WORK
+            if work_limit <= 0:
                 break
         self._taken += len(chains)
         self._next_avail = (self._next_avail + len(chains)) & 0xFFFF
-        return chains, byte_limit, self._taken < len(self._heads)
+        return chains, work_limit, self._taken < len(self._heads)
 
     def push(self, chain: Chain, written: int) -> None:
         """Put ``chain`` into the used ring with ``written`` bytes; see ``Ring.push``."""
@@ -326,12 +324,14 @@ class SplitRing:
         a table that is the size the device has at most: see ``IndirectTables``.
         """
         table, entries, index = self._table, self._size, head
-        budget = limit = self._size
+        budget = self._size
         while True:
             if index >= entries:
                 raise RingError(f"descriptor {index} in a table of {entries}")
+            if not budget and table is not self._table:
+                raise self._indirect.too_long()
             if not budget:
-                raise too_long(limit, in_table=table is not self._table)
+                raise RingError(f"descriptor chain is longer than the queue size {self._size}")
             gpa, length, flags, following = _unpack(table, index * DESCRIPTOR_SIZE)
             if flags & INDIRECT:
                 # WRITE is ignored here, as 2.7.5.3.2 "Device Requirements" demands.
@@ -341,8 +341,7 @@ class SplitRing:
                     raise RingError("descriptor with both INDIRECT and NEXT")
                 table = self._indirect.at(gpa, length)
                 entries, index = length // DESCRIPTOR_SIZE, 0
-                budget += self._longest - limit
-                limit = self._longest
+                budget += self._indirect.longest - self._size
                 continue
             budget -= 1
             yield gpa, length, flags

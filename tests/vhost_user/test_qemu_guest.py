@@ -21,6 +21,7 @@ from tests.support.qemu_guest import QemuGuest, run_to_end
 
 pytestmark = pytest.mark.lab
 
+PIECES = "1 2 14 15 62 125 126 127 128 129 200 253 254 255 256 300 1000"
 MOUNT = "mkdir /mnt/d; mount /dev/vdb /mnt/d"
 
 
@@ -228,3 +229,34 @@ def test_memory_that_could_shrink_is_refused_unless_trusted(
         run_to_end(
             socket, "dd if=/dev/zero of=/dev/vdb bs=1M count=8 conv=fsync", memory=memory
         )
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "",  # a ring of 128
+        ",indirect_desc=off",
+        ",packed=on",
+        ",packed=on,indirect_desc=off",
+        ",queue-size=256",
+        ",packed=on,queue-size=256",
+        ",queue-size=16",
+        ",queue-size=1024,indirect_desc=off",
+    ],
+)
+def test_fault_12_requests_of_many_pieces_are_served(
+    export: Export, socket: Path, device: str
+) -> None:
+    """Linux makes them as long as SEG_MAX allows, whatever ring QEMU has given it."""
+    console = run_to_end(
+        socket,
+        "set -e; echo segments $(cat /sys/block/vdb/queue/max_segments);"
+        f" pyvmm-scattered /dev/vdb 4096 {PIECES}; pyvmm-scattered /dev/vdb 512 {PIECES}",
+        device=device,
+    )
+    assert "segments 126\n" in console
+    for size in (4096, 512):
+        for count in PIECES.split():
+            assert f"scattered {count} {size}\n" in console
+    assert export.stop() == 0
+    assert "stopped" not in export.messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pytest
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.virtio.block import BlockConfig
 from pyvmm.virtio.spec import Feature, Register
-from tests.support.advised import Advice, Asker, check_ranges, check_transfers
+from tests.support.advised import (
+    DISCARD,
+    WRITE_ZEROES,
+    Advice,
+    Asker,
+    check_ranges,
+    check_transfers,
+)
 from tests.support.packed_driver import PackedDriver
 from tests.support.rig import Rig
 from tests.support.virtio_driver import BlockDriver, readable, writable
@@ -70,12 +78,16 @@ def test_fault_12_the_longest_table_there_may_be_is_served(
     assert rig.reports == []
 
 
+@pytest.mark.parametrize(("expected", "mebibytes"), [(256, 254), (128, 252)])
 @pytest.mark.parametrize("size", [2, 256])
-def test_fault_12_the_largest_request_is_served(new_rig: MakeRig, size: int) -> None:
+def test_fault_12_the_largest_request_is_served(
+    new_rig: MakeRig, size: int, expected: int, mebibytes: int
+) -> None:
     """SEG_MAX segments of SIZE_MAX bytes; for want of RAM they are all the same, and read."""
-    config = BlockConfig()
-    space = bytearray(254 << 20)
-    rig = new_rig(config=config, backend=MemoryBackend(space), ram_bytes=4 << 20)
+    space = bytearray(mebibytes << 20)
+    rig = new_rig(config=BlockConfig(), backend=MemoryBackend(space), ram_bytes=4 << 20)
+    rig.device.expect_rings_of(expected)
+    rig.driver.negotiate()  # a register page shows what was there at the last reset
     advice = advice_of(rig)
     assert len(space) == advice.seg_max * advice.size_max
     space[-512:] = b"\x5a" * 512
@@ -85,6 +97,33 @@ def test_fault_12_the_largest_request_is_served(new_rig: MakeRig, size: int) -> 
     chain = [writable(room, advice.size_max)] * advice.seg_max
     assert asker.ask(0, 0, chain, written=len(space) + 1) == 0
     assert driver.memory.read(room + advice.size_max - 513, 513) == b"\0" + b"\x5a" * 512
+
+
+@pytest.mark.parametrize("size", [2, 256])
+def test_fault_12_the_most_and_largest_ranges_are_served(
+    new_rig: MakeRig, tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"")
+    os.truncate(path, 65 << 30)  # a hole
+    rig = new_rig(config=BlockConfig(), ram_bytes=4 << 20)
+    advice = advice_of(rig)
+    asker = Asker(start(rig, size, packed=False, indirect=True), indirect=True)
+    for request_type, count, sectors in (
+        (DISCARD, advice.discard_ranges, advice.discard_sectors),
+        (WRITE_ZEROES, advice.zero_ranges, advice.zero_sectors),
+    ):
+        assert count * sectors < advice.capacity, "or the disk is too small for this test"
+        last = sectors * count - 1
+        for sector in (0, last, last + 1):
+            assert asker.write(sector, b"\xa5" * 512, [512]) == 0
+        unmap = int(request_type == WRITE_ZEROES and bool(advice.may_unmap))
+        ranges = [(n * sectors, sectors, unmap) for n in range(count)]
+        assert asker.ranges(request_type, ranges, pieces=count) == 0
+        assert asker.read(last + 1, [512]) == (0, b"\xa5" * 512)
+        if request_type == WRITE_ZEROES:  # what is discarded may read as anything
+            for sector in (0, last):
+                assert asker.read(sector, [512]) == (0, bytes(512))
 
 
 def test_a_split_chain_may_end_in_a_table(new_rig: MakeRig) -> None:

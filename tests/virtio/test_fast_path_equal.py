@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.block.device import BlockDevice
-from pyvmm.virtio.queue import Chain
+from pyvmm.virtio.queue import DESCRIPTOR_WORK, Chain
 from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.general_path import GeneralBlockDevice
 from tests.support.packed_driver import PackedDriver
@@ -186,10 +186,10 @@ class Recorded(GeneralBlockDevice):
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Rig, Rig]]:
     """A device with the fast path and one without; each example begins with a reset.  A pass of
-    theirs is over after 6000 bytes."""
+    theirs is over after some four requests."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for room in ("device", "block.fast"):
-            patch.setattr(f"pyvmm.virtio.{room}.PASS_BYTES", 6000)
+            patch.setattr(f"pyvmm.virtio.{room}.PASS_BYTES", 14 * DESCRIPTOR_WORK)
         rigs = []
         for kind in (BlockDevice, Recorded):
             image = Path(folder) / kind.__name__

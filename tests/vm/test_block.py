@@ -87,6 +87,34 @@ def test_fio_verifies_on_split_rings_too(disk: Path, without: str) -> None:
     assert bits[28] == ("0" if "INDIRECT_DESC" in without else "1")
 
 
+@pytest.mark.parametrize(
+    "rings",
+    [
+        "", "RING_PACKED", "INDIRECT_DESC", "RING_PACKED,INDIRECT_DESC",
+        "128", "RING_PACKED,128", "16", "RING_PACKED,16", "2", "RING_PACKED,2",
+    ],
+)  # fmt: skip
+def test_fault_12_requests_of_many_pieces_are_served(disk: Path, rings: str) -> None:
+    """As long as SEG_MAX allows, in rings that are shorter, too."""
+    pieces = "1 2 14 15 62 125 126 127 128 129 200 253 254 255 256 300 1000"
+    script = run_in_guest(
+        "set -e; echo segments $(cat /sys/block/vdb/queue/max_segments);"
+        f" pyvmm-scattered /dev/vdb 4096 {pieces}; pyvmm-scattered /dev/vdb 512 {pieces}"
+    )
+    _, _, _, *options = command(
+        *ROOT_DISK, "--disk", disk, "--timeout", "100", "--append", f"quiet {script}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.plain_rings", rings, *options],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "segments 254\n" in done.stdout
+    for size in (4096, 512):
+        for count in pieces.split():
+            assert f"scattered {count} {size}\n" in done.stdout
+
+
 def blocks(path: Path, offset: int) -> bool:
     """Whether the file has data, not a hole, at ``offset``."""
     fd = os.open(path, os.O_RDONLY)

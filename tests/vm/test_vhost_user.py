@@ -67,6 +67,19 @@ def guest(socket: Path, script: str, *options: str, queues: int = 1, append: str
     return run
 
 
+def test_fault_12_requests_of_many_pieces_are_served(back_end: BackEnd, socket: Path) -> None:
+    pieces = "1 2 125 126 127 128 129 253 254 255 256 300 1000"
+    run = guest(
+        socket,
+        "set -e; echo segments $(cat /sys/block/vdb/queue/max_segments);"
+        f" pyvmm-scattered /dev/vdb 4096 {pieces}; pyvmm-scattered /dev/vdb 512 {pieces}",
+    )
+    assert "segments 126\n" in run.console
+    for size in (4096, 512):
+        for count in pieces.split():
+            assert f"scattered {count} {size}\n" in run.console
+
+
 def test_a_file_system_is_there_for_the_next_run(
     back_end: BackEnd, disk: Path, socket: Path
 ) -> None:

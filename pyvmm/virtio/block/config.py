@@ -112,8 +112,8 @@ class BlockConfig(Record):
 
 
 def size_max(ring_size: int) -> int:
-    """Bytes a data segment may have: 1 MiB with a ring of 256.  A longer one is served too; the
-    most of this size stay under what one request may have.
+    """Return the bytes a data segment may have: 1 MiB with a ring of 256.  A longer one is served
+    too.  As many segments as there may be, of this size, are less than MAX_CHAIN_BYTES.
 
     Guests have large buffers in few pieces, and one segment costs less than four.
     """
@@ -121,10 +121,10 @@ def size_max(ring_size: int) -> int:
 
 
 def seg_max(ring_size: int) -> int:
-    """The most data segments of a request: header and status may take a descriptor each.
+    """Return the most data segments of a request: header and status may take a descriptor each.
 
-    Without INDIRECT_DESC all of them are in the ring.  There a longer chain never finds room:
-    Linux, which takes this number on trust, would wait for ever.
+    Without INDIRECT_DESC all of them are in the ring, where a longer chain never finds room.
+    Linux takes this number on trust and would wait for ever.
     """
     return ring_size - 2
 

@@ -35,7 +35,7 @@ from pyvmm.virtio.block.request import (
     status_of,
 )
 from pyvmm.virtio.block.segments import Segment, parse_segments
-from pyvmm.virtio.device import MAX_CHAIN_BYTES, RingDevice, for_one_pass
+from pyvmm.virtio.device import CALL_WORK, MAX_CHAIN_BYTES, RingDevice, for_one_pass
 from pyvmm.virtio.queue import Buffer, Chain, Ring
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.spec import (
@@ -59,6 +59,8 @@ _OK = int(BlockStatus.OK)
 _MAX_DATA = MAX_CHAIN_BYTES - 4096
 """Bytes of one request.  No driver that keeps to SEG_MAX and SIZE_MAX reaches it, whatever the
 queue size: 254 segments of 1 MiB, or 1022 of 256 KiB, are less."""
+_DISCARDED_PER_MOVED = 16
+"""Bytes that are discarded, out of the page cache too, while one is moved."""
 
 
 class BlockDevice(RingDevice):
@@ -84,7 +86,7 @@ class BlockDevice(RingDevice):
         self._read_only = config.read_only or backend.read_only
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")
         self._writeback = config.writeback
-        self._zeroed_bytes = 0  # by the request just served
+        self._extra_work = 0  # of the requests served since it was last asked for
         self._limiter = limiter
         # Chains that a rate limit keeps waiting, by queue index: taken, not yet served.
         self._held: dict[int, Chain] = {}
@@ -207,7 +209,7 @@ class BlockDevice(RingDevice):
             may_write=not self._read_only,
             may_flush=bool(self.acked_features & BlockFeature.FLUSH),
             serve=lambda chain: self._serve(chain, memory),
-            others=self._take_zeroed,
+            extra_work=self._take_extra_work,
             index=index,
             notify=interrupt.notify_used,
         )
@@ -221,7 +223,7 @@ class BlockDevice(RingDevice):
         waiting = ring.chains()
         if held is not None:
             waiting = itertools.chain((held,), waiting)
-        for chain in for_one_pass(waiting, self._take_zeroed):
+        for chain in for_one_pass(waiting, self._take_extra_work):
             delay_s = limiter.admit(self._cost(chain), (self, index)) if limiter else 0.0
             if delay_s:
                 self._held[index] = chain
@@ -260,6 +262,7 @@ class BlockDevice(RingDevice):
             return self._write(request, memory)
         if request.type == _FLUSH and self.acked_features & BlockFeature.FLUSH:
             self._backend.flush()
+            self._extra_work += CALL_WORK
             return 0
         if request.type == _GET_ID:
             return self._write_id(request, memory)
@@ -318,6 +321,7 @@ class BlockDevice(RingDevice):
             request, memory, may_unmap=False, max_sectors=MAX_DISCARD_SECTORS
         ):
             self._backend.discard(one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE)
+            self._extra_work += CALL_WORK + one.sectors * SECTOR_SIZE // _DISCARDED_PER_MOVED
         return 0
 
     def _write_zeroes(self, request: Request, memory: GuestMemory) -> int:
@@ -327,15 +331,15 @@ class BlockDevice(RingDevice):
             self._backend.write_zeroes(
                 one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE, unmap=one.unmap
             )
-            self._zeroed_bytes += one.sectors * SECTOR_SIZE
+            self._extra_work += CALL_WORK + one.sectors * SECTOR_SIZE
         if not self._writeback:
             self._backend.flush()  # what a durable write is to the data it writes
         return 0
 
-    def _take_zeroed(self) -> int:
-        """The bytes zeroed since the last call: work that no buffer shows."""
-        zeroed, self._zeroed_bytes = self._zeroed_bytes, 0
-        return zeroed
+    def _take_extra_work(self) -> int:
+        """See ``RingDevice._take_extra_work``: ranges, flushes, and bytes that do not move."""
+        work, self._extra_work = self._extra_work, 0
+        return work
 
     def _segments(
         self, request: Request, memory: GuestMemory, *, may_unmap: bool, max_sectors: int

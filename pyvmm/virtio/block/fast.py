@@ -15,6 +15,7 @@ driver can count on an order of what it offers at once.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -23,8 +24,16 @@ from pyvmm.memory import GuestMemory
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.raw import RawBackend
 from pyvmm.virtio.block.request import HEADER, HEADER_SIZE, STATUS_SIZE
-from pyvmm.virtio.device import PASS_BYTES, pass_bytes
-from pyvmm.virtio.queue import TOKEN_BITS, Buffer, Chain, PlainChain, Ring, chain_of
+from pyvmm.virtio.device import PASS_BYTES, chain_work
+from pyvmm.virtio.queue import (
+    TOKEN_BITS,
+    Buffer,
+    Chain,
+    PlainChain,
+    Ring,
+    chain_of,
+    plain_work,
+)
 from pyvmm.virtio.spec import SECTOR_SIZE, BlockRequestType, BlockStatus
 
 _IN = int(BlockRequestType.IN)
@@ -47,14 +56,24 @@ class FastPath:
     flushes if ``may_flush``.
 
     ``serve`` is the general path: it does what a chain asks and returns the bytes written into
-    it; ``others`` are then the bytes of work that its buffers do not show.  ``notify(index)``
-    tells the driver that there are used buffers.  Holds views of
-    ``memory``.
+    it; ``extra_work`` is then the work that its descriptors and buffers do not show.
+    ``notify(index)`` tells the driver that there are used buffers.  Holds views of ``memory``.
     """
 
     __slots__ = (
-        "_backend", "_done", "_index", "_may_flush", "_may_write", "_memory", "_merges",
-        "_near", "_near_gpa", "_notify", "_others", "_serve", "ring",
+        "_backend",
+        "_done",
+        "_extra_work",
+        "_index",
+        "_may_flush",
+        "_may_write",
+        "_memory",
+        "_merges",
+        "_near",
+        "_near_gpa",
+        "_notify",
+        "_serve",
+        "ring",
     )
 
     def __init__(
@@ -66,7 +85,7 @@ class FastPath:
         may_write: bool,
         may_flush: bool,
         serve: Callable[[Chain], int],
-        others: Callable[[], int],
+        extra_work: Callable[[], int],
         index: int,
         notify: Callable[[int], None],
     ) -> None:
@@ -79,7 +98,7 @@ class FastPath:
         self._may_write = may_write
         self._may_flush = may_flush
         self._serve = serve
-        self._others = others
+        self._extra_work = extra_work
         self._index = index
         self._notify = notify
         # token | written << TOKEN_BITS of what has been served, in order
@@ -117,7 +136,7 @@ class FastPath:
             or not 0 <= status < near_bytes
             or (length and (length % SECTOR_SIZE or not 0 <= at <= near_bytes - length))
         ):
-            return self._serve(chain_of(chain))
+            return self._serve_otherwise(chain)
         request_type, _, sector = _unpack_header(near, header)
         offset = sector * SECTOR_SIZE
         fits = offset + length <= backend.size_bytes
@@ -131,10 +150,16 @@ class FastPath:
             elif request_type == _FLUSH and not length and self._may_flush:
                 backend.flush()
             else:
-                return self._serve(chain_of(chain))
+                return self._serve_otherwise(chain)
         except OSError:
             result = _IOERR
         near[status] = result
+        return written
+
+    def _serve_otherwise(self, chain: PlainChain) -> int:
+        """Serve ``chain``, alone in its pass, by the general path; the bytes written into it."""
+        written = self._serve(chain_of(chain))
+        self._extra_work()  # which the next pass need not answer for
         return written
 
     def _drain(self, durable: bool) -> None:
@@ -146,7 +171,7 @@ class FastPath:
             chains, left, other = ring.plain(left)
             if chains:
                 try:
-                    left -= self._serve_all(chains, durable)
+                    left = self._serve_all(chains, left, durable)
                 finally:
                     ring.push_all(done)
                     served = len(done)
@@ -158,12 +183,15 @@ class FastPath:
                 if chain is None:
                     return
                 ring.push(chain, self._serve(chain))
-                left -= pass_bytes(chain) + self._others()
+                left -= chain_work(chain) + self._extra_work()
 
-    def _serve_all(self, chains: list[PlainChain], durable: bool) -> int:
-        """Serve ``chains``, in order, into ``_done``; the bytes of work that their buffers do not
-        show.  After PASS_BYTES of those the rest is left, and the pass is over."""
-        others = 0
+    def _serve_all(self, chains: list[PlainChain], left: int, durable: bool) -> int:
+        """Serve ``chains``, in order, into ``_done``; the work that is left to the pass, of which
+        ``left`` was when they had been taken.
+
+        If there is none any more before the last of them, the rest is not served.
+        """
+        behind: list[int] = []  # by how many chains are not served: their work
         backend, near, near_gpa, done = self._backend, self._near, self._near_gpa, self._done
         for request_type, offset, buffers, run in self._runs(chains, durable):
             status = _OK
@@ -174,9 +202,13 @@ class FastPath:
                     backend.writev(buffers, offset, durable=durable)
                 else:
                     self._serve_alone(run)
-                    others += self._others()
-                    if others >= PASS_BYTES:
-                        break
+                    extra_work = self._extra_work()
+                    if extra_work:
+                        left -= extra_work
+                        if not behind:
+                            behind = [0, *itertools.accumulate(map(plain_work, reversed(chains)))]
+                        if left + behind[len(chains) - len(done)] <= 0:
+                            break
                     continue
             except OSError:
                 if len(run) > 1:
@@ -187,7 +219,7 @@ class FastPath:
                 near[status_gpa - near_gpa] = status
                 written = length + STATUS_SIZE if writes and status == _OK else STATUS_SIZE
                 done.append(token | written << TOKEN_BITS)
-        return others
+        return left
 
     def _serve_alone(self, run: list[PlainChain]) -> None:
         """Serve each of ``run`` by the general path."""
