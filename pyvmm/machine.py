@@ -15,6 +15,7 @@ from pyvmm.console_watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
+from pyvmm.devices.pci_host import PciHost
 from pyvmm.devices.power import Power
 from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.devices.rtc import Rtc
@@ -107,6 +108,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         )
         timer = BootTimer()
         pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
+        pio.add(layout.PCI_PORT, PciHost.LENGTH, PciHost())
         _add_endings(pio, runner, watch, report)
         if config.rtc == "utc":
             pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
