@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyvmm.command_line import consoles_of, words_of
 from pyvmm.errors import ConfigError
 from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.numerals import decimal_number, shown, whole_number
@@ -26,8 +27,8 @@ SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
 _NEARLY_VHOST_USER = ("vhostuser=", "vhostuser:", "vhostuserblk=", "vhostuserblk:")
 MAX_DISKS = 8
-OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
-DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
+DEFAULT_CONSOLE = "console=ttyS0"
+DEFAULT_CMDLINE = f"{DEFAULT_CONSOLE} reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
 MAX_SIZE_BYTES = 1 << 60
 """Of any size in a text; more than any option takes."""
@@ -180,15 +181,21 @@ class RunConfig(Record):
 
     @property
     def virtio_devices(self) -> int:
-        """How many virtio-mmio devices the machine has; disks come first."""
-        return len(self.disks) + OTHER_DEVICES
+        """How many virtio-mmio devices the machine has: disks, a console, an entropy device."""
+        return len(self.disks) + self.has_virtio_console + 1
+
+    @property
+    def has_virtio_console(self) -> bool:
+        """True if the command line names hvc0.
+
+        Else the device is not there: systemd starts a login on every hvc0 it finds.
+        """
+        return "hvc0" in consoles_of(words_of(self._guest_words))
 
     @property
     def console_is_virtio(self) -> bool:
-        """Whether the guest's console is the virtio one: the last ``console=`` is hvc."""
-        words = self.kernel_command_line().split()
-        consoles = [word for word in words if word.startswith("console=")]
-        return bool(consoles) and consoles[-1].startswith("console=hvc")
+        """Whether the guest's console is the virtio one: the last of ours is hvc0."""
+        return consoles_of(words_of(self._guest_words))[-1:] == ["hvc0"]
 
     def kernel_command_line(self, limit: int | None = None) -> str:
         """The whole command line: devices, the base (default or ``cmdline``), then ``append``.
@@ -202,10 +209,19 @@ class RunConfig(Record):
         for index in range(self.virtio_devices if self.discovery != "acpi" else 0):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
+        parts.append(self._guest_words)
+        return " ".join(part for part in parts if part)
+
+    @property
+    def _guest_words(self) -> str:
+        """The base and ``append``."""
         if self.cmdline is not None:
-            parts.append(self.cmdline)
+            parts = [self.cmdline]
         else:
-            parts.append(DEFAULT_CMDLINE)
+            base = DEFAULT_CMDLINE
+            if consoles_of(words_of(self.append)):
+                base = base.removeprefix(DEFAULT_CONSOLE).strip()
+            parts = [base]
             if self.disks and self.initrd is None:
                 parts.append(f"root=/dev/vda {'ro' if self.disks[0].read_only else 'rw'}")
         parts.append(self.append)

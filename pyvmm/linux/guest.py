@@ -1,12 +1,13 @@
 """What a run asks of its kernel, as far as the run and the kernel's command line say it.
 
-This is read the way Linux reads it: init/do_mounts.c for ``root=``, lib/cmdline.c for the words.
+This is read the way Linux reads it: init/do_mounts.c for ``root=``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from pyvmm.command_line import consoles_of, words_of
 from pyvmm.lean import Record
 from pyvmm.linux import file_systems
 from pyvmm.linux.formats import Compression, detect
@@ -71,27 +72,6 @@ class Guest(Record):
     mistakes: tuple[str, ...] = ()
 
 
-def words_of(command_line: str) -> list[tuple[str, str]]:
-    """The parameters on a kernel's command line, ``(name, value)``; behind ``--`` they are init's.
-
-    Double quotes keep spaces together; ``-`` and ``_`` in names are the same.
-    """
-    found = []
-    word, quoted = "", False
-    for character in f"{command_line} ":
-        if character == '"':
-            quoted = not quoted
-        elif not character.isspace() or quoted:
-            word += character
-        elif word:
-            if word == "--":
-                break
-            name, _, value = word.partition("=")
-            found.append((name.replace("-", "_"), value))
-            word = ""
-    return found
-
-
 def describe(boot: Boot, config: KernelConfig | None) -> Guest:
     """What ``boot`` asks of a kernel that was built with ``config``, None if that is not known.
 
@@ -108,9 +88,7 @@ def describe(boot: Boot, config: KernelConfig | None) -> Guest:
         acpi=boot.acpi and values.get("acpi") != "off",
         cmdline_devices="virtio_mmio.device" in names,
         console=_console(words),
-        names_hvc0=any(
-            name == "console" and value.partition(",")[0] == "hvc0" for name, value in words
-        ),
+        names_hvc0="hvc0" in consoles_of(words),
         has_disk=boot.disks > 0,
         initrd_compression=compression,
         is_ram_disk=boot.initrd is not None and file_systems.detect(boot.initrd) is not None,
@@ -147,15 +125,9 @@ def _cpus(cpus: int, values: dict[str, str]) -> int:
 
 def _console(words: list[tuple[str, str]]) -> str:
     """The last console of ours; Linux takes the serial port if it is told of none at all."""
-    named = [value.partition(",")[0] for name, value in words if name == "console"]
-    ours = [
-        "hvc0" if name == "hvc0" else "ttyS0"
-        for name in named
-        if name in ("hvc0", "ttyS0", "uart8250", "uart")
-    ]
-    if ours:
+    if ours := consoles_of(words):
         return ours[-1]
-    return "" if named else "ttyS0"
+    return "" if any(name == "console" for name, _ in words) else "ttyS0"
 
 
 def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest, str]:

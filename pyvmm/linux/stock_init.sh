@@ -56,13 +56,18 @@ find_device() {
 }
 
 main() {
-  local cmdline tries device program
-  mount -t devtmpfs devtmpfs /dev && exec </dev/console >/dev/console 2>&1
+  local cmdline tries device program missing=''
+  mount -t devtmpfs devtmpfs /dev
   mount -t proc proc /proc
   mount -t sysfs sysfs /sys
   for module in /modules/*; do
     # A CPU may lack what one of them wants; the disk will tell whether it mattered.
-    insmod "$module" 2>/dev/null || say "cannot load ${module##*/}"
+    insmod "$module" 2>/dev/null || missing="$missing ${module##*/}"
+  done
+  # Only now: the console may be one of theirs, hvc0.  Without any, exec would end this shell.
+  (: <>/dev/console) 2>/dev/null && exec </dev/console >/dev/console 2>&1
+  for module in $missing; do
+    say "cannot load $module"
   done
   read -r cmdline </proc/cmdline
   parse_cmdline "$cmdline"

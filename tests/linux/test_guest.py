@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.linux.formats import Compression
-from pyvmm.linux.guest import Boot, Guest, describe, words_of
+from pyvmm.linux.guest import Boot, Guest, describe
 from pyvmm.linux.options import KernelConfig
 from tests.support import disk_heads
 
@@ -34,20 +34,6 @@ def guest_of(
 
 def config(**options: str) -> KernelConfig:
     return KernelConfig(options, "test")
-
-
-@pytest.mark.parametrize(("text", "words"), [
-    ("", []),
-    ("  a=1   b ", [("a", "1"), ("b", "")]),
-    ('a="x y" b', [("a", "x y"), ("b", "")]),
-    ('"a=x y" b', [("a", "x y"), ("b", "")]),
-    ("a-b.c-d=e-f", [("a_b.c_d", "e-f")]),
-    ("root=PARTUUID=1-2", [("root", "PARTUUID=1-2")]),
-    ("a -- root=/dev/vdz", [("a", "")]),
-    ('a="unfinished b', []),
-])
-def test_words(text: str, words: list[tuple[str, str]]) -> None:
-    assert words_of(text) == words
 
 
 @pytest.mark.parametrize(("words", "console"), [
