@@ -31,11 +31,15 @@ class RawTerminal:
 
     Only the foreground process group touches a terminal: in the background it is left alone until
     ``look`` finds the run in front (again).  ``fd`` may be no terminal; None: nothing.
+
+    Without ``cooks_output`` what is shown is as raw as what is typed: another terminal's output.
+    With it lines of ours and of others on the same terminal stay lines.
     """
 
-    def __init__(self, fd: int | None) -> None:
+    def __init__(self, fd: int | None, *, cooks_output: bool = True) -> None:
         self.fd = -1 if fd is None else fd
         self._is_terminal = fd is not None and _is_terminal(fd)
+        self._cooks_output = cooks_output
         self._is_in_front = False
         self._saved: list[Any] | None = None
         self._raw: list[Any] | None = None
@@ -79,7 +83,8 @@ class RawTerminal:
             raw = termios.tcgetattr(self.fd)
             raw[0] &= ~(termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
                         | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON)
-            # OPOST stays: lines of ours and of others on the same terminal stay lines.
+            if not self._cooks_output:
+                raw[1] &= ~termios.OPOST
             raw[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG
                         | termios.IEXTEN)
             raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0

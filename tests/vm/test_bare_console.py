@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tests.support.tiny_guests import (
 
 pytestmark = pytest.mark.bare
 
+F_SETPIPE_SZ = 1031  # linux/fcntl.h
 MUCH_LATER_S = 60
 TEXT = b"0123456789abcdef" * 40 + b"\n"
 
@@ -36,62 +38,62 @@ def flood(tmp_path: Path) -> Path:
     return write_guest(tmp_path / "flood", prints(b"flood"), prints_for_ever(TEXT))
 
 
-def took_s(process: subprocess.Popen[bytes]) -> float:
-    """How long it takes to end from now on."""
-    started_s = time.monotonic()
-    process.wait(MUCH_LATER_S)
-    return time.monotonic() - started_s
+def at_once_in_one_of_three(attempt: Callable[[], float]) -> bool:
+    """Whether ``attempt`` takes less than the 2 s that were once waited, on a busy machine too."""
+    return any(attempt() < 1.5 for _ in range(3))
+
+
+def with_small_pipe(kernel: Path, timeout: str) -> subprocess.Popen[bytes]:
+    """A run whose standard output is a pipe of a page: full in a moment."""
+    process = subprocess.Popen(
+        command("--timeout", timeout, kernel=kernel), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
+    )
+    assert process.stdout is not None
+    fcntl.fcntl(process.stdout.fileno(), F_SETPIPE_SZ, 4096)
+    return process
 
 
 # 32: nobody reads
 
 
 def test_fault_32_ctrl_a_x_does_not_wait_for_a_terminal_that_takes_nothing(flood: Path) -> None:
-    with TerminalBench() as bench:
-        bench.run(flood, "--timeout", str(MUCH_LATER_S))
-        bench.wait_for(b"flood")
-        bench.stop_reading()
-        time.sleep(2)  # pty, buffer and all are full
-        started_s = time.monotonic()
-        bench.type(b"\x01x")
-        assert bench.status() == 0
-        assert time.monotonic() - started_s < 1.5  # of which 2 s were waiting, once
-        bench.go_on_reading()
-        assert bench.has_its_modes_back()
+    def attempt() -> float:
+        with TerminalBench() as bench:
+            bench.run(flood, "--timeout", str(MUCH_LATER_S))
+            bench.wait_for(b"flood")
+            bench.stop_reading()
+            time.sleep(2)  # pty, buffer and all are full
+            started_s = time.monotonic()
+            bench.type(b"\x01x")
+            assert bench.status() == 0
+            took_s = time.monotonic() - started_s
+            bench.go_on_reading()
+            assert bench.has_its_modes_back()
+            return took_s
+
+    assert at_once_in_one_of_three(attempt)
 
 
-def test_fault_32_a_signal_does_not_wait_for_a_pipe_that_nobody_reads(flood: Path) -> None:
-    process = subprocess.Popen(
-        command("--timeout", str(MUCH_LATER_S), kernel=flood), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
-    )
-    assert process.stdout is not None
-    with process.stdout:
-        process.stdout.read(5)
-        time.sleep(2)
-        process.send_signal(signal.SIGTERM)
-        assert took_s(process) < 1.5
-    assert process.returncode == 128 + signal.SIGTERM
-
-
-def test_fault_32_timeout_counts_the_same_with_and_without_a_reader(flood: Path) -> None:
-    ended_s = []
-    for reads in (True, False):
-        process = subprocess.Popen(
-            command("--timeout", "3", kernel=flood), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
-        )
+@pytest.mark.parametrize("ending", ["timeout", "SIGTERM"])
+def test_fault_32_an_end_from_outside_does_not_wait_for_a_pipe_that_nobody_reads(
+    flood: Path, ending: str
+) -> None:
+    def attempt() -> float:
+        """How long it took from the end that was asked for."""
+        process = with_small_pipe(flood, "3" if ending == "timeout" else str(MUCH_LATER_S))
         assert process.stdout is not None
         with process.stdout:
-            process.stdout.read(5)
-            started_s = time.monotonic()
-            if reads:
-                while process.stdout.read(4096):
-                    pass
-            process.wait(MUCH_LATER_S)
-            ended_s.append(time.monotonic() - started_s)
-        assert process.returncode == 124
-    assert ended_s[1] < ended_s[0] + 1
+            os.read(process.stdout.fileno(), 5)
+            ends_s = time.monotonic() + 3
+            if ending == "SIGTERM":
+                time.sleep(2)
+                ends_s = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(MUCH_LATER_S) == (124 if ending == "timeout" else 143)
+        return time.monotonic() - ends_s
+
+    assert at_once_in_one_of_three(attempt)
 
 
 def test_fault_32_a_reader_that_is_slow_gets_all_of_an_end_in_order(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_fault_35_a_pipe_is_not_read_further_than_a_guest_reads(tmp_path: Path) 
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    size = fcntl.fcntl(process.stdin.fileno(), 1031, 1 << 20)  # F_SETPIPE_SZ
+    size = fcntl.fcntl(process.stdin.fileno(), F_SETPIPE_SZ, 1 << 20)
     os.set_blocking(process.stdin.fileno(), False)
     process.stdout.read(4)
     sent, until_s = 0, time.monotonic() + 1
