@@ -80,6 +80,7 @@ class NbdTarget(Target):
             disk = None
         if disk is not None:
             assert disk.size_bytes % disk.block_size == 0
+            assert disk.block_size in (512, 1024, 2048, 4096), disk.block_size
             assert disk.size_bytes > 0
             for step in steps:
                 _use(disk, step)
@@ -135,7 +136,7 @@ def _handshake(source: Source) -> Script:
 def _information(source: Source) -> bytes:
     """One option reply of information."""
     if source.chance(128):
-        sizes = [source.edge(512, 4096, 1 << 25, bits=32) for _ in range(3)]
+        sizes = [source.edge(512, 4096, 1536, 1 << 25, bits=32) for _ in range(3)]
         return option_reply(3, struct.pack(">HIII", 3, *sizes))
     return option_reply(source.edge(3, 2, 1 << 31, bits=32), source.take(source.bits(5)))
 
