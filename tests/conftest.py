@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import patient
+
 # A shell's background job starts with SIGINT ignored, and pyvmm leaves ignored what was: the tests
 # that interrupt one would wait for ever (`make test &`, some CI runners).
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -16,6 +18,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 REPORT = "PYVMM_TEST_REPORT"
 """The environment variable that names the file from which ``make test`` makes its last lines."""
 SHOWN = 20
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give tests, whose own deadlines are ``patient``, time enough to miss one and say so."""
+    limit = config.getini("timeout")
+    if limit and config.getoption("timeout") is None and "PYTEST_TIMEOUT" not in os.environ:
+        config.option.timeout = 2 * patient(float(limit))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

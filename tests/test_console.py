@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pyvmm.console import Console, EscapeFilter, LineWatch, OutputBuffer, RawTerminal
 from pyvmm.errors import ConfigError
+from tests.support.patience import patient
 
 
 def drained(output: OutputBuffer) -> None:
@@ -92,7 +93,7 @@ def test_shutting_lets_a_waiting_writer_go() -> None:
     writer = threading.Thread(target=guest)
     writer.start()
     output.shut()
-    writer.join(10)
+    writer.join(patient(10))
     assert not writer.is_alive()
 
 

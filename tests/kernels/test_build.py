@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernels import build
+from kernels.progress import BuildError
 from pyvmm.errors import HostError
 from tests.support.planted import give_away
 
@@ -107,7 +108,7 @@ def test_an_option_that_did_not_survive_fails_by_name(
     builds: Path, fragment: Path, tmp_path: Path
 ) -> None:
     fragment.write_text("CONFIG_A=y\nCONFIG_GHOST=y\n")
-    with pytest.raises(build.BuildError, match=r"refused: CONFIG_GHOST=y \(became n\)"):
+    with pytest.raises(BuildError, match=r"refused: CONFIG_GHOST=y \(became n\)"):
         build.build([fragment], tmp_path / "cache")
     assert builds.read_text() == ""
 
@@ -117,7 +118,7 @@ def test_a_failed_build_shows_the_tail_and_the_path_of_its_log(
 ) -> None:
     fragment.write_text("CONFIG_BROKEN=y\n")
     cache = tmp_path / "cache"
-    with pytest.raises(build.BuildError, match="the compiler said no") as failure:
+    with pytest.raises(BuildError, match="the compiler said no") as failure:
         build.build([fragment], cache)
     (log,) = cache.glob("*.log")
     assert str(log) in str(failure.value)
@@ -184,7 +185,7 @@ def test_missing_tools_are_named_with_the_command_that_installs_them(
     fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.BuildError, match=r"apt-get install .*bison.*flex.*gcc.*libelf-dev"):
+    with pytest.raises(BuildError, match=r"apt-get install .*bison.*flex.*gcc.*libelf-dev"):
         build.build([fragment], tmp_path / "cache")
 
 
@@ -193,7 +194,7 @@ def test_missing_source_is_said_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setattr(build, "TARBALL", tmp_path / "absent")
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt either
-    with pytest.raises(build.BuildError, match=r"apt-get install .*linux-source-6\.1"):
+    with pytest.raises(BuildError, match=r"apt-get install .*linux-source-6\.1"):
         build.find_source(tmp_path)
 
 
@@ -295,7 +296,7 @@ def test_fault_43_a_variant_that_fails_leaves_the_one_before(
 ) -> None:
     broken, cache = tmp_path / "broken.config", tmp_path / "cache"
     broken.write_text("CONFIG_BROKEN=y\n")
-    with pytest.raises(build.BuildError, match="the compiler said no"):
+    with pytest.raises(BuildError, match="the compiler said no"):
         build.build_all([[fragment], [fragment, broken]], cache)
     build.build([fragment], cache)
     assert builds.read_text() == "built\n"
