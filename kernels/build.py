@@ -11,6 +11,7 @@ pyvmm what needs no more: this runs before there is a virtual environment.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import filecmp
 import hashlib
@@ -24,9 +25,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script: the checkout's pyvmm
+from kernels.progress import BuildError, Progress, say
 from pyvmm.errors import HostError
 from pyvmm.lean import cache_path
 from pyvmm.linux import trust
@@ -62,10 +64,6 @@ TOOLS = {
 # All that a build sees of the caller's environment: an outer make's flags, or a CROSS_COMPILE or
 # KCFLAGS left in a shell, would change what is built.
 ENVIRONMENT = ("PATH", "HOME", "TMPDIR")
-
-
-class BuildError(Exception):
-    """The kernel cannot be built; the message says why and, where it can, what to type."""
 
 
 # ---- the fragment ------------------------------------------------------------------------------
@@ -156,54 +154,77 @@ def cache_key(options: Mapping[str, str], source_version: str, compiler: str) ->
 
 
 def build(fragments: Sequence[Path], cache: Path) -> Path:
-    """Build the kernel unless it is cached; the directory with bzImage, vmlinux and config.
+    """Build one kernel unless it is cached; the directory with bzImage, vmlinux and config."""
+    return build_all([fragments], cache)[0]
 
-    Racing runs are safe: the first builds under a lock, the others wait and take its result.
+
+def build_all(variants: Sequence[Sequence[Path]], cache: Path) -> list[Path]:
+    """Build the kernel of each of ``variants``, lists of fragments, unless it is cached.
+
+    They are built in one tree, one after another, so that the source is unpacked once and what
+    their configurations do not change is compiled once.  Racing runs are safe: the first builds
+    under a lock, the others wait and take its result.
     """
     if missing := missing_tools():
         raise BuildError(f"building a kernel needs {', '.join(missing)}; "
                          f"{_install_hint(sorted({TOOLS[tool] for tool in missing}))}")
-    options: dict[str, str] = {}
-    for fragment in fragments:
-        options |= parse_config(fragment.read_text())
     if re.search(r"[\s:]", str(cache)):
         raise BuildError(f"{cache}: a kernel cannot be built under a path with spaces or colons; "
                          "set PYVMM_CACHE to another directory")
     trust.make_directory(cache)
     source = find_source(cache)
     compiler = _output("gcc", "--version").splitlines()[0]
-    key = cache_key(options, source.version, compiler)
-    done = cache / key
-    if is_complete(done):
+    recipes: dict[Path, dict[str, str]] = {}
+    for fragments in variants:
+        options: dict[str, str] = {}
+        for fragment in fragments:
+            options |= parse_config(fragment.read_text())
+        recipes[cache / cache_key(options, source.version, compiler)] = options
+    absent = {done: options for done, options in recipes.items() if not is_complete(done)}
+    for done in recipes.keys() - absent.keys():
         say(f"cached: {done}")
-        return done
-    with locked(cache / f"{key}.lock", say), trust.writable_by_us_alone():
-        if is_complete(done):
-            return done
+    if absent:
+        with contextlib.ExitStack() as stack:
+            # All of them, in one order: nobody waits for a run that waits for him.
+            for done in sorted(absent):
+                stack.enter_context(locked(done.with_name(f"{done.name}.lock"), say))
+            stack.enter_context(trust.writable_by_us_alone())
+            _build_absent(
+                {done: options for done, options in absent.items() if not is_complete(done)},
+                source, cache,
+            )
+    return list(recipes)
+
+
+def _build_absent(recipes: Mapping[Path, Mapping[str, str]], source: Source, cache: Path) -> None:
+    """Build what is in ``recipes``, whose locks are held: directories and their options."""
+    if not recipes:
+        return
+    for done in recipes:
         # Under the lock, what still carries this name is left over from a killed build.
-        for stale in cache.glob(f"{key}.work*"):
+        for stale in cache.glob(f"{done.name}.work*"):
             shutil.rmtree(stale, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{key}.work-", dir=cache))
-        try:
-            if (free := shutil.disk_usage(cache).free) < WORK_BYTES:
-                raise BuildError(f"{cache}: {free >> 20} MiB free, the build needs "
-                                 f"{WORK_BYTES >> 20} MiB for a while")
-            tarball = source.tarball or download_source(source.version, cache, work)
-            say(f"building Linux from {PACKAGE} {source.version}: a few minutes, once")
-            log = cache / f"{key}.log"
+    work = Path(tempfile.mkdtemp(prefix=f"{next(iter(recipes)).name}.work-", dir=cache))
+    try:
+        if (free := shutil.disk_usage(cache).free) < WORK_BYTES:
+            raise BuildError(f"{cache}: {free >> 20} MiB free, the build needs "
+                             f"{WORK_BYTES >> 20} MiB for a while")
+        tarball = source.tarball or download_source(source.version, cache, work)
+        say(f"building Linux from {PACKAGE} {source.version}: a few minutes, once")
+        for done, options in recipes.items():
+            log = cache / f"{done.name}.log"
             log.unlink(missing_ok=True)
             _build_in(work, tarball, options, log)
             shutil.rmtree(done, ignore_errors=True)
             os.rename(work / "result", done)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return done
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _build_in(work: Path, tarball: Path, options: Mapping[str, str], log: Path) -> None:
-    """Unpack, configure, verify and make under ``work``; leaves ``work/result``."""
+    """Unpack unless another was built there, configure, verify and make under ``work``; leaves
+    ``work/result``."""
     tree, result = work / "linux", work / "result"
-    tree.mkdir()
     jobs = f"-j{len(os.sched_getaffinity(0))}"
     environment = build_environment(os.environ)
     # A fixed date: the same source gives the same kernel, whoever builds it and when.
@@ -211,8 +232,10 @@ def _build_in(work: Path, tarball: Path, options: Mapping[str, str], log: Path) 
     make = ["make", *MAKE_VARIABLES, f"KBUILD_BUILD_TIMESTAMP={stamp}"]
     with log.open("x") as output:
         progress = Progress(output, environment)
-        progress.run("unpacking", ["tar", "-xJf", str(tarball), "--strip-components=1",
-                                   *(f"--exclude={glob}" for glob in UNPACK_EXCLUDE)], cwd=tree)
+        if not tree.exists():
+            tree.mkdir()
+            progress.run("unpacking", ["tar", "-xJf", str(tarball), "--strip-components=1",
+                                       *(f"--exclude={glob}" for glob in UNPACK_EXCLUDE)], cwd=tree)
         wanted = work / "wanted.config"
         wanted.write_text("\n".join([*((tree / name).read_text() for name in TINY_CONFIGS),
                                      *(line_of(*option) for option in options.items())]))
@@ -226,7 +249,7 @@ def _build_in(work: Path, tarball: Path, options: Mapping[str, str], log: Path) 
     result.mkdir()
     (result / "config").write_text(final)
     for name, path in ARTEFACTS.items():
-        os.rename(tree / path, result / name)
+        shutil.copyfile(tree / path, result / name)
     os.rename(log, result / "build.log")
 
 
@@ -250,63 +273,7 @@ def is_complete(directory: Path) -> bool:
     return all((directory / name).exists() for name in ARTEFACTS)
 
 
-class Progress:
-    """Runs commands into a log and shows how far they are: a moving line, or one every 15 s."""
-
-    def __init__(self, log: IO[str], environment: Mapping[str, str]) -> None:
-        self._log = log
-        self._environment = environment
-        self._tty = sys.stderr.isatty()
-        self._start = self._shown = time.monotonic()
-
-    def run(self, what: str, command: Sequence[str], *, cwd: Path, steps: int = 0) -> None:
-        """Run ``command``; BuildError with the log's tail and path when it fails."""
-        self._show(what, 0, steps, "", force=self._tty or not steps)
-        self._log.write(f"$ {' '.join(command)}\n")
-        self._log.flush()
-        with subprocess.Popen(command, cwd=cwd, env=dict(self._environment), text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, errors="replace") as process:
-            try:
-                for count, line in enumerate(process.stdout or (), 1):
-                    self._log.write(line)
-                    self._show(what, count, steps, line.split()[-1] if line.split() else "")
-            except BaseException:
-                process.terminate()
-                process.wait()  # make's children must be gone before their files go
-                raise
-            finally:
-                sys.stderr.write("\r\033[K" if self._tty else "")
-        self._log.flush()
-        if process.returncode:
-            path = Path(self._log.name)
-            tail = "".join(f"  | {line}\n" for line in path.read_text().splitlines()[-20:])
-            raise BuildError(f"{what} failed with status {process.returncode}; "
-                             f"the log is {path} and ends so:\n{tail}")
-
-    def _show(self, what: str, count: int, steps: int, item: str, *, force: bool = False) -> None:
-        now = time.monotonic()
-        if not force and now - self._shown < (0.2 if self._tty else 15):
-            return
-        self._shown = now
-        elapsed = int(now - self._start)
-        line = f"kernel: {what} {elapsed // 60}:{elapsed % 60:02d}"
-        if steps and count:
-            line += f" {min(99, 100 * count // steps)} % ({count} objects) {item}"
-        if self._tty:
-            columns = shutil.get_terminal_size().columns
-            sys.stderr.write(f"\r{line[: columns - 1]}\033[K")
-            sys.stderr.flush()
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-
 # ---- small things ------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """One line to the person."""
-    print(f"kernel: {text}", file=sys.stderr, flush=True)
 
 
 def missing_tools() -> list[str]:
@@ -376,6 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="where bzImage and vmlinux go (default: build)")
     parser.add_argument("--fragment", type=Path, action="append", default=[], metavar="FILE",
                         help="further options over pyvmm.config; repeatable, the last one wins")
+    parser.add_argument("--variant", nargs=2, type=Path, action="append", default=[],
+                        metavar=("FILE", "DIR"),
+                        help="build also, in the same tree, the kernel with FILE's options over "
+                             "these, into DIR; repeatable")
     parser.add_argument("--missing", action="store_true",
                         help="print the Debian packages that are needed and missing, and end")
     options = parser.parse_args(arguments)
@@ -385,15 +356,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _stop)
     try:
-        done = build([FRAGMENT, *options.fragment], cache)
-        for name in ARTEFACTS:
-            install(done / name, options.out / name)
+        fragments = [FRAGMENT, *options.fragment]
+        kernels = {options.out: fragments}
+        kernels |= {out: [*fragments, fragment] for fragment, out in options.variant}
+        for done, out in zip(build_all(list(kernels.values()), cache), kernels, strict=True):
+            for name in ARTEFACTS:
+                install(done / name, out / name)
     except KeyboardInterrupt:
         return 130
     except (BuildError, HostError, OSError, subprocess.CalledProcessError) as error:
         print(f"kernels/build.py: {error}", file=sys.stderr)
         return 1
-    say(f"{options.out / 'bzImage'} and {options.out / 'vmlinux'} are ready")
+    for out in kernels:
+        say(f"{out / 'bzImage'} and {out / 'vmlinux'} are ready")
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import patient
 from tests.support.terminal_bench import TerminalBench
 
 pytestmark = pytest.mark.lab
@@ -40,7 +41,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lab(*argv: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
-    done = subprocess.run([*LAB, *argv], input=stdin, capture_output=True, timeout=200)
+    done = subprocess.run([*LAB, *argv], input=stdin, capture_output=True, timeout=patient(200))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -80,7 +81,7 @@ def test_interrupt_reaches_the_command(checkout: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 5
+        assert process.wait(patient(60)) == 5
 
 
 def test_a_terminal_is_a_terminal_there_too(checkout: Path) -> None:

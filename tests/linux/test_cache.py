@@ -12,6 +12,7 @@ import pytest
 
 from pyvmm.errors import HostError
 from pyvmm.linux.cache import Say, build_once, cache_directory, source_key
+from tests.support.patience import patient
 from tests.support.planted import ANOTHER, give_away
 
 
@@ -31,7 +32,7 @@ def test_racing_runs_build_once_and_all_succeed(tmp_path: Path) -> None:
     def slow_build(work: Path, say: Say) -> str:
         builds.append(work.name)
         first_is_building.set()
-        assert finish.wait(30)
+        assert finish.wait(patient(30))
         return build(work, say)
 
     def second_says(line: str) -> None:
@@ -46,9 +47,9 @@ def test_racing_runs_build_once_and_all_succeed(tmp_path: Path) -> None:
     first = threading.Thread(target=run, args=(quiet,))
     second = threading.Thread(target=run, args=(second_says,))
     first.start()
-    assert first_is_building.wait(30)
+    assert first_is_building.wait(patient(30))
     second.start()
-    assert waiting.wait(30)
+    assert waiting.wait(patient(30))
     finish.set()
     first.join()
     second.join()

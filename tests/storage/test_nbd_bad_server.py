@@ -26,6 +26,7 @@ from tests.support.nbd_servers import (
     request,
     scripted,
 )
+from tests.support.patience import patient
 from tests.support.raw_disks import room
 
 Serve = Callable[[socket.socket], None]
@@ -36,7 +37,7 @@ ERR_UNSUP, ERR_TLS_REQD = (1 << 31) + 1, (1 << 31) + 5
 def refusal(tmp_path: Path, serve: Serve) -> str:
     uri = f"nbd+unix:///?socket={tmp_path / 'socket'}"
     with scripted(tmp_path / "socket", serve), pytest.raises(ConfigError) as caught:
-        NbdBackend(uri, report=print, timeout_s=2)
+        NbdBackend(uri, report=print, timeout_s=patient(2))
     assert caught.value.subject == uri
     assert str(caught.value).isprintable()
     return caught.value.problem
@@ -105,7 +106,7 @@ def test_a_server_that_does_not_know_go(tmp_path: Path, flags: int) -> None:
     with (
         scripted(tmp_path / "socket", serve),
         closing(NbdBackend(
-            f"nbd+unix:///name?socket={tmp_path / 'socket'}", report=print, timeout_s=5
+            f"nbd+unix:///name?socket={tmp_path / 'socket'}", report=print, timeout_s=patient(5)
         )) as disk,
     ):
         assert (disk.size_bytes, disk.can_discard, disk.can_write_zeroes) == (8192, False, False)
@@ -128,7 +129,8 @@ def first_answer(tmp_path: Path, answer: Callable[[bytes], bytes]) -> tuple[OSEr
     with (
         scripted(tmp_path / "socket", serve),
         closing(NbdBackend(
-            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=reports.append, timeout_s=2
+            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=reports.append,
+            timeout_s=patient(2),
         )) as disk,
         pytest.raises(OSError) as caught,  # noqa: PT011 (the test looks)
     ):
@@ -174,7 +176,7 @@ def test_a_failed_fua_write_is_latched(tmp_path: Path) -> None:
     with (
         scripted(tmp_path / "socket", serve),
         closing(NbdBackend(
-            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=print, timeout_s=5
+            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=print, timeout_s=patient(5)
         )) as disk,
     ):
         with pytest.raises(OSError, match="Input/output"):

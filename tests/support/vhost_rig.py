@@ -38,6 +38,7 @@ from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
 from tests.support.packed_driver import PackedDriver
+from tests.support.patience import patient
 from tests.support.virtio_driver import RAM_BASE, BlockDriver
 
 RAM_BYTES = 1 << 20
@@ -104,7 +105,7 @@ class ScriptedFrontend:
     def __init__(self, rig: ExportRig) -> None:
         self.rig = rig
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(2)
+        self.socket.settimeout(patient(2))
         self.socket.connect(rig.path)
         self.ram_fd = memfd(RAM_BYTES)
         self.map = mmap.mmap(self.ram_fd, RAM_BYTES)
@@ -159,7 +160,7 @@ class ScriptedFrontend:
         except ConnectionResetError:
             return True
         finally:
-            self.socket.settimeout(2)
+            self.socket.settimeout(patient(2))
         return True
 
     # A front end that knows how

@@ -14,6 +14,7 @@ import pytest
 from tests.support.bare import LONG_MODE_ENTRY, assemble
 from tests.support.guest import command, environment
 from tests.support.kernels import ElfSegment, elf
+from tests.support.patience import patient
 from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.bare
@@ -32,7 +33,7 @@ def test_all_that_is_sent_is_shown_with_an_exit_a_byte(tmp_path: Path) -> None:
          "--console", str(console), "--timeout", "20"],
         stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as run:  # fmt: skip
-        give_up_s = time.monotonic() + SHOWN_S
+        give_up_s = time.monotonic() + patient(SHOWN_S)
         seen_s = None
         while time.monotonic() < give_up_s and run.poll() is None:
             if console.exists() and console.read_bytes() == SENT:
