@@ -210,7 +210,17 @@ class RunConfig(Record):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
         parts.append(self._guest_words)
-        return " ".join(part for part in parts if part)
+        line = " ".join(part for part in parts if part)
+        if limit is not None and len(line) > limit:
+            own = len(self.append)
+            option = "--append"
+            if self.cmdline is not None and len(self.cmdline) > own:
+                option, own = "--cmdline", len(self.cmdline)
+            raise ConfigError(
+                option, f"has {own} bytes, which are {len(line)} with all that belongs to the "
+                f"command line: the limit of kernel {self.kernel} is {limit}"
+            )
+        return line
 
     @property
     def _guest_words(self) -> str:
@@ -225,17 +235,7 @@ class RunConfig(Record):
             if self.disks and self.initrd is None:
                 parts.append(f"root=/dev/vda {'ro' if self.disks[0].read_only else 'rw'}")
         parts.append(self.append)
-        line = " ".join(part for part in parts if part)
-        if limit is not None and len(line) > limit:
-            own = len(self.append)
-            option = "--append"
-            if self.cmdline is not None and len(self.cmdline) > own:
-                option, own = "--cmdline", len(self.cmdline)
-            raise ConfigError(
-                option, f"has {own} bytes, which are {len(line)} with all that belongs to the "
-                f"command line: the limit of kernel {self.kernel} is {limit}"
-            )
-        return line
+        return " ".join(part for part in parts if part)
 
 
 def parse_size(option: str, text: str) -> int:
