@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fuzz.source import Source
 from fuzz.target import Target
-from pyvmm.linux import file_systems
+from pyvmm.linux import file_systems, partitions, root
 
 _PLACES = (0, 20, 446, 510, 512, 584, 1024, 1080, 0x400, 0x45C, 0x8000, 0x8001, 0x10040)
 
@@ -38,20 +38,34 @@ class DiskHeadTarget(Target):
         while source.more:
             kind = source.bits(8)
             at = _PLACES[kind - 1] if 1 <= kind <= len(_PLACES) else source.bits(17)
-            at = min(at, file_systems.HEAD_BYTES)
             piece = source.take(source.bits(8))
             head.extend(bytes(max(0, at + len(piece) - len(head))))
             head[at : at + len(piece)] = piece
-        _judge(bytes(head[: file_systems.HEAD_BYTES]))
+        _judge(bytes(head))
 
 
-def _judge(head: bytes) -> None:
-    file_systems.detect(head)
+_ROOTS = (
+    "/dev/vda", "/dev/vda1", "/dev/vdb128", "UUID=0", "LABEL=x", "PARTUUID=00000000-01",
+    "PARTUUID=00000000-0000-0000-0000-000000000000/PARTNROFF=1", "PARTLABEL=x",
+)
+
+
+def _judge(disk: bytes) -> None:
+    def read(offset: int) -> bytes:
+        return disk[offset : offset + file_systems.HEAD_BYTES]
+
+    head = read(0)
+    kind = file_systems.detect(head) or "ext4"
     file_systems.squashfs_compressor(head)
-    file_systems.partition_table(head)
-    for number in (-1, 0, 1, 2, 4, 5, 128, 1 << 32):
-        offset = file_systems.partition_offset(head, number)
-        assert offset is None or offset > 0, offset
+    file_systems.other_content(head)
+    file_systems.identity(head, kind)
+    assert file_systems.block_bytes(head, kind) >= 0
+    file_systems.unknown_ext_features(head)
+    partitions.table_kind(head)
+    assert len(partitions.read_partitions(read)) < 1000
+    for text in _ROOTS:
+        for has_initrd in (False, True):
+            root.find_root(text, 2, lambda _disk, offset: read(offset), has_initrd=has_initrd)
 
 
 def _patch(at: int, piece: bytes) -> bytes:
