@@ -37,6 +37,20 @@ class PackedDriver(BlockDriver):
         self.slots_of: dict[int, list[int]] = {}
         self._untold = 0  # slots
 
+    def begin_at(self, position: int) -> None:
+        """See ``VirtioDriver.begin_at``; there are as many slots behind it as laps have."""
+        laps, slot = divmod(position, self.size)
+        self.slot = self.used_slot = slot
+        self.wrap = self.used_wrap = 1 ^ laps & 1
+        for i in range(self.size):  # all are used, those behind it a lap ago
+            wrap = self.wrap if i < slot else self.wrap ^ 1
+            self.write_slot(i, Descriptor(0, 0), 0, (AVAIL | USED) if wrap else 0)
+
+    @property
+    def base(self) -> int:
+        """See ``VirtioDriver.base``."""
+        return self.used_slot | self.used_wrap << 15
+
     def negotiate(self, features: int | None = None) -> bool:
         """See ``VirtioDriver.negotiate``; None stands for FEATURES."""
         return super().negotiate(FEATURES if features is None else features)

@@ -7,6 +7,7 @@ as by an I/O thread, unless ``notify`` is told to have it served at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -30,7 +31,6 @@ from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import Feature, Register, Status
-from tests.support.packed_driver import PackedDriver
 from tests.support.vhost_rig import RAM_BYTES, USER_BASE, Doorbell, ExportRig, ScriptedFrontend
 from tests.support.virtio_driver import RAM_BASE, BlockDriver, Registers
 
@@ -40,32 +40,60 @@ FAR_BASE = 1 << 32
 _FAR_USER = USER_BASE + (1 << 40)
 
 
+class _Busy(Protocol):
+    """What a backend here has besides: ``on_io`` is called in the middle of each transfer, and
+    whatever touches a sector of ``bad`` fails."""
+
+    on_io: Callable[[], None]
+    bad: frozenset[int]
+
+
+def _enter(backend: _Busy, offset: int, length: int) -> None:
+    backend.on_io()
+    if backend.bad.intersection(range(offset // 512, (offset + length) // 512)):
+        raise OSError(errno.EIO, "bad sector")
+
+
 class BusyRaw(RawBackend):
-    """A file; ``on_io`` is called in the middle of each transfer."""
+    """A file."""
 
     on_io: Callable[[], None] = staticmethod(lambda: None)
+    bad: frozenset[int] = frozenset()
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self.on_io()
+        _enter(self, offset, sum(map(len, buffers)))
         super().readv(buffers, offset)
 
     def writev(self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False) -> None:
-        self.on_io()
+        _enter(self, offset, sum(map(len, buffers)))
         super().writev(buffers, offset, durable=durable)
+
+    def discard(self, offset: int, length: int) -> None:
+        _enter(self, offset, length)
+        super().discard(offset, length)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        _enter(self, offset, length)
+        super().write_zeroes(offset, length, unmap=unmap)
 
 
 class BusyMemory(MemoryBackend):
     """The same of a disk in memory."""
 
     on_io: Callable[[], None] = staticmethod(lambda: None)
+    bad: frozenset[int] = frozenset()
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self.on_io()
+        _enter(self, offset, sum(map(len, buffers)))
         super().readv(buffers, offset)
 
     def writev(self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False) -> None:
-        self.on_io()
+        _enter(self, offset, sum(map(len, buffers)))
         super().writev(buffers, offset, durable=durable)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        _enter(self, offset, length)
+        super().write_zeroes(offset, length, unmap=unmap)
 
 
 class Machine(Protocol):
@@ -78,6 +106,8 @@ class Machine(Protocol):
     """Called where the driver has to look at its rings in the middle of an interruption."""
     interruptions: Sequence[Callable[[BlockDriver], None]]
     has_ring_reset: bool
+    has_bases: bool
+    """Whether a ring may begin anywhere."""
 
     @property
     def offered(self) -> int:
@@ -119,7 +149,7 @@ class Machine(Protocol):
 class MmioMachine:
     """The device behind the registers of virtio-mmio."""
 
-    has_ring_reset = True
+    has_ring_reset, has_bases = True, False
 
     def __init__(
         self,
@@ -250,7 +280,7 @@ class _TwoRegions(ScriptedFrontend):
 class ExportMachine:
     """The device behind ``pyvmm export``, and a front end of it."""
 
-    has_ring_reset = False
+    has_ring_reset, has_bases = False, True
 
     def __init__(
         self,
@@ -285,7 +315,7 @@ class ExportMachine:
 
     def set_up(self, driver: BlockDriver) -> None:
         self._drivers[driver.index] = driver
-        self._frontend.set_up(driver)
+        self._frontend.set_up(driver, driver.base)
         self._frontend.run(driver.index)
 
     def reset_queue(self, driver: BlockDriver) -> None:
@@ -365,9 +395,5 @@ class ExportMachine:
         self._frontend.share()
         self.see()
         for driver in self._drivers.values():
-            if isinstance(driver, PackedDriver):
-                base = driver.used_slot | driver.used_wrap << 15
-            else:
-                base = driver.used_idx
-            self._frontend.set_up(driver, base)
+            self._frontend.set_up(driver, driver.base)
             self._frontend.run(driver.index)

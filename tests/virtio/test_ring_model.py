@@ -4,9 +4,9 @@ combination of what rings can be and of what can happen to them.
 Rings are split and packed, of 2 to 256 entries, with and without EVENT_IDX, INDIRECT_DESC and
 IN_ORDER.  Chains have 1 to 7 descriptors and some have 60, cut anywhere, direct, indirect or both,
 in tables that may be longer than the ring.  Requests come alone or in crowds, some of them
-write-zeroes that are more than a pass serves.  Meanwhile the rate limit changes, rings are stopped
-and go on where they were, front ends and exports come again, and queues and devices are reset.
-The fast path, and the general path alone.
+write-zeroes that are more than a pass serves.  Meanwhile the rate limit changes, sectors go bad,
+rings are stopped and go on where they were, front ends and exports come again, and queues and
+devices are reset.  The fast path, and the general path alone.
 
 Every request must be answered once, in order, with its own data, the status and the length of the
 model; the disk must in the end be the model's; and nothing of RAM may change that was not asked
@@ -27,13 +27,21 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio import device
 from pyvmm.virtio.block import BlockConfig, BlockDevice, fast
 from pyvmm.virtio.device import PASS_BYTES
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockFeature, Feature
-from tests.support.block_model import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, LiveModel
+from tests.support.block_model import (
+    DISCARD,
+    FLUSH,
+    GET_ID,
+    IN,
+    OUT,
+    WRITE_ZEROES,
+    Damage,
+    LiveModel,
+)
 from tests.support.general_path import GeneralBlockDevice
 from tests.support.legal_driver import QUEUE_SECTORS, Arena, Habits, LegalQueue, MirroredMemory
 from tests.support.packed_driver import PackedDriver
@@ -97,7 +105,7 @@ class Episode:
         self.features = 0
         self.boot()
 
-    def some_backend(self) -> BlockBackend:
+    def some_backend(self) -> BusyRaw | BusyMemory:
         backend: BusyRaw | BusyMemory
         if self.rng.random() < 0.6:
             with self.path.open("wb") as file:
@@ -153,6 +161,8 @@ class Episode:
         kind = PackedDriver if is_packed else BlockDriver
         driver = kind(self.machine.registers, self.memory, size=size, index=index, bottom=bottom)
         driver.event_idx = bool(self.features & Feature.EVENT_IDX)
+        if self.machine.has_bases and rng.random() < 0.5:  # often just before it begins anew
+            driver.begin_at(rng.choice((0xFFFF, 0x8000)) - rng.randrange(300))
         each = (REGION_BYTES - self.queue_count * QUEUE_BYTES) // self.queue_count
         start = RAM_BASE + self.queue_count * QUEUE_BYTES + index * each
         far = FAR_BASE + index * each
@@ -228,13 +238,17 @@ class Episode:
             if chance < 0.45:
                 if rng.random() < 0.6:
                     queue.collect(MAX_SIZE)
+                if rng.random() < 0.3:
+                    queue.choose_interrupts()
                 self.offer(queue, rng.choice((1, 1, 3, 14, MAX_SIZE)))
             elif chance < 0.6:
                 self.act(self.machine.turn)
             elif chance < 0.75:
                 queue.collect(rng.choice((1, 3, MAX_SIZE)))
+            elif chance < 0.78:
+                self.ask_one_by_one(queue)
             elif chance < 0.8:
-                queue.choose_interrupts()
+                self.damage()
             elif chance < 0.85:
                 self.machine.wait()
             elif chance < 0.88:
@@ -271,6 +285,23 @@ class Episode:
                 waiting = [len(queue.waiting) for queue in self.queues]
                 assert not any(waiting), f"{waiting} requests wait for ever"
         raise AssertionError("no end in sight")
+
+    def ask_one_by_one(self, queue: LegalQueue) -> None:
+        """As a program does that waits for each answer."""
+        for _ in range(3):
+            queue.collect(MAX_SIZE)
+            queue.choose_interrupts()
+            self.offer(queue, 1)
+            self.finish()
+
+    def damage(self) -> None:
+        """Some sectors go bad, or are well again."""
+        many = self.rng.choice((0, 1, 3))
+        starts = range(0, len(self.model.sectors), QUEUE_SECTORS)
+        sectors = frozenset(self.rng.choice(starts) + self.rng.randrange(64) for _ in range(many))
+        self.say(f"bad sectors: {sorted(sectors)}")
+        self.backend.bad = sectors
+        self.model.disk = Damage(sectors, False)
 
     def interrupt(self, queue: LegalQueue) -> None:
         """Something that the driver's requests must not notice."""
