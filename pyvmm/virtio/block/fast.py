@@ -61,19 +61,8 @@ class FastPath:
     """
 
     __slots__ = (
-        "_backend",
-        "_done",
-        "_extra_work",
-        "_index",
-        "_may_flush",
-        "_may_write",
-        "_memory",
-        "_merges",
-        "_near",
-        "_near_gpa",
-        "_notify",
-        "_serve",
-        "ring",
+        "_backend", "_done", "_extra_work", "_index", "_may_flush", "_may_write", "_memory",
+        "_merges", "_near", "_near_gpa", "_notify", "_serve", "ring",
     )
 
     def __init__(
