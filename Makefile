@@ -9,12 +9,14 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+T ?= 60
 
 VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv)
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
 IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
 LAB_PACKAGES := qemu-system-x86 busybox-static
-TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd
+TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd \
+	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs
 BENCH_PACKAGES := gcc binutils libc6-dev linux-libc-dev qemu-system-x86 qemu-system-common
@@ -50,7 +52,7 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run run-packages shell test test-packages lint unit vm-test soak kernel stock
+.PHONY: help run run-packages shell test test-packages test-kernels lint unit vm-test soak fuzz kernel stock
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -70,16 +72,34 @@ test-packages:
 shell: override ARGS += --append pyvmm.shell
 shell: run ## the same, with a shell on the guest's console (Ctrl-A x quits)
 
-test: test-packages lint unit vm-test ## everything: lint, types, unit tests, bare guests, Linux guests
+# Each stage runs, whatever became of those before it: the last lines say what failed.
+STAGES := test-kernels lint unit vm-test
+
+test: test-packages ## everything: lint, types, unit tests, bare guests, Linux guests
+	@mkdir -p build
+	# In the checkout, as the lab writes nothing else back.
+	report=$$(mktemp "$$PWD/build/.report.XXXXXX"); trap 'rm -f "$$report"' EXIT
+	status=0; summary=
+	for stage in $(STAGES); do
+	  : >"$$report"; start=$$SECONDS
+	  if PYVMM_TEST_REPORT=$$report $(MAKE) $$stage; then result=passed; else result=FAILED status=1; fi
+	  summary+=$$(printf '%-13s %s, %s s' $$stage $$result $$((SECONDS - start)))$$'\n'
+	  while read -r line; do summary+="  $$line"$$'\n'; done <"$$report"
+	done
+	printf '\n==== make test ====\n%s' "$$summary"
+	exit $$status
 
 lint: dev ## ruff, mypy --strict, import-linter
-	@$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@status=0
+	$(BIN)/ruff check . || status=1
+	$(BIN)/mypy || status=1
+	$(BIN)/lint-imports || status=1
+	exit $$status
 
 unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guests if there is a /dev/kvm
 	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES) $(BENCH_PACKAGES))
-	$(BIN)/pyvmm lab -- true  # what it downloads the first time is not for a test's output
+	# What it downloads the first time is not for a test's output; if it fails, tests will tell.
+	$(BIN)/pyvmm lab -- true || true
 	select="not kvm and not power_cut"
 	if ! [ -r /dev/kvm -a -w /dev/kvm ]; then
 	  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not power_cut and not bare"
@@ -89,26 +109,41 @@ unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guest
 vm-test: dev kernel image build/tools.img build/acpi/bzImage stock ## Linux guests; in the lab where this host's KVM cannot
 	@$(call choose_host,--timeout 2400 --memory 3G)
 	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
-	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS)
+	status=0
+	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS) || status=1
+	$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS) || status=1
+	exit $$status
 
-soak: dev kernel image build/tools.img ## 10,000 power cuts; a minute of load on four vCPUs
+soak: dev kernel image build/tools.img ## an hour of rings, 10,000 power cuts, a minute of load on four vCPUs
 	@$(call choose_host,)
+	PYVMM_SOAK_S=$${PYVMM_SOAK_S:-3600} $(BIN)/python -m pytest -q -s --timeout 0 tests/virtio/test_ring_model.py
 	PYVMM_STRESS_S=60 $$host $(BIN)/python -m pytest -q --timeout 1200 tests/vm/test_smp.py
 	PYVMM_POWER_CUTS=10000 $(BIN)/python -m pytest -q -m power_cut --timeout 7200 tests/vm
 
+fuzz: dev ## fuzz what reads untrusted bytes for T seconds (60) in all; ARGS='rings text' picks targets
+	@$(BIN)/python -m fuzz --seconds $(T) $(ARGS)
+
 kernel: build/bzImage build/vmlinux ## build/bzImage and build/vmlinux (minutes the first time, then cached)
 
-build/bzImage build/vmlinux &: kernels/pyvmm.config kernels/build.py
+BUILD_KERNEL := kernels/build.py kernels/progress.py kernels/pyvmm.config
+
+build/bzImage build/vmlinux &: $(BUILD_KERNEL)
 	@$(call need,$(KERNEL_PACKAGES))
 	$(PYTHON) kernels/build.py --out build
 	touch build/bzImage build/vmlinux
 
 # Told of its disks twice, by ACPI and by the command line: for the tests.
-build/acpi/bzImage: kernels/pyvmm.config kernels/acpi.config kernels/build.py
+build/acpi/bzImage: kernels/acpi.config $(BUILD_KERNEL)
 	@$(call need,$(KERNEL_PACKAGES))
 	$(PYTHON) kernels/build.py --fragment kernels/acpi.config --out build/acpi
 	touch $@
+
+# Both of them, in one tree where neither is cached.
+test-kernels:
+	@if $(MAKE) -q build/bzImage build/acpi/bzImage; then exit; fi
+	$(call need,$(KERNEL_PACKAGES))
+	$(PYTHON) kernels/build.py --out build --variant kernels/acpi.config build/acpi
+	touch build/bzImage build/vmlinux build/acpi/bzImage
 
 # Asked every time, from the cache unless apt knows a newer one; the tests read what it says.
 stock: venv ## Debian's own kernels, for the tests (cached; build/debian*.txt says where they are)

@@ -139,7 +139,7 @@ def build_disk(out: Path, contents: Contents, *, size_bytes: int, time: int) -> 
         tree.mkdir()
         make_tree(tree, contents)
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        temporary = _new_file_beside(out)
         try:
             with temporary.open("wb") as image:
                 image.truncate(size_bytes)
@@ -156,6 +156,14 @@ def build_disk(out: Path, contents: Contents, *, size_bytes: int, time: int) -> 
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _new_file_beside(out: Path) -> Path:
+    """A new empty file, whose name nobody could guess, that is to take the place of ``out``."""
+    fd, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
+    os.fchmod(fd, 0o644)
+    os.close(fd)
+    return Path(name)
 
 
 def _attributes(tree: Path, time: int) -> Iterator[str]:
@@ -202,7 +210,7 @@ def build_initramfs(out: Path, contents: Contents, *, time: int) -> None:
             archive += cpio_entry(name, mode, data, time=time, inode=inode)
         archive += cpio_entry("TRAILER!!!", 0, b"", time=0, inode=0)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary = _new_file_beside(out)
     temporary.write_bytes(gzip.compress(archive, 6, mtime=0))
     os.replace(temporary, out)
 

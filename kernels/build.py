@@ -4,8 +4,8 @@
     python3 kernels/build.py --out build        leaves build/bzImage and build/vmlinux
 
 The result is kept by content in the cache directory ($PYVMM_CACHE, $XDG_CACHE_HOME/pyvmm or
-~/.cache/pyvmm), so a second run copies two files.  Needs no root.  Standard library only: this
-runs before there is a virtual environment.
+~/.cache/pyvmm), so a second run copies two files.  Needs no root.  Standard library only, and of
+pyvmm what needs no more: this runs before there is a virtual environment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import filecmp
 import hashlib
 import os
@@ -22,10 +21,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script: the checkout's pyvmm
+from kernels.progress import BuildError, Progress, say
+from pyvmm.errors import HostError
+from pyvmm.lean import cache_path
+from pyvmm.linux import trust
+from pyvmm.linux.cache import locked
 
 FRAGMENT = Path(__file__).resolve().parent / "pyvmm.config"
 PACKAGE = "linux-source-6.1"
@@ -57,10 +64,6 @@ TOOLS = {
 # All that a build sees of the caller's environment: an outer make's flags, or a CROSS_COMPILE or
 # KCFLAGS left in a shell, would change what is built.
 ENVIRONMENT = ("PATH", "HOME", "TMPDIR")
-
-
-class BuildError(Exception):
-    """The kernel cannot be built; the message says why and, where it can, what to type."""
 
 
 # ---- the fragment ------------------------------------------------------------------------------
@@ -99,17 +102,26 @@ class Source:
 
 def find_source(cache: Path) -> Source:
     """The installed package, else one already downloaded, else the one apt would download."""
+    trust.check_directory(cache)
     if TARBALL.exists():
         version = _output("dpkg-query", "-W", "-f", "${Version}", PACKAGE)
         return Source(version=version or _sha256(TARBALL), tarball=TARBALL)
     show = _output("apt-cache", "show", "--no-all-versions", PACKAGE) or ""
     if match := re.search(r"^Version: (\S+)$", show, re.MULTILINE):
         downloaded = cache / f"{PACKAGE}_{match[1]}.tar.xz"
-        return Source(version=match[1], tarball=downloaded if downloaded.exists() else None)
+        return Source(version=match[1], tarball=_own_file(downloaded))
     if kept := sorted(cache.glob(f"{PACKAGE}_*.tar.xz")):
         version = kept[-1].name.removeprefix(f"{PACKAGE}_").removesuffix(".tar.xz")
-        return Source(version=version, tarball=kept[-1])
+        return Source(version=version, tarball=_own_file(kept[-1]))
     raise BuildError(f"no kernel source: {TARBALL} is missing; {_install_hint([PACKAGE])}")
+
+
+def _own_file(path: Path) -> Path | None:
+    """``path`` of the cache, unless it is missing; HostError if another user may have made it."""
+    if not os.path.lexists(path):
+        return None
+    trust.check_file(path)
+    return path
 
 
 def download_source(version: str, cache: Path, work: Path) -> Path:
@@ -142,60 +154,88 @@ def cache_key(options: Mapping[str, str], source_version: str, compiler: str) ->
 
 
 def build(fragments: Sequence[Path], cache: Path) -> Path:
-    """Build the kernel unless it is cached; the directory with bzImage, vmlinux and config.
+    """Build one kernel unless it is cached; the directory with bzImage, vmlinux and config."""
+    return build_all([fragments], cache)[0]
 
-    Racing runs are safe: the first builds under a lock, the others wait and take its result.
+
+def build_all(variants: Sequence[Sequence[Path]], cache: Path) -> list[Path]:
+    """Build the kernel of each of ``variants``, lists of fragments, unless it is cached.
+
+    They are built in one tree, one after another, so that the source is unpacked once and what
+    their configurations do not change is compiled once.  Racing runs are safe: the first builds
+    under a lock, the others wait and take its result.
     """
     if missing := missing_tools():
         raise BuildError(f"building a kernel needs {', '.join(missing)}; "
                          f"{_install_hint(sorted({TOOLS[tool] for tool in missing}))}")
-    options: dict[str, str] = {}
-    for fragment in fragments:
-        options |= parse_config(fragment.read_text())
     if re.search(r"[\s:]", str(cache)):
         raise BuildError(f"{cache}: a kernel cannot be built under a path with spaces or colons; "
                          "set PYVMM_CACHE to another directory")
-    cache.mkdir(parents=True, exist_ok=True)
+    trust.make_directory(cache)
     source = find_source(cache)
     compiler = _output("gcc", "--version").splitlines()[0]
-    key = cache_key(options, source.version, compiler)
-    done = cache / key
-    if is_complete(done):
+    recipes: dict[Path, dict[str, str]] = {}
+    for fragments in variants:
+        options: dict[str, str] = {}
+        for fragment in fragments:
+            options |= parse_config(fragment.read_text())
+        recipes[cache / cache_key(options, source.version, compiler)] = options
+    absent = {done: options for done, options in recipes.items() if not is_complete(done)}
+    for done in recipes.keys() - absent.keys():
         say(f"cached: {done}")
-        return done
-    with locked(cache / f"{key}.lock"):
-        if is_complete(done):
-            return done
-        work = cache / f"{key}.work"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            if (free := shutil.disk_usage(cache).free) < WORK_BYTES:
-                raise BuildError(f"{cache}: {free >> 20} MiB free, the build needs "
-                                 f"{WORK_BYTES >> 20} MiB for a while")
-            tarball = source.tarball or download_source(source.version, cache, work)
-            say(f"building Linux from {PACKAGE} {source.version}: a few minutes, once")
-            _build_in(work, tarball, options, cache / f"{key}.log")
+    if absent:
+        with contextlib.ExitStack() as stack:
+            # All of them, in one order: nobody waits for a run that waits for him.
+            for done in sorted(absent):
+                stack.enter_context(locked(done.with_name(f"{done.name}.lock"), say))
+            stack.enter_context(trust.writable_by_us_alone())
+            _build_absent(
+                {done: options for done, options in absent.items() if not is_complete(done)},
+                source, cache,
+            )
+    return list(recipes)
+
+
+def _build_absent(recipes: Mapping[Path, Mapping[str, str]], source: Source, cache: Path) -> None:
+    """Build what is in ``recipes``, whose locks are held: directories and their options."""
+    if not recipes:
+        return
+    for done in recipes:
+        # Under the lock, what still carries this name is left over from a killed build.
+        for stale in cache.glob(f"{done.name}.work*"):
+            shutil.rmtree(stale, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{next(iter(recipes)).name}.work-", dir=cache))
+    try:
+        if (free := shutil.disk_usage(cache).free) < WORK_BYTES:
+            raise BuildError(f"{cache}: {free >> 20} MiB free, the build needs "
+                             f"{WORK_BYTES >> 20} MiB for a while")
+        tarball = source.tarball or download_source(source.version, cache, work)
+        say(f"building Linux from {PACKAGE} {source.version}: a few minutes, once")
+        for done, options in recipes.items():
+            log = cache / f"{done.name}.log"
+            log.unlink(missing_ok=True)
+            _build_in(work, tarball, options, log)
             shutil.rmtree(done, ignore_errors=True)
             os.rename(work / "result", done)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return done
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _build_in(work: Path, tarball: Path, options: Mapping[str, str], log: Path) -> None:
-    """Unpack, configure, verify and make under ``work``; leaves ``work/result``."""
+    """Unpack unless another was built there, configure, verify and make under ``work``; leaves
+    ``work/result``."""
     tree, result = work / "linux", work / "result"
-    tree.mkdir()
     jobs = f"-j{len(os.sched_getaffinity(0))}"
     environment = build_environment(os.environ)
     # A fixed date: the same source gives the same kernel, whoever builds it and when.
     stamp = time.strftime("%Y-%m-%d", time.gmtime(tarball.stat().st_mtime))
     make = ["make", *MAKE_VARIABLES, f"KBUILD_BUILD_TIMESTAMP={stamp}"]
-    with log.open("w") as output:
+    with log.open("x") as output:
         progress = Progress(output, environment)
-        progress.run("unpacking", ["tar", "-xJf", str(tarball), "--strip-components=1",
-                                   *(f"--exclude={glob}" for glob in UNPACK_EXCLUDE)], cwd=tree)
+        if not tree.exists():
+            tree.mkdir()
+            progress.run("unpacking", ["tar", "-xJf", str(tarball), "--strip-components=1",
+                                       *(f"--exclude={glob}" for glob in UNPACK_EXCLUDE)], cwd=tree)
         wanted = work / "wanted.config"
         wanted.write_text("\n".join([*((tree / name).read_text() for name in TINY_CONFIGS),
                                      *(line_of(*option) for option in options.items())]))
@@ -209,7 +249,7 @@ def _build_in(work: Path, tarball: Path, options: Mapping[str, str], log: Path) 
     result.mkdir()
     (result / "config").write_text(final)
     for name, path in ARTEFACTS.items():
-        os.rename(tree / path, result / name)
+        shutil.copyfile(tree / path, result / name)
     os.rename(log, result / "build.log")
 
 
@@ -224,83 +264,16 @@ def build_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether ``directory`` holds a finished build (it appears by one rename)."""
+    """Whether ``directory`` holds a finished build (it appears by one rename).
+
+    HostError if another user could have made it.
+    """
+    if os.path.lexists(directory):
+        trust.check_tree(directory)
     return all((directory / name).exists() for name in ARTEFACTS)
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``; says so when another run has it, and waits."""
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            say(f"another run (pid {lock.read().strip() or '?'}) is building this; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
-class Progress:
-    """Runs commands into a log and shows how far they are: a moving line, or one every 15 s."""
-
-    def __init__(self, log: IO[str], environment: Mapping[str, str]) -> None:
-        self._log = log
-        self._environment = environment
-        self._tty = sys.stderr.isatty()
-        self._start = self._shown = time.monotonic()
-
-    def run(self, what: str, command: Sequence[str], *, cwd: Path, steps: int = 0) -> None:
-        """Run ``command``; BuildError with the log's tail and path when it fails."""
-        self._show(what, 0, steps, "", force=self._tty or not steps)
-        self._log.write(f"$ {' '.join(command)}\n")
-        self._log.flush()
-        with subprocess.Popen(command, cwd=cwd, env=dict(self._environment), text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, errors="replace") as process:
-            try:
-                for count, line in enumerate(process.stdout or (), 1):
-                    self._log.write(line)
-                    self._show(what, count, steps, line.split()[-1] if line.split() else "")
-            except BaseException:
-                process.terminate()
-                process.wait()  # make's children must be gone before their files go
-                raise
-            finally:
-                sys.stderr.write("\r\033[K" if self._tty else "")
-        self._log.flush()
-        if process.returncode:
-            path = Path(self._log.name)
-            tail = "".join(f"  | {line}\n" for line in path.read_text().splitlines()[-20:])
-            raise BuildError(f"{what} failed with status {process.returncode}; "
-                             f"the log is {path} and ends so:\n{tail}")
-
-    def _show(self, what: str, count: int, steps: int, item: str, *, force: bool = False) -> None:
-        now = time.monotonic()
-        if not force and now - self._shown < (0.2 if self._tty else 15):
-            return
-        self._shown = now
-        elapsed = int(now - self._start)
-        line = f"kernel: {what} {elapsed // 60}:{elapsed % 60:02d}"
-        if steps and count:
-            line += f" {min(99, 100 * count // steps)} % ({count} objects) {item}"
-        if self._tty:
-            columns = shutil.get_terminal_size().columns
-            sys.stderr.write(f"\r{line[: columns - 1]}\033[K")
-            sys.stderr.flush()
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-
 # ---- small things ------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """One line to the person."""
-    print(f"kernel: {text}", file=sys.stderr, flush=True)
 
 
 def missing_tools() -> list[str]:
@@ -324,12 +297,9 @@ def missing_packages(cache: Path) -> list[str]:
     return sorted(packages)
 
 
-def cache_directory(environment: Mapping[str, str]) -> Path:
-    """Where built kernels are kept: the project's cache directory, outside the tree."""
-    if value := environment.get("PYVMM_CACHE"):
-        return Path(value).absolute() / "kernels"
-    base = environment.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pyvmm" / "kernels"
+def cache_directory() -> Path:
+    """Where built kernels are kept: in pyvmm's cache, outside the tree."""
+    return Path(cache_path()) / "kernels"
 
 
 def install(source: Path, target: Path) -> None:
@@ -337,9 +307,8 @@ def install(source: Path, target: Path) -> None:
     if target.exists() and filecmp.cmp(source, target, shallow=False):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with trust.replacing(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def _install_hint(packages: Sequence[str]) -> str:
@@ -374,24 +343,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="where bzImage and vmlinux go (default: build)")
     parser.add_argument("--fragment", type=Path, action="append", default=[], metavar="FILE",
                         help="further options over pyvmm.config; repeatable, the last one wins")
+    parser.add_argument("--variant", nargs=2, type=Path, action="append", default=[],
+                        metavar=("FILE", "DIR"),
+                        help="build also, in the same tree, the kernel with FILE's options over "
+                             "these, into DIR; repeatable")
     parser.add_argument("--missing", action="store_true",
                         help="print the Debian packages that are needed and missing, and end")
     options = parser.parse_args(arguments)
-    cache = cache_directory(os.environ)
+    cache = cache_directory()
     if options.missing:
         print(*missing_packages(cache))
         return 0
     signal.signal(signal.SIGTERM, _stop)
     try:
-        done = build([FRAGMENT, *options.fragment], cache)
-        for name in ARTEFACTS:
-            install(done / name, options.out / name)
+        fragments = [FRAGMENT, *options.fragment]
+        kernels = {options.out: fragments}
+        kernels |= {out: [*fragments, fragment] for fragment, out in options.variant}
+        for done, out in zip(build_all(list(kernels.values()), cache), kernels, strict=True):
+            for name in ARTEFACTS:
+                install(done / name, out / name)
     except KeyboardInterrupt:
         return 130
-    except (BuildError, OSError, subprocess.CalledProcessError) as error:
+    except (BuildError, HostError, OSError, subprocess.CalledProcessError) as error:
         print(f"kernels/build.py: {error}", file=sys.stderr)
         return 1
-    say(f"{options.out / 'bzImage'} and {options.out / 'vmlinux'} are ready")
+    for out in kernels:
+        say(f"{out / 'bzImage'} and {out / 'vmlinux'} are ready")
     return 0
 
 

@@ -1,8 +1,75 @@
-"""``python -m pyvmm``: the same command line as the ``pyvmm`` console script."""
+"""The program: what the ``pyvmm`` script and ``python -m pyvmm`` run.
 
+To import it takes the process's signals, before a start's other imports: a notice must not kill a
+run that is about to take it, and an interrupt needs no traceback.  (Python itself has started by
+then; what comes before is its own.)
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # what of `signal` is there without an import
+import os
 import sys
 
-from pyvmm.cli.main import main
+_HELD = (_signal.SIGUSR1, _signal.SIGWINCH)
+"""They wait until a run or an export lets them in (``pyvmm.signals``), and after it for ever."""
+
+
+def _interrupted(number: int, _frame: object) -> None:
+    # No exception: imports, which are most of a start, swallow one here and there and print it.
+    os._exit(128 + number)
+
+
+_signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
+if _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:  # else it is ignored
+    _signal.signal(_signal.SIGINT, _interrupted)
+
+
+# What follows is not needed before the signals are taken.
+from pyvmm.cli.main import (  # noqa: E402
+    HOST_ERROR_STATUS,
+    SignalsAsTheyAre,
+    output_failed,
+    say_error,
+    show_traceback,
+)
+from pyvmm.cli.main import main as run_command  # noqa: E402
+
+
+class _SignalsLetIn(SignalsAsTheyAre):
+    """What is started meanwhile inherits no mask, notices do nothing, SIGINT is an exception."""
+
+    def __enter__(self) -> None:
+        for number in _HELD:
+            if _signal.getsignal(number) == _signal.SIG_DFL:
+                _signal.signal(number, lambda *_: None)
+        self._is_ours = _signal.getsignal(_signal.SIGINT) == _interrupted
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _HELD)
+        if self._is_ours:
+            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+
+    def __exit__(self, *_exc: object) -> None:
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
+        if self._is_ours:
+            _signal.signal(_signal.SIGINT, _interrupted)
+
+
+def main() -> int:
+    """Run ``pyvmm`` with the process's arguments; the exit status, with all output out.
+
+    Errors of any kind are lines of ours.
+    """
+    try:
+        status = run_command(sys.argv[1:], signals=_SignalsLetIn())
+        sys.stdout.flush()
+    except OSError as error:
+        return output_failed(error)
+    except Exception as error:  # a defect of ours; what it quotes may be anybody's
+        show_traceback(["-vv"])
+        say_error(f"internal error: {type(error).__name__}: {error}")
+        return HOST_ERROR_STATUS
+    return status
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pyvmm.command_line import consoles_of, words_of
 from pyvmm.errors import ConfigError
 from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.numerals import decimal_number, shown, whole_number
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import CpuModel
@@ -25,9 +27,11 @@ SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
 _NEARLY_VHOST_USER = ("vhostuser=", "vhostuser:", "vhostuserblk=", "vhostuserblk:")
 MAX_DISKS = 8
-OTHER_DEVICES = 2  # virtio-mmio devices behind the disks: a console, an entropy device
-DEFAULT_CMDLINE = "console=ttyS0 reboot=k panic=-1"
+DEFAULT_CONSOLE = "console=ttyS0"
+DEFAULT_CMDLINE = f"{DEFAULT_CONSOLE} reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
+MAX_SIZE_BYTES = 1 << 60
+"""Of any size in a text; more than any option takes."""
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -131,6 +135,15 @@ class RunConfig(Record):
         for option, path in (("--kernel", self.kernel), ("--initrd", self.initrd)):
             if path == "":
                 raise ConfigError(option, "names no file")
+        if not self.console:
+            raise ConfigError("--console", "names no file; write stdio, none or a file's name")
+        for option, text in (("--cmdline", self.cmdline or ""), ("--append", self.append)):
+            if not text.isascii() or "\0" in text:
+                position = next(
+                    at for at, one in enumerate(text) if one == "\0" or not one.isascii()
+                )
+                raise ConfigError(option, f"has {text[position]!a} at position {position}; "
+                                  "only ASCII without NUL can be passed to a kernel")
         for option, value, choices in (
             ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
             ("--rtc", self.rtc, RTC_KINDS), ("--discovery", self.discovery, DISCOVERY_WAYS),
@@ -168,20 +181,27 @@ class RunConfig(Record):
 
     @property
     def virtio_devices(self) -> int:
-        """How many virtio-mmio devices the machine has; disks come first."""
-        return len(self.disks) + OTHER_DEVICES
+        """How many virtio-mmio devices the machine has: disks, a console, an entropy device."""
+        return len(self.disks) + self.has_virtio_console + 1
+
+    @property
+    def has_virtio_console(self) -> bool:
+        """True if the command line names hvc0.
+
+        Else the device is not there: systemd starts a login on every hvc0 it finds.
+        """
+        return "hvc0" in consoles_of(words_of(self._guest_words))
 
     @property
     def console_is_virtio(self) -> bool:
-        """Whether the guest's console is the virtio one: the last ``console=`` is hvc."""
-        words = self.kernel_command_line().split()
-        consoles = [word for word in words if word.startswith("console=")]
-        return bool(consoles) and consoles[-1].startswith("console=hvc")
+        """Whether the guest's console is the virtio one: the last of ours is hvc0."""
+        return consoles_of(words_of(self._guest_words))[-1:] == ["hvc0"]
 
-    def kernel_command_line(self) -> str:
+    def kernel_command_line(self, limit: int | None = None) -> str:
         """The whole command line: devices, the base (default or ``cmdline``), then ``append``.
 
         Devices come first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
+        ConfigError, naming the longer option, if it has more than ``limit`` bytes.
         """
         parts = []
         if self.timing:
@@ -189,10 +209,29 @@ class RunConfig(Record):
         for index in range(self.virtio_devices if self.discovery != "acpi" else 0):
             base, gsi = layout.virtio_slot(index)
             parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
+        parts.append(self._guest_words)
+        line = " ".join(part for part in parts if part)
+        if limit is not None and len(line) > limit:
+            own = len(self.append)
+            option = "--append"
+            if self.cmdline is not None and len(self.cmdline) > own:
+                option, own = "--cmdline", len(self.cmdline)
+            raise ConfigError(
+                option, f"has {own} bytes, which are {len(line)} with all that belongs to the "
+                f"command line: the limit of kernel {self.kernel} is {limit}"
+            )
+        return line
+
+    @property
+    def _guest_words(self) -> str:
+        """The base and ``append``."""
         if self.cmdline is not None:
-            parts.append(self.cmdline)
+            parts = [self.cmdline]
         else:
-            parts.append(DEFAULT_CMDLINE)
+            base = DEFAULT_CMDLINE
+            if consoles_of(words_of(self.append)):
+                base = base.removeprefix(DEFAULT_CONSOLE).strip()
+            parts = [base]
             if self.disks and self.initrd is None:
                 parts.append(f"root=/dev/vda {'ro' if self.disks[0].read_only else 'rw'}")
         parts.append(self.append)
@@ -204,24 +243,32 @@ def parse_size(option: str, text: str) -> int:
     number = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
     digits = number.removesuffix(unit)
-    if not digits.isascii() or not digits.isdigit() or len(digits) > 20:
-        raise ConfigError(f"{option} {text}", "is not a size; write 256M or 1G")
-    return int(digits) * _SIZE_UNITS[unit]
+    count = whole_number(digits, 0, MAX_SIZE_BYTES // _SIZE_UNITS[unit])
+    if count is None:
+        raise ConfigError(
+            f"{option} {shown(text)}",
+            f"is not a size up to {format_size(MAX_SIZE_BYTES)}; write 256M or 1G",
+        )
+    return count * _SIZE_UNITS[unit]
 
 
 def parse_cpus(text: str) -> int:
     """``4`` -> 4; ConfigError if it is no number.  The range is RunConfig's."""
-    if not text.isascii() or not text.isdigit() or len(text) > 6:
-        raise ConfigError(f"--cpus {text}", f"is not a number from 1 to {MAX_CPUS}")
-    return int(text)
+    count = whole_number(text, 0, 999_999)
+    if count is None:
+        raise ConfigError(f"--cpus {shown(text)}", f"is not a number from 1 to {MAX_CPUS}")
+    return count
 
 
 def parse_seconds(option: str, text: str) -> float:
     """``2.5`` -> seconds; ConfigError naming ``option``."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{option} {text}", "is not a number of seconds") from None
+    seconds = decimal_number(text, 0, MAX_TIMEOUT_S)
+    if not seconds:
+        raise ConfigError(
+            f"{option} {shown(text)}",
+            f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
+        )
+    return seconds
 
 
 def format_size(size_bytes: int) -> str:
@@ -241,6 +288,7 @@ _DISK_VALUES = {
     "iops": "RATE[:BURST]",
     "bps": "RATE[:BURST]",
     "faults": "FILE",
+    "format": "raw",
 }
 _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
 
@@ -287,6 +335,7 @@ def parse_disk(text: str) -> AnyDiskConfig:
         snapshot="snapshot" in given or "overlay" in given,
         overlay=given.get("overlay", ""),
         faults=given.get("faults", ""),
+        is_raw=_disk_is_raw(option, given.get("format", "")),
     )
     return DiskConfig(
         source=source,
@@ -306,6 +355,14 @@ def _vhost_user_disk(option: str, socket: str, given: dict[str, str]) -> VhostUs
     return VhostUserDiskConfig(socket=socket, queues=_disk_queues(option, given.get("queues", "1")))
 
 
+def _disk_is_raw(option: str, value: str) -> bool:
+    if value not in ("", "raw"):
+        raise ConfigError(
+            option, f"format={value} is not raw; convert it: qemu-img convert -O raw IN OUT"
+        )
+    return bool(value)
+
+
 def _disk_serial(option: str, value: str) -> str:
     if not value.isascii() or not value.isprintable():
         raise ConfigError(option, "serial= wants printable ASCII characters")
@@ -317,8 +374,8 @@ def _disk_serial(option: str, value: str) -> str:
 
 
 def _disk_queues(option: str, value: str) -> int:
-    if value not in map(str, range(1, MAX_QUEUES + 1)):
-        raise ConfigError(option, f"queues={value} is not a number from 1 to {MAX_QUEUES}")
+    if value not in map(str, range(1, MAX_QUEUES + 1)):  # 01 neither
+        raise ConfigError(option, f"queues={shown(value)} is not a number from 1 to {MAX_QUEUES}")
     return int(value)
 
 

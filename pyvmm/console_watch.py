@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyvmm.console import LineWatch
+from pyvmm.console.output import LineWatch
 from pyvmm.lean import Protocol
 from pyvmm.outcome import Kind, Outcome
 

@@ -34,7 +34,11 @@ else:
         """A class used as an enumeration is: called, iterated over and asked by name."""
 
         def __call__(cls, value):
-            if cls._any_bits or value in tuple(cls):
+            # The member itself, since the code compares with `is`.
+            for member in cls:
+                if member == value:
+                    return member
+            if cls._any_bits:
                 return value
             raise ValueError(f"{value!r} is not a valid {cls.__name__}")
 
@@ -157,11 +161,31 @@ class Record(metaclass=_RecordType):
 
 def cache_path() -> str:
     """The cache directory: ``$PYVMM_CACHE``, else ``$XDG_CACHE_HOME/pyvmm``, else
-    ``~/.cache/pyvmm``.  It may not be there."""
+    ``~/.cache/pyvmm``.  It may not be there, and may be another user's (``linux.trust``)."""
     if chosen := os.environ.get("PYVMM_CACHE"):
         return os.path.abspath(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(_own_home(), ".cache")
     return os.path.join(base, "pyvmm")
+
+
+def _own_home() -> str:
+    """``$HOME``; but if that is another user's, as under ``sudo -E``, the home of our own account.
+
+    Root must not run what lies in a user's cache, nor leave there what the user cannot remove.
+    """
+    home = os.environ.get("HOME", "")
+    try:
+        is_own = os.stat(home).st_uid in (0, os.geteuid())
+    except OSError:
+        is_own = bool(home)  # not there yet
+    if is_own:
+        return home
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return home or "/"
 
 
 def configuration_paths(kernel: str | os.PathLike[str], version: str) -> list[str]:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.bus import Bus
 from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig, VhostUserDiskConfig
-from pyvmm.console import Console, OutputBuffer
+from pyvmm.console.output import OutputBuffer
+from pyvmm.console.place import Console
 from pyvmm.console_watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
+from pyvmm.devices.pci_host import PciHost
 from pyvmm.devices.power import Power
 from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.devices.rtc import Rtc
@@ -32,10 +34,10 @@ from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.polled_uart import PolledUart
 from pyvmm.report import Reporter
-from pyvmm.runner import REFRESH_SIGNAL, RESIZE_SIGNAL, Runner
+from pyvmm.runner import Runner
+from pyvmm.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
 from pyvmm.slot import Slot, eventfd
 from pyvmm.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
-from pyvmm.virtio.console import ConsoleDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
@@ -73,10 +75,11 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                      for base, gsi in places],
         )
         write_reset_vector(memory)
-        write_boot_info(memory, kernel, config.kernel_command_line(), initrd, rsdp=rsdp)
+        cmdline = config.kernel_command_line(kernel.cmdline_limit)
+        write_boot_info(memory, kernel, cmdline, initrd, rsdp=rsdp)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         disks = [
-            _open_disk(disk, index, runner, stack, report)
+            _open_disk(disk, index, runner, stack, report, config.timeout_s)
             for index, disk in enumerate(config.disks)
         ]
         console = stack.enter_context(contextlib.closing(_open_console(config)))
@@ -95,12 +98,20 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
         pio, mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
 
+        hvc0 = None
+        if config.has_virtio_console:
+            from pyvmm.hvc0 import Hvc0
+
+            hvc0 = Hvc0(output.write, runner.input_room, stack, size=console.size,
+                        is_chosen=config.console_is_virtio)
+        show = hvc0.show_serial if hvc0 else output.write
         serial = Serial(
-            output.write if config.cpus == 1 else watch.tap(output.write),
+            show if config.cpus == 1 else watch.tap(show),
             lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
         )
         timer = BootTimer()
         pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
+        pio.add(layout.PCI_PORT, PciHost.LENGTH, PciHost())
         _add_endings(pio, runner, watch, report)
         if config.rtc == "utc":
             pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
@@ -118,13 +129,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                    at_exit=config.serve == "exit" and disk.watch is None,
                    watch=disk.watch)
             stack.callback(disk.at_end)
-        typed_fd, resized_fd, polled_fd = eventfd(stack), eventfd(stack), eventfd(stack)
-        resized = functools.partial(os.eventfd_write, resized_fd, 1)
-        terminal = ConsoleDevice(
-            output.write, runner.input_room, size=console.size, on_ready=resized
-        )
-        attach(terminal, irq_fd=eventfd(stack), at_exit=True,
-               doorbells=(typed_fd, eventfd(stack)))
+        if hvc0:
+            attach(hvc0.device, irq_fd=eventfd(stack), at_exit=True,
+                   doorbells=(hvc0.typed_fd, eventfd(stack)))
         attach(EntropyDevice(), irq_fd=eventfd(stack), at_exit=True,
                doorbells=(eventfd(stack),))
         vm.create_irqchip()
@@ -135,6 +142,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
         loops: list[VcpuLoop] = []
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
+        polled_fd = eventfd(stack)
         uart = PolledUart(
             # Gathered, nobody knows which vCPU sent what, as ConsoleWatch does to tell lines apart.
             serial, ring=vcpus[0].coalesced_ring(kvm.ring_page) if config.cpus == 1 else None,
@@ -164,15 +172,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 os.eventfd_write(fd, 1)
 
         def resize() -> None:
-            if terminal.resize(console.size):
-                resized()
-
-        def receive(typed: bytes) -> int:
-            if not config.console_is_virtio:
-                return serial.receive(typed)
-            taken = terminal.receive(typed)
-            os.eventfd_write(typed_fd, 1)
-            return taken
+            if hvc0:
+                hvc0.resize(console.size)
 
         def run() -> Outcome:
             console.begin()
@@ -184,14 +185,19 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 for index, (disk, slot, fd) in enumerate(zip(disks, slots, looks, strict=False))
             ]
             # Not on this thread: it moves the console's bytes, for which the device may wait.
-            resize_news = IoSource(resized_fd, slots[len(disks)].transport.config_changed)
-            polled_news = IoSource(polled_fd, uart.tick)
-            workers.append(("console", [*slots[len(disks)].sources, resize_news, polled_news]))
+            console_sources = [IoSource(polled_fd, uart.tick)]
+            if hvc0:
+                slot = slots[len(disks)]
+                resize_news = IoSource(hvc0.resized_fd, slot.transport.config_changed)
+                console_sources += [*slot.sources, resize_news]
+            workers.append(("console", console_sources))
             # A thread of its own, since the console's may wait for a terminal that takes nothing.
             workers.append(("entropy", slots[-1].sources))
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output,
-                receive=receive, notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
+                receive=hvc0.receive if hvc0 and config.console_is_virtio else serial.receive,
+                notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
+                at_end=[disk.at_end for disk in disks],
             )
             return watch.judge(outcome)
 
@@ -266,7 +272,7 @@ class _Disk(Record, kw_only=False):
     """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
 
     ``watch`` waits for news of the process that serves it, if that is another one; ``at_end`` is
-    called before the device is closed.
+    called when the run ends, and again before the device is closed.
     """
 
     device: BlockDevice | VhostUserBlock
@@ -282,13 +288,15 @@ def _open_disk(
     runner: Runner,
     stack: contextlib.ExitStack,
     report: Reporter,
+    timeout_s: float | None,
 ) -> _Disk:
+    """Open disk ``index``; a server that it is on has at most ``timeout_s`` to answer."""
     irq_fd = eventfd(stack)
     if isinstance(config, DiskConfig):
         from pyvmm.storage.open import open_backend
         from pyvmm.virtio.block import BlockDevice
 
-        opened = open_backend(config.source, report=report)
+        opened = open_backend(config.source, report=report, timeout_s=timeout_s)
         device = BlockDevice(config.block, stack.enter_context(contextlib.closing(opened)))
         return _Disk(device, irq_fd, tuple(eventfd(stack) for _ in device.queue_max_sizes))
 
@@ -299,7 +307,8 @@ def _open_disk(
         # Linux waits for ever for a request that nobody answers: the run is over.
         runner.finish(Outcome(Kind.HOST_ERROR, detail=f"disk {index}: {reason}"))
 
-    frontend = stack.enter_context(contextlib.closing(Frontend.connect(config.socket)))
+    frontend = Frontend.connect(config.socket, handshake_timeout_s=timeout_s)
+    stack.callback(frontend.close)
     doorbells = tuple(eventfd(stack) for _ in range(config.queues))
     served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
     return _Disk(

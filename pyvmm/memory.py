@@ -18,6 +18,9 @@ from types import TracebackType
 from pyvmm.errors import GuestMemoryError, HostError
 
 PAGE_SIZE = 4096
+HUGE_PAGE = 2 << 20
+_GIB = 1 << 30
+_MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000  # mmap.MAP_NORESERVE came with Python 3.13
 _MREMAP_TO = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
 _MAP_FAILED = (1 << 64) - 1
@@ -52,10 +55,14 @@ class GuestMemory:
     private anonymous memory with huge pages (0.2 us a page); with ``shared=True`` it is a memfd
     (5 us a page), needed only where another process must see it; ``fd`` is then its descriptor,
     sealed: whoever gets it can not shrink it under us, which would be a SIGBUS.
+
+    Host and guest address of a region agree modulo 2 MiB, from 1 GiB on modulo 1 GiB.  If they did
+    not, KVM would map pages of 4 KiB whatever the host has: a boot makes 3.5 times the exits then.
+    A region under 2 MiB has no room for a huge page.
     """
 
     def __init__(self, ranges: Sequence[tuple[int, int]], *, shared: bool = False) -> None:
-        total = sum(length for _, length in ranges)
+        offsets, total = _place(ranges)
         self.fd: int | None = None
         self._map: mmap.mmap | None = None
         try:
@@ -63,26 +70,20 @@ class GuestMemory:
                 self.fd = os.memfd_create("pyvmm-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 os.ftruncate(self.fd, total)
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-                self._map = mmap.mmap(self.fd, total)
-            else:
-                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-                self._map = mmap.mmap(-1, total, flags=flags)
+            self._map, start = map_aligned(total, self.fd)
         except (OSError, ValueError, OverflowError) as error:
             if self.fd is not None:
                 os.close(self.fd)
             raise HostError(f"cannot map {total >> 20} MiB of guest RAM: {error}") from error
-        if not shared:
-            # Fewer faults and TLB misses; a kernel without THP refuses, which costs only speed.
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+        # Fewer faults and TLB misses; a kernel without THP refuses, which costs only speed.
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE, start, total)
         self._closed = False
-        root = memoryview(self._map)
-        regions, offset = [], 0
-        for gpa, length in ranges:
-            regions.append(Region(gpa, root[offset : offset + length], offset))
-            offset += length
-        root.release()
-        self.regions = tuple(regions)
+        with memoryview(self._map) as root:
+            self.regions = tuple(
+                Region(gpa, root[start + offset : start + offset + length], offset)
+                for (gpa, length), offset in zip(ranges, offsets, strict=True)
+            )
 
     @classmethod
     def over(cls, buffer: bytearray | mmap.mmap, gpa: int = 0) -> GuestMemory:
@@ -183,6 +184,78 @@ class GuestMemory:
         self.close()
 
 
+def map_aligned(length: int, fd: int | None = None) -> tuple[mmap.mmap, int]:
+    """Map ``length`` bytes where their pages can be huge: the first of ``fd``, or private zeroes.
+
+    Return a mapping and the offset of these bytes in it; touch no others of it.  The bytes begin at
+    a multiple of 2 MiB, from 1 GiB on at a multiple of 1 GiB.  Without room for that they begin at
+    any page.  Errors are those of mmap.mmap.
+    """
+    for alignment in (_GIB, HUGE_PAGE) if length >= _GIB else (HUGE_PAGE,):
+        # Python's mmap takes no address: map more than is needed.
+        with contextlib.suppress(OSError):
+            mapping = _map_private(length + alignment)
+            start = -_address_of(mapping) % alignment
+            if fd is not None:
+                _map_over(mapping, start, length, fd)
+            return mapping, start
+    return _map_private(length) if fd is None else mmap.mmap(fd, length), 0
+
+
+def _place(ranges: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Return each range's offset in one mapping, and the end of all.
+
+    A range with room for a huge page is aligned as its ``gpa`` is.
+    """
+    offsets, end = [], 0
+    for gpa, length in ranges:
+        if length >= HUGE_PAGE:
+            end += (gpa - end) % (_GIB if length >= _GIB else HUGE_PAGE)
+        offsets.append(end)
+        end += length
+    return offsets, end
+
+
+def _map_private(length: int) -> mmap.mmap:
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+
+
+def _map_over(mapping: mmap.mmap, start: int, length: int, fd: int) -> None:
+    """Replace ``length`` bytes of ``mapping`` by the first ones of ``fd``.
+
+    Closing ``mapping`` unmaps them, too.  OSError if the host cannot; ``mapping`` is then closed.
+    """
+    place = _address_of(mapping) + start
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    try:
+        _mmap(_libc(), place, length, flags, fd)
+    except OSError:
+        mapping.close()
+        raise
+
+
+def _address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+    address, length = ctypes.c_void_p, ctypes.c_size_t
+    libc.mmap.argtypes = (address, length, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.mremap.argtypes = (address, length, length, ctypes.c_int, address)
+    libc.munmap.argtypes = (address, length)
+    return libc
+
+
+def _mmap(libc: ctypes.CDLL, place: int | None, length: int, flags: int, fd: int) -> int:
+    """Return the address of a new writable mapping; OSError."""
+    found: int = libc.mmap(place, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if found == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), "mmap")
+    return found
+
+
 def replace_page(page: mmap.mmap, content: bytes) -> None:
     """Make ``content`` what the one page of ``page`` holds, all at once for whoever reads it.
 
@@ -190,18 +263,10 @@ def replace_page(page: mmap.mmap, content: bytes) -> None:
     the host's page table, which a guest follows that has the page mapped.  Views of ``page`` stay
     good; what is stored into it meanwhile is lost.  OSError if the host cannot, and has not.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
-    address, length = ctypes.c_void_p, ctypes.c_size_t
-    libc.mmap.argtypes = (address, length, *[ctypes.c_int] * 3, ctypes.c_long)
-    libc.mremap.argtypes = (address, length, length, ctypes.c_int, address)
-    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
-    fresh = libc.mmap(None, PAGE_SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-    if fresh == _MAP_FAILED:
-        raise OSError(ctypes.get_errno(), "mmap")
+    libc = _libc()
+    fresh = _mmap(libc, None, PAGE_SIZE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1)
     ctypes.memmove(fresh, content, PAGE_SIZE)
-    place = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    if libc.mremap(fresh, PAGE_SIZE, PAGE_SIZE, _MREMAP_TO, place) == _MAP_FAILED:
+    if libc.mremap(fresh, PAGE_SIZE, PAGE_SIZE, _MREMAP_TO, _address_of(page)) == _MAP_FAILED:
         error = ctypes.get_errno()
-        libc.munmap(ctypes.c_void_p(fresh), ctypes.c_size_t(PAGE_SIZE))
+        libc.munmap(fresh, PAGE_SIZE)
         raise OSError(error, "mremap")

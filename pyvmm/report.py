@@ -1,11 +1,17 @@
-"""Lines for the person running pyvmm, on standard error, at a bounded rate.
+"""The one way out for every line that pyvmm prints, and it escapes.
 
-A guest may make a device complain as often as it likes; the log must not grow with it.  Nor may
-anybody wait because nobody reads it: whoever has a line to say has guests to serve.
+A line may quote a guest, a server, a kernel or a file name.  On a terminal their control
+characters would be obeyed, and their line ends would begin lines that look like ours.
+tests/test_one_way_out.py finds other ways out.
+
+A ``Reporter`` is for lines about a guest that runs, at a bounded rate: a guest may make a device
+complain as often as it likes; the log must not grow with it.  Nor may anybody wait because nobody
+reads it: whoever has a line to say has guests to serve.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import stat
@@ -23,6 +29,47 @@ MAX_LINE = 1000
 """Characters: their bytes fit into PIPE_BUF, which a pipe takes all of or nothing."""
 
 REPEAT_S = 60.0
+
+
+def escape(text: str) -> str:
+    """Return ``text`` on one line, with what is not printable spelled out: control characters, line
+    ends, marks that reorder text, halves of characters."""
+    return text if text.isprintable() else "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
+
+
+def say(line: str, *, who: str = "pyvmm", end: str = "\n") -> None:
+    """Print ``who: line`` on standard error, if there is one that takes it now."""
+    complain(f"{who}: {line}", end=end)
+
+
+def complain(line: str, *, end: str = "\n") -> None:
+    """Print ``line`` on standard error as it is, if there is one that takes it now."""
+    with contextlib.suppress(OSError, ValueError):
+        write_text_now(sys.stderr, escape(line) + end)
+
+
+def show(line: str = "") -> None:
+    """Print ``line`` on standard output; OSError if that takes none."""
+    stream = sys.stdout
+    encoding = stream.encoding or "utf-8"
+    line = escape(line).encode(encoding, "backslashreplace").decode(encoding)
+    stream.write(f"{line}\n")
+
+
+def echo(data: bytes, *, end: str = "\n") -> None:
+    """Print on standard error the lines of a console that somebody else has; ``end`` ends one."""
+    text = data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
+    with contextlib.suppress(OSError, ValueError):
+        write_text_now(sys.stderr, end.join(map(escape, text.split("\n"))))
+
+
+def end_line() -> None:
+    """Begin a new line on standard output if it is a terminal: a guest may have left one open."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout.isatty():
+            write_text_now(sys.stdout, "\n")
 
 
 class Seldom:
@@ -103,8 +150,7 @@ class Reporter:
 
     def _print(self, line: str) -> bool:
         """Whether ``line`` was said, or nobody will ever hear one again."""
-        safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)[:MAX_LINE]
-        text = "\n" * self._is_cut + f"pyvmm: {safe}\n"
+        text = "\n" * self._is_cut + f"pyvmm: {escape(line)[:MAX_LINE]}\n"
         try:
             missing = write_text_now(self._stream, text)
         except BlockingIOError:

@@ -18,24 +18,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from pyvmm.console import HELP, Console, EscapeFilter, OutputBuffer, OutputPump, RawTerminal
+from pyvmm.console.output import DRAIN_TIMEOUT_S, STALL_S, OutputBuffer, OutputPump
+from pyvmm.console.place import Console
+from pyvmm.console.terminal import RawTerminal, settle
+from pyvmm.console.typed import HELP, EscapeFilter, TypedInput
 from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
+from pyvmm.signals import JOB_SIGNALS, KICK_SIGNAL, NOTICE_SIGNALS, RESIZE_SIGNAL, Signals
 from pyvmm.vcpu_loop import VcpuLoop
 from pyvmm.vcpus import HaltWatch, Vcpus
 
-KICK_SIGNAL = signal.SIGRTMIN
-REFRESH_SIGNAL = signal.SIGUSR1
-"""Look at the disks again: a file may have grown."""
-RESIZE_SIGNAL = signal.SIGWINCH
-"""The terminal has another size."""
-NOTICE_SIGNALS = (REFRESH_SIGNAL, RESIZE_SIGNAL)
-STOP_SIGNALS = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
-)
 JOIN_TIMEOUT_S = 5.0
-INPUT_LIMIT = 4096
+ASKED_FOR = (Kind.QUIT, Kind.TIMEOUT, Kind.SIGNAL)
+"""Ends that somebody outside asked for, who does not wait for a reader of the console."""
 PAUSED, RESUMED = "\npaused; Ctrl-A p resumes\n", "\nresumed\n"
 
 
@@ -126,32 +122,48 @@ class Runner:
         output: OutputBuffer,
         receive: Callable[[bytes], int],
         notices: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+        at_end: Sequence[Callable[[], None]] = (),
     ) -> Outcome:
         """Run to the end; every thread is stopped and the terminal restored when this returns.
 
         ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
         never holds up another.  ``receive`` takes typed bytes and says how many it took;
-        ``notices`` are called, on this thread, after a signal among NOTICE_SIGNALS.
+        ``notices`` are called, on this thread, after a signal among NOTICE_SIGNALS; those of
+        ``at_end`` before the threads are waited for, which may wait for a peer themselves.
         """
         switch_interval_s = sys.getswitchinterval()
         # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
         sys.setswitchinterval(1e-4)
         self._main_thread = threading.current_thread()
-        pump = OutputPump(output, self._lose_output)
+        queries = console.queries
+        shown = None if queries is None else queries.feed
+        pump = OutputPump(output, self._lose_output, shown, console.has_reader)
+        if not console.has_reader():
+            self._report(
+                f"--console {console.name}: nobody reads this FIFO yet; once {output.LIMIT} bytes "
+                "wait, the guest waits too"
+            )
         try:
             with (
                 Signals(self._on_signal) as signals,
-                RawTerminal(-1 if console.input_fd is None else console.input_fd) as terminal,
+                RawTerminal(console.input_fd) as terminal,
             ):
                 try:
                     self._start(vcpus, workers)
                     self._main_loop(
-                        console, output, pump, receive, terminal.active, signals.wakeup_fd, notices
+                        console, output, pump, receive, terminal, signals.wakeup_fd, notices
                     )
                 finally:
                     output.shut()
+                    for prepare in at_end:
+                        prepare()
                     self._stop()
-                pump.finish()
+                is_hurried = self._outcomes[0].kind in ASKED_FOR
+                is_all = pump.finish(STALL_S if is_hurried else DRAIN_TIMEOUT_S)
+                if not (is_all or console.has_reader()):
+                    self._report(f"--console {console.name}: nobody has read this FIFO")
+                if queries is not None and console.output_fd is not None:
+                    settle(queries, console.output_fd)
         finally:
             self._main_thread = None
             sys.setswitchinterval(switch_interval_s)
@@ -173,7 +185,7 @@ class Runner:
         output: OutputBuffer,
         pump: OutputPump,
         receive: Callable[[bytes], int],
-        interactive: bool,
+        terminal: RawTerminal,
         signal_fd: int,
         notices: Mapping[int, Callable[[], None]],
     ) -> None:
@@ -190,50 +202,66 @@ class Runner:
             on_pause=toggle_pause,
             on_help=lambda: output.say(HELP),
         )
-        typed = bytearray()
+        typed = TypedInput(escapes, self._report)
         input_fd = console.input_fd
         while not self._stopping:
             poller = select.poll()
             poller.register(self._wake_fd, select.POLLIN)
             poller.register(signal_fd, select.POLLIN)
             # A terminal is read even while the guest is not listening, or Ctrl-A x would not work.
-            if input_fd is not None and (interactive or len(typed) < INPUT_LIMIT):
+            reads = terminal.look() and (terminal.active or typed.has_room)
+            if input_fd is not None and reads:
                 poller.register(input_fd, select.POLLIN)
             output_fd = pump.fd_to_write()
             if output_fd is not None:
                 poller.register(output_fd, select.POLLOUT)
             # What is being shown waits for the terminal, not for the clock.
             show_s = pump.due_s if output_fd is None else None
-            ready = dict(poller.poll(self._poll_timeout_ms(show_s)))
+            ready = dict(poller.poll(self._poll_timeout_ms(show_s, terminal.look_s)))
             if self._wake_fd in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake_fd)
             if signal_fd in ready:
                 os.read(signal_fd, 4096)  # the handler has run by now
-                while self._noticed:
-                    if notice := notices.get(self._noticed.pop()):
-                        notice()
+                self._notice(notices, terminal)
             if output_fd in ready:
                 pump.write()
-            if input_fd is not None and input_fd in ready:
+            if input_fd is not None and input_fd in ready and terminal.look():
                 data = _read_input(input_fd)
                 if data is None:
                     input_fd, data = None, b""
-                typed += escapes.feed(data) if interactive else data
-                if len(typed) > 256 * INPUT_LIMIT:
-                    del typed[256 * INPUT_LIMIT :]
+                typed.add(data, from_terminal=terminal.active)
             if typed:
                 # Set before asking: room that comes after the answer makes another wake-up.
                 self._input_waits = True
-                del typed[: receive(bytes(typed))]
-                self._input_waits = bool(typed)
+                self._input_waits = typed.hand_over(receive)
             self._check_clock()
 
-    def _poll_timeout_ms(self, show_s: float | None) -> int:
-        """How long to wait for events; ``show_s`` is when there is something to show."""
+    def _notice(
+        self, notices: Mapping[int, Callable[[], None]], terminal: RawTerminal
+    ) -> None:
+        """Do what the signals ask for that came since the last time."""
+        if signal.SIGCONT in self._noticed:
+            self._noticed.discard(signal.SIGTSTP)  # as the kernel does with one not delivered yet
+        while self._noticed:
+            number = self._noticed.pop()
+            if number == signal.SIGTSTP:
+                terminal.stop_with_shell()
+            elif number == signal.SIGCONT:
+                terminal.forget()
+            # While it was stopped, the terminal may have got another size.
+            number = RESIZE_SIGNAL if number in JOB_SIGNALS else number
+            if notice := notices.get(number):
+                notice()
+
+    def _poll_timeout_ms(self, show_s: float | None, look_s: float | None) -> int:
+        """How long to wait for events; ``show_s`` is when there is something to show, ``look_s``
+        in how long the terminal is to be looked at."""
         waits_s = [self._halts.due_s, *(at_s for at_s, _ in self._deadlines)]
         if show_s is not None:
             waits_s.append(show_s)
+        if look_s is not None:
+            waits_s.append(time.monotonic() + look_s)
         return int(max(0.0, min(waits_s) - time.monotonic()) * 1000) + 1
 
     def _check_clock(self) -> None:
@@ -256,7 +284,7 @@ class Runner:
             self._report(f"console output is lost from here on: {error.strerror}")
 
     def _on_signal(self, number: int) -> None:
-        if number in NOTICE_SIGNALS:
+        if number in NOTICE_SIGNALS or number in JOB_SIGNALS:
             self._noticed.add(number)
             return
         self.finish(Outcome(Kind.SIGNAL, number, signal.Signals(number).name))
@@ -327,42 +355,3 @@ def _read_input(fd: int) -> bytes | None:
         return b""
     except OSError:
         return None  # the terminal hung up
-
-
-class Signals:
-    """Signal handlers for the length of a run; the previous ones come back afterwards.
-
-    ``wakeup_fd`` becomes readable at every signal: the kernel may hand one to any thread, and
-    then nothing else interrupts the main thread's poll.
-    """
-
-    def __init__(self, on_stop: Callable[[int], None], *, raw_terminal: bool = True) -> None:
-        self._on_stop = on_stop
-        self._raw_terminal = raw_terminal
-        self._saved: dict[int, object] = {}
-        self._previous_wakeup_fd = -1
-        self.wakeup_fd = self._wakeup_write_fd = -1
-
-    def __enter__(self) -> Signals:
-        self.wakeup_fd, self._wakeup_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._previous_wakeup_fd = signal.set_wakeup_fd(
-            self._wakeup_write_fd, warn_on_full_buffer=False
-        )
-        for number in (*STOP_SIGNALS, *NOTICE_SIGNALS):
-            # What was ignored stays ignored (nohup, a shell's background job).
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._saved[number] = signal.signal(number, lambda n, _f: self._on_stop(n))
-        if self._raw_terminal:
-            # Stopped with a raw terminal, the shell that takes over would be unusable.
-            self._saved[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-        # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
-        self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        for number, handler in self._saved.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._saved.clear()
-        signal.set_wakeup_fd(self._previous_wakeup_fd)
-        os.close(self.wakeup_fd)
-        os.close(self._wakeup_write_fd)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.bell import Bell
 from pyvmm.io_loop import IoLoop, IoSource
-from pyvmm.runner import KICK_SIGNAL, NOTICE_SIGNALS, REFRESH_SIGNAL, Signals
+from pyvmm.signals import KICK_SIGNAL, NOTICE_SIGNALS, REFRESH_SIGNAL, Signals
 
 WATCH_S = 0.05
 """How often a write that may wait is looked at; it is ended after one to two of these."""
@@ -27,7 +27,7 @@ def serve(
     sources, is ended if it waits.
     """
     taken: list[int] = []
-    with Signals(taken.append, raw_terminal=False) as signals, _BellWatch(bell):
+    with Signals(taken.append, job_control=False) as signals, _BellWatch(bell):
 
         def look() -> None:
             os.read(signals.wakeup_fd, 4096)  # the handlers have run by now

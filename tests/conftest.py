@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.patience import patient
 
 # A shell's background job starts with SIGINT ignored, and pyvmm leaves ignored what was: the tests
 # that interrupt one would wait for ever (`make test &`, some CI runners).
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+REPORT = "PYVMM_TEST_REPORT"
+"""The environment variable that names the file from which ``make test`` makes its last lines."""
+SHOWN = 20
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give tests, whose own deadlines are ``patient``, time enough to miss one and say so."""
+    limit = config.getini("timeout")
+    if limit and config.getoption("timeout") is None and "PYTEST_TIMEOUT" not in os.environ:
+        config.option.timeout = 2 * patient(float(limit))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Leave to ``make test`` how many tests passed, and which did not."""
+    path = os.environ.get(REPORT)
+    if not path:
+        return
+    stats = terminalreporter.stats
+    bad = [f"{kind.upper()} {found.nodeid}" for kind in ("failed", "error")
+           for found in stats.get(kind, [])]
+    counts = [f"{len(stats[kind])} {kind}" for kind in ("passed", "failed", "error", "skipped")
+              if stats.get(kind)]
+    more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    with Path(path).open("a", encoding="utf-8") as report:
+        for line in (", ".join(counts) or "no tests", *bad[:SHOWN], *more):
+            report.write(f"{line}\n")

@@ -139,8 +139,7 @@ def test_the_default_command_line_mounts_the_first_disk() -> None:
     config = RunConfig(kernel=KERNEL, disks=(disk("d"),), append="quiet")
     assert config.kernel_command_line() == (
         "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
-        "virtio_mmio.device=4K@0xd0002000:7 console=ttyS0 reboot=k panic=-1 "
-        "root=/dev/vda rw quiet"
+        "console=ttyS0 reboot=k panic=-1 root=/dev/vda rw quiet"
     )
 
 
@@ -154,8 +153,7 @@ def test_cmdline_replaces_the_base_but_not_the_devices() -> None:
     config = RunConfig(kernel=KERNEL, disks=disks, cmdline="console=ttyS0 init=/bin/sh")
     assert config.kernel_command_line() == (
         "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "
-        "virtio_mmio.device=4K@0xd0002000:7 virtio_mmio.device=4K@0xd0003000:9 "
-        "console=ttyS0 init=/bin/sh"
+        "virtio_mmio.device=4K@0xd0002000:7 console=ttyS0 init=/bin/sh"
     )
 
 
@@ -173,11 +171,34 @@ def test_an_option_that_is_none_is_told_of_vhost_user() -> None:
         parse_disk("disk.sock,vhost-user")
 
 
-@pytest.mark.parametrize(("append", "is_virtio"), [
-    ("", False), ("console=hvc0", True), ("console=hvc0 console=ttyS0", False),
+@pytest.mark.parametrize(("append", "words", "has_device", "is_virtio"), [
+    ("", "console=ttyS0 reboot=k panic=-1", False, False),
+    ("quiet", "console=ttyS0 reboot=k panic=-1 quiet", False, False),
+    ("console=tty0", "console=ttyS0 reboot=k panic=-1 console=tty0", False, False),
+    ('run="console=hvc0"', 'console=ttyS0 reboot=k panic=-1 run="console=hvc0"', False, False),
+    ("console=ttyS0,9600", "reboot=k panic=-1 console=ttyS0,9600", False, False),
+    ("console=hvc0 quiet", "reboot=k panic=-1 console=hvc0 quiet", True, True),
+    ("console=hvc0 console=tty1", "reboot=k panic=-1 console=hvc0 console=tty1", True, True),
+    ("console=ttyS0 console=hvc0", "reboot=k panic=-1 console=ttyS0 console=hvc0", True, True),
+    ("console=hvc0 console=ttyS0", "reboot=k panic=-1 console=hvc0 console=ttyS0", True, False),
 ])
-def test_the_last_console_gets_what_is_typed(append: str, is_virtio: bool) -> None:
-    assert RunConfig(kernel=KERNEL, append=append).console_is_virtio is is_virtio
+def test_fault_34_there_is_a_virtio_console_if_it_is_named_and_the_last_is_chosen(
+    append: str, words: str, has_device: bool, is_virtio: bool
+) -> None:
+    config = RunConfig(kernel=KERNEL, append=append)
+    devices = [word for word in config.kernel_command_line().split()
+               if word.startswith("virtio_mmio.device=")]
+    assert config.kernel_command_line() == " ".join([*devices, words])
+    assert len(devices) == config.virtio_devices == 1 + has_device
+    assert (config.has_virtio_console, config.console_is_virtio) == (has_device, is_virtio)
+
+
+def test_fault_34_a_command_line_of_the_users_own_is_left_alone() -> None:
+    own = "console=ttyS0 root=/dev/vda"
+    config = RunConfig(kernel=KERNEL, cmdline=own, append="console=hvc0")
+    assert config.kernel_command_line().endswith(f"{own} console=hvc0")
+    assert config.console_is_virtio
+    assert not RunConfig(kernel=KERNEL, cmdline="root=/dev/vda").has_virtio_console
 
 
 @pytest.mark.parametrize(("given", "words"), [
@@ -201,7 +222,7 @@ def test_devices_may_be_left_to_acpi() -> None:
     config = RunConfig(kernel=KERNEL, disks=(disk("d"),), discovery="acpi")
     assert "virtio_mmio" not in config.kernel_command_line()
     config = RunConfig(kernel=KERNEL, disks=(disk("d"),), discovery="cmdline")
-    assert config.kernel_command_line().count("virtio_mmio.device=") == 3
+    assert config.kernel_command_line().count("virtio_mmio.device=") == 2
 
 
 def test_with_an_initrd_the_root_is_the_initrds_business() -> None:

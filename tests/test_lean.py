@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
+from pyvmm.kvm.exits import ExitReason
 from pyvmm.lean import Record
+from pyvmm.outcome import Kind
+from pyvmm.virtio.spec import DeviceType, Feature, Register
 
 
 class Point(Record):
@@ -70,3 +73,20 @@ def test_replace_checks_as_construction_does() -> None:
         Point(x=1).replace(x=-1)
     with pytest.raises(TypeError):
         Point(x=1).replace(z=1)
+
+
+@pytest.mark.parametrize("kind", [Kind, ExitReason, Register, DeviceType])
+def test_fault_41_a_member_made_from_its_value_is_the_member(kind: Any) -> None:
+    """By ``is``, with which the code compares, also for texts and numbers made anew."""
+    for member in kind:
+        value = eval(repr(member))  # equal, and another object wherever Python makes one
+        if isinstance(value, str):
+            value = "".join(list(value))
+        assert kind(value) is member
+    with pytest.raises(ValueError, match="is not a valid"):
+        kind("none of them")
+
+
+def test_fault_41_bits_that_are_no_member_are_themselves() -> None:
+    assert Feature(int(Feature.RING_PACKED)) is Feature.RING_PACKED
+    assert Feature(3 << 62) == 3 << 62

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from pyvmm.errors import GuestMemoryError, HostError
 from pyvmm.memory import GuestMemory
+from pyvmm.x86 import layout
 
 LOW, GAP_END, HIGH = 0x8000, 0x20000, 0x4000
 
@@ -34,6 +37,73 @@ def test_regions_are_contiguous_in_the_one_mapping() -> None:
         assert [(r.gpa, r.length, r.offset) for r in memory.regions] == [
             (0, LOW, 0), (GAP_END, HIGH, LOW)
         ]
+
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("ranges", [
+    [(0, 2 * MIB)],
+    [(0, 256 * MIB)],
+    [(0, 63 * MIB + 4096)],
+    layout.ram_ranges(3 * GIB),
+    layout.ram_ranges(4 * GIB + 6 * MIB + 4096),
+    layout.ram_ranges(6 * GIB),
+    [(0x5000, 5 * MIB), (7 * MIB, 4096), (0x1234_5000, 3 * MIB), (5 * GIB + 0x7000, GIB + 4096)],
+])  # fmt: skip
+def test_fault_44_host_and_guest_addresses_agree_modulo_2_mib(
+    ranges: list[tuple[int, int]], shared: bool
+) -> None:
+    """Linux before 6.7 puts a mapping wherever it falls: so here, behind one of odd size."""
+    for pages in (1, 3, 7):
+        with mmap.mmap(-1, pages * 4096), GuestMemory(ranges, shared=shared) as memory:
+            assert [(r.gpa, r.length) for r in memory.regions] == ranges
+            for region in (r for r in memory.regions if r.length >= 2 * MIB):
+                modulus = GIB if region.length >= GIB else 2 * MIB
+                assert region.host_address % modulus == region.gpa % modulus
+                # A page of the file can be huge only where file and memory agree, too.
+                assert region.offset % modulus == region.gpa % modulus
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_without_room_to_align_there_is_ram_all_the_same(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = 3 * MIB
+
+    def crowded(fd: int, size: int, *more: object, **options: int) -> mmap.mmap:
+        if size > length:
+            raise OSError(errno.ENOMEM, "no room")
+        return mmap.mmap(fd, size, **options)
+
+    fake = types.SimpleNamespace(**{**vars(mmap), "mmap": crowded})
+    monkeypatch.setattr("pyvmm.memory.mmap", fake)
+    with GuestMemory([(0, length)], shared=shared) as memory:
+        memory.write(length - 4, b"last")
+        assert memory.read(length - 4, 4) == b"last"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_all_ram_goes_with_the_memory(shared: bool) -> None:
+    maps = Path("/proc/self/maps")
+    memory = GuestMemory([(0, 2 * MIB), (GIB, 2 * MIB)], shared=shared)
+    addresses = [f"{region.host_address:x}-" for region in memory.regions]
+    assert any(address in maps.read_text("ascii") for address in addresses)
+    memory.close()
+    assert not any(address in maps.read_text("ascii") for address in addresses)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_regions_are_one_memory_of_their_own_bytes(shared: bool) -> None:
+    with GuestMemory([(0, LOW), (GAP_END, HIGH)], shared=shared) as memory:
+        for region in memory.regions:
+            memory.write(region.gpa, bytes([region.gpa >> 12 & 0xFF]) * region.length)
+        for region in memory.regions:
+            assert set(memory.read(region.gpa, region.length)) == {region.gpa >> 12 & 0xFF}
+            if memory.fd is not None:
+                content = os.pread(memory.fd, region.length, region.offset)
+                assert content == memory.read(region.gpa, region.length)
 
 
 def test_integers_are_little_endian_and_range_checked() -> None:

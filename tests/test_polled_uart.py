@@ -18,6 +18,7 @@ from pyvmm.devices.serial import Register, Serial
 from pyvmm.errors import KvmError
 from pyvmm.kvm.exits import RING_CAPACITY, CoalescedRing
 from pyvmm.polled_uart import POLLED_BYTES, QUIET_TICKS, TICK_S, PolledUart
+from tests.support.patience import patient
 
 
 class Kvm:
@@ -191,13 +192,13 @@ def test_a_tick_and_the_guest_do_not_overtake_each_other() -> None:
 
     def slowly(data: bytes) -> None:
         taken.set()
-        go_on.wait(10)
+        go_on.wait(patient(10))
         send(data)
 
     serial.send = slowly  # type: ignore[method-assign]
     with ThreadPoolExecutor(2) as threads:
         tick = threads.submit(kvm.uart.tick)
-        assert taken.wait(10)
+        assert taken.wait(patient(10))
         serial.send = send  # type: ignore[method-assign]
         guest = threads.submit(kvm.write, Register.LCR, uart.LCR_DLAB)
         go_on.set()

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyvmm.console import Console
+from pyvmm.console.place import Console
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import ExitReason
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.vcpu_loop import VcpuLoop
+from tests.support.patience import patient
 from tests.support.runner_rig import FakeVcpu, Rig, SpinningVcpu, idle, loop_of
 
 
@@ -165,7 +166,7 @@ def test_the_end_of_a_run_reaches_eight_busy_vcpus(rig: Rig) -> None:
     took_s = time.monotonic() - finished_s[0]
     timer.join()
     assert rig.runner.stopped
-    assert took_s < 1, f"stopping took {took_s:.3f} s"
+    assert took_s < patient(5), f"stopping took {took_s:.3f} s"
 
 
 def test_one_vcpus_failure_ends_the_others(rig: Rig) -> None:

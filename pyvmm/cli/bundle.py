@@ -5,10 +5,11 @@ and reads a ``.pyc``, with a page of Python code in between: more work than to r
 have to say, and where files are far (the lab has its over 9p) 3 ms a module.  So the first run
 leaves ``__pycache__/run.<tag>.bundle`` behind, and the next ones take from it what they import.
 
-It is a ``.pyc`` in all but number: it lies beside the code, so that whoever can change it could
-change the code; a module whose source has another size or modification time than it had then is
-not taken from it, nor anything at all by another Python; without the right to write there is none;
-``PYTHONDONTWRITEBYTECODE`` or ``-B`` keeps it from being written.
+It is a ``.pyc`` in all but number.  It lies beside the code; one that belongs to a user other than
+root, the code's owner and ours, or that others may write, is not read.  A module whose source has
+another size or modification time than it had then is not taken from it, nor anything at all by
+another Python; without the right to write there is none; ``PYTHONDONTWRITEBYTECODE`` or ``-B``
+keeps it from being written.
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ class Bundle:
             if entry := _entry(name):
                 entries[name] = entry
         data = _encode(entries)
-        temporary = f"{self._path}.{os.getpid()}"
+        temporary = f"{self._path}.{os.urandom(8).hex()}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o644)
+            fd = os.open(temporary, flags, 0o644)  # no umask has others write it
             try:
                 written = os.write(fd, data)
             finally:
@@ -155,8 +156,12 @@ def _unlink(path: str) -> None:
 
 def _read(path: str) -> dict[str, Entry]:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
+            status = os.fstat(fd)
+            ours = status.st_uid in (0, os.geteuid()) or status.st_uid == os.stat(__file__).st_uid
+            if not ours or status.st_mode & 0o170022 != 0o100000:  # S_IFREG, nobody else writes
+                return {}
             # Mapped, it is neither copied nor read where nobody looks.
             data = memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
         finally:

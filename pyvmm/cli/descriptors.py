@@ -5,6 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
+from pyvmm.errors import HostError
+from pyvmm.lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.config import RunConfig
+
+_EMFILE = 24
+
 
 def open_standard_descriptors() -> None:
     """Put /dev/null where a standard descriptor is closed.
@@ -35,3 +43,35 @@ def allow_many_descriptors() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def needed_descriptors(config: RunConfig) -> int:
+    """Return how many open files a run of ``config`` needs, a few to spare included."""
+    from pyvmm.config import DiskConfig
+
+    needed = 24 + 2 * (config.cpus - 1)
+    for disk in config.disks:
+        # The disk itself; to look again, to interrupt, to wait; a doorbell a queue.
+        needed += 4 + disk.queues
+        if not isinstance(disk, DiskConfig):
+            needed += 2  # to wait for its back end, and RAM that both can map
+        elif disk.source.snapshot:
+            needed += 1
+    return needed
+
+
+def shortage(error: BaseException, config: RunConfig) -> HostError | None:
+    """Return what to say if ``error`` comes of too few open files, with the limit; else None."""
+    import resource
+
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "errno", None) != _EMFILE:
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = max(needed_descriptors(config), limit + 1)
+    return HostError(
+        f"too few open files: the limit is {limit}, this run needs {needed}; "
+        f"raise it with `ulimit -n {needed}`"
+    )

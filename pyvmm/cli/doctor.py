@@ -10,6 +10,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.kvm import probe
 from pyvmm.kvm.handles import Kvm
 from pyvmm.kvm.probe import Check, Host
+from pyvmm.report import show
 from pyvmm.x86 import trial
 
 DESCRIPTION = """\
@@ -56,10 +57,11 @@ def doctor_main(argv: list[str], host: Host | None = None) -> int:
     for check in examine(place):
         healthy = healthy and (check.passed or not check.required)
         if not options.quiet:
-            print("\n".join(_lines(check)))
+            for line in _lines(check):
+                show(line)
     if not options.quiet:
-        print()
-        print(_verdict(healthy))
+        show()
+        show(_verdict(healthy))
     return 0 if healthy else 1
 
 

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 _NO_ROOT = ("Unable to mount root", "cannot mount the root", "No working init found")
 
 
-def before(config: RunConfig) -> list[str]:
-    """What is known against booting this kernel so; [] if nothing.  Nothing is unpacked for it."""
-    boot = _boot(config)
-    kernel_config = _configuration(config.kernel, boot, unpack=False)
-    return [] if kernel_config is None else _lines(config, boot, kernel_config)
+def before(config: RunConfig, version: str = "") -> list[str]:
+    """What is known against booting this kernel, whose own text is ``version``, so; [] if nothing.
+
+    Nothing is unpacked for it.
+    """
+    boot = _boot(config, version)
+    return _lines(config, boot, _configuration(config.kernel, boot, unpack=False))
 
 
 def after(
@@ -42,28 +44,33 @@ def after(
     waits_for_root: bool = False,
     reached_init: bool = False,
     is_known: bool = True,
+    is_linux: bool = True,
+    version: str = "",
 ) -> list[str]:
-    """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked.
+    """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked, but
+    no more than EXPLAIN_S of ``linux.work``.
 
     Not so if the guest was stopped by a person or a signal, who do not wait: then that counts
     which can be read at once, if there is any (``is_known``).
 
     The others say what the console showed: anything at all, that the kernel waits for its root
-    (``rootwait``), that it started a program.
+    (``rootwait``), that it started a program.  What is not Linux starts none, and is not stuck.
     """
-    is_stuck = outcome.kind is Kind.TIMEOUT and not reached_init
+    is_stuck = is_linux and outcome.kind is Kind.TIMEOUT and not reached_init
     is_silent = not has_printed and outcome.kind in MAYBE_SILENT
     has_no_root = (is_stuck and waits_for_root) or (
         outcome.kind is Kind.PANIC and any(text in outcome.detail for text in _NO_ROOT)
     )
     if not (has_no_root or is_silent or is_stuck):
         return []
-    boot = _boot(config)
+    boot = _boot(config, version)
     may_wait = outcome.kind not in (Kind.QUIT, Kind.SIGNAL)
     kernel_config = None
     if may_wait or is_known:
         kernel_config = _configuration(config.kernel, boot, unpack=may_wait)
-    found = _lines(config, boot, kernel_config)
+    found = []
+    if is_linux or has_no_root or kernel_config is not None:
+        found = _lines(config, boot, kernel_config)
     # They are of what comes once the root is mounted.
     is_mounted = not has_no_root or "No working init found" in outcome.detail
     if kernel_config is not None and is_mounted:
@@ -106,23 +113,27 @@ def _configuration(
     is_final = found is not None and not (unpack and os.path.isabs(found.source))
     if found is not None and is_final and covers(found, describe(boot, found)):
         return found
+    from pyvmm.linux.work import EXPLAIN_S, Budget
     from pyvmm.x86.inspect import read_configuration
 
-    found = read_configuration(kernel, unpack=unpack)
+    found = read_configuration(kernel, unpack=unpack, budget=Budget(wall_s=EXPLAIN_S))
     if found is not None:
         remember(entry, found)
     return found
 
 
-def _boot(config: RunConfig) -> Boot:
+def _boot(config: RunConfig, version: str) -> Boot:
     initrd = None if config.initrd is None else _read(os.fspath(config.initrd), 0)
 
     def read_disk(index: int, offset: int) -> bytes:
         disk = config.disks[index]
-        return _read(disk.location, offset) if isinstance(disk, DiskConfig) else b""
+        # What an overlay has of the disk, its base does not show.
+        is_all = isinstance(disk, DiskConfig) and not disk.source.overlay
+        return _read(disk.location, offset) if is_all else b""
 
     return Boot(
-        command_line=config.kernel_command_line(), cpus=config.cpus, disks=len(config.disks),
+        command_line=config.kernel_command_line(), version=version, cpus=config.cpus,
+        disks=len(config.disks),
         acpi=config.discovery != "cmdline", initrd=initrd, read_disk=read_disk,
     )
 

@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", required=True, action=_Once,
                    help="the disk, with the options it has in pyvmm run: ro, snapshot, "
                    "overlay=FILE, serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
-                   "bps=RATE[:BURST], faults=FILE; see docs/disks.md")
+                   "bps=RATE[:BURST], faults=FILE, format=raw; see docs/disks.md")
     p.add_argument("--socket", metavar="PATH", required=True, action=_Once,
                    help="the Unix socket to listen on; one that nobody listens on is replaced")
     p.add_argument("--trust-memory", action="store_true",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -26,6 +25,7 @@ from pyvmm.linux.requirements import (
     notes,
     problems,
 )
+from pyvmm.report import say, show
 from pyvmm.x86.image import dotted
 from pyvmm.x86.inspect import Inspection, inspect
 
@@ -118,38 +118,41 @@ def kernel_main(argv: list[str]) -> int:
 
 
 def _fetch(backports: bool, version: str | None) -> int:
-    kernel = debian.fetch(cache_directory(), _say, backports=backports, version=version)
+    kernel = debian.fetch(cache_directory(), say, backports=backports, version=version)
     with contextlib.suppress(OSError, UnpackError):
         found = linux_config.read(kernel.config)
         for path in (kernel.vmlinuz, kernel.vmlinux):
             if found is not None:
                 remember(remembered_path(path), found)
-    print(f"version    {kernel.version} (Linux {kernel.release})")
-    print(f"kernel     {kernel.vmlinuz}")
-    print(f"vmlinux    {kernel.vmlinux}")
-    print(f"config     {kernel.config}")
-    print(f"initramfs  {kernel.initramfs}")
+    show(f"version    {kernel.version} (Linux {kernel.release})")
+    show(f"kernel     {kernel.vmlinuz}")
+    show(f"vmlinux    {kernel.vmlinux}")
+    show(f"config     {kernel.config}")
+    show(f"initramfs  {kernel.initramfs}")
     return 0
 
 
 def _inspect(path: str, config_file: str | None) -> int:
     found = inspect(path, config_file)
     for name, value in _facts(found):
-        print(f"{name:<15}{value}")
+        show(f"{name:<15}{value}")
     if found.config is None:
-        print(f"{'boots here':<15}not known: {_why_unknown(found)}")
+        show(f"{'boots here':<15}not known: {_why_unknown(found)}")
         return 0
     if config_file is None:
         with contextlib.suppress(OSError):
             remember(remembered_path(path), found.config)
     for title, findings in _findings(found.config):
-        print(f"\n{title}:" if title else "")
+        show()
+        if title:
+            show(f"{title}:")
         for finding in findings:
-            print(f"{finding.state.value:<9}{finding.requirement.purpose:<37}{finding}")
+            show(f"{finding.state.value:<9}{finding.requirement.purpose:<37}{finding}")
     verdict, can_boot = _verdict(found.config)
-    print(f"\n{'boots here':<15}{verdict}")
+    show()
+    show(f"{'boots here':<15}{verdict}")
     for note in notes(found.config, _ALONE):
-        print(f"{'note':<15}{note}")
+        show(f"{'note':<15}{note}")
     return 0 if can_boot else CANNOT_BOOT_STATUS
 
 
@@ -216,8 +219,3 @@ def _verdict(config: KernelConfig) -> tuple[str, bool]:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 20):.1f} MiB"
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"pyvmm: {line}", file=sys.stderr, flush=True)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from pyvmm.cli.descriptors import open_standard_descriptors
-from pyvmm.config import parse_size
+from pyvmm.config import parse_seconds, parse_size
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.lab import CommandError, LabConfig, default_writable, run
+from pyvmm.lab import MAX_CPUS, CommandError, LabConfig, default_writable, run
+from pyvmm.numerals import shown, whole_number
+from pyvmm.report import say
 from pyvmm.storage.raw import RawBackend
 
 LAB_FAILED_STATUS = 125
@@ -63,12 +65,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--cpus", metavar="N", type=int, default=1,
+    p.add_argument("--cpus", metavar="N", default="1",
                    help="processors of the emulated host (default 1; more are slower unless CMD "
                    "needs them)")
     p.add_argument("--memory", metavar="SIZE", default="2G",
                    help="its memory, as 512M or 4G (default 2G)")
-    p.add_argument("--timeout", metavar="S", type=float,
+    p.add_argument("--timeout", metavar="S",
                    help="end CMD S seconds after it started, with exit status 124")
     p.add_argument("--rw", metavar="DIR", action="append",
                    help="a directory whose changes are kept; repeat for several "
@@ -98,11 +100,18 @@ def config_from(args: argparse.Namespace) -> LabConfig:
         cwd=cwd,
         environment=dict(os.environb),
         writable=tuple(resolved),
-        cpus=args.cpus,
+        cpus=_cpus(args.cpus),
         memory_bytes=parse_size("--memory", args.memory),
-        timeout_s=args.timeout,
+        timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout is not None else None,
         verbose=args.verbose > 0,
     )
+
+
+def _cpus(text: str) -> int:
+    count = whole_number(text, 1, MAX_CPUS)
+    if count is None:
+        raise ConfigError(f"--cpus {shown(text)}", f"must be a number from 1 to {MAX_CPUS}")
+    return count
 
 
 def lab_main(argv: list[str]) -> int:
@@ -128,6 +137,4 @@ def lab_main(argv: list[str]) -> int:
 
 def _say(line: str) -> None:
     # The terminal may be raw: the carriage return keeps lines at the left edge.
-    end = "\r\n" if os.isatty(2) else "\n"
-    with contextlib.suppress(OSError):
-        os.write(2, f"lab: {line}{end}".encode(errors="replace"))
+    say(line, who="lab", end="\r\n" if os.isatty(2) else "\n")

@@ -30,7 +30,21 @@ commands:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+class SignalsAsTheyAre:
+    """The context of a command that starts other programs, and may have something to clear away
+    after an interrupt: here signals are the caller's."""
+
+    def __enter__(self) -> None:
+        """Nothing changes."""
+
+    def __exit__(self, *_exc: object) -> None:
+        """Nothing has changed."""
+
+
+_AS_THEY_ARE = SignalsAsTheyAre()
+
+
+def main(argv: list[str] | None = None, *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
     """Run ``pyvmm`` with ``argv`` (default: the process's); the exit status."""
     args = sys.argv[1:] if argv is None else argv
     open_standard_descriptors()
@@ -59,39 +73,43 @@ def main(argv: list[str] | None = None) -> int:
             case "kernel":
                 from pyvmm.cli.kernel import kernel_main
 
-                return kernel_main(rest)
+                with signals:
+                    return kernel_main(rest)
             case "lab":
                 from pyvmm.cli.lab import lab_main
 
-                return lab_main(rest)
+                with signals:
+                    return lab_main(rest)
             case "--version" | "-V":
-                print(f"pyvmm {pyvmm.__version__}")
+                from pyvmm.report import show
+
+                show(f"pyvmm {pyvmm.__version__}")
                 return 0
             case "--help" | "-h" | "help":
-                print(USAGE, end="")
+                from pyvmm.report import show
+
+                for line in USAGE.splitlines():
+                    show(line)
                 return 0
             case "":
-                print(USAGE, end="", file=sys.stderr)
+                _complain(*USAGE.splitlines())
                 return HOST_ERROR_STATUS
             case _:
-                print(
-                    f"pyvmm: {command}: no such command; there are run, export, doctor, kernel "
-                    "and lab (pyvmm --help)",
-                    file=sys.stderr,
+                say_error(
+                    f"{command}: no such command; there are run, export, doctor, kernel "
+                    "and lab (pyvmm --help)"
                 )
                 return HOST_ERROR_STATUS
     except PyvmmError as error:
-        _show_traceback(rest)
-        _say(str(error))
+        show_traceback(rest)
+        say_error(str(error))
         return HOST_ERROR_STATUS
     except (OSError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
-            # The reader of our output has gone; there is nobody left to tell.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 128 + _SIGPIPE
-        _show_traceback(rest)
+            return output_failed(error)
+        show_traceback(rest)
         # Nothing of the guest's or the user's: no descriptors, threads or room left on this host.
-        _say(f"this host: {error}")
+        say_error(f"this host: {error}")
         return HOST_ERROR_STATUS
     except KeyboardInterrupt:
         return 128 + _SIGINT
@@ -99,19 +117,34 @@ def main(argv: list[str] | None = None) -> int:
         gc.enable()
 
 
-def _show_traceback(args: list[str]) -> None:
+def output_failed(error: OSError) -> int:
+    """The exit status, once standard output takes no more; what is left of it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, BrokenPipeError):
+        return 128 + _SIGPIPE  # its reader has gone: there is nobody left to tell
+    say_error(f"standard output: {error.strerror}")
+    return HOST_ERROR_STATUS
+
+
+def show_traceback(args: list[str]) -> None:
     """Where the error under way comes from, if -vv asks for it."""
     if "-vv" in args or args.count("-v") + args.count("--verbose") > 1:
-        import contextlib
         import traceback
 
-        with contextlib.suppress(OSError, ValueError):
-            traceback.print_exc()
+        for part in traceback.format_exception(*sys.exc_info()):
+            # Frames have two lines; an error's text is one, whatever is in it.
+            _complain(*(part.splitlines() if part.startswith("  ") else [part.strip("\n")]))
 
 
-def _say(line: str) -> None:
+def _complain(*lines: str) -> None:
+    from pyvmm.report import complain
+
+    for line in lines:
+        complain(line)
+
+
+def say_error(line: str) -> None:
     """One line on standard error, if there is one."""
-    import contextlib
+    from pyvmm.report import say
 
-    with contextlib.suppress(OSError, ValueError):
-        print(f"pyvmm: {line}", file=sys.stderr, flush=True)
+    say(line)

@@ -19,9 +19,10 @@ from pyvmm.config import (
     parse_size,
 )
 from pyvmm.devices.boot_timer import timing_lines
+from pyvmm.errors import PyvmmError
 from pyvmm.lean import TYPE_CHECKING, cache_path, configuration_paths
 from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
-from pyvmm.report import Reporter, write_text_now
+from pyvmm.report import Reporter, end_line, say
 from pyvmm.x86.cpu_model import parse_cpu_option
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ COMMAND = Command(
                "another process, seen as /dev/vda; repeat for vdb, ...  Options: ro (the "
                "guest cannot write), snapshot (what it writes is dropped), overlay=FILE (or "
                "kept in FILE), serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
-               "bps=RATE[:BURST], faults=FILE; see docs/disks.md"),
+               "bps=RATE[:BURST], faults=FILE, format=raw; see docs/disks.md"),
         Option(name="--initrd", metavar="FILE", help="an initial RAM disk (initramfs) to load"),
         Option(name="--cmdline", metavar="S",
                help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
@@ -132,12 +133,25 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     args = parse_options(COMMAND, argv)
     config = config_from(args)
 
+    try:
+        return _run(args, config, started_s, bundle)
+    except (OSError, PyvmmError) as error:
+        from pyvmm.cli.descriptors import shortage
+
+        if too_few := shortage(error, config):
+            raise too_few from error
+        raise
+
+
+def _run(
+    args: SimpleNamespace, config: RunConfig, started_s: float, bundle: Bundle
+) -> int:
+    """Build and run the machine of ``config``; see ``run_main``."""
     from pyvmm.machine import build
 
     report = Reporter(sys.stderr)
     with build(config, report=report) as machine:
-        version = machine.kernel.version
-        _warn(config, version, report)
+        _warn(config, machine, report)
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
         guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -150,7 +164,7 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     gc.unfreeze()
     report.close()
     if not machine.console_line_ended:
-        _end_line()
+        end_line()
     lines = []
     if args.timing:
         lines += timing_lines(
@@ -159,25 +173,29 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     if args.verbose and (user_space_s := machine.user_space_seen_s) is not None:
         lines.append(f"user space after {user_space_s - started_s:.2f} s")
     if args.verbose or outcome.kind not in _QUIET or outcome.value > MAX_GUEST_STATUS:
-        lines.append(str(outcome))
+        lines += _lines_of(outcome)
     if args.verbose:
         lines.append(f"exits: {machine.exits}")
         lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
-    _say(lines)
+    for line in lines:
+        say(line)
     # Last, for it may take seconds, and who waits no longer has seen the rest.
     if outcome.kind in MAYBE_SILENT and (
         outcome.kind is Kind.PANIC or not machine.has_printed
         or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
     ):
-        _say(_explain(config, outcome, machine))
+        for line in _explain(config, outcome, machine):
+            say(line)
     bundle.update(missing)
     return outcome.exit_status
 
 
-def _say(lines: list[str]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a standard error that takes nothing, or waits
-        for line in lines:
-            write_text_now(sys.stderr, f"pyvmm: {line}\n")
+def _lines_of(outcome: Outcome) -> list[str]:
+    """The lines that tell of ``outcome``: several where its detail is registers, which are ours."""
+    text = str(outcome)
+    if outcome.kind in (Kind.TRIPLE_FAULT, Kind.INTERNAL_ERROR):
+        return text.split("\n")
+    return [text]
 
 
 def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]:
@@ -187,17 +205,21 @@ def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]
         config, outcome, has_printed=machine.has_printed,
         waits_for_root=machine.waits_for_root, reached_init=machine.reached_init,
         is_known=has_known_configuration(config.kernel, machine.kernel.version),
+        is_linux=machine.kernel.is_linux, version=machine.kernel.version,
     )
 
 
-def _warn(config: RunConfig, version: str, report: Reporter) -> None:
+def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
     """Say what may be meant, but seldom is."""
-    if not config.disks and config.initrd is None:
+    kernel = machine.kernel
+    if kernel.is_linux and not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
-    if has_known_configuration(config.kernel, version):
+    if has_known_configuration(config.kernel, kernel.version) or (
+        kernel.is_linux and _root_is_special(config)
+    ):
         from pyvmm.cli import explain
 
-        for line in explain.before(config):
+        for line in explain.before(config, kernel.version):
             report(line)
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if config.memory_bytes > host_bytes:
@@ -205,6 +227,26 @@ def _warn(config: RunConfig, version: str, report: Reporter) -> None:
             f"--memory {format_size(config.memory_bytes)} is more than this host has "
             f"({host_bytes >> 20}M): it may be killed when the guest uses it"
         )
+
+
+def _root_is_special(config: RunConfig) -> bool:
+    """True unless the root is the first disk as a whole, and an ext4 that any Linux mounts.
+
+    Asked at every start, like ``has_known_configuration``: one small read, and no import.
+    """
+    if "root=" in f"{config.cmdline or ''} {config.append}":
+        return True
+    if not config.disks or config.initrd is not None:
+        return False
+    head = b""
+    with contextlib.suppress(OSError, ValueError):
+        fd = os.open(config.disks[0].location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            head = os.pread(fd, 2048, 0)
+        finally:
+            os.close(fd)
+    has_small_blocks = head[0x438:0x43A] == b"\x53\xef" and head[0x418] <= 2
+    return bool(head) and not (has_small_blocks and head[510:512] != b"\x55\xaa")
 
 
 def has_known_configuration(kernel: str | os.PathLike[str], version: str) -> bool:
@@ -226,13 +268,6 @@ def remembered_path(kernel: str | os.PathLike[str]) -> str:
     status = os.stat(kernel)
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     return os.path.join(cache_path(), "configs", "-".join(f"{part:x}" for part in identity))
-
-
-def _end_line() -> None:
-    """Our lines start at the left edge, whatever the guest left unfinished on the terminal."""
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stdout.isatty():
-            write_text_now(sys.stdout, "\n")
 
 
 def _process_start_s() -> float:

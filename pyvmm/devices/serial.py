@@ -2,9 +2,16 @@
 
 Transmission takes no time: THRE and TEMT are always set, and writing THR raises the
 THR-empty interrupt again.  Reception is paced by the guest: the receive FIFO holds 16 bytes, and
-the host's bytes wait outside until there is room and the guest has enabled the receive interrupt.
-So none is lost to an overrun.  Nor to a driver that clears the FIFO: Linux does while it probes
-and starts a UART, after it had the interrupt enabled for a moment; unread bytes are received anew.
+the host's bytes wait outside until there is room and the guest listens.  So none is lost to an
+overrun.  Nor to a driver that clears the FIFO: Linux does while it probes and starts a UART, after
+it had the interrupt enabled for a moment; unread bytes are received anew.
+
+A guest listens once it has enabled the receive interrupt, or polls.  A driver that polls for input
+cannot be told from one that polls LSR to transmit, as Linux's early console does, and need not be:
+the latter ignores LSR.DR and leaves the FIFO alone.  But a driver that starts the chip reads RBR,
+too, to empty it (Linux's serial8250_do_startup: FCR, LSR, RBR; IER, LSR, RBR).  So only a guest
+that goes on looking after it set the chip up is taken to poll, and while it sets the chip up there
+is nothing for it to throw away.
 """
 
 from __future__ import annotations
@@ -39,6 +46,9 @@ LCR_DLAB = 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
 LSR_DATA_READY, LSR_THRE, LSR_TEMT = 0x01, 0x20, 0x40
 LSR_IDLE = LSR_THRE | LSR_TEMT
+POLLS = 8
+"""So many reads of LSR and RBR after a write of IER or FCR, and the guest polls.  Linux's probe and
+its start-up make at most four between two such writes."""
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 
@@ -72,6 +82,7 @@ class Serial(ByteDevice):
         self._divisor = 12
         self._thre_pending = False
         self._irq_level = False
+        self._looks_missing = POLLS  # until the guest is taken to poll
         # Two of these calls make one character of the console: a table, not a chain of tests.
         self._readers = (
             self._read_data, self._read_ier, self._read_iir, self._read_lcr,
@@ -125,13 +136,14 @@ class Serial(ByteDevice):
         with self._lock:
             if self._lcr & LCR_DLAB:
                 return self._divisor & 0xFF
-            if not self._fifo:
-                return 0
-            value = self._fifo.popleft()
+            value = self._fifo.popleft() if self._fifo else None
             if not self._fifo:
                 self._refill()
             room = not self._fifo
             self._update_irq()
+        if value is None:
+            self._look()  # without a look at LSR
+            return 0
         if room:
             self._on_room()
         return value
@@ -161,6 +173,7 @@ class Serial(ByteDevice):
             if value & ~self._ier & IER_THRE:
                 self._thre_pending = True  # the holding register is empty already
             listens = value & ~self._ier & IER_RX
+            self._set_up()
             self._ier = value & 0x0F
             self._refill()
             self._update_irq()
@@ -178,9 +191,11 @@ class Serial(ByteDevice):
     def _write_fcr(self, value: int) -> None:
         with self._lock:
             cleared = value & FCR_CLEAR_RX or (value ^ self._fcr) & FCR_ENABLE
+            self._set_up()
             if cleared:
                 self._clear_fifo()
             self._fcr = value & FCR_ENABLE
+            self._refill()
             self._update_irq()
         if cleared:
             self._on_room()
@@ -199,6 +214,7 @@ class Serial(ByteDevice):
             reconnected = self._mcr & ~value & MCR_LOOP
             if (self._mcr ^ value) & MCR_LOOP:
                 self._clear_fifo()  # what is looped back and what comes in do not mix
+                self._looks_missing = POLLS
             self._mcr = value & 0x1F
             self._refill()
             self._update_irq()
@@ -206,6 +222,8 @@ class Serial(ByteDevice):
             self._on_room()
 
     def _read_lsr(self) -> int:
+        if self._looks_missing:
+            self._look()
         return LSR_IDLE | LSR_DATA_READY if self._fifo else LSR_IDLE
 
     def _read_msr(self) -> int:
@@ -226,8 +244,26 @@ class Serial(ByteDevice):
         self._scr = value
 
     def _listens(self) -> bool:
-        """Whether the driver wants bytes: connected to the line, receive interrupt enabled."""
-        return bool(self._ier & IER_RX) and not self._mcr & MCR_LOOP
+        """True if the driver wants bytes: connected to the line, and by interrupt or by polling."""
+        return (bool(self._ier & IER_RX) or not self._looks_missing) and not self._mcr & MCR_LOOP
+
+    def _look(self) -> None:
+        """The guest looks for a byte: so many looks, and it listens."""
+        with self._lock:
+            if not self._looks_missing:
+                return
+            self._looks_missing -= 1
+            if self._looks_missing or self._ier & IER_RX:
+                return
+            self._refill()
+        self._on_room()
+
+    def _set_up(self) -> None:
+        """With the lock held: the driver sets the chip up, and polls only if it goes on looking."""
+        polled = not self._looks_missing and not self._ier & IER_RX
+        self._looks_missing = POLLS
+        if polled and not self._mcr & MCR_LOOP:
+            self._clear_fifo()  # it might read RBR to empty it: what nobody waits for waits outside
 
     def _clear_fifo(self) -> None:
         if not self._mcr & MCR_LOOP:

@@ -10,7 +10,7 @@ import os
 from types import TracebackType
 
 from pyvmm.driver.errors import TransportError
-from pyvmm.memory import PAGE_SIZE
+from pyvmm.memory import PAGE_SIZE, map_aligned
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -21,7 +21,8 @@ class SharedMemory:
     They are a memfd, sealed: whoever gets ``fd`` can neither shrink it under us nor the other
     way about.  ``view`` is all of them, writable; ``address`` is where the first byte is in this
     process, and also where a device finds it once ``Transport.map_mem_region`` made it known.
-    ``offset`` is where it is in ``fd``: always 0.  TransportError if there is no such memory.
+    ``offset`` is where it is in ``fd``: always 0.  ``address`` is a multiple of 2 MiB, so that a
+    device's IOMMU and the host can use huge pages.  TransportError if there is no such memory.
     """
 
     offset = 0
@@ -35,12 +36,12 @@ class SharedMemory:
             self.fd = os.memfd_create("pyvmm-driver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self.fd, self.length)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(self.fd, self.length)
+            self._map, start = map_aligned(self.length, self.fd)
         except (OSError, ValueError, OverflowError) as error:
             if self.fd >= 0:
                 os.close(self.fd)
             raise TransportError(f"cannot share {self.length} bytes: {error}") from error
-        self.view = memoryview(self._map)
+        self.view = memoryview(self._map)[start : start + self.length]
         self.address = address_of(self.view)
 
     def close(self) -> None:

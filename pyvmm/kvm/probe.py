@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import os
+import pwd
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +155,7 @@ def _vm_remedy(code: int) -> str:
 
 def _device_remedy(code: int, host: Host) -> str:
     if code in (errno.EACCES, errno.EPERM):
-        return (
-            "`sudo usermod -aG kvm $USER`, then log in again; in a container also "
-            f"`--device {DEFAULT_PATH}`; {LAB}"
-        )
+        return f"{_permission_remedy(host)}; {LAB}"
     if code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return _load_remedy(host)
     if code == errno.EBUSY:
@@ -163,6 +163,40 @@ def _device_remedy(code: int, host: Host) -> str:
     if code == errno.ENOTTY:
         return f"this is not KVM's device: look what made it, {LAB}"
     return f"look for KVM's own message with `dmesg | grep -i kvm`, {LAB}"
+
+
+def _permission_remedy(host: Host) -> str:
+    """The device is there, and may not be opened: return what its owner and mode say about it."""
+    device = host.device
+    try:
+        status = os.stat(device)
+    except OSError as error:
+        return f"look at the directories above {device} ({error.strerror})"
+    both = stat.S_IROTH | stat.S_IWOTH
+    if status.st_mode & both == both or os.access(device, os.R_OK | os.W_OK):
+        return (
+            f"its mode lets you open it, so a sandbox does not: in a container `--device {device}`"
+        )
+    try:
+        group = grp.getgrgid(status.st_gid)
+        name, members = group.gr_name, group.gr_mem
+    except KeyError:
+        name, members = str(status.st_gid), []
+    # Nobody is sent into root's own group: that one opens far more than the device.
+    if status.st_mode & both << 3 == both << 3 and status.st_gid:
+        try:
+            user = pwd.getpwuid(os.geteuid()).pw_name
+        except KeyError:
+            user = ""
+        if user in members:
+            return f"you are in the group {name}, but not since this login: log in again"
+        return f"`sudo usermod -aG {name} $USER`, then log in again"
+    mode = stat.filemode(status.st_mode)
+    return (
+        f"it is {mode}, of the group {name}, so no group lets you in: "
+        f"`sudo setfacl -m u:$USER:rw {device}`, or for good a udev rule with "
+        'KERNEL=="kvm", GROUP="kvm", MODE="0660"'
+    )
 
 
 def _load_remedy(host: Host) -> str:

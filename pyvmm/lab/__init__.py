@@ -23,12 +23,16 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.lab import initramfs, kernel, qemu
 from pyvmm.lab.session import Session, Wiring
 from pyvmm.linux.cache import cache_directory
+from pyvmm.numerals import whole_number
 
 INSIDE = "PYVMM_LAB"
 """The environment variable that is 1 inside the lab."""
 
 MIN_MEMORY_BYTES = 512 << 20
+MAX_MEMORY_BYTES = 1 << 40
 MAX_CPUS = 64
+MAX_TIMEOUT_S = 10 * 365 * 86400.0
+_MAX_GIT_SETTINGS = 1 << 20
 
 
 class CommandError(ConfigError):
@@ -66,9 +70,15 @@ class LabConfig:
                 f"--memory {self.memory_bytes >> 20}M",
                 f"too small for the lab's Linux; the least is {MIN_MEMORY_BYTES >> 20}M",
             )
-        if self.timeout_s is not None and not 0 < self.timeout_s < float("inf"):
+        if self.memory_bytes > MAX_MEMORY_BYTES:
             raise ConfigError(
-                f"--timeout {self.timeout_s:g}", "must be a number of seconds above 0"
+                f"--memory {self.memory_bytes >> 20}M",
+                f"too large for an emulated machine; the most is {MAX_MEMORY_BYTES >> 30}G",
+            )
+        if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"--timeout {self.timeout_s:g}",
+                f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
             )
         for directory in self.writable:
             if not directory.is_dir():
@@ -105,14 +115,14 @@ def lab_environment(environment: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
 
     git refuses a checkout whose owner is not the user, and in the lab everyone is root.
     """
-    count = environment.get(b"GIT_CONFIG_COUNT", b"0")
-    count = count if count.isdigit() else b"0"
+    text = os.fsdecode(environment.get(b"GIT_CONFIG_COUNT", b"0"))
+    count = whole_number(text, 0, _MAX_GIT_SETTINGS) or 0
     return {
         **environment,
         INSIDE.encode(): b"1",
-        b"GIT_CONFIG_COUNT": b"%d" % (int(count) + 1),
-        b"GIT_CONFIG_KEY_" + count: b"safe.directory",
-        b"GIT_CONFIG_VALUE_" + count: b"*",
+        b"GIT_CONFIG_COUNT": b"%d" % (count + 1),
+        b"GIT_CONFIG_KEY_%d" % count: b"safe.directory",
+        b"GIT_CONFIG_VALUE_%d" % count: b"*",
     }
 
 

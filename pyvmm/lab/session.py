@@ -13,14 +13,15 @@ import os
 import select
 import signal
 import socket
-import termios
 import time
-import tty
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from pyvmm.console.terminal import RawTerminal, settle, watch_queries
 from pyvmm.errors import HostError
 from pyvmm.lab.streams import Input, Keyboard, Lines, Output, Signals, Source, Tail, describe
+from pyvmm.numerals import shown, whole_number
+from pyvmm.report import echo
 
 BEAT_S = 1.0
 BOOT_LIMIT_S = 180.0
@@ -32,10 +33,6 @@ DRAIN_S = 5.0
 
 TIMEOUT_STATUS = 124
 LAB_FAILED_STATUS = 125
-
-
-TerminalState = list[int | list[bytes | int]]
-"""What termios.tcgetattr gives."""
 
 
 class Phase(enum.Enum):
@@ -96,14 +93,20 @@ class Session:
 
         self._control = wiring.ports["control"]
         self._terminal = wiring.ports.get("terminal")
-        self._saved_terminal: TerminalState | None = None
-        self._console = Tail(wiring.console_fd, 2 if verbose else None)
+        self._host_terminal = RawTerminal(
+            None if self._terminal is None else 0, cooks_output=False
+        )
+        self._queries = None if self._terminal is None else watch_queries(1)
+        show = functools.partial(echo, end="\r\n" if os.isatty(2) else "\n")
+        self._console = Tail(wiring.console_fd, show if verbose else None)
         self._messages = Tail(wiring.messages_fd)
         out = self._terminal or wiring.ports["out"]
         self._outputs = [
             Output(port.fileno(), fd, end_mark, functools.partial(self._hangup, fd))
             for fd, port in ((1, out), (2, wiring.ports["err"]))
         ]
+        if self._queries is not None:
+            self._outputs[0].shown = self._queries.feed
         self._commands = Lines(self._control.fileno(), self._on_control)
         self._sources: list[Source] = [
             self._commands, *self._outputs, self._console, self._messages
@@ -197,13 +200,21 @@ class Session:
             self._enter(Phase.RUNNING, self._timeout_s)
             self._connect_input()
         elif verb == "exit":
-            self._status = int(rest)
+            # Root in the lab, CMD can write to this port too.
+            status = whole_number(rest, 0, 255)
+            if status is None:
+                self._fail(f"it gave no exit status, but {shown(rest)!r}")
+                return
+            self._status = status
             self._enter(Phase.DRAINING, DRAIN_S)
         elif verb == "fail":
             self._fail(rest)
 
     def _on_signal(self, number: int) -> None:
-        if number == signal.SIGWINCH:
+        if number == signal.SIGTSTP:
+            self._host_terminal.stop_with_shell()
+        elif number in (signal.SIGWINCH, signal.SIGCONT):
+            self._host_terminal.forget()
             self._send_window_size()
         elif number == signal.SIGINT and self._interrupts == 0 and self._phase is not Phase.BOOT:
             self._interrupts += 1
@@ -222,9 +233,9 @@ class Session:
 
     def _connect_input(self) -> None:
         if self._terminal is not None:
-            self._saved_terminal = termios.tcgetattr(0)
-            tty.setraw(0, termios.TCSADRAIN)
-            self._sources.append(Keyboard(0, self._terminal, self._escape))
+            self._sources.append(
+                Keyboard(0, self._terminal, self._escape, self._host_terminal.look)
+            )
             self._send_window_size()
         elif self._stdin_fd is not None:
             self._sources.append(Input(self._stdin_fd, self._ports["in"]))
@@ -241,10 +252,9 @@ class Session:
             self._tell(f"winsize {rows} {columns}")
 
     def _restore_terminal(self) -> None:
-        if self._saved_terminal is not None:
-            with contextlib.suppress(termios.error):
-                termios.tcsetattr(0, termios.TCSANOW, self._saved_terminal)
-            self._saved_terminal = None
+        if self._queries is not None and self._host_terminal.active:
+            settle(self._queries, 1)
+        self._host_terminal.give_back()
 
     def _tell(self, line: str) -> None:
         """Send a control line; a dead machine is noticed elsewhere."""
@@ -278,7 +288,10 @@ def _signals_to(fd: int) -> Iterator[None]:
     """
     numbers = [
         number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+        for number in (
+            signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH, signal.SIGTSTP,
+            signal.SIGCONT,
+        )
         if signal.getsignal(number) != signal.SIG_IGN
     ]
     saved_fd = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)

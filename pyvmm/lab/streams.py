@@ -84,21 +84,20 @@ class Signals(Source):
 
 
 class Tail(Source):
-    """Keeps the last ``LIMIT`` bytes, and copies all of them to ``echo_fd`` if there is one."""
+    """Keeps the last ``LIMIT`` bytes, and gives all of them to ``echo`` if there is one."""
 
     LIMIT = 1 << 14
 
-    def __init__(self, fd: int, echo_fd: int | None = None) -> None:
+    def __init__(self, fd: int, echo: Callable[[bytes], None] | None = None) -> None:
         super().__init__(fd)
-        self._echo_fd = echo_fd
+        self._echo = echo
         self._kept = b""
 
     def take(self, data: bytes) -> None:
         """Keep and copy."""
         self._kept = (self._kept + data)[-self.LIMIT :]
-        if self._echo_fd is not None:
-            with contextlib.suppress(OSError):
-                os.write(self._echo_fd, data)
+        if self._echo is not None:
+            self._echo(data)
 
     def lines(self, count: int) -> list[str]:
         """The last ``count`` lines that are not blank."""
@@ -112,6 +111,8 @@ class Pump(Source):
     def __init__(self, fd: int, sink_fd: int) -> None:
         super().__init__(fd)
         self.pending = b""
+        self.shown: Callable[[bytes], None] | None = None
+        """Gets what the sink has taken."""
         self._sink_fd = sink_fd
 
     def waiting_for(self) -> tuple[int, int] | None:
@@ -134,6 +135,8 @@ class Pump(Source):
             self.ended = True
             self.sink_failed(error)
             return
+        if self.shown is not None:
+            self.shown(self.pending[:done])
         self.pending = self.pending[done:]
 
     def take(self, data: bytes) -> None:
@@ -206,12 +209,31 @@ class Input(Pump):
 
 
 class Keyboard(Pump):
-    """A raw terminal to the lab's terminal; Ctrl-] three times in a row calls ``escape``."""
+    """A raw terminal to the lab's terminal; Ctrl-] three times in a row calls ``escape``.
 
-    def __init__(self, fd: int, port: socket.socket, escape: Callable[[], None]) -> None:
+    It is read while ``may_read()``: in the background it is the shell's.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        port: socket.socket,
+        escape: Callable[[], None],
+        may_read: Callable[[], bool] = lambda: True,
+    ) -> None:
         super().__init__(fd, port.fileno())
         self._escape = escape
+        self._may_read = may_read
         self._presses = 0
+
+    def waiting_for(self) -> tuple[int, int] | None:
+        """As any pump, but for a terminal that is somebody else's now."""
+        return super().waiting_for() if self.pending or self._may_read() else None
+
+    def step(self) -> None:
+        """As any pump, but for a terminal that has become somebody else's."""
+        if self.pending or self._may_read():
+            super().step()
 
     def take(self, data: bytes) -> None:
         """Count, and pass on: one Ctrl-] alone belongs to CMD."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from pyvmm.errors import HostError
 from pyvmm.lean import cache_path
+from pyvmm.linux import trust
 
 Say = Callable[[str], None]
 """Takes a line for the person who waits."""
@@ -38,13 +40,15 @@ def build_once(
     ``build`` fills an empty directory and returns what its name ends with.  Safe against other
     processes doing the same: one builds, the others wait for it; ``name`` is what they share, and
     ``prefix`` is not one of ``name-building-``.
-    HostError if the cache cannot be used, and whatever ``build`` raises.
+    HostError if the cache cannot be used, or if another user may change it (``trust``), and
+    whatever ``build`` raises.
     """
+    trust.check_directory(cache)
     if found := _newest(cache, prefix):
         return found
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{name}.lock", say):
+        trust.make_directory(cache)
+        with locked(cache / f"{name}.lock", say), trust.writable_by_us_alone():
             if found := _newest(cache, prefix):
                 return found
             # Under the lock, what still carries this name is left over from a killed build.
@@ -64,14 +68,19 @@ def build_once(
 
 
 def _newest(cache: Path, prefix: str) -> Path | None:
-    built = sorted(cache.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime)
+    built = sorted(cache.glob(f"{prefix}*"), key=lambda path: path.lstat().st_mtime)
+    for found in built:  # each of them: one that was planted may be touched to be any age
+        trust.check_tree(found)
     return built[-1] if built else None
 
 
 @contextlib.contextmanager
 def locked(path: Path, say: Say) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``; the kernel drops it if we are killed."""
-    with path.open("w") as lock:
+    """Hold an exclusive lock on ``path``; the kernel drops it if we are killed.
+
+    HostError if the file is not one of ours (``trust.open_lock``).
+    """
+    with os.fdopen(trust.open_lock(path)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

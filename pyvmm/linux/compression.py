@@ -1,6 +1,7 @@
 """Unpacking what kernels, modules and initramfs files are compressed with, within a limit.
 
-The files are not trusted: no more than ``limit`` bytes come out, whatever they claim.  gzip, xz,
+The files are not trusted: no more than ``limit`` bytes come out, whatever they claim, and no more
+work is done than a ``Budget`` has.  gzip, xz,
 lzma and bzip2 are in the standard library, lz4 in ``lz4.py``; zstd is there from Python 3.14 on,
 and before that, as lzo always, a program of the host does it.
 """
@@ -11,8 +12,12 @@ import bz2
 import contextlib
 import importlib
 import lzma
+import math
 import os
+import resource
+import select
 import shutil
+import signal
 import subprocess
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -22,6 +27,7 @@ from pyvmm.errors import HostError, PyvmmError
 from pyvmm.linux import lz4
 from pyvmm.linux.formats import Compression, detect
 from pyvmm.linux.host import install_command
+from pyvmm.linux.work import LOOK_STEPS, Budget, WorkError
 
 __all__ = ["Compression", "UnpackError", "decompress", "detect", "pieces"]
 
@@ -30,11 +36,14 @@ PIECE_BYTES = 1 << 20
 _XZ_MEMORY_BYTES = 256 << 20
 """The kernel's own scripts ask for a dictionary of at most 128 MiB."""
 _FEED_BYTES = 64 << 10
+_STEP_BYTES = 4096
+"""What comes out costs a step for so many bytes, beside those for the call that it came from."""
+_PROGRAM_TURN_S = 0.5
 _PROGRAMS = {Compression.ZSTD: "zstd", Compression.LZO: "lzop"}
 
 
 class UnpackError(PyvmmError):
-    """Compressed data is damaged, cut off, or larger than the limit; the text has no subject."""
+    """Compressed data is damaged, cut off, too large or too much work; the text has no subject."""
 
 
 class _Decompressor(Protocol):
@@ -52,37 +61,44 @@ class _Decompressor(Protocol):
         """At most ``max_length`` bytes of what ``data`` unpacks to; the rest is kept."""
 
 
-def decompress(data: bytes, *, limit: int) -> bytes:
+def decompress(data: bytes, *, limit: int, budget: Budget | None = None) -> bytes:
     """``data`` unpacked by the format its first bytes show; ``data`` itself if they show none.
 
     Bytes after the compressed data are no error: a kernel has its unpacked size there.
-    UnpackError if it cannot be unpacked to at most ``limit`` bytes, HostError if this host has
-    no program that could.
+    UnpackError if it cannot be unpacked to at most ``limit`` bytes within ``budget``, HostError if
+    this host has no program that could.
     """
-    return b"".join(pieces(data, limit=limit))
+    return b"".join(pieces(data, limit=limit, budget=budget))
 
 
-def pieces(data: bytes, *, limit: int) -> Iterator[bytes]:
+def pieces(data: bytes, *, limit: int, budget: Budget | None = None) -> Iterator[bytes]:
     """``decompress`` a piece at a time: whoever has seen enough stops, and little is kept.
 
     It raises as ``decompress`` does, which may be after some pieces; ``limit`` is never exceeded.
     """
     kind = detect(data)
     left = limit
+    budget = budget or Budget()
     try:
-        with contextlib.closing(_open(kind, data, limit)) as unpacked:
+        with contextlib.closing(_open(kind, data, limit, budget)) as unpacked:
             for piece in unpacked:
+                budget.spend(LOOK_STEPS + len(piece) // _STEP_BYTES)
                 left -= len(piece)
                 if left < 0:
                     break
-                yield piece
+                if piece:
+                    yield piece
+    except WorkError as error:
+        raise UnpackError(f"{kind.value} data {error}") from error
     except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as error:
         raise UnpackError(f"{kind.value} data is damaged: {error}") from error
     if left < 0:
         raise UnpackError(f"{kind.value} data unpacks to more than the limit of {limit} bytes")
 
 
-def _open(kind: Compression, data: bytes, limit: int) -> Generator[bytes]:
+def _open(
+    kind: Compression, data: bytes, limit: int, budget: Budget
+) -> Generator[bytes]:
     match kind:
         case Compression.NONE:
             return (piece for piece in (data,))
@@ -95,11 +111,11 @@ def _open(kind: Compression, data: bytes, limit: int) -> Generator[bytes]:
         case Compression.BZIP2:
             return _by_library(bz2.BZ2Decompressor, data)
         case Compression.LZ4:
-            return lz4.blocks(data)
+            return lz4.blocks(data, budget)
         case Compression.ZSTD if (zstd := _zstd_module()) is not None:
             return _by_library(lambda: zstd, data)
         case _:
-            return _by_program(_PROGRAMS[kind], data, limit)
+            return _by_program(_PROGRAMS[kind], data, limit, budget)
 
 
 def _xz(container: int) -> lzma.LZMADecompressor:
@@ -144,10 +160,11 @@ def _zstd_module() -> _Decompressor | None:
     return decompressor
 
 
-def _by_program(program: str, data: bytes, limit: int) -> Generator[bytes]:
+def _by_program(program: str, data: bytes, limit: int, budget: Budget) -> Generator[bytes]:
     """What ``program -dc`` makes of ``data``, read up to one byte over ``limit``.
 
-    Its exit status is no help: these programs complain about bytes after the data, too.
+    Its exit status is no help: these programs complain about bytes after the data, too.  Its CPU
+    time is limited by the kernel.
     """
     if shutil.which(program) is None:
         raise HostError(f"{program} is missing; run: {install_command([program])}")
@@ -159,10 +176,19 @@ def _by_program(program: str, data: bytes, limit: int) -> Generator[bytes]:
             [program, "-dcq"], stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ))
         stack.callback(process.kill)
+        output = process.stdout
+        assert output is not None, "a pipe was asked for"
+        cpu_s = math.ceil(budget.cpu_s * budget.slowness())
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (cpu_s, cpu_s))
         done = 0
         while done <= limit:
-            some = process.stdout.read(PIECE_BYTES) if process.stdout is not None else b""
+            while not select.select([output], [], [], _PROGRAM_TURN_S)[0]:
+                budget.look()
+            some = os.read(output.fileno(), PIECE_BYTES)
             if not some:
+                if process.wait() in (-signal.SIGXCPU, -signal.SIGKILL):
+                    raise WorkError(f"takes more than the limit of {cpu_s} s of CPU time")
                 break
             done += len(some)
             yield some

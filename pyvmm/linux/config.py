@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from pathlib import Path
 
 from pyvmm.lean import configuration_paths
-from pyvmm.linux.compression import UnpackError, decompress
+from pyvmm.linux.compression import Compression, UnpackError, decompress, detect, pieces
 from pyvmm.linux.options import KernelConfig
+from pyvmm.linux.work import Budget
 
 __all__ = ["MAX_CONFIG_BYTES", "KernelConfig", "beside", "parse", "read", "unpack"]
 
@@ -30,37 +30,43 @@ def parse(text: str, source: str) -> KernelConfig | None:
     return KernelConfig(dict(_SETTING.findall(text)), source)
 
 
-def read(path: Path) -> KernelConfig | None:
+def read(path: Path, budget: Budget | None = None) -> KernelConfig | None:
     """The configuration in ``path``, plain or compressed; None if there is none in it.
 
-    OSError if it cannot be read, UnpackError if it is too large or damaged.
+    OSError if it cannot be read, UnpackError if it is too large, too much work or damaged.
     """
     with path.open("rb") as file:
         data = file.read(MAX_CONFIG_BYTES + 1)  # a device has no end
     if len(data) > MAX_CONFIG_BYTES:
         raise UnpackError(f"is larger than the limit of {MAX_CONFIG_BYTES} bytes")
-    data = decompress(data, limit=MAX_CONFIG_BYTES)
+    data = decompress(data, limit=MAX_CONFIG_BYTES, budget=budget)
     return parse(data.decode("utf-8", "replace"), os.fspath(path))
 
 
-def unpack(packed: bytes | bytearray, source: str) -> KernelConfig | None:
+def unpack(packed: bytes, source: str, budget: Budget | None = None) -> KernelConfig | None:
     """The configuration as a kernel has it inside (CONFIG_IKCONFIG=y), gzip-compressed; None if it
-    is damaged, or none.  What is over MAX_CONFIG_BYTES is left out."""
-    try:
-        data = zlib.decompressobj(wbits=31).decompress(packed, MAX_CONFIG_BYTES)
-    except zlib.error:
+    is damaged, too much work, or none.  What is over MAX_CONFIG_BYTES is left out."""
+    if detect(packed) is not Compression.GZIP:
         return None
-    return parse(data.decode("utf-8", "replace"), source)
+    data = b""
+    try:
+        for piece in pieces(packed, limit=2 * MAX_CONFIG_BYTES, budget=budget):
+            data += piece
+            if len(data) >= MAX_CONFIG_BYTES:
+                break
+    except UnpackError:
+        return None
+    return parse(data[:MAX_CONFIG_BYTES].decode("utf-8", "replace"), source)
 
 
-def beside(kernel: Path, version: str) -> KernelConfig | None:
+def beside(kernel: Path, version: str, budget: Budget | None = None) -> KernelConfig | None:
     """The configuration that lies where one would look for it; None if none does.
 
     ``lean.configuration_paths`` says where; ``version`` is the kernel's own text, "" if unknown.
     """
     for path in map(Path, configuration_paths(kernel, version)):
         try:
-            if path.is_file() and (found := read(path)) is not None:
+            if path.is_file() and (found := read(path, budget)) is not None:
                 return found
         except (OSError, ValueError, UnpackError):
             continue

@@ -90,7 +90,10 @@ def _build(apt: Apt, package: Package, work: Path, say: Say) -> str:
     shutil.copyfile(config, work / config.name)
     (work / f"vmlinux-{release}").write_bytes(payload.extract_vmlinux(image.read_bytes()))
     loaded = modules.load_order(root, initramfs.MODULES)
-    archive = initramfs.pack(busybox, loaded)
+    file_systems = {
+        kind: modules.load_order(root, [name]) for kind, name in initramfs.FILE_SYSTEMS.items()
+    }
+    archive = initramfs.pack(busybox, loaded, file_systems)
     (work / f"initramfs-{release}.cpio.gz").write_bytes(archive)
     shutil.rmtree(root)
     return "amd64"

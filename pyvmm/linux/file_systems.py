@@ -1,4 +1,4 @@
-"""What is on a disk, told by its first bytes: a partition table, a file system."""
+"""What is on a disk or a partition, told by its first bytes: a file system, or something else."""
 
 from __future__ import annotations
 
@@ -28,9 +28,31 @@ SQUASHFS_COMPRESSORS = ("", "ZLIB", "", "LZO", "XZ", "LZ4", "ZSTD")
 them; Linux has none for 2, lzma."""
 _SQUASHFS_COMPRESSOR_OFFSET = 20
 
-_SECTOR = 512
-_DOS_TABLE, _DOS_ENTRY, _DOS_ENTRIES = 446, 16, 4
-_GPT_ENTRY_MIN = 128
+_EXT_BLOCK_OFFSET = 0x418
+_EXT_INCOMPAT_KNOWN = 0x3E7D6
+"""fs/ext4/ext4.h: all but compression, an external journal and a directory's own data."""
+_MAX_SHIFT = 24
+
+# What is no file system that a kernel mounts as a root by itself.
+_OTHERS = (
+    (0x0, b"LUKS\xba\xbe", "LUKS"),
+    (0x218, b"LVM2 001", "LVM"),
+    (0x1000, b"\xfc\x4e\x2b\xa9", "RAID"),
+    (0xFF6, b"SWAPSPACE2", "swap"),
+    (0x36, b"FAT", "vfat"),
+    (0x52, b"FAT32", "vfat"),
+    (0x3, b"NTFS    ", "ntfs"),
+    (0x3, b"EXFAT   ", "exfat"),
+)
+# Where the UUID is, and the label, and how long that may be.
+_IDENTITIES = {
+    "ext2": (0x468, 0x478, 16),
+    "ext3": (0x468, 0x478, 16),
+    "ext4": (0x468, 0x478, 16),
+    "xfs": (0x20, 0x6C, 12),
+    "btrfs": (0x10020, 0x1012B, 256),
+    "erofs": (0x430, 0x440, 16),
+}
 
 
 def detect(head: bytes) -> str | None:
@@ -54,34 +76,48 @@ def squashfs_compressor(head: bytes) -> str:
     return SQUASHFS_COMPRESSORS[number] if number < len(SQUASHFS_COMPRESSORS) else ""
 
 
-def partition_table(head: bytes) -> str:
-    """The kind of a disk's partition table, ``gpt`` or ``dos``; "" if it has neither."""
-    if head[_SECTOR : _SECTOR + 8] == b"EFI PART":
-        return "gpt"
-    if head[510:512] != b"\x55\xaa":
-        return ""
-    # A boot sector without a table ends so, too: in a table the first byte of an entry is a flag.
-    entries = [
-        head[at : at + _DOS_ENTRY]
-        for at in range(_DOS_TABLE, _DOS_TABLE + _DOS_ENTRIES * _DOS_ENTRY, _DOS_ENTRY)
-    ]
-    is_table = all(entry[0] in (0, 0x80) for entry in entries) and any(e[4] for e in entries)
-    return "dos" if is_table else ""
+def other_content(head: bytes) -> str:
+    """Return what a disk or partition that no ``detect`` knows holds; "" if nothing tells.
+
+    That is what a kernel alone does not mount: ``empty`` says that all of ``head`` is zero.
+    """
+    for offset, magic, name in _OTHERS:
+        if head[offset : offset + len(magic)] == magic:
+            return name
+    return "empty" if len(head) >= HEAD_BYTES and not any(head) else ""
 
 
-def partition_offset(head: bytes, number: int) -> int | None:
-    """Where partition ``number`` (from 1) begins, in bytes; None if ``head`` does not tell."""
-    kind = partition_table(head)
-    if kind == "dos" and 1 <= number <= _DOS_ENTRIES:
-        entry = _DOS_TABLE + (number - 1) * _DOS_ENTRY
-        return _number(head, entry + 8, 4) * _SECTOR or None
-    if kind == "gpt" and number >= 1:
-        # UEFI 2.10, 5.3: where the array of entries begins, and how long each is.
-        table, size = _number(head, _SECTOR + 72, 8), _number(head, _SECTOR + 84, 4)
-        entry = table * _SECTOR + (number - 1) * size
-        if size >= _GPT_ENTRY_MIN and entry + size <= len(head):
-            return _number(head, entry + 32, 8) * _SECTOR or None
-    return None
+def identity(head: bytes, kind: str) -> tuple[str, str] | None:
+    """Return ``(UUID, label)`` of a file system of ``kind``, "" for what it has not; None if such
+    a file system's are not known here."""
+    if kind not in _IDENTITIES:
+        return None
+    uuid_at, label_at, label_bytes = _IDENTITIES[kind]
+    text = head[uuid_at : uuid_at + 16].hex()
+    uuid = f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    label = head[label_at : label_at + label_bytes].split(b"\0", 1)[0]
+    return uuid, label.decode("utf-8", "replace")
+
+
+def block_bytes(head: bytes, kind: str) -> int:
+    """Return the size of a block of a file system of ``kind``; 0 if it is not known."""
+    if kind in ("ext2", "ext3", "ext4"):
+        shift = _number(head, _EXT_BLOCK_OFFSET, 4)
+        return 1024 << shift if shift <= _MAX_SHIFT else 0
+    if kind == "xfs":
+        return int.from_bytes(head[4:8], "big")
+    if kind == "btrfs":
+        return _number(head, 0x10090, 4)
+    if kind in ("f2fs", "erofs"):
+        at, length = (0x410, 4) if kind == "f2fs" else (0x40C, 1)
+        shift = _number(head, at, length)
+        return 1 << shift if shift <= _MAX_SHIFT else 0
+    return 0
+
+
+def unknown_ext_features(head: bytes) -> int:
+    """Return the bits of an ext file system's incompatible features that no Linux mounts."""
+    return _number(head, _EXT_INCOMPAT_OFFSET, 4) & ~_EXT_INCOMPAT_KNOWN
 
 
 def _number(head: bytes, offset: int, length: int) -> int:

@@ -1,32 +1,36 @@
 """What a run asks of its kernel, as far as the run and the kernel's command line say it.
 
-This is read the way Linux reads it: init/do_mounts.c for ``root=``, lib/cmdline.c for the words.
+This is read the way Linux reads it: init/do_mounts.c for ``root=``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from pyvmm.command_line import consoles_of, words_of
 from pyvmm.lean import Record
 from pyvmm.linux import file_systems
 from pyvmm.linux.formats import Compression, detect
 from pyvmm.linux.options import KernelConfig
+from pyvmm.linux.root import find_root
+from pyvmm.numerals import whole_number
 
 ONE_CPU_WORDS = ("nosmp", "nolapic", "disableapic")
 _CPU_LIMITS = ("maxcpus", "nr_cpus", "possible_cpus")
-_UUID_LENGTH = 36  # of a GPT partition; that of an MBR one is SSSSSSSS-PP
-_DISK = "/dev/vd"
+_MAX_NUMBER = 999_999_999
 
 
 class Boot(Record):
     """A run as its kernel meets it.
 
-    ``acpi`` is whether there are tables, ``disks`` counts them; ``initrd`` is the start of that
+    ``version`` is the kernel's own text, "" if it is not known.  ``acpi`` is whether there are
+    tables, ``disks`` counts them; ``initrd`` is the start of that
     file, None without.  ``read_disk`` gives up to ``file_systems.HEAD_BYTES`` of disk ``index``
     from a byte on, nothing if that cannot be known.
     """
 
     command_line: str = ""
+    version: str = ""
     cpus: int = 1
     acpi: bool = True
     disks: int = 1
@@ -68,27 +72,6 @@ class Guest(Record):
     mistakes: tuple[str, ...] = ()
 
 
-def words_of(command_line: str) -> list[tuple[str, str]]:
-    """The parameters on a kernel's command line, ``(name, value)``; behind ``--`` they are init's.
-
-    Double quotes keep spaces together; ``-`` and ``_`` in names are the same.
-    """
-    found = []
-    word, quoted = "", False
-    for character in f"{command_line} ":
-        if character == '"':
-            quoted = not quoted
-        elif not character.isspace() or quoted:
-            word += character
-        elif word:
-            if word == "--":
-                break
-            name, _, value = word.partition("=")
-            found.append((name.replace("-", "_"), value))
-            word = ""
-    return found
-
-
 def describe(boot: Boot, config: KernelConfig | None) -> Guest:
     """What ``boot`` asks of a kernel that was built with ``config``, None if that is not known.
 
@@ -105,9 +88,7 @@ def describe(boot: Boot, config: KernelConfig | None) -> Guest:
         acpi=boot.acpi and values.get("acpi") != "off",
         cmdline_devices="virtio_mmio.device" in names,
         console=_console(words),
-        names_hvc0=any(
-            name == "console" and value.partition(",")[0] == "hvc0" for name, value in words
-        ),
+        names_hvc0="hvc0" in consoles_of(words),
         has_disk=boot.disks > 0,
         initrd_compression=compression,
         is_ram_disk=boot.initrd is not None and file_systems.detect(boot.initrd) is not None,
@@ -119,7 +100,7 @@ def describe(boot: Boot, config: KernelConfig | None) -> Guest:
     if needs_devices and not guest.acpi and not guest.cmdline_devices:
         mistakes.append("nothing tells the kernel of its devices: ACPI is off, and they are not on "
                         "its command line (--discovery)")
-    if guest.has_disk and compression is None:  # else the initrd knows what the root is
+    if guest.has_disk:
         guest, mistake = _with_root(guest, boot, values)
         mistakes += [mistake] if mistake else []
     return guest.replace(mistakes=tuple(mistakes))
@@ -144,52 +125,35 @@ def _cpus(cpus: int, values: dict[str, str]) -> int:
 
 def _console(words: list[tuple[str, str]]) -> str:
     """The last console of ours; Linux takes the serial port if it is told of none at all."""
-    named = [value.partition(",")[0] for name, value in words if name == "console"]
-    ours = [
-        "hvc0" if name == "hvc0" else "ttyS0"
-        for name in named
-        if name in ("hvc0", "ttyS0", "uart8250", "uart")
-    ]
-    if ours:
+    if ours := consoles_of(words):
         return ours[-1]
-    return "" if named else "ttyS0"
+    return "" if any(name == "console" for name, _ in words) else "ttyS0"
 
 
 def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest, str]:
     """``guest`` with what mounting ``root=`` takes, and what is wrong with it, "" if nothing."""
-    root = values.get("root", "")
-    kind, _, name = root.partition("=")
-    if not root:
-        return guest, "the command line has no root=: without an initramfs there is none to mount"
-    if kind in ("UUID", "LABEL"):
-        return guest, (f"root={kind}= is for an initramfs to find: the kernel alone knows "
-                       "/dev/vda, PARTUUID= and PARTLABEL=")
-    if kind == "PARTUUID":
-        by_gpt = len(name.partition("/")[0]) == _UUID_LENGTH
-        return guest.replace(partitions="gpt" if by_gpt else "dos"), ""
-    if kind == "PARTLABEL":
-        return guest.replace(partitions="gpt"), ""
-    if not root.startswith(_DISK):
-        return guest, ""  # nothing of ours, or by number
-    letters = root[len(_DISK) :].rstrip("0123456789")
-    number = _number(root[len(_DISK) + len(letters) :], 0)
-    index = ord(letters) - ord("a") if len(letters) == 1 else boot.disks
-    if not 0 <= index < boot.disks:
-        there = ", ".join(f"vd{chr(ord('a') + disk)}" for disk in range(boot.disks))
-        return guest, f"root={root} is not there: root= and --disk must name it ({there})"
-    head = boot.read_disk(index, 0)
-    if number:
-        guest = guest.replace(partitions=file_systems.partition_table(head) or "any")
-        offset = file_systems.partition_offset(head, number)
-        head = boot.read_disk(index, offset) if offset is not None else b""
+    name = values.get("root", "")
+    has_initrd = guest.initrd_compression is not None
+    if not name:
+        return guest, "" if has_initrd else (
+            "the command line has no root=: without an initramfs there is none to mount"
+        )
+    root = find_root(
+        name, boot.disks, boot.read_disk, has_initrd=has_initrd, version=boot.version
+    )
+    if has_initrd:  # it may have its own way to what the root takes
+        return guest, root.mistake
+    head = root.place.head if root.place is not None else b""
     found = file_systems.detect(head)
     named = values.get("rootfstype", "")
     return guest.replace(
+        partitions=root.table,
         file_system=named if named and "," not in named else found,
         squashfs=file_systems.squashfs_compressor(head) if found == "squashfs" else "",
-    ), ""
+    ), root.mistake
 
 
 def _number(text: str, otherwise: int) -> int:
     """``text`` as a number, ``otherwise`` if it is none that fits."""
-    return int(text) if text.isdecimal() and len(text) < 10 else otherwise
+    number = whole_number(text, 0, _MAX_NUMBER)
+    return otherwise if number is None else number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pyvmm.linux.cpio import pack_cpio
@@ -21,13 +21,25 @@ MODULES = (
 )  # fmt: skip
 """The drivers of pyvmm's devices and of its root's file system, in load order."""
 
-DIRECTORIES = ("bin", "dev", "proc", "sys", "modules", "root")
-APPLETS = ("findfs", "grep", "insmod", "ls", "mount", "sleep", "switch_root", "tr", "umount")
+FILE_SYSTEMS = {
+    "btrfs": "btrfs", "erofs": "erofs", "f2fs": "f2fs", "iso9660": "isofs", "squashfs": "squashfs",
+    "xfs": "xfs",
+}
+"""Their modules by the name of the file system: each is loaded only where the root is one."""
+
+DIRECTORIES = ("bin", "dev", "proc", "sys", "modules", "file-systems", "root")
+APPLETS = (
+    "dd", "findfs", "grep", "gunzip", "hexdump", "insmod", "ls", "mount", "sleep", "switch_root",
+    "tr", "umount",
+)  # fmt: skip
 """The commands of ``stock_init.sh`` that its shell has not built in."""
 
+Modules = Iterable[tuple[str, bytes]]
+"""``(name, contents)`` in load order."""
 
-def pack(busybox: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
-    """The archive, gzip-compressed; ``modules`` are ``(name, contents)`` in load order."""
+
+def pack(busybox: bytes, modules: Modules, file_systems: Mapping[str, Modules]) -> bytes:
+    """The archive, gzip-compressed: ``modules`` for every boot, and those of ``file_systems``."""
     # The kernel opens /dev/console before /init has mounted anything: devtmpfs is in time, since
     # /init then opens it again.
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in DIRECTORIES]
@@ -40,4 +52,12 @@ def pack(busybox: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
         (f"modules/{index:02}-{name}.ko", stat.S_IFREG | 0o644, data)
         for index, (name, data) in enumerate(modules)
     ]
+    for kind, drivers in file_systems.items():
+        entries.append((f"file-systems/{kind}", stat.S_IFDIR | 0o755, b""))
+        # Compressed once more: the kernel need not unpack megabytes for a root that is ext4.
+        entries += [
+            (f"file-systems/{kind}/{index:02}-{name}.ko.gz", stat.S_IFREG | 0o644,
+             gzip.compress(data, 6, mtime=0))
+            for index, (name, data) in enumerate(drivers)
+        ]
     return gzip.compress(pack_cpio(entries), 6, mtime=0)

@@ -10,37 +10,57 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from pyvmm.linux.formats import LZ4_MAGIC as MAGIC
+from pyvmm.linux.work import Budget
 
 _MAX_BLOCK_BYTES = 8 << 20
 _MIN_MATCH = 4
 _LONG = 15
 """A length of four bits that is followed by more of it."""
+_GATHERED_BYTES = 64 << 10
+_TURN = 1024
+"""So many sequences are unpacked between two looks at the budget."""
+_BLOCK_STEPS = 4
+"""A block costs this much, whatever is in it."""
 
 
-def blocks(data: bytes) -> Generator[bytes]:
-    """The blocks of ``data``, a legacy frame, unpacked one at a time.
+def blocks(data: bytes, budget: Budget) -> Generator[bytes]:
+    """The blocks of ``data``, a legacy frame, unpacked one at a time; small ones are gathered.
 
     What follows the last block and is too short to be one is ignored: Linux puts the unpacked
-    size there.  ValueError for anything else that is not as the format says.
+    size there.  ValueError for anything else that is not as the format says, WorkError if it
+    takes more than ``budget``.
     """
     if not data.startswith(MAGIC):
         raise ValueError("no LZ4 legacy frame")
     at = len(MAGIC)
+    small = bytearray()
     while len(data) - at > 4:
         length = int.from_bytes(data[at : at + 4], "little")
         at += 4
         if length > len(data) - at:
             raise ValueError(f"a block of {length} bytes at byte {at} is cut off")
-        yield bytes(decompress_block(data[at : at + length]))
+        small += decompress_block(data[at : at + length], budget)
         at += length
+        if len(small) >= _GATHERED_BYTES:
+            yield bytes(small)
+            small.clear()
+    yield bytes(small)
 
 
-def decompress_block(data: bytes) -> bytearray:
-    """One LZ4 block, unpacked; ValueError unless it is whole and makes at most 8 MiB."""
+def decompress_block(data: bytes, budget: Budget) -> bytearray:
+    """One LZ4 block, unpacked; ValueError unless it is whole and makes at most 8 MiB.
+
+    WorkError if it takes more than ``budget``: a sequence is a step.
+    """
     out = bytearray()
     at, end = 0, len(data)
     try:
+        step = 0
         while True:
+            step += 1
+            if step == _TURN:
+                budget.spend(step)
+                step = 0
             token = data[at]
             at += 1
             literals = token >> 4
@@ -50,6 +70,7 @@ def decompress_block(data: bytes) -> bytearray:
             out += data[at : at + literals]
             at += literals
             if at >= end:
+                budget.spend(step + _BLOCK_STEPS)
                 break
             offset = data[at] | data[at + 1] << 8
             at += 2
@@ -78,4 +99,6 @@ def _more_length(data: bytes, at: int) -> tuple[int, int]:
     while data[at] == 0xFF:
         total += 0xFF
         at += 1
+        if total > _MAX_BLOCK_BYTES:
+            raise ValueError("a length leaves its block")
     return total + data[at], at + 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pyvmm.linux.compression import decompress
+from pyvmm.linux.work import PATIENT_CPU_S, Budget
 
 MAX_MODULE_BYTES = 256 << 20
 
@@ -16,23 +17,32 @@ def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]
 
     A module names what it needs in its own ``depends=`` string, so depmod's tables (a minute of
     work on a whole package) are not needed.  A name without a file is built into the kernel.
+    UnpackError if a module is damaged or too large, or all of them are too much work.
     """
+    budget = Budget(cpu_s=PATIENT_CPU_S)
     files = {
         path.name.partition(".ko")[0].replace("-", "_"): path
         for path in root.glob("lib/modules/*/kernel/**/*.ko*")
     }
     done: set[str] = set()
+    contents: dict[str, bytes] = {}
+    # A module comes to the top twice: before what it needs, which is put on it, and after that.
+    stack = [(name.replace("-", "_"), False) for name in reversed(wanted)]
+    while stack:
+        name, has_all = stack.pop()
+        if has_all:
+            done.add(name)
+            yield name, contents.pop(name)
+        elif name in files and name not in done and name not in contents:
+            packed = files[name].read_bytes()
+            contents[name] = decompress(packed, limit=MAX_MODULE_BYTES, budget=budget)
+            stack.append((name, True))
+            stack += [(needed, False) for needed in reversed(_needed(contents[name]))]
 
-    def visit(name: str) -> Iterator[tuple[str, bytes]]:
-        name = name.replace("-", "_")
-        if name in done or name not in files:
-            return
-        done.add(name)
-        data = decompress(files[name].read_bytes(), limit=MAX_MODULE_BYTES)
-        depends = re.search(rb"\0depends=([^\0]*)\0", data)
-        for needed in depends[1].decode("ascii").split(",") if depends else ():
-            yield from visit(needed)
-        yield name, data
 
-    for name in wanted:
-        yield from visit(name)
+def _needed(module: bytes) -> list[str]:
+    """The names in a module's ``depends=``."""
+    depends = re.search(rb"\0depends=([^\0]*)\0", module)
+    if depends is None:
+        return []
+    return depends[1].decode("ascii", "replace").replace("-", "_").split(",")

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyvmm.errors import HostError
+from pyvmm.linux import trust
 from pyvmm.linux.cache import Say, locked
 from pyvmm.linux.host import MissingToolError, install_command, run_tool
+from pyvmm.numerals import whole_number
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DEFAULT_MIRROR = "http://deb.debian.org/debian/"
+_MAX_PACKAGE_BYTES = 1 << 40
 
 
 T = TypeVar("T")
@@ -83,9 +86,10 @@ class Apt:
         shown = self._show(name, version)
         found = re.search(r"^Version: (.+)$", shown, re.MULTILINE)
         size = re.search(r"^Size: (\d+)$", shown, re.MULTILINE)
-        if found is None or size is None:
+        size_bytes = whole_number(size[1], 0, _MAX_PACKAGE_BYTES) if size else None
+        if found is None or size_bytes is None:
             raise AptError(self._unknown(name, version))
-        return Package(name=name, version=found[1], size_bytes=int(size[1]))
+        return Package(name=name, version=found[1], size_bytes=size_bytes)
 
     def download(self, package: Package, into: Path, say: Say) -> Path:
         """Fetch ``package``'s archive (without root, and without installing it) to ``into``.
@@ -140,11 +144,13 @@ def backports_apt(cache: Path, say: Say) -> Apt:
     directory = cache / f"apt-{suite}"
     try:
         for name in ("lists/partial", "cache/archives/partial"):
-            (directory / name).mkdir(parents=True, exist_ok=True)
+            trust.make_directory(directory / name)
+        trust.check_tree(directory)
         sources = directory / "sources.list"
-        sources.write_text(
-            f"deb [arch=amd64 signed-by={KEYRING}] {_mirror(codename)} {suite} main\n"
-        )
+        with trust.replacing(sources) as unfinished:
+            Path(unfinished).write_text(
+                f"deb [arch=amd64 signed-by={KEYRING}] {_mirror(codename)} {suite} main\n"
+            )
     except OSError as error:
         raise HostError(f"cannot use the cache {directory}: {error}") from error
     settings = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 
 from pyvmm.linux.compression import Compression, UnpackError, decompress, detect
+from pyvmm.linux.work import PATIENT_CPU_S, Budget
 
 HEAD_BYTES = 0x250
 """How much of a bzImage's start ``locate`` wants to see."""
@@ -30,7 +31,7 @@ def locate(head: bytes) -> tuple[int, int]:
     return offset + ((head[0x1F1] or 4) + 1) * _SECTOR, length
 
 
-def unpack(payload: bytes) -> tuple[Compression, bytes]:
+def unpack(payload: bytes, budget: Budget | None = None) -> tuple[Compression, bytes]:
     """How ``payload`` is compressed, and the ELF kernel in it; UnpackError if there is none."""
     kind = detect(payload)
     if kind is Compression.NONE or len(payload) < _SIZE.size:
@@ -39,7 +40,7 @@ def unpack(payload: bytes) -> tuple[Compression, bytes]:
     if size_bytes > MAX_KERNEL_BYTES:
         raise UnpackError(f"its payload unpacks to {size_bytes} bytes; "
                           f"the limit is {MAX_KERNEL_BYTES}")
-    kernel = decompress(payload, limit=size_bytes)
+    kernel = decompress(payload, limit=size_bytes, budget=budget)
     if len(kernel) != size_bytes:
         raise UnpackError(f"its payload is cut off: {len(kernel)} bytes instead of {size_bytes}")
     if kernel[:4] != b"\x7fELF":
@@ -48,6 +49,9 @@ def unpack(payload: bytes) -> tuple[Compression, bytes]:
 
 
 def extract_vmlinux(image: bytes) -> bytes:
-    """The ELF kernel inside the bzImage ``image``; UnpackError if there is none."""
+    """The ELF kernel inside the bzImage ``image``; UnpackError if there is none.
+
+    It is for what is downloaded, so it may take longer than a look.
+    """
     offset, length = locate(image)
-    return unpack(image[offset : offset + length])[1]
+    return unpack(image[offset : offset + length], Budget(cpu_s=PATIENT_CPU_S))[1]

@@ -5,7 +5,8 @@ it (``pyvmm kernel inspect``, a run that failed) leaves what it found in the cac
 small text file of the options that ``requirements`` knows.  ``cli.run.remembered_path`` names it
 after the kernel file's identity, so that a kernel built anew is another one.
 
-The cache may hold anything: an entry that is not understood is none.
+The cache may hold anything: an entry that is not understood is none, nor is one that another user
+could have written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from pyvmm.errors import HostError
+from pyvmm.linux import trust
 from pyvmm.linux.guest import Guest
 from pyvmm.linux.options import KernelConfig
 from pyvmm.linux.requirements import BUILT_IN, known_options, requirements
@@ -29,7 +32,10 @@ def recall(entry: str) -> KernelConfig | None:
     It has a value for every option that was known when it was written, ``n`` too (``covers``).
     """
     try:
-        fd = os.open(entry, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        trust.check_directory(os.path.dirname(entry))
+        trust.check_file(entry)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
+        fd = os.open(entry, flags)
         try:
             data = os.read(fd, _MAX_ENTRY_BYTES + 1)
         finally:
@@ -39,7 +45,7 @@ def recall(entry: str) -> KernelConfig | None:
             return None
         if source_identity != _NO_FILE and source_identity != _identity(source):
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, HostError):
         return None
     pairs = [line.partition("=") for line in lines]
     return KernelConfig({name: value for name, _, value in pairs}, source)
@@ -57,7 +63,7 @@ def remember(entry: str, config: KernelConfig) -> None:
 
     If ``config`` comes from a file, it holds as long as that file does not change.
     """
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, HostError):
         source_identity = _NO_FILE
         if os.path.isabs(config.source):
             source_identity = _identity(config.source)
@@ -67,16 +73,9 @@ def remember(entry: str, config: KernelConfig) -> None:
         if len(data) > _MAX_ENTRY_BYTES or text.count("\n") != len(settings) + 3:
             return
         folder = os.path.dirname(entry)
-        os.makedirs(folder, exist_ok=True)
-        # Whoever reads meanwhile sees all of it or nothing.
-        unfinished = f"{entry}.{os.getpid()}"
-        try:
-            with open(unfinished, "wb") as file:  # noqa: PTH123 - there is no pathlib here
-                file.write(data)
-            os.replace(unfinished, entry)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
+        trust.make_directory(folder)
+        with trust.replacing(entry) as unfinished, open(unfinished, "wb") as file:  # noqa: PTH123 - there is no pathlib here
+            file.write(data)
         _forget_oldest(folder)
 
 

@@ -13,6 +13,7 @@ from pyvmm.linux.file_systems import SQUASHFS_COMPRESSORS
 from pyvmm.linux.formats import Compression
 from pyvmm.linux.guest import Guest
 from pyvmm.linux.options import KernelConfig
+from pyvmm.numerals import whole_number
 
 # Which options make a file system mountable; one of them will do.  ext4 mounts ext2 and ext3 too,
 # as itself if by no other name.
@@ -276,7 +277,7 @@ def _find(config: KernelConfig, guest: Guest, requirement: Requirement) -> Findi
     settings.sort(key=lambda setting: {"y": 0, "m": 1}.get(setting[1], 2))
     best = settings[0][1]
     if requirement.at_least:
-        is_less = best.isdecimal() and len(best) < 10 and int(best) < requirement.at_least
+        is_less = whole_number(best, 0, requirement.at_least - 1) is not None
         state = State.MISSING if is_less else State.BUILT_IN
     elif best == "y":
         state = State.BUILT_IN

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pyvmm.linux import config
 from pyvmm.linux.compression import Compression, UnpackError, detect, pieces
 from pyvmm.linux.payload import MAX_KERNEL_BYTES
+from pyvmm.linux.work import Budget
 
 IN_KERNEL = "in the kernel (IKCONFIG)"
 """The source of a configuration that is."""
@@ -24,17 +25,22 @@ _START, _END = b"IKCFG_ST", b"IKCFG_ED"  # kernel/configs.c, around CONFIG_IKCON
 _KEPT_BYTES = 512
 """Of what was seen: longer than a banner and a marker, which may lie across two pieces."""
 _SIZE_BYTES = 4
+_STEP_BYTES = 4096
+"""Looking through so many bytes is a step."""
 
 
 class Scan:
     """What a kernel says of itself, once ``feed`` has had all of it or enough (``is_done``).
 
+    Both that and to unpack the configuration inside is spent from ``budget``.
+
     ``version`` is what follows "Linux version" in it, "" until it is found, and ``size_bytes``
     counts what was fed.  ``is_elf`` is whether it began as an ELF file does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
         self.version = ""
+        self._budget = budget or Budget()
         self.size_bytes = 0
         self._head = b""
         self._kept = b""
@@ -43,7 +49,8 @@ class Scan:
         self._looks_for_config = True
 
     def feed(self, piece: bytes) -> None:
-        """The next bytes of the kernel."""
+        """The next bytes of the kernel; WorkError if that is more than the budget has."""
+        self._budget.spend(1 + len(piece) // _STEP_BYTES)
         self.size_bytes += len(piece)
         if len(self._head) < _SIZE_BYTES:
             self._head += piece[:_SIZE_BYTES]
@@ -86,12 +93,15 @@ class Scan:
         """The configuration inside (CONFIG_IKCONFIG=y); None without."""
         if self._config is None or not self._has_whole_config:
             return None
-        return config.unpack(self._config, IN_KERNEL)
+        return config.unpack(bytes(self._config), IN_KERNEL, self._budget)
 
 
-def scan(parts: Iterable[bytes], *, whole: bool = True) -> Scan:
-    """Look through a kernel in ``parts``; without ``whole`` no farther than until all is found."""
-    found = Scan()
+def scan(parts: Iterable[bytes], *, whole: bool = True, budget: Budget | None = None) -> Scan:
+    """Look through a kernel in ``parts``; without ``whole`` no farther than until all is found.
+
+    WorkError if it takes more than ``budget``.
+    """
+    found = Scan(budget)
     for part in parts:
         found.feed(part)
         if found.is_done and not whole:
@@ -111,18 +121,22 @@ def check_packed(kind: Compression, length: int) -> None:
                           f"up to {limit} are looked into")
 
 
-def unpack_and_scan(payload: bytes, *, whole: bool = True) -> Scan:
+def unpack_and_scan(
+    payload: bytes, *, whole: bool = True, budget: Budget | None = None
+) -> Scan:
     """Look through the kernel that is packed in ``payload``, of a bzImage (``payload.locate``).
 
     UnpackError if there is none, or, with ``whole``, if it is cut off; HostError if this host has
-    no program that could unpack it.  At most some seconds pass, whatever the payload is.
+    no program that could unpack it, WorkError if looking through it takes more than ``budget``.
     """
+    budget = budget or Budget()
     check_packed(detect(payload), len(payload))
     size_bytes = int.from_bytes(payload[-_SIZE_BYTES:], "little")
     if size_bytes > MAX_KERNEL_BYTES:
         raise UnpackError(f"its payload unpacks to {size_bytes} bytes; "
                           f"the limit is {MAX_KERNEL_BYTES}")
-    found = scan(_elf_only(pieces(payload, limit=size_bytes)), whole=whole)
+    parts = _elf_only(pieces(payload, limit=size_bytes, budget=budget))
+    found = scan(parts, whole=whole, budget=budget)
     if not found.is_elf:
         raise UnpackError("its payload holds no ELF image")
     if found.size_bytes != size_bytes and not (found.is_done and not whole):

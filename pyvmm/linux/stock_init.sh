@@ -2,13 +2,16 @@
 # PID 1 of the initramfs that pyvmm makes for a distribution's kernel: loads the modules that the
 # kernel needs to see its disk, mounts it and hands over to the disk's own init.
 #
-# From the kernel command line it takes root= (a device, or UUID=, LABEL=, PARTUUID=; /dev/vda if
-# there is none), rootfstype=, rootflags=, rootdelay=, ro, rw and init=, each as the kernel itself
-# takes it without an initramfs.
+# From the kernel command line it takes root= (/dev/vda if there is none), rootfstype=, rootflags=,
+# rootdelay=, rootwait, ro, rw and init=, each as the kernel itself takes it without an initramfs.
+# root= is a device, PARTUUID= (with /PARTNROFF= or without), PARTLABEL=, or a device's number, as
+# in the kernel (init/do_mounts.c), or else UUID= or LABEL= of a file system.
 #
 # initramfs.py makes a link in /bin for each applet used here.
 
 export PATH=/bin
+SYS=/sys DEV=/dev
+BLANKS=" 	"
 WAIT_S=10  # for a disk that does not show up
 
 say() {
@@ -21,63 +24,235 @@ fail() {
   exit 1
 }
 
-# Sets ROOT, TYPE, FLAGS, MODE and INIT from the command line $1; the last of a word counts.
+# Sets ROOT, TYPE, FLAGS, MODE, INIT, FOREVER and WAIT_S from the command line $1; the last of a word
+# counts.  Blanks part words, but not between double quotes, which are taken away.
 parse_cmdline() {
-  local word quoted
-  ROOT=/dev/vda TYPE='''' FLAGS='' MODE=ro INIT='' quoted=''
-  set -f
-  for word in $1; do
-    # What stands in double quotes is somebody's text.
-    case $word in
-      *\"*\"*) continue ;;
-      *\"*) [ -n "$quoted" ] && quoted='' || quoted=yes; continue ;;
+  local rest=$1 piece word='' quoted=''
+  ROOT=/dev/vda TYPE='' FLAGS='' MODE=ro INIT='' FOREVER=''
+  while [ -n "$rest" ]; do
+    piece=${rest%%[\"$BLANKS]*}
+    word=$word$piece rest=${rest#"$piece"}
+    case $quoted$rest in
+      on\"*) quoted='' rest=${rest#?} && continue ;;
+      \"*) quoted=on rest=${rest#?} && continue ;;
+      on?*) word="$word " rest=${rest#?} && continue ;;
     esac
-    [ -z "$quoted" ] || continue
-    case $word in
-      root=*) ROOT=${word#root=} ;;
-      rootfstype=*) TYPE=${word#rootfstype=} ;;
-      rootflags=*) FLAGS=${word#rootflags=} ;;
-      rootdelay=*[!0-9]* | rootdelay=) ;;
-      rootdelay=*) WAIT_S=${word#rootdelay=} ;;
-      ro | rw) MODE=$word ;;
-      init=*) INIT=${word#init=} ;;
-      --) break ;;
-    esac
+    rest=${rest#?}
+    [ "$word" != -- ] || return 0
+    take_word "$word"
+    word=''
   done
-  set +f
+  take_word "$word"
+}
+
+take_word() {
+  case $1 in
+    root=*) ROOT=${1#root=} ;;
+    rootfstype=*) TYPE=${1#rootfstype=} ;;
+    rootflags=*) FLAGS=${1#rootflags=} ;;
+    rootdelay=*[!0-9]* | rootdelay= | rootwait=*[!0-9]* | rootwait= | root*=0?*) ;;
+    rootdelay=* | rootwait=*) WAIT_S=${1#root*=} ;;
+    rootwait) FOREVER=1 ;;
+    ro | rw) MODE=$1 ;;
+    init=*) INIT=${1#init=} ;;
+  esac
 }
 
 # Prints the device that $1 stands for, once it is there.
 find_device() {
   case $1 in
+    PARTUUID=* | PARTLABEL=*) find_partition "$1" ;;
     *=*) findfs "$1" 2>/dev/null ;;
-    *) [ -b "$1" ] && echo "$1" ;;
+    /*) [ -b "$1" ] && echo "$1" ;;
+    *:*) find_number "$1" ;;
+    *[!0-9a-fA-F]* | '' | ?????????*) return 1 ;;
+    # The kernel's new_decode_dev: twelve bits of major number between those of the minor.
+    *) find_number $(((0x$1 >> 8) & 0xfff)):$((0x$1 & 0xff | (0x$1 >> 12) & 0xfff00)) ;;
   esac
 }
 
+# Prints the device with the number $1, MAJOR:MINOR.
+find_number() {
+  local path number
+  for path in "$SYS"/class/block/*; do
+    read -r number 2>/dev/null <"$path/dev" || continue
+    [ "$number" != "$1" ] || { echo "/dev/${path##*/}"; return 0; }
+  done
+  return 1
+}
+
+# Prints the device of the partition $1, PARTUUID=... or PARTLABEL=...
+find_partition() {
+  local wanted=${1#*=} offset=0 name disk number uuid label found
+  case $1 in
+    PARTUUID=*/PARTNROFF=*) offset=${wanted##*=} wanted=${wanted%/PARTNROFF=*} ;;
+  esac
+  case ${offset#-} in '' | *[!0-9]* | 0?*) return 1 ;; esac
+  [ -n "$wanted" ] || return 1
+  case $1 in PARTUUID=*) wanted=$(echo "$wanted" | tr A-F a-f) ;; esac
+  list_partitions | while read -r name disk number uuid label; do
+    case $1 in PARTUUID=*) found=$uuid ;; *) found=$label ;; esac
+    [ "$found" = "$wanted" ] || continue
+    [ "$offset" = 0 ] || name=$(partition_name "$disk" $((number + offset)))
+    [ -z "$name" ] || echo "/dev/$name"
+    break
+  done | grep .
+}
+
+# Prints the name of partition $2 of the disk $1; partition 0 is the disk.
+partition_name() {
+  local path number
+  [ "$2" != 0 ] || echo "$1"
+  for path in "$SYS/block/$1/$1"*; do
+    read -r number 2>/dev/null <"$path/partition" || continue
+    [ "$number" != "$2" ] || echo "${path##*/}"
+  done
+}
+
+# Prints NAME DISK NUMBER PARTUUID PARTLABEL for each partition; "-" for a PARTUUID it does not have.
+list_partitions() {
+  local path disk number uuid label line
+  for path in "$SYS"/block/*/*/partition; do
+    path=${path%/partition} uuid='' label=''
+    read -r number 2>/dev/null <"$path/partition" || continue
+    disk=${path#"$SYS/block/"} disk=${disk%/*}
+    while read -r line; do
+      case $line in
+        PARTUUID=*) uuid=${line#*=} ;;  # Linux 6.9 and later
+        PARTNAME=*) label=${line#*=} ;;
+      esac
+    done <"$path/uevent"
+    echo "${path##*/} $disk $number ${uuid:-$(read_partuuid "$disk" "$number")} $label"
+  done
+}
+
+# Prints what PARTUUID= partition $2 of the disk $1 has by its disk's table.
+read_partuuid() {
+  local device=$DEV/$1 block sectors header table size uuid
+  read -r block <"$SYS/block/$1/queue/logical_block_size"
+  read -r sectors <"$SYS/block/$1/size"
+  if has_gpt "$device"; then
+    # A second header lies at the end of the disk (UEFI 2.10, 5.3.2).
+    for header in $block $((sectors * 512 - block)); do
+      [ "$(read_hex "$device" "$header" 8)" = 4546492050415254 ] || continue  # "EFI PART"
+      table=$(read_number "$device" $((header + 72)) 8)
+      size=$(read_number "$device" $((header + 84)) 4)
+      mixed_endian "$(read_hex "$device" $((table * block + ($2 - 1) * size + 16)) 16)"
+      return
+    done
+  fi
+  uuid=$(reversed "$(read_hex "$device" 440 4)")
+  [ -n "$uuid" ] && printf '%s-%02x' "$uuid" "$2" || echo -
+}
+
+# Whether the MBR of the device $1 is a GPT's protective one: an entry has type 0xee (5.2.3).
+has_gpt() {
+  local type_at
+  for type_at in 450 466 482 498; do
+    [ "$(read_hex "$1" $type_at 1)" != ee ] || return 0
+  done
+  return 1
+}
+
+# Prints $3 bytes at offset $2 of the device $1 as hexadecimal digits.
+read_hex() {
+  dd if="$1" bs=1 skip="$2" count="$3" 2>/dev/null | hexdump -v -e '/1 "%02x"'
+}
+
+# Prints the little-endian number of $3 bytes at offset $2 of the device $1.
+read_number() {
+  echo "0x$(reversed "$(read_hex "$1" "$2" "$3")")"
+}
+
+# Prints the bytes $1, in hexadecimal digits, last one first.
+reversed() {
+  local rest=$1 done=''
+  while [ -n "$rest" ]; do
+    done=${rest%"${rest#??}"}$done rest=${rest#??}
+  done
+  echo "$done"
+}
+
+# Prints the 16 bytes $1 as a GUID is written: the first three fields are little-endian.
+mixed_endian() {
+  local first second third fourth fifth
+  fifth=${1#????????????????????}
+  fourth=${1#????????????????} fourth=${fourth%"$fifth"}
+  third=${1#????????????} third=${third%"$fourth$fifth"}
+  second=${1#????????} second=${second%"$third$fourth$fifth"}
+  first=${1%"$second$third$fourth$fifth"}
+  [ -n "$first" ] || { echo -; return; }
+  echo "$(reversed "$first")-$(reversed "$second")-$(reversed "$third")-$fourth-$fifth"
+}
+
+# Prints the names of the disks and partitions, and says before what the partitions are called.
+list_devices() {
+  local name disk number uuid label
+  list_partitions | while read -r name disk number uuid label; do
+    say "$name is PARTUUID=$uuid${label:+ PARTLABEL=$label}" >&2
+  done
+  ls "$SYS/class/block" | tr '\n' ' '
+}
+
+# Prints the type of the file system on the device $1, if its driver may have to be loaded.
+file_system() {
+  case $(read_hex "$1" 0 4) in
+    58465342) echo xfs && return ;;
+    68737173) echo squashfs && return ;;
+  esac
+  case $(read_hex "$1" 1024 4) in
+    e2e1f5e0) echo erofs && return ;;
+    1020f5f2) echo f2fs && return ;;
+  esac
+  [ "$(read_hex "$1" 32769 5)" = 4344303031 ] && echo iso9660 && return
+  [ "$(read_hex "$1" 65600 8)" = 5f42485266535f4d ] && echo btrfs
+}
+
+# Mounts the device $1 on /root: as one of the types of rootfstype=, or as what is found there.
+mount_root() {
+  local type module
+  for type in $(echo "${TYPE:-$(file_system "$1")}" | tr , ' '); do
+    for module in /file-systems/"$type"/*; do
+      [ -e "$module" ] || continue
+      gunzip -c "$module" >/module.ko && insmod /module.ko 2>/dev/null
+    done
+    mount_as -t "$type" "$1" && return
+  done
+  [ -z "$TYPE" ] && mount_as "$1"
+}
+
+# Read-write and read-only go first, so that rootflags= has the last word, as in the kernel.
+mount_as() {
+  mount -o "$MODE${FLAGS:+,$FLAGS}" "$@" /root
+}
+
 main() {
-  local cmdline tries device program
-  mount -t devtmpfs devtmpfs /dev && exec </dev/console >/dev/console 2>&1
+  local cmdline tries device program missing=''
+  mount -t devtmpfs devtmpfs /dev
   mount -t proc proc /proc
   mount -t sysfs sysfs /sys
   for module in /modules/*; do
     # A CPU may lack what one of them wants; the disk will tell whether it mattered.
-    insmod "$module" 2>/dev/null || say "cannot load ${module##*/}"
+    insmod "$module" 2>/dev/null || missing="$missing ${module##*/}"
+  done
+  # Only now: the console may be one of theirs, hvc0.  Without any, exec would end this shell.
+  (: <>/dev/console) 2>/dev/null && exec </dev/console >/dev/console 2>&1
+  for module in $missing; do
+    say "cannot load $module"
   done
   read -r cmdline </proc/cmdline
   parse_cmdline "$cmdline"
   tries=$((WAIT_S * 20))
   until device=$(find_device "$ROOT"); do
-    [ $tries -gt 0 ] || fail "no $ROOT after $WAIT_S s; there are: $(ls /sys/block | tr '\n' ' ')"
+    if [ $tries -le 0 ]; then
+      problem="no $ROOT after $WAIT_S s; there are: $(list_devices)"
+      [ -n "$FOREVER" ] || fail "$problem"
+      [ $tries -lt 0 ] || say "$problem; waiting on (rootwait)"
+    fi
     tries=$((tries - 1))
     sleep 0.05
   done
-  # Read-write and read-only go first, so that rootflags= has the last word, as in the kernel.
-  if [ -n "$TYPE" ]; then
-    mount -t "$TYPE" -o "$MODE${FLAGS:+,$FLAGS}" "$device" /root
-  else
-    mount -o "$MODE${FLAGS:+,$FLAGS}" "$device" /root
-  fi || fail "$device is none of: $(grep -v nodev /proc/filesystems | tr -s '\t\n' '  ')"
+  mount_root "$device" || fail "$device is none of: $(grep -v nodev /proc/filesystems | tr -s '\t\n' '  ')"
   for program in ${INIT:-/sbin/init /etc/init /bin/init /bin/sh}; do
     # A link may point to somewhere that only exists once the root is /.
     [ -x "/root$program" ] || [ -L "/root$program" ] || continue

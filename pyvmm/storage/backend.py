@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pyvmm.lean import Protocol
 
@@ -72,10 +72,37 @@ class BlockBackend(Protocol):
         """Free what it holds; idempotent.  Does not flush."""
 
 
+class OutsideError(OSError):
+    """The caller asked for what is not on the disk; the host was not asked."""
+
+
+class HostErrors:
+    """Says what the host refuses a disk, once for each operation and error.
+
+    The guest learns only that a request failed; why, the person at the host has to mend.
+    """
+
+    def __init__(self, name: str, report: Callable[[str], None]) -> None:
+        self._name = name
+        self._report = report
+        self._said: set[tuple[str, int | None]] = set()
+
+    def say(self, operation: str, error: OSError) -> None:
+        """``operation`` ("a write") has failed with ``error``."""
+        kind = operation, error.errno
+        if isinstance(error, OutsideError) or kind in self._said:
+            return
+        self._said.add(kind)
+        self._report(
+            f"{self._name}: {operation} failed: {error.strerror or error}; the guest gets "
+            "I/O errors (said once)"
+        )
+
+
 def check_range(name: str, offset: int, length: int, size_bytes: int) -> None:
-    """OSError EINVAL naming the disk unless ``length`` bytes at ``offset`` lie on it."""
+    """OutsideError (EINVAL) naming the disk unless ``length`` bytes at ``offset`` lie on it."""
     if offset < 0 or length < 0 or offset + length > size_bytes:
-        raise OSError(errno.EINVAL, f"{length} bytes at {offset} leave the disk", name)
+        raise OutsideError(errno.EINVAL, f"{length} bytes at {offset} leave the disk", name)
 
 
 def read_only_error(name: str) -> OSError:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pyvmm.errors import ConfigError
+from pyvmm.numerals import decimal_number, shown, whole_number
 from pyvmm.storage.backend import SECTOR_SIZE
 
 
@@ -75,16 +76,24 @@ _EFFECT = re.compile(
     r"(?P<name>torn|short|lost|delay)?(?:\b\s*(?P<number>\d+(?:\.\d+)?))?\s*(?P<error>E[A-Z0-9]+)?",
     re.ASCII,
 )
+MAX_FAULTS = 1000
+"""Each is looked at for every operation."""
+MAX_DELAY_S = 3600
+_MAX_COUNT = 10**15
+_MAX_BYTES = (1 << 63) - 1
+_MAX_SECTOR = _MAX_BYTES // SECTOR_SIZE
 _ERRNOS = {name: number for number, name in errno.errorcode.items()}
 _EXAMPLE = "write 3: EIO"
 
 
 def parse_script(text: str, name: str) -> tuple[Fault, ...]:
     """The faults of a script, a line each; ConfigError naming the script ``name`` and the line."""
-    faults = []
+    faults: list[Fault] = []
     for number, line in enumerate(text.splitlines(), 1):
         statement = line.partition("#")[0].strip()
         if statement:
+            if len(faults) == MAX_FAULTS:
+                raise ConfigError(name, f"line {number}: a script has at most {MAX_FAULTS} faults")
             try:
                 faults.append(_parse_line(statement))
             except ValueError as error:
@@ -95,14 +104,16 @@ def parse_script(text: str, name: str) -> tuple[Fault, ...]:
 def _parse_line(statement: str) -> Fault:
     found = _LINE.fullmatch(statement)
     if not found:
-        raise ValueError(f"{statement!r} is no fault; write one like {_EXAMPLE!r}")
+        raise ValueError(f"{shown(statement)!r} is no fault; write one like {_EXAMPLE!r}")
     operations = _operations(found["operation"])
     first, last = _which(found["which"])
     sectors = None
     if found["low"]:
-        sectors = range(int(found["low"]), int(found["high"] or found["low"]) + 1)
+        low = _number("sector", found["low"], _MAX_SECTOR)
+        high = _number("sector", found["high"], _MAX_SECTOR) if found["high"] else low
+        sectors = range(low, high + 1)
         if not sectors:
-            raise ValueError(f"sectors {found['low']}-{found['high']} are none")
+            raise ValueError(f"sectors {low}-{high} are none")
         if operations == {Operation.FLUSH}:
             raise ValueError("a flush touches no sectors")
         operations -= {Operation.FLUSH}
@@ -120,7 +131,7 @@ def _operations(word: str) -> frozenset[Operation]:
         return frozenset({Operation(word)})
     except ValueError:
         names = ", ".join(operation.value for operation in Operation)
-        raise ValueError(f"no operation {word!r}; there are {names} and any") from None
+        raise ValueError(f"no operation {shown(word)!r}; there are {names} and any") from None
 
 
 def _which(text: str) -> tuple[int, int | None]:
@@ -128,8 +139,8 @@ def _which(text: str) -> tuple[int, int | None]:
     if text == "*":
         return 1, None
     low, dash, high = text.removesuffix("+").partition("-")
-    first = int(low)
-    last = int(high) if dash else None if text.endswith("+") else first
+    first = _number("count", low, _MAX_COUNT)
+    last = _number("count", high, _MAX_COUNT) if dash else None if text.endswith("+") else first
     if not first or (last is not None and last < first):
         raise ValueError(f"{text} is no count; the first operation is 1")
     return first, last
@@ -139,15 +150,20 @@ def _effect(text: str, operations: frozenset[Operation]) -> tuple[Effect, int, i
     """``EIO``, ``torn 512 [EIO]``, ``short 512``, ``lost``, ``delay 0.5``."""
     found = _EFFECT.fullmatch(text)
     if not found:
-        raise ValueError(f"no effect {text!r}; there are torn, short, lost, delay and errors")
+        raise ValueError(
+            f"no effect {shown(text)!r}; there are torn, short, lost, delay and errors"
+        )
     word, number, error_name = found["name"], found["number"], found["error"]
     if error_name and error_name not in _ERRNOS:
-        raise ValueError(f"no error is called {error_name}")
+        raise ValueError(f"no error is called {shown(error_name)}")
     error = _ERRNOS[error_name] if error_name else 0
     if word is None and error and number is None:
         return Effect.ERROR, 0, error, 0.0
     if word == "delay" and number and not error:
-        return Effect.DELAY, 0, 0, float(number)
+        delay_s = decimal_number(number, 0, MAX_DELAY_S)
+        if delay_s is None:
+            raise ValueError(f"delay {shown(number)} is over the limit of {MAX_DELAY_S} seconds")
+        return Effect.DELAY, 0, 0, delay_s
     if word == "lost" and number is None and not error:
         if Operation.READ in operations:
             raise ValueError("a read cannot be lost")
@@ -158,5 +174,15 @@ def _effect(text: str, operations: frozenset[Operation]) -> tuple[Effect, int, i
         )
         if operations != {only}:
             raise ValueError(f"only a {only.value} can be {word}")
-        return effect, int(number), error or (errno.EIO if word == "short" else 0), 0.0
-    raise ValueError(f"{text!r} is no effect; write EIO, torn 512, short 512, lost or delay 0.5")
+        length = _number("length", number, _MAX_BYTES)
+        return effect, length, error or (errno.EIO if word == "short" else 0), 0.0
+    raise ValueError(
+        f"{shown(text)!r} is no effect; write EIO, torn 512, short 512, lost or delay 0.5"
+    )
+
+
+def _number(what: str, digits: str, highest: int) -> int:
+    number = whole_number(digits, 0, highest)
+    if number is None:
+        raise ValueError(f"{what} {shown(digits)} is over the limit of {highest}")
+    return number

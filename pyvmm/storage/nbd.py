@@ -16,13 +16,20 @@ from enum import IntEnum, IntFlag
 from pyvmm.errors import ConfigError
 from pyvmm.storage.backend import (
     SECTOR_SIZE,
+    HostErrors,
     buffers_behind,
     buffers_slice,
     check_range,
     read_only_error,
     write_real_zeroes,
 )
-from pyvmm.storage.nbd_handshake import Export, Transmission, connect, negotiate
+from pyvmm.storage.nbd_handshake import (
+    Export,
+    Transmission,
+    connect,
+    limit_time,
+    negotiate,
+)
 from pyvmm.storage.nbd_uri import parse_nbd_uri
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -45,6 +52,12 @@ class Command(IntEnum):
     FLUSH = 3
     TRIM = 4
     WRITE_ZEROES = 6
+
+
+_OPERATIONS = {
+    Command.READ: "a read", Command.WRITE: "a write", Command.FLUSH: "a flush",
+    Command.TRIM: "a discard", Command.WRITE_ZEROES: "zeroing",
+}
 
 
 class CommandFlag(IntFlag):
@@ -70,8 +83,9 @@ _SLOWEST_BYTES_PER_S = 64 << 10
 class NbdBackend:
     """The export ``uri`` names.
 
-    ConfigError, naming ``uri``, if it cannot be had.  ``report`` gets one line when the connection
-    is lost; every operation fails from then on.
+    ConfigError, naming ``uri``, if it cannot be had within ``timeout_s`` (and ``open_timeout_s``)
+    seconds.  ``report`` gets one line when the connection is lost; every operation fails from
+    then on.
     """
 
     def __init__(
@@ -81,26 +95,32 @@ class NbdBackend:
         read_only: bool = False,
         report: Callable[[str], None],
         timeout_s: float = TIMEOUT_S,
+        open_timeout_s: float | None = None,
     ) -> None:
         self.uri = uri
         self.read_only = read_only
         self._report = report
+        self._errors = HostErrors(uri, report)
         self._timeout_s = timeout_s
         self._until_s = 0.0
         self._flush_errno = 0
         self._cookie = 0
         self._is_lost = False
         address = parse_nbd_uri(uri)
+        patience_s = timeout_s if open_timeout_s is None else min(timeout_s, open_timeout_s)
+        until_s = time.monotonic() + patience_s
         try:
-            self._connection = connect(address, timeout_s)
+            self._connection = connect(address, until_s)
             try:
-                export = negotiate(self._connection, address.export)
+                export = negotiate(self._connection, address.export, until_s)
                 _check_export(export, uri, read_only)
             except BaseException:
                 self._connection.close()
                 raise
         except TimeoutError as error:
-            raise ConfigError(uri, f"the server does not answer in {timeout_s:g} s") from error
+            raise ConfigError(
+                uri, f"the server has not agreed on a disk within {patience_s:g} s"
+            ) from error
         except OSError as error:
             raise ConfigError(uri, f"cannot be opened: {error.strerror or error}") from error
         self.size_bytes = export.size_bytes - export.size_bytes % export.block_size
@@ -238,12 +258,14 @@ class NbdBackend:
             raise OSError(errno.EIO, "the connection is lost", self.uri) from lost
         if error:
             number = error if error in _ERRORS else errno.EIO
-            raise OSError(number, os.strerror(number), self.uri)
+            refused = OSError(number, os.strerror(number), self.uri)
+            self._errors.say(_OPERATIONS[command], refused)
+            raise refused
 
     def _send(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
-            self._mind_the_time()
+            limit_time(self._connection, self._until_s)
             done = self._connection.sendmsg(buffers[:_IOV_MAX])
             missing -= done
             if missing:
@@ -252,20 +274,13 @@ class NbdBackend:
     def _receive_into(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
-            self._mind_the_time()
+            limit_time(self._connection, self._until_s)
             done = self._connection.recvmsg_into(buffers[:_IOV_MAX])[0]
             if not done:
                 raise OSError(errno.ECONNRESET, "the server closed the connection")
             missing -= done
             if missing:
                 buffers = buffers_behind(buffers, done)
-
-    def _mind_the_time(self) -> None:
-        """Let the next call on the connection take what is left for the request."""
-        left_s = self._until_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError(errno.ETIMEDOUT, "the server is too slow")
-        self._connection.settimeout(left_s)
 
     def _check_latch(self) -> None:
         if self._flush_errno:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
 from pyvmm.storage.backend import SECTOR_SIZE
 from pyvmm.storage.nbd_uri import NbdAddress
+from pyvmm.unix_socket import connect_unix
 
 _GREETING = struct.Struct(">8s8sH")  # NBDMAGIC, IHAVEOPT, handshake flags
 _OPTION = struct.Struct(">8sII")  # IHAVEOPT, option, length of its data
@@ -79,49 +81,93 @@ class Export:
     max_payload: int = MAX_PAYLOAD
 
 
-def connect(address: NbdAddress, timeout_s: float) -> socket.socket:
-    """A connected socket, whose calls give up after ``timeout_s``; OSError."""
-    if not address.socket_path:
-        connection = socket.create_connection((address.host, address.port), timeout_s)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(timeout_s)
-        connection.connect(address.socket_path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+def connect(address: NbdAddress, until_s: float) -> socket.socket:
+    """Return a socket connected to the server, before ``until_s`` (time.monotonic); OSError.
+
+    The time that looking up a host's name takes is the resolver's.
+    """
+    if address.socket_path:
+        return connect_unix(address.socket_path, until_s)
+    failure: OSError | None = None
+    for family, kind, protocol, _, place in socket.getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM
+    ):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            limit_time(connection, until_s)
+            connection.connect(place)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            connection.close()
+            failure = error
+        else:
+            return connection
+    raise failure or OSError(errno.EHOSTUNREACH, "its host has no address")
 
 
-def negotiate(connection: socket.socket, export: str) -> Export:
-    """Greet, and choose ``export``; OSError whose strerror says what did not work."""
-    magic, option_magic, flags = _GREETING.unpack(receive(connection, _GREETING.size))
+def limit_time(connection: socket.socket, until_s: float) -> None:
+    """Let the next call on ``connection`` take the time that is left; TimeoutError if none is."""
+    left_s = until_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, "the server is too slow")
+    connection.settimeout(left_s)
+
+
+def negotiate(connection: socket.socket, export: str, until_s: float) -> Export:
+    """Greet, and choose ``export``; OSError whose strerror says what did not work.
+
+    One deadline for all of it: a server that drips bytes is a TimeoutError at ``until_s``.
+    """
+    server = _Server(connection, until_s)
+    magic, option_magic, flags = _GREETING.unpack(server.receive(_GREETING.size))
     if magic != b"NBDMAGIC":
         raise _refused("what answers is no NBD server")
     if option_magic != b"IHAVEOPT" or not flags & _FIXED_NEWSTYLE:
         raise _refused("the server speaks only NBD's old negotiation")
-    connection.sendall(struct.pack(">I", flags & (_FIXED_NEWSTYLE | _NO_ZEROES)))
+    server.send(struct.pack(">I", flags & (_FIXED_NEWSTYLE | _NO_ZEROES)))
     name = export.encode()
     request = struct.pack(f">I{len(name)}sHH", len(name), name, 1, Info.BLOCK_SIZE)
-    _send_option(connection, Option.GO, request)
-    answer = _go(connection, export)
+    _send_option(server, Option.GO, request)
+    answer = _go(server, export)
     if answer is None:
-        _send_option(connection, Option.EXPORT_NAME, name)
-        size_bytes, export_flags = _EXPORT.unpack(receive(connection, _EXPORT.size))
+        _send_option(server, Option.EXPORT_NAME, name)
+        size_bytes, export_flags = _EXPORT.unpack(server.receive(_EXPORT.size))
         if not flags & _NO_ZEROES:
-            receive(connection, _EXPORT_NAME_PADDING)
+            server.receive(_EXPORT_NAME_PADDING)
         answer = Export(size_bytes=size_bytes, flags=Transmission(export_flags))
     return answer
 
 
-def _go(connection: socket.socket, export: str) -> Export | None:
+class _Server:
+    """The other end of ``connection``, which has until ``until_s`` (time.monotonic) for all."""
+
+    def __init__(self, connection: socket.socket, until_s: float) -> None:
+        self._connection = connection
+        self._until_s = until_s
+
+    def send(self, data: bytes) -> None:
+        """Send all of ``data``; OSError."""
+        limit_time(self._connection, self._until_s)
+        self._connection.sendall(data)
+
+    def receive(self, length: int) -> bytes:
+        """Return exactly ``length`` bytes; OSError if the connection ends before."""
+        data = bytearray()
+        while len(data) < length:
+            limit_time(self._connection, self._until_s)
+            piece = self._connection.recv(length - len(data))
+            if not piece:
+                raise OSError(errno.ECONNRESET, "the server closed the connection")
+            data += piece
+        return bytes(data)
+
+
+def _go(server: _Server, export: str) -> Export | None:
     """The answer to NBD_OPT_GO; None if the server does not know that option."""
     size_bytes, flags = None, Transmission(0)
     block_size, max_payload = SECTOR_SIZE, MAX_PAYLOAD
     for _ in range(_MAX_REPLIES):
-        kind, data = _receive_reply(connection)
+        kind, data = _receive_reply(server)
         if kind == Reply.ACK and size_bytes is not None:
             return Export(
                 size_bytes=size_bytes, flags=flags, block_size=block_size, max_payload=max_payload
@@ -169,28 +215,17 @@ def _refusal(kind: int, export: str, data: bytes) -> str:
     return f"{problem} ({safe})" if safe else problem
 
 
-def _send_option(connection: socket.socket, option: Option, data: bytes) -> None:
-    connection.sendall(_OPTION.pack(b"IHAVEOPT", option, len(data)) + data)
+def _send_option(server: _Server, option: Option, data: bytes) -> None:
+    server.send(_OPTION.pack(b"IHAVEOPT", option, len(data)) + data)
 
 
-def _receive_reply(connection: socket.socket) -> tuple[int, bytes]:
+def _receive_reply(server: _Server) -> tuple[int, bytes]:
     """Type and data of a reply to NBD_OPT_GO."""
-    header = receive(connection, _OPTION_REPLY.size)
+    header = server.receive(_OPTION_REPLY.size)
     magic, option, kind, length = _OPTION_REPLY.unpack(header)
     if magic != _OPTION_REPLY_MAGIC or option != Option.GO or length > _MAX_REPLY_BYTES:
         raise _refused("the server's negotiation makes no sense")
-    return kind, receive(connection, length)
-
-
-def receive(connection: socket.socket, length: int) -> bytes:
-    """Exactly ``length`` bytes; OSError if the connection ends before."""
-    data = bytearray()
-    while len(data) < length:
-        piece = connection.recv(length - len(data))
-        if not piece:
-            raise OSError(errno.ECONNRESET, "the server closed the connection")
-        data += piece
-    return bytes(data)
+    return kind, server.receive(length)
 
 
 def _refused(problem: str) -> OSError:

@@ -24,7 +24,8 @@ class DiskSource(Record):
 
     ``location`` is a file's path or an NBD URI.  With ``snapshot`` it is never written: what is
     written goes to the file ``overlay``, or to one that is gone after the run if that is empty.
-    ``faults`` is a script's path (``pyvmm.storage.fault_script``).
+    ``faults`` is a script's path (``pyvmm.storage.fault_script``).  With ``is_raw`` the file's
+    bytes are the disk even if they look like an image of another format.
     """
 
     location: str
@@ -32,6 +33,7 @@ class DiskSource(Record):
     snapshot: bool = False
     overlay: str = ""
     faults: str = ""
+    is_raw: bool = False
 
     @property
     def is_shared(self) -> bool:
@@ -45,11 +47,13 @@ class DiskSource(Record):
             raise ConfigError(self.location, "has an overlay only as a snapshot")
 
 
-def open_backend(source: DiskSource, *, report: Callable[[str], None]) -> BlockBackend:
+def open_backend(
+    source: DiskSource, *, report: Callable[[str], None], timeout_s: float | None = None
+) -> BlockBackend:
     """The disk ``source`` describes, for the caller to close.
 
     ConfigError naming file, URI or script.  ``report`` takes lines about what is odd, now
-    and later.
+    and later.  A server has at most ``timeout_s`` seconds to agree on a disk.
     """
     with contextlib.ExitStack() as stack:
         read_only = source.read_only or source.snapshot
@@ -57,12 +61,18 @@ def open_backend(source: DiskSource, *, report: Callable[[str], None]) -> BlockB
         if is_nbd_uri(source.location):
             from pyvmm.storage.nbd import NbdBackend
 
-            backend = NbdBackend(source.location, read_only=read_only, report=report)
+            backend = NbdBackend(
+                source.location, read_only=read_only, report=report, open_timeout_s=timeout_s
+            )
+            is_checked = False  # raw by protocol
         else:
             from pyvmm.storage.raw import RawBackend
 
             backend = RawBackend(source.location, read_only=read_only, report=report)
+            is_checked = not source.is_raw
         stack.callback(backend.close)
+        if is_checked:
+            _check_format(backend, source.location, report)
         if source.snapshot:
             backend = _open_overlay(backend, source, stack, report)
         if source.faults:
@@ -73,6 +83,36 @@ def open_backend(source: DiskSource, *, report: Callable[[str], None]) -> BlockB
             backend = FaultyBackend(backend, parse_script(script, source.faults))
         stack.pop_all()
         return backend
+
+
+def _check_format(backend: BlockBackend, path: str, report: Callable[[str], None]) -> None:
+    """Refuse what is not a raw image but holds one; report what is unlikely to be a disk."""
+    try:
+        head, tail = _read(backend, 0, 1024), _read(backend, backend.size_bytes - 512, 512)
+    except OSError:
+        return  # the guest will see the same error
+    # An image of ext4 begins with zeros, and none of the formats does.
+    if not any(head[:4]) and not any(tail[:4]):
+        return
+    from pyvmm.storage.image_kinds import kind_of_head, kind_of_tail
+
+    kind = kind_of_head(head) or kind_of_tail(tail)
+    if kind is None:
+        return
+    if kind.is_likely_raw:
+        report(f"{path}: is {kind.name}, attached as the raw bytes it is ({kind.remedy(path)})")
+        return
+    raise ConfigError(
+        path,
+        f"is {kind.name}, and a disk must be a raw image; convert it: {kind.remedy(path)} "
+        "(to attach these very bytes add ,format=raw)",
+    )
+
+
+def _read(backend: BlockBackend, offset: int, length: int) -> bytes:
+    data = bytearray(min(length, backend.size_bytes - offset))
+    backend.readv([memoryview(data)], offset)
+    return bytes(data)
 
 
 def _open_overlay(
@@ -86,47 +126,101 @@ def _open_overlay(
 
     name, keep = source.overlay, bool(source.overlay)
     if not keep:
-        directory = os.environ.get("TMPDIR") or "/var/tmp"  # /tmp is often memory
-        name = f"{directory}/pyvmm-{os.getpid()}-{os.urandom(8).hex()}.snapshot"
-    is_new = _create(name, store_bytes(base.size_bytes))
-    store = RawBackend(name, report=report)
-    stack.callback(store.close)
-    stamp = _stamp(source.location)
-    if not keep:
-        os.unlink(name)
-    if is_new:
-        try:
-            format_store(store, base.size_bytes, stamp)
-            if keep:
-                store.flush()
-                _sync_directory(name)
-        except OSError as error:
-            raise ConfigError(name, f"cannot be made an overlay: {error.strerror}") from error
-    return OverlayBackend(base, store, name=name, base_stamp=stamp, keep=keep, report=report)
+        name = f"{snapshot_directory()}/pyvmm-{os.getpid()}-{os.urandom(8).hex()}.snapshot"
+    is_ours, is_new = _create(name, store_bytes(base.size_bytes), is_temporary=not keep)
+    # A file made here is gone again unless it becomes an overlay; without a name it always is.
+    remove = contextlib.ExitStack()
+    if is_ours:
+        remove.callback(_unlink, name)
+    with remove:
+        store = RawBackend(name, report=report)
+        stack.callback(store.close)
+        stamp = _stamp(source.location)
+        if is_new:
+            try:
+                format_store(store, base.size_bytes, stamp)
+                if keep:
+                    store.flush()
+                    _sync_directory(name)
+            except OSError as error:
+                raise ConfigError(
+                    name, f"cannot be made an overlay: {error.strerror}{_tmpdir_hint(not keep)}"
+                ) from error
+        overlay = OverlayBackend(
+            base, store, name=name, base_stamp=stamp, keep=keep, report=report
+        )
+        if keep:
+            remove.pop_all()
+        return overlay
 
 
-def _create(path: str, length: int) -> bool:
-    """Make an empty file of ``length`` bytes; False if there is a file that has something in it.
+def snapshot_directory() -> str:
+    """Return where a snapshot's file without a name is made: TMPDIR, or /var/tmp."""
+    return os.environ.get("TMPDIR") or "/var/tmp"  # /tmp is often memory
 
-    One that has nothing in it, not even blocks, is what an interrupted run may leave behind.
+
+def _tmpdir_hint(is_temporary: bool) -> str:
+    """Return how to have a temporary file elsewhere, to be appended to what went wrong."""
+    if not is_temporary:
+        return ""
+    directory = snapshot_directory()
+    return f"; set TMPDIR, which is {directory} now, to a directory with room that you may write"
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):  # somebody else was faster
+        os.unlink(path)
+
+
+def _create(path: str, length: int, *, is_temporary: bool) -> tuple[bool, bool]:
+    """Make a file of ``length`` bytes without data, or find one; True, True for a new file.
+
+    Else whether this call made it (no), and whether it has nothing in it: an interrupted run may
+    leave such a file behind.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    is_ours = True
     try:
-        fd = os.open(path, flags, 0o600)
+        try:
+            fd = os.open(path, flags | os.O_EXCL, 0o600)
+        except FileExistsError:
+            is_ours = False
+            fd = os.open(path, flags, 0o600)
     except ValueError as error:
         raise ConfigError(repr(path), f"is no file name: {error}") from error
     except OSError as error:
-        raise ConfigError(path, f"cannot be made: {error.strerror}") from error
+        raise ConfigError(
+            path, f"cannot be made: {error.strerror}{_tmpdir_hint(is_temporary)}"
+        ) from error
     try:
-        if os.fstat(fd).st_blocks or os.lseek(fd, 0, os.SEEK_END) not in (0, length):
-            return False
+        if not is_ours and not _is_empty(fd, length):
+            return False, False
         os.ftruncate(fd, length)
     except OSError as error:
+        if is_ours:
+            _unlink(path)
         problem = "no room for" if error.errno == errno.ENOSPC else "cannot be made"
-        raise ConfigError(path, f"{problem} {length} bytes: {error.strerror}") from error
+        raise ConfigError(
+            path, f"{problem} {length} bytes: {error.strerror}{_tmpdir_hint(is_temporary)}"
+        ) from error
     finally:
         os.close(fd)
-    return True
+    return is_ours, True
+
+
+def _is_empty(fd: int, length: int) -> bool:
+    """True if ``fd`` has no byte, or ``length`` of them and all in a hole.
+
+    Blocks say nothing: some file systems give them to a file for its attributes, or before data.
+    """
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if size != length:
+        return size == 0
+    try:
+        os.lseek(fd, 0, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno == errno.ENXIO  # "beyond the end of the file": there is no data
+    return False
 
 
 def _sync_directory(path: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Sequence
 
 from pyvmm.storage.backend import (
     SECTOR_SIZE,
+    HostErrors,
     buffers_behind,
     check_range,
     read_only_error,
@@ -35,9 +37,11 @@ class RawBackend:
 
     Opening raises ConfigError, naming the file and the remedy, if it cannot be a disk.  The file
     is locked while it is open: exclusively, or shared with other readers if ``read_only``.
-    ``report`` takes a line about what is odd but no reason to refuse.
+    ``report`` takes a line about what is odd but no reason to refuse, and one for each kind of
+    error that the host answers later.
 
-    Writes never make the file grow.  Interrupted system calls are retried by CPython itself
+    Writes never make the file grow, not even one that somebody has truncated meanwhile: where it
+    ends early they are EIO, as reads are.  Interrupted system calls are retried by CPython itself
     (PEP 475).
     """
 
@@ -49,6 +53,7 @@ class RawBackend:
         self.can_discard = self.can_write_zeroes = not read_only
         self.size_bytes = 0
         self._report = report
+        self._errors = HostErrors(path, report)
         self._flush_errno = 0
         self._closed = False
         self._fd = open_disk(path, read_only)
@@ -56,6 +61,7 @@ class RawBackend:
             check_disk(self._fd, path)
             lock_disk(self._fd, path, read_only, report)
             self.block_size = logical_block_size(self._fd)
+            self._may_shrink = stat.S_ISREG(os.fstat(self._fd).st_mode)
             self.refresh_size()
         except BaseException:
             self.close()
@@ -63,14 +69,18 @@ class RawBackend:
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """See ``BlockBackend.readv``.  EIO where the file ends early."""
-        if len(buffers) == 1:  # nearly always, and nearly always all of it comes at once
-            length = len(buffers[0])
-            if (
-                0 <= offset <= self.size_bytes - length
-                and os.preadv(self._fd, buffers, offset) == length
-            ):
-                return
-        self._transfer(os.preadv, buffers, offset)
+        try:
+            if len(buffers) == 1:  # nearly always, and nearly always all of it comes at once
+                length = len(buffers[0])
+                if (
+                    0 <= offset <= self.size_bytes - length
+                    and os.preadv(self._fd, buffers, offset) == length
+                ):
+                    return
+            self._transfer(os.preadv, buffers, offset)
+        except OSError as error:
+            self._errors.say("a read", error)
+            raise
 
     def writev(
         self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
@@ -79,22 +89,32 @@ class RawBackend:
         if self.read_only:
             raise read_only_error(self.path)
         if not durable:
-            if len(buffers) == 1:  # as in readv
-                length = len(buffers[0])
-                if (
-                    0 <= offset <= self.size_bytes - length
-                    and os.pwritev(self._fd, buffers, offset) == length
-                ):
-                    return
-            self._transfer(os.pwritev, buffers, offset)
+            try:
+                if len(buffers) == 1:  # as in readv
+                    length = len(buffers[0])
+                    if (
+                        0 <= offset <= self.size_bytes - length
+                        and (
+                            not self._may_shrink
+                            or os.lseek(self._fd, 0, os.SEEK_END) >= offset + length
+                        )
+                        and os.pwritev(self._fd, buffers, offset) == length
+                    ):
+                        return
+                self._check_end(offset, sum(map(len, buffers)))
+                self._transfer(os.pwritev, buffers, offset)
+            except OSError as error:
+                self._errors.say("a write", error)
+                raise
             return
         self._check_latch()
-        check_range(self.path, offset, sum(map(len, buffers)), self.size_bytes)
+        self._check_end(offset, sum(map(len, buffers)))
         try:
             self._transfer(_pwritev_dsync, buffers, offset)
         except OSError as error:
             # It may have been the sync that failed, which the next one would not tell again.
             self._latch(error)
+            self._errors.say("a write", error)
             raise
 
     def flush(self) -> None:
@@ -104,6 +124,7 @@ class RawBackend:
             os.fdatasync(self._fd)
         except OSError as error:
             self._latch(error)
+            self._errors.say("a flush", error)
             raise
 
     def discard(self, offset: int, length: int) -> None:
@@ -152,7 +173,7 @@ class RawBackend:
             if done == missing:
                 return
             if not done:
-                raise OSError(errno.EIO, "the file has become shorter", self.path)
+                raise self._shorter()
             missing -= done
             offset += done
             buffers = buffers_behind(buffers, done)
@@ -161,15 +182,27 @@ class RawBackend:
         """fallocate in ``mode``, which leaves zeroes; False if that cannot be done here."""
         if self.read_only:
             raise read_only_error(self.path)
-        check_range(self.path, offset, length, self.size_bytes)
+        self._check_end(offset, length)
         if length:
             try:
                 fallocate(self._fd, mode | KEEP_SIZE, offset, length)
             except OSError as error:
                 if error.errno not in _CANNOT_ALLOCATE:
+                    self._errors.say("making room or zeroes", error)
                     raise
                 return False
         return True
+
+    def _check_end(self, offset: int, length: int) -> None:
+        """OSError unless these bytes are in the disk, and in the file as it is now."""
+        check_range(self.path, offset, length, self.size_bytes)
+        if self._may_shrink and length and os.lseek(self._fd, 0, os.SEEK_END) < offset + length:
+            error = self._shorter()
+            self._errors.say("a write", error)
+            raise error
+
+    def _shorter(self) -> OSError:
+        return OSError(errno.EIO, "the file has become shorter", self.path)
 
     def _check_latch(self) -> None:
         if self._flush_errno:

@@ -277,9 +277,11 @@ class VhostUserBlock(VirtioDevice):
         return IoSource(self.fileno(), self.look, drain=True)
 
     def hurry(self) -> None:
-        """The guest has ended: a back end that does not stop its queues is waited for no longer
-        than LAST_DRAIN_S.  From any thread."""
-        self._frontend.drain_timeout_s = LAST_DRAIN_S
+        """The guest has ended: wait for the back end no longer than LAST_DRAIN_S from now on.
+
+        A vCPU that waits for it already, in a reset say, is let go then, too.  From any thread.
+        """
+        self._frontend.limit_waits(LAST_DRAIN_S)
 
     def look(self) -> None:
         """See whether the back end is still there, without asking it; from any thread."""

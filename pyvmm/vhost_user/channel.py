@@ -96,6 +96,9 @@ class Channel:
         self._who = who
         self._requests = requests
         self._failure: VhostUserError | None = None
+        # No wait goes on beyond it (time.monotonic); who waits already is woken to hear of it.
+        self._latest_s = float("inf")
+        self._sooner_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # The message that is arriving.
         self._header: tuple[int, int, int] | None = None
         self._data = bytearray()
@@ -185,12 +188,13 @@ class Channel:
         VhostUserError, in which ``what`` says what was due, if it does not come or is malformed;
         PeerClosedError if the peer has hung up.
         """
-        deadline_s = time.monotonic() + timeout_s
+        began_s = time.monotonic()
         while (message := self.poll(what=what)) is None:
-            if not self._wait(select.POLLIN, deadline_s):
+            if not self._wait(select.POLLIN, began_s + timeout_s):
                 part = " whole" if self.is_mid_message else ""
                 due = what or "a message"
-                raise self.fail(f"{due} did not come{part} within {timeout_s:g} s")
+                waited_s = min(timeout_s, max(0.0, self._latest_s - began_s))
+                raise self.fail(f"{due} did not come{part} within {waited_s:.3g} s")
         return message
 
     def poll(self, *, what: str = "") -> Message | None:
@@ -255,13 +259,26 @@ class Channel:
             self._data += data
         return True
 
+    def limit_waits(self, latest_s: float) -> None:
+        """Let no wait last beyond ``latest_s`` (time.monotonic), those under way included.
+
+        From any thread, until ``close``.
+        """
+        self._latest_s = latest_s
+        with contextlib.suppress(OSError):  # closed meanwhile
+            os.eventfd_write(self._sooner_fd, 1)
+
     def _wait(self, event: int, deadline_s: float) -> bool:
         """Sleep until ``event`` or the deadline; False if that has passed."""
-        left_s = deadline_s - time.monotonic()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._sooner_fd)
+        # Looked at after the eventfd: a limit that is set from here on ends the poll.
+        left_s = min(deadline_s, self._latest_s) - time.monotonic()
         if left_s <= 0:
             return False
         poller = select.poll()
         poller.register(self._socket, event)
+        poller.register(self._sooner_fd, select.POLLIN)
         poller.poll(left_s * 1000)
         return True
 
@@ -282,6 +299,9 @@ class Channel:
             self._failure = self.error("the connection is closed")
         self._drop_fds()
         self._socket.close()
+        if self._sooner_fd >= 0:
+            fd, self._sooner_fd = self._sooner_fd, -1
+            os.close(fd)
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -8,7 +8,6 @@ there is no way back but a new connection.  A ``RequestRefusedError`` changes no
 from __future__ import annotations
 
 import os
-import socket
 import struct
 import threading
 import time
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from pyvmm.errors import PeerClosedError, RequestRefusedError, VhostUserError
+from pyvmm.unix_socket import connect_unix
 from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.hints import why_no_connection
 from pyvmm.vhost_user.protocol import (
@@ -40,7 +40,8 @@ TIMEOUT_S = 5.0
 """How long a back end may take for an answer."""
 DRAIN_TIMEOUT_S = 30.0
 """How long it may take to stop a queue: requests it has begun are finished first."""
-_CONNECT_PAUSE_S = 0.01
+HANDSHAKE_TIMEOUT_S = 30.0
+"""How long the whole handshake may take: each of its answers may come in time, and late."""
 _NO_ANSWER = "is that a vhost-user back end?"
 _HUNG_UP_AT_ONCE = "most back ends serve one front end at a time: this may be in use"
 
@@ -60,7 +61,8 @@ class Frontend:
     (REPLY_ACK) or has answered a later request.
 
     ``features`` are the virtio feature bits on offer, ``max_queues`` and ``max_mem_regions`` the
-    most that the back end takes of each.  ``drain_timeout_s`` may be changed at any time.
+    most that the back end takes of each.  The whole handshake has ``handshake_timeout_s``, and
+    HANDSHAKE_TIMEOUT_S at most.
     """
 
     def __init__(
@@ -69,15 +71,18 @@ class Frontend:
         *,
         timeout_s: float = TIMEOUT_S,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        handshake_timeout_s: float | None = None,
     ) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
-        self.drain_timeout_s = drain_timeout_s
+        self._drain_timeout_s = drain_timeout_s
         self._lock = threading.Lock()
         # With the file descriptor a SET_MEM_TABLE needs; ADD_MEM_REG needs it only once.
         self._regions: dict[MemoryRegion, int | None] = {}
         try:
+            self.limit_waits(_handshake_patience(handshake_timeout_s))
             self._shake_hands()
+            channel.limit_waits(float("inf"))
         except BaseException:
             channel.close()
             raise
@@ -89,6 +94,7 @@ class Frontend:
         *,
         timeout_s: float = TIMEOUT_S,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        handshake_timeout_s: float | None = None,
     ) -> Frontend:
         """A session with the back end that listens on the Unix socket ``path``.
 
@@ -96,17 +102,25 @@ class Frontend:
         """
         if not path:
             raise VhostUserError("vhost-user socket", "its path is empty")
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.setblocking(False)
+        patience_s = min(timeout_s, _handshake_patience(handshake_timeout_s))
         try:
-            _connect(connection, path, time.monotonic() + timeout_s)
-        except (OSError, ValueError) as error:
-            connection.close()
+            connection = connect_unix(path, time.monotonic() + patience_s)
+        except OSError as error:
             reason = why_no_connection(path, error)
             raise VhostUserError(path, f"cannot connect to the vhost-user socket: {reason}") \
                 from error
         channel = Channel(connection, peer=path, who="the back end")
-        return cls(channel, timeout_s=timeout_s, drain_timeout_s=drain_timeout_s)
+        return cls(
+            channel, timeout_s=timeout_s, drain_timeout_s=drain_timeout_s,
+            handshake_timeout_s=handshake_timeout_s,
+        )
+
+    def limit_waits(self, left_s: float) -> None:
+        """Wait for the back end no longer than ``left_s`` seconds from now, whatever for.
+
+        A wait that is under way in another thread ends then, too.  From any thread.
+        """
+        self._channel.limit_waits(time.monotonic() + left_s)
 
     def _shake_hands(self) -> None:
         self.protocol_features = ProtocolFeature(0)
@@ -272,7 +286,7 @@ class Frontend:
         with self._lock:
             self._send(Request.GET_VRING_BASE, VRING_STATE.pack(index, 0))
             stopped, base = self._reply(
-                Request.GET_VRING_BASE, VRING_STATE, self.drain_timeout_s
+                Request.GET_VRING_BASE, VRING_STATE, self._drain_timeout_s
             )
             if stopped != index:
                 raise self._channel.fail(
@@ -367,15 +381,8 @@ class Frontend:
         return message
 
 
-def _connect(connection: socket.socket, path: str, deadline_s: float) -> None:
-    """Connect, once there is room among those who wait for the back end; OSError."""
-    while True:
-        try:
-            return connection.connect(path)
-        except BlockingIOError:
-            if time.monotonic() >= deadline_s:
-                raise
-            time.sleep(_CONNECT_PAUSE_S)  # no event says that there is room
+def _handshake_patience(timeout_s: float | None) -> float:
+    return HANDSHAKE_TIMEOUT_S if timeout_s is None else min(timeout_s, HANDSHAKE_TIMEOUT_S)
 
 
 def _close(fd: int | None) -> None:

@@ -2,12 +2,17 @@
 
 A UART costs an exit or two for every byte.  Here Linux's hvc driver hands over up to 16 bytes of
 a message at a time, and a program's output by the page.
+
+Input is held back from a driver that has only just begun to run.  Linux offers receive buffers
+first and lists its port afterwards, and what comes in between it throws away
+(drivers/char/virtio_console.c, in_intr).  A port that transmits is there, or will be in a moment.
 """
 
 from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 from pyvmm.errors import GuestMemoryError
@@ -27,6 +32,11 @@ and the transport's lock with it."""
 _SHOWN_WORK = PASS_WORK // PASS_BYTES
 """Bytes moved in any other pass that a byte shown counts for."""
 MAX_TYPED_BYTES = 4096
+HOLD_S = 0.05
+"""Input waits for so long after the first output: another CPU may send it in the driver's name, a
+moment before the port is listed."""
+MAX_HOLD_S = 5.0
+"""So long it waits for a driver that sends nothing: some only read."""
 
 # struct virtio_console_config { le16 cols; le16 rows; le32 max_nr_ports; le32 emerg_wr; }
 _CONFIG = struct.Struct("<HHII")
@@ -38,7 +48,8 @@ class ConsoleDevice(RingDevice):
 
     Input is given to ``receive``; ``on_room`` is called when there is room for some again.
     ``size`` is the terminal's ``(columns, rows)``, (0, 0) if it has none.  Linux looks at it only
-    when told of a change, so ``on_ready`` is for telling it as soon as its driver runs.
+    when told of a change, so ``on_ready`` is for telling it as soon as its driver runs;
+    ``on_reset`` is called when the driver is gone.
     """
 
     device_type = DeviceType.CONSOLE
@@ -50,6 +61,8 @@ class ConsoleDevice(RingDevice):
         *,
         size: tuple[int, int] = (0, 0),
         on_ready: Callable[[], None] = lambda: None,
+        on_reset: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         features = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX
         super().__init__(
@@ -59,17 +72,21 @@ class ConsoleDevice(RingDevice):
         self._transmit = transmit
         self._on_room = on_room
         self._on_ready = on_ready
+        self._on_reset = on_reset
         self._size = size
         self._shown_bytes = 0
         # Typed on one thread, taken on another.
         self._lock = threading.Lock()
         self._typed = bytearray()
+        self._clock = clock
+        self._has_sent = False  # since it was activated
+        self._open_s = 0.0  # when the driver may have input
 
     def receive(self, data: bytes) -> int:
         """Take typed bytes, as many as there is room for; how many.
 
         From any thread; the receive queue wants to be served afterwards.  Nothing is taken before
-        the driver runs: it would find what was meant for somebody else.
+        the driver runs.
         """
         if not self.is_activated:
             return 0
@@ -98,19 +115,29 @@ class ConsoleDevice(RingDevice):
             self._transmit(data[:1])
 
     def reset(self) -> None:
-        """See ``VirtioDevice.reset``; what was typed and not yet read is gone."""
+        """See ``VirtioDevice.reset``; what was typed and not yet read stays."""
         super().reset()
-        with self._lock:
-            self._typed.clear()
+        self._on_reset()
 
     def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
-        """See ``VirtioDevice.activate``; from now on input is taken."""
+        """See ``VirtioDevice.activate``; from now on input is taken.
+
+        What no earlier driver has read, before a reset, is for this one.
+        """
         super().activate(memory, interrupt)
+        self._has_sent = False
+        self._open_s = self._clock() + MAX_HOLD_S
         self._on_room()
         self._on_ready()
 
     def process_queue(self, index: int) -> float | None:
         """See ``VirtioDevice.process_queue``; empty buffers to receive into are no work."""
+        if index == RECEIVE_QUEUE:
+            if not self._typed:
+                return None
+            held_s = self._open_s - self._clock()
+            if held_s > 0.0:
+                return min(held_s, HOLD_S)
         delay_s = super().process_queue(index)
         return delay_s if index != RECEIVE_QUEUE or self._typed else None
 
@@ -118,6 +145,9 @@ class ConsoleDevice(RingDevice):
         """See ``RingDevice._drain``; the receive queue's chains wait for something typed."""
         chains = for_one_pass(ring.chains(), self._take_extra_work)
         if index != RECEIVE_QUEUE:
+            if not self._has_sent:
+                self._has_sent = True
+                self._open_s = min(self._open_s, self._clock() + HOLD_S)
             for chain in chains:
                 ring.push(chain, self._serve(chain, memory))
             return 0.0

@@ -106,7 +106,7 @@ class VirtioDevice(abc.ABC):
             raise ActivateError("the device is active; it has to be reset first")
         try:
             self._rings = [
-                make_ring(queue, memory, self._acked_features) if queue.ready else None
+                make_ring(queue, memory, self._acked_features, self.queues) if queue.ready else None
                 for queue in self.queues
             ]
         except RingError as error:
@@ -132,6 +132,7 @@ class VirtioDevice(abc.ABC):
         queue.ready = False
         ring = self._rings[index] if self._rings else None
         if ring is not None:
+            ring.give_back()
             return ring.base
         return queue.base or 0
 
@@ -149,7 +150,7 @@ class VirtioDevice(abc.ABC):
         if self._memory is None:
             return
         queue = self.queues[index]
-        self._rings[index] = make_ring(queue, self._memory, self._acked_features)
+        self._rings[index] = make_ring(queue, self._memory, self._acked_features, self.queues)
         queue.ready = True
 
     @abc.abstractmethod

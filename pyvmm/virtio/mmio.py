@@ -319,7 +319,8 @@ class MmioTransport:
                 if self._status & Status.DRIVER_OK:
                     self._device.start_queue(self._queue_index)
                 else:
-                    make_ring(queue, self._memory, self._device.acked_features)
+                    device = self._device
+                    make_ring(queue, self._memory, device.acked_features, device.queues)
             except RingError as error:
                 self._need_reset(f"queue {self._queue_index}: {error}")
                 return

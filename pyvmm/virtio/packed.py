@@ -34,6 +34,7 @@ from pyvmm.virtio.queue import (
     DESCRIPTOR_WORK,
     PLAIN_HEADER_BYTES,
     PLAIN_STATUS_BYTES,
+    SLOTS_SHIFT,
     TOKEN_BITS,
     Chain,
     FullFence,
@@ -68,8 +69,12 @@ _EVENT_SLOT_MASK, _EVENT_WRAP, _EVENT_FLAGS_SHIFT = 0x7FFF, 1 << 15, 16
 _EVENT_PLACE_MASK = 0xFFFF  # slot and wrap counter
 _EVENT_FLAGS_MASK = 3
 # A token is the buffer ID and above it the slots; what was written is above that.
-_SLOTS_SHIFT, _SLOTS_MASK = 16, 0xFFFF
-_ID_MASK = 0xFFFF
+_SLOTS_MASK = _ID_MASK = 0xFFFF
+
+
+def packed_lengths(size: int) -> tuple[int, int, int]:
+    """Bytes of descriptor ring, driver and device event suppression structure."""
+    return DESCRIPTOR_SIZE * size, _EVENT_SIZE, _EVENT_SIZE
 
 
 class PackedRing:
@@ -86,19 +91,17 @@ class PackedRing:
     ) -> None:
         self._size = size = check_size(queue)
         self._event_idx = event_idx
-        ring_bytes = DESCRIPTOR_SIZE * size
+        ring_bytes = packed_lengths(size)[0]
         self._ring = ring_area(memory, "descriptor ring", queue.descriptor_area, ring_bytes, 16)
         # Cast views read and write an element with one machine access; struct goes bytewise.
         self._flags = self._ring.cast("H")[_FLAGS:]
         self._rest = self._ring.cast("Q")[_REST:]
-        driver_event = ring_area(
+        self._driver_event = ring_area(
             memory, "driver event suppression", queue.driver_area, _EVENT_SIZE, 4
-        )
-        device_event = ring_area(
+        ).cast("I")
+        self._device_event = ring_area(
             memory, "device event suppression", queue.device_area, _EVENT_SIZE, 4
-        )
-        self._driver_event = driver_event.cast("I")
-        self._device_event = device_event.cast("I")
+        ).cast("I")
 
         # The flags of a plain chain in a table of its own: there "the VIRTQ_DESC_F_WRITE flags
         # bit is the only valid flag" (2.8.7).
@@ -115,6 +118,7 @@ class PackedRing:
         # (AVAIL while the wrap counter is 1, else USED) or used (both, else none).
         self._avail_slot, self._available = 0, _AVAIL
         self._used_slot, self._used = 0, _AVAIL | _USED
+        self._lost = 0  # slots taken before this object was made, and not to be pushed by it
         if queue.base is not None:
             self._resume(queue.base)
         self._budget = 0  # slots that this pass may still take
@@ -134,6 +138,7 @@ class PackedRing:
             or not 0 <= self._taken() <= self._size
         ):
             raise RingError(f"ring base {base:#x} is none of a queue of {self._size}")
+        self._lost = self._taken()
 
     def _taken(self) -> int:
         """Slots that were taken and whose chains have not been published."""
@@ -149,9 +154,14 @@ class PackedRing:
         used = self._used_slot | (_BASE_WRAP if self._used else 0)
         return avail | used << _BASE_USED_SHIFT
 
-    def untake(self, chain: Chain) -> None:
-        """The chain's slots back; see ``Ring.untake``."""
-        slot = self._avail_slot - chain.slots
+    def give_back(self) -> None:
+        """Back to the first slot that was not pushed; see ``Ring.give_back``.
+
+        Chains are pushed in the order they were taken, so those are the last slots.
+        """
+        pushed = sum(done >> SLOTS_SHIFT & _SLOTS_MASK for done in self._done)
+        self._budget = 0
+        slot = self._avail_slot - (self._taken() - self._lost - pushed)
         if slot < 0:
             slot += self._size
             self._available ^= _OWNER
@@ -188,7 +198,7 @@ class PackedRing:
                 behind, its_available = 0, available ^ _OWNER
             if self._flags[8 * behind] & _OWNER != its_available:
                 gpa, length, buffer_id, _ = _unpack(self._ring, slot * DESCRIPTOR_SIZE)
-                chain = self._indirect.short(buffer_id | 1 << _SLOTS_SHIFT, gpa, length)
+                chain = self._indirect.short(buffer_id | 1 << SLOTS_SHIFT, gpa, length)
                 if chain is not None:
                     self._device_event[0] = _DISABLE << _EVENT_FLAGS_SHIFT
                     self._avail_slot, self._available = behind, its_available
@@ -274,10 +284,10 @@ class PackedRing:
                 ):
                     break
                 # "Buffer ID is included in the last descriptor in the list" (2.8.6).
-                token = last_id | 3 << _SLOTS_SHIFT if slots == 3 else buffer_id | 1 << _SLOTS_SHIFT
+                token = last_id | 3 << SLOTS_SHIFT if slots == 3 else buffer_id | 1 << SLOTS_SHIFT
                 chains.append((token, header, data, length, data_link & WRITE, status, ()))
             else:
-                chain = self._indirect.plain(buffer_id | 1 << _SLOTS_SHIFT, gpa, length)
+                chain = self._indirect.plain(buffer_id | 1 << SLOTS_SHIFT, gpa, length)
                 if chain is None:
                     break
                 chains.append(chain)
@@ -294,7 +304,7 @@ class PackedRing:
 
     def push(self, chain: Chain, written: int) -> None:
         """Remember ``chain`` as used with ``written`` bytes; see ``Ring.push``."""
-        token = chain.head | chain.slots << _SLOTS_SHIFT
+        token = chain.head | chain.slots << SLOTS_SHIFT
         self._done.append(token | written << TOKEN_BITS)
 
     def push_all(self, done: list[int]) -> None:
@@ -314,7 +324,7 @@ class PackedRing:
             rest[2 * slot] = (
                 written | (done & _ID_MASK) << _ID_SHIFT | flags << _FLAGS_SHIFT
             )
-            slot += done >> _SLOTS_SHIFT & _SLOTS_MASK
+            slot += done >> SLOTS_SHIFT & _SLOTS_MASK
             if slot >= size:
                 slot -= size
                 used ^= _OWNER

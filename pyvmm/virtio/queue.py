@@ -24,12 +24,14 @@ Its descriptors are, in a row: a readable one of 16 bytes at GPA ``header``; one
 ``length`` bytes in all, writable if ``writes`` is not 0, else readable; a writable one of 1 byte
 at GPA ``status``.  None is empty.  ``data`` is the GPA of the first of data, and ``pieces`` holds
 them all if they are several, else nothing.  ``token`` is for ``Ring.push_all``; its low 16 bits
-are the head.
+are the head, the others ``Chain.slots`` of a packed ring.
 
 A lone chain (``Ring.alone``) may also have no data at all: then ``length`` is 0.
 """
 PLAIN_HEADER_BYTES = 16
 PLAIN_STATUS_BYTES = 1
+SLOTS_SHIFT = 16
+_HEAD_MASK = (1 << SLOTS_SHIFT) - 1
 DESCRIPTOR_WORK = 8 << 10
 """Bytes that a descriptor counts for in the work of a pass, besides its length.  Walking it and
 finding its memory takes 2 us, as does moving so many bytes."""
@@ -103,7 +105,7 @@ def chain_of(plain: PlainChain) -> Chain:
             writable[:0] = buffers
         else:
             readable += buffers
-    return Chain(token & 0xFFFF, readable, writable)
+    return Chain(token & _HEAD_MASK, readable, writable, token >> SLOTS_SHIFT or 1)
 
 
 def plain_work(plain: PlainChain) -> int:
@@ -150,9 +152,11 @@ class Ring(Protocol):
         bits 0 to 14, its wrap counter in bit 15, and above them the same of the next used slot.
         """
 
-    def untake(self, chain: Chain) -> None:
-        """Make ``chain``, the last one taken, available again: it will be the next of
-        ``chains``."""
+    def give_back(self) -> None:
+        """Make every chain that was taken and not pushed available again, and end the pass.
+
+        The next pass takes the same chains in the same order.  The caller forgets them.
+        """
 
     def begin(self) -> None:
         """Begin a pass: ask the driver to be quiet, look what is waiting.  RingError."""

@@ -23,6 +23,9 @@ MIN_TURN_S = 0.001
 MAX_WAIT_S = 0.25
 """No wait is longer, however deep the debt: a changed limit is felt this soon."""
 
+MAX_RATE = 1 << 50
+"""Per second, and at once; bytes of a disk faster than any (1024T)."""
+
 _ENOUGH = 1e-6
 """Tokens that may be missing: a wait of exactly the time asked for must be the last."""
 
@@ -47,6 +50,11 @@ class RateLimit(Record):
             if rate < 0 or burst < 0:
                 raise ConfigError(
                     "rate limit", f"{name} {rate} per second, burst {burst}: the least is 0"
+                )
+            if max(rate, burst) > MAX_RATE:
+                raise ConfigError(
+                    "rate limit",
+                    f"{name} {rate} per second, burst {burst}: the most is {MAX_RATE} (1024T)",
                 )
             if burst and not rate:
                 raise ConfigError("rate limit", f"{name} burst {burst} without a rate")

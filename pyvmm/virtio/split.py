@@ -56,6 +56,14 @@ _DATA_LINK = NEXT | 2 << _NEXT_SHIFT  # and perhaps WRITE
 _NOT_WRITE = 0xFFFF_FFFF & ~WRITE
 
 
+def split_lengths(size: int, *, event_idx: bool) -> tuple[int, int, int]:
+    """Bytes of descriptor table, available and used ring of ``size`` entries (2.7 "Split
+    Virtqueues"); the two event fields are there "only if VIRTIO_F_EVENT_IDX"."""
+    event = _EVENT_SIZE if event_idx else 0
+    rings = _RING_HEADER_SIZE + 2 * size + event, _RING_HEADER_SIZE + 8 * size + event
+    return DESCRIPTOR_SIZE * size, *rings
+
+
 class SplitRing:
     """A split virtqueue in ``memory`` as ``queue``'s registers describe it; see ``queue.Ring``.
 
@@ -72,10 +80,7 @@ class SplitRing:
         self._mask = size - 1
         self._event_idx = event_idx
 
-        # 2.7 "Split Virtqueues" has the table of alignments and sizes.
-        avail_bytes = _RING_HEADER_SIZE + 2 * size + _EVENT_SIZE
-        used_bytes = _RING_HEADER_SIZE + 8 * size + _EVENT_SIZE
-        table_bytes = DESCRIPTOR_SIZE * size
+        table_bytes, avail_bytes, used_bytes = split_lengths(size, event_idx=True)
         self._table = ring_area(memory, "descriptor table", queue.descriptor_area, table_bytes, 16)
         avail = ring_area(memory, "available ring", queue.driver_area, avail_bytes, 2)
         used = ring_area(memory, "used ring", queue.device_area, used_bytes, 4)
@@ -104,6 +109,8 @@ class SplitRing:
         self._heads: list[int] = []  # of this pass
         self._taken = 0  # how many of them have been taken
         self._next_avail = self._next_used = self._published = 0
+        self._lost = 0  # taken before this object was made, and not to be pushed by it
+        self._held: list[int] = []  # heads taken in earlier passes and not pushed
         if queue.base is not None:
             self._resume(queue.base)
         self._full_fence = FullFence()
@@ -117,15 +124,21 @@ class SplitRing:
             )
         self._next_avail = base
         self._next_used = self._published = used
+        self._lost = (base - used) & 0xFFFF
 
     @property
     def base(self) -> int:
         """The available index; see ``Ring.base``."""
         return self._next_avail
 
-    def untake(self, chain: Chain) -> None:
-        """One entry of the available ring back; see ``Ring.untake``."""
-        self._next_avail = (self._next_avail - 1) & 0xFFFF
+    def give_back(self) -> None:
+        """Back to the first entry that was not pushed; see ``Ring.give_back``.
+
+        Chains are pushed in the order they were taken, so those are the last ones.
+        """
+        self._next_avail = (self._next_used + self._lost) & 0xFFFF
+        self._heads, self._held = [], []
+        self._taken = 0
 
     def chains(self) -> Iterator[Chain]:
         """The chains that are available now; see ``Ring.chains``."""
@@ -274,10 +287,11 @@ class SplitRing:
         """A copy of the available ring's new entries, checked; RingError if they cannot be."""
         available = self._avail_header[_IDX]
         count = (available - self._next_avail) & 0xFFFF
-        if not count:
-            return []
         # Ahead of what was given back: a chain that was taken and is held back still counts.
         ahead = (available - self._published) & 0xFFFF
+        held = self._keep_held(ahead - count - self._lost) if ahead != count else []
+        if not count:
+            return []
         if ahead > self._size:
             raise RingError(f"avail.idx is {ahead} ahead in a queue of {self._size}")
         start = self._next_avail & self._mask
@@ -289,10 +303,17 @@ class SplitRing:
                 heads += self._avail_ring[: count - len(heads)].tolist()
         if max(heads) >= self._size:
             raise RingError(f"avail entry {max(heads)} in a queue of {self._size}")
-        if len(set(heads)) < count:
+        if len({*heads, *held}) < count + len(held):
             # All of them are outstanding at this moment, so the driver lost count.
             raise RingError("the same head is available twice")
         return heads
+
+    def _keep_held(self, count: int) -> list[int]:
+        """Remember and return the heads of the last ``count`` chains that earlier passes took:
+        those that were not published."""
+        taken = self._held + self._heads[: self._taken]
+        self._held = taken[-count:] if count else []
+        return self._held
 
     def _descriptors(self, head: int) -> Iterator[tuple[int, int, int]]:
         """``(gpa, length, flags)`` of each descriptor of the chain, those of an indirect table

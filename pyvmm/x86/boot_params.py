@@ -198,11 +198,11 @@ def encode_cmdline(cmdline: str, kernel: Kernel) -> bytes:
     """``cmdline`` as bytes, without its NUL; ConfigError when ``kernel`` cannot take it."""
     for position, character in enumerate(cmdline):
         if character == "\0" or not character.isascii():
-            raise ConfigError("--cmdline", f"has {character!a} at position {position}; "
+            raise ConfigError("the command line", f"has {character!a} at position {position}; "
                               "only ASCII without NUL can be passed to a kernel")
     if len(cmdline) > kernel.cmdline_limit:
-        raise ConfigError("--cmdline", f"{len(cmdline)} bytes, with what pyvmm adds, are too long: "
-                          f"the limit of kernel {kernel.path} is {kernel.cmdline_limit}")
+        raise ConfigError("the command line", f"{len(cmdline)} bytes are too long: the"
+                          f" limit of kernel {kernel.path} is {kernel.cmdline_limit}")
     return cmdline.encode("ascii")
 
 

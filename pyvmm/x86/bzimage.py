@@ -75,6 +75,7 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
                           f"must be at least {_MIN_HEADER_BYTES} (to init_size)")
     code_offset, code_bytes = _locate_code(image, header)
     start, end = _place(image, header, code_bytes, ram_end)
+    version = _version(image, header, code_offset)
     return Kernel(
         path=image.path,
         kind=KernelKind.BZIMAGE,
@@ -87,7 +88,8 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
         initrd_addr_max=header.initrd_addr_max,
         cmdline_limit=min(header.cmdline_size, layout.CMDLINE_MAX - 1),
         protocol=header.version,
-        version=_version(image, header, code_offset),
+        version=version,
+        is_linux=version[:1].isdigit(),  # Memtest86+ and MEMDISK begin with their names
     )
 
 
@@ -123,17 +125,20 @@ def _check_protocol(image: ImageFile, header: SetupHeader) -> None:
 
 
 def _locate_code(image: ImageFile, header: SetupHeader) -> tuple[int, int]:
-    """``(file offset, length in bytes)`` of the protected-mode code."""
+    """``(file offset, length in bytes)`` of the protected-mode code.
+
+    ``syssize`` counts whole paragraphs, of which a file need not have all of the last.
+    """
     sectors = header.setup_sects or _DEFAULT_SETUP_SECTS
     offset = (sectors + 1) * _SECTOR
     length = header.syssize * _PARAGRAPH
     if length <= ENTRY_64_OFFSET:
         raise image.error(f"setup header: syssize gives {length} bytes of kernel, "
                           f"must be more than {ENTRY_64_OFFSET} (the 64-bit entry)")
-    if offset + length > image.size_bytes:
+    if offset + length - image.size_bytes >= _PARAGRAPH:
         raise image.error(f"truncated: setup_sects ({sectors}) and syssize say the kernel is bytes "
                           f"{offset} to {offset + length}, the file ends at {image.size_bytes}")
-    return offset, length
+    return offset, min(length, image.size_bytes - offset)
 
 
 def _place(
@@ -142,16 +147,19 @@ def _place(
     """``(start, end)`` of the RAM that the kernel needs: init_size bytes at pref_address.
 
     A relocatable kernel is not placed lower when RAM is short: the 64-bit decompressor moves
-    itself up to pref_address before it unpacks, so it needs the RAM there all the same.
+    itself up to pref_address before it unpacks, so it needs the RAM there all the same.  One that
+    is not relocatable may leave kernel_alignment 0, but builds its page tables from pref_address.
     """
     start, alignment = header.pref_address, header.kernel_alignment
-    if header.relocatable_kernel:
-        if alignment == 0 or alignment & (alignment - 1):
-            raise image.error(f"setup header: kernel_alignment is {alignment:#x}, "
-                              "must be a power of two")
-        if start % alignment:
-            raise image.error(f"setup header: pref_address {start:#x} is not a multiple of "
-                              f"kernel_alignment {alignment:#x}")
+    if (header.relocatable_kernel and alignment == 0) or alignment & (alignment - 1):
+        raise image.error(f"setup header: kernel_alignment is {alignment:#x}, "
+                          "must be a power of two")
+    if start % max(alignment, 1):
+        raise image.error(f"setup header: pref_address {start:#x} is not a multiple of "
+                          f"kernel_alignment {alignment:#x}")
+    if start % PAGE_SIZE:
+        raise image.error(f"setup header: pref_address {start:#x} is not a multiple of "
+                          f"a page, {PAGE_SIZE:#x}")
     if header.init_size < code_bytes:
         raise image.error(f"setup header: init_size is {header.init_size} bytes, "
                           f"must be at least the {code_bytes} of the kernel itself")

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Sequence
 
 from pyvmm.memory import PAGE_SIZE
-from pyvmm.x86.elf_notes import find_pvh_entry
+from pyvmm.x86.elf_notes import read_notes
 from pyvmm.x86.image import (
     EntryKind,
     ImageFile,
@@ -54,12 +55,12 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
     extents = []
     notes = []
     for index, fields in enumerate(PROGRAM_HEADER.iter_unpack(table)):
-        kind, _, offset, _, gpa, file_bytes, memory_bytes, alignment = fields
+        kind, _, offset, _, gpa, file_bytes, memory_bytes, _ = fields
         if kind in _PROGRAM_ONLY:
             raise image.error(f"is a program for an operating system, not a kernel: "
                               f"segment {index} is {_PROGRAM_ONLY[kind]}")
         if kind == PT_NOTE:
-            notes.append((offset, file_bytes, alignment))
+            notes.append((offset, file_bytes))
         if kind != PT_LOAD or memory_bytes == 0 == file_bytes:
             continue
         name = f"segment {index}"
@@ -73,12 +74,14 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
         # The rest of the segment, its bss, is zero already: RAM is fresh.
         segments.append(Segment(file_offset=offset, gpa=gpa, length=file_bytes))
     _check_extents(image, extents, ram_end)
-    entry_kind, whose = EntryKind.LINUX_64, "e_entry"
-    if (pvh_entry := find_pvh_entry(image, notes)) is not None:
-        entry, entry_kind, whose = pvh_entry, EntryKind.PVH, "PVH note"
-    if not any(s.gpa <= entry < s.gpa + s.length for s in segments):
-        raise image.error(f"entry {entry:#x} ({whose}) is in none of its {len(segments)} loaded "
-                          "segments (p_paddr to p_paddr + p_filesz)")
+    entry_kind = EntryKind.LINUX_64
+    said = read_notes(image, notes)
+    pvh_entries = [address for address in said.pvh_entries if _is_loaded(address, segments)]
+    if len(pvh_entries) == 1:  # notes that contradict each other say nothing
+        entry, entry_kind = pvh_entries[0], EntryKind.PVH
+    if not _is_loaded(entry, segments):
+        raise image.error(f"entry {entry:#x} (e_entry) is in none of its {len(segments)} loaded "
+                          "segments (p_paddr to p_paddr + p_filesz), and no PVH note gives another")
     return Kernel(
         path=image.path,
         kind=KernelKind.ELF,
@@ -92,7 +95,12 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
         cmdline_limit=CMDLINE_LIMIT,
         protocol=0,
         version="",
+        is_linux=said.linux,
     )
+
+
+def _is_loaded(address: int, segments: Sequence[Segment]) -> bool:
+    return any(segment.gpa <= address < segment.gpa + segment.length for segment in segments)
 
 
 def _read_header(image: ImageFile, head: bytes) -> tuple[int, int, int]:

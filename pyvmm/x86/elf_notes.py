@@ -1,7 +1,12 @@
-"""The PVH entry of an ELF kernel, given in a note (System V ABI, chapter 5, "Note Section").
+"""What an ELF kernel says in its notes (System V ABI, chapter 5, "Note Section").
 
-The note is XEN_ELFNOTE_PHYS32_ENTRY of Xen's ``elfnote.h``; its descriptor is the entry's physical
-address.  Linux has it with CONFIG_PVH, and so have other kernels that boot under Xen or QEMU.
+* XEN_ELFNOTE_PHYS32_ENTRY of Xen's ``elfnote.h``: its descriptor is the physical address of the
+  PVH entry.  Linux has it with CONFIG_PVH, and so have other kernels that boot under Xen or QEMU.
+* Notes by the name of Linux (``include/linux/elfnote-lto.h``, ``build-salt.h``).
+
+Notes are hints, so one that makes no sense is skipped.  The alignment of a segment says little of
+the notes in it: the linker puts the assembler's ``.note.gnu.property``, which is aligned to 8
+bytes, beside Linux's own, which are aligned to 4, and gives the segment the greater alignment.
 """
 
 from __future__ import annotations
@@ -9,60 +14,74 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 
+from pyvmm.errors import ConfigError
+from pyvmm.lean import Record
 from pyvmm.x86.image import ImageFile, align_up
 
-XEN_NAME = b"Xen\0"
+XEN_NAME, LINUX_NAME = b"Xen\0", b"Linux\0"
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 
-MAX_NOTE_BYTES = 1 << 20
+MAX_NOTE_BYTES = 64 << 10
 """How much of all PT_NOTE segments together is looked at; Linux has some hundred bytes."""
+_MAX_NAME_BYTES = 64
 
 _HEADER = struct.Struct("<III")
+_WORD = 4
+_ALIGNMENTS = (4, 8)
+"""Of a note in a 64-bit file: what linkers write, and what the ABI says."""
 
 
-def find_pvh_entry(image: ImageFile, notes: Sequence[tuple[int, int, int]]) -> int | None:
-    """The PVH entry's physical address, None without such a note.
+class Notes(Record):
+    """``pvh_entries`` are the addresses that PVH notes give, each once, in their order; ``linux``
+    is True if a note has Linux's name."""
 
-    ``notes`` are the PT_NOTE segments as ``(file offset, length in bytes, alignment)``.
-    ConfigError for notes that are cut off, too long together, or that contradict each other.
+    pvh_entries: tuple[int, ...] = ()
+    linux: bool = False
+
+
+def read_notes(image: ImageFile, segments: Sequence[tuple[int, int]]) -> Notes:
+    """Read the PT_NOTE ``segments``, each ``(file offset, length in bytes)``.
+
+    No content is an error: what is cut off, too long or garbled is skipped.
     """
-    if (total := sum(length for _, length, _ in notes)) > MAX_NOTE_BYTES:
-        raise image.error(f"its notes (PT_NOTE) are {total} bytes long; "
-                          f"the limit is {MAX_NOTE_BYTES}")
-    entry = None
-    for offset, length, alignment in notes:
-        if offset + length > image.size_bytes:
-            raise image.error(f"truncated: a note segment (PT_NOTE) ends at byte "
-                              f"{offset + length}, the file at {image.size_bytes}")
-        data = image.read_at(offset, length)
-        # The ABI says 8 for 64-bit files; every linker writes 4 unless the segment says 8.
-        for name, kind, description in _each_note(image, data, offset, 8 if alignment == 8 else 4):
-            if name != XEN_NAME or kind != XEN_ELFNOTE_PHYS32_ENTRY:
-                continue
-            if len(description) not in (4, 8):
-                raise image.error(f"PVH note: descsz is {len(description)}, must be 4 or 8")
-            found = int.from_bytes(description, "little")
-            if entry not in (None, found):
-                raise image.error(f"two PVH notes, with entries {entry:#x} and {found:#x}")
-            entry = found
-    return entry
+    entries: dict[int, None] = {}
+    linux = False
+    left = MAX_NOTE_BYTES
+    for offset, length in segments:
+        length = min(length, image.size_bytes - offset, left)
+        if length <= 0:
+            continue
+        left -= length
+        try:
+            data = image.read_at(offset, length)
+        except ConfigError:  # the file has shrunk, or its disk fails
+            continue
+        for alignment in _ALIGNMENTS:
+            found = []
+            for name, kind, description in _each_note(data, alignment):
+                linux = linux or name == LINUX_NAME
+                is_pvh = name == XEN_NAME and kind == XEN_ELFNOTE_PHYS32_ENTRY
+                if is_pvh and len(description) in (4, 8):
+                    found.append(int.from_bytes(description, "little"))
+            if found:
+                break
+        entries |= dict.fromkeys(found)
+    return Notes(pvh_entries=tuple(entries), linux=linux)
 
 
-def _each_note(
-    image: ImageFile, data: bytes, base: int, alignment: int
-) -> Iterator[tuple[bytes, int, bytes]]:
-    """``(name, type, descriptor)`` of each note in ``data``, which is at ``base`` in the file."""
+def _each_note(data: bytes, alignment: int) -> Iterator[tuple[bytes, int, bytes]]:
+    """Yield ``(name, type, descriptor)`` of each note in ``data``, aligned to ``alignment`` bytes.
+
+    Behind what is no note, the next one is looked for at every word.
+    """
     at = 0
-    while any(data[at : at + _HEADER.size]):  # zeros are padding at the end
-        if at + _HEADER.size > len(data):
-            raise image.error(f"note at byte {base + at} is cut off by the end of its segment")
+    while at + _HEADER.size <= len(data):
         name_bytes, description_bytes, kind = _HEADER.unpack_from(data, at)
         name_at = at + _HEADER.size
         description_at = align_up(name_at + name_bytes, alignment)
         end = description_at + description_bytes
-        if end > len(data):
-            raise image.error(f"note at byte {base + at}: namesz {name_bytes:#x} and descsz "
-                              f"{description_bytes:#x} run past the end of its segment, "
-                              f"{len(data) - at} bytes on")
+        if not 0 < name_bytes <= _MAX_NAME_BYTES or end > len(data):
+            at += _WORD
+            continue
         yield data[name_at : name_at + name_bytes], kind, data[description_at:end]
         at = align_up(end, alignment)

@@ -64,7 +64,8 @@ class Kernel(Record):
     bzImage's, from offset 0x1f1 of the file; an ELF kernel has none.  ``initrd_addr_max`` is the
     highest address of an initrd's last byte; ``cmdline_limit`` counts bytes without the NUL.
     ``protocol`` is the boot protocol, major in the high byte (0 for ELF); ``version`` is the
-    kernel's own text, "" when it gives none.
+    kernel's own text, "" when it gives none.  ``is_linux`` is False if nothing says that it is
+    Linux rather than another program that boots in this way.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Kernel(Record):
     cmdline_limit: int
     protocol: int
     version: str
+    is_linux: bool = True
 
     def describe(self) -> str:
         """What the file is, how and where it is entered and the RAM it needs, on one line."""

@@ -18,6 +18,7 @@ from pyvmm.linux.compression import PIECE_BYTES, Compression, UnpackError, detec
 from pyvmm.linux.config import KernelConfig
 from pyvmm.linux.formats import MAGIC_BYTES
 from pyvmm.linux.scan import IN_KERNEL, Scan, check_packed, scan, unpack_and_scan
+from pyvmm.linux.work import Budget, WorkError
 from pyvmm.x86 import layout
 from pyvmm.x86.image import ImageFile, Kernel
 from pyvmm.x86.loader import parse_kernel
@@ -53,9 +54,10 @@ def inspect(
     that could be loaded into any amount of RAM, or ``config_file`` no configuration.
     """
     config = _read_config(Path(config_file)) if config_file is not None else None
+    budget = Budget()
     with ImageFile(path) as image:
         kernel = parse_kernel(image, layout.MMIO_GAP_START)
-        look = _look_into(image, kernel)
+        look = _look_into(image, kernel, budget)
         size_bytes = image.size_bytes
     version = kernel.version or look.inside.version
     if config is None:
@@ -75,19 +77,23 @@ def inspect(
 
 
 def read_configuration(
-    path: str | os.PathLike[str], *, unpack: bool
+    path: str | os.PathLike[str], *, unpack: bool, budget: Budget | None = None
 ) -> KernelConfig | None:
     """The configuration of the kernel at ``path``: its own, else what lies beside it.
 
     Without ``unpack`` only the latter is looked at, which takes some milliseconds; unpacking
     takes seconds, though no longer than until a configuration is found.  None if there is none,
-    and because of whatever is read: this is to explain a failure, not to be one.
+    and because of whatever is read or takes more than ``budget``: this is to explain a failure,
+    not to be one.
     """
+    budget = budget or Budget()
     try:
         with ImageFile(path) as image:
             kernel = parse_kernel(image, layout.MMIO_GAP_START)
-            config = _look_into(image, kernel, whole=False).inside.config if unpack else None
-        return config or linux_config.beside(Path(path), kernel.version)
+            config = None
+            if unpack:
+                config = _look_into(image, kernel, budget, whole=False).inside.config
+        return config or linux_config.beside(Path(path), kernel.version, budget)
     except (PyvmmError, OSError, MemoryError):
         return None
 
@@ -102,12 +108,17 @@ class _Look:
     unknown: str = ""
 
 
-def _look_into(image: ImageFile, kernel: Kernel, *, whole: bool = True) -> _Look:
+def _look_into(
+    image: ImageFile, kernel: Kernel, budget: Budget, *, whole: bool = True
+) -> _Look:
     """The kernel as it runs; without ``whole`` only until everything is found."""
     if kernel.setup_header is None:
         if sum(segment.length for segment in kernel.segments) > payload.MAX_KERNEL_BYTES:
             return _Look(inside=Scan(), unknown=f"it is over {payload.MAX_KERNEL_BYTES} bytes")
-        return _Look(inside=scan(_parts(image, kernel), whole=whole))
+        try:
+            return _Look(inside=scan(_parts(image, kernel), whole=whole, budget=budget))
+        except WorkError as error:
+            return _Look(inside=Scan(), unknown=f"to look through it {error}")
     compression, length = Compression.NONE, 0
     try:
         offset, length = payload.locate(image.read_at(0, payload.HEAD_BYTES))
@@ -115,8 +126,8 @@ def _look_into(image: ImageFile, kernel: Kernel, *, whole: bool = True) -> _Look
             return _Look(inside=Scan(), unknown="its header says nothing of a payload")
         compression = detect(image.read_at(offset, min(length, MAGIC_BYTES)))
         check_packed(compression, length)
-        inside = unpack_and_scan(image.read_at(offset, length), whole=whole)
-    except (UnpackError, PyvmmError) as error:
+        inside = unpack_and_scan(image.read_at(offset, length), whole=whole, budget=budget)
+    except PyvmmError as error:
         return _Look(inside=Scan(), compression=compression, packed_bytes=length,
                      unknown=str(error))
     return _Look(inside=inside, compression=compression, packed_bytes=length)

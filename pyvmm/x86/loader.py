@@ -57,8 +57,16 @@ def parse_kernel(image: ImageFile, ram_end: int) -> Kernel:
 
     if bzimage.matches(head):
         return bzimage.parse(image, head, ram_end)
+    from pyvmm.storage.image_kinds import HEAD_BYTES, kind_of_head
+
+    kind = kind_of_head(image.read_at(0, min(image.size_bytes, HEAD_BYTES)))
+    what = ""
+    if kind is not None:
+        what = f"; it is {kind.name}: {kind.remedy(image.path)}"
+    elif head.startswith(b"MZ"):
+        what = "; it is an EFI program, and there is no EFI firmware here"
     raise image.error("not a Linux kernel: neither an ELF magic at byte 0 "
-                      f"nor 'HdrS' at byte {bzimage.HEADER_MAGIC_OFFSET:#x} (bzImage)")
+                      f"nor 'HdrS' at byte {bzimage.HEADER_MAGIC_OFFSET:#x} (bzImage){what}")
 
 
 def load_initrd(

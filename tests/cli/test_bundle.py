@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli import bundle
+from tests.support.planted import ANOTHER
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
@@ -172,3 +173,23 @@ def test_nothing_of_others_is_kept(tmp_path: Path) -> None:
     with made:
         assert "pytest" not in made.left_out()
     assert made not in sys.meta_path
+
+
+@pytest.mark.parametrize("how", ["another's", "others may write", "symlink", "fifo"])
+def test_fault_9_a_bundle_that_was_planted_is_not_run(how: str, tree: Path) -> None:
+    run(tree)
+    (file,) = files(tree)
+    if how == "another's":
+        if os.geteuid() != 0:
+            pytest.skip("only root gives files away")
+        os.chown(file, ANOTHER, ANOTHER)
+    elif how == "others may write":
+        file.chmod(0o666)
+    elif how == "symlink":
+        file.symlink_to(file.rename(file.with_name("elsewhere")))
+    else:
+        file.unlink()
+        os.mkfifo(file)
+    assert run(tree)[0] == 0
+    assert run(tree)[0] > 25, "it was written anew"
+    assert len(files(tree)) == 1

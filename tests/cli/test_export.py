@@ -23,6 +23,7 @@ from pyvmm.vhost_user.protocol import (
     Request,
 )
 from tests.support.export_process import Export
+from tests.support.patience import patient
 
 PROTOCOL = int(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
 
@@ -39,7 +40,7 @@ class Caller:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(10)
+        self.socket.settimeout(patient(10))
         self.socket.connect(str(path))
 
     def send(self, request: int, payload: bytes = b"", fds: list[int] | None = None) -> None:
@@ -69,7 +70,7 @@ def test_a_disk_is_served_until_a_signal(tmp_path: Path, disk: Path, number: int
     with Export(f"{disk},queues=3", path) as export, Caller(path) as caller:
         assert U64.unpack(caller.ask(Request.GET_QUEUE_NUM))[0] == 3
         export.process.send_signal(number)
-        assert export.process.wait(30) == 0
+        assert export.process.wait(patient(30)) == 0
         assert caller.socket.recv(1) == b""
         assert not path.exists()
         assert export.messages == f"pyvmm: {disk} is served at {path}\n"
@@ -90,7 +91,7 @@ def test_another_signal_is_its_exit_status(tmp_path: Path, disk: Path) -> None:
     path = tmp_path / "s"
     with Export(disk, path) as export:
         export.process.send_signal(signal.SIGHUP)
-        assert export.process.wait(30) == 128 + signal.SIGHUP
+        assert export.process.wait(patient(30)) == 128 + signal.SIGHUP
     assert not path.exists()
 
 
@@ -114,7 +115,7 @@ def test_a_disk_that_grows(tmp_path: Path, disk: Path) -> None:
         assert caller.capacity_sectors() == 64
         os.truncate(disk, 1 << 20)
         export.process.send_signal(signal.SIGUSR1)
-        ours.settimeout(10)
+        ours.settimeout(patient(10))
         assert ours.recv(100) == struct.pack("=III", BackendRequest.CONFIG_CHANGE_MSG, VERSION, 0)
         assert caller.capacity_sectors() == 2048
         assert f"{disk}: 32768 bytes before, 1048576 bytes now\n" in export.messages

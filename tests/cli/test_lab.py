@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from pyvmm.lab import (
     CommandError,
     LabConfig,
     default_writable,
+    kernel,
     lab_environment,
     resolve_command,
 )
+from pyvmm.linux import modules, payload
+from pyvmm.linux.cache import source_key
+from tests.support.planted import give_away
 
 
 def config(*argv: str) -> LabConfig:
@@ -73,8 +78,8 @@ def test_the_root_directory_is_not_written_back() -> None:
     [
         ([], "no command given"),
         (["--"], "no command given"),
-        (["--cpus", "0", "x"], "--cpus 0: must be between 1 and 64"),
-        (["--cpus", "many", "x"], "invalid int value: 'many' (pyvmm lab --help)"),
+        (["--cpus", "0", "x"], "--cpus 0: must be a number from 1 to 64"),
+        (["--cpus", "many", "x"], "--cpus many: must be a number from 1 to 64"),
         (["--memory", "64M", "x"], "--memory 64M: too small"),
         (["--memory", "much", "x"], "--memory much: is not a size"),
         (["--timeout", "0", "x"], "--timeout 0: must be a number of seconds above 0"),
@@ -164,3 +169,29 @@ def test_help_shows_how_to_use_it(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "pyvmm lab -- pyvmm doctor" in text
     assert "Ctrl-]" in text
+
+
+@pytest.mark.parametrize("planted", ["cache", "lab", "symlink", "fifo", "hard link", "parent"])
+def test_fault_9_a_planted_lab_is_not_booted(
+    planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    cache, victim = tmp_path / "a" / "cache", tmp_path / "victim"
+    lab = cache / f"lab-{source_key(kernel.__file__, modules.__file__, payload.__file__)}-6.1"
+    (lab / "modules").mkdir(parents=True)
+    (lab / "vmlinux").write_text("no kernel of ours")
+    victim.write_text("precious")
+    if planted in ("symlink", "fifo", "hard link"):
+        shutil.rmtree(lab)
+        {"symlink": Path.symlink_to, "fifo": lambda path, _: os.mkfifo(path)}.get(
+            planted, Path.hardlink_to)(cache / "lab.lock", victim)
+    else:
+        give_away(monkeypatch, {"cache": cache, "lab": lab}.get(planted, cache.parent))
+    monkeypatch.setenv("PYVMM_CACHE", str(cache))
+    monkeypatch.delenv("PYVMM_LAB", raising=False)
+    assert lab_main(["--", "true"]) == 125
+    error = capfd.readouterr().err
+    assert f"lab: {tmp_path}/a" in error
+    assert "set PYVMM_CACHE" in error
+    assert error.count("\n") == 1
+    assert victim.read_text() == "precious"

@@ -92,7 +92,9 @@ class StandIn:
 
     has_printed, waits_for_root, reached_init, console_line_ended = True, False, False, True
     marks, user_space_seen_s, exits = (), None, 0
-    kernel = SimpleNamespace(version="6.1.0-synthetic", describe=lambda: "a kernel")
+    kernel = SimpleNamespace(
+        version="6.1.0-synthetic", describe=lambda: "a kernel", is_linux=True
+    )
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.outcome = Outcome(Kind.RESET)

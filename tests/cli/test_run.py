@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -99,10 +100,34 @@ def test_a_command_line_that_is_too_long(
     assert "2047" in line
 
 
+@pytest.mark.parametrize(("options", "blamed", "length"), [
+    (["--append", "x" * 3000], "--append", 3000),
+    (["--append", "x" * 1500, "--append", "y" * 1500], "--append", 3001),
+    (["--cmdline", "x" * 3000], "--cmdline", 3000),
+    (["--cmdline", "x" * 3000, "--append", "y"], "--cmdline", 3000),
+    (["--cmdline", "x", "--append", "y" * 3000], "--append", 3000),
+])
+def test_fault_25_the_option_that_is_too_long_is_named(
+    capsys: pytest.CaptureFixture[str], kernel: Path, options: list[str], blamed: str, length: int
+) -> None:
+    line = refusal(capsys, "--kernel", kernel, *options)
+    assert line.startswith(f"pyvmm: {blamed}: has {length} bytes")
+    assert line.endswith("is 2047\n")
+
+
+@pytest.mark.parametrize("option", ["--cmdline", "--append"])
+@pytest.mark.parametrize("text", ["ümlaut", "a\nü", "\udcff"])
 def test_a_command_line_of_other_characters(
+    capsys: pytest.CaptureFixture[str], kernel: Path, option: str, text: str
+) -> None:
+    assert refusal(capsys, "--kernel", kernel, option, text).startswith(f"pyvmm: {option}: has ")
+
+
+def test_fault_25_a_console_without_a_name(
     capsys: pytest.CaptureFixture[str], kernel: Path
 ) -> None:
-    assert "--cmdline" in refusal(capsys, "--kernel", kernel, "--append", "ümlaut")
+    for options in (["--console", ""], ["--console="]):
+        assert "--console: names no file" in refusal(capsys, "--kernel", kernel, *options)
 
 
 def test_an_initrd_that_is_not_there(
@@ -301,3 +326,35 @@ def test_vv_shows_the_traceback_too(
 def test_what_is_appended_in_parts_comes_together() -> None:
     args = parse_options(COMMAND, ["--kernel", "k", "--append", "a=1", "--append=b c"])
     assert config_from(args).append == "a=1 b c"
+
+
+@pytest.mark.bare
+@pytest.mark.parametrize("options", [
+    [], ["--cpus", "3"], ["--disk", "DISK"], ["--disk", "DISK,snapshot,queues=4"],
+    ["--disk", "DISK,ro", "--disk", "DISK,ro"],
+], ids=str)
+def test_fault_25_how_many_open_files_a_run_needs_is_said_and_enough(
+    kernel: Path, disk: Path, options: list[str]
+) -> None:
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pyvmm", "run", "--kernel", kernel, "--timeout", "1",
+             *(option.replace("DISK", str(disk)) for option in options)],
+            preexec_fn=functools.partial(
+                resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit)
+            ),
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    enough = 0
+    for limit in (10, 14, 17, 20):
+        done = run(limit)
+        assert done.returncode == 125
+        match = re.fullmatch(
+            rf"pyvmm: too few open files: the limit is {limit}, this run needs (\d+); "
+            r"raise it with `ulimit -n \1`", done.stderr.splitlines()[-1],
+        )
+        assert match, done.stderr
+        enough = int(match[1])
+    assert run(enough).returncode not in (125, 128 + 9)
+    assert enough < 40

@@ -14,6 +14,7 @@ import pytest
 from pyvmm.driver import Transport, VirtioBlkQueue
 from tests.support.export_process import Export
 from tests.support.guest import environment
+from tests.support.patience import patient
 from tests.support.storage_daemon import StorageDaemon
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_the_worked_example(
     with back_end(image, tmp_path / "disk.sock"):
         run = subprocess.run(
             [sys.executable, "-W", "error", "-c", example()],
-            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60,
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=patient(60),
             check=False,
         )  # fmt: skip
     assert run.stderr == ""

@@ -24,6 +24,7 @@ from pyvmm.virtio.spec import Feature
 from tests.support.driver_client import Client
 from tests.support.eventfds import fill
 from tests.support.export_process import Export
+from tests.support.patience import patient
 from tests.support.shared_export import SharedExport, make_image, open_fds
 
 V1 = int(Feature.VERSION_1)
@@ -57,7 +58,7 @@ def unharmed(crowded: SharedExport, bystander: Client) -> Iterator[Callable[[], 
 
     def check() -> None:
         serve()
-        until_s = time.monotonic() + 5
+        until_s = time.monotonic() + patient(5)
         while len(open_fds(crowded.pid)) > before:
             assert time.monotonic() < until_s, "the export has not closed what it got"
             time.sleep(0.002)
@@ -140,7 +141,7 @@ def test_data_outside_the_memory_that_is_shared(
         far = 1 << 40
         transport.setup_queues(ring(memory, (5000, 16, 1, 1), (far, 512, 3, 2), (4096, 1, 2, 0)))
         transport.notify(0)
-        until_s = time.monotonic() + 5
+        until_s = time.monotonic() + patient(5)
         while memory.view[4096] == 0xFF and time.monotonic() < until_s:
             time.sleep(0.002)
         assert memory.view[4096] == 1
@@ -200,7 +201,7 @@ def test_a_region_that_does_not_fit_its_file(
 def send_raw(path: Path, pieces: list[tuple[bytes, int]]) -> None:
     """Send ``pieces``, each with so many file descriptors, for as long as somebody listens."""
     with socket.socket(socket.AF_UNIX) as sock, SharedMemory(4096) as memory:
-        sock.settimeout(5)
+        sock.settimeout(patient(5))
         sock.connect(str(path))
         try:
             for data, fds in pieces:

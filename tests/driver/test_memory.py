@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 
 import pytest
@@ -16,6 +17,16 @@ def test_is_whole_pages_of_zeroes_at_its_address() -> None:
         memory.view[4999] = 7
         assert ctypes.string_at(memory.address + 4999, 1) == b"\7"
         assert os.pread(memory.fd, 1, memory.offset + 4999) == b"\7"
+
+
+@pytest.mark.parametrize("length", [4096, 5 << 20, (1 << 30) + 4096])
+def test_fault_44_its_pages_can_be_huge(length: int) -> None:
+    for pages in (1, 3, 7):
+        with mmap.mmap(-1, pages * 4096), SharedMemory(length) as memory:
+            assert memory.address % (2 << 20) == 0 == memory.offset
+            assert len(memory.view) == memory.length == length
+            memory.view[-1] = 7
+            assert os.pread(memory.fd, 1, length - 1) == b"\7"
 
 
 def test_nobody_can_change_its_size() -> None:

@@ -18,6 +18,7 @@ from pyvmm.driver.queue import DRIVER_FEATURES
 from pyvmm.driver.vhost_user import VhostUserTransport
 from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.driver_client import Client
+from tests.support.patience import patient
 from tests.support.storage_daemon import StorageDaemon
 
 DISK_BYTES = 1 << 20
@@ -202,7 +203,7 @@ def test_completions_without_interrupts(client: Client) -> None:
     client.queue.set_used_notif_enabled(False)
     client.queue.read(0, client.buffer(0, 512), "quiet")
     client.notify()
-    done, until_s = list(client.queue.completions()), time.monotonic() + 5
+    done, until_s = list(client.queue.completions()), time.monotonic() + patient(5)
     while not done and time.monotonic() < until_s:
         done = list(client.queue.completions())
     assert done == [("quiet", 0)]
@@ -294,4 +295,4 @@ def test_a_back_end_that_does_not_answer(daemon: StorageDaemon, socket: Path) ->
     before_s = time.monotonic()
     with pytest.raises(TransportError, match=r"disk\.sock: .* did not come within 0\.2 s"):
         VhostUserTransport(socket, timeout_s=0.2)
-    assert time.monotonic() - before_s < 2
+    assert time.monotonic() - before_s < patient(2)

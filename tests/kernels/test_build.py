@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from kernels import build
+from kernels.progress import BuildError
+from pyvmm.errors import HostError
+from tests.support.planted import give_away
 
 MAKEFILE = """\
 allnoconfig:
@@ -16,7 +20,10 @@ allnoconfig:
 bzImage: vmlinux
 \tmkdir -p arch/x86/boot
 \techo "bzImage of $(KBUILD_BUILD_USER), LOCALVERSION=$(LOCALVERSION)" > arch/x86/boot/bzImage
-vmlinux:
+object.o:
+\techo compiled >> $(HOME)/objects
+\ttouch object.o
+vmlinux: object.o .config
 \t@if grep -q CONFIG_BROKEN=y .config; then echo "cc: the compiler said no"; exit 1; fi
 \techo built >> $(HOME)/count
 \tsleep 0.3
@@ -101,7 +108,7 @@ def test_an_option_that_did_not_survive_fails_by_name(
     builds: Path, fragment: Path, tmp_path: Path
 ) -> None:
     fragment.write_text("CONFIG_A=y\nCONFIG_GHOST=y\n")
-    with pytest.raises(build.BuildError, match=r"refused: CONFIG_GHOST=y \(became n\)"):
+    with pytest.raises(BuildError, match=r"refused: CONFIG_GHOST=y \(became n\)"):
         build.build([fragment], tmp_path / "cache")
     assert builds.read_text() == ""
 
@@ -111,7 +118,7 @@ def test_a_failed_build_shows_the_tail_and_the_path_of_its_log(
 ) -> None:
     fragment.write_text("CONFIG_BROKEN=y\n")
     cache = tmp_path / "cache"
-    with pytest.raises(build.BuildError, match="the compiler said no") as failure:
+    with pytest.raises(BuildError, match="the compiler said no") as failure:
         build.build([fragment], cache)
     (log,) = cache.glob("*.log")
     assert str(log) in str(failure.value)
@@ -132,7 +139,7 @@ def test_two_racing_builds_both_succeed_and_build_once(
     assert len(results) == 2
     assert results[0] == results[1]
     assert builds.read_text() == "built\n"
-    assert "is building this; waiting for it" in capsys.readouterr().err
+    assert "waiting for it" in capsys.readouterr().err
 
 
 def test_an_outer_make_does_not_leak_into_the_build(
@@ -178,7 +185,7 @@ def test_missing_tools_are_named_with_the_command_that_installs_them(
     fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.BuildError, match=r"apt-get install .*bison.*flex.*gcc.*libelf-dev"):
+    with pytest.raises(BuildError, match=r"apt-get install .*bison.*flex.*gcc.*libelf-dev"):
         build.build([fragment], tmp_path / "cache")
 
 
@@ -187,7 +194,7 @@ def test_missing_source_is_said_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setattr(build, "TARBALL", tmp_path / "absent")
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt either
-    with pytest.raises(build.BuildError, match=r"apt-get install .*linux-source-6\.1"):
+    with pytest.raises(BuildError, match=r"apt-get install .*linux-source-6\.1"):
         build.find_source(tmp_path)
 
 
@@ -201,9 +208,116 @@ def test_a_tarball_downloaded_before_is_used(
     assert build.find_source(tmp_path) == build.Source(version="6.1.9-1", tarball=kept)
 
 
-@pytest.mark.parametrize(("environment", "expected"), [
-    ({"PYVMM_CACHE": "/c", "XDG_CACHE_HOME": "/x"}, "/c/kernels"),
-    ({"XDG_CACHE_HOME": "/x"}, "/x/pyvmm/kernels"),
-])
-def test_cache_directory(environment: dict[str, str], expected: str) -> None:
-    assert build.cache_directory(environment) == Path(expected)
+def test_kernels_are_kept_in_pyvmms_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYVMM_CACHE", "/c")
+    assert build.cache_directory() == Path("/c/kernels")
+
+
+@pytest.mark.parametrize("planted", ["KEY", "KEY.lock", "KEY.log", "KEY.work", "tarball"])
+def test_fault_9_what_is_planted_for_a_kernel_is_not_believed(
+    planted: str, builds: Path, fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, victim = tmp_path / "cache", tmp_path / "victim"
+    victim.write_text("precious")
+    done = build.build([fragment], cache)
+    (cache / f"{done.name}.lock").unlink()
+    if planted == "KEY":
+        give_away(monkeypatch, done)
+    else:
+        shutil.rmtree(done)
+    if planted == "tarball":
+        build.TARBALL.rename(cache / f"{build.PACKAGE}_6.1.9-1.tar.xz")
+        give_away(monkeypatch, *cache.glob("*.tar.xz"))
+        monkeypatch.setattr(build, "_output", lambda *command: "gcc 12" if "gcc" in command else "")
+    elif planted != "KEY":
+        (cache / planted.replace("KEY", done.name)).symlink_to(victim)
+    if planted in ("KEY", "KEY.lock", "tarball"):
+        with pytest.raises(HostError, match=f"{cache}/.*(a symbolic link|belongs to).*PYVMM_CACHE"):
+            build.build([fragment], cache)
+        assert builds.read_text() == "built\n", "by the build that was there first"
+    else:
+        assert build.is_complete(build.build([fragment], cache))
+    assert victim.read_text() == "precious"
+
+
+def test_fault_9_a_cache_that_others_may_write_is_one_line(
+    builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
+    assert build.main(["--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"kernels/build.py: {tmp_path}/cache: others may write there (mode 0777)" in error
+    assert "chmod go-w" in error
+    assert error.count("\n") == 1
+
+
+def test_fault_43_variants_are_built_in_one_tree(
+    builds: Path, fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second kernel takes from the first what both have, and is what it would be alone."""
+    extra, fragments = tmp_path / "extra.config", tmp_path / "cache"
+    extra.write_text("CONFIG_C=y\n")
+    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "both"))
+    monkeypatch.setattr(build, "FRAGMENT", fragment)
+    out = tmp_path / "out"
+    assert build.main(["--out", str(out), "--variant", str(extra), str(out / "extra")]) == 0
+    assert builds.read_text() == "built\n" * 2
+    assert (tmp_path / "objects").read_text() == "compiled\n"
+    for folder in (out, out / "extra"):
+        assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+            "bzImage", "vmlinux"]
+    both = {path.name for path in build.cache_directory().iterdir() if path.is_dir()}
+    alone = {build.build(which, fragments).name for which in ([fragment], [fragment, extra])}
+    assert both == alone
+    for name in both:
+        left, right = build.cache_directory() / name, fragments / name
+        assert (left / "config").read_text() == (right / "config").read_text()
+
+
+def test_fault_43_only_the_variant_that_is_absent_is_built(
+    builds: Path, fragment: Path, tmp_path: Path
+) -> None:
+    extra, cache = tmp_path / "extra.config", tmp_path / "cache"
+    extra.write_text("CONFIG_C=y\n")
+    first = build.build([fragment], cache)
+    both = build.build_all([[fragment], [fragment, extra]], cache)
+    assert both[0] == first
+    assert build.is_complete(both[1])
+    assert builds.read_text() == "built\n" * 2
+    assert build.build_all([[fragment, extra], [fragment]], cache) == both[::-1]
+    assert builds.read_text() == "built\n" * 2
+
+
+def test_fault_43_a_variant_that_fails_leaves_the_one_before(
+    builds: Path, fragment: Path, tmp_path: Path
+) -> None:
+    broken, cache = tmp_path / "broken.config", tmp_path / "cache"
+    broken.write_text("CONFIG_BROKEN=y\n")
+    with pytest.raises(BuildError, match="the compiler said no"):
+        build.build_all([[fragment], [fragment, broken]], cache)
+    build.build([fragment], cache)
+    assert builds.read_text() == "built\n"
+    assert not list(cache.glob("*.work*"))
+
+
+def test_fault_43_racing_runs_of_several_variants_do_not_wait_for_each_other(
+    builds: Path, fragment: Path, tmp_path: Path
+) -> None:
+    extra, cache = tmp_path / "extra.config", tmp_path / "cache"
+    extra.write_text("CONFIG_C=y\n")
+    variants = [[fragment], [fragment, extra]]
+    results: list[list[Path]] = []
+    threads = [
+        threading.Thread(target=lambda order=order: results.append(build.build_all(order, cache)))
+        for order in (variants, variants[::-1], variants[:1], variants[1:])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(len, results)) == [1, 1, 2, 2]
+    assert len({path for found in results for path in found}) == 2
+    assert builds.read_text() == "built\n" * 2

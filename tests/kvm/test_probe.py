@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -62,8 +64,7 @@ def test_a_host_without_proc_and_sys_still_gets_an_answer(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (errno.EACCES, "usermod -aG kvm"),
-        (errno.EPERM, "usermod -aG kvm"),
+        (errno.EACCES, "directories above"),
         (errno.ENODEV, "modprobe kvm_amd"),
         (errno.ENXIO, "modprobe kvm_amd"),
         (errno.EBUSY, "stop the other hypervisor"),
@@ -83,6 +84,40 @@ def test_a_device_that_does_not_open_has_a_remedy(
     assert kvm is None
     assert os.strerror(code) in check.detail
     assert remedy in check.remedy
+
+
+@pytest.mark.parametrize(("mode", "group", "members", "remedy", "never"), [
+    (0o600, 0, [], "setfacl -m u:$USER:rw", "usermod"),
+    (0o660, 0, [], "setfacl -m u:$USER:rw", "usermod"),
+    (0o600, 108, [], "setfacl -m u:$USER:rw", "usermod"),
+    (0o640, 108, [], "setfacl -m u:$USER:rw", "usermod"),
+    (0o660, 108, [], "`sudo usermod -aG virt $USER`, then log in again", "setfacl"),
+    (0o660, 108, ["root"], "you are in the group virt, but not since this login", "usermod"),
+    (0o666, 0, [], "a container `--device ", "usermod"),
+])
+def test_fault_38_the_remedy_is_what_owner_and_mode_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    mode: int, group: int, members: list[str], remedy: str, never: str,
+) -> None:
+    host = _host(tmp_path)
+    found = os.stat_result((stat.S_IFCHR | mode, 1, 1, 1, 0, group, 0, 0, 0, 0))
+
+    def refuse(path: str, flags: int) -> int:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    def of_group(gid: int) -> grp.struct_group:
+        return grp.struct_group(("virt" if gid else "root", "x", gid, members))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(grp, "getgrgid", of_group)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda *_args, **_named: found)
+        check = probe.open_device(host)[1]
+    assert remedy in check.remedy
+    assert never not in check.remedy
+    assert "pyvmm lab" in check.remedy
 
 
 def test_a_file_that_is_not_kvm_is_said_so() -> None:

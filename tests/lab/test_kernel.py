@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pyvmm.errors import HostError
 from pyvmm.lab import kernel
+from pyvmm.linux import packages
 from tests.support import fake_apt
 from tests.support.fake_apt import ELF, NAME, apt_log
 
@@ -23,7 +24,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def as_user(monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr(packages, "os", SimpleNamespace(geteuid=lambda: uid))
 
 
 def test_builds_vmlinux_and_modules_in_load_order(tools: Path, tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from tests.support.patience import patient
+from tests.support.terminal_bench import TerminalBench
 
 pytestmark = pytest.mark.lab
 
@@ -37,7 +41,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lab(*argv: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
-    done = subprocess.run([*LAB, *argv], input=stdin, capture_output=True, timeout=200)
+    done = subprocess.run([*LAB, *argv], input=stdin, capture_output=True, timeout=patient(200))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -77,7 +81,7 @@ def test_interrupt_reaches_the_command(checkout: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 5
+        assert process.wait(patient(60)) == 5
 
 
 def test_a_terminal_is_a_terminal_there_too(checkout: Path) -> None:
@@ -107,3 +111,40 @@ def test_a_machine_that_cannot_start_is_125_and_says_why(checkout: Path) -> None
     lines = err.decode().splitlines()
     assert lines[-1] == "lab: its machine ended without a status"
     assert "lab: | qemu-system-x86_64: " in lines[-2]
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.2])
+def test_fault_3_an_answer_to_cmd_is_not_left_to_the_shell(checkout: Path, late_s: float) -> None:
+    with TerminalBench(answer_after_s=late_s) as bench:
+        bench.start([*LAB, "--", "printf", r"\033[6n\033[c"])
+        assert bench.status(120) == 0
+        assert b"\x1b[6n" in bench.shown()
+        assert bench.typed_for_the_shell(after_s=late_s + 0.3) == b""
+        assert bench.has_its_modes_back()
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTSTP])
+def test_fault_31_the_lab_is_stopped_and_in_front_again(checkout: Path, number: int) -> None:
+    with TerminalBench() as bench:
+        bench.start([*LAB, "--", "sh", "-c", "echo listens; read line; echo got $line"])
+        bench.wait_for(b"listens\r\n", 120)
+        bench.kill(number)
+        bench.wait_until_stopped()
+        assert bench.has_its_modes_back()
+        bench.bg()
+        bench.type(b"ls\n")
+        assert bench.typed_for_the_shell(after_s=1) == b"ls\n"
+        bench.fg()
+        time.sleep(2)
+        bench.type(b"words\r")
+        bench.wait_for(b"got words\r\n")
+        assert bench.status(60) == 0
+        assert bench.has_its_modes_back()
+
+
+def test_fault_2_the_labs_own_console_is_shown_as_text(checkout: Path) -> None:
+    """With -v, on standard error: whoever writes there is quoted, not obeyed."""
+    command = [*LAB, "-v", "--", "sh", "-c", r"printf '\033[2J\033]0;x\007mark\n' >/dev/ttyS0"]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=180)
+    assert rb"\x1b[2J\x1b]0;x\x07mark" in done.stderr, done.stderr[-2000:]
+    assert b"\x1b" not in done.stderr

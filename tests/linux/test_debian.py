@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,7 +86,7 @@ def test_a_version_that_apt_does_not_know(
     tools: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready(tools)
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(packages, "os", SimpleNamespace(geteuid=lambda: 1000))
     with pytest.raises(HostError) as caught:
         debian.fetch(cache, quiet, version="9.9")
     assert str(caught.value) == (
@@ -98,7 +98,7 @@ def test_a_version_that_apt_does_not_know(
 def test_root_refreshes_lists_that_are_old(
     tools: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(packages, "os", SimpleNamespace(geteuid=lambda: 0))
     (tools / "known").touch()
     debian.fetch(cache, quiet)
     assert apt_log(tools) == ["download", "update", "download"]
@@ -121,7 +121,7 @@ def test_backports_have_lists_of_their_own(
     tools: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_debian(monkeypatch, tmp_path, ID="debian", VERSION_CODENAME="bookworm")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(packages, "os", SimpleNamespace(geteuid=lambda: 1000))
     kernel = debian.fetch(cache, quiet, backports=True)
     assert kernel.release == RELEASE
     assert (tools / "sources").read_text() == (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.linux.formats import Compression
-from pyvmm.linux.guest import Boot, Guest, describe, words_of
+from pyvmm.linux.guest import Boot, Guest, describe
 from pyvmm.linux.options import KernelConfig
 from tests.support import disk_heads
 
@@ -34,20 +34,6 @@ def guest_of(
 
 def config(**options: str) -> KernelConfig:
     return KernelConfig(options, "test")
-
-
-@pytest.mark.parametrize(("text", "words"), [
-    ("", []),
-    ("  a=1   b ", [("a", "1"), ("b", "")]),
-    ('a="x y" b', [("a", "x y"), ("b", "")]),
-    ('"a=x y" b', [("a", "x y"), ("b", "")]),
-    ("a-b.c-d=e-f", [("a_b.c_d", "e-f")]),
-    ("root=PARTUUID=1-2", [("root", "PARTUUID=1-2")]),
-    ("a -- root=/dev/vdz", [("a", "")]),
-    ('a="unfinished b', []),
-])
-def test_words(text: str, words: list[tuple[str, str]]) -> None:
-    assert words_of(text) == words
 
 
 @pytest.mark.parametrize(("words", "console"), [
@@ -127,7 +113,7 @@ def test_a_root_on_a_partition_of_a_disk_that_cannot_be_looked_into() -> None:
     ("PARTUUID=6c1b2c8d-02", "dos"), ('"PARTLABEL=my root"', "gpt"),
 ])
 def test_a_partition_by_its_name(root: str, table: str) -> None:
-    guest = guest_of(f"root={root}")
+    guest = guest_of(f"root={root}", b"")
     assert (guest.partitions, guest.mistakes) == (table, ())
 
 
@@ -135,7 +121,7 @@ def test_a_partition_by_its_name(root: str, table: str) -> None:
 def test_what_only_an_initramfs_finds(root: str) -> None:
     (mistake,) = guest_of(f"root={root}").mistakes
     assert "is for an initramfs to find" in mistake
-    assert guest_of(f"root={root}", initrd=b"070701").mistakes == ()
+    assert guest_of(f"root={root}", b"", initrd=b"070701").mistakes == ()
 
 
 def test_no_root_at_all() -> None:

@@ -14,6 +14,7 @@ from pyvmm.linux.options import KernelConfig
 from pyvmm.linux.remembered import MAX_ENTRIES, covers, recall, remember
 from pyvmm.linux.requirements import known_options, problems
 from pyvmm.linux.scan import IN_KERNEL
+from tests.support.planted import give_away
 
 CONFIG = KernelConfig({"64BIT": "y", "VIRTIO_BLK": "m", "NR_CPUS": "4", "UNASKED": "y"}, IN_KERNEL)
 
@@ -123,3 +124,41 @@ def test_any_values_come_back_or_none(entry: str, options: dict[str, str]) -> No
     found = recall(entry)
     if found is not None:
         assert {name: found.state(name) for name in options} == options
+
+
+@pytest.mark.parametrize("what", ["entry", "folder", "cache"])
+@pytest.mark.parametrize("how", ["another's", "others may write"])
+def test_fault_9_what_another_user_may_have_written_is_not_believed(
+    what: str, how: str, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(entry, CONFIG)
+    assert recall(entry) is not None
+    path = {"entry": Path(entry), "folder": Path(entry).parent}.get(what, Path(entry).parents[1])
+    if how == "another's":
+        give_away(monkeypatch, path)
+    else:
+        path.chmod(0o777)
+    assert recall(entry) is None
+    if what != "entry":
+        remember(entry + "5", CONFIG)
+        assert not Path(entry + "5").exists()
+
+
+@pytest.mark.parametrize("planted", ["symlink", "fifo"])
+def test_fault_9_an_entry_is_neither_read_nor_written_through_what_is_planted(
+    planted: str, entry: str, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "other" / "1-2-3-4")
+    remember(other, CONFIG)
+    Path(entry).parent.mkdir(parents=True)
+    if planted == "symlink":
+        Path(entry).symlink_to(other)
+    else:
+        os.mkfifo(entry)
+    assert recall(entry) is None
+    remember(entry, KernelConfig({"64BIT": "n"}, IN_KERNEL))
+    assert Path(entry).is_file()
+    assert not Path(entry).is_symlink()
+    found = recall(other)
+    assert found is not None
+    assert found.options["64BIT"] == "y"

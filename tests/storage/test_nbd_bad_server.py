@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -25,6 +26,7 @@ from tests.support.nbd_servers import (
     request,
     scripted,
 )
+from tests.support.patience import patient
 from tests.support.raw_disks import room
 
 Serve = Callable[[socket.socket], None]
@@ -35,7 +37,7 @@ ERR_UNSUP, ERR_TLS_REQD = (1 << 31) + 1, (1 << 31) + 5
 def refusal(tmp_path: Path, serve: Serve) -> str:
     uri = f"nbd+unix:///?socket={tmp_path / 'socket'}"
     with scripted(tmp_path / "socket", serve), pytest.raises(ConfigError) as caught:
-        NbdBackend(uri, report=print, timeout_s=2)
+        NbdBackend(uri, report=print, timeout_s=patient(2))
     assert caught.value.subject == uri
     assert str(caught.value).isprintable()
     return caught.value.problem
@@ -104,7 +106,7 @@ def test_a_server_that_does_not_know_go(tmp_path: Path, flags: int) -> None:
     with (
         scripted(tmp_path / "socket", serve),
         closing(NbdBackend(
-            f"nbd+unix:///name?socket={tmp_path / 'socket'}", report=print, timeout_s=5
+            f"nbd+unix:///name?socket={tmp_path / 'socket'}", report=print, timeout_s=patient(5)
         )) as disk,
     ):
         assert (disk.size_bytes, disk.can_discard, disk.can_write_zeroes) == (8192, False, False)
@@ -127,7 +129,8 @@ def first_answer(tmp_path: Path, answer: Callable[[bytes], bytes]) -> tuple[OSEr
     with (
         scripted(tmp_path / "socket", serve),
         closing(NbdBackend(
-            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=reports.append, timeout_s=2
+            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=reports.append,
+            timeout_s=patient(2),
         )) as disk,
         pytest.raises(OSError) as caught,  # noqa: PT011 (the test looks)
     ):
@@ -157,7 +160,8 @@ def test_answers_that_make_no_sense_end_it(
 def test_error_numbers(tmp_path: Path, number: int, name: str) -> None:
     error, reports = first_answer(tmp_path, lambda cookie: reply(cookie, number))
     assert name in str(error)
-    assert reports == []
+    assert len(reports) == 1
+    assert f": a read failed: {name}" in reports[0]
 
 
 def test_a_failed_fua_write_is_latched(tmp_path: Path) -> None:
@@ -172,7 +176,7 @@ def test_a_failed_fua_write_is_latched(tmp_path: Path) -> None:
     with (
         scripted(tmp_path / "socket", serve),
         closing(NbdBackend(
-            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=print, timeout_s=5
+            f"nbd+unix:///?socket={tmp_path / 'socket'}", report=print, timeout_s=patient(5)
         )) as disk,
     ):
         with pytest.raises(OSError, match="Input/output"):
@@ -202,3 +206,69 @@ def test_a_server_that_drips_is_given_up(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="connection is lost"):
             disk.readv(room(512), 0)
         assert len(reports) == 1
+
+
+@pytest.mark.parametrize("first", [b"", GREETING + b"\0\3"], ids=["greeting", "options"])
+def test_fault_6_the_handshake_has_one_deadline(tmp_path: Path, first: bytes) -> None:
+    """Each byte comes well within the timeout; an agreement does not."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(first)
+        with contextlib.suppress(OSError):
+            for byte in (GREETING + b"\0\3")[len(first) :] + option_reply(3, bytes(1000)) * 100:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+
+    uri = f"nbd+unix:///?socket={tmp_path / 'socket'}"
+    with scripted(tmp_path / "socket", serve), pytest.raises(ConfigError) as caught:
+        NbdBackend(uri, report=print, open_timeout_s=0.5)
+    assert caught.value.problem == "the server has not agreed on a disk within 0.5 s"
+
+
+def test_fault_6_a_server_that_reads_nothing(tmp_path: Path) -> None:
+    """The client's own writes are under the deadline, too."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(GREETING + b"\0\3")
+        time.sleep(1)
+
+    name = "x" * 4096
+    uri = f"nbd+unix:///{name}?socket={tmp_path / 'socket'}"
+    with scripted(tmp_path / "socket", serve), pytest.raises(ConfigError, match=r"within 0\.3 s"):
+        NbdBackend(uri, report=print, open_timeout_s=0.3)
+
+
+def test_fault_6_a_full_backlog_is_waited_for_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(closing(socket.socket(socket.AF_UNIX)))
+        listener.bind(str(path))
+        listener.listen(0)
+        waiting = stack.enter_context(closing(socket.socket(socket.AF_UNIX)))
+        waiting.connect(str(path))
+        with pytest.raises(ConfigError) as caught:
+            NbdBackend(f"nbd+unix:///?socket={path}", report=print, open_timeout_s=0.2)
+        assert "has not agreed on a disk within 0.2 s" in caught.value.problem
+        assert "temporarily" not in caught.value.problem
+
+        # Once there is room the client is let in.
+        def make_room() -> None:
+            time.sleep(0.2)
+            listener.accept()[0].close()
+            connection = listener.accept()[0]
+            with closing(connection):
+                agree(connection)
+                connection.recv(100)
+
+        thread = threading.Thread(target=make_room)
+        thread.start()
+        with closing(NbdBackend(f"nbd+unix:///?socket={path}", report=print)) as disk:
+            assert disk.size_bytes == 64 * 512
+        thread.join()
+
+
+def test_fault_25_a_socket_path_that_is_too_long(tmp_path: Path) -> None:
+    path = f"{tmp_path}/{'s' * 108}"
+    with pytest.raises(ConfigError) as caught:
+        NbdBackend(f"nbd+unix:///?socket={path}", report=print)
+    assert caught.value.problem.endswith(f"its path has {len(path)} bytes, the limit is 107")

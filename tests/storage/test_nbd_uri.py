@@ -17,6 +17,7 @@ from pyvmm.storage.nbd_uri import NbdAddress, is_nbd_uri, parse_nbd_uri
     ("nbd+unix:///?socket=/run/n.sock", NbdAddress(socket_path="/run/n.sock")),
     ("nbd+unix:///disk?socket=n%3f+1", NbdAddress(socket_path="n?+1", export="disk")),
     ("nbd+unix://?socket=s", NbdAddress(socket_path="s")),
+    ("nbd+unix:///?socket=%ff", NbdAddress(socket_path="\udcff")),
 ])
 def test_addresses(uri: str, address: NbdAddress) -> None:
     assert is_nbd_uri(uri)
@@ -25,14 +26,19 @@ def test_addresses(uri: str, address: NbdAddress) -> None:
 
 @pytest.mark.parametrize(("uri", "problem"), [
     ("nbd://", "names no host"), ("nbd:///export", "names no host"), ("nbd:host", "names no host"),
-    ("nbd://host:0", "names no host"), ("nbd://host:70000", "no NBD address"),
-    ("nbd://host:port", "no NBD address"), ("nbd://[::1", "no NBD address"),
+    ("nbd://host:0", "from 1 to 65535"), ("nbd://host:70000", "from 1 to 65535"),
+    ("nbd://host:port", "from 1 to 65535"), ("nbd://[::1]:x", "from 1 to 65535"),
+    ("nbd://[::1", "no NBD address"),
     ("nbd://host?socket=x", "names no host"), ("nbd+unix:///x", "no Unix socket"),
     ("nbd+unix://host/x?socket=s", "no Unix socket"), ("nbd+unix:///?socket=", "does not know"),
     ("nbd+unix:///?socket=a&socket=b", "no Unix socket"), ("nbds://host", "TLS"),
     ("nbds+unix:///?socket=s", "TLS"), ("nbd://host/x?tls=1", "does not know"),
     ("nbd://me@host/", "does not know"), ("nbd://host/x#y", "does not know"),
     ("nbd://host/" + "x" * 4097, "longer than 4096"),
+    # Found by fuzz: a file name's bytes, as sys.argv has them, or as a URI writes them.
+    ("nbd://host/\udc89", "not UTF-8"), ("nbd+unix:///%89?socket=s", "not UTF-8"),
+    ("nbd://a..b", "parts have 1 to 63"), (f"nbd://{'a' * 64}/x", "parts have 1 to 63"),
+    ("nbd://\udc89", "parts have 1 to 63"),
 ])
 def test_what_is_no_address(uri: str, problem: str) -> None:
     assert is_nbd_uri(uri)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.storage.faulty import FaultyBackend
+from pyvmm.storage.files import KEEP_SIZE, fallocate
 from pyvmm.storage.nbd import NbdBackend
 from pyvmm.storage.open import DiskSource, open_backend
-from pyvmm.storage.overlay import OverlayBackend
+from pyvmm.storage.overlay import OverlayBackend, store_bytes
 from pyvmm.storage.raw import RawBackend
 from tests.support.nbd_servers import nbdkit
 from tests.support.raw_disks import opened, room
@@ -98,7 +100,7 @@ def test_no_room_for_a_snapshot(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="cannot be made: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot be made: No such file.*set TMPDIR, which is "):
         open_backend(DiskSource(location=str(image), snapshot=True), report=print)
     with opened(image):
         pass
@@ -109,3 +111,97 @@ def test_contradictions() -> None:
         DiskSource(location="d", read_only=True, snapshot=True)
     with pytest.raises(ConfigError, match="only as a snapshot"):
         DiskSource(location="d", overlay="o")
+
+
+def make_file_with_blocks(path: str, flags: int, mode: int = 0o777) -> int:
+    """open(2) on a file system that gives a new file blocks, as ZFS and ext4 with ACLs do.
+
+    Blocks behind the end: they hold nothing of the file.
+    """
+    is_new = flags & os.O_CREAT and not os.path.lexists(path)
+    fd = OPEN(path, flags, mode)
+    if is_new:
+        fallocate(fd, KEEP_SIZE, 0, 4096)
+        assert os.fstat(fd).st_blocks
+        assert os.fstat(fd).st_size == 0
+    return fd
+
+
+OPEN = os.open
+
+
+@pytest.mark.parametrize("name", ["", "new.overlay"])
+def test_fault_21_a_new_file_may_have_blocks(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(os, "open", make_file_with_blocks)
+    overlay = str(tmp_path / name) if name else ""
+    source = DiskSource(location=str(image), snapshot=True, overlay=overlay)
+    with closing(open_backend(source, report=print)) as disk:
+        disk.writev([memoryview(b"n" * 512)], 512)
+        read = room(512)
+        disk.readv(read, 512)
+        assert bytes(read[0]) == b"n" * 512
+
+
+@pytest.mark.parametrize("length", ["none", "all"])
+def test_fault_21_an_overlay_that_was_only_begun_is_taken(
+    image: Path, tmp_path: Path, length: str
+) -> None:
+    path = tmp_path / "begun.overlay"
+    path.touch()
+    if length == "all":
+        os.truncate(path, store_bytes(image.stat().st_size))
+    source = DiskSource(location=str(image), snapshot=True, overlay=str(path))
+    with closing(open_backend(source, report=print)) as disk:
+        assert isinstance(disk, OverlayBackend)
+
+
+def test_fault_21_a_file_with_data_is_no_new_overlay(image: Path, tmp_path: Path) -> None:
+    """Not even one of the very size, whose first sectors are zero."""
+    path = tmp_path / "other"
+    content = bytes(store_bytes(image.stat().st_size) - 1) + b"x"
+    path.write_bytes(content)
+    source = DiskSource(location=str(image), snapshot=True, overlay=str(path))
+    with pytest.raises(ConfigError, match=r"is no overlay of pyvmm's"):
+        open_backend(source, report=print)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["", "new.overlay"])
+def test_fault_21_what_was_made_is_gone_when_opening_fails(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_args: object, **_named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    overlay = str(tmp_path / name) if name else ""
+    source = DiskSource(location=str(image), snapshot=True, overlay=overlay)
+    for place in ("pyvmm.storage.overlay.format_store", "os.ftruncate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            with pytest.raises(ConfigError, match="No space left") as caught:
+                open_backend(source, report=print)
+        assert ("TMPDIR" in str(caught.value)) == (not name)
+        assert [path.name for path in tmp_path.iterdir()] == [image.name]
+
+
+def test_fault_21_another_ones_file_stays_when_opening_fails(
+    image: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(b"not an overlay")
+    source = DiskSource(location=str(image), snapshot=True, overlay=str(path))
+    with pytest.raises(ConfigError):
+        open_backend(source, report=print)
+    assert path.read_bytes() == b"not an overlay"
+
+
+@pytest.mark.parametrize("uri", ["NBD://h/e", "Nbd+Unix:///?socket=/none", "nBDs://h"])
+def test_fault_25_the_scheme_of_a_uri_has_no_case(uri: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_backend(DiskSource(location=uri), report=print, timeout_s=1)
+    assert caught.value.subject == uri
+    assert "such file; an empty disk" not in caught.value.problem

@@ -220,3 +220,36 @@ def test_bad_input_122_killed_in_the_middle_of_writing(image: Path) -> None:
         assert set(after[8 * 512 : 16 * 512]) <= {acknowledged, acknowledged % 250 + 1}
         with opened(image):
             pass
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_fault_10_a_truncated_image_never_grows_again(
+    image: Path, durable: bool, pieces: int
+) -> None:
+    """What it has lost is an error to the guest, never zeros."""
+    with opened(image) as disk:
+        data = [memoryview(b"w" * 512)] * pieces
+        os.truncate(image, 9 * 512)
+        for offset in (9 * 512, 20 * 512, 64 * 512 - 512 * pieces):
+            with pytest.raises(OSError, match="has become shorter") as caught:
+                disk.writev(data, offset, durable=durable)
+            assert caught.value.errno == errno.EIO
+        with pytest.raises(OSError, match="has become shorter"):
+            disk.write_zeroes(20 * 512, 512, unmap=False)
+        with pytest.raises(OSError, match="has become shorter"):
+            disk.readv(room(512), 20 * 512)
+        assert image.stat().st_size == 9 * 512
+        disk.writev(data, (9 - pieces) * 512, durable=durable)  # the rest is as good as ever
+        assert image.read_bytes()[-512 * pieces :] == b"w" * 512 * pieces
+        disk.flush()
+
+
+def test_fault_10_the_guest_of_a_truncated_image(rig: Rig, image: Path) -> None:
+    assert rig.driver.request(OUT, 20, data=b"a" * 512) == (OK, 1, b"")
+    os.truncate(image, 9 * 512)
+    assert rig.driver.request(OUT, 20, data=b"b" * 512)[0] == IOERR
+    assert rig.driver.request(IN, 20, room=512)[0] == IOERR
+    assert image.stat().st_size == 9 * 512
+    os.truncate(image, 64 * 512)  # whoever did it has put it back
+    assert rig.driver.request(OUT, 20, data=b"c" * 512) == (OK, 1, b"")

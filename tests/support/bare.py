@@ -18,6 +18,7 @@ from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.trial import deadline
+from tests.support.patience import patient
 
 SOURCES = Path(__file__).resolve().parents[2] / "guest" / "bare"
 LONG_MODE_ENTRY = 0x100000
@@ -82,7 +83,7 @@ class BareMachine:
 
     def run(self) -> Exit:
         """Run to the first exit that is not a port or memory access; fails after 20 s."""
-        with deadline(self.vcpu, DEADLINE_S):
+        with deadline(self.vcpu, patient(DEADLINE_S)):
             while True:
                 try:
                     self.vcpu.run()

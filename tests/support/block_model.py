@@ -145,9 +145,11 @@ class Model:
     """``sectors[i]`` is what reading sector i returns; ``survivors[i]`` is all that may be in it
     after a power cut."""
 
-    def __init__(self) -> None:
-        self.sectors = [ZEROES] * SECTORS
-        self.survivors = [{ZEROES} for _ in range(SECTORS)]
+    discarded = DISCARDED
+
+    def __init__(self, sector_count: int = SECTORS) -> None:
+        self.sectors = [ZEROES] * sector_count
+        self.survivors = [{ZEROES} for _ in range(sector_count)]
         self.disk = Damage(frozenset(), False)
         self.restart(0)
 
@@ -158,7 +160,7 @@ class Model:
     def set_writeback(self, value: int) -> None:
         if self.features & BlockFeature.CONFIG_WCE and value < 2:
             if self.writeback and not value and not self.disk.dying:
-                self._settle(range(SECTORS))
+                self._settle(range(len(self.sectors)))
             self.writeback = bool(value)
 
     def answer(self, ask: Ask) -> Answer:
@@ -170,12 +172,12 @@ class Model:
         if ask.type == FLUSH and has & BlockFeature.FLUSH:
             if self.disk.dying:
                 return Answer(IOERR)
-            self._settle(range(SECTORS))
+            self._settle(range(len(self.sectors)))
             return Answer(OK)
         if ask.type == GET_ID:
             return Answer(IOERR) if ask.payload else Answer(OK, SERIAL[: ask.room])
         if ask.type == DISCARD and has & BlockFeature.DISCARD:
-            return self._ranges(ask, allowed_flags=0, becomes=DISCARDED)
+            return self._ranges(ask, allowed_flags=0, becomes=self.discarded)
         if ask.type == WRITE_ZEROES and has & BlockFeature.WRITE_ZEROES:
             return self._ranges(ask, allowed_flags=UNMAP, becomes=ZEROES)
         return Answer(UNSUPP)
@@ -208,13 +210,13 @@ class Model:
                 return Answer(IOERR)
             for sector in where:
                 self._put(sector, becomes)
-        if becomes is DISCARDED:
+        if ask.type == DISCARD:
             return Answer(OK)
         return self._completed(itertools.chain.from_iterable(ranges))
 
     def _on_disk(self, sector: int, length: int) -> range:
         """The sectors meant; an empty range if they are not whole or not all there."""
-        whole = not length % 512 and sector + length // 512 <= SECTORS
+        whole = not length % 512 and sector + length // 512 <= len(self.sectors)
         return range(sector, sector + length // 512) if whole else range(0)
 
     def _put(self, sector: int, content: bytes) -> None:
@@ -232,3 +234,28 @@ class Model:
     def _settle(self, where: Iterable[int]) -> None:
         for sector in where:
             self.survivors[sector] = {self.sectors[sector]}
+
+
+class LiveModel(Model):
+    """Only what reads return, for disks of many sectors; a discarded sector reads as zeroes."""
+
+    discarded = ZEROES
+
+    def __init__(self, sector_count: int) -> None:
+        super().__init__(0)
+        self.sectors = [ZEROES] * sector_count
+
+    def _put(self, sector: int, content: bytes) -> None:
+        self.sectors[sector] = content
+
+    def _settle(self, where: Iterable[int]) -> None:
+        """Nothing: no power is cut."""
+
+
+# Framing (2.7.4 "Message Framing")
+
+
+def pieces(data: bytes, cut_at: Iterable[int]) -> list[bytes]:
+    """``data`` in pieces, some of them perhaps empty."""
+    ends = [0, *sorted(min(cut, len(data)) for cut in cut_at), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(ends)]

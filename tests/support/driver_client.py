@@ -14,6 +14,7 @@ from pyvmm.driver.memory import SharedMemory
 from pyvmm.driver.queue import DRIVER_FEATURES, VirtioBlkQueue
 from pyvmm.driver.request import Completion
 from pyvmm.driver.transport import Transport
+from tests.support.patience import patient
 
 TIMEOUT_S = 10.0
 
@@ -70,7 +71,7 @@ class Client:
         device takes; what ``Transport.check`` raises if it goes meanwhile."""
         self.notify(index)
         done: list[Completion] = []
-        until_s = time.monotonic() + TIMEOUT_S
+        until_s = time.monotonic() + patient(TIMEOUT_S)
         fd, other = self.transport.completion_fd(index), self.transport.fileno()
         while True:
             self._serve()

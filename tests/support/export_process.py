@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.support.guest import environment
+from tests.support.patience import patient
 
 TIMEOUT_S = 30.0
 
@@ -28,7 +29,7 @@ class Export:
                  "--socket", str(socket), *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(),
             )  # fmt: skip
-        until_s = time.monotonic() + TIMEOUT_S
+        until_s = time.monotonic() + patient(TIMEOUT_S)
         # A socket left by a killed export is replaced by one that is listened on already.
         while _inode(socket) in (None, before):
             assert self.process.poll() is None, self.messages
@@ -42,7 +43,7 @@ class Export:
 
     def wait_for(self, text: str) -> None:
         """Until it has said ``text``."""
-        until_s = time.monotonic() + TIMEOUT_S
+        until_s = time.monotonic() + patient(TIMEOUT_S)
         while text not in self.messages:
             assert self.process.poll() is None, self.messages
             assert time.monotonic() < until_s, f"no {text!r}: {self.messages}"
@@ -51,7 +52,7 @@ class Export:
     def stop(self) -> int:
         """SIGTERM; its exit status."""
         self.process.terminate()
-        return self.process.wait(TIMEOUT_S)
+        return self.process.wait(patient(TIMEOUT_S))
 
     def kill(self) -> None:
         """SIGKILL; not an error if it has ended."""

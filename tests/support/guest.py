@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from tests.support.patience import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 KERNEL, VMLINUX = BUILD / "bzImage", BUILD / "vmlinux"
@@ -63,14 +65,16 @@ def environment() -> dict[str, str]:
 
 
 def boot(
-    *options: str | Path, append: str = "", kernel: Path = KERNEL, timeout_s: float = TIMEOUT_S
+    *options: str | Path, append: str = "", kernel: Path = KERNEL, timeout_s: float | None = None
 ) -> Run:
     """Run to the end, with nothing typed; ``append`` goes behind ``quiet`` on the command line."""
+    if timeout_s is None:
+        timeout_s = patient(TIMEOUT_S)
     line = ("--timeout", str(timeout_s), *options, "--append", f"quiet {append}")
     done = subprocess.run(
         command(*line, kernel=kernel),
-        stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=timeout_s + 60,
-        check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, env=environment(),
+        timeout=timeout_s + patient(60), check=False,
     )
     console = done.stdout.decode(errors="replace").replace("\r\n", "\n")
     return Run(done.returncode, console, done.stderr.decode(errors="replace"))
@@ -91,7 +95,7 @@ class Guest:
 
     def __init__(self, script: str, *options: str) -> None:
         self.process = subprocess.Popen(
-            command(*ROOT_DISK, *options, "--timeout", "120", "--append",
+            command(*ROOT_DISK, *options, "--timeout", str(patient(120)), "--append",
                     f"quiet {run_in_guest(script)}"),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment(), text=True, errors="replace",
@@ -111,7 +115,7 @@ class Guest:
 
     def finish(self) -> tuple[int, str]:
         """Exit status and what pyvmm said."""
-        _, messages = self.process.communicate(timeout=120)
+        _, messages = self.process.communicate(timeout=patient(120))
         return self.process.returncode, messages
 
     def __enter__(self) -> Guest:

@@ -21,6 +21,7 @@ from pyvmm.vhost_user.protocol import (
     Request,
 )
 from pyvmm.virtio.spec import Feature
+from tests.support.patience import patient
 
 Answer = bytes | None
 """The payload of a reply; None for no reply."""
@@ -64,7 +65,7 @@ class LiveBackend:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
-        self._listener.settimeout(10)
+        self._listener.settimeout(patient(10))
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -114,7 +115,7 @@ class LiveBackend:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._thread.join(20)
+        self._thread.join(patient(20))
         self._listener.close()
         for fds in self.fds.values():
             for fd in fds:

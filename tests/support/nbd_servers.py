@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.patience import patient
+
 GREETING = b"NBDMAGICIHAVEOPT"
 
 
@@ -60,7 +62,7 @@ def _wait_for(
     family: socket.AddressFamily,
     address: str | tuple[str, int],
 ) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patient(20)
     while True:
         with socket.socket(family) as connection:
             try:
@@ -82,7 +84,7 @@ def scripted(
     def run() -> None:
         connection, _ = listener.accept()
         with connection:
-            connection.settimeout(10)
+            connection.settimeout(patient(10))
             try:
                 serve(connection)
             except ConnectionError:
@@ -91,13 +93,13 @@ def scripted(
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(socket_path))
         listener.listen()
-        listener.settimeout(10)
+        listener.settimeout(patient(10))
         thread = threading.Thread(target=run)
         thread.start()
         try:
             yield
         finally:
-            thread.join(20)
+            thread.join(patient(20))
             assert not thread.is_alive()
 
 

@@ -28,13 +28,14 @@ class PackedDriver(BlockDriver):
 
     def restart(self) -> None:
         """See ``VirtioDriver.restart``."""
-        self._top = self.memory.regions[0].gpa
+        self._top = self.bottom
         self.desc = self.alloc(16 * self.size, 16)
         self.avail = self.alloc(4, 4)
         self.used = self.alloc(4, 4)
         self.slot, self.wrap = 0, 1
         self.used_slot, self.used_wrap = 0, 1
         self.slots_of: dict[int, list[int]] = {}
+        self._untold = 0  # slots
 
     def negotiate(self, features: int | None = None) -> bool:
         """See ``VirtioDriver.negotiate``; None stands for FEATURES."""
@@ -72,6 +73,7 @@ class PackedDriver(BlockDriver):
         self.memory.write(self.desc + 16 * slot, pack(gpa, length, buffer_id, flags | owner))
 
     def _step(self) -> None:
+        self._untold += 1
         self.slot += 1
         if self.slot == self.size:
             self.slot, self.wrap = 0, self.wrap ^ 1
@@ -115,6 +117,16 @@ class PackedDriver(BlockDriver):
         if slot >= self.size:
             slot, wrap = slot - self.size, wrap ^ 1
         self.set_driver_event(EventFlags.DESC, slot, wrap)
+
+    def must_notify(self) -> bool:
+        """See ``VirtioDriver.must_notify``; 2.8.10 "Driver and Device Event Suppression"."""
+        offered, self._untold = self._untold, 0
+        flags, slot, wrap = self.device_event()
+        if flags != EventFlags.DESC:
+            return bool(offered) and flags != EventFlags.DISABLE
+        # How many slots ago the one was offered that the device wants to hear of; 0: not yet.
+        behind = self.slot - slot + (0 if wrap == self.wrap else self.size)
+        return 0 < behind <= offered
 
     def is_quiet(self) -> bool:
         """Whether the device asks not to be notified of what is offered next."""

@@ -22,6 +22,7 @@ from pyvmm.lab import kernel, qemu
 from pyvmm.linux.cache import cache_directory
 from pyvmm.linux.cpio import pack_cpio
 from tests.support.guest import TOOLS, run_in_guest
+from tests.support.patience import patient
 
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 EXIT_PORT = 0xF4  # where guest/init writes its status
@@ -82,7 +83,7 @@ class QemuGuest:
     ) -> None:
         linux = guest_kernel()
         ours, theirs = socketpair()
-        ours.settimeout(TIMEOUT_S)
+        ours.settimeout(patient(TIMEOUT_S))
         with ours:
             self._qmp = ours.makefile("rwb", buffering=0)
         self._qmp.write(b'{"execute": "qmp_capabilities"}\n')
@@ -115,7 +116,7 @@ class QemuGuest:
             )  # fmt: skip
         self.console = ""
         self._seen = 0
-        self._deadline = time.monotonic() + TIMEOUT_S
+        self._deadline = time.monotonic() + patient(TIMEOUT_S)
 
     def __enter__(self) -> QemuGuest:
         return self
@@ -166,7 +167,7 @@ class QemuGuest:
         """QEMU's own exit status, waited for."""
         while self._read():
             pass
-        return self.process.wait(10)
+        return self.process.wait(patient(10))
 
     def status(self) -> int:
         """The exit status of the script, waited for; AssertionError if there was none."""

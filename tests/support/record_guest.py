@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pyvmm import machine
 from pyvmm.config import RunConfig, parse_disk
-from pyvmm.console import LineWatch
+from pyvmm.console.output import LineWatch
 from pyvmm.console_watch import ConsoleWatch
 from pyvmm.outcome import Outcome
 from pyvmm.report import Reporter
@@ -37,8 +37,10 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
     """Run the guest on ``disk`` for ``seconds`` after start; the recorder and the outcome."""
     recorders: list[RecordingBackend] = []
 
-    def open_recorded(source: DiskSource, *, report: Callable[[str], None]) -> BlockBackend:
-        backend = open_backend(source, report=report)
+    def open_recorded(
+        source: DiskSource, *, report: Callable[[str], None], timeout_s: float | None = None
+    ) -> BlockBackend:
+        backend = open_backend(source, report=report, timeout_s=timeout_s)
         if source.location != str(disk):
             return backend
         recorders.append(RecordingBackend(backend))

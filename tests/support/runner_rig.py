@@ -7,11 +7,12 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pyvmm.bus import Bus
-from pyvmm.console import Console, OutputBuffer
+from pyvmm.console.output import OutputBuffer
+from pyvmm.console.place import Console
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import EXIT_REASON_WORD, RunPage
@@ -90,6 +91,7 @@ class Rig:
         self,
         guest: Callable[[FakeVcpu], int],
         workers: list[tuple[str, list[IoSource]]] | None = None,
+        at_end: Sequence[Callable[[], None]] = (),
     ) -> Outcome:
         self.vcpu = FakeVcpu(guest)
         loop = VcpuLoop(
@@ -99,6 +101,7 @@ class Rig:
         return self.runner.run(
             vcpus=[loop], workers=workers or [], console=Console(self.input_read, None),
             output=self.output, receive=self.receive, notices={signal.SIGUSR1: self.refresh},
+            at_end=at_end,
         )
 
     def close(self) -> None:

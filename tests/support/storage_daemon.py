@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from tests.support.patience import patient
+
 TIMEOUT_S = 20.0
 
 
@@ -36,7 +38,7 @@ class StorageDaemon:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         # It writes its pid once everything on its command line is there.
-        until_s = time.monotonic() + TIMEOUT_S
+        until_s = time.monotonic() + patient(TIMEOUT_S)
         while not ready.exists():
             assert self.process.poll() is None, self._log.read_text()
             assert time.monotonic() < until_s, f"no {ready}: {self._log.read_text()}"

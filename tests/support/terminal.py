@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from tests.support.guest import KERNEL, command, environment
+from tests.support.patience import patient
 
 
 class Terminal:
@@ -32,7 +33,7 @@ class Terminal:
 
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
         """Read until ``text`` has been shown behind what was waited for before."""
-        until_s = time.monotonic() + timeout_s
+        until_s = time.monotonic() + patient(timeout_s)
         while text.encode() not in self.seen:
             ready, _, _ = select.select([self.master], [], [], until_s - time.monotonic())
             assert ready, f"no {text!r} in {self.seen!r}"
@@ -53,7 +54,7 @@ class Terminal:
 
     def status(self, timeout_s: float = 30) -> int:
         """The exit status, while output goes on being read."""
-        until_s = time.monotonic() + timeout_s
+        until_s = time.monotonic() + patient(timeout_s)
         while time.monotonic() < until_s:
             if select.select([self.master], [], [], 0.05)[0]:
                 with contextlib.suppress(OSError):  # the other side is closed

@@ -38,6 +38,7 @@ from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
 from tests.support.packed_driver import PackedDriver
+from tests.support.patience import patient
 from tests.support.virtio_driver import RAM_BASE, BlockDriver
 
 RAM_BYTES = 1 << 20
@@ -104,7 +105,7 @@ class ScriptedFrontend:
     def __init__(self, rig: ExportRig) -> None:
         self.rig = rig
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(2)
+        self.socket.settimeout(patient(2))
         self.socket.connect(rig.path)
         self.ram_fd = memfd(RAM_BYTES)
         self.map = mmap.mmap(self.ram_fd, RAM_BYTES)
@@ -159,7 +160,7 @@ class ScriptedFrontend:
         except ConnectionResetError:
             return True
         finally:
-            self.socket.settimeout(2)
+            self.socket.settimeout(patient(2))
         return True
 
     # A front end that knows how
@@ -259,6 +260,7 @@ class ExportRig:
         config: BlockConfig | None = None,
         backend: BlockBackend | None = None,
         trust_memory: bool = False,
+        device_type: type[BlockDevice] = BlockDevice,
     ) -> None:
         self.path = str(path)
         self.disk = bytearray(b"".join(bytes([i]) * 512 for i in range(64)))
@@ -269,15 +271,32 @@ class ExportRig:
         self.now_s = 1000.0
         self.delay_s: float | None = None
         self._frontends: list[ScriptedFrontend] = []
-        self.server = Server(
+        self.devices: list[BlockDevice] = []
+        """One for every front end that came."""
+        self._device_type = device_type
+        self._trust_memory = trust_memory
+        self.server = self._new_server()
+
+    def _new_server(self) -> Server:
+        return Server(
             self.path,
-            lambda: BlockDevice(self.config, self.backend, clock=lambda: self.now_s),
+            self._new_device,
             exclusive=not self.config.read_only,
             report=self.reports.append,
             note=self.notes.append,
-            trust_memory=trust_memory,
+            trust_memory=self._trust_memory,
             clock=lambda: self.now_s,
         )
+
+    def _new_device(self) -> BlockDevice:
+        device = self._device_type(self.config, self.backend, clock=lambda: self.now_s)
+        self.devices.append(device)
+        return device
+
+    def restart(self) -> None:
+        """End the server, with every connection, and start another."""
+        self.server.close()
+        self.server = self._new_server()
 
     def turn(self) -> None:
         """Let the server work until nothing is left to do, or it asks to wait."""

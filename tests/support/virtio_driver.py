@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from pyvmm.memory import GuestMemory
+from pyvmm.memory import Region
 from pyvmm.virtio.spec import (
     AVAIL_F_NO_INTERRUPT,
     USED_F_NO_NOTIFY,
@@ -77,28 +77,51 @@ def linked(chain: Sequence[Descriptor], first: int = 0) -> list[Descriptor]:
     ]
 
 
+class DriverMemory(Protocol):
+    """What a driver sees of guest memory; ``GuestMemory`` is one."""
+
+    @property
+    def regions(self) -> Sequence[Region]: ...
+
+    def read(self, gpa: int, length: int) -> bytes: ...
+
+    def write(self, gpa: int, data: bytes) -> None: ...
+
+    def read_int(self, gpa: int, size: int) -> int: ...
+
+    def write_int(self, gpa: int, size: int, value: int) -> None: ...
+
+
 class VirtioDriver:
-    """A driver of one queue (``index``) of ``size`` entries."""
+    """A driver of one queue (``index``) of ``size`` entries; its memory begins at GPA ``bottom``,
+    by default that of RAM."""
 
     def __init__(
-        self, registers: Registers, memory: GuestMemory, *, size: int = 16, index: int = 0
+        self,
+        registers: Registers,
+        memory: DriverMemory,
+        *,
+        size: int = 16,
+        index: int = 0,
+        bottom: int | None = None,
     ) -> None:
         self.registers = registers
         self.memory = memory
         self.size = size
         self.index = index
         self.event_idx = False
-        self._top = memory.regions[0].gpa
+        self.bottom = memory.regions[0].gpa if bottom is None else bottom
         self.restart()
 
     def restart(self) -> None:
         """Forget all memory and queue state, as after a reset; the areas are made anew."""
-        self._top = self.memory.regions[0].gpa
+        self._top = self.bottom
         self.desc = self.alloc(16 * self.size, 16)
         self.avail = self.alloc(6 + 2 * self.size, 2)
         self.used = self.alloc(6 + 8 * self.size, 4)
         self.avail_idx = 0
         self.used_idx = 0
+        self._told_idx = 0
 
     # Memory
 
@@ -222,6 +245,17 @@ class VirtioDriver:
         self.write_table(linked(chain, head), head)
         self.offer(head)
 
+    def place_at(self, chain: Sequence[Descriptor], indices: Sequence[int]) -> None:
+        """Put ``chain`` into the table at ``indices``, in that order, and offer it, without
+        notifying.  An indirect descriptor may be its last."""
+        last = len(chain) - 1
+        for i, descriptor in enumerate(chain):
+            if i < last:
+                flags = descriptor.flags | NEXT
+                descriptor = descriptor._replace(flags=flags, following=indices[i + 1])
+            self.write_table([descriptor], indices[i])
+        self.offer(indices[0])
+
     def submit(self, chain: Sequence[Descriptor], head: int = 0) -> None:
         """``place`` and notify."""
         self.place(chain, head)
@@ -247,6 +281,16 @@ class VirtioDriver:
         """With EVENT_IDX: an interrupt once ``used`` more elements were used (1: the next)."""
         event = (self.used_idx + used - 1) & 0xFFFF
         self.memory.write_int(self.avail + 4 + 2 * self.size, 2, event)
+
+    def must_notify(self) -> bool:
+        """True if the device asked to be told of what was offered since the last call (2.7.10
+        "Available Buffer Notification Suppression")."""
+        old, self._told_idx = self._told_idx, self.avail_idx
+        offered = (self.avail_idx - old) & 0xFFFF
+        if self.event_idx:
+            event = self.memory.read_int(self.used + 4 + 8 * self.size, 2)
+            return (self.avail_idx - event - 1) & 0xFFFF < offered
+        return bool(offered) and not self.memory.read_int(self.used, 2) & USED_F_NO_NOTIFY
 
     def is_quiet(self) -> bool:
         """Whether the device asks not to be notified of what is offered next."""

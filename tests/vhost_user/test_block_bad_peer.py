@@ -4,18 +4,22 @@ given."""
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
 
 from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.memory import GuestMemory
+from pyvmm.outcome import Kind, Outcome
+from pyvmm.runner import JOIN_TIMEOUT_S
 from pyvmm.vhost_user.block import LAST_DRAIN_S
 from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S
 from pyvmm.vhost_user.protocol import Request
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import Register
 from tests.support.eventfds import fill, interrupted
+from tests.support.runner_rig import FakeVcpu, Rig
 from tests.support.vhost_user_disk import (
     FEATURES,
     RAM_BYTES,
@@ -46,6 +50,7 @@ def test_a_queue_that_is_refused_needs_a_reset(script: Script, refused: Request)
     script.say_stopped()
     script.say_stopped(index=1)  # which may have begun half-way
     other = BlockDriver(script.transport, script.memory, index=1)
+    other.desc, other.avail, other.used = (RAM_BASE + 0x8000 + 0x1000 * i for i in range(3))
     script.driver.negotiate(FEATURES)
     script.driver.setup_queue()
     other.setup_queue()
@@ -193,13 +198,43 @@ def test_a_back_end_that_has_gone_is_looked_at_once(script: Script) -> None:
 def test_a_back_end_that_has_stopped_does_not_hold_up_the_end(script: Script) -> None:
     """Its queues are asked for, but not waited for as long as during the run."""
     script.start()
-    script.device.hurry()
-    assert script.frontend.drain_timeout_s == LAST_DRAIN_S < DRAIN_TIMEOUT_S
-    script.frontend.drain_timeout_s = 0.05
+    script.frontend.limit_waits(0.05)
     script.transport.close()
-    assert script.reasons == [
-        f"{PEER}: the reply to GET_VRING_BASE did not come within 0.05 s"
-    ]
+    assert len(script.reasons) == 1
+    assert script.reasons[0].startswith(f"{PEER}: the reply to GET_VRING_BASE did not come")
+
+
+def test_fault_5_a_reset_that_waits_for_a_stuck_back_end_ends_with_the_run(
+    script: Script,
+) -> None:
+    """The guest has begun to wait before anybody knew that the run would end."""
+    assert LAST_DRAIN_S < JOIN_TIMEOUT_S < DRAIN_TIMEOUT_S
+    script.start()
+    rig = Rig()
+    begun = threading.Event()
+
+    def guest(vcpu: FakeVcpu) -> int:
+        if not begun.is_set():
+            begun.set()
+            script.transport.write(Register.STATUS, 4, 0)
+        return vcpu.halt()
+
+    def end() -> None:
+        begun.wait()
+        time.sleep(0.2)  # until it waits
+        rig.runner.finish(Outcome(Kind.TIMEOUT))
+
+    ender = threading.Thread(target=end)
+    ender.start()
+    try:
+        assert rig.run(guest, at_end=[script.device.hurry]).kind is Kind.TIMEOUT
+        assert rig.runner.stopped
+    finally:
+        ender.join()
+        rig.close()
+    (reason,) = script.reasons
+    assert reason.startswith(f"{PEER}: the reply to GET_VRING_BASE did not come within")
+
 
 
 def test_a_kick_that_waits_is_ended_by_a_signal(script: Script) -> None:

@@ -158,7 +158,7 @@ def test_no_socket(tmp_path: Path) -> None:
             Frontend.connect(str(tmp_path / name))
     with pytest.raises(VhostUserError, match=r"^vhost-user socket: its path is empty$"):
         Frontend.connect("")
-    with pytest.raises(VhostUserError, match=r"cannot connect .* path too long"):
+    with pytest.raises(VhostUserError, match=r"cannot .*its path has 200 bytes, the limit is 107$"):
         Frontend.connect("x" * 200)
 
 
@@ -213,7 +213,7 @@ def test_a_back_end_that_is_slow_to_accept(tmp_path: Path, makes_room: bool) -> 
             room = threading.Timer(0.1, lambda: stack.enter_context(listener.accept()[0]))
             room.start()
             stack.callback(room.join)
-        problem = "reply to GET_FEATURES" if makes_room else "cannot connect .* unavailable"
+        problem = "reply to GET_FEATURES" if makes_room else "cannot connect .*its backlog is full"
         with pytest.raises(VhostUserError, match=problem):
             Frontend.connect(str(tmp_path / "socket"), timeout_s=0.3)
     assert open_fds() == before

@@ -31,6 +31,7 @@ from pyvmm.vhost_user.protocol import (
     BackendRequest,
     Request,
 )
+from tests.support.patience import patient
 from tests.support.vhost_user_peers import PEER, open_fds, raw_message, send_raw
 
 
@@ -223,7 +224,7 @@ def test_more_fds_than_a_message_may_have_in_pieces(
 def test_a_message_that_never_comes(pair: Pair) -> None:
     before_s = time.monotonic()
     assert_broken(pair, "the reply to GET_FEATURES did not come within 0.05 s")
-    assert 0.05 <= time.monotonic() - before_s < 1
+    assert 0.05 <= time.monotonic() - before_s < patient(1)
 
 
 @pytest.mark.parametrize("length", [1, 11, 12, 19])

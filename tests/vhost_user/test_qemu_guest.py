@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.export_process import Export
 from tests.support.guest import FIO, MIB, sparse
+from tests.support.patience import patient
 from tests.support.qemu_guest import QemuGuest, run_to_end
 
 pytestmark = pytest.mark.lab
@@ -123,7 +124,7 @@ def test_a_guest_goes_on_when_its_export_is_back(
     with QemuGuest(socket, UNDER_LOAD, chardev=",reconnect=1") as guest:
         guest.wait_for("under way")
         export.process.send_signal(number)
-        export.process.wait(10)
+        export.process.wait(patient(10))
         with Export(disk, socket):
             assert guest.status() == 0, guest.console
     assert ";t;0;0;" in guest.console, "fio's terse line: job t, no error"

@@ -20,6 +20,7 @@ from pyvmm.vhost_user.protocol import MemoryRegion
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import Register
 from tests.support.export_process import Export
+from tests.support.patience import patient
 from tests.support.storage_daemon import StorageDaemon
 from tests.support.vhost_user_disk import RAM_BYTES, eventfds, is_readable
 from tests.support.vhost_user_peers import open_fds
@@ -106,7 +107,7 @@ class PatientDriver(BlockDriver):
 
     def submit(self, chain: Sequence[Descriptor], head: int = 0) -> None:
         super().submit(chain, head)
-        until_s = time.monotonic() + 10
+        until_s = time.monotonic() + patient(10)
         while self.memory.read_int(self.used + 2, 2) == self.used_idx:
             assert time.monotonic() < until_s, "no answer"
             select.select([self.call_fd], [], [], 1.0)

@@ -15,6 +15,7 @@ from pyvmm.vhost_user.protocol import U64, Request
 from pyvmm.vhost_user.server import MAX_FRONTENDS
 from pyvmm.vhost_user.session import MESSAGES_PER_TURN
 from pyvmm.virtio.block import BlockConfig
+from tests.support.patience import patient
 from tests.support.vhost_rig import QUEUE_SIZE, ExportRig, held, open_fds
 from tests.support.virtio_driver import readable, writable
 
@@ -128,7 +129,7 @@ def test_no_file_descriptors_left(tmp_path: Path, stack: ExitStack) -> None:
     rig = stack.enter_context(ExportRig(tmp_path / "s", config=READ_ONLY))
     driver = rig.connect().start()
     caller = stack.enter_context(socket.socket(socket.AF_UNIX))
-    caller.settimeout(2)
+    caller.settimeout(patient(2))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(line.split()[0]) for line in open_fds())
     fillers = []

@@ -8,7 +8,6 @@ the backend holds on stable storage must be something the model allows.
 
 from __future__ import annotations
 
-import itertools
 import struct
 
 import pytest
@@ -37,6 +36,7 @@ from tests.support.block_model import (
     Segment,
     SetWriteback,
     TwoDisks,
+    pieces,
 )
 from tests.support.packed_driver import PackedDriver
 from tests.support.virtio_driver import (
@@ -239,12 +239,6 @@ class Bench:
         for sector, allowed in enumerate(self.model.survivors):
             content = bytes(self.backend.stable[512 * sector : 512 * (sector + 1)])
             assert content in allowed, f"sector {sector} holds {content[:1]!r} after a power cut"
-
-
-def pieces(data: bytes, cut_at: list[int]) -> list[bytes]:
-    """``data`` in pieces, some of them perhaps empty."""
-    ends = [0, *sorted(min(cut, len(data)) for cut in cut_at), len(data)]
-    return [data[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def differences(found: bytearray, wanted: bytes | bytearray) -> list[str]:

@@ -265,6 +265,41 @@ def test_bad_input_18_a_held_chain_counts_as_outstanding(limited: Make) -> None:
     assert driver.needs_reset
 
 
+@pytest.mark.parametrize("behind", [0, 1, 3])
+@pytest.mark.parametrize("lifted", [False, True], ids=["in its time", "limit lifted"])
+def test_fault_10_a_held_head_that_is_offered_again(
+    limited: Make, behind: int, lifted: bool
+) -> None:
+    """The chain that a rate limit holds is outstanding: its head, again, is a mistake."""
+    disk = limited(RateLimit(ops_per_s=10, ops_burst=1))
+    driver = disk.driver
+    disk.offer(2 + behind, FLUSH, length=0)
+    assert disk.service() == pytest.approx(0.1)
+    assert [used.head for used in driver.reap()] == [0]
+    assert disk.service() == pytest.approx(0.1), "too early: it is held still"
+    driver.offer(3)
+    assert disk.service() == pytest.approx(0.1)
+    if lifted:
+        disk.device.set_rate_limit(RateLimit())
+    for _ in range(behind + 2):
+        disk.now_s += 0.1
+        disk.service()
+    assert [used.head for used in driver.reap()] == [3], "once, because it was taken in time"
+    assert driver.needs_reset
+    driver.start()
+    assert driver.request(IN, 0, room=512).status == 0
+
+
+def test_heads_of_held_chains_may_be_offered_again_once_they_are_back(limited: Make) -> None:
+    disk = limited(RateLimit(ops_per_s=10, ops_burst=1))
+    for _ in range(5):
+        disk.offer(2, FLUSH, length=0)
+        while (delay_s := disk.service()) is not None:
+            disk.now_s += delay_s
+        assert disk.served() == 2
+    assert not disk.driver.needs_reset
+
+
 def test_a_stopped_queue_holds_up_no_other() -> None:
     """QueueReady = 0 while its chain waits for a turn: the turn is the next queue's."""
     now_s = 0.0

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.console import MAX_CHAIN_BYTES, MAX_TYPED_BYTES, ConsoleDevice
+from pyvmm.virtio.console import (
+    HOLD_S,
+    MAX_CHAIN_BYTES,
+    MAX_HOLD_S,
+    MAX_TYPED_BYTES,
+    ConsoleDevice,
+)
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import ConsoleFeature, InterruptBit, Register
 from tests.support.virtio_driver import (
@@ -30,10 +36,11 @@ class ConsoleRig:
         self.rooms: list[int] = []
         self.readies: list[int] = []
         self.irqs: list[int] = []
+        self.now_s = 1000.0
         self.memory = GuestMemory.over(bytearray(1 << 20), RAM_BASE)
         self.device = ConsoleDevice(
             self.show, lambda: self.rooms.append(1), size=(80, 24),
-            on_ready=lambda: self.readies.append(1),
+            on_ready=lambda: self.readies.append(1), clock=lambda: self.now_s,
         )
         self.transport = MmioTransport(
             self.device, self.memory, lambda: self.irqs.append(1), report=print,
@@ -48,11 +55,16 @@ class ConsoleRig:
         self.shown += data
 
     def start(self) -> None:
+        """A driver starts, and is long enough there to be given input."""
+        self.start_driver()
+        self.now_s += MAX_HOLD_S
+
+    def start_driver(self) -> None:
         assert self.rx.negotiate()
-        tx = self.tx
-        tx._top = RAM_BASE + (1 << 19)  # a half of RAM each
-        tx.desc, tx.avail, tx.used = (tx.alloc(4096, 4096) for _ in range(3))
-        tx.avail_idx = tx.used_idx = 0
+        for driver, half in ((self.rx, RAM_BASE), (self.tx, RAM_BASE + (1 << 19))):
+            driver._top = half
+            driver.desc, driver.avail, driver.used = (driver.alloc(4096, 4096) for _ in range(3))
+            driver.avail_idx = driver.used_idx = 0
         self.rx.setup_queue()
         self.tx.setup_queue()
         self.rx.set(Register.STATUS, 15)
@@ -60,7 +72,7 @@ class ConsoleRig:
 
     def type(self, data: bytes) -> int:
         taken = self.device.receive(data)
-        assert self.transport.service(RECEIVE) is None
+        assert self.transport.service(RECEIVE) in (None, HOLD_S)
         return taken
 
 
@@ -160,11 +172,90 @@ def test_nothing_is_typed_to_a_driver_that_is_not_there(rig: ConsoleRig) -> None
     rig.start()
     assert rig.rooms
     assert rig.type(b"late") == 4
+
+
+def test_what_one_driver_has_not_read_is_for_the_next(rig: ConsoleRig) -> None:
+    rig.start()
+    assert rig.type(b"typed") == 5
     rig.rx.set(Register.STATUS, 0)
     rig.start()
     gpa = rig.rx.alloc(16)
     rig.rx.submit([writable(gpa, 16)])
-    assert rig.rx.reap() == []
+    assert rig.rx.reap() == [Used(0, 5)]
+    assert rig.memory.read(gpa, 5) == b"typed"
+
+
+class LinuxPort:
+    """Linux's driver: buffers it offers before its port is listed come back to be thrown away."""
+
+    def __init__(self, rig: ConsoleRig) -> None:
+        self.rig = rig
+        self.is_listed = False
+        self.heard = b""
+        self.buffer = rig.rx.alloc(64)
+        rig.rx.submit([writable(self.buffer, 64)])
+
+    def say(self, text: bytes) -> None:
+        self.rig.tx.submit([readable(self.rig.tx.put(text), len(text))])
+        self.rig.tx.reap()
+
+    def interrupt(self) -> None:
+        for used in self.rig.rx.reap():
+            if self.is_listed:
+                self.heard += self.rig.memory.read(self.buffer, used.length)
+            self.rig.rx.submit([writable(self.buffer, 64)])
+
+
+def pass_time(rig: ConsoleRig, port: LinuxPort, duration_s: float) -> None:
+    """As the console's thread does, which comes back when it was told to."""
+    until_s = rig.now_s + duration_s
+    while True:
+        delay_s = rig.transport.service(RECEIVE)
+        port.interrupt()
+        if delay_s is None or rig.now_s + delay_s > until_s:
+            break
+        rig.now_s += delay_s
+    rig.now_s = until_s
+
+
+@pytest.mark.parametrize("lives", [1, 3], ids=["first driver", "after resets"])
+def test_fault_30_input_waits_until_the_port_has_sent_something(
+    rig: ConsoleRig, lives: int
+) -> None:
+    for life in range(lives):
+        typed = b"early %d" % life
+        rig.start_driver()
+        port = LinuxPort(rig)
+        assert rig.type(typed) == len(typed)
+        pass_time(rig, port, MAX_HOLD_S / 2)
+        assert port.heard == b""
+        port.say(b"console [hvc0] enabled")  # by another CPU, in a moment the port is listed
+        pass_time(rig, port, HOLD_S / 2)
+        port.is_listed = True
+        pass_time(rig, port, HOLD_S)
+        assert port.heard == typed
+        rig.type(b" late")
+        pass_time(rig, port, 0.0)
+        assert port.heard == typed + b" late", "and then at once"
+        rig.rx.set(Register.STATUS, 0)
+
+
+def test_fault_30_a_driver_that_only_reads_waits_for_a_while(rig: ConsoleRig) -> None:
+    rig.start_driver()
+    port = LinuxPort(rig)
+    port.is_listed = True
+    rig.type(b"typed")
+    pass_time(rig, port, MAX_HOLD_S - HOLD_S)
+    assert port.heard == b""
+    pass_time(rig, port, 2 * HOLD_S)
+    assert port.heard == b"typed"
+
+
+def test_fault_30_a_notification_during_the_hold_has_the_thread_come_back(rig: ConsoleRig) -> None:
+    rig.start_driver()
+    rig.type(b"typed")
+    rig.rx.submit([writable(rig.rx.alloc(8), 8)])
+    assert rig.deferred[-1:] == [RECEIVE]
 
 
 def test_the_size_is_told_and_changes(rig: ConsoleRig) -> None:

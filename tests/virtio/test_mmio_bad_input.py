@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from pyvmm.virtio.spec import BlockFeature, Feature, InterruptBit, Register
+from tests.support.patience import patient
 from tests.support.rig import Hooked, Rig
 from tests.support.virtio_driver import linked, readable, writable
 from tests.virtio.conftest import MakeRig
@@ -187,7 +188,7 @@ def test_bad_input_86_reset_with_io_in_flight(hooked: tuple[Rig, Hooked]) -> Non
 
     def slow_readv(buffers: Sequence[memoryview], offset: int) -> None:
         reading.set()
-        go_on.wait(10)
+        go_on.wait(patient(10))
         backend.backend.readv(buffers, offset)
 
     def reset() -> None:
@@ -203,15 +204,15 @@ def test_bad_input_86_reset_with_io_in_flight(hooked: tuple[Rig, Hooked]) -> Non
     server = threading.Thread(target=rig.transport.service, args=(0,))
     resetter = threading.Thread(target=reset)
     server.start()
-    assert reading.wait(10)
+    assert reading.wait(patient(10))
     resetter.start()
     assert not is_reset.wait(0.05), "the reset did not wait for the read"
     assert driver.status == 15
     assert driver.reg(Register.INTERRUPT_STATUS) == rig.kept
     driver.set(Register.INTERRUPT_ACK, 3)  # acknowledging does not wait for the disk
     go_on.set()
-    resetter.join(10)
-    server.join(10)
+    resetter.join(patient(10))
+    server.join(patient(10))
     assert driver.status == 0
     assert driver.reg(Register.INTERRUPT_STATUS) == 0
     assert rig.memory.read(buffer, 512) == b"\x09" * 512

@@ -10,6 +10,7 @@ import pytest
 from pyvmm.virtio.spec import Feature, InterruptBit, Register
 from tests.support.echo_device import EchoRig
 from tests.support.packed_driver import PackedDriver
+from tests.support.patience import patient
 from tests.support.virtio_driver import VirtioDriver, writable
 
 BASE = int(Feature.VERSION_1 | Feature.RING_RESET)
@@ -218,7 +219,7 @@ def test_queue_reset_waits_for_the_pass_under_way(
 
     def slow_serve(*args: object) -> int:
         serving.set()
-        go_on.wait(10)
+        go_on.wait(patient(10))
         return serve(*args)  # type: ignore[arg-type]
 
     def reset() -> None:
@@ -230,12 +231,12 @@ def test_queue_reset_waits_for_the_pass_under_way(
     server = threading.Thread(target=queues.rig.transport.service, args=(3,))
     resetter = threading.Thread(target=reset)
     server.start()
-    assert serving.wait(10)
+    assert serving.wait(patient(10))
     resetter.start()
     assert not is_reset.wait(0.05)
     go_on.set()
-    resetter.join(10)
-    server.join(10)
+    resetter.join(patient(10))
+    server.join(patient(10))
     assert driver.reap() == [(0, 1)]
     assert queues.ready(3) == 0
 

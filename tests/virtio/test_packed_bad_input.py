@@ -17,6 +17,7 @@ from tests.support.packed_driver import (
     new_driver,
     read_chain,
 )
+from tests.support.patience import patient
 from tests.support.rig import RAM_BYTES, Rig
 from tests.support.virtio_driver import (
     INDIRECT,
@@ -146,9 +147,9 @@ def test_bad_input_27_the_longest_packed_loop_ends_in_time(new_rig: MakeRig) -> 
     header, _ = flush_chain(driver)
     for slot in range(1024):
         driver.write_slot(slot, header._replace(flags=NEXT), 0, AVAIL)
-    start = time.perf_counter()
+    start = time.thread_time()
     driver.notify()
-    assert time.perf_counter() - start < 0.1
+    assert time.thread_time() - start < patient(0.1)
     assert driver.needs_reset
 
 

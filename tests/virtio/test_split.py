@@ -7,6 +7,7 @@ import time
 import pytest
 
 from pyvmm.virtio.spec import Feature
+from tests.support.patience import patient
 from tests.support.rig import RAM_BYTES, Hooked, Rig
 from tests.support.virtio_driver import (
     INDIRECT,
@@ -163,9 +164,9 @@ def test_bad_input_27_the_longest_loop_ends_in_time(new_rig: MakeRig) -> None:
         [header._replace(flags=NEXT, following=(i + 1) % 1024) for i in range(1024)]
     )
     rig.driver.offer(*range(1024))
-    start = time.perf_counter()
+    start = time.thread_time()
     rig.driver.notify()
-    assert time.perf_counter() - start < 0.1
+    assert time.thread_time() - start < patient(0.1)
     assert_nothing_used(rig)
     rig.assert_needs_reset()
 

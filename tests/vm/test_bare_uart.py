@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.bare import LONG_MODE_ENTRY, assemble
+from tests.support.guest import command, environment
 from tests.support.kernels import ElfSegment, elf
+from tests.support.patience import patient
+from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.bare
 
@@ -29,7 +33,7 @@ def test_all_that_is_sent_is_shown_with_an_exit_a_byte(tmp_path: Path) -> None:
          "--console", str(console), "--timeout", "20"],
         stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as run:  # fmt: skip
-        give_up_s = time.monotonic() + SHOWN_S
+        give_up_s = time.monotonic() + patient(SHOWN_S)
         seen_s = None
         while time.monotonic() < give_up_s and run.poll() is None:
             if console.exists() and console.read_bytes() == SENT:
@@ -43,3 +47,35 @@ def test_all_that_is_sent_is_shown_with_an_exit_a_byte(tmp_path: Path) -> None:
     exits = re.search(r"exits: mmio \d+, io (\d+),", said)
     assert exits is not None, said
     assert len(SENT) <= int(exits[1]) < 1.4 * len(SENT), said
+
+
+@pytest.fixture
+def polled_input(tmp_path: Path) -> Path:
+    """A guest that polls for a line, and for another, and echoes them."""
+    kernel = tmp_path / "polled_input.elf"
+    code = assemble("polled_input", LONG_MODE_ENTRY, tmp_path)
+    kernel.write_bytes(elf(ElfSegment(data=code, p_memsz=4096)))
+    return kernel
+
+
+LINES = ("a line of input, longer than the FIFO\n", "and another one for the guest\n")
+
+
+def test_fault_33_input_piped_in_at_once_reaches_a_guest_that_polls(polled_input: Path) -> None:
+    done = subprocess.run(
+        command("--timeout", "60", kernel=polled_input), input="".join(LINES).encode(),
+        capture_output=True, check=False, env=environment(), timeout=90,
+    )
+    assert (done.stdout.decode(), done.returncode) == (f"?{LINES[0]}!{LINES[1]}", 42), done.stderr
+
+
+def test_fault_33_what_is_typed_late_reaches_a_guest_that_polls(polled_input: Path) -> None:
+    terminal = Terminal("--timeout", "60", kernel=polled_input)
+    with contextlib.closing(terminal):
+        for prompt, line in zip("?!", LINES, strict=True):
+            terminal.wait_for(prompt)
+            terminal.hear(0.3)  # KVM gathers no more by now
+            for key in line:
+                terminal.type(key)
+            terminal.wait_for(line.rstrip())
+        assert terminal.status() == 42

@@ -27,6 +27,7 @@ from tests.support.guest import (
     run_in_guest,
     sparse,
 )
+from tests.support.patience import patient
 
 pytestmark = pytest.mark.kvm
 
@@ -223,7 +224,7 @@ def test_a_dead_nbd_server_is_an_error_for_the_guest_and_a_line_on_the_host(
     pid_file = tmp_path / "pid"
     subprocess.run(
         ["qemu-nbd", "-f", "raw", "-k", socket, "-t", "--fork", "--pid-file", pid_file, disk],
-        check=True, timeout=30,
+        check=True, timeout=patient(30),
     )
     server = int(pid_file.read_text())
     run = Guest(

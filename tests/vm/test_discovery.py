@@ -18,8 +18,9 @@ DEVICES = 10
 NUMBERS = [f"virtio{index}" for index in range(DEVICES)]
 SERIALS = [f"disk-{name}" for name in NAMES]
 ROOT = f"{IMAGE},snapshot,serial={SERIALS[0]}"
+CONSOLES = "console=ttyS0 console=hvc0"
 SHOW = (
-    "echo to hvc0 > /dev/hvc0; usleep 300000;"
+    "echo to $(tty);"
     " for d in $(ls /sys/block | grep ^vd); do echo disk $d $(cat /sys/block/$d/serial); done;"
     " grep virtio /proc/interrupts;"
     " echo random $(dd if=/dev/hwrng bs=32 count=1 2>&1 | wc -c) $(cat /sys/class/misc/hw_random/"
@@ -47,21 +48,21 @@ def check(run: Run) -> None:
     assert sorted(device for _, device in lines) == NUMBERS, seen
     assert len({line for line, _ in lines}) == DEVICES, seen
     assert "virtio_rng" in run.lines("random ")[0], seen
-    assert "to hvc0" in run.console, seen
+    assert run.lines("to ") == ["/dev/hvc0"], seen
 
 
 def test_all_of_them_by_the_command_line(disks: list[str]) -> None:
     check(boot("--disk", ROOT, *disks,
-               append=run_in_guest(SHOW), kernel=KERNEL))
+               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=KERNEL))
 
 
 def test_all_of_them_by_acpi(disks: list[str]) -> None:
-    check(boot_stock(STABLE, SHOW, *disks, "--cpus", "2", root=ROOT))
+    check(boot_stock(STABLE, SHOW, *disks, "--cpus", "2", root=ROOT, append=CONSOLES))
 
 
 def test_a_kernel_that_is_told_twice_sees_each_once(disks: list[str]) -> None:
     run = boot("--disk", ROOT, *disks, "--cpus", "2",
-               append=run_in_guest(SHOW), kernel=ACPI_KERNEL)
+               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
     check(run)
     # Why none is seen twice: Linux gives the registers to one.
     assert run.console.count("can't request region for resource") == DEVICES
@@ -69,13 +70,13 @@ def test_a_kernel_that_is_told_twice_sees_each_once(disks: list[str]) -> None:
 
 @pytest.mark.parametrize("way", ["acpi", "cmdline"])
 def test_such_a_kernel_may_be_told_once(disks: list[str], way: str) -> None:
-    run = boot("--disk", ROOT, *disks, "--discovery", way, append=run_in_guest(SHOW),
-               kernel=ACPI_KERNEL)
+    run = boot("--disk", ROOT, *disks, "--discovery", way,
+               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
     check(run)
     assert "can't request region" not in run.console
 
 
 def test_a_kernel_with_acpi_switched_off_takes_the_command_line(disks: list[str]) -> None:
     run = boot("--disk", ROOT, *disks,
-               append=f"acpi=off {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
+               append=f"{CONSOLES} acpi=off {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
     check(run)

@@ -19,6 +19,7 @@ from tests.support.guest import (
     environment,
     run_in_guest,
 )
+from tests.support.patience import patient
 
 pytestmark = pytest.mark.kvm
 
@@ -210,7 +211,7 @@ def test_no_console_byte_is_lost_on_the_way_in() -> None:
         run.stdin.write(data)
         run.stdin.flush()
         assert hashlib.md5(data).hexdigest().encode() in run.stdout.read()
-        assert run.wait(60) == 0
+        assert run.wait(patient(60)) == 0
 
 
 def test_the_console_may_be_a_file_or_nothing(image: Path, tmp_path: Path) -> None:

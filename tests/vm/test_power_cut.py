@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest import ROOT, environment
+from tests.support.patience import patient
 from tests.support.power_cut import Flush, Note, RecordingBackend, Write, power_cuts
 
 pytestmark = [pytest.mark.power_cut, pytest.mark.timeout(7200)]
@@ -44,7 +45,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     subprocess.run(
         [*host, sys.executable, "-m", "tests.support.record_guest", str(disk),
          str(GUEST_SECONDS), str(out)],
-        cwd=ROOT, env=environment(), check=True, timeout=300,
+        cwd=ROOT, env=environment(), check=True, timeout=patient(300),
     )
     initial, log = pickle.loads(out.read_bytes())
     return bytearray(initial), log

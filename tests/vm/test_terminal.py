@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest import IMAGE, USER_SPACE, command, environment, run_in_guest
+from tests.support.patience import patient
 from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.kvm
@@ -85,7 +86,7 @@ def test_a_signal_ends_the_run(number: signal.Signals) -> None:
             assert run.poll() is None
         run.send_signal(number)
         run.stdout.read()
-        assert run.wait(30) == 128 + number
+        assert run.wait(patient(30)) == 128 + number
 
 
 def test_a_reader_that_leaves_ends_the_run() -> None:
@@ -96,4 +97,4 @@ def test_a_reader_that_leaves_ends_the_run() -> None:
         assert run.stdout is not None
         run.stdout.readline()
         run.stdout.close()
-        assert run.wait(60) == 128 + signal.SIGPIPE
+        assert run.wait(patient(60)) == 128 + signal.SIGPIPE

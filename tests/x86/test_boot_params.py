@@ -173,7 +173,7 @@ def refused(memory: GuestMemory, kernel: Kernel, cmdline: str, *problem: str) ->
     with pytest.raises(ConfigError) as caught:
         write_boot_params(memory, kernel, cmdline, None)
     message = str(caught.value)
-    assert message.startswith("--cmdline: ")
+    assert message.startswith("the command line: ")
     assert message.isprintable()
     for part in problem:
         assert part in message

@@ -64,6 +64,27 @@ def test_a_kernel_that_is_not_relocatable_may_be_unaligned(
     assert load_kernel(memory, path).start == MIB + 0x1000
 
 
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"kernel_alignment": 2 * MIB, "pref_address": 3 * MIB}, "kernel_alignment 0x200000"),
+        ({"kernel_alignment": 0x1000, "pref_address": 2 * MIB + 1}, "kernel_alignment 0x1000"),
+        ({"kernel_alignment": 0x1000, "pref_address": 2 * MIB + 0x800}, "kernel_alignment 0x1000"),
+        ({"kernel_alignment": 0, "pref_address": 2 * MIB + 1}, "a page, 0x1000"),
+        ({"kernel_alignment": 1, "pref_address": 2 * MIB + 0x10}, "a page, 0x1000"),
+    ],
+)
+@pytest.mark.parametrize("relocatable", [0, 1])
+def test_fault_10_a_preferred_address_that_is_not_aligned(
+    memory: GuestMemory, image: MakeFile, fields: dict[str, int], problem: str, relocatable: int
+) -> None:
+    if relocatable and not fields["kernel_alignment"]:
+        problem = "kernel_alignment is 0x0, must be a power of two"
+    refused(memory, image(bzimage(fields, relocatable_kernel=relocatable)), problem)
+    refused(memory, image(bzimage(relocatable_kernel=relocatable, kernel_alignment=0x3000,
+                                  pref_address=3 * MIB)), "must be a power of two")
+
+
 def test_a_kernel_may_need_no_more_than_its_code(memory: GuestMemory, image: MakeFile) -> None:
     kernel = load_kernel(memory, image(bzimage(init_size=len(CODE))))
     assert kernel.end == kernel.start + len(CODE)
@@ -119,7 +140,19 @@ def test_bad_input_93_truncated_at_each_header_field(
 def test_bad_input_93_truncated_after_the_header(memory: GuestMemory, image: MakeFile) -> None:
     refused(memory, image(bzimage()[:SETUP_HEADER_END]), "truncated", "ends at 620")
     refused(memory, image(bzimage()[:1024]), "truncated", "bytes 1024 to 5120", "ends at 1024")
-    refused(memory, image(bzimage()[:-1]), "truncated", "ends at 5119")
+    refused(memory, image(bzimage()[:-16]), "truncated", "ends at 5104")
+
+
+@pytest.mark.parametrize("missing", [1, 8, 15])
+def test_fault_26_a_file_may_end_within_its_last_paragraph(
+    memory: GuestMemory, image: MakeFile, missing: int
+) -> None:
+    """syssize counts 16 bytes: memtest86+ of Debian ends 8 bytes before syssize * 16."""
+    kernel = load_kernel(memory, image(bzimage()[:-missing]))
+    length = len(CODE) - missing
+    assert memory.read(kernel.start, len(CODE)) == CODE[:length] + bytes(missing)
+    (segment,) = kernel.segments
+    assert segment.length == length
 
 
 @pytest.mark.parametrize(
@@ -182,7 +215,8 @@ def test_bad_input_97_syssize_before_the_entry(
         ({"init_size": len(CODE) - 1}, "init_size is 4095 bytes, must be at least the 4096"),
         ({"init_size": 0}, "init_size is 0 bytes"),
         ({"pref_address": 0}, "starts at 0x0; the lowest address for a kernel is 0x100000"),
-        ({"pref_address": 0xFF000, "relocatable_kernel": 0}, "starts at 0xff000; the lowest"),
+        ({"pref_address": 0xFF000, "relocatable_kernel": 0, "kernel_alignment": 0},
+         "starts at 0xff000; the lowest"),
         ({"pref_address": 8 * MIB}, "--memory must be at least 9M"),
         ({"pref_address": 4 << 30}, "the highest end for a kernel is 0xc0000000"),
         ({"pref_address": (1 << 64) - 2 * MIB}, "the highest end for a kernel is 0xc0000000"),

@@ -161,9 +161,6 @@ class BlockDevice(RingDevice):
     def stop_queue(self, index: int) -> int:
         """See ``VirtioDevice.stop_queue``.  The queue's place in the line is free again, or it
         would hold up the disk's other queues for ever."""
-        held, ring = self._held.get(index), self._rings[index] if self._rings else None
-        if held is not None and ring is not None:
-            ring.untake(held)
         self._drop_held(index)
         self._fast_paths.pop(index, None)
         return super().stop_queue(index)

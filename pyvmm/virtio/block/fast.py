@@ -163,7 +163,10 @@ class FastPath:
                     left = self._serve_all(chains, left, durable)
                 finally:
                     ring.push_all(done)
+                    served = len(done)
                     done.clear()
+                    if served < len(chains):
+                        ring.give_back()
             if other and left > 0:
                 chain = ring.walk()
                 if chain is None:
@@ -172,10 +175,10 @@ class FastPath:
                 left -= chain_work(chain) + self._extra_work()
 
     def _serve_all(self, chains: list[PlainChain], left: int, durable: bool) -> int:
-        """Serve ``chains``, in order; the work that is left to the pass, of which ``left`` was
-        when they had been taken.
+        """Serve ``chains``, in order, into ``_done``; the work that is left to the pass, of which
+        ``left`` was when they had been taken.
 
-        If there is none any more before the last of them, the rest becomes available again.
+        If there is none any more before the last of them, the rest is not served.
         """
         behind: list[int] = []  # by how many chains are unserved: their work
         backend, near, near_gpa, done = self._backend, self._near, self._near_gpa, self._done
@@ -185,8 +188,6 @@ class FastPath:
                 allowed = sum(left + behind[unserved - n] > 0 for n in range(len(run)))
                 if allowed < len(run):
                     self._serve_alone(run[:allowed])
-                    for chain in reversed(chains[len(done) :]):
-                        self.ring.untake(chain_of(chain))
                     break
             status = _OK
             try:

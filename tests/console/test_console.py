@@ -14,8 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.console import Console, EscapeFilter, LineWatch, OutputBuffer, RawTerminal
+from pyvmm.console.output import LineWatch, OutputBuffer
+from pyvmm.console.place import Console
+from pyvmm.console.terminal import RawTerminal
+from pyvmm.console.typed import EscapeFilter
 from pyvmm.errors import ConfigError
+from tests.support.patience import patient
 
 
 def drained(output: OutputBuffer) -> None:
@@ -92,7 +96,7 @@ def test_shutting_lets_a_waiting_writer_go() -> None:
     writer = threading.Thread(target=guest)
     writer.start()
     output.shut()
-    writer.join(10)
+    writer.join(patient(10))
     assert not writer.is_alive()
 
 

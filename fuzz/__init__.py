@@ -1,0 +1,1 @@
+"""Fuzzers of everything that reads what nobody vouches for.  README.md says how to run them."""

@@ -1,0 +1,1 @@
+"""The guest's console on the host: a terminal, a file or nothing."""

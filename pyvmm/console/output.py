@@ -1,0 +1,235 @@
+"""What the guest prints, on its way to the host.
+
+Guest output is written by vCPU threads into a bounded buffer and moved to the host by the main
+thread, so that a terminal that is slow or stopped never makes a run unstoppable; a full buffer
+makes the vCPU wait, so that no byte is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import time
+from collections.abc import Callable
+
+from pyvmm.report import write_now
+
+GATHER_S, STREAM_GATHER_S = 0.01, 0.05
+"""How long console bytes may gather before they are shown."""
+DRAIN_TIMEOUT_S = 2.0
+READER_S = 0.1
+"""How often a FIFO that nobody reads is looked at."""
+STALL_S = 0.3
+"""Who has taken nothing for so long does not read: who stops a run does not wait for that."""
+
+
+class OutputBuffer:
+    """Bytes on their way from the guest to a host file descriptor (None: nowhere).
+
+    ``wake`` is called, from the writer's thread, when the first byte comes and when a whole chunk
+    waits; in between the drainer may let bytes gather (a wake-up a byte would cost more than the
+    exits that bring them).  ``observe`` sees every byte once, in order, from the draining thread.
+    """
+
+    LIMIT = 64 * 1024
+    CHUNK = 4096
+
+    def __init__(
+        self, fd: int | None, wake: Callable[[], None], observe: Callable[[bytes], None]
+    ) -> None:
+        self.fd = fd
+        self._wake = wake
+        self._observe = observe
+        # The lock is taken once a character: directly, not through the slower Condition.
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._data = bytearray()
+        self._ours = bytearray()
+        self._open = True
+        self.taken_bytes = 0
+        """Those that the host has taken so far, ours among them."""
+        self.line_ended = True
+        """Whether the last byte shown ended a line."""
+
+    def write(self, data: bytes) -> None:
+        """Add ``data`` of the guest's; waits while the buffer is full, unless it was shut."""
+        with self._lock:
+            while len(self._data) >= self.LIMIT and self._open:
+                self._room.wait()
+            before = len(self._data)
+            self._data += data
+        if not before or before < self.CHUNK <= before + len(data):
+            self._wake()
+
+    def say(self, text: str) -> None:
+        """Show ``text`` of ours, ahead of what waits; the observer does not see it."""
+        with self._lock:
+            self._ours += text.encode()
+        self._wake()
+
+    @property
+    def pending(self) -> bool:
+        """Whether bytes wait to be drained."""
+        return bool(self._data or self._ours)
+
+    @property
+    def has_chunk(self) -> bool:
+        """Whether so many wait that waiting for more makes no sense."""
+        return len(self._data) >= self.CHUNK
+
+    def drain(self) -> bytes:
+        """Write what the host takes now of one chunk; the guest's bytes of it.
+
+        OSError if the host refuses (they are dropped).
+        """
+        with self._lock:
+            waiting = self._ours or self._data
+            chunk = bytes(waiting[: self.CHUNK])
+            if not chunk:
+                return b""
+        done = len(chunk)
+        try:
+            if self.fd is not None:
+                with contextlib.suppress(BlockingIOError):
+                    done = 0
+                    done = write_now(self.fd, chunk)
+        except OSError:
+            done = len(chunk)
+            raise
+        finally:
+            with self._lock:
+                del waiting[:done]
+                self.taken_bytes += done
+                self._room.notify_all()
+            if done:
+                self.line_ended = chunk[done - 1] == 0x0A
+            if waiting is self._data:
+                self._observe(chunk[:done])
+        return chunk[:done] if waiting is self._data else b""
+
+    def give_up(self) -> None:
+        """The host takes no more: show what waits to the observer only."""
+        self.fd = None
+        while self.pending:
+            self.drain()
+
+    def shut(self) -> None:
+        """Let writers through from now on: the run is over and what comes is the last of it."""
+        with self._lock:
+            self._open = False
+            self._room.notify_all()
+
+
+class OutputPump:
+    """Shows what an OutputBuffer holds, for the thread that has to wait for other things too.
+
+    Bytes gather until there is a chunk of them, or for GATHER_S, so that an echo is prompt; for
+    STREAM_GATHER_S while they keep coming, so that showing them costs little.  ``lost`` is called
+    with the error when the host refuses some for good; what comes later goes to the observer only.
+    ``shown`` gets the guest's bytes that the host has taken.  Nothing is written, and so refused,
+    as long as not ``has_reader()``.
+    """
+
+    def __init__(
+        self,
+        output: OutputBuffer,
+        lost: Callable[[OSError], None],
+        shown: Callable[[bytes], None] | None = None,
+        has_reader: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._output = output
+        self._lost = lost
+        self._shown = shown
+        self._has_reader = has_reader
+        self._due_s: float | None = None
+        self._shown_s = 0.0
+        self._offered_s: float | None = None
+        """Since when the host has taken nothing of what waits for it."""
+
+    def fd_to_write(self) -> int | None:
+        """What to wait for, to call ``write`` when it is writable; None if it is not time yet."""
+        output = self._output
+        if output.fd is None:
+            # Nobody takes the bytes: a panic among them is to be seen all the same.
+            while output.pending:
+                output.drain()
+            self._due_s = None
+        if not output.pending:
+            return None
+        now_s = time.monotonic()
+        if self._due_s is None:
+            streams = now_s < self._shown_s + 2 * STREAM_GATHER_S
+            self._due_s = now_s + (STREAM_GATHER_S if streams else GATHER_S)
+        if not output.has_chunk and now_s < self._due_s:
+            return None
+        if self._offered_s is None:
+            self._offered_s = now_s
+        if not self._has_reader():
+            self._due_s = now_s + READER_S
+            return None
+        return output.fd
+
+    @property
+    def due_s(self) -> float | None:
+        """When it will be time, if nothing else comes; None if nothing waits."""
+        return self._due_s
+
+    def write(self) -> None:
+        """Show what the host takes now."""
+        taken_bytes = self._output.taken_bytes
+        try:
+            data = self._output.drain()
+            if self._shown is not None:
+                self._shown(data)
+        except OSError as error:
+            self._output.fd = None
+            self._lost(error)
+        self._due_s, self._shown_s = None, time.monotonic()
+        if self._output.taken_bytes != taken_bytes:
+            self._offered_s = None
+
+    def finish(self, patience_s: float) -> bool:
+        """Show the last of the output, for DRAIN_TIMEOUT_S at most; whether all was taken.
+
+        It is given up before if the host has taken nothing for ``patience_s``, be it since before
+        the end.
+        """
+        output = self._output
+        until_s = time.monotonic() + DRAIN_TIMEOUT_S
+        is_last = False
+        while output.pending and not is_last:
+            if output.fd is not None:
+                now_s = time.monotonic()
+                if self._offered_s is None:
+                    self._offered_s = now_s
+                left_s = min(until_s, self._offered_s + patience_s) - now_s
+                is_last = left_s <= 0
+                if not self._has_reader():
+                    time.sleep(max(0.0, min(left_s, READER_S)))
+                    continue
+                poller = select.poll()
+                poller.register(output.fd, select.POLLOUT)
+                if not poller.poll(max(0.0, left_s) * 1000):
+                    continue
+            self.write()
+        is_all = not output.pending
+        output.give_up()
+        return is_all
+
+
+class LineWatch:
+    """Splits console output into lines and shows each to ``on_line``, at most ``LIMIT`` bytes."""
+
+    LIMIT = 1024
+
+    def __init__(self, on_line: Callable[[bytes], None]) -> None:
+        self._on_line = on_line
+        self._partial = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of output; call ``on_line`` for every line they complete."""
+        *lines, rest = (self._partial + data).split(b"\n")
+        for line in lines:
+            self._on_line(line[: self.LIMIT].rstrip(b"\r"))
+        self._partial = rest[: self.LIMIT]

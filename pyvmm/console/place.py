@@ -1,0 +1,146 @@
+"""Where the console goes, as ``--console`` names it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import stat
+import sys
+
+from pyvmm.console.terminal import watch_queries
+from pyvmm.errors import ConfigError
+
+_DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/", f"/proc/{os.getpid()}/fd/")
+
+
+class Console:
+    """Where the guest's console goes: ``input_fd`` (None: no input) and ``output_fd``.
+
+    ``name`` is how the user calls it.
+    """
+
+    def __init__(
+        self,
+        input_fd: int | None,
+        output_fd: int | None,
+        *,
+        name: str = "",
+        owns_output: bool = False,
+        is_emptied: bool = False,
+    ) -> None:
+        self.input_fd = input_fd
+        self.output_fd = output_fd
+        self.name = name
+        self.queries = watch_queries(output_fd)
+        """What is shown there that a terminal answers to; None if it is no terminal."""
+        self._owns_output = owns_output
+        self._is_emptied = is_emptied
+        self._awaits_reader = owns_output and output_fd is not None and _is_fifo(output_fd)
+
+    @classmethod
+    def open(cls, where: str) -> Console:
+        """``stdio``, ``none``, or a file to (over)write; ConfigError if it cannot be.
+
+        What is our standard output or error already, or a descriptor we were started with, goes
+        on where that is: appending, if that does.  Never waits.
+        """
+        if where == "none":
+            return cls(None, None)
+        if where == "stdio":
+            sys.stdout.flush()
+            return cls(0 if _is_open(0) else None, 1 if _is_open(1) else None)
+        own = _own_descriptor(where)
+        try:
+            if own is not None:
+                return cls(None, os.dup(own), name=where, owns_output=True)
+            fd = _open_for_writing(where)
+        except OSError as error:
+            raise ConfigError(
+                f"--console {where}", f"cannot be written: {error.strerror}; "
+                "give stdio, none, or a file that can be created"
+            ) from None
+        return cls(None, fd, name=where, owns_output=True, is_emptied=True)
+
+    def has_reader(self) -> bool:
+        """False as long as it is a FIFO that nobody has begun to read."""
+        if self._awaits_reader and self.output_fd is not None:
+            poller = select.poll()
+            poller.register(self.output_fd, select.POLLOUT)
+            # pipe(7), poll(2): a write end without a reader polls POLLERR.
+            self._awaits_reader = any(events & select.POLLERR for _, events in poller.poll(0))
+        return not self._awaits_reader
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the terminal; (0, 0) if there is none."""
+        if self.output_fd is None:
+            return (0, 0)
+        try:
+            columns, rows = os.get_terminal_size(self.output_fd)
+        except OSError:
+            return (0, 0)
+        return (columns, rows)
+
+    def begin(self) -> None:
+        """Empty the file for a run that is about to start; a refused run leaves it as it was."""
+        if self._is_emptied and self.output_fd is not None:
+            with contextlib.suppress(OSError):  # what has no length: a device, a FIFO
+                os.ftruncate(self.output_fd, 0)
+
+    def close(self) -> None:
+        """Close a file opened by ``open``; idempotent."""
+        if self._owns_output and self.output_fd is not None:
+            os.close(self.output_fd)
+            self.output_fd = None
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return True
+
+
+def _own_descriptor(where: str) -> int | None:
+    """The descriptor that ``where`` is another name of: our standard output or error, or one we
+    were started with; None if there is none that can be written."""
+    numbered = []
+    for prefix in _DESCRIPTORS:
+        number = where.removeprefix(prefix)
+        if number != where and number.isdecimal() and len(number) < 8:
+            numbered.append(int(number))
+    for fd in (1, 2, *numbered):
+        with contextlib.suppress(OSError, ValueError):
+            if not os.path.samestat(os.stat(where), os.fstat(fd)):
+                continue
+            is_ours = fd > 2 and fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+            if not is_ours and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+                return fd
+    return None
+
+
+def _open_for_writing(where: str) -> int:
+    """A descriptor of ``where``, made if it is not there.
+
+    Nobody is waited for: not for a FIFO's reader, who may come later, nor for a modem.
+    """
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return os.open(where, flags | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(where).st_mode):
+            raise
+    # fifo(7): opened both ways it is open at once, and then there is somebody to open it for.
+    both = os.open(where, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.open(f"/proc/self/fd/{both}", flags)
+    finally:
+        os.close(both)
+
+
+def _is_fifo(fd: int) -> bool:
+    return stat.S_ISFIFO(os.fstat(fd).st_mode)

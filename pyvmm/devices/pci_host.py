@@ -1,0 +1,49 @@
+"""A PCI bus with nothing on it but its host bridge, by configuration mechanism #1 (PCI Local Bus
+Specification 3.0, 3.2.2.3.2 "Software Generation of Configuration Transactions").
+
+There is no PCI here, but a kernel that knows PCI takes a machine without any way to its
+configuration space for a broken one, and says so on every boot, ``quiet`` or not: "PCI: Fatal: No
+config space access function found".  Linux believes in the mechanism once it has seen a host
+bridge (arch/x86/pci/direct.c).  ACPI names no bus, so a kernel with ACPI looks no further; one
+without finds the bridge alone.
+"""
+
+from __future__ import annotations
+
+_ENABLE = 1 << 31
+_ADDRESS_BITS = 0x80FF_FFFC  # the others are reserved
+_HEADER = (
+    0x8086.to_bytes(2, "little")  # Intel's
+    + 0x0D57.to_bytes(2, "little")  # for virtual machines: Firecracker and Cloud Hypervisor have it
+    + bytes(4)
+    + bytes((0, 0, 0x00, 0x06))  # revision; interface, subclass and class: a host bridge
+)
+_DATA = 4  # CONFIG_DATA's offset
+
+
+class PciHost:
+    """CONFIG_ADDRESS and CONFIG_DATA: a BusDevice of 8 ports.  The bridge cannot be written."""
+
+    LENGTH = 8
+
+    def __init__(self) -> None:
+        self._address = 0
+
+    def read(self, offset: int, size: int) -> int:
+        """BusDevice: the address, or what it selects; all ones where no device is."""
+        if offset >= _DATA:
+            if self._address & _ENABLE:
+                return self._configuration((self._address & 0xFC) + offset - _DATA, size)
+        elif (offset, size) == (0, 4):
+            return self._address
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """BusDevice: only 32 bits at once are an address; other accesses are other devices."""
+        if (offset, size) == (0, 4):
+            self._address = value & _ADDRESS_BITS
+
+    def _configuration(self, register: int, size: int) -> int:
+        if self._address & 0xFF_FF00:  # another bus, device or function
+            return (1 << 8 * size) - 1
+        return int.from_bytes(_HEADER[register : register + size], "little")

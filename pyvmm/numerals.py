@@ -1,0 +1,34 @@
+"""Numbers in texts that people and files give: each has a form and a limit.
+
+``int`` and ``float`` take much that nobody means ("1_0", "٣", " 7 ", "inf", "nan") and refuse
+numbers of over 4300 digits with an error of their own.  All of pyvmm's texts are read by these two.
+"""
+
+from __future__ import annotations
+
+_MAX_CHARACTERS = 40
+_DECIMAL = frozenset("0123456789.eE+-")
+
+
+def whole_number(text: str, lowest: int, highest: int) -> int | None:
+    """Return ``text``, ASCII digits alone, as a number; None unless it is one in the range."""
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_CHARACTERS):
+        return None
+    number = int(text)
+    return number if lowest <= number <= highest else None
+
+
+def decimal_number(text: str, lowest: float, highest: float) -> float | None:
+    """Return ``text``, as ``2.5`` or ``1e3``, as a number; None unless it is one in the range."""
+    if len(text) > _MAX_CHARACTERS or not _DECIMAL.issuperset(text):
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if lowest <= number <= highest else None
+
+
+def shown(text: str) -> str:
+    """Return ``text`` as a message quotes it: not longer than a number that is meant."""
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."

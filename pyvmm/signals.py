@@ -1,0 +1,61 @@
+"""The signals of a run: which there are, and their handlers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+KICK_SIGNAL = signal.SIGRTMIN
+REFRESH_SIGNAL = signal.SIGUSR1
+"""Look at the disks again: a file may have grown."""
+RESIZE_SIGNAL = signal.SIGWINCH
+"""The terminal has another size."""
+NOTICE_SIGNALS = (REFRESH_SIGNAL, RESIZE_SIGNAL)
+JOB_SIGNALS = (signal.SIGTSTP, signal.SIGCONT)
+"""The shell's, or a person's: stop, and go on."""
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
+)
+
+
+class Signals:
+    """Signal handlers for the length of a run; the previous ones come back afterwards.
+
+    ``on_signal`` is called for STOP_SIGNALS and NOTICE_SIGNALS, and with ``job_control`` for
+    JOB_SIGNALS.  ``wakeup_fd`` becomes readable at every signal: the kernel may hand one to any
+    thread, and then nothing else interrupts the main thread's poll.
+    """
+
+    def __init__(self, on_signal: Callable[[int], None], *, job_control: bool = True) -> None:
+        self._on_signal = on_signal
+        self._job_control = job_control
+        self._saved: dict[int, object] = {}
+        self._previous_wakeup_fd = -1
+        self._previous_mask: set[int | signal.Signals] = set()
+        self.wakeup_fd = self._wakeup_write_fd = -1
+
+    def __enter__(self) -> Signals:
+        self.wakeup_fd, self._wakeup_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(
+            self._wakeup_write_fd, warn_on_full_buffer=False
+        )
+        job_signals = JOB_SIGNALS if self._job_control else ()
+        for number in (*STOP_SIGNALS, *NOTICE_SIGNALS, *job_signals):
+            # What was ignored stays ignored (nohup, a shell's background job).
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._saved[number] = signal.signal(number, lambda n, _f: self._on_signal(n))
+        # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
+        self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
+        # Those that came during the start were held for us: pyvmm.cli.main.
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
+        for number, handler in self._saved.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._saved.clear()
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        os.close(self.wakeup_fd)
+        os.close(self._wakeup_write_fd)

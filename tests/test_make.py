@@ -1,0 +1,79 @@
+"""``make test``: every stage runs, and the last lines say what became of each."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = """
+import pytest
+
+def test_good(): pass
+
+@pytest.mark.parametrize("n", range({bad}))
+def test_bad(n): assert False
+
+@pytest.fixture
+def broken(): raise ValueError
+
+def test_error(broken): pass
+"""
+STAGES = """
+include {makefile}
+green:
+\t@echo ran green
+red:
+\t@echo ran red; exit 3
+also-green:
+\t@{python} -m pytest -q -c /dev/null -p tests.conftest {tests} || true
+"""
+
+
+def make_test(
+    folder: Path, *stages: str, options: tuple[str, ...] = (), bad: int = 1
+) -> tuple[int, str]:
+    """Exit status and output of ``make test`` with ``stages`` for its own."""
+    (folder / "test_some.py").write_text(TESTS.format(bad=bad))
+    (folder / "Makefile").write_text(STAGES.format(
+        makefile=ROOT / "Makefile", python=sys.executable, tests=folder / "test_some.py"))
+    groups = ("VENV", "KERNEL", "IMAGE", "LAB", "TEST", "TOOL", "BENCH")
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYVMM_TEST_REPORT")}
+    done = subprocess.run(
+        ["make", *options, "test", f"STAGES={' '.join(stages)}",
+         *(f"{group}_PACKAGES=" for group in groups)],
+        cwd=folder, env={**clean, "PYTHONPATH": str(ROOT)}, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert not list((folder / "build").iterdir()), "the report is removed"
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("-k",), ("-j4",)])
+def test_fault_43_a_red_stage_hides_none_behind_it(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    status, output = make_test(tmp_path, "red", "green", "red", "also-green", options=options)
+    assert status == 2
+    assert (output.count("ran red"), output.count("ran green")) == (2, 1)
+    summary = re.sub(r"\d+ s$", "N s", output.partition("==== make test ====\n")[2], flags=re.M)
+    assert summary.startswith(
+        "red           FAILED, N s\ngreen         passed, N s\nred           FAILED, N s\n"
+        "also-green    passed, N s\n  1 passed, 1 failed, 1 error\n"
+    )
+    assert re.search(r"^  FAILED \S*test_some.py::test_bad\[0\]$", summary, re.M)
+    assert re.search(r"^  ERROR \S*test_some.py::test_error$", summary, re.M)
+
+
+def test_fault_43_all_green_is_green_and_a_flood_is_cut(tmp_path: Path) -> None:
+    status, output = make_test(tmp_path, "green", "also-green", bad=50)
+    assert status == 0
+    summary = output.partition("==== make test ====\n")[2]
+    assert len(re.findall("^  FAILED ", summary, re.M)) == 20
+    assert "  and 31 more\n" in summary

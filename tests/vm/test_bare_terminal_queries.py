@@ -1,0 +1,102 @@
+"""What a guest makes the terminal say must not reach the shell: seen from the terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.terminal_bench import ANSWERS, TerminalBench
+from tests.support.tiny_guests import (
+    HALT,
+    REBOOT,
+    REPORT_0,
+    SPIN,
+    TRIPLE_FAULT,
+    prints,
+    prints_for_ever,
+    waits,
+    write_guest,
+)
+
+pytestmark = pytest.mark.bare
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.2])
+@pytest.mark.parametrize("query", ANSWERS, ids=repr)
+def test_fault_3_an_answer_is_not_left_to_the_shell(
+    tmp_path: Path, query: bytes, late_s: float
+) -> None:
+    kernel = write_guest(tmp_path / "guest", prints(b"asks " + query), REPORT_0)
+    with TerminalBench(answer_after_s=late_s) as bench:
+        bench.run(kernel, "--timeout", "60")
+        assert bench.status() == 0
+        assert query in bench.shown()
+        assert bench.typed_for_the_shell(after_s=late_s + 0.3) == b""
+        assert bench.has_its_modes_back()
+
+
+@pytest.mark.parametrize("ending", [REBOOT, TRIPLE_FAULT, HALT, SPIN, waits(200) + REPORT_0])
+def test_fault_3_however_the_run_ends(tmp_path: Path, ending: bytes) -> None:
+    kernel = write_guest(tmp_path / "guest", prints(b"\x1b[6" + b"n\x1b[c" * 50), ending)
+    with TerminalBench(answer_after_s=0.15) as bench:
+        bench.run(kernel, "--timeout", "2")
+        bench.status()
+        assert bench.typed_for_the_shell(after_s=0.5) == b""
+        assert bench.has_its_modes_back()
+
+
+def test_fault_3_a_guest_that_asks_until_it_is_stopped(tmp_path: Path) -> None:
+    kernel = write_guest(tmp_path / "guest", prints_for_ever(b"\x1b[c."))
+    with TerminalBench(answer_after_s=0.1) as bench:
+        bench.run(kernel, "--timeout", "60")
+        bench.wait_for(b"\x1b[c.")
+        bench.type(b"\x01x")
+        assert bench.status() == 0
+        assert bench.typed_for_the_shell(after_s=0.5) == b""
+
+
+def test_fault_3_what_is_typed_ahead_is_the_guests_and_gone_with_it(tmp_path: Path) -> None:
+    kernel = write_guest(tmp_path / "guest", prints(b"runs"), waits(1 << 20), REPORT_0)
+    with TerminalBench() as bench:
+        bench.run(kernel, "--timeout", "60")
+        bench.wait_for(b"runs")
+        bench.type(b"rm -rf /\n")
+        assert bench.status() == 0
+        assert bench.typed_for_the_shell() == b""
+
+
+def test_fault_3_input_from_a_file_leaves_the_terminals_answers_too(tmp_path: Path) -> None:
+    """Nobody reads the terminal then, and it answers all the same."""
+    kernel = write_guest(tmp_path / "guest", prints(b"\x1b[6n"), REPORT_0)
+    with TerminalBench(answer_after_s=0.2) as bench:
+        bench.run(kernel, "--timeout", "60", files={"<": "/dev/null"})
+        assert bench.status() == 0
+        assert bench.typed_for_the_shell(after_s=0.5) == b""
+
+
+@pytest.mark.parametrize("mode", [b"1000", b"1003;1006", b"1004"])
+def test_fault_3_a_mouse_is_not_reported_to_the_shell(tmp_path: Path, mode: bytes) -> None:
+    kernel = write_guest(tmp_path / "guest", prints(b"\x1b[?" + mode + b"hon"), REPORT_0)
+    with TerminalBench() as bench:
+        bench.run(kernel, "--timeout", "60")
+        assert bench.status() == 0
+        assert b"\x1b[?" + mode.partition(b";")[0] + b"l" in bench.shown().partition(b"hon")[2]
+
+
+def test_fault_3_a_run_that_asks_nothing_ends_at_once(tmp_path: Path) -> None:
+    """Colours, cursor moves and titles are no queries: they cost the end nothing."""
+    text = b"\x1b[0;1;31mred\x1b[0m\x1b[2J\x1b[10;5H\x1b]0;title\x07\x1b[?25l\x1b(B"
+    quiet = write_guest(tmp_path / "quiet", prints(text + b"end"), REPORT_0)
+    asks = write_guest(tmp_path / "asks", prints(text + b"\x1b[6nend"), REPORT_0)
+    took_s = {}
+    for kernel in (quiet, asks):
+        with TerminalBench(answer_after_s=None) as bench:
+            bench.run(kernel, "--timeout", "60")
+            bench.wait_for(b"end")
+            shown_s = time.monotonic()
+            assert bench.status() == 0
+            took_s[kernel] = time.monotonic() - shown_s
+    assert took_s[asks] > 0.9  # what an answer may take
+    assert took_s[quiet] < took_s[asks]

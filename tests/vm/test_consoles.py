@@ -1,0 +1,114 @@
+"""Two consoles of Linux's and one terminal: what is shown, once, and what early input becomes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.guest import (
+    IMAGE,
+    KERNEL,
+    TIMEOUT_S,
+    TOOLS,
+    USER_SPACE,
+    Run,
+    boot,
+    command,
+    environment,
+    run_in_guest,
+)
+from tests.support.stock import BACKPORTS, STABLE, boot_stock
+
+pytestmark = pytest.mark.kvm
+
+OURS = "ours"
+KERNELS = (OURS, STABLE, BACKPORTS)
+START_LOGINS = (
+    "for tty in $(cat /sys/class/tty/console/active; ls /sys/class/tty | grep -x hvc0); do"
+    " echo $tty; done | sort -u | while read tty; do echo login on $tty > /dev/$tty; done;"
+    " sleep 0.5; tty"
+)
+"""A login wherever systemd-getty-generator starts one: on each active console that is no virtual
+terminal, and on hvc0 if it is there."""
+
+
+def run(kernel: str, script: str, append: str, *options: str) -> Run:
+    if kernel == OURS:
+        return boot("--disk", f"{IMAGE},snapshot", *options,
+                    append=f"{append} {run_in_guest(script)}")
+    return boot_stock(kernel, script, *options, append=append)
+
+
+@pytest.mark.parametrize(("consoles", "shown"), [
+    ("", "ttyS0"),
+    ("console=hvc0", "hvc0"),
+    ("console=ttyS0 console=hvc0", "hvc0"),
+    ("console=hvc0 console=ttyS0", "ttyS0"),
+])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fault_34_one_login_is_shown_and_it_gets_the_input(
+    kernel: str, consoles: str, shown: str
+) -> None:
+    seen = run(kernel, START_LOGINS, consoles)
+    assert seen.status == 0, seen.console + seen.messages
+    assert seen.lines("login on ") == [shown], seen.console
+    assert seen.lines(f"/dev/{shown}") == [""], seen.console
+
+
+@pytest.mark.parametrize("consoles", [
+    "", "console=hvc0", "console=ttyS0 console=hvc0", "console=hvc0 console=ttyS0",
+    "console=hvc0 earlyprintk=ttyS0",
+])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fault_34_no_line_of_the_kernels_comes_twice(kernel: str, consoles: str) -> None:
+    seen = run(kernel, "exit 0", f"loglevel=7 {consoles}")
+    assert seen.status == 0, seen.console + seen.messages
+    assert seen.lines(USER_SPACE), seen.console
+    lines = re.findall(r"^\[ *\d+\.\d+\] .*", seen.console, re.MULTILINE)
+    assert len(lines) > 10
+    assert [line for line in lines if lines.count(line) > 1] == []
+    # Only hvc0 alone misses what was said before its driver came.
+    begins = any("Linux version" in line for line in lines)
+    assert begins is (consoles != "console=hvc0" or "Linux version" in seen.console)
+
+
+@pytest.mark.parametrize("options", [
+    ("console=hvc0 quiet",), ("console=hvc0",), ("console=ttyS0 console=hvc0",), ("quiet",), ("",),
+    ("earlyprintk=ttyS0",), ("console=hvc0", "--cpus", "2"), ("", "--cpus", "2"),
+], ids=" ".join)
+def test_faults_30_and_33_early_input_arrives_whole_and_in_order(options: tuple[str, ...]) -> None:
+    count = 150
+    script = "".join(f"echo got $(({number} + 0))\n" for number in range(count)) + "exit 5\n"
+    append, *more = options
+    done = subprocess.run(
+        command("--disk", f"{IMAGE},snapshot", *more, "--timeout", str(TIMEOUT_S),
+                "--append", f"{append} pyvmm.shell"),
+        input=script.encode(), capture_output=True, check=False, env=environment(),
+        timeout=TIMEOUT_S + 60,
+    )
+    console = done.stdout.decode(errors="replace").replace("\r", "")
+    got = [int(number) for number in re.findall(r"^got (\d+)$", console, re.MULTILINE)]
+    assert got == list(range(count)), console + done.stderr.decode()
+    assert done.returncode == 5
+
+
+NO_PCI_WARNING = "PCI: Fatal"
+
+
+@pytest.mark.parametrize("kernel", [STABLE, BACKPORTS, Path("acpi")], ids=str)
+@pytest.mark.parametrize("append", ["", "acpi=off", "pci=off"])
+def test_fault_28_no_kernel_complains_that_there_is_no_pci(
+    kernel: str | Path, append: str
+) -> None:
+    """pci=off is the user's wish, and Linux's answer to it."""
+    if isinstance(kernel, Path):
+        seen = boot("--disk", f"{TOOLS},ro", append=f"{append} {run_in_guest('exit 0')}",
+                    kernel=KERNEL.parent / kernel / "bzImage")
+    else:
+        seen = boot_stock(kernel, "exit 0", append=f"{append} rootdelay=1 panic=-1")
+    finds_disks = isinstance(kernel, Path) or append != "acpi=off"
+    assert bool(seen.lines(USER_SPACE)) is finds_disks, seen.console + seen.messages
+    assert (NO_PCI_WARNING in seen.console) is (append == "pci=off"), seen.console
