@@ -110,7 +110,7 @@ def chain_of(plain: PlainChain) -> Chain:
 
 def plain_work(plain: PlainChain) -> int:
     """Return the work of ``plain`` in a pass, the same as ``chain_work(chain_of(plain))``."""
-    descriptors = 2 + (len(plain[6]) or 1)
+    descriptors = 2 + (len(plain[6]) or bool(plain[3]))
     return plain[3] + PLAIN_HEADER_BYTES + PLAIN_STATUS_BYTES + descriptors * DESCRIPTOR_WORK
 
 

@@ -357,3 +357,22 @@ def test_every_single_oddity_is_seen_by_both(
                 offer = Offer(Round(asks, [], []), [Twist(1, part, field, value)], 1)
                 drivers = [start(rig, BASE | int(FLUSH), packed) for rig in pair]
                 assert_equal(pair, drivers, offer, True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("indirect", [False, True])
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("flushes", [{0}, {1}, {0, 1}, {0, 3}, {2}, set()])
+def test_fault_7_a_pass_ends_at_the_same_chain(
+    pair: tuple[Rig, Rig], packed: bool, indirect: bool, sequential: bool, flushes: set[int]
+) -> None:
+    """A flush is more work than its descriptors show; here it has data, as a read or a write.
+    What is taken along with it may be too much then, in the middle of one transfer."""
+    asks = [
+        Ask(4, 0, [512], False, indirect) if n in flushes
+        else Ask(1, n if sequential else 3 * n, [512], False, indirect)
+        for n in range(5)
+    ]  # fmt: skip
+    drivers = [start(rig, BASE | int(FLUSH), packed) for rig in pair]
+    for _ in range(2):
+        assert assert_equal(pair, drivers, Offer(Round(asks, [], []), [], 1), indirect)

@@ -15,7 +15,7 @@ import pytest
 from pyvmm.memory import GuestMemory
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.virtio.block import BlockConfig, BlockDevice
-from pyvmm.virtio.console import ConsoleDevice
+from pyvmm.virtio.console import MAX_HOLD_S, ConsoleDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy import EntropyDevice
 from pyvmm.virtio.mmio import MmioTransport
@@ -256,7 +256,10 @@ def test_fault_7_a_pass_over_the_console_is_bounded(length: int) -> None:
 def test_fault_7_typed_bytes_ask_for_no_more_than_they_need() -> None:
     """A byte was typed: of 64 buffers the first gets it, and nothing is done with the rest."""
     asked: list[int] = []
-    device = ConsoleDevice(lambda data: None, lambda: asked.append(1))
+    clock_s = iter([0.0, MAX_HOLD_S])  # when it is activated, and when it is asked for input
+    device = ConsoleDevice(
+        lambda data: None, lambda: asked.append(1), clock=lambda: next(clock_s)
+    )
     transport, driver = running(device, 0, 64)
     gpa = driver.alloc(64)
     offer_tables(driver, [writable(gpa + n, 1) for n in range(64)])

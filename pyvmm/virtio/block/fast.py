@@ -61,19 +61,8 @@ class FastPath:
     """
 
     __slots__ = (
-        "_backend",
-        "_done",
-        "_extra_work",
-        "_index",
-        "_may_flush",
-        "_may_write",
-        "_memory",
-        "_merges",
-        "_near",
-        "_near_gpa",
-        "_notify",
-        "_serve",
-        "ring",
+        "_backend", "_done", "_extra_work", "_index", "_may_flush", "_may_write", "_memory",
+        "_merges", "_near", "_near_gpa", "_notify", "_serve", "ring",
     )
 
     def __init__(
@@ -191,9 +180,15 @@ class FastPath:
 
         If there is none any more before the last of them, the rest is not served.
         """
-        behind: list[int] = []  # by how many chains are not served: their work
+        behind: list[int] = []  # by how many chains are unserved: their work
         backend, near, near_gpa, done = self._backend, self._near, self._near_gpa, self._done
         for request_type, offset, buffers, run in self._runs(chains, durable):
+            if behind and left <= 0:  # the pass ends somewhere in the chains that are left
+                unserved = len(chains) - len(done)
+                allowed = sum(left + behind[unserved - n] > 0 for n in range(len(run)))
+                if allowed < len(run):
+                    self._serve_alone(run[:allowed])
+                    break
             status = _OK
             try:
                 if request_type == _IN:
@@ -207,8 +202,6 @@ class FastPath:
                         left -= extra_work
                         if not behind:
                             behind = [0, *itertools.accumulate(map(plain_work, reversed(chains)))]
-                        if left + behind[len(chains) - len(done)] <= 0:
-                            break
                     continue
             except OSError:
                 if len(run) > 1:
