@@ -101,9 +101,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         hvc0 = None
         if config.has_virtio_console:
             from pyvmm.hvc0 import Hvc0
-
-            hvc0 = Hvc0(output.write, runner.input_room, stack, size=console.size,
-                        is_chosen=config.console_is_virtio)
+            hvc0 = Hvc0(output.write, runner.input_room, stack,
+                        terminal_size=lambda: console.size, is_chosen=config.console_is_virtio)
         show = hvc0.show_serial if hvc0 else output.write
         serial = Serial(
             show if config.cpus == 1 else watch.tap(show),
@@ -150,6 +149,12 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             begin=functools.partial(os.eventfd_write, polled_fd, 1),
         )
         pio.add(layout.SERIAL_PORT, Serial.LENGTH, uart)
+
+        def at_end() -> None:
+            uart.flush()
+            if hvc0:
+                hvc0.finish()
+
         for index, vcpu in enumerate(vcpus):
             vcpu.set_cpuid(cpuid.build(
                 kvm.supported_cpuid(), config.cpu, index,
@@ -159,7 +164,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             loops.append(VcpuLoop(
                 vcpu, pio=pio, mmio=mmio, finish=runner.finish, machine=loops,
                 describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
-                at_end=uart.flush, can_be_woken=vm.can_wake,
+                at_end=at_end, can_be_woken=vm.can_wake,
             ))
         # The others wait, in the kernel, for the first one's INIT and SIPI.
         cpu.setup_boot(memory, loops[0].vcpu, kernel)
@@ -170,10 +175,6 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         def refresh() -> None:
             for fd in looks:
                 os.eventfd_write(fd, 1)
-
-        def resize() -> None:
-            if hvc0:
-                hvc0.resize(console.size)
 
         def run() -> Outcome:
             console.begin()
@@ -186,7 +187,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             ]
             # Not on this thread: it moves the console's bytes, for which the device may wait.
             console_sources = [IoSource(polled_fd, uart.tick)]
+            notices: dict[int, Callable[[], None]] = {REFRESH_SIGNAL: refresh}
             if hvc0:
+                notices[RESIZE_SIGNAL] = hvc0.resize
                 slot = slots[len(disks)]
                 resize_news = IoSource(hvc0.resized_fd, slot.transport.config_changed)
                 console_sources += [*slot.sources, resize_news]
@@ -194,9 +197,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             # A thread of its own, since the console's may wait for a terminal that takes nothing.
             workers.append(("entropy", slots[-1].sources))
             outcome = runner.run(
-                vcpus=loops, workers=workers, console=console, output=output,
+                vcpus=loops, workers=workers, console=console, output=output, notices=notices,
                 receive=hvc0.receive if hvc0 and config.console_is_virtio else serial.receive,
-                notices={REFRESH_SIGNAL: refresh, RESIZE_SIGNAL: resize},
                 at_end=[disk.at_end for disk in disks],
             )
             return watch.judge(outcome)

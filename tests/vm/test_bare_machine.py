@@ -18,8 +18,12 @@ from tests.support.kernels import elf
 pytestmark = pytest.mark.bare
 
 
+@pytest.mark.parametrize(("append", "console_sources"), [
+    ("", 1),  # the UART
+    ("console=hvc0", 4),  # typed bytes, output, the terminal's size, the UART
+])
 def test_no_device_waits_for_another_ones_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, append: str, console_sources: int
 ) -> None:
     """Least of all the entropy device for the console, whose terminal may take nothing."""
     threads: dict[str, Sequence[IoSource]] = {}
@@ -37,12 +41,12 @@ def test_no_device_waits_for_another_ones_thread(
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(4096))
         disks.append(parse_disk(f"{tmp_path / name},queues=2"))
-    config = RunConfig(kernel=kernel, disks=tuple(disks), console="none")
+    config = RunConfig(kernel=kernel, disks=tuple(disks), console="none", append=append)
     with build(config, report=Reporter()) as machine:
         machine.run()
     assert {name: len(sources) for name, sources in threads.items()} == {
         "virtio0": 3, "virtio1": 3,  # two queues, and a look at the file's size
-        "console": 4,  # typed bytes, output, the terminal's size, the UART
+        "console": console_sources,
         "entropy": 1,
     }
     fds = [source.fd for sources in threads.values() for source in sources]

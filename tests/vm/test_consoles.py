@@ -95,6 +95,12 @@ def test_faults_30_and_33_early_input_arrives_whole_and_in_order(options: tuple[
     assert done.returncode == 5
 
 
+def test_fault_34_an_initramfs_whose_console_is_a_module_can_say_why_it_gives_up() -> None:
+    seen = boot_stock(STABLE, "exit 0", append="console=hvc0 root=/dev/vdz rootdelay=1 panic=-1")
+    assert seen.status == 121, seen.console + seen.messages
+    assert "cannot mount the root: no /dev/vdz after 1 s; there are: vda" in seen.messages
+
+
 NO_PCI_WARNING = "PCI: Fatal"
 
 
