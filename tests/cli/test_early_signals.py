@@ -72,7 +72,7 @@ def test_fault_24_notices_from_start_to_end_change_nothing(
 
 
 @pytest.mark.bare
-@pytest.mark.parametrize("late_ms", [0, 5, 10, 20, 30, 45, 60, 80, 100, 150, 200, 400])
+@pytest.mark.parametrize("late_ms", [0, 10, 25, 50, 80, 120, 250])
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_fault_24_an_interrupt_is_130_without_a_traceback(
     tmp_path: Path, arguments: list[str], late_ms: int
