@@ -137,6 +137,8 @@ class Runner:
         self._main_thread = threading.current_thread()
         queries = console.queries
         shown = None if queries is None else queries.feed
+        if queries is not None:
+            output.as_shown = console.as_shown
         pump = OutputPump(output, self._lose_output, shown, console.has_reader)
         if not console.has_reader():
             self._report(

@@ -47,6 +47,8 @@ class OutputBuffer:
         self._data = bytearray()
         self._ours = bytearray()
         self._open = True
+        self.as_shown: Callable[[bytes], bytes] = bytes
+        """Makes of the guest's bytes those that are written, as many; the observer has its own."""
         self.taken_bytes = 0
         """Those that the host has taken so far, ours among them."""
         self.line_ended = True
@@ -79,7 +81,7 @@ class OutputBuffer:
         return len(self._data) >= self.CHUNK
 
     def drain(self) -> bytes:
-        """Write what the host takes now of one chunk; the guest's bytes of it.
+        """Write what the host takes now of one chunk; the guest's bytes of it, as shown.
 
         OSError if the host refuses (they are dropped).
         """
@@ -88,12 +90,13 @@ class OutputBuffer:
             chunk = bytes(waiting[: self.CHUNK])
             if not chunk:
                 return b""
+        shown = self.as_shown(chunk) if waiting is self._data else chunk
         done = len(chunk)
         try:
             if self.fd is not None:
                 with contextlib.suppress(BlockingIOError):
                     done = 0
-                    done = write_now(self.fd, chunk)
+                    done = write_now(self.fd, shown)
         except OSError:
             done = len(chunk)
             raise
@@ -106,7 +109,7 @@ class OutputBuffer:
                 self.line_ended = chunk[done - 1] == 0x0A
             if waiting is self._data:
                 self._observe(chunk[:done])
-        return chunk[:done] if waiting is self._data else b""
+        return shown[:done] if waiting is self._data else b""
 
     def give_up(self) -> None:
         """The host takes no more: show what waits to the observer only."""

@@ -10,7 +10,7 @@ import select
 import stat
 import sys
 
-from pyvmm.console.terminal import watch_queries
+from pyvmm.console.terminal import is_behind, watch_queries
 from pyvmm.errors import ConfigError
 
 _DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/", f"/proc/{os.getpid()}/fd/")
@@ -72,6 +72,13 @@ class Console:
             # pipe(7), poll(2): a write end without a reader polls POLLERR.
             self._awaits_reader = any(events & select.POLLERR for _, events in poller.poll(0))
         return not self._awaits_reader
+
+    def as_shown(self, data: bytes) -> bytes:
+        """Return ``data`` of the guest's as it may be shown: in the background without control
+        sequences, because the shell would read what the terminal answers."""
+        if self.queries is None or self.output_fd is None or not is_behind(self.output_fd):
+            return data
+        return self.queries.defused(data)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -34,9 +34,15 @@ class QueryWatch:
             (chr(code).encode() if utf8 else bytes((code,)), sequence)
             for code, sequence in _EIGHT_BIT.items()
         ]
+        begins = {0x1B, _ENQ, *({0xC2} if utf8 else range(0x80, 0xA0))}
+        self._defused = bytes(0x3F if byte in begins else byte for byte in range(256))
         self.asked_s = 0.0
         self.reports: set[int] = set()
         self._partial = b""
+
+    def defused(self, data: bytes) -> bytes:
+        """Return ``data`` with a ``?`` for each byte that begins a sequence, or is a query."""
+        return data.translate(self._defused)
 
     def feed(self, data: bytes) -> None:
         """These bytes were shown, behind those before."""

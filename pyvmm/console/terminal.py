@@ -158,6 +158,14 @@ def is_in_front(fd: int) -> bool:
         return False
 
 
+def is_behind(fd: int) -> bool:
+    """Whether ``fd`` is our controlling terminal, and we are in the background there."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:
+        return False
+
+
 def _is_terminal(fd: int) -> bool:
     try:
         return os.isatty(fd)

@@ -14,6 +14,7 @@ from tests.support.tiny_guests import (
     REPORT_0,
     SPIN,
     TRIPLE_FAULT,
+    echoes,
     prints,
     prints_for_ever,
     waits,
@@ -23,8 +24,9 @@ from tests.support.tiny_guests import (
 pytestmark = pytest.mark.bare
 
 
-@pytest.mark.parametrize("late_s", [0.0, 0.2])
-@pytest.mark.parametrize("query", ANSWERS, ids=repr)
+@pytest.mark.parametrize(
+    ("query", "late_s"), [(b"\x1b[6n", 0.0), *((query, 0.2) for query in ANSWERS)], ids=repr
+)
 def test_fault_3_an_answer_is_not_left_to_the_shell(
     tmp_path: Path, query: bytes, late_s: float
 ) -> None:
@@ -74,6 +76,23 @@ def test_fault_3_input_from_a_file_leaves_the_terminals_answers_too(tmp_path: Pa
         bench.run(kernel, "--timeout", "60", files={"<": "/dev/null"})
         assert bench.status() == 0
         assert bench.typed_for_the_shell(after_s=0.5) == b""
+
+
+def test_fault_3_a_guest_in_the_background_asks_nothing(tmp_path: Path) -> None:
+    """The shell reads the terminal then, at once."""
+    text = b"\x1b[6n\x1b[?1003h\x05\xc2\x9b6n\x9b6n\x1b[0;1mbold \xc3\xa9\n"
+    kernel = write_guest(tmp_path / "guest", prints(text), echoes())
+    with TerminalBench() as bench:
+        bench.run(kernel, "--timeout", "60", background=True)
+        bench.wait_for("bold \u00e9".encode())
+        assert b"\x1b" not in bench.shown()
+        assert bench.typed_for_the_shell(after_s=0.5) == b""
+        bench.fg()
+        time.sleep(1)
+        bench.type(b"\x1b[0m")
+        bench.wait_for(b"\x1b[0m")
+        bench.type(b"\x01x")
+        assert bench.status() == 0
 
 
 @pytest.mark.parametrize("mode", [b"1000", b"1003;1006", b"1004"])
