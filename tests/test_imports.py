@@ -166,6 +166,14 @@ def test_fault_22_an_ordinary_root_costs_a_start_no_import(tmp_path: Path, name:
         "from pyvmm.storage.open import open_backend\n"
         "open_backend(config.disks[0].source, report=print).close()\n"
     )
-    found = new_modules(judge, "--kernel", str(kernel), "--disk", str(disk))
+    options = ("--kernel", str(kernel), "--disk", str(disk))
+    found = new_modules(judge, *options)
     assert not [name for name in found if name.startswith("pyvmm.linux.")]
     assert "pyvmm.storage.image_kinds" not in found
+    judge = judge.replace("assert not run._root", "assert run._root") + (
+        "from pyvmm.cli import explain\n"
+        "assert explain.before(config, is_known=False) == []\n"
+    )
+    found = new_modules(judge, *options, "--append", "root=/dev/vda")
+    for late in ("pyvmm.linux.compression", "pyvmm.linux.config", "pyvmm.x86.inspect", "re"):
+        assert late not in found

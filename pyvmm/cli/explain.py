@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 _NO_ROOT = ("Unable to mount root", "cannot mount the root", "No working init found")
 
 
-def before(config: RunConfig, version: str = "") -> list[str]:
+def before(config: RunConfig, version: str = "", *, is_known: bool = True) -> list[str]:
     """What is known against booting this kernel, whose own text is ``version``, so; [] if nothing.
 
-    Nothing is unpacked for it.
+    Nothing is unpacked for it, and no configuration looked for unless there is one (``is_known``).
     """
     boot = _boot(config, version)
-    return _lines(config, boot, _configuration(config.kernel, boot, unpack=False))
+    kernel_config = _configuration(config.kernel, boot, unpack=False) if is_known else None
+    return _lines(config, boot, kernel_config)
 
 
 def after(

@@ -214,12 +214,11 @@ def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
     kernel = machine.kernel
     if kernel.is_linux and not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
-    if has_known_configuration(config.kernel, kernel.version) or (
-        kernel.is_linux and _root_is_special(config)
-    ):
+    is_known = has_known_configuration(config.kernel, kernel.version)
+    if is_known or (kernel.is_linux and _root_is_special(config)):
         from pyvmm.cli import explain
 
-        for line in explain.before(config, kernel.version):
+        for line in explain.before(config, kernel.version, is_known=is_known):
             report(line)
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if config.memory_bytes > host_bytes:

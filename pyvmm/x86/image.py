@@ -88,7 +88,8 @@ class Kernel(Record):
         if self.protocol:
             words.append(f"boot protocol {dotted(self.protocol)}")
         if self.version:
-            words.append(f"Linux {self.version.split(' ', 1)[0]}")
+            release = f"Linux {self.version.split(' ', 1)[0]}"
+            words.append(release if self.is_linux else self.version)
         words.append(f"{self.entry_kind} at {self.entry:#x}")
         words.append(f"needs RAM from {self.start:#x} to {self.end:#x}")
         return ", ".join(words)

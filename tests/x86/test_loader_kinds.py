@@ -65,6 +65,9 @@ def test_fault_26_only_linux_is_told_that_it_has_no_root(
     path = tmp_path / "kernel"
     path.write_bytes(content)
     assert parsed(path).is_linux is is_linux
+    assert ("Linux " in parsed(path).describe().replace("64-bit Linux entry", "")) is (
+        is_linux and bool(parsed(path).version)
+    )
     # CODE of the synthetic kernels does nothing good; what is said before it runs counts.
     main(["run", "--kernel", str(path), "--console", "none", "--timeout", "1"])
     said = capfd.readouterr().err
