@@ -161,7 +161,9 @@ class Machine:
 
     def _make(self, source: Source, fds: Sequence[int]) -> VirtioDevice:
         if self.kind == "console":
-            self.console = ConsoleDevice(self._show, lambda: None, size=(80, 25))
+            self.console = ConsoleDevice(
+                self._show, lambda: None, size=(80, 25), clock=lambda: self.now_s
+            )
             return self.console
         if self.kind == "entropy":
             return EntropyDevice()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from fuzz.checks import check_printable
 from fuzz.source import Source
 from fuzz.target import Target
+from pyvmm.console.queries import QueryWatch
+from pyvmm.console.typed import EscapeFilter
 from pyvmm.console_watch import SENT_LIMIT, ConsoleWatch
 from pyvmm.outcome import Kind, Outcome
+from pyvmm.report import escape
 
 _MOST_FACTOR = 64
 
@@ -74,6 +78,18 @@ class ConsoleTarget(Target):
             tapped(printed[at : at + SENT_LIMIT // 4])
         assert b"".join(sent) == printed
         watch.panic_reported()
+        for is_utf8 in (False, True):
+            queries = QueryWatch(utf8=is_utf8)
+            for at in range(0, len(printed), step):
+                queries.feed(printed[at : at + step])
+        check_printable(f".{escape(printed.decode('latin-1'))}")
+        check_printable(f".{escape(printed.decode('utf-8', 'surrogateescape'))}")
+        kept = EscapeFilter(_nothing, _nothing, _nothing).feed(printed)
+        assert len(kept) <= len(printed) + 1
+
+
+def _nothing() -> None:
+    """Nobody is told."""
 
 
 def make() -> Target:

@@ -25,6 +25,8 @@ _TIMEOUT_S = 0.3
 _DISK_BYTES = 64 * 512
 _MOST_STEPS = 8
 _NEVER = 0xFFFF
+_MOST_REPORTS = 8
+"""A line for each kind of request that fails, for the connection, and for what is odd."""
 _ERRORS = (0, 0, 0, 0, 1, 5, 12, 22, 28, 75, 95, 108, 7, 0xFFFF_FFFF)
 
 Script = list[tuple[bytes, float]]
@@ -86,7 +88,7 @@ class NbdTarget(Target):
                 _use(disk, step)
             disk.close()
         self._served.get()
-        assert len(reports) <= 2, reports
+        assert len(reports) <= _MOST_REPORTS, reports
         assert all(line.isprintable() for line in reports), reports
         # The descriptor of the server's connection may still be about to be closed.
         assert len(open_fds()) <= len(before) + 1, "descriptors were left behind"

@@ -99,9 +99,10 @@ def _dos(head: bytes, read: Callable[[int], bytes]) -> list[Partition]:
         else:
             add(index + 1, entry, start)
     # Each logical partition has a table of its own, with it and the place of the next such table.
+    # Tables without one are counted as well, or a disk full of them would be read to its end.
     table_at, number = extended, _FIRST_LOGICAL
     been_at = set()
-    while table_at and table_at not in been_at and number < MAX_PARTITIONS:
+    while table_at and table_at not in been_at and max(number, len(been_at)) < MAX_PARTITIONS:
         been_at.add(table_at)
         entries = _dos_entries(read(table_at * _SECTOR)[:_SECTOR])
         table_at, here = 0, table_at

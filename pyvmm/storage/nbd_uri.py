@@ -56,7 +56,7 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
     if len(query) != len(sockets) or parts.fragment or parts.username is not None:
         raise ConfigError(uri, f"has parts that pyvmm does not know; {_FORMS}")
     if not export.isascii() and _is_garbled(export):
-        raise ConfigError(ascii(uri), "its export's name is not UTF-8")
+        raise ConfigError(uri, "its export's name is not UTF-8")
     if len(export.encode()) > _MAX_NAME_BYTES:
         raise ConfigError(uri, f"its export's name is longer than {_MAX_NAME_BYTES} bytes")
     if parts.scheme == "nbd+unix":

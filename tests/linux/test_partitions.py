@@ -106,3 +106,16 @@ def test_no_bytes_are_too_bad_for_a_partition_table(data: bytes, kind: str) -> N
 
     assert len(read_partitions(read)) <= 2 * MAX_PARTITIONS
     assert reads <= MAX_PARTITIONS + 2
+
+
+def test_fuzz_a_chain_of_tables_without_partitions_has_an_end() -> None:
+    def read(at: int) -> bytes:
+        """Every sector is a table that names the next one, on a disk of any size."""
+        reads.append(at)
+        entry = bytes((0, 0, 0, 0, 5, 0, 0, 0))
+        following = entry + (at // 512 + 1).to_bytes(4, "little") + bytes(4)
+        return bytes(446) + following + bytes(48) + b"\x55\xaa"
+
+    reads: list[int] = []
+    assert read_partitions(read) == ()
+    assert len(reads) == 1 + MAX_PARTITIONS
