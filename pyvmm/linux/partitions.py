@@ -101,7 +101,7 @@ def _dos(head: bytes, read: Callable[[int], bytes]) -> list[Partition]:
     # Each logical partition has a table of its own, with it and the place of the next such table.
     # Tables without one are counted as well, or a disk full of them would be read to its end.
     table_at, number = extended, _FIRST_LOGICAL
-    been_at = set()
+    been_at: set[int] = set()
     while table_at and table_at not in been_at and max(number, len(been_at)) < MAX_PARTITIONS:
         been_at.add(table_at)
         entries = _dos_entries(read(table_at * _SECTOR)[:_SECTOR])
