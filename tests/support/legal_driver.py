@@ -137,10 +137,14 @@ class Pending(NamedTuple):
 class Habits(NamedTuple):
     """How a driver goes about it: chances from 0 to 1, and what it asks."""
 
+    far: float
+    """A buffer in the second region of RAM."""
     plain: float
     """Framing that every driver uses: header, one buffer, status."""
     indirect: float
     large_zeroes: float
+    sequential: float
+    """A request of the same kind that goes on where the last one ended."""
     order: str
     """In which order descriptors are taken: "last" (as Linux does), "next" or "any"."""
     kinds: Sequence[int]
@@ -183,6 +187,7 @@ class LegalQueue:
         self._event: int | None = None  # of self.used, with EVENT_IDX
         self.used = 0
         """Elements of a split ring, or slots of a packed one, that were used so far."""
+        self._end: tuple[int, int] | None = None
         self.answers = 0
         for arena in arenas:
             arena.clear()
@@ -211,7 +216,7 @@ class LegalQueue:
         def place(data: bytes, alignment: int = 1) -> int:
             nonlocal blocks
             assert blocks is not None
-            which = rng.random() < 0.15
+            which = rng.random() < self.habits.far
             gpa = -(-(blocks[which] + rng.choice((0, 0, 1, GAP))) // alignment) * alignment
             blocks = (blocks[0], gpa + len(data)) if which else (gpa + len(data), blocks[1])
             self._memory.write(gpa, data)
@@ -260,6 +265,9 @@ class LegalQueue:
         if rng.random() < 0.5:  # close together, so that neighbours are merged and overwritten
             sector = self._first_sector + rng.randrange(32)
         count = rng.choice((1, 1, 2, 8, rng.randrange(1, 17)))
+        if self._end and rng.random() < self.habits.sequential:
+            kind, sector = self._end
+        self._end = (kind, sector + count) if sector % 64 + count < 64 else None
         payload, room, segments = b"", 0, []
         if kind == OUT:
             stamp = rng.randrange(1 << 60)

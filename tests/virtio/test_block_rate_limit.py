@@ -12,7 +12,15 @@ from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.rate_limit import MAX_WAIT_S, RateLimit, RateLimiter
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
-from tests.support.virtio_driver import RAM_BASE, BlockDriver, readable, writable
+from tests.support.packed_driver import FEATURES as PACKED
+from tests.support.packed_driver import PackedDriver
+from tests.support.virtio_driver import (
+    RAM_BASE,
+    STATUS_POISON,
+    BlockDriver,
+    readable,
+    writable,
+)
 
 IN, FLUSH, DISCARD = 0, 4, 11
 
@@ -328,4 +336,29 @@ def test_a_stopped_queue_holds_up_no_other() -> None:
     now_s += 0.1
     assert transport.service(1) is None
     assert len(high.reap()) == 1
+    transport.close()
+
+
+def test_fault_10_slots_of_a_held_chain_that_are_offered_again() -> None:
+    """A packed ring's slots are taken as often as they are given back: what a driver puts over
+    a chain that waits is not served."""
+    config = BlockConfig(queue_size=16, rate_limit=RateLimit(ops_per_s=10, ops_burst=1))
+    device = BlockDevice(config, MemoryBackend(bytearray(512)), clock=lambda: 0.0)
+    memory = GuestMemory.over(bytearray(1 << 17), RAM_BASE)
+    transport = MmioTransport(device, memory, lambda: None, report=print)
+    driver = PackedDriver(transport, memory, size=4)
+    driver.start(PACKED)
+    statuses = []
+    for head in range(4):  # two slots each: the third is where the first was, the last is wrong
+        statuses.append(driver.status_byte())
+        driver.place([readable(driver.header(FLUSH), 16), writable(statuses[-1], 1)], head)
+        if head == 1:
+            assert transport.service(0) == pytest.approx(0.1)
+            assert [used.head for used in driver.reap()] == [0]
+    device.set_rate_limit(RateLimit())
+    while transport.service(0) is not None:
+        pass
+    assert memory.read_int(statuses[1], 1) == 0
+    assert memory.read_int(statuses[3], 1) == STATUS_POISON
+    assert [used.head for used in driver.reap()] == [1, 2]
     transport.close()

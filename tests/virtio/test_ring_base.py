@@ -177,3 +177,20 @@ def test_activation_takes_a_base_too() -> None:
     queue.driver_area, queue.device_area = relay.driver.avail, relay.driver.used
     with pytest.raises(ActivateError, match="ring base 9 is not within 4 of the used index 0"):
         device.activate(relay.memory, relay.interrupts)
+
+
+@KINDS
+def test_a_malformed_chain_stays_where_the_ring_stands(features: int) -> None:
+    """The chains before it are answered, and the base is that of the malformed one."""
+    relay = Relay(features, 8)
+    relay.offer_flush(0)
+    begun = relay.device.stop_queue(0)
+    relay.hand_over(begun)
+    driver = relay.driver
+    driver.place([writable(driver.status_byte(), 1), readable(driver.header(4), 16)], 2)
+    with pytest.raises(RingError, match="device-readable descriptor after"):
+        driver.notify()
+    assert driver.reap() == [(0, 1)]
+    # One entry of a split ring, two slots of a packed one.
+    step = 2 * 0x1_0001 if features & Feature.RING_PACKED else 1
+    assert relay.device.stop_queue(0) == begun + step

@@ -167,9 +167,11 @@ class Episode:
         start = RAM_BASE + self.queue_count * QUEUE_BYTES + index * each
         far = FAR_BASE + index * each
         habits = Habits(
+            far=rng.choice((0.0, 0.05, 0.4)),
             plain=rng.choice((0.0, 0.5, 1.0)),
             indirect=rng.choice((0.0, 0.3, 1.0)),
             large_zeroes=large_zeroes,
+            sequential=rng.choice((0.0, 0.5, 0.95)),
             order=rng.choice(("last", "next", "any")),
             kinds=kinds,
         )
@@ -245,7 +247,7 @@ class Episode:
                 self.act(self.machine.turn)
             elif chance < 0.75:
                 queue.collect(rng.choice((1, 3, MAX_SIZE)))
-            elif chance < 0.78:
+            elif chance < 0.77:
                 self.ask_one_by_one(queue)
             elif chance < 0.8:
                 self.damage()
@@ -296,7 +298,7 @@ class Episode:
 
     def damage(self) -> None:
         """Some sectors go bad, or are well again."""
-        many = self.rng.choice((0, 1, 3))
+        many = self.rng.choice((0, 1, 6))
         starts = range(0, len(self.model.sectors), QUEUE_SECTORS)
         sectors = frozenset(self.rng.choice(starts) + self.rng.randrange(64) for _ in range(many))
         self.say(f"bad sectors: {sorted(sectors)}")
