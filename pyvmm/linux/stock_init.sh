@@ -111,7 +111,7 @@ partition_name() {
 
 # Prints NAME DISK NUMBER PARTUUID PARTLABEL for each partition; "-" for a PARTUUID it does not have.
 list_partitions() {
-  local path disk number uuid label line
+  local path disk number uuid label line table='' table_disk=''
   for path in "$SYS"/block/*/*/partition; do
     path=${path%/partition} uuid='' label=''
     read -r number 2>/dev/null <"$path/partition" || continue
@@ -122,36 +122,44 @@ list_partitions() {
         PARTNAME=*) label=${line#*=} ;;
       esac
     done <"$path/uevent"
-    echo "${path##*/} $disk $number ${uuid:-$(read_partuuid "$disk" "$number")} $label"
+    if [ -z "$uuid" ]; then
+      [ "$disk" = "$table_disk" ] || table=$(read_table "$disk") table_disk=$disk
+      uuid=$(read_partuuid "$disk" "$number" $table)
+    fi
+    echo "${path##*/} $disk $number $uuid $label"
   done
 }
 
-# Prints what PARTUUID= partition $2 of the disk $1 has by its disk's table.
-read_partuuid() {
-  local device=$DEV/$1 block sectors header table size uuid
+# Prints where the entries of the GPT of the disk $1 begin and how long each is; for an MBR, "dos" and
+# the disk's identifier.
+read_table() {
+  local device=$DEV/$1 block sectors header entries
   read -r block <"$SYS/block/$1/queue/logical_block_size"
   read -r sectors <"$SYS/block/$1/size"
-  if has_gpt "$device"; then
-    # A second header lies at the end of the disk (UEFI 2.10, 5.3.2).
-    for header in $block $((sectors * 512 - block)); do
-      [ "$(read_hex "$device" "$header" 8)" = 4546492050415254 ] || continue  # "EFI PART"
-      table=$(read_number "$device" $((header + 72)) 8)
-      size=$(read_number "$device" $((header + 84)) 4)
-      mixed_endian "$(read_hex "$device" $((table * block + ($2 - 1) * size + 16)) 16)"
-      return
-    done
-  fi
-  uuid=$(reversed "$(read_hex "$device" 440 4)")
-  [ -n "$uuid" ] && printf '%s-%02x' "$uuid" "$2" || echo -
+  entries=$(read_hex "$device" 446 64)
+  while [ -n "$entries" ]; do
+    # A GPT has a protective entry, of type 0xee, in the MBR (UEFI 2.10, 5.2.3); its header lies
+    # behind that, a second one at the end of the disk (5.3.2).
+    case $entries in ????????ee*)
+      for header in $block $((sectors * 512 - block)); do
+        [ "$(read_hex "$device" "$header" 8)" = 4546492050415254 ] || continue  # "EFI PART"
+        echo $(($(read_number "$device" $((header + 72)) 8) * block)) \
+          $(($(read_number "$device" $((header + 84)) 4)))
+        return
+      done
+    esac
+    entries=${entries#????????????????????????????????}
+  done
+  echo dos "$(reversed "$(read_hex "$device" 440 4)")"
 }
 
-# Whether the MBR of the device $1 is a GPT's protective one: an entry has type 0xee (5.2.3).
-has_gpt() {
-  local type_at
-  for type_at in 450 466 482 498; do
-    [ "$(read_hex "$1" $type_at 1)" != ee ] || return 0
-  done
-  return 1
+# Prints what PARTUUID= is for partition $2 of the disk $1, whose table is $3 and $4 (read_table).
+read_partuuid() {
+  if [ "$3" = dos ]; then
+    [ -n "$4" ] && printf '%s-%02x' "$4" "$2" || echo -
+  else
+    mixed_endian "$(read_hex "$DEV/$1" $(($3 + ($2 - 1) * $4 + 16)) 16)"
+  fi
 }
 
 # Prints $3 bytes at offset $2 of the device $1 as hexadecimal digits.

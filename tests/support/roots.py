@@ -5,29 +5,47 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+
+from pyvmm.linux import initramfs
 
 MIB = 1 << 20
 INIT = """\
 #!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
 mounted=$(/bin/busybox grep ' / ' /proc/mounts)
 /bin/busybox echo "root is $0 of $(/bin/busybox cat /where), $mounted"
+! /bin/busybox grep -q find-all /proc/cmdline || /bin/busybox sh /find </wanted
 exec /bin/busybox poweroff -f
 """
+FIND = """\
+. /stock_init.sh
+while read -r root; do
+  echo "found $root at $(find_device "$root")"
+done
+"""
+"""Uses the functions of the initramfs's init once more."""
 SIZES_MIB = {"ext4": 16, "squashfs": 16, "btrfs": 128, "xfs": 304}
 """xfs and btrfs take no less; next to nothing of it is written."""
 
 
-def make_tree(tree: Path, where: str) -> Path:
-    """The files of a root whose init says that it is ``where``, and powers off."""
+def make_tree(tree: Path, where: str, wanted: Sequence[str] = ()) -> Path:
+    """The files of a root whose init says that it is ``where``, and powers off; before that, with
+    ``find-all`` on the command line, it finds ``wanted``, each as in ``root=``."""
     for name in ("bin", "sbin", "dev", "proc", "sys"):
         (tree / name).mkdir(parents=True)
     shutil.copy(find_tool("busybox"), tree / "bin" / "busybox")
     for init in ("sbin/init", "bin/other-init"):
         (tree / init).write_text(INIT)
         (tree / init).chmod(0o755)
-    (tree / "where").write_text(f"{where}\n")
+    for applet in initramfs.APPLETS:
+        (tree / "bin" / applet).symlink_to("busybox")
+    shutil.copy(initramfs.INIT, tree / "stock_init.sh")
+    for name, text in (("find", FIND), ("where", f"{where}\n"),
+                       ("wanted", "".join(f"{root}\n" for root in wanted))):
+        (tree / name).write_text(text)
     return tree
 
 
@@ -52,7 +70,9 @@ def _prototype(directory: Path) -> list[str]:
     lines = []
     for path in sorted(directory.iterdir()):
         mode = f"{path.stat().st_mode & 0o777:o}"
-        if path.is_dir():
+        if path.is_symlink():
+            lines.append(f"{path.name} l--777 0 0 {path.readlink()}")
+        elif path.is_dir():
             lines += [f"{path.name} d--{mode} 0 0", *_prototype(path), "$"]
         else:
             lines.append(f"{path.name} ---{mode} 0 0 {path}")

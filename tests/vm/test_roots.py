@@ -35,6 +35,24 @@ label-id: 0x{DOS_ID}
 """
 
 
+WANTED = {
+    "/dev/vda": "/dev/vda", "/dev/vdb6": "/dev/vdb6", "/dev/vdc": "",
+    f"UUID={FILE_SYSTEM_UUID.format(0x11)}": "/dev/vda1",
+    f"UUID={FILE_SYSTEM_UUID.format(0x22)}": "/dev/vdb2",
+    f"UUID={FILE_SYSTEM_UUID.format(0x14)}": "/dev/vda4",
+    "LABEL=gpt3": "/dev/vda3", "LABEL=dos1": "/dev/vdb1", "LABEL=dos6": "/dev/vdb6",
+    f"PARTUUID={GPT_UUID.format(3).upper()}": "/dev/vda3",
+    f"PARTUUID={GPT_UUID.format(1)}/PARTNROFF=3": "/dev/vda4",
+    f"PARTUUID={GPT_UUID.format(9)}": "",
+    f"PARTUUID={DOS_ID.upper()}-01": "/dev/vdb1",
+    f"PARTUUID={DOS_ID}-06": "/dev/vdb6",
+    f"PARTUUID={DOS_ID}-05/PARTNROFF=-3": "/dev/vdb2",
+    "PARTLABEL=btrfs root": "/dev/vda4",
+    "254:3": "/dev/vda3", "fe12": "/dev/vdb2", "254:99": "",
+}
+"""Where each root is; asked on both kernels, of which one says itself what PARTUUIDs there are."""
+
+
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One with a GPT, /dev/vda, and one with an MBR, /dev/vdb; a root on each partition."""
@@ -44,7 +62,8 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         files = {}
         for number, kind in kinds.items():
             name = f"{table}{number}"
-            tree = make_tree(folder / f"{name}.tree", name)
+            wanted = list(WANTED) if name in ("gpt1", "gpt2") else []
+            tree = make_tree(folder / f"{name}.tree", name, wanted)
             files[number] = folder / name
             uuid = FILE_SYSTEM_UUID.format(number + (0x10 if table == "gpt" else 0x20))
             make_file_system(files[number], kind, tree, label=name, uuid=uuid)
@@ -56,27 +75,23 @@ def boot_root(disks: tuple[Path, Path], append: str, name: str = STABLE) -> Run:
     """A boot of the kernel ``name`` as far as the init of the root that ``append`` names."""
     kernel = stock_kernel(name)
     gpt, dos = disks
+    # The base model has no AVX, with which btrfs's modules try themselves, to the lab's ruin.
     return boot(
         "--initrd", kernel.initramfs, "--disk", f"{gpt},snapshot", "--disk", f"{dos},snapshot",
-        append=f"panic=-1 {append}", kernel=kernel.vmlinux,
+        "--cpu", "base", append=f"panic=-1 {append}", kernel=kernel.vmlinux,
     )
 
 
+# In the lab a boot takes 6 s or more, and to load xfs or btrfs again as long: one of each.
 @pytest.mark.parametrize(("append", "root", "kind", "name"), [
-    ("root=/dev/vda2", "gpt2", "squashfs ro", STABLE),
-    ("root=/dev/vdb6 rw rootwait", "dos6", "ext4 rw", STABLE),
+    ("root=/dev/vda2 rootwait find-all", "gpt2", "squashfs ro", STABLE),
+    ('root="PARTLABEL=ext4 root" rw find-all', "gpt1", "ext4 rw", BACKPORTS),
+    (f"root=PARTUUID={GPT_UUID.format(1).upper()}", "gpt1", "ext4 ro", STABLE),
+    (f"root=PARTUUID={DOS_ID}-05/PARTNROFF=1 rw", "dos6", "ext4 rw", STABLE),
     (f"root=UUID={FILE_SYSTEM_UUID.format(0x22)}", "dos2", "xfs ro", STABLE),
-    (f"root=UUID={FILE_SYSTEM_UUID.format(0x14)} rw", "gpt4", "btrfs rw", BACKPORTS),
-    ("root=LABEL=gpt3 rw", "gpt3", "xfs rw", STABLE),
-    ("root=LABEL=dos1", "dos1", "btrfs ro", STABLE),
-    (f"root=PARTUUID={GPT_UUID.format(1)}", "gpt1", "ext4 ro", STABLE),
-    (f"root=PARTUUID={GPT_UUID.format(3).upper()}", "gpt3", "xfs ro", BACKPORTS),
-    (f"root=PARTUUID={DOS_ID.upper()}-05", "dos5", "squashfs ro", STABLE),
-    (f"root=PARTUUID={GPT_UUID.format(1)}/PARTNROFF=3", "gpt4", "btrfs ro", STABLE),
-    (f"root=PARTUUID={DOS_ID}-05/PARTNROFF=-3", "dos2", "xfs ro", STABLE),
-    ('root="PARTLABEL=ext4 root" rw', "gpt1", "ext4 rw", STABLE),
-    ("root=254:3 rootfstype=ext4,xfs rootflags=noatime", "gpt3", "xfs ro,noatime", STABLE),
-    ("root=fe12", "dos2", "xfs ro", STABLE),
+    ("root=LABEL=gpt4 rw", "gpt4", "btrfs rw", STABLE),
+    ("root=254:21 rootfstype=ext4,squashfs rootflags=noatime init=/bin/other-init", "dos5",
+     "squashfs ro,noatime", STABLE),
 ])
 def test_fault_45_every_root_boots(
     append: str, root: str, kind: str, name: str, disks: tuple[Path, Path]
@@ -85,9 +100,13 @@ def test_fault_45_every_root_boots(
     seen = run.console + run.messages
     assert run.status == 0, seen
     (said,) = run.lines("root is ")
-    assert said.startswith(f"/sbin/init of {root}, "), seen
+    init = "/bin/other-init" if "init=" in append else "/sbin/init"
+    assert said.startswith(f"{init} of {root}, "), seen
     assert f" / {kind}" in said, "its type, and ro or rw first among its options"
     assert "CONFIG_" not in run.messages
+    if "find-all" in append:
+        found = dict(line.split(" at ") for line in run.lines("found "))
+        assert found == WANTED, seen
 
 
 def test_fault_45_what_is_there_names_partitions(disks: tuple[Path, Path]) -> None:
@@ -99,8 +118,3 @@ def test_fault_45_what_is_there_names_partitions(disks: tuple[Path, Path]) -> No
     called = run.lines("pyvmm-initramfs: ")
     assert f"vda3 is PARTUUID={GPT_UUID.format(3)} PARTLABEL=xfs root" in called, seen
     assert f"vdb6 is PARTUUID={DOS_ID}-06" in called, seen
-
-
-def test_fault_45_an_init_of_its_own(disks: tuple[Path, Path]) -> None:
-    run = boot_root(disks, "root=/dev/vda1 init=/bin/other-init")
-    assert run.lines("root is /bin/other-init of gpt1"), run.console + run.messages
