@@ -19,6 +19,8 @@ TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-s
 	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs
+# A Debian of its own for the tests: build/debian.img.
+DEBIAN_PACKAGES := mmdebstrap debian-archive-keyring kmod e2fsprogs
 BENCH_PACKAGES := gcc binutils libc6-dev linux-libc-dev qemu-system-x86 qemu-system-common
 TOOLS := /usr/bin/fio /usr/bin/chrt /sbin/mke2fs /sbin/e2fsck /sbin/blkdiscard
 
@@ -52,7 +54,7 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run run-packages shell test test-packages test-kernels lint unit vm-test soak fuzz kernel stock
+.PHONY: help run run-packages shell test test-packages test-kernels lint unit vm-test soak fuzz kernel stock debian
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -67,7 +69,7 @@ run-packages:
 	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES))
 
 test-packages:
-	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES) $(LAB_PACKAGES) $(TEST_PACKAGES) $(TOOL_PACKAGES) $(BENCH_PACKAGES))
+	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES) $(LAB_PACKAGES) $(TEST_PACKAGES) $(TOOL_PACKAGES) $(DEBIAN_PACKAGES) $(BENCH_PACKAGES))
 
 shell: override ARGS += --append pyvmm.shell
 shell: run ## the same, with a shell on the guest's console (Ctrl-A x quits)
@@ -106,7 +108,7 @@ unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guest
 	fi
 	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
 
-vm-test: dev kernel image build/tools.img build/acpi/bzImage stock ## Linux guests; in the lab where this host's KVM cannot
+vm-test: dev kernel image build/tools.img build/acpi/bzImage stock debian ## Linux guests; in the lab where this host's KVM cannot
 	@$(call choose_host,--timeout 2400 --memory 3G)
 	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
 	status=0
@@ -150,6 +152,11 @@ stock: venv ## Debian's own kernels, for the tests (cached; build/debian*.txt sa
 	@mkdir -p build
 	$(BIN)/pyvmm kernel fetch debian >build/debian.txt
 	$(BIN)/pyvmm kernel fetch debian --backports >build/debian-backports.txt
+
+# Of the kernel that `stock` fetches, so asked every time; from the cache unless apt knows a newer one.
+debian: venv stock ## build/debian.img: Debian with systemd, for the tests (cached)
+	@$(call need,$(DEBIAN_PACKAGES))
+	$(BIN)/python guest/build_debian.py --out build/debian.img
 
 image: build/root.img build/test.img ## build/root.img: busybox on ext4, 64 MiB (test.img: for the tests)
 

@@ -17,9 +17,13 @@ BINARY = "qemu-system-x86_64"
 PORT_NUMBERS = {"terminal": 0, "in": 1, "out": 2, "err": 3, "control": 4}
 """The virtio-serial ports; ``init.sh`` knows the numbers too.  0 can be a console: hvc0."""
 
-CPU = "max,+svm,-la57,-xsave,-cx16"
+CPU = (
+    "max,+svm,-la57,-cx16,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-fma,-f16c,-vaes,"
+    "-vpclmulqdq,-mpx,-pku"
+)
 """Four-level paging is cheaper to emulate.  Without xsave: QEMU's SVM does not intercept XSETBV, so
-a guest's guest would change state that its KVM does not know of (Linux there warns of it)."""
+a guest's guest would change state that its KVM does not know of (Linux there warns of it).  QEMU
+leaves in what rests on xsave, and Linux would use it: take that away by name."""
 
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 panic=-1 tsc=reliable nokaslr norandmaps mitigations=off init_on_alloc=0 "

@@ -137,10 +137,10 @@ def backports_apt(cache: Path, say: Say) -> Apt:
     It needs no root and changes nothing of the host's apt, whose mirror, proxies and keys it uses.
     The lists are refreshed if there is a network.  HostError if this is not Debian.
     """
-    codename = _codename()
+    release = codename()
     if not KEYRING.exists():
         raise HostError(f"{KEYRING} is missing; run: {install_command(['debian-archive-keyring'])}")
-    suite = f"{codename}-backports"
+    suite = f"{release}-backports"
     directory = cache / f"apt-{suite}"
     try:
         for name in ("lists/partial", "cache/archives/partial"):
@@ -149,7 +149,7 @@ def backports_apt(cache: Path, say: Say) -> Apt:
         sources = directory / "sources.list"
         with trust.replacing(sources) as unfinished:
             Path(unfinished).write_text(
-                f"deb [arch=amd64 signed-by={KEYRING}] {_mirror(codename)} {suite} main\n"
+                f"deb [arch=amd64 signed-by={KEYRING}] {mirror(release)} {suite} main\n"
             )
     except OSError as error:
         raise HostError(f"cannot use the cache {directory}: {error}") from error
@@ -182,7 +182,7 @@ def unpack(archive: Path, into: Path) -> None:
     archive.unlink()
 
 
-def _codename() -> str:
+def codename() -> str:
     """This Debian's release, such as bookworm."""
     try:
         release = platform.freedesktop_os_release()
@@ -190,15 +190,15 @@ def _codename() -> str:
         release = {}
     if release.get("ID") != "debian" or not release.get("VERSION_CODENAME"):
         raise HostError(f"this host is {release.get('PRETTY_NAME', 'of no known kind')}, "
-                        "and only Debian has backports")
+                        "and only Debian has its packages")
     return release["VERSION_CODENAME"]
 
 
-def _mirror(codename: str) -> str:
-    """Where this host's apt finds its release."""
+def mirror(release: str) -> str:
+    """Where this host's apt finds its ``release``, such as bookworm."""
     targets = run_tool(
         ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"],
         "apt-get cannot say where its packages come from",
     )
     pairs = (line.partition(" ") for line in targets.splitlines())
-    return next((uri for release, _, uri in pairs if release == codename), DEFAULT_MIRROR)
+    return next((uri for name, _, uri in pairs if name == release), DEFAULT_MIRROR)

@@ -33,8 +33,8 @@ WORDS: Mapping[Word, str] = MappingProxyType({
     ),
     (7, 0, "ecx"): (
         "- avx512vbmi umip pku ospke waitpkg avx512_vbmi2 shstk gfni vaes vpclmulqdq"
-        " avx512_vnni avx512_bitalg tme avx512_vpopcntdq - la57 - - - - - rdpid - bus_lock_detect"
-        " cldemote - movdiri movdir64b enqcmd sgx_lc pks"
+        " avx512_vnni avx512_bitalg tme avx512_vpopcntdq - la57 - - - - - rdpid keylocker"
+        " bus_lock_detect cldemote - movdiri movdir64b enqcmd sgx_lc pks"
     ),
     (7, 0, "edx"): (
         "- - avx512_4vnniw avx512_4fmaps fsrm uintr - - avx512_vp2intersect srbds_ctrl md_clear"
@@ -43,10 +43,20 @@ WORDS: Mapping[Word, str] = MappingProxyType({
         " spec_ctrl_ssbd"
     ),
     (7, 1, "eax"): (
-        "sha512 sm3 sm4 - avx_vnni avx512_bf16 - cmpccxadd - - fzrm fsrs fsrc - - - - - - - -"
-        " amx_fp16 - avx_ifma"
+        "sha512 sm3 sm4 - avx_vnni avx512_bf16 lass cmpccxadd arch_perfmon_ext - fzrm fsrs fsrc"
+        " - - - - fred lkgs wrmsrns - amx_fp16 hreset avx_ifma - - lam msrlist - - - movrs"
     ),
+    (7, 1, "edx"): (
+        "- - - - avx_vnni_int8 avx_ne_convert - - amx_complex - avx_vnni_int16 - - - prefetchiti"
+        " user_msr - - cet_sss avx10 - apx"
+    ),
+    (7, 2, "edx"): "intel_psfd ipred_ctrl rrsba_ctrl ddpd_u bhi_ctrl mcdt_no",
     (0xD, 1, "eax"): "xsaveopt xsavec xgetbv1 xsaves xfd",
+    (0x12, 0, "eax"): "sgx1 sgx2 - - - - - - - - - sgx_edeccssa",
+    (0x1E, 1, "eax"): (
+        "amx_int8 amx_bf16 amx_complex amx_fp16 amx_fp8 - amx_tf32 amx_avx512 amx_movrs"
+    ),
+    (0x24, 0, "ebx"): "- - - - - - - - - - - - - - - - avx10_128 avx10_256 avx10_512",
     (0x8000_0001, 0, "edx"): (
         "fpu vme de pse tsc msr pae mce cx8 apic - syscall mtrr pge mca cmov"
         " pat pse36 - mp nx - mmxext mmx fxsr fxsr_opt pdpe1gb rdtscp - lm 3dnowext 3dnow"
@@ -56,41 +66,105 @@ WORDS: Mapping[Word, str] = MappingProxyType({
         " xop skinit wdt - lwp fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext"
         " ptsc perfctr_llc mwaitx"
     ),
+    (0x8000_0007, 0, "ebx"): "overflow_recov succor - smca",
     (0x8000_0007, 0, "edx"): "- - - - - - - - constant_tsc",
     (0x8000_0008, 0, "ebx"): (
-        "clzero irperf xsaveerptr - rdpru - - - - wbnoinvd - - ibpb - ibrs amd_stibp - - - - - -"
-        " - amd_ppin amd_ssbd virt_ssbd"
+        "clzero irperf xsaveerptr invlpgb rdpru - - - - wbnoinvd - - ibpb - ibrs amd_stibp -"
+        " amd_stibp_always_on - - - - - amd_ppin amd_ssbd virt_ssbd amd_ssb_no cppc amd_psfd"
+        " btc_no amd_ibpb_ret brs"
     ),
+    (0x8000_000A, 0, "edx"): (
+        "npt lbrv svm_lock nrip_save tsc_scale vmcb_clean flushbyasid decodeassists - - pausefilter"
+        " - pfthreshold avic - v_vmsave_vmload vgif - x2avic - v_spec_ctrl - - - - vnmi - -"
+        " svme_addr_chk"
+    ),
+    (0x8000_001F, 0, "eax"): "sme sev - sev_es sev_snp - - - - - - - - - debug_swap",
+    (0x8000_0021, 0, "eax"): (
+        "no_nested_data_bp - lfence_rdtsc - - - null_sel_clr_base - autoibrs no_smm_ctl_msr - - -"
+        " - - - - - - - - - - - - - - sbpb ibpb_brtype srso_no"
+    ),
+    (0x8000_0022, 0, "eax"): "perfmon_v2 amd_lbr_v2",
     (KVM_CPUID_FEATURES, 0, "eax"): (
         "kvmclock kvm_nopiodelay kvm_mmu kvmclock kvm_asyncpf kvm_steal_time kvm_pv_eoi"
         " kvm_pv_unhalt - kvm_pv_tlb_flush kvm_asyncpf_vmexit kvm_pv_ipi kvm_poll_control"
-        " kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id - - - - - - - - kvmclock_stable"
+        " kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id"
+        " kvm_hc_map_gpa_range kvm_migration_control - - - - - - kvmclock_stable"
     ),
 })  # fmt: skip
 
-# A feature and those that make no sense without it (Linux: arch/x86/kernel/cpu/cpuid-deps.c).
+# A feature and those that make no sense without it.  Linux: arch/x86/kernel/cpu/cpuid-deps.c;
+# QEMU: feature_dependencies in target/i386/cpu.c; KVM: kvm_set_cpu_caps in arch/x86/kvm/cpuid.c.
+# A feature stands in front of what rests on it.
 DEPENDENTS: Mapping[str, str] = MappingProxyType({
     "fpu": "fxsr mmx",
+    "mmx": "mmxext 3dnow",
+    "3dnow": "3dnowext",
     "fxsr": "sse fxsr_opt",
-    "sse": "sse2",
+    "sse": "sse2 misalignsse",
     "sse2": "pni pclmulqdq aes sha_ni gfni xsave",
-    "pni": "ssse3",
+    "pni": "ssse3 sse4a",
     "ssse3": "sse4_1",
     "sse4_1": "sse4_2",
-    "xsave": "osxsave xsaveopt xsavec xsaves xgetbv1 xfd xsaveerptr avx mpx pku amx_tile",
-    "avx": "avx2 fma f16c fma4 xop vaes vpclmulqdq avx_vnni avx_ifma sha512 sm3 sm4",
-    "avx2": "avx512f",
+    "aes": "vaes keylocker",
+    "pclmulqdq": "vpclmulqdq",
+    "xsave": (
+        "osxsave xsaveopt xsavec xsaves xgetbv1 xfd xsaveerptr avx mpx pku amx_tile apx lwp"
+    ),
+    "xgetbv1": "xfd",
+    "xsaves": "xfd shstk uintr enqcmd",
+    "xfd": "amx_tile",
+    "avx": (
+        "avx2 fma f16c fma4 xop vaes vpclmulqdq avx_vnni avx_vnni_int8 avx_vnni_int16 avx_ifma"
+        " avx_ne_convert sha512 sm3 sm4"
+    ),
+    "avx2": "avx512f avx10",
     "avx512f": (
         "avx512dq avx512ifma avx512pf avx512er avx512cd avx512bw avx512vl avx512_vnni"
         " avx512_vpopcntdq avx512_4vnniw avx512_4fmaps avx512_vp2intersect"
     ),
     "avx512bw": "avx512vbmi avx512_vbmi2 avx512_bitalg avx512_bf16 avx512_fp16",
+    "avx512vl": "avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vp2intersect avx512_bf16",
+    "avx10": "avx10_128",
+    "avx10_128": "avx10_256",
+    "avx10_256": "avx10_512",
     "pku": "ospke",
-    "amx_tile": "amx_bf16 amx_int8 amx_fp16",
+    "amx_tile": (
+        "amx_bf16 amx_int8 amx_fp16 amx_complex amx_fp8 amx_tf32 amx_avx512 amx_movrs"
+    ),
+    "erms": "fsrm fzrm fsrs fsrc",
+    "pse": "pse36",
+    "pae": "nx lm",
+    "lm": "cx16 fsgsbase la57 lahf_lm lam pcid pdpe1gb fred",
+    "pcid": "invpcid invlpgb",
+    "smap": "lass",
+    "lkgs": "fred",
+    "wrmsrns": "fred",
+    "apic": "x2apic extapic tsc_deadline_timer",
+    "tsc": "rdtscp tsc_adjust tsc_deadline_timer constant_tsc",
+    "mce": "mca",
+    "mca": "overflow_recov succor smca",
+    "dts": "dtes64 ds_cpl",
+    "rtm": "tsxldtrk",
+    "perfctr_core": "perfmon_v2",
+    "spec_ctrl": "spec_ctrl_ssbd intel_psfd ipred_ctrl rrsba_ctrl ddpd_u bhi_ctrl",
+    "amd_stibp": "amd_stibp_always_on",
+    "svm": (
+        "skinit npt lbrv svm_lock nrip_save tsc_scale vmcb_clean flushbyasid decodeassists"
+        " pausefilter pfthreshold avic v_vmsave_vmload vgif v_spec_ctrl svme_addr_chk sme sev"
+    ),
+    "avic": "x2avic",
+    "vgif": "vnmi",
+    "sev": "sev_es",
+    "sev_es": "sev_snp debug_swap",
+    "sgx": "sgx_lc sgx1",
+    "sgx1": "sgx2 sgx_edeccssa",
     "kvmclock": "kvmclock_stable",
     "kvm_asyncpf": "kvm_asyncpf_vmexit kvm_asyncpf_int",
-    "sgx": "sgx_lc",
+    "kvm_steal_time": "kvm_pv_tlb_flush kvm_pv_sched_yield",
 })  # fmt: skip
+
+# Virtualization inside the guest.  Nobody saves its state, and it is a large surface: on request.
+NESTED = frozenset({"svm", "vmx"})
 
 # What a 64-bit Linux is built to rely on (arch/x86/include/asm/required-features.h), its system
 # calls and its interrupts.  It does not look for most of them, and nor do programs.
@@ -101,17 +175,32 @@ ESSENTIAL = (
 # Leaves that describe one feature, and go with it.
 LEAVES: Mapping[str, frozenset[int]] = MappingProxyType({
     "xsave": frozenset({0xD}),
+    "cqm": frozenset({0xF}),
+    "rdt_a": frozenset({0x10}),
     "sgx": frozenset({0x12}),
     "intel_pt": frozenset({0x14}),
+    "keylocker": frozenset({0x19}),
+    "pconfig": frozenset({0x1B}),
+    "arch_lbr": frozenset({0x1C}),
     "amx_tile": frozenset({0x1D, 0x1E}),
-    "svm": frozenset({0x8000_000A}),
+    "hreset": frozenset({0x20}),
+    "arch_perfmon_ext": frozenset({0x23}),
+    "avx10": frozenset({0x24}),
+    "svm": frozenset({0x8000_000A, 0x8000_001F}),
+    "ibs": frozenset({0x8000_001B}),
+    "lwp": frozenset({0x8000_001C}),
     "topoext": frozenset({0x8000_001D, 0x8000_001E}),
 })
 
-# The state components of leaf 0xD (bits of XCR0 and IA32_XSS) that belong to a feature.
-COMPONENTS: Mapping[str, int] = MappingProxyType(
-    {"avx": 1 << 2, "mpx": 3 << 3, "avx512f": 7 << 5, "pku": 1 << 9, "amx_tile": 3 << 17}
-)
+# The state components of leaf 0xD (bits of XCR0 and IA32_XSS), and whose they are: one is enough.
+COMPONENTS: tuple[tuple[int, str], ...] = (
+    (1 << 2, "avx"), (3 << 3, "mpx"), (7 << 5, "avx512f avx10"), (1 << 8, "intel_pt"),
+    (1 << 9, "pku"), (1 << 10, "enqcmd"), (3 << 11, "shstk ibt"), (1 << 14, "uintr"),
+    (1 << 15, "arch_lbr"), (3 << 17, "amx_tile"), (1 << 19, "apx"), (1 << 62, "lwp"),
+)  # fmt: skip
+
+# Features that code uses on CPUID's word alone, Linux's own included, and their components.
+STATEFUL: Mapping[str, int] = MappingProxyType({"avx": 1 << 2, "avx512f": 7 << 5, "pku": 1 << 9})
 
 
 def _positions() -> dict[str, list[tuple[Word, int]]]:
@@ -124,6 +213,9 @@ def _positions() -> dict[str, list[tuple[Word, int]]]:
 
 
 POSITIONS: Mapping[str, list[tuple[Word, int]]] = MappingProxyType(_positions())
+
+# Features that a second leaf repeats.
+REPEATED = tuple(name for name, found in POSITIONS.items() if found[0][0] != found[-1][0])
 
 
 def with_dependents(names: Iterable[str]) -> frozenset[str]:

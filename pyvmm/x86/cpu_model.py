@@ -31,7 +31,7 @@ class RegisterMask(Record):
 
 
 class CpuModel(Record):
-    """The host's CPU, less what is masked.
+    """The host's CPU, less what is masked; without nested virtualization unless that is demanded.
 
     ``functions`` are the only leaves left, or None for all; then ``masks`` apply, then the features
     in ``removed`` go, even those that a mask demands.  What rests on a feature goes with it, by

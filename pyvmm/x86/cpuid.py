@@ -13,9 +13,14 @@ from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
 from pyvmm.kvm.handles import CpuidEntry
 from pyvmm.x86.cpu_features import (
     COMPONENTS,
+    DEPENDENTS,
     ESSENTIAL,
     LEAVES,
+    NESTED,
     POSITIONS,
+    REPEATED,
+    STATEFUL,
+    WORDS,
     Word,
     bit_name,
     with_dependents,
@@ -31,6 +36,10 @@ _RANGES = (0, 0x8000_0000)  # leaves that say in eax which is the last one of th
 _RANGE_LEAVES = 0x1000_0000
 _ADDRESS_SIZES = 0x8000_0008
 _MIN_PHYSICAL_BITS = 36  # what every 64-bit processor has
+_LINEAR_BITS = 48  # with four levels of page tables; la57 has five
+_LINEAR_ADDRESS = f"leaf {_ADDRESS_SIZES:#x} eax, the size of a linear address"
+
+_WORD = 0xFFFF_FFFF
 
 _Entries = dict[tuple[int, int], CpuidEntry]
 
@@ -48,21 +57,28 @@ def build(
 
     ``supported`` is ``Kvm.supported_cpuid()``.  Two things that it never says are added: the
     hypervisor bit, and the TSC deadline timer if KVM has KVM_CAP_TSC_DEADLINE_TIMER
-    (``tsc_deadline``).  ConfigError if the model asks for what is not there, takes away what no
-    64-bit Linux runs without, or leaves too few bits of physical address to reach ``memory_end``,
-    the address behind the guest's memory.
+    (``tsc_deadline``).  The result is closed: no feature is there without what it rests on,
+    whatever KVM offers.  ``svm`` and ``vmx`` are there only if the model asks for them.
+    ConfigError if the model asks for what is not there, takes away what no 64-bit Linux runs
+    without, or leaves too few bits of physical address to reach ``memory_end``, the address behind
+    the guest's memory.
     """
     entries = {(entry.function, entry.index): entry for entry in supported}
     _set_feature(entries, "hypervisor", True)
     if tsc_deadline:
         _set_feature(entries, "tsc_deadline_timer", True)
+    for name in NESTED - _asked_for(model):
+        _set_feature(entries, name, False)
+    _close(entries)
     _check_host(entries, model)
     takes_away = model.functions is not None or model.masks or model.removed
     before = _essentials(entries) if takes_away else {}
     host_bits = _physical_bits(entries)
-    _apply(entries, model)
-    _check_result(entries, model)
     if takes_away:
+        _apply(entries, model)
+        _check_result(entries, model)
+        if not _has_feature(entries, "la57"):
+            before[_LINEAR_ADDRESS] = min(before[_LINEAR_ADDRESS], _LINEAR_BITS)
         _check_essentials(before, _essentials(entries), model)
         _check_physical_bits(host_bits, _physical_bits(entries), memory_end, model)
     _describe_kvm(entries)
@@ -102,7 +118,7 @@ def _essentials(entries: _Entries) -> dict[str, int]:
         last = _register(entries, (first, 0, "eax"))
         found[f"leaf {first:#x} eax, the number of the last leaf"] = int(last > first)
     linear = _register(entries, (_ADDRESS_SIZES, 0, "eax")) >> 8 & 0xFF
-    found[f"leaf {_ADDRESS_SIZES:#x} eax, the size of a linear address"] = linear
+    found[_LINEAR_ADDRESS] = linear
     return found
 
 
@@ -164,7 +180,85 @@ def _apply(entries: _Entries, model: CpuModel) -> None:
         # A feature that lost one of its bits is to be gone from every leaf that repeats it.
         lost = before - _bits_set(entries)
         gone |= {name for name, positions in POSITIONS.items() if lost.intersection(positions)}
-    _remove(entries, with_dependents(gone))
+    for name in gone:
+        _set_feature(entries, name, False)
+    _close(entries)
+
+
+def _asked_for(model: CpuModel) -> set[str]:
+    """The features of NESTED that ``model`` demands, or whose dependents it demands."""
+    demanded = model.required | {
+        bit_name(mask.word, bit)
+        for mask in model.masks for bit in range(32) if mask.demand >> bit & 1
+    }
+    return {name for name in NESTED if demanded and demanded & with_dependents([name])}
+
+
+def _close(entries: _Entries) -> None:
+    """Take away all that rests on what is not there; a second time there is nothing to take."""
+    values = {word: _register(entries, word) for word in WORDS}
+
+    def has(name: str) -> bool:
+        first = POSITIONS[name][0][0]
+        return any(values[first] >> bit & 1 for word, bit in POSITIONS[name] if word == first)
+
+    def clear(name: str) -> None:
+        for word, bit in POSITIONS[name]:
+            values[word] &= ~(1 << bit)
+
+    state = entries.get((0xD, 0))
+    if state is None:
+        clear("xsave")
+    else:
+        for name, bits in STATEFUL.items():
+            if bits & ~state.eax:
+                clear(name)
+    for name in REPEATED:
+        if not has(name):
+            clear(name)
+    for name, dependents in DEPENDENTS.items():  # in this order one pass is enough
+        if not has(name):
+            for dependent in dependents.split():
+                clear(dependent)
+    for word, value in values.items():
+        function, index, register = word
+        if value != _register(entries, word):
+            entries[function, index] = _with(entries[function, index], {register: value})
+    leaves = {leaf for name, owned in LEAVES.items() if not has(name) for leaf in owned}
+    for key in [key for key in entries if key[0] in leaves]:
+        del entries[key]
+    _close_components(entries)
+    sizes = entries.get((_ADDRESS_SIZES, 0))
+    if sizes is not None and not has("la57"):
+        linear = min(sizes.eax >> 8 & 0xFF, _LINEAR_BITS)
+        entries[_ADDRESS_SIZES, 0] = sizes.replace(eax=sizes.eax & ~0xFF00 | linear << 8)
+
+
+def _close_components(entries: _Entries) -> None:
+    """Take out of leaf 0xD the state of features that are gone, and correct the area's size."""
+    head, more = entries.get((0xD, 0)), entries.get((0xD, 1))
+    if head is None:
+        return
+    ownerless = 0
+    for bits, owners in COMPONENTS:
+        if not any(_has_feature(entries, owner) for owner in owners.split()):
+            ownerless |= bits
+    user = (head.eax | head.edx << 32) & ~ownerless
+    supervisor = 0
+    if more is not None:
+        if _has_feature(entries, "xsaves"):
+            supervisor = (more.ecx | more.edx << 32) & ~ownerless
+        entries[0xD, 1] = more.replace(ecx=supervisor & _WORD, edx=supervisor >> 32)
+    size = _LEGACY_XSAVE_BYTES
+    for (function, index), entry in list(entries.items()):
+        if function != 0xD or index < 2:
+            continue
+        if not (user | supervisor) >> index & 1:
+            del entries[function, index]
+        elif user >> index & 1:  # eax is its size, ebx its offset
+            size = max(size, entry.eax + entry.ebx)
+    if user != head.eax | head.edx << 32:
+        entries[0xD, 0] = head.replace(eax=user & _WORD, edx=user >> 32, ebx=size, ecx=size)
 
 
 def _keep_functions(entries: _Entries, functions: frozenset[int]) -> None:
@@ -197,7 +291,10 @@ def _bits_set(entries: _Entries) -> set[tuple[Word, int]]:
 
 
 def _has_feature(entries: _Entries, name: str) -> bool:
-    return any(_register(entries, word) >> bit & 1 for word, bit in POSITIONS[name])
+    """True if the first leaf that can say so does; the others only repeat it."""
+    first = POSITIONS[name][0][0]
+    value = _register(entries, first)
+    return any(value >> bit & 1 for word, bit in POSITIONS[name] if word == first)
 
 
 def _set_feature(entries: _Entries, name: str, on: bool) -> None:
@@ -206,43 +303,14 @@ def _set_feature(entries: _Entries, name: str, on: bool) -> None:
         function, index, register = word
         entry = entries.get((function, index))
         if entry is not None:
-            value = _register(entries, word)
-            value = value | 1 << bit if on else value & ~(1 << bit)
-            entries[function, index] = _with(entry, {register: value})
+            value = getattr(entry, register)
+            changed = value | 1 << bit if on else value & ~(1 << bit)
+            if changed != value:
+                entries[function, index] = _with(entry, {register: changed})
 
 
 def _with(entry: CpuidEntry, registers: Mapping[str, int]) -> CpuidEntry:
     return entry.replace(**registers)
-
-
-def _remove(entries: _Entries, names: frozenset[str]) -> None:
-    gone: frozenset[int] = frozenset()
-    for name in names:
-        _set_feature(entries, name, False)
-        gone |= LEAVES.get(name, frozenset())
-    for key in [key for key in entries if key[0] in gone]:
-        del entries[key]
-    components = 0
-    for name in names & COMPONENTS.keys():
-        components |= COMPONENTS[name]
-    if components:
-        _remove_components(entries, components)
-
-
-def _remove_components(entries: _Entries, components: int) -> None:
-    """Take state components out of leaf 0xD, and make its area size that of those left."""
-    head = entries.get((0xD, 0))
-    if head is None:
-        return
-    size = _LEGACY_XSAVE_BYTES
-    for (function, index), entry in list(entries.items()):
-        if function != 0xD or index < 2:
-            continue
-        if components >> index & 1:
-            del entries[function, index]
-        elif head.eax >> index & 1:  # a user component: eax is its size, ebx its offset
-            size = max(size, entry.eax + entry.ebx)
-    entries[0xD, 0] = head.replace(eax=head.eax & ~components, ebx=size, ecx=size)
 
 
 def _describe_kvm(entries: _Entries) -> None:

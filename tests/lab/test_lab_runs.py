@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cpu_needs import contradictions
 from tests.support.patience import patient
 from tests.support.terminal_bench import TerminalBench
 
@@ -61,6 +62,15 @@ def test_a_command_runs_as_if_it_were_here(checkout: Path, tmp_path: Path) -> No
     assert status == 7
     assert (checkout / "file").read_text() == "kept\n"
     assert not outside.exists()
+
+
+def test_fault_29_its_cpu_does_not_contradict_itself(checkout: Path) -> None:
+    status, out, err = lab("--", "grep", "-m1", "^flags", "/proc/cpuinfo")
+    assert (status, err) == (0, b"")
+    flags = out.decode("ascii").partition(": ")[2].split()
+    assert {"svm", "sse2", "aes"} <= set(flags)
+    assert "xsave" not in flags, "it would change state that the host's KVM does not know of"
+    assert contradictions(flags) == []
 
 
 def test_large_streams_arrive_whole_both_ways(checkout: Path) -> None:
