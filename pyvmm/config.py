@@ -5,7 +5,6 @@ from __future__ import annotations
 from pyvmm.command_line import consoles_of, words_of
 from pyvmm.errors import ConfigError
 from pyvmm.lean import TYPE_CHECKING, Record
-from pyvmm.numerals import decimal_number, shown, whole_number
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import CpuModel
@@ -25,14 +24,13 @@ RTC_KINDS = ("utc", "none")
 DISCOVERY_WAYS = ("both", "acpi", "cmdline")
 SERVE_PLACES = ("thread", "exit")
 VHOST_USER = "vhost-user="  # what a disk's location then begins with
-_NEARLY_VHOST_USER = ("vhostuser=", "vhostuser:", "vhostuserblk=", "vhostuserblk:")
 MAX_DISKS = 8
 DEFAULT_CONSOLE = "console=ttyS0"
 DEFAULT_CMDLINE = f"{DEFAULT_CONSOLE} reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
 MAX_SIZE_BYTES = 1 << 60
 """Of any size in a text; more than any option takes."""
-_SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class DiskConfig(Record):
@@ -238,166 +236,9 @@ class RunConfig(Record):
         return " ".join(part for part in parts if part)
 
 
-def parse_size(option: str, text: str) -> int:
-    """``256M``, ``1G``, ``1048576`` -> bytes; ConfigError naming ``option``."""
-    number = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
-    digits = number.removesuffix(unit)
-    count = whole_number(digits, 0, MAX_SIZE_BYTES // _SIZE_UNITS[unit])
-    if count is None:
-        raise ConfigError(
-            f"{option} {shown(text)}",
-            f"is not a size up to {format_size(MAX_SIZE_BYTES)}; write 256M or 1G",
-        )
-    return count * _SIZE_UNITS[unit]
-
-
-def parse_cpus(text: str) -> int:
-    """``4`` -> 4; ConfigError if it is no number.  The range is RunConfig's."""
-    count = whole_number(text, 0, 999_999)
-    if count is None:
-        raise ConfigError(f"--cpus {shown(text)}", f"is not a number from 1 to {MAX_CPUS}")
-    return count
-
-
-def parse_seconds(option: str, text: str) -> float:
-    """``2.5`` -> seconds; ConfigError naming ``option``."""
-    seconds = decimal_number(text, 0, MAX_TIMEOUT_S)
-    if not seconds:
-        raise ConfigError(
-            f"{option} {shown(text)}",
-            f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
-        )
-    return seconds
-
-
 def format_size(size_bytes: int) -> str:
     """Bytes -> the largest unit that divides them: ``256M``."""
     for unit in ("T", "G", "M", "K"):
-        if size_bytes and size_bytes % _SIZE_UNITS[unit] == 0:
-            return f"{size_bytes // _SIZE_UNITS[unit]}{unit}"
+        if size_bytes and size_bytes % SIZE_UNITS[unit] == 0:
+            return f"{size_bytes // SIZE_UNITS[unit]}{unit}"
     return str(size_bytes)
-
-
-_DISK_FLAGS = ("ro", "snapshot")
-_DISK_VALUES = {
-    "overlay": "FILE",
-    "serial": "ID",
-    "queues": "N",
-    "writeback": "on|off",
-    "iops": "RATE[:BURST]",
-    "bps": "RATE[:BURST]",
-    "faults": "FILE",
-    "format": "raw",
-}
-_DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
-
-
-def parse_disk(text: str) -> AnyDiskConfig:
-    """``FILE[,option...]``, ``nbd://...[,option...]`` or ``vhost-user=SOCKET[,queues=N]`` as a
-    configuration (docs/disks.md).
-
-    A comma in a name is written twice.  ConfigError quotes ``text``.
-    """
-    option = f"--disk {text}"
-    bare = text.lower().replace("-", "").replace("_", "")
-    if bare.startswith(_NEARLY_VHOST_USER) and not text.startswith(VHOST_USER):
-        raise ConfigError(
-            option, "of another process is written --disk vhost-user=SOCKET (a file: ./NAME)"
-        )
-    location, *rest = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
-    if not location:
-        raise ConfigError(option, "names no file; write --disk FILE[,ro][,serial=ID]")
-    given: dict[str, str] = {}
-    for part in rest:
-        name, has_value, value = part.partition("=")
-        if not (name in _DISK_VALUES if has_value else name in _DISK_FLAGS):
-            raise ConfigError(
-                option,
-                f"does not know {part!r}; the options are {_DISK_OPTIONS} "
-                "(a comma in the file's name is written ,,; another process's disk is "
-                "vhost-user=SOCKET)",
-            )
-        if name in given:
-            raise ConfigError(option, f"says {name} twice")
-        if has_value and not value:
-            raise ConfigError(option, f"{name}= wants a value: {name}={_DISK_VALUES[name]}")
-        given[name] = value
-    if location.startswith(VHOST_USER):
-        return _vhost_user_disk(option, location.removeprefix(VHOST_USER), given)
-    if "ro" in given and not given.keys().isdisjoint({"snapshot", "overlay"}):
-        raise ConfigError(option, "is either ro or a snapshot, which the guest may write to")
-    from pyvmm.storage.open import DiskSource
-
-    source = DiskSource(
-        location=location,
-        read_only="ro" in given,
-        snapshot="snapshot" in given or "overlay" in given,
-        overlay=given.get("overlay", ""),
-        faults=given.get("faults", ""),
-        is_raw=_disk_is_raw(option, given.get("format", "")),
-    )
-    return DiskConfig(
-        source=source,
-        serial=_disk_serial(option, given.get("serial", "")),
-        queues=_disk_queues(option, given.get("queues", "1")),
-        writeback=_disk_writeback(option, given.get("writeback", "on")),
-        rate_limit=_disk_rate_limit(option, given.get("iops", ""), given.get("bps", "")),
-    )
-
-
-def _vhost_user_disk(option: str, socket: str, given: dict[str, str]) -> VhostUserDiskConfig:
-    if not socket:
-        raise ConfigError(option, "names no socket; write --disk vhost-user=SOCKET[,queues=N]")
-    for name in given:
-        if name != "queues":
-            raise ConfigError(option, f"{name} is for the back end to decide; only queues= is ours")
-    return VhostUserDiskConfig(socket=socket, queues=_disk_queues(option, given.get("queues", "1")))
-
-
-def _disk_is_raw(option: str, value: str) -> bool:
-    if value not in ("", "raw"):
-        raise ConfigError(
-            option, f"format={value} is not raw; convert it: qemu-img convert -O raw IN OUT"
-        )
-    return bool(value)
-
-
-def _disk_serial(option: str, value: str) -> str:
-    if not value.isascii() or not value.isprintable():
-        raise ConfigError(option, "serial= wants printable ASCII characters")
-    if len(value) > SERIAL_MAX_BYTES:
-        raise ConfigError(
-            option, f"serial is {len(value)} characters; the limit is {SERIAL_MAX_BYTES}"
-        )
-    return value
-
-
-def _disk_queues(option: str, value: str) -> int:
-    if value not in map(str, range(1, MAX_QUEUES + 1)):  # 01 neither
-        raise ConfigError(option, f"queues={shown(value)} is not a number from 1 to {MAX_QUEUES}")
-    return int(value)
-
-
-def _disk_writeback(option: str, value: str) -> bool:
-    if value not in ("on", "off"):
-        raise ConfigError(option, f"writeback={value} is neither on nor off")
-    return value == "on"
-
-
-def _disk_rate_limit(option: str, iops: str, bps: str) -> RateLimit:
-    ops_per_s, ops_burst = _rate(option, "iops", iops)
-    bytes_per_s, bytes_burst = _rate(option, "bps", bps)
-    return RateLimit(
-        ops_per_s=ops_per_s, ops_burst=ops_burst, bytes_per_s=bytes_per_s, bytes_burst=bytes_burst
-    )
-
-
-def _rate(option: str, name: str, value: str) -> tuple[int, int]:
-    """``RATE[:BURST]`` as sizes are written; 0 for what is not there."""
-    if not value:
-        return 0, 0
-    numbers = [parse_size(f"{option}: {name}", part) for part in value.split(":")]
-    if len(numbers) > 2 or not all(numbers):
-        raise ConfigError(option, f"{name}={value} is not RATE or RATE:BURST, both at least 1")
-    return numbers[0], numbers[1] if len(numbers) == 2 else 0

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from pyvmm.bus import Bus
-from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig, VhostUserDiskConfig
+from pyvmm.config import RunConfig, VhostUserDiskConfig
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console_watch import ConsoleWatch
@@ -21,6 +21,7 @@ from pyvmm.devices.power import Power
 from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
+from pyvmm.disks import Disk, open_disk
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm.abi import (
@@ -29,7 +30,7 @@ from pyvmm.kvm.abi import (
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
 from pyvmm.kvm.handles import Kvm
-from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.lean import TYPE_CHECKING
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.polled_uart import PolledUart
@@ -50,8 +51,6 @@ from pyvmm.x86.reset_vector import write_reset_vector
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyvmm.vhost_user.block import VhostUserBlock
-    from pyvmm.virtio.block import BlockDevice
 
 
 def build(config: RunConfig, *, report: Reporter) -> Machine:
@@ -79,7 +78,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         write_boot_info(memory, kernel, cmdline, initrd, rsdp=rsdp)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         disks = [
-            _open_disk(disk, index, runner, stack, report, config.timeout_s)
+            open_disk(disk, index, runner, stack, report, config.timeout_s)
             for index, disk in enumerate(config.disks)
         ]
         console = stack.enter_context(contextlib.closing(_open_console(config)))
@@ -252,7 +251,7 @@ def _add_endings(pio: Bus, runner: Runner, watch: ConsoleWatch, report: Reporter
     pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
 
-def _look(disk: _Disk, slot: Slot) -> None:
+def _look(disk: Disk, slot: Slot) -> None:
     """See whether ``disk`` has grown, and tell its driver."""
     if disk.device.refresh_capacity():
         slot.transport.config_changed()
@@ -268,54 +267,6 @@ def _swallow(
         report("this KVM has no read-only memory (KVM_CAP_READONLY_MEM): registers are trapped")
         return None
     return eventfd(stack)
-
-
-class _Disk(Record, kw_only=False):
-    """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
-
-    ``watch`` waits for news of the process that serves it, if that is another one; ``at_end`` is
-    called when the run ends, and again before the device is closed.
-    """
-
-    device: BlockDevice | VhostUserBlock
-    irq_fd: int
-    doorbells: tuple[int, ...]
-    watch: IoSource | None = None
-    at_end: Callable[[], None] = lambda: None
-
-
-def _open_disk(
-    config: AnyDiskConfig,
-    index: int,
-    runner: Runner,
-    stack: contextlib.ExitStack,
-    report: Reporter,
-    timeout_s: float | None,
-) -> _Disk:
-    """Open disk ``index``; a server that it is on has at most ``timeout_s`` to answer."""
-    irq_fd = eventfd(stack)
-    if isinstance(config, DiskConfig):
-        from pyvmm.storage.open import open_backend
-        from pyvmm.virtio.block import BlockDevice
-
-        opened = open_backend(config.source, report=report, timeout_s=timeout_s)
-        device = BlockDevice(config.block, stack.enter_context(contextlib.closing(opened)))
-        return _Disk(device, irq_fd, tuple(eventfd(stack) for _ in device.queue_max_sizes))
-
-    from pyvmm.vhost_user.block import VhostUserBlock
-    from pyvmm.vhost_user.frontend import Frontend
-
-    def lost(reason: str) -> None:
-        # Linux waits for ever for a request that nobody answers: the run is over.
-        runner.finish(Outcome(Kind.HOST_ERROR, detail=f"disk {index}: {reason}"))
-
-    frontend = Frontend.connect(config.socket, handshake_timeout_s=timeout_s)
-    stack.callback(frontend.close)
-    doorbells = tuple(eventfd(stack) for _ in range(config.queues))
-    served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
-    return _Disk(
-        served, irq_fd, doorbells[: len(served.queues)], served.source, served.hurry
-    )
 
 
 class Machine:

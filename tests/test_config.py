@@ -7,15 +7,8 @@ from typing import Any
 
 import pytest
 
-from pyvmm.config import (
-    DiskConfig,
-    RunConfig,
-    VhostUserDiskConfig,
-    format_size,
-    parse_cpus,
-    parse_disk,
-    parse_size,
-)
+from pyvmm.cli.parse import parse_cpus, parse_disk, parse_size
+from pyvmm.config import DiskConfig, RunConfig, VhostUserDiskConfig, format_size
 from pyvmm.errors import ConfigError
 from pyvmm.storage.open import DiskSource
 from pyvmm.virtio.rate_limit import RateLimit

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import lab
 from pyvmm.cli.options import parse_options
+from pyvmm.cli.parse import parse_disk
 from pyvmm.cli.run import COMMAND, config_from
-from pyvmm.config import DiskConfig, parse_disk
+from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError
 from pyvmm.lab import lab_environment
 from pyvmm.linux.guest import Boot, describe

@@ -11,6 +11,7 @@ from fuzz.files import MemoryFile
 from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm import config
+from pyvmm.cli import parse
 from pyvmm.cli import run as cli_run
 from pyvmm.cli.options import parse_options
 from pyvmm.errors import ConfigError
@@ -41,14 +42,14 @@ class TextTarget(Target):
     def __init__(self) -> None:
         self._file = MemoryFile()
         self._readers: list[Callable[[str], object]] = [
-            config.parse_disk,
+            parse.parse_disk,
             lambda text: parse_script(text, "faults"),
             parse_cpu_option,
             self._read_template,
             _read_uri,
-            lambda text: config.parse_size("--memory", text),
-            lambda text: config.parse_seconds("--timeout", text),
-            config.parse_cpus,
+            lambda text: parse.parse_size("--memory", text),
+            lambda text: parse.parse_seconds("--timeout", text),
+            parse.parse_cpus,
             _read_options,
             _read_run,
             _read_packages,

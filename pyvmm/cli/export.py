@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from pyvmm.bell import Bell
 from pyvmm.cli.descriptors import allow_many_descriptors
-from pyvmm.config import DiskConfig, parse_disk
+from pyvmm.cli.parse import parse_disk
+from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
 from pyvmm.report import Reporter, Seldom

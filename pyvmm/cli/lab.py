@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pyvmm.cli.descriptors import open_standard_descriptors
-from pyvmm.config import parse_seconds, parse_size
+from pyvmm.cli.parse import parse_seconds, parse_size
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.lab import MAX_CPUS, CommandError, LabConfig, default_writable, run
 from pyvmm.numerals import shown, whole_number

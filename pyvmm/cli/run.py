@@ -9,15 +9,8 @@ import sys
 import time
 
 from pyvmm.cli.options import Command, Option, parse_options
-from pyvmm.config import (
-    DEFAULT_CMDLINE,
-    RunConfig,
-    format_size,
-    parse_cpus,
-    parse_disk,
-    parse_seconds,
-    parse_size,
-)
+from pyvmm.cli.parse import parse_cpus, parse_disk, parse_seconds, parse_size
+from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
 from pyvmm.lean import TYPE_CHECKING, cache_path, configuration_paths

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli import explain
-from pyvmm.config import RunConfig, parse_disk
+from pyvmm.cli.parse import parse_disk
+from pyvmm.config import RunConfig
 from pyvmm.outcome import Kind, Outcome
 from tests.support.disk_heads import file_system, gpt_disk
 from tests.support.kernels import COMPLETE_CONFIG as COMPLETE

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.cli.main import main
-from pyvmm.config import DiskConfig, parse_disk
+from pyvmm.cli.parse import parse_disk
+from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError
 from pyvmm.linux.cpio import pack_cpio
 from pyvmm.storage.image_kinds import HEAD_BYTES, kind_of_head, kind_of_tail

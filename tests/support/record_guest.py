@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyvmm import machine
-from pyvmm.config import RunConfig, parse_disk
+from pyvmm.cli.parse import parse_disk
+from pyvmm.config import RunConfig
 from pyvmm.console.output import LineWatch
 from pyvmm.console_watch import ConsoleWatch
 from pyvmm.outcome import Outcome

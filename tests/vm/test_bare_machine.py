@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.config import RunConfig, parse_disk
+from pyvmm.cli.parse import parse_disk
+from pyvmm.config import RunConfig
 from pyvmm.io_loop import IoSource
 from pyvmm.machine import build
 from pyvmm.outcome import Kind, Outcome
