@@ -108,7 +108,7 @@ unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guest
 	fi
 	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
 
-vm-test: dev kernel image build/tools.img build/acpi/bzImage stock debian ## Linux guests; in the lab where this host's KVM cannot
+vm-test: dev kernel image build/tools.img build/roots-gpt.img build/acpi/bzImage stock debian ## Linux guests; in the lab where this host's KVM cannot
 	@$(call choose_host,--timeout 2400 --memory 3G)
 	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
 	status=0
@@ -176,6 +176,12 @@ build/tools.img: Makefile guest/build_image.py guest/init build/pyvmm-scattered 
 	mkdir -p build
 	$(PYTHON) guest/build_image.py --out build/tools.img --size 192M $(addprefix --with-program ,$(TOOLS)) \
 	  --add build/pyvmm-scattered:/bin/pyvmm-scattered
+
+# Roots of every kind on partitions of every kind: for the tests.
+build/roots-gpt.img build/roots-dos.img &: tests/support/roots.py pyvmm/linux/initramfs.py pyvmm/linux/stock_init.sh
+	@$(call need,$(VENV_PACKAGES) $(TEST_PACKAGES))
+	$(MAKE) dev
+	$(BIN)/python -m tests.support.roots
 
 venv: .venv/.installed ## .venv/bin/pyvmm
 

@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 NUMBER = r"(?:\d+\.?\d*|[A-Z_]+_S)\b"
 # What must come within a time.  "not x.wait(0.05)" looks whether something that must not comes.
 DEADLINES = re.compile(
-    rf"(?<!not )\b[\w.]+\.(?:wait|join|settimeout)\({NUMBER}\)|(?<!_)timeout={NUMBER}"
+    rf"(?<![\w.])(?<!not )[\w.]+\.(?:wait|join|settimeout)\({NUMBER}\)|(?<![_-])timeout={NUMBER}"
     rf"|monotonic\(\) \+ {NUMBER}|(?:monotonic\(\) - \w+|\btook_s(?:\[\d\])?) <=? {NUMBER}"
 )
 PATIENT_THEMSELVES = {"support/patience.py", "test_patience.py"}

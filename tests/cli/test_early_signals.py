@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest import environment
+from tests.support.patience import patient
 from tests.support.tiny_guests import REPORT_7, SPIN, prints, waits, write_guest
 
 NOTICES = (signal.SIGUSR1, signal.SIGWINCH)
@@ -65,7 +66,7 @@ def test_fault_24_notices_from_start_to_end_change_nothing(
 ) -> None:
     ready(tmp_path)
     expected = start(tmp_path, *arguments)
-    _, errors = expected.communicate(timeout=60)
+    _, errors = expected.communicate(timeout=patient(60))
     for _ in range(3):
         seen = send_all_along(start(tmp_path, *arguments), *NOTICES)
         assert seen == (expected.returncode, errors)
@@ -81,7 +82,7 @@ def test_fault_24_an_interrupt_is_130_without_a_traceback(
     process = start(tmp_path, *arguments)
     time.sleep(late_ms / 1000)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patient(60))
     assert b"Traceback" not in errors
     assert b"KeyboardInterrupt" not in errors
     # Or it had ended before; -2 when Python itself was ending.
@@ -97,7 +98,7 @@ def test_fault_24_an_export_takes_a_notice_that_came_too_early(tmp_path: Path) -
         time.sleep(0.005)
     until(lambda: (tmp_path / "s").exists())
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patient(60))
     assert (process.returncode, errors.count(b"\n")) == (0, 1)
 
 
@@ -112,7 +113,7 @@ def test_fault_24_a_run_ends_by_a_signal_after_all_those_notices(tmp_path: Path)
     assert process.stdout.read(1) == b"x"
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patient(60))
     assert process.returncode == 130
     assert errors.endswith(b"stopped by a signal (2): SIGINT\n")
 
@@ -145,7 +146,7 @@ def test_fault_24_a_script_made_before_the_program_was_there(tmp_path: Path) -> 
 
 
 def until(holds: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + 60
+    until_s = time.monotonic() + patient(60)
     while not holds():
         assert time.monotonic() < until_s
         time.sleep(0.01)

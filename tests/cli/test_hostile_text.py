@@ -15,6 +15,7 @@ import pytest
 from tests.support.guest import environment
 from tests.support.kernels import bzimage
 from tests.support.nbd_servers import greet, option_reply, scripted
+from tests.support.patience import patient
 from tests.support.tiny_guests import HALT, REBOOT, TRIPLE_FAULT, prints, write_guest
 
 HOSTILE = {
@@ -47,7 +48,7 @@ def run(*arguments: bytes | str, cwd: Path, ours: bool = True) -> tuple[int, str
     """``python -m pyvmm`` with ``arguments``, to its end."""
     done = subprocess.run(
         [os.fsencode(sys.executable), b"-m", b"pyvmm", *map(os.fsencode, arguments)], cwd=cwd,
-        stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=120,
+        stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=patient(120),
         env={**environment(), "PYVMM_CACHE": str(cwd / "cache")},
     )
     return done.returncode, check(done.stdout, ours=False), check(done.stderr, ours=ours)
@@ -168,14 +169,14 @@ def test_fault_2_an_export_of_a_disk_with_such_a_name(tmp_path: Path, text: byte
         cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=environment(),
     )
-    until_s = time.monotonic() + 60
+    until_s = time.monotonic() + patient(60)
     while not (tmp_path / "s").exists() and time.monotonic() < until_s:
         time.sleep(0.02)
     disk.write_bytes(bytes(8192))
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    shown, errors = process.communicate(timeout=60)
+    shown, errors = process.communicate(timeout=patient(60))
     assert (process.returncode, shown) == (0, b"")
     assert check(errors).count("disk ") == 2  # it is served, and has grown
 
@@ -186,7 +187,7 @@ def test_fault_2_a_terminal_of_another_encoding(tmp_path: Path) -> None:
     name.write_bytes(bzimage(version_text=b"6.1"))
     done = subprocess.run(
         [sys.executable, "-m", "pyvmm", "kernel", "inspect", str(name), "--config", "\u4e2d"],
-        cwd=tmp_path, capture_output=True, check=False, timeout=60,
+        cwd=tmp_path, capture_output=True, check=False, timeout=patient(60),
         env={**environment(), "PYTHONIOENCODING": "latin-1"},
     )
     assert done.returncode == 125

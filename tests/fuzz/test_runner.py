@@ -13,6 +13,7 @@ import pytest
 from fuzz.mutate import Mutator
 from fuzz.source import Source
 from fuzz.worker import coverage_guide
+from tests.support.patience import patient
 
 TOY = "tests.support.fuzz_toy"
 
@@ -20,7 +21,7 @@ TOY = "tests.support.fuzz_toy"
 def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fuzz", *arguments],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=patient(200), check=False,
     )  # fmt: skip
 
 

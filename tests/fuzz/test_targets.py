@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.target import about, committed_cases, target_names
+from tests.support.patience import patient
 
 SECONDS = 1.5
 
@@ -19,7 +20,7 @@ def test_nothing_is_found(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fuzz", name, "--seconds", str(SECONDS), "--seed", "11",
          "--plain", "--out", str(tmp_path)],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=patient(200), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / name / "summary.json").read_text())

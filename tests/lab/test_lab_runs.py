@@ -22,6 +22,7 @@ LAB = (sys.executable, "-m", "pyvmm", "lab")
 ROOT = Path(__file__).parents[2]
 
 AWAIT_INTERRUPT = """
+from tests.support.patience import patient
 import signal
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 print("up", flush=True)
@@ -155,6 +156,6 @@ def test_fault_31_the_lab_is_stopped_and_in_front_again(checkout: Path, number: 
 def test_fault_2_the_labs_own_console_is_shown_as_text(checkout: Path) -> None:
     """With -v, on standard error: whoever writes there is quoted, not obeyed."""
     command = [*LAB, "-v", "--", "sh", "-c", r"printf '\033[2J\033]0;x\007mark\n' >/dev/ttyS0"]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=180)
+    done = subprocess.run(command, capture_output=True, check=False, timeout=patient(180))
     assert rb"\x1b[2J\x1b]0;x\x07mark" in done.stderr, done.stderr[-2000:]
     assert b"\x1b" not in done.stderr

@@ -31,6 +31,7 @@ from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import Feature, Register, Status
+from tests.support.patience import patient
 from tests.support.vhost_rig import RAM_BYTES, USER_BASE, Doorbell, ExportRig, ScriptedFrontend
 from tests.support.virtio_driver import RAM_BASE, BlockDriver, Registers
 
@@ -272,7 +273,7 @@ class _TwoRegions(ScriptedFrontend):
         """Close the connection and make another one."""
         self.hang_up()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(2)
+        self.socket.settimeout(patient(2))
         self.socket.connect(self.rig.path)
         self.rig.turn()
 

@@ -1,15 +1,23 @@
-"""Partitioned disks, each partition a root of another kind; nothing is mounted to make them."""
+"""Partitioned disks, each partition a root of another kind; nothing is mounted to make them.
+
+``python -m tests.support.roots`` leaves them in build/: on the host, since mkfs.btrfs takes a file
+and a directory of the lab's overlay for one when their inodes have the same number.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyvmm.linux import initramfs
 
+BUILD = Path(__file__).resolve().parents[2] / "build"
+DISKS = (BUILD / "roots-gpt.img", BUILD / "roots-dos.img")
+"""/dev/vda, with a GPT, and /dev/vdb, with an MBR; a root on each partition."""
 MIB = 1 << 20
 INIT = """\
 #!/bin/busybox sh
@@ -29,6 +37,42 @@ done
 """Uses the functions of the initramfs's init once more."""
 SIZES_MIB = {"ext4": 16, "squashfs": 16, "btrfs": 128, "xfs": 304}
 """xfs and btrfs take no less; next to nothing of it is written."""
+
+
+GPT_UUID = "0fc63daf-8483-4772-8e79-3d69d8477d{:02x}"
+FILE_SYSTEM_UUID = "70797669-6d6d-4000-8000-0000000000{:02x}"
+DOS_ID = "0badc0de"
+GPT = {1: "ext4", 2: "squashfs", 3: "xfs", 4: "btrfs"}
+DOS = {1: "btrfs", 2: "xfs", 5: "squashfs", 6: "ext4"}
+GPT_TABLE = "label: gpt\n" + "\n".join(
+    f'size={size}MiB, uuid={GPT_UUID.format(number).upper()}, name="{GPT[number]} root"'
+    for number, size in ((1, 16), (2, 16), (3, 304), (4, 128))
+)
+DOS_TABLE = f"""\
+label: dos
+label-id: 0x{DOS_ID}
+1 : size=128MiB, type=83
+2 : size=304MiB, type=83
+4 : size=100MiB, type=5
+5 : size=16MiB, type=83
+6 : size=16MiB, type=83
+"""
+WANTED = {
+    "/dev/vda": "/dev/vda", "/dev/vdb6": "/dev/vdb6", "/dev/vdc": "",
+    f"UUID={FILE_SYSTEM_UUID.format(0x11)}": "/dev/vda1",
+    f"UUID={FILE_SYSTEM_UUID.format(0x22)}": "/dev/vdb2",
+    f"UUID={FILE_SYSTEM_UUID.format(0x14)}": "/dev/vda4",
+    "LABEL=gpt3": "/dev/vda3", "LABEL=dos1": "/dev/vdb1", "LABEL=dos6": "/dev/vdb6",
+    f"PARTUUID={GPT_UUID.format(3).upper()}": "/dev/vda3",
+    f"PARTUUID={GPT_UUID.format(1)}/PARTNROFF=3": "/dev/vda4",
+    f"PARTUUID={GPT_UUID.format(9)}": "",
+    f"PARTUUID={DOS_ID.upper()}-01": "/dev/vdb1",
+    f"PARTUUID={DOS_ID}-06": "/dev/vdb6",
+    f"PARTUUID={DOS_ID}-05/PARTNROFF=-3": "/dev/vdb2",
+    "PARTLABEL=btrfs root": "/dev/vda4",
+    "254:3": "/dev/vda3", "fe12": "/dev/vdb2", "254:99": "",
+}
+"""Where each root is; asked on both kernels, of which one says itself what PARTUUIDs there are."""
 
 
 def make_tree(tree: Path, where: str, wanted: Sequence[str] = ()) -> Path:
@@ -124,3 +168,24 @@ def run(tool: str, *arguments: str | Path) -> None:
     """Run ``tool``; what it says is in the error if it fails."""
     done = subprocess.run([find_tool(tool), *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def make_disks() -> None:
+    """Leave ``DISKS`` behind, with ``WANTED`` in two of their roots."""
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+        folder = Path(scratch)
+        for disk, text, kinds in zip(DISKS, (GPT_TABLE, DOS_TABLE), (GPT, DOS), strict=True):
+            table, files = disk.stem.removeprefix("roots-"), {}
+            for number, kind in kinds.items():
+                name = f"{table}{number}"
+                wanted = list(WANTED) if name in ("gpt1", "gpt2") else []
+                tree = make_tree(folder / f"{name}.tree", name, wanted)
+                files[number] = folder / name
+                uuid = FILE_SYSTEM_UUID.format(number + (0x10 if table == "gpt" else 0x20))
+                make_file_system(files[number], kind, tree, label=name, uuid=uuid)
+            make_disk(folder / disk.name, text, files).replace(disk)
+
+
+if __name__ == "__main__":
+    make_disks()

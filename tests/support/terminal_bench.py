@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.guest import command, environment
+from tests.support.patience import patient
 
 SHELL = Path(__file__).with_name("stand_in_shell.py")
 ANSWERS = {
@@ -210,12 +211,12 @@ class TerminalBench:
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
         try:
-            self._shell.wait(10)
+            self._shell.wait(patient(10))
         except subprocess.TimeoutExpired:
             self._shell.send_signal(signal.SIGKILL)
             self._shell.wait()
         self._over.set()
-        self._thread.join(10)
+        self._thread.join(patient(10))
         self._replies.close()
         self._control.close()
         os.close(self._master)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest import command, environment
+from tests.support.patience import patient
 from tests.support.terminal_bench import TerminalBench, wait_until
 from tests.support.tiny_guests import (
     REPORT_0,
@@ -85,12 +86,12 @@ def test_fault_32_an_end_from_outside_does_not_wait_for_a_pipe_that_nobody_reads
         assert process.stdout is not None
         with process.stdout:
             os.read(process.stdout.fileno(), 5)
-            ends_s = time.monotonic() + 3
+            ends_s = time.monotonic() + patient(3)
             if ending == "SIGTERM":
                 time.sleep(2)
                 ends_s = time.monotonic()
                 process.send_signal(signal.SIGTERM)
-            assert process.wait(MUCH_LATER_S) == (124 if ending == "timeout" else 143)
+            assert process.wait(patient(MUCH_LATER_S)) == (124 if ending == "timeout" else 143)
         return time.monotonic() - ends_s
 
     assert at_once_in_one_of_three(attempt)
@@ -107,7 +108,7 @@ def test_fault_32_a_reader_that_is_slow_gets_all_of_an_end_in_order(tmp_path: Pa
         heard = process.stdout.read(5)
         time.sleep(1)
         heard += process.stdout.read()
-    assert process.wait(MUCH_LATER_S) == 0
+    assert process.wait(patient(MUCH_LATER_S)) == 0
     assert heard == TEXT * 150 + b"the last"
 
 
@@ -132,7 +133,7 @@ def test_fault_35_a_pipe_loses_nothing_to_a_guest_that_reads_slowly(tmp_path: Pa
                 sent += os.write(process.stdin.fileno(), typed[sent : sent + 4096])
             heard += os.read(process.stdout.fileno(), 4096)
         process.send_signal(signal.SIGTERM)
-        process.wait(MUCH_LATER_S)
+        process.wait(patient(MUCH_LATER_S))
     assert heard[:7_000] == typed[:7_000]
 
 
@@ -148,7 +149,7 @@ def test_fault_35_a_pipe_is_not_read_further_than_a_guest_reads(tmp_path: Path) 
     size = fcntl.fcntl(process.stdin.fileno(), F_SETPIPE_SZ, 1 << 20)
     os.set_blocking(process.stdin.fileno(), False)
     process.stdout.read(4)
-    sent, until_s = 0, time.monotonic() + 1
+    sent, until_s = 0, time.monotonic() + patient(1)
     while time.monotonic() < until_s:
         with contextlib.suppress(BlockingIOError):
             sent += os.write(process.stdin.fileno(), b"y\n" * 2048)
@@ -156,7 +157,7 @@ def test_fault_35_a_pipe_is_not_read_further_than_a_guest_reads(tmp_path: Path) 
     assert process.stderr is not None
     with process.stdin, process.stdout, process.stderr:
         assert b"dropped" not in process.stderr.read()
-    assert process.wait(MUCH_LATER_S) == 124
+    assert process.wait(patient(MUCH_LATER_S)) == 124
 
 
 def test_fault_35_keys_that_are_too_many_are_dropped_with_a_word(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_fault_23_a_fifo_may_find_its_reader_later(tmp_path: Path) -> None:
     time.sleep(0.5)
     assert process.poll() is None  # the guest waits: its output is more than there is room for
     assert fifo.read_bytes() == b"first words\n" + TEXT * 200
-    assert process.wait(MUCH_LATER_S) == 0
+    assert process.wait(patient(MUCH_LATER_S)) == 0
 
 
 @pytest.mark.parametrize("ending", ["timeout", "SIGINT"])
@@ -213,7 +214,7 @@ def test_fault_23_a_fifo_without_a_reader_ends_as_every_run(
     if ending == "SIGINT":
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-    assert process.wait(20) == (124 if ending == "timeout" else 130)
+    assert process.wait(patient(20)) == (124 if ending == "timeout" else 130)
     assert "nobody has read this FIFO" in errors.read_text()
     assert "Traceback" not in errors.read_text()
 
@@ -242,7 +243,7 @@ def test_fault_23_a_fifo_whose_reader_leaves_ends_the_run_as_a_pipe_does(
         done = subprocess.run(
             command("--timeout", "60", "--console", str(fifo), kernel=flood),
             stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False,
-            timeout=MUCH_LATER_S,
+            timeout=patient(MUCH_LATER_S),
         )
     assert done.returncode == 128 + signal.SIGPIPE
 

@@ -64,7 +64,7 @@ LINES = ("a line of input, longer than the FIFO\n", "and another one for the gue
 def test_fault_33_input_piped_in_at_once_reaches_a_guest_that_polls(polled_input: Path) -> None:
     done = subprocess.run(
         command("--timeout", "60", kernel=polled_input), input="".join(LINES).encode(),
-        capture_output=True, check=False, env=environment(), timeout=90,
+        capture_output=True, check=False, env=environment(), timeout=patient(90),
     )
     assert (done.stdout.decode(), done.returncode) == (f"?{LINES[0]}!{LINES[1]}", 42), done.stderr
 

@@ -20,6 +20,7 @@ from tests.support.guest import (
     environment,
     run_in_guest,
 )
+from tests.support.patience import patient
 from tests.support.stock import BACKPORTS, STABLE, boot_stock
 
 pytestmark = pytest.mark.kvm
@@ -87,7 +88,7 @@ def test_faults_30_and_33_early_input_arrives_whole_and_in_order(options: tuple[
         command("--disk", f"{IMAGE},snapshot", *more, "--timeout", str(TIMEOUT_S),
                 "--append", f"{append} pyvmm.shell"),
         input=script.encode(), capture_output=True, check=False, env=environment(),
-        timeout=TIMEOUT_S + 60,
+        timeout=patient(TIMEOUT_S + 60),
     )
     console = done.stdout.decode(errors="replace").replace("\r", "")
     got = [int(number) for number in re.findall(r"^got (\d+)$", console, re.MULTILINE)]
