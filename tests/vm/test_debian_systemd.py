@@ -77,6 +77,8 @@ class Machine:
 def test_fault_29_debian_with_systemd_boots_without_an_oops_and_powers_off(tmp_path: Path) -> None:
     machine = Machine(tmp_path / "console")
     try:
+        # The one that hears: a getty drops what was typed before it began.
+        machine.wait_for(" ttyS0\n")
         machine.wait_for("pyvmm login: ")
         machine.type("root\n")
         machine.wait_for("# ")
