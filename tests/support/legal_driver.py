@@ -317,7 +317,10 @@ class LegalQueue:
             pending = self.waiting.popleft()
             assert head == pending.head, f"head {head} was used before {pending.head}"
             answer = self._model.answer(pending.ask)
-            assert length == answer.used_length, f"{length} bytes used by {pending.ask}"
+            assert length == answer.used_length, (
+                f"{length} bytes, not {answer.used_length}, used by head {head}: type"
+                f" {pending.ask.type} at sector {pending.ask.sector}"
+            )
             rest = answer.data
             for gpa, size in pending.room:
                 self._memory.expect(gpa, rest[:size])
