@@ -27,6 +27,7 @@ _MAX_NAME_BYTES = 64
 
 _HEADER = struct.Struct("<III")
 _WORD = 4
+_PVH_HEAD = XEN_ELFNOTE_PHYS32_ENTRY.to_bytes(4, "little") + XEN_NAME
 _ALIGNMENTS = (4, 8)
 """Of a note in a 64-bit file: what linkers write, and what the ABI says."""
 
@@ -56,8 +57,8 @@ def read_notes(image: ImageFile, segments: Sequence[tuple[int, int]]) -> Notes:
             data = image.read_at(offset, length)
         except ConfigError:  # the file has shrunk, or its disk fails
             continue
+        found: list[int] = []
         for alignment in _ALIGNMENTS:
-            found = []
             for name, kind, description in _each_note(data, alignment):
                 linux = linux or name == LINUX_NAME
                 is_pvh = name == XEN_NAME and kind == XEN_ELFNOTE_PHYS32_ENTRY
@@ -65,8 +66,25 @@ def read_notes(image: ImageFile, segments: Sequence[tuple[int, int]]) -> Notes:
                     found.append(int.from_bytes(description, "little"))
             if found:
                 break
-        entries |= dict.fromkeys(found)
+        entries |= dict.fromkeys(found or _pvh_notes_anywhere(data))
     return Notes(pvh_entries=tuple(entries), linux=linux)
+
+
+def _pvh_notes_anywhere(data: bytes) -> list[int]:
+    """Return the entries of PVH notes at any word of ``data``, however what lies before them reads.
+
+    Header and name have 16 bytes, so under either alignment the descriptor is right behind them.
+    """
+    found, at = [], 0
+    while (at := data.find(_PVH_HEAD, at)) >= 0:
+        note_at = at - _WORD * 2
+        if note_at >= 0 and not note_at % _WORD:
+            name_bytes, length, _ = _HEADER.unpack_from(data, note_at)
+            description = data[at + len(_PVH_HEAD) :][:length]
+            if name_bytes == len(XEN_NAME) and length in (4, 8) and len(description) == length:
+                found.append(int.from_bytes(description, "little"))
+        at += 1
+    return found
 
 
 def _each_note(data: bytes, alignment: int) -> Iterator[tuple[bytes, int, bytes]]:

@@ -117,7 +117,7 @@ def test_a_terminal_is_a_terminal_there_too(checkout: Path) -> None:
 
 
 def test_a_machine_that_cannot_start_is_125_and_says_why(checkout: Path) -> None:
-    status, out, err = lab("--memory", "900T", "--", "true")
+    status, out, err = lab("--memory", "1024G", "--", "true")
     assert (status, out) == (125, b"")
     lines = err.decode().splitlines()
     assert lines[-1] == "lab: its machine ended without a status"

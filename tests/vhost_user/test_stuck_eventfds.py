@@ -12,7 +12,7 @@ import pytest
 from pyvmm.vhost_user.protocol import U64, Request
 from tests.support.eventfds import fill, interrupted
 from tests.support.vhost_pair import Pair
-from tests.support.vhost_rig import held
+from tests.support.vhost_rig import RAM_BYTES, held
 from tests.support.virtio_driver import BlockDriver, readable, writable
 
 IN = 0
@@ -72,12 +72,15 @@ def test_an_err_that_waits(pair: Pair) -> None:
 def test_one_wait_is_all_it_gets(pair: Pair) -> None:
     """Its other rings may have work in the same turn."""
     driver = pair.bad.start()
-    other = pair.bad.driver(1)  # over the same memory, so that what is offered is to both
+    other = pair.bad.driver(1)
+    for name in ("desc", "avail", "used"):  # the two have no byte of their rings in common
+        setattr(other, name, getattr(driver, name) + RAM_BYTES // 2)
     pair.bad.set_up(other)
     pair.bad.run(1)
     for fd in pair.bad.call_fds[:2]:
         fill(fd)
     offer_read(driver)
+    offer_read(other)
     os.eventfd_write(pair.bad.kick_fds[1], 1)
     bell = pair.rig.server.bell
     before = bell.turn
