@@ -300,7 +300,7 @@ class ExportRig:
 
     def turn(self) -> None:
         """Let the server work until nothing is left to do, or it asks to wait."""
-        for _ in range(100):
+        for _ in range(2000):
             self.delay_s = self.server.service()
             if self.delay_s != 0.0 and not self._is_readable():
                 return
