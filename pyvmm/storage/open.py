@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable
 
 from pyvmm.errors import ConfigError
@@ -243,10 +244,12 @@ def _stamp(location: str) -> int:
 
 
 def _read_script(path: str) -> str:
-    from pathlib import Path
-
     try:
-        with Path(path).open("rb") as file:
+        # O_NONBLOCK: opening a FIFO must not wait for its other end.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError(path, "is not a regular file, as a fault script is")
             script = file.read(_MAX_SCRIPT_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(path, f"cannot be read: {error}") from error

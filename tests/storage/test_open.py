@@ -91,8 +91,12 @@ def test_a_bad_script_closes_the_disk(
 
 
 def test_a_missing_script(image: Path, tmp_path: Path) -> None:
-    for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read"):
+    os.mkfifo(tmp_path / "fifo")
+    for name, problem in (
+        ("none", "cannot be read"), (".", "cannot be read"), ("fifo", "is not a regular file"),
+    ):
+        path = tmp_path / name
+        with pytest.raises(ConfigError, match=problem):
             open_backend(DiskSource(location=str(image), faults=str(path)), report=print)
 
 
