@@ -109,7 +109,7 @@ unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guest
 	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
 
 vm-test: dev kernel image build/tools.img build/roots-gpt.img build/acpi/bzImage stock debian ## Linux guests; in the lab where this host's KVM cannot
-	@$(call choose_host,--timeout 2400 --memory 3G)
+	@$(call choose_host,--timeout 3600 --memory 3G)
 	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
 	status=0
 	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS) || status=1
