@@ -199,7 +199,7 @@ list_devices() {
   list_partitions | while read -r name disk number uuid label; do
     say "$name is PARTUUID=$uuid${label:+ PARTLABEL=$label}" >&2
   done
-  ls "$SYS/class/block" | tr '\n' ' '
+  echo $(ls "$SYS/class/block")
 }
 
 # Prints the type of the file system on the device $1, if its driver may have to be loaded.
@@ -234,8 +234,14 @@ mount_as() {
   mount -o "$MODE${FLAGS:+,$FLAGS}" "$@" /root
 }
 
+# Sets UPTIME_S to the whole seconds since the kernel began.
+read_uptime() {
+  read -r UPTIME_S _ </proc/uptime
+  UPTIME_S=${UPTIME_S%.*}
+}
+
 main() {
-  local cmdline tries device program missing=''
+  local cmdline until_s said='' device program missing=''
   mount -t devtmpfs devtmpfs /dev
   mount -t proc proc /proc
   mount -t sysfs sysfs /sys
@@ -250,14 +256,17 @@ main() {
   done
   read -r cmdline </proc/cmdline
   parse_cmdline "$cmdline"
-  tries=$((WAIT_S * 20))
+  # By the clock: on an emulated machine a look for a partition's name takes a second.
+  read_uptime
+  until_s=$((UPTIME_S + WAIT_S))
   until device=$(find_device "$ROOT"); do
-    if [ $tries -le 0 ]; then
+    read_uptime
+    if [ -z "$said" ] && [ $UPTIME_S -ge $until_s ]; then
       problem="no $ROOT after $WAIT_S s; there are: $(list_devices)"
       [ -n "$FOREVER" ] || fail "$problem"
-      [ $tries -lt 0 ] || say "$problem; waiting on (rootwait)"
+      say "$problem; waiting on (rootwait)"
+      said=yes
     fi
-    tries=$((tries - 1))
     sleep 0.05
   done
   mount_root "$device" || fail "$device is none of: $(grep -v nodev /proc/filesystems | tr -s '\t\n' '  ')"
