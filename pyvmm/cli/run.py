@@ -64,18 +64,19 @@ COMMAND = Command(
                help=f"kernel command line, instead of '{DEFAULT_CMDLINE} root=/dev/vda rw'; "
                "what announces the disks is always added in front"),
         Option(name="--append", metavar="S", many=True,
-               help="text added at the end of the kernel command line; repeat for more"),
+               help="text added at the end of the kernel command line; repeat for more (a console= "
+               "takes the place of the default one)"),
         Option(name="--memory", metavar="SIZE", default="256M",
                help="guest RAM, as 256M or 1G (default 256M)"),
         Option(name="--cpu", metavar="MODEL", default="host",
-               help="host, base or FILE.json, then features to take away: host,-xsave,-avx2 "
-               "(default host; docs/cpu-models.md)"),
+               help="host, base or FILE.json, then features to take away, or to add if they are "
+               "off: host,-xsave,+svm (default host; docs/cpu-models.md)"),
         Option(name="--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)"),
         Option(name="--timeout", metavar="S",
                help="stop the guest S seconds after it started, with exit status 124"),
         Option(name="--console", metavar="WHERE", default="stdio",
-               help="the guest's serial console: stdio, none, or a file to write "
-               "(default stdio)"),
+               help="where the guest's console goes (ttyS0, or hvc0 with --append console=hvc0): "
+               "stdio, none, or a file to write (default stdio)"),
         Option(name="--mmio", metavar="MODE", default="mapped",
                help="how the guest sees a disk's registers: mapped (read-only memory, no exit "
                "a request) or trapped (every access is an exit; default mapped)"),
