@@ -129,12 +129,17 @@ def settle(queries: QueryWatch, fd: int) -> None:
     Waits for answers on their way, ANSWER_S after the last query at most.  What was typed
     meanwhile is forgotten with them.
     """
-    if not (queries.asked_s or queries.reports) or not is_in_front(fd):
+    if not (queries.asked_s or queries.reports or queries.may_report) or not is_in_front(fd):
         return
     with contextlib.suppress(OSError, termios.error), _not_stopped_for_it():
-        with contextlib.suppress(BlockingIOError):
-            write_now(fd, b"".join(b"\x1b[?%dl" % mode for mode in sorted(queries.reports)))
-        time.sleep(max(0.0, queries.asked_s + ANSWER_S - time.monotonic()))
+        last_s = queries.asked_s
+        if queries.reports or queries.may_report:
+            from pyvmm.console.queries import REPORTS_OFF
+
+            with contextlib.suppress(BlockingIOError):
+                write_now(fd, REPORTS_OFF)
+            last_s = time.monotonic()  # reports may be on their way, as answers may
+        time.sleep(max(0.0, last_s + ANSWER_S - time.monotonic()))
         termios.tcflush(fd, termios.TCIFLUSH)
 
 
