@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 from pyvmm.console.output import DRAIN_TIMEOUT_S, STALL_S, OutputBuffer, OutputPump
 from pyvmm.console.place import Console
-from pyvmm.console.terminal import RawTerminal, settle
+from pyvmm.console.terminal import RawTerminal
 from pyvmm.console.typed import HELP, EscapeFilter, TypedInput
 from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.outcome import Kind, Outcome
@@ -135,9 +135,9 @@ class Runner:
         # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
         sys.setswitchinterval(1e-4)
         self._main_thread = threading.current_thread()
-        queries = console.queries
-        shown = None if queries is None else queries.feed
-        if queries is not None:
+        screen = console.screen
+        shown = None if screen is None else screen.queries.feed
+        if screen is not None:
             output.as_shown = console.as_shown
         pump = OutputPump(output, self._lose_output, shown, console.has_reader)
         if not console.has_reader():
@@ -148,7 +148,7 @@ class Runner:
         try:
             with (
                 Signals(self._on_signal) as signals,
-                RawTerminal(console.input_fd) as terminal,
+                RawTerminal(console.input_fd, screen=screen) as terminal,
             ):
                 try:
                     self._start(vcpus, workers)
@@ -164,8 +164,8 @@ class Runner:
                 is_all = pump.finish(STALL_S if is_hurried else DRAIN_TIMEOUT_S)
                 if not (is_all or console.has_reader()):
                     self._report(f"--console {console.name}: nobody has read this FIFO")
-                if queries is not None and console.output_fd is not None:
-                    settle(queries, console.output_fd)
+                if screen is not None:
+                    screen.settle()
         finally:
             self._main_thread = None
             sys.setswitchinterval(switch_interval_s)
@@ -248,7 +248,7 @@ class Runner:
         while self._noticed:
             number = self._noticed.pop()
             if number == signal.SIGTSTP:
-                terminal.stop_with_shell()
+                terminal.stop_with_shell(lambda: signal.SIGCONT in self._noticed)
             elif number == signal.SIGCONT:
                 terminal.forget()
             # While it was stopped, the terminal may have got another size.

@@ -33,12 +33,12 @@ A front end shares its guest's memory.  Only memory that cannot shrink is taken,
 what is gone would kill the export: in QEMU that is memory-backend-memfd, not memory-backend-file.
 
 signals:
-  SIGTERM, SIGINT   end it, with status 0
+  SIGTERM, SIGINT   end it, with status 0 once it serves; before, 128+n
   SIGUSR1           look how large the disk is now, and tell the front ends
 
 exit status:
   0    ended by SIGTERM or SIGINT        125  bad option, bad file or unusable socket
-  128+n  stopped by another signal n
+  128+n  stopped by another signal n, or by any before it served
 
 examples:
   pyvmm export --disk root.img --socket /run/user/1000/root.sock

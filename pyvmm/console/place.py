@@ -10,7 +10,7 @@ import select
 import stat
 import sys
 
-from pyvmm.console.terminal import is_behind, watch_queries
+from pyvmm.console.terminal import Screen, is_behind
 from pyvmm.errors import ConfigError
 
 _DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/", f"/proc/{os.getpid()}/fd/")
@@ -34,8 +34,8 @@ class Console:
         self.input_fd = input_fd
         self.output_fd = output_fd
         self.name = name
-        self.queries = watch_queries(output_fd)
-        """What is shown there that a terminal answers to; None if it is no terminal."""
+        self.screen = Screen.behind(output_fd)
+        """The terminal where the output ends; None if there is none."""
         self._owns_output = owns_output
         self._is_emptied = is_emptied
         self._awaits_reader = owns_output and output_fd is not None and _is_fifo(output_fd)
@@ -76,9 +76,9 @@ class Console:
     def as_shown(self, data: bytes) -> bytes:
         """Return ``data`` of the guest's as it may be shown: in the background without control
         sequences, because the shell would read what the terminal answers."""
-        if self.queries is None or self.output_fd is None or not is_behind(self.output_fd):
+        if self.screen is None or self.output_fd is None or not is_behind(self.output_fd):
             return data
-        return self.queries.defused(data)
+        return self.screen.queries.defused(data)
 
     @property
     def size(self) -> tuple[int, int]:

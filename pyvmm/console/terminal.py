@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import stat
+import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pyvmm.lean import TYPE_CHECKING
 from pyvmm.report import write_now
 
 if TYPE_CHECKING:
     from typing import Any
-
-    from pyvmm.console.queries import QueryWatch
 
 _IUTF8 = 0x4000  # asm-generic/termbits-common.h
 
@@ -24,6 +25,10 @@ LOOK_S = 0.25
 SIGCONT to a job that runs (bash)."""
 ANSWER_S = 1.0
 """How long after a query a terminal's answer may be on its way, over a slow line too."""
+READER_S = 0.2
+"""How long a pipe's reader may take to show what it reads."""
+MOST_QUEUED_BYTES = 1 << 17
+"""More than Linux queues of a terminal's output."""
 
 
 class RawTerminal:
@@ -33,13 +38,17 @@ class RawTerminal:
     ``look`` finds the run in front (again).  ``fd`` may be no terminal; None: nothing.
 
     Without ``cooks_output`` what is shown is as raw as what is typed: another terminal's output.
-    With it lines of ours and of others on the same terminal stay lines.
+    With it lines of ours and of others on the same terminal stay lines.  ``screen`` is where the
+    output ends, None if on no terminal.
     """
 
-    def __init__(self, fd: int | None, *, cooks_output: bool = True) -> None:
+    def __init__(
+        self, fd: int | None, *, cooks_output: bool = True, screen: Screen | None = None
+    ) -> None:
         self.fd = -1 if fd is None else fd
         self._is_terminal = fd is not None and _is_terminal(fd)
         self._cooks_output = cooks_output
+        self._screen = screen
         self._is_in_front = False
         self._saved: list[Any] | None = None
         self._raw: list[Any] | None = None
@@ -68,6 +77,8 @@ class RawTerminal:
         was_in_front, self._is_in_front = self._is_in_front, is_in_front(self.fd)
         if self._is_in_front and not was_in_front:
             self._make_raw()
+            if self._screen is not None:
+                self._screen.resume()
         return self._is_in_front
 
     def forget(self) -> None:
@@ -109,8 +120,16 @@ class RawTerminal:
             elif termios.tcgetattr(self.fd) == self._raw:
                 termios.tcsetattr(self.fd, termios.TCSANOW, saved)
 
-    def stop_with_shell(self) -> None:
-        """What SIGTSTP does, from outside: stopped, with the terminal as the shell needs it."""
+    def stop_with_shell(self, is_off: Callable[[], bool] = lambda: False) -> None:
+        """What SIGTSTP does, from outside: stopped, with the terminal as the shell needs it.
+
+        Not if ``is_off()`` once answers have come, which take a second: SIGCONT came meanwhile.
+        """
+        if self._screen is not None:
+            self._screen.settle()
+        if is_off():
+            self.forget()
+            return
         self.give_back()
         previous = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         # The kernel stops the process here, unless there is no shell to continue it.
@@ -122,32 +141,89 @@ class RawTerminal:
         self.give_back()
 
 
-def settle(queries: QueryWatch, fd: int) -> None:
-    """Leave nothing for the shell to read of what the terminal ``fd`` answers, as if typed, to what
-    the guest has shown there.
+class Screen:
+    """The terminal where console output ends, and where the guest's queries are answered as if
+    somebody typed: ``output_fd``, or for None our controlling terminal, where the reader of a pipe
+    may show the output."""
 
-    Waits for answers on their way, ANSWER_S after the last query at most.  What was typed
-    meanwhile is forgotten with them.
-    """
-    if not (queries.asked_s or queries.reports) or not is_in_front(fd):
-        return
-    with contextlib.suppress(OSError, termios.error), _not_stopped_for_it():
-        with contextlib.suppress(BlockingIOError):
-            write_now(fd, b"".join(b"\x1b[?%dl" % mode for mode in sorted(queries.reports)))
-        time.sleep(max(0.0, queries.asked_s + ANSWER_S - time.monotonic()))
-        termios.tcflush(fd, termios.TCIFLUSH)
+    def __init__(self, output_fd: int | None) -> None:
+        from pyvmm.console.queries import REPORTS_OFF, QueryWatch
+
+        self._output_fd = output_fd
+        self._reports_off = REPORTS_OFF
+        with self._opened() as fd:
+            self.queries = QueryWatch(utf8=bool(termios.tcgetattr(fd)[0] & _IUTF8))
+        """To be fed all output."""
+        self._is_quiet = False
+
+    @classmethod
+    def behind(cls, fd: int | None) -> Screen | None:
+        """Return the screen behind output to ``fd``; None if no terminal is known to be there."""
+        if fd is None:
+            return None
+        try:
+            if _is_terminal(fd):
+                return cls(fd)
+            mode = os.fstat(fd).st_mode
+            return cls(None) if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
+        except (OSError, termios.error):
+            return None
+
+    def settle(self) -> None:
+        """Leave the shell nothing to read of what the terminal answers or reports.
+
+        Waits for answers on their way, ANSWER_S after the last query at most.  What was typed
+        meanwhile is forgotten with them, and a query that the terminal has not read by then is
+        taken back, with all output that waits: what it has not read of a pseudo terminal is not
+        known otherwise.
+        """
+        queries = self.queries
+        reports = bool(queries.reports or queries.may_report)
+        if not (queries.asked_s or reports):
+            return
+        with (
+            contextlib.suppress(OSError, termios.error), _not_stopped_for_it(), self._opened() as fd
+        ):
+            if not is_in_front(fd):
+                return
+            last_s = queries.asked_s
+            if reports:
+                if self._output_fd is None:
+                    time.sleep(READER_S)
+                self._is_quiet = True
+                with contextlib.suppress(BlockingIOError):
+                    write_now(fd, self._reports_off)
+                last_s = time.monotonic()  # a report may be on its way, as an answer may
+            time.sleep(max(0.0, last_s + ANSWER_S - time.monotonic()))
+            if not is_in_front(fd):
+                return
+            if queries.bytes_since < (_queued_bytes(fd) or MOST_QUEUED_BYTES):
+                termios.tcflush(fd, termios.TCOFLUSH)
+            termios.tcflush(fd, termios.TCIFLUSH)
+
+    def resume(self) -> None:
+        """Switch on again the reports that ``settle`` has switched off."""
+        was_quiet, self._is_quiet = self._is_quiet, False
+        modes = b"".join(b"\x1b[?%dh" % mode for mode in sorted(self.queries.reports))
+        if was_quiet and modes:
+            with contextlib.suppress(OSError), self._opened() as fd:
+                write_now(fd, modes)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        if self._output_fd is not None:
+            yield self._output_fd
+            return
+        fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
 
-def watch_queries(fd: int | None) -> QueryWatch | None:
-    """A watch for the queries shown on ``fd``; None if that is no terminal."""
-    if fd is None or not _is_terminal(fd):
-        return None
-    from pyvmm.console.queries import QueryWatch
-
-    try:
-        return QueryWatch(utf8=bool(termios.tcgetattr(fd)[0] & _IUTF8))
-    except termios.error:
-        return None
+def _queued_bytes(fd: int) -> int:
+    """How many bytes wait for a serial line; 0 for a pseudo terminal, whatever waits there."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def is_in_front(fd: int) -> bool:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pyvmm.console.terminal import RawTerminal, settle, watch_queries
+from pyvmm.console.terminal import RawTerminal, Screen
 from pyvmm.errors import HostError
 from pyvmm.lab.streams import Input, Keyboard, Lines, Output, Signals, Source, Tail, describe
 from pyvmm.numerals import shown, whole_number
@@ -93,10 +93,10 @@ class Session:
 
         self._control = wiring.ports["control"]
         self._terminal = wiring.ports.get("terminal")
+        self._screen = None if self._terminal is None else Screen.behind(1)
         self._host_terminal = RawTerminal(
-            None if self._terminal is None else 0, cooks_output=False
+            None if self._terminal is None else 0, cooks_output=False, screen=self._screen
         )
-        self._queries = None if self._terminal is None else watch_queries(1)
         show = functools.partial(echo, end="\r\n" if os.isatty(2) else "\n")
         self._console = Tail(wiring.console_fd, show if verbose else None)
         self._messages = Tail(wiring.messages_fd)
@@ -105,8 +105,8 @@ class Session:
             Output(port.fileno(), fd, end_mark, functools.partial(self._hangup, fd))
             for fd, port in ((1, out), (2, wiring.ports["err"]))
         ]
-        if self._queries is not None:
-            self._outputs[0].shown = self._queries.feed
+        if self._screen is not None:
+            self._outputs[0].shown = self._screen.queries.feed
         self._commands = Lines(self._control.fileno(), self._on_control)
         self._sources: list[Source] = [
             self._commands, *self._outputs, self._console, self._messages
@@ -252,8 +252,8 @@ class Session:
             self._tell(f"winsize {rows} {columns}")
 
     def _restore_terminal(self) -> None:
-        if self._queries is not None and self._host_terminal.active:
-            settle(self._queries, 1)
+        if self._screen is not None and self._host_terminal.active:
+            self._screen.settle()
         self._host_terminal.give_back()
 
     def _tell(self, line: str) -> None:

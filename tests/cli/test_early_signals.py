@@ -89,6 +89,22 @@ def test_fault_24_an_interrupt_is_130_without_a_traceback(
     assert process.returncode in (130, -2, 0, 1, 7, 125)
 
 
+@pytest.mark.parametrize("serves", [False, True])
+def test_fault_24_an_interrupted_export_ends_as_its_help_says(
+    tmp_path: Path, serves: bool
+) -> None:
+    ready(tmp_path)
+    process = start(tmp_path, "export", "--disk", "disk", "--socket", "s")
+    if serves:
+        assert process.stderr is not None
+        assert b"is served at" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=patient(60))
+    assert (process.returncode, errors) == ((0 if serves else 130), b"")
+    said = start(tmp_path, "export", "--help").communicate()[0].decode()
+    assert "end it, with status 0 once it serves; before, 128+n" in said
+
+
 @pytest.mark.bare
 def test_fault_24_an_export_takes_a_notice_that_came_too_early(tmp_path: Path) -> None:
     ready(tmp_path)
