@@ -107,9 +107,11 @@ def export_main(argv: list[str]) -> int:
     report, bell = Reporter(sys.stderr), Bell()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
+        made = contextlib.ExitStack()
         backend = stack.enter_context(
-            contextlib.closing(open_backend(disk.source, report=report))
+            contextlib.closing(open_backend(disk.source, report=report, made=made))
         )
+        stack.callback(made.close)  # an overlay of an export that never began
         servers: list[Server] = []
         # A front end cannot ask what size of ring it may choose: any that QEMU has will do.
         block = disk.block.replace(queue_size=MAX_QUEUE_SIZE)
@@ -128,6 +130,7 @@ def export_main(argv: list[str]) -> int:
                 bell=bell,
             )
             servers.append(stack.enter_context(contextlib.closing(server)))
+            made.pop_all()
             report(f"{disk.location} is served at {args.socket}")
             return [IoSource(server.fileno(), server.service, drain=False)]
 

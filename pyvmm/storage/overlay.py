@@ -66,8 +66,8 @@ class OverlayBackend:
 
     ``name`` is the store's, for messages; ConfigError, naming it, if it is no store or one of a
     disk of another size.  With ``keep`` False the store will not be opened again: flushes do
-    nothing.  ``report`` takes a line if ``base_stamp`` is not the one the store was made with, and
-    if ``close`` cannot save what was never flushed.
+    nothing.  ``report`` takes a line if ``base_stamp`` is not the one the store was made with,
+    unless it holds nothing yet, and if ``close`` cannot save what was never flushed.
 
     Bits of blocks written since the last flush are only in memory.  ``flush`` makes the blocks
     stable, writes the bits, and makes these stable.
@@ -87,10 +87,13 @@ class OverlayBackend:
         report: Callable[[str], None],
     ) -> None:
         if _check_store(store, base.size_bytes, name) != base_stamp:
-            report(
-                f"{name}: its base was changed or copied after the overlay was made; "
-                "if its contents changed, this disk is damaged"
-            )
+            if _holds_any(store, base.size_bytes):
+                report(
+                    f"{name}: its base was changed or copied after the overlay was made; "
+                    "if its contents changed, this disk is damaged"
+                )
+            else:  # nothing in it depends on what the base was
+                format_store(store, base.size_bytes, base_stamp)
         self.size_bytes = base.size_bytes
         self.block_size = base.block_size
         self.can_discard = store.can_discard
@@ -275,6 +278,16 @@ class OverlayBackend:
 
     def _latch(self, error: OSError) -> None:
         self._failed_errno = error.errno or errno.EIO
+
+
+def _holds_any(store: BlockBackend, size_bytes: int) -> bool:
+    """True if ``store`` holds any block of a disk of ``size_bytes``."""
+    page = bytearray(_PAGE_SIZE)
+    for offset in range(BITMAP_OFFSET, _data_offset(size_bytes), _PAGE_SIZE):
+        store.readv([memoryview(page)], offset)
+        if any(page):
+            return True
+    return False
 
 
 def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:

@@ -239,3 +239,20 @@ def test_help_has_examples() -> None:
     assert "pyvmm export --disk root.img --socket" in done.stdout
     assert "memory-backend-memfd" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("path", ["/none/x", "x" * 200, "."])
+def test_fault_21_a_socket_that_cannot_be_leaves_no_overlay(
+    capsys: pytest.CaptureFixture[str], disk: Path, path: str
+) -> None:
+    new = disk.with_name("new.overlay")
+    assert main(["export", "--disk", f"{disk},overlay={new}", "--socket", path]) == 125
+    assert "socket" in capsys.readouterr().err
+    assert not new.exists()
+
+
+def test_fault_21_an_export_that_was_served_keeps_its_overlay(disk: Path) -> None:
+    new = disk.with_name("new.overlay")
+    with Export(f"{disk},overlay={new}", disk.with_name("s")) as export:
+        assert export.stop() == 0
+    assert new.exists()
