@@ -107,7 +107,8 @@ def _check_format(backend: BlockBackend, path: str, report: Callable[[str], None
     if kind is None:
         return
     if kind.is_likely_raw:
-        report(f"{path}: is {kind.name}, attached as the raw bytes it is ({kind.remedy(path)})")
+        remedy = f" ({kind.remedy(path)})" if kind.command else ""
+        report(f"{path}: is {kind.name}, attached as the raw bytes it is{remedy}")
         return
     raise ConfigError(
         path,

@@ -299,7 +299,11 @@ def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:
         raise ConfigError(name, f"cannot be read: {error.strerror}") from error
     magic, version, block_size, disk_bytes, data_offset, stamp = _HEADER.unpack_from(sector)
     if magic != _MAGIC:
-        raise ConfigError(name, "is no overlay of pyvmm's; name a file that does not exist yet")
+        from pyvmm.storage.image_kinds import kind_of_head
+
+        kind = kind_of_head(bytes(sector))
+        what = "is no overlay" if kind is None else f"is {kind.name}, no overlay"
+        raise ConfigError(name, f"{what} of pyvmm's; name a file that does not exist yet")
     fields = sector[: _HEADER.size]
     checksum = int.from_bytes(sector[_HEADER.size : _HEADER.size + 4], "little")
     if checksum != zlib.crc32(fields):
