@@ -99,7 +99,7 @@ def check_disk(fd: int, path: str) -> None:
         from pyvmm.storage.image_kinds import kind_of_head  # by far the most disks are long enough
 
         kind = kind_of_head(os.pread(fd, SECTOR_SIZE, 0))
-        what = "" if kind is None else f"; it is {kind.described(path)}"
+        what = "" if kind is None else f"; it is {kind.name} ({kind.remedy(path)})"
         raise ConfigError(
             path, f"has {length} bytes, a disk has at least one sector of {SECTOR_SIZE}{what}"
         )

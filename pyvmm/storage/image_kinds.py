@@ -35,11 +35,6 @@ class ImageKind(Record):
         return self.command.format(IN=shlex.quote(path), OUT=shlex.quote(out))
 
 
-    def described(self, path: str) -> str:
-        """Return ``name``, with the command for ``path`` if there is one."""
-        return f"{self.name} ({self.remedy(path)})" if self.command else self.name
-
-
 _SUFFIXES = (".gz", ".xz", ".zst", ".bz2", ".lz4", ".lzma", ".lzo", ".Z")
 
 
@@ -101,7 +96,7 @@ _HEADS: tuple[tuple[int, bytes, ImageKind], ...] = (
     (0, b"\x7fELF", _other("an ELF file", "--kernel {IN}")),
     (0, b"version https://git-lfs.github.com/spec/",
      ImageKind(name="a Git LFS pointer to the file that is meant", command="git lfs pull")),
-    *((0, start, _other("an HTML page"))
+    *((0, start, _other("an HTML page", "head {IN}"))
       for start in (b"<!DOCTYPE html", b"<!doctype html", b"<html", b"<HTML")),
 )
 _TAILS = (

@@ -107,8 +107,7 @@ def _check_format(backend: BlockBackend, path: str, report: Callable[[str], None
     if kind is None:
         return
     if kind.is_likely_raw:
-        remedy = f" ({kind.remedy(path)})" if kind.command else ""
-        report(f"{path}: is {kind.name}, attached as the raw bytes it is{remedy}")
+        report(f"{path}: is {kind.name}, attached as the raw bytes it is ({kind.remedy(path)})")
         return
     raise ConfigError(
         path,

@@ -240,7 +240,7 @@ def test_fault_27_a_disk_of_another_driver_that_has_no_like_here(root: str, said
 
 
 @pytest.mark.parametrize("root", ["/dev/sdaa1", "/dev/dm-0", "/dev/mapper/vg-root", "/dev/md0",
-                                  "fe01", "254:1", "/dev/ram0", "/dev/nfs", "/dev/sr0", "/dev/nvme"])
+                                  "fe01", "254:1", "/dev/ram0", "/dev/nfs", "/dev/nvme"])
 def test_what_may_be_there_without_us_is_not_judged(root: str) -> None:
     assert mistake_of(root, gpt(EXT4)) == ""
 

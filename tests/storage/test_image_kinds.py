@@ -241,7 +241,7 @@ def test_fault_27_a_page_that_was_downloaded_instead(tmp_path: Path, start: byte
     path = tmp_path / "root.img"
     path.write_bytes(start.ljust(1024, b" "))
     _, lines = opened(f"{path},ro")
-    assert lines == [f"{path}: is an HTML page, attached as the raw bytes it is"]
+    assert lines == [f"{path}: is an HTML page, attached as the raw bytes it is (head {path})"]
     path.write_bytes(start)
     with pytest.raises(ConfigError, match=f"has {len(start)} bytes.* is an HTML page"):
         opened(str(path))
