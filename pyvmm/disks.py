@@ -39,15 +39,22 @@ def open_disk(
     stack: contextlib.ExitStack,
     report: Reporter,
     timeout_s: float | None,
+    made: contextlib.ExitStack,
 ) -> Disk:
-    """Open disk ``index``; a server that it is on has at most ``timeout_s`` to answer."""
+    """Open disk ``index``; a server that it is on has at most ``timeout_s`` to answer.
+
+    ``stack`` removes the files made for it, too, unless ``made`` has been emptied: once they serve
+    a guest they last.
+    """
     irq_fd = eventfd(stack)
     if isinstance(config, DiskConfig):
         from pyvmm.storage.open import open_backend
         from pyvmm.virtio.block import BlockDevice
 
-        opened = open_backend(config.source, report=report, timeout_s=timeout_s)
-        device = BlockDevice(config.block, stack.enter_context(contextlib.closing(opened)))
+        opened = open_backend(config.source, report=report, timeout_s=timeout_s, made=made)
+        stack.callback(opened.close)
+        stack.callback(made.close)
+        device = BlockDevice(config.block, opened)
         return Disk(device, irq_fd, tuple(eventfd(stack) for _ in device.queue_max_sizes))
 
     from pyvmm.vhost_user.block import VhostUserBlock

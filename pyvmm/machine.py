@@ -77,8 +77,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         cmdline = config.kernel_command_line(kernel.cmdline_limit)
         write_boot_info(memory, kernel, cmdline, initrd, rsdp=rsdp)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
+        made = contextlib.ExitStack()
         disks = [
-            open_disk(disk, index, runner, stack, report, config.timeout_s)
+            open_disk(disk, index, runner, stack, report, config.timeout_s, made)
             for index, disk in enumerate(config.disks)
         ]
         console = stack.enter_context(contextlib.closing(_open_console(config)))
@@ -176,6 +177,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 os.eventfd_write(fd, 1)
 
         def run() -> Outcome:
+            made.pop_all()
             console.begin()
             if config.timeout_s is not None:
                 runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))

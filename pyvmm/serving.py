@@ -17,12 +17,17 @@ WATCH_S = 0.05
 
 
 def serve(
-    start: Callable[[], Sequence[IoSource]], *, refresh: Callable[[], None], bell: Bell
+    start: Callable[[], Sequence[IoSource]],
+    *,
+    begun: Callable[[], None] = lambda: None,
+    refresh: Callable[[], None],
+    bell: Bell,
 ) -> int:
     """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
     number.
 
-    ``start`` is called once signals are taken: whoever sees what it makes may send one.
+    ``start`` is called once signals are taken: whoever sees what it makes may send one.  ``begun``
+    is called when nothing can go wrong any more.
     ``refresh`` is called after every REFRESH_SIGNAL.  A write of ``bell``, which rings for the
     sources, is ended if it waits.
     """
@@ -40,6 +45,7 @@ def serve(
 
         source = IoSource(signals.wakeup_fd, look, drain=False)
         loop = IoLoop([*start(), source])
+        begun()
         loop.run()
     return taken[0]
 

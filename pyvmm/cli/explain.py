@@ -18,6 +18,8 @@ from pyvmm.linux.guest import Boot, describe
 from pyvmm.linux.remembered import covers, recall, remember
 from pyvmm.linux.requirements import notes, problems
 from pyvmm.outcome import MAYBE_SILENT, Kind, Outcome
+from pyvmm.storage.backend import SECTOR_SIZE
+from pyvmm.storage.files import logical_block_size
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -140,11 +142,13 @@ def _boot(config: RunConfig, version: str) -> Boot:
 
 
 def _read(path: str, offset: int) -> bytes:
-    """The start of a file or disk; nothing if it is none, and may not be looked into."""
+    """The start of a file or disk; nothing if it is none, may not be looked into, or has sectors of
+    another size than tables and file systems are read with here."""
     with contextlib.suppress(OSError, ValueError, OverflowError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            return os.pread(fd, HEAD_BYTES, offset)
+            is_usual = logical_block_size(fd) == SECTOR_SIZE
+            return os.pread(fd, HEAD_BYTES, offset) if is_usual else b""
         finally:
             os.close(fd)
     return b""

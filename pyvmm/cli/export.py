@@ -9,10 +9,16 @@ import sys
 from typing import NoReturn
 
 from pyvmm.bell import Bell
-from pyvmm.cli.descriptors import allow_many_descriptors
+from pyvmm.cli.descriptors import (
+    allow_many_descriptors,
+    descriptor_limit,
+    needed_for_export,
+    shortage,
+    too_few,
+)
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import DiskConfig
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.io_loop import IoSource
 from pyvmm.report import Reporter, Seldom
 from pyvmm.serving import serve
@@ -104,12 +110,25 @@ def export_main(argv: list[str]) -> int:
         raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
     # Regions and eventfds of many front ends: none must keep another from what it needs.
     allow_many_descriptors()
+    needed = needed_for_export(disk)
+    try:
+        return _export(args, disk, needed)
+    except (OSError, PyvmmError) as error:
+        if refusal := shortage(error, needed, "this export"):
+            raise refusal from error
+        raise
+
+
+def _export(args: argparse.Namespace, disk: DiskConfig, needed: int) -> int:
+    """Serve ``disk``, which takes ``needed`` open files; see ``export_main``."""
     report, bell = Reporter(sys.stderr), Bell()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
+        made = contextlib.ExitStack()
         backend = stack.enter_context(
-            contextlib.closing(open_backend(disk.source, report=report))
+            contextlib.closing(open_backend(disk.source, report=report, made=made))
         )
+        stack.callback(made.close)  # an overlay of an export that never began
         servers: list[Server] = []
         # A front end cannot ask what size of ring it may choose: any that QEMU has will do.
         block = disk.block.replace(queue_size=MAX_QUEUE_SIZE)
@@ -128,8 +147,13 @@ def export_main(argv: list[str]) -> int:
                 bell=bell,
             )
             servers.append(stack.enter_context(contextlib.closing(server)))
-            report(f"{disk.location} is served at {args.socket}")
             return [IoSource(server.fileno(), server.service, drain=False)]
+
+        def begun() -> None:
+            made.pop_all()
+            if descriptor_limit() < needed:
+                report(too_few(needed, "this export with a front end"))
+            report(f"{disk.location} is served at {args.socket}")
 
         def refresh() -> None:
             before = backend.size_bytes
@@ -143,5 +167,5 @@ def export_main(argv: list[str]) -> int:
                 for server in servers:
                     server.config_changed()
 
-        number = serve(start, refresh=refresh, bell=bell)
+        number = serve(start, begun=begun, refresh=refresh, bell=bell)
     return 0 if number in _ENDINGS else 128 + number

@@ -11,6 +11,8 @@ from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.errors import PyvmmError
 
 HOST_ERROR_STATUS = 125
+_MANY_FILES = 64
+"""Open files enough for a command that is not asked about it."""
 _SIGINT, _SIGPIPE = 2, 13  # what `signal` calls so; most of what it imports can come later, faster
 
 USAGE = """\
@@ -106,19 +108,28 @@ def main(argv: list[str] | None = None, *, signals: SignalsAsTheyAre = _AS_THEY_
                 return HOST_ERROR_STATUS
     except PyvmmError as error:
         show_traceback(rest)
-        say_error(str(error))
+        say_error(str(_shortage(command, error) or error))
         return HOST_ERROR_STATUS
     except (OSError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
             return output_failed(error)
         show_traceback(rest)
         # Nothing of the guest's or the user's: no descriptors, threads or room left on this host.
-        say_error(f"this host: {error}")
+        say_error(str(_shortage(command, error) or f"this host: {error}"))
         return HOST_ERROR_STATUS
     except KeyboardInterrupt:
         return 128 + _SIGINT
     finally:
         gc.enable()
+
+
+def _shortage(command: str, error: Exception) -> PyvmmError | None:
+    """What to say of a want of open files; nothing of a command that has said it itself."""
+    if command in ("run", "export"):
+        return None
+    from pyvmm.cli.descriptors import shortage
+
+    return shortage(error, _MANY_FILES, f"pyvmm {command}")
 
 
 def output_failed(error: OSError) -> int:

@@ -47,8 +47,9 @@ MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
 LSR_DATA_READY, LSR_THRE, LSR_TEMT = 0x01, 0x20, 0x40
 LSR_IDLE = LSR_THRE | LSR_TEMT
 POLLS = 8
-"""So many reads of LSR and RBR after a write of IER or FCR, and the guest polls.  Linux's probe and
-its start-up make at most four between two such writes."""
+"""So many reads of LSR and RBR after a write that changes IER or FCR or clears the FIFO, and the
+guest polls.  Linux's probe and its start-up make at most four between two such writes; what writes
+IER as it is before each look, as a boot loader may, sets nothing up."""
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 
@@ -173,7 +174,8 @@ class Serial(ByteDevice):
             if value & ~self._ier & IER_THRE:
                 self._thre_pending = True  # the holding register is empty already
             listens = value & ~self._ier & IER_RX
-            self._set_up()
+            if value & 0x0F != self._ier:
+                self._set_up()
             self._ier = value & 0x0F
             self._refill()
             self._update_irq()
@@ -191,8 +193,8 @@ class Serial(ByteDevice):
     def _write_fcr(self, value: int) -> None:
         with self._lock:
             cleared = value & FCR_CLEAR_RX or (value ^ self._fcr) & FCR_ENABLE
-            self._set_up()
             if cleared:
+                self._set_up()
                 self._clear_fifo()
             self._fcr = value & FCR_ENABLE
             self._refill()

@@ -42,6 +42,7 @@ _OTHERS = (
     (0x36, b"FAT", "vfat"),
     (0x52, b"FAT32", "vfat"),
     (0x3, b"NTFS    ", "ntfs"),
+    (0x3, b"-FVE-FS-", "BitLocker"),
     (0x3, b"EXFAT   ", "exfat"),
 )
 # Where the UUID is, and the label, and how long that may be.

@@ -14,9 +14,10 @@ MAX_PARTITIONS = 128
 ROOT_KINDS = ("4f68bce3-e8cd-4db1-96e7-fbcaf984b709",)
 """The Discoverable Partitions Specification's type of a root for x86-64."""
 
-_SECTOR = 512
+_SECTOR, _LARGE_SECTOR = 512, 4096
 _TABLE, _ENTRY, _ENTRIES = 446, 16, 4
 _DISK_SIGNATURE = 440
+_PROTECTIVE = 0xEE
 _EXTENDED = (0x05, 0x0F, 0x85)
 _FIRST_LOGICAL = 5
 _GPT_ENTRY_MIN, _GPT_ENTRY_MAX = 128, 4096
@@ -44,7 +45,20 @@ def table_kind(head: bytes) -> str:
     # A boot sector without a table ends so, too: in a table the first byte of an entry is a flag.
     entries = _dos_entries(head)
     is_table = all(entry[0] in (0, 0x80) for entry in entries) and any(e[4] for e in entries)
-    return "dos" if is_table else ""
+    return "dos" if is_table and not _protects(entries) else ""
+
+
+def lost_gpt(head: bytes) -> str:
+    """Return what is wrong with a disk whose MBR protects a GPT that is not there; "" if nothing.
+
+    Linux takes no partition from such an MBR (block/partitions/msdos.c).
+    """
+    if head[_SECTOR : _SECTOR + 8] == b"EFI PART" or not _protects(_dos_entries(head)):
+        return ""
+    if head[_LARGE_SECTOR : _LARGE_SECTOR + 8] == b"EFI PART":
+        return (f"is partitioned for sectors of {_LARGE_SECTOR} bytes, and has sectors of "
+                f"{_SECTOR}: Linux sees no partition")
+    return "has a protective MBR, but no GPT behind it: Linux sees no partition"
 
 
 def read_partitions(read: Callable[[int], bytes]) -> tuple[Partition, ...]:
@@ -121,6 +135,11 @@ def _dos_entries(sector: bytes) -> list[bytes]:
         return []
     places = range(_TABLE, _TABLE + _ENTRIES * _ENTRY, _ENTRY)
     return [sector[at : at + _ENTRY] for at in places]
+
+
+def _protects(entries: list[bytes]) -> bool:
+    """True if the ``entries`` of an MBR leave the disk to a GPT."""
+    return any(entry[4] == _PROTECTIVE for entry in entries)
 
 
 def _guid(data: bytes) -> str:

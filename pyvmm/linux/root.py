@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 
 from pyvmm.lean import Record
 from pyvmm.linux import file_systems
-from pyvmm.linux.partitions import ROOT_KINDS, Partition, read_partitions, table_kind
+from pyvmm.linux.partitions import (
+    MAX_PARTITIONS,
+    ROOT_KINDS,
+    Partition,
+    lost_gpt,
+    read_partitions,
+    table_kind,
+)
 from pyvmm.numerals import whole_number
 
 DISK = "/dev/vd"
@@ -21,8 +28,10 @@ _GUID_LENGTH = 36  # of a GPT partition; that of an MBR one is SSSSSSSS-PP
 _MAX_LISTED = 8
 _LARGE_BLOCKS_SINCE = {"xfs": (6, 12), "ext2": (6, 19), "ext3": (6, 19), "ext4": (6, 19)}
 """The first Linux that mounts blocks larger than a page."""
-_NEEDS_HELP = ("LUKS", "LVM", "RAID")
+_NEEDS_HELP = ("LUKS", "LVM", "RAID", "BitLocker")
 _NO_ROOT = ("swap", "empty")
+_BY_LETTER, _BY_NUMBER = ("vd", "xvd", "sd", "hd"), ("nvme", "mmcblk")
+"""How Linux calls a virtual machine's disks, ours and those of other drivers."""
 
 
 class Place(Record):
@@ -83,6 +92,8 @@ def find_root(
         found = Root(place=_one(matches), table="gpt", mistake=missing)
     elif root.startswith(DISK):
         found = _by_name(seen, root)
+    elif disks and (meant := _meant(root)) is not None:
+        return _by_other_name(seen, root, *meant, has_initrd=has_initrd, version=version)
     else:
         return Root()  # nothing of ours, or by number
     if found.place is None or found.mistake:
@@ -95,7 +106,7 @@ class _Disks:
 
     def __init__(self, count: int, read_disk: Callable[[int, int], bytes]) -> None:
         self.count = count
-        self._read = read_disk
+        self.read = read_disk
         self._heads: dict[int, bytes] = {}
         self._partitions: dict[int, tuple[Place, ...]] = {}
 
@@ -104,15 +115,15 @@ class _Disks:
 
     def disk(self, index: int) -> Place:
         if index not in self._heads:
-            self._heads[index] = self._read(index, 0)
+            self._heads[index] = self.read(index, 0)
         return Place(name=self.name(index), head=self._heads[index])
 
     def partitions_of(self, index: int) -> tuple[Place, ...]:
         if index not in self._partitions:
             self._partitions[index] = tuple(
                 Place(name=f"{self.name(index)}{partition.number}", partition=partition,
-                      head=self._read(index, partition.offset))
-                for partition in read_partitions(lambda at: self._read(index, at))
+                      head=self.read(index, partition.offset))
+                for partition in read_partitions(lambda at: self.read(index, at))
             )
         return self._partitions[index]
 
@@ -162,8 +173,10 @@ def _by_name(seen: _Disks, root: str) -> Root:
     if not disk.head:
         return Root(table="any")
     for place in seen.partitions_of(index):
-        if _of(place).number == whole_number(digits, 1, 1 << 20):
+        if str(_of(place).number) == digits:  # to Linux "01" is none, either
             return Root(place=place, table=table)
+    if not table and (problem := lost_gpt(disk.head)):
+        return Root(table="any", mistake=f"root={root} is not there: {disk.name} {problem}")
     if not table:
         if disk.content and disk.content != "empty":
             return Root(table="any", mistake=f"root={root} is not there: {disk.name} has no "
@@ -173,6 +186,37 @@ def _by_name(seen: _Disks, root: str) -> Root:
                                          "table")
     there = _listed(seen.partitions_of(index))
     return Root(table=table, mistake=f"root={root} is not there: {disk.name} has {there}")
+
+
+def _meant(root: str) -> tuple[int, str] | None:
+    """The disk, by its number, and the partition, "" for none, of a name that Linux gives disks of
+    other drivers, as ``/dev/sda1`` and ``/dev/nvme0n1p1``, or of ``vda1``; None for any other."""
+    name = root.removeprefix("/dev/")
+    for prefix in _BY_LETTER:
+        letter, digits = name[len(prefix) :][:1], name[len(prefix) + 1 :]
+        is_number = not digits or whole_number(digits, 1, MAX_PARTITIONS) is not None
+        if name.startswith(prefix) and "a" <= letter <= "z" and is_number:
+            return ord(letter) - ord("a"), digits
+    for prefix in _BY_NUMBER:
+        if name.startswith(prefix):
+            disk, _, digits = name.removeprefix(prefix).partition("p")
+            number = whole_number(disk.partition("n")[0], 0, MAX_PARTITIONS)
+            return None if number is None else (number, digits)
+    return None
+
+
+def _by_other_name(
+    seen: _Disks, root: str, index: int, digits: str, *, has_initrd: bool, version: str
+) -> Root:
+    """What is meant by the ``root`` of a disk that other machines have."""
+    names = ", ".join(f"/dev/{seen.name(disk)}" for disk in range(seen.count))
+    mistake = f"root={root} is not there: the disks here are {names}"
+    if index >= seen.count:
+        return Root(mistake=mistake)
+    meant = f"/dev/{seen.name(index)}{digits}"
+    found = find_root(meant, seen.count, seen.read, has_initrd=has_initrd, version=version)
+    hint = found.mistake.removeprefix(f"root={meant} is not there: ")
+    return found.replace(place=None, mistake=f"{mistake}; {hint or f'it is likely root={meant}'}")
 
 
 def _by_partuuid(seen: _Disks, name: str) -> Root:
@@ -248,6 +292,10 @@ def _unmountable(
                     f"its root is likely root=/dev/{better.name}")
         return f"root={root} is a disk with partitions: {_listed(partitions)}"
     content = place.content
+    if kind is None and place.partition is None and (problem := lost_gpt(place.head)):
+        return f"root={root}: {place.name} {problem}"
+    if content == "ntfs":
+        return f"root={root} is ntfs, as a disk of Windows"
     if kind is None:
         if content in _NO_ROOT or (content in _NEEDS_HELP and not has_initrd):
             helper = "" if content in _NO_ROOT else ", which only an initramfs opens"

@@ -96,8 +96,12 @@ def check_disk(fd: int, path: str) -> None:
         raise ConfigError(path, _NOT_A_DISK.format(_KINDS.get(stat.S_IFMT(mode), "special")))
     length = disk_length(fd)
     if length < SECTOR_SIZE:
+        from pyvmm.storage.image_kinds import kind_of_head  # by far the most disks are long enough
+
+        kind = kind_of_head(os.pread(fd, SECTOR_SIZE, 0))
+        what = "" if kind is None else f"; it is {kind.name} ({kind.remedy(path)})"
         raise ConfigError(
-            path, f"has {length} bytes, a disk has at least one sector of {SECTOR_SIZE}"
+            path, f"has {length} bytes, a disk has at least one sector of {SECTOR_SIZE}{what}"
         )
 
 

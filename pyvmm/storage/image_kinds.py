@@ -94,6 +94,10 @@ _HEADS: tuple[tuple[int, bytes, ImageKind], ...] = (
     (0, b"!<arch>\n", _other("an ar archive or Debian package", "dpkg -x {IN} DIRECTORY")),
     (0x202, b"HdrS", _other("a Linux kernel (bzImage)", "--kernel {IN}")),
     (0, b"\x7fELF", _other("an ELF file", "--kernel {IN}")),
+    (0, b"version https://git-lfs.github.com/spec/",
+     ImageKind(name="a Git LFS pointer to the file that is meant", command="git lfs pull")),
+    *((0, start, _other("an HTML page", "head {IN}"))
+      for start in (b"<!DOCTYPE html", b"<!doctype html", b"<html", b"<HTML")),
 )
 _TAILS = (
     (b"conectix", ImageKind(name=_VPC.name, command=_VPC.command, is_likely_raw=True)),

@@ -49,13 +49,19 @@ class DiskSource(Record):
 
 
 def open_backend(
-    source: DiskSource, *, report: Callable[[str], None], timeout_s: float | None = None
+    source: DiskSource,
+    *,
+    report: Callable[[str], None],
+    timeout_s: float | None = None,
+    made: contextlib.ExitStack | None = None,
 ) -> BlockBackend:
     """The disk ``source`` describes, for the caller to close.
 
     ConfigError naming file, URI or script.  ``report`` takes lines about what is odd, now
-    and later.  A server has at most ``timeout_s`` seconds to agree on a disk.
+    and later.  A server has at most ``timeout_s`` seconds to agree on a disk.  ``made`` takes what
+    removes the files made here: to be closed, before the backend, if the disk was for nothing.
     """
+    made = contextlib.ExitStack() if made is None else made
     with contextlib.ExitStack() as stack:
         read_only = source.read_only or source.snapshot
         backend: BlockBackend
@@ -75,7 +81,7 @@ def open_backend(
         if is_checked:
             _check_format(backend, source.location, report)
         if source.snapshot:
-            backend = _open_overlay(backend, source, stack, report)
+            backend = _open_overlay(backend, source, stack, report, made)
         if source.faults:
             from pyvmm.storage.fault_script import parse_script
             from pyvmm.storage.faulty import FaultyBackend
@@ -121,6 +127,7 @@ def _open_overlay(
     source: DiskSource,
     stack: contextlib.ExitStack,
     report: Callable[[str], None],
+    made: contextlib.ExitStack,
 ) -> BlockBackend:
     from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
     from pyvmm.storage.raw import RawBackend
@@ -128,30 +135,31 @@ def _open_overlay(
     name, keep = source.overlay, bool(source.overlay)
     if not keep:
         name = f"{snapshot_directory()}/pyvmm-{os.getpid()}-{os.urandom(8).hex()}.snapshot"
-    is_ours, is_new = _create(name, store_bytes(base.size_bytes), is_temporary=not keep)
+    new = _create(name, store_bytes(base.size_bytes), is_temporary=not keep)
     # A file made here is gone again unless it becomes an overlay; without a name it always is.
     remove = contextlib.ExitStack()
-    if is_ours:
-        remove.callback(_unlink, name)
+    if new is not None:
+        remove.callback(new.undo)
     with remove:
         store = RawBackend(name, report=report)
         stack.callback(store.close)
         stamp = _stamp(source.location)
-        if is_new:
-            try:
+        try:
+            if new is not None:
                 format_store(store, base.size_bytes, stamp)
                 if keep:
                     store.flush()
                     _sync_directory(name)
-            except OSError as error:
-                raise ConfigError(
-                    name, f"cannot be made an overlay: {error.strerror}{_tmpdir_hint(not keep)}"
-                ) from error
-        overlay = OverlayBackend(
-            base, store, name=name, base_stamp=stamp, keep=keep, report=report
-        )
+            overlay = OverlayBackend(
+                base, store, name=name, base_stamp=stamp, keep=keep, report=report
+            )
+        except OSError as error:
+            raise ConfigError(
+                name, f"cannot be made an overlay: {error.strerror}{_tmpdir_hint(not keep)}"
+            ) from error
         if keep:
-            remove.pop_all()
+            made.push(remove.pop_all())
+            stack.callback(made.close)
         return overlay
 
 
@@ -168,16 +176,32 @@ def _tmpdir_hint(is_temporary: bool) -> str:
     return f"; set TMPDIR, which is {directory} now, to a directory with room that you may write"
 
 
-def _unlink(path: str) -> None:
-    with contextlib.suppress(OSError):  # somebody else was faster
-        os.unlink(path)
+class _NewFile(Record):
+    """A file without data at ``path``, to become a store; ``is_ours`` if it was not there.
+
+    ``identity`` is its st_dev and st_ino.
+    """
+
+    path: str
+    identity: tuple[int, int]
+    is_ours: bool
+
+    def undo(self) -> None:
+        """Remove it, or make it as empty as it was; nothing if another has its name by now."""
+        with contextlib.suppress(OSError):
+            status = os.lstat(self.path) if self.is_ours else os.stat(self.path)
+            if (status.st_dev, status.st_ino) != self.identity:
+                return
+            if self.is_ours:
+                os.unlink(self.path)
+            else:
+                os.truncate(self.path, 0)
 
 
-def _create(path: str, length: int, *, is_temporary: bool) -> tuple[bool, bool]:
-    """Make a file of ``length`` bytes without data, or find one; True, True for a new file.
+def _create(path: str, length: int, *, is_temporary: bool) -> _NewFile | None:
+    """Make a file of ``length`` bytes without data, or find one; None if it holds something.
 
-    Else whether this call made it (no), and whether it has nothing in it: an interrupted run may
-    leave such a file behind.
+    An interrupted run may leave such a file behind.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     is_ours = True
@@ -193,20 +217,22 @@ def _create(path: str, length: int, *, is_temporary: bool) -> tuple[bool, bool]:
         raise ConfigError(
             path, f"cannot be made: {error.strerror}{_tmpdir_hint(is_temporary)}"
         ) from error
+    status = os.fstat(fd)
+    new = _NewFile(path=path, identity=(status.st_dev, status.st_ino), is_ours=is_ours)
     try:
         if not is_ours and not _is_empty(fd, length):
-            return False, False
+            return None
         os.ftruncate(fd, length)
     except OSError as error:
         if is_ours:
-            _unlink(path)
+            new.undo()
         problem = "no room for" if error.errno == errno.ENOSPC else "cannot be made"
         raise ConfigError(
             path, f"{problem} {length} bytes: {error.strerror}{_tmpdir_hint(is_temporary)}"
         ) from error
     finally:
         os.close(fd)
-    return is_ours, True
+    return new
 
 
 def _is_empty(fd: int, length: int) -> bool:

@@ -66,8 +66,8 @@ class OverlayBackend:
 
     ``name`` is the store's, for messages; ConfigError, naming it, if it is no store or one of a
     disk of another size.  With ``keep`` False the store will not be opened again: flushes do
-    nothing.  ``report`` takes a line if ``base_stamp`` is not the one the store was made with, and
-    if ``close`` cannot save what was never flushed.
+    nothing.  ``report`` takes a line if ``base_stamp`` is not the one the store was made with,
+    unless it holds nothing yet, and if ``close`` cannot save what was never flushed.
 
     Bits of blocks written since the last flush are only in memory.  ``flush`` makes the blocks
     stable, writes the bits, and makes these stable.
@@ -87,10 +87,13 @@ class OverlayBackend:
         report: Callable[[str], None],
     ) -> None:
         if _check_store(store, base.size_bytes, name) != base_stamp:
-            report(
-                f"{name}: its base was changed or copied after the overlay was made; "
-                "if its contents changed, this disk is damaged"
-            )
+            if _holds_any(store, base.size_bytes):
+                report(
+                    f"{name}: its base was changed or copied after the overlay was made; "
+                    "if its contents changed, this disk is damaged"
+                )
+            else:  # nothing in it depends on what the base was
+                format_store(store, base.size_bytes, base_stamp)
         self.size_bytes = base.size_bytes
         self.block_size = base.block_size
         self.can_discard = store.can_discard
@@ -277,6 +280,16 @@ class OverlayBackend:
         self._failed_errno = error.errno or errno.EIO
 
 
+def _holds_any(store: BlockBackend, size_bytes: int) -> bool:
+    """True if ``store`` holds any block of a disk of ``size_bytes``."""
+    page = bytearray(_PAGE_SIZE)
+    for offset in range(BITMAP_OFFSET, _data_offset(size_bytes), _PAGE_SIZE):
+        store.readv([memoryview(page)], offset)
+        if any(page):
+            return True
+    return False
+
+
 def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:
     """The stamp of the base; ConfigError unless ``store`` is one for a disk of ``size_bytes``."""
     sector = bytearray(SECTOR_SIZE)
@@ -286,7 +299,11 @@ def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:
         raise ConfigError(name, f"cannot be read: {error.strerror}") from error
     magic, version, block_size, disk_bytes, data_offset, stamp = _HEADER.unpack_from(sector)
     if magic != _MAGIC:
-        raise ConfigError(name, "is no overlay of pyvmm's; name a file that does not exist yet")
+        from pyvmm.storage.image_kinds import kind_of_head
+
+        kind = kind_of_head(bytes(sector))
+        what = "is no overlay" if kind is None else f"is {kind.name}, no overlay"
+        raise ConfigError(name, f"{what} of pyvmm's; name a file that does not exist yet")
     fields = sector[: _HEADER.size]
     checksum = int.from_bytes(sector[_HEADER.size : _HEADER.size + 4], "little")
     if checksum != zlib.crc32(fields):

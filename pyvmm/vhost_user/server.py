@@ -7,6 +7,7 @@ a kick and the pass over its ring there is no other system call.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -66,9 +67,11 @@ class Server:
         self._unfinished: set[Session] = set()
         """Those in the middle of a message."""
         self._accept_at_s = _NEVER_S
-        self._listener = Listener(path)
-        self._poller = select.epoll()
-        self._poller.register(self._listener.fileno(), select.EPOLLIN)
+        with contextlib.ExitStack() as stack:
+            self._listener = stack.enter_context(contextlib.closing(Listener(path)))
+            self._poller = stack.enter_context(contextlib.closing(select.epoll()))
+            self._poller.register(self._listener.fileno(), select.EPOLLIN)
+            stack.pop_all()
 
     def fileno(self) -> int:
         """Readable when ``service`` has something to do."""
@@ -158,22 +161,32 @@ class Server:
             self._report(f"{name} is turned away: {self._users()}")
             sock.close()
             return
-        session = Session(
-            Channel(sock, peer=name),
-            self._make_device(),
-            self,
-            report=self._report,
-            trust_memory=self._trust_memory,
-            clock=self._clock,
-        )
         try:
-            self._poller.register(session.fileno(), select.EPOLLIN)
-        except OSError as error:
-            session.close()
+            session = self._begin(sock, name)
+        except OSError as error:  # out of file descriptors, say
             self._report(f"{name} is turned away: {error.strerror}")
             return
         self._sessions[session.fileno()] = session
         self._note(f"{name} connected")
+
+    def _begin(self, sock: socket.socket, name: str) -> Session:
+        """A session with who is at the other end of ``sock``, which is closed by OSError."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            channel = Channel(sock, peer=name)
+            stack.callback(channel.close)
+            session = Session(
+                channel,
+                self._make_device(),
+                self,
+                report=self._report,
+                trust_memory=self._trust_memory,
+                clock=self._clock,
+            )
+            stack.callback(session.close)
+            self._poller.register(session.fileno(), select.EPOLLIN)
+            stack.pop_all()
+        return session
 
     def _users(self) -> str:
         """Who is connected."""

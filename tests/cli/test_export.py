@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import re
 import resource
 import signal
 import socket
@@ -239,3 +242,94 @@ def test_help_has_examples() -> None:
     assert "pyvmm export --disk root.img --socket" in done.stdout
     assert "memory-backend-memfd" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("path", ["/none/x", "x" * 200, "."])
+def test_fault_21_a_socket_that_cannot_be_leaves_no_overlay(
+    capsys: pytest.CaptureFixture[str], disk: Path, path: str
+) -> None:
+    new = disk.with_name("new.overlay")
+    assert main(["export", "--disk", f"{disk},overlay={new}", "--socket", path]) == 125
+    assert "socket" in capsys.readouterr().err
+    assert not new.exists()
+
+
+def test_fault_21_an_export_that_was_served_keeps_its_overlay(disk: Path) -> None:
+    new = disk.with_name("new.overlay")
+    with Export(f"{disk},overlay={new}", disk.with_name("s")) as export:
+        assert export.stop() == 0
+    assert new.exists()
+
+
+def limited(limit: int, *args: str | Path) -> subprocess.Popen[str]:
+    """``pyvmm ARGS`` that may have ``limit`` open files, and can never have more."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pyvmm", *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+        preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [6, 8, 9])
+def test_fault_25_how_many_open_files_an_export_needs_is_said(
+    tmp_path: Path, disk: Path, limit: int
+) -> None:
+    path = tmp_path / "s"
+    with limited(limit, "export", "--disk", disk, "--socket", path) as export:
+        said, _ = export.communicate(timeout=patient(30))
+    assert export.returncode == 125
+    assert re.fullmatch(
+        rf"pyvmm: too few open files: the limit is {limit}, this export needs (\d+); "
+        r"raise it with `ulimit -n \1`\n", said,
+    ), said
+    assert not path.exists(), "a socket that nobody listens on"
+
+
+def test_fault_25_an_export_without_room_for_a_front_end_says_so(
+    tmp_path: Path, disk: Path
+) -> None:
+    path = tmp_path / "s"
+    with limited(13, "export", "--disk", disk, "--socket", path) as export:
+        assert export.stdout
+        line = export.stdout.readline()
+        export.terminate()
+        rest = export.stdout.read()
+    assert re.fullmatch(
+        r"pyvmm: too few open files: the limit is 13, .* needs (\d+); .*`ulimit -n \1`\n", line
+    ), line
+    assert rest == f"pyvmm: {disk} is served at {path}\n"
+
+
+def test_fault_25_no_front_end_ends_an_export_that_is_short_of_open_files(
+    tmp_path: Path, disk: Path
+) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path) as export:
+        pid = export.process.pid
+        usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        for more in range(4):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + more, usual[1]))
+            said = len(export.messages)
+            with Caller(path) as caller, contextlib.suppress(OSError, struct.error):
+                if not more:
+                    export.wait_for("nobody is let in for now")
+                    continue
+                caller.send(Request.SET_PROTOCOL_FEATURES, U64.pack(PROTOCOL))
+                caller.send(Request.SET_BACKEND_REQ_FD, b"", [0])
+                caller.ask(Request.GET_FEATURES)
+            if more == 1:
+                assert "is turned away: Too many open files" in export.messages[said:]
+            assert export.process.poll() is None, export.messages
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+        with Caller(path) as caller:
+            assert len(caller.ask(Request.GET_FEATURES)) == 8
+        assert export.stop() == 0
+        assert "Traceback" not in export.messages
+
+
+def test_fault_25_a_lab_short_of_open_files() -> None:
+    with limited(7, "lab", "--", "true") as lab:
+        said, _ = lab.communicate(timeout=patient(30))
+    assert lab.returncode == 125
+    assert re.search(r"too few open files: the limit is 7.*`ulimit -n \d+`\n$", said), said

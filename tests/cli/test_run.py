@@ -22,6 +22,7 @@ from pyvmm.cli.options import parse_options
 from pyvmm.cli.run import COMMAND, config_from
 from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS
 from tests.support.kernels import bzimage, elf
+from tests.support.tiny_guests import REPORT_0, write_guest
 
 
 @pytest.fixture
@@ -358,3 +359,26 @@ def test_fault_25_how_many_open_files_a_run_needs_is_said_and_enough(
         enough = int(match[1])
     assert run(enough).returncode not in (125, 128 + 9)
     assert enough < 40
+
+
+@pytest.mark.parametrize("options", [
+    ["--disk", "/none"], ["--console", "/none/x"], ["--cpus", "2", "--cpu", "/none.json"],
+    ["--disk", "vhost-user=/none"], ["--disk", "OVERLAY"],
+], ids=str)
+@pytest.mark.bare
+def test_fault_21_a_refused_start_leaves_no_overlay(
+    capsys: pytest.CaptureFixture[str], kernel: Path, disk: Path, options: list[str]
+) -> None:
+    new = disk.with_name("new.overlay")
+    options = [option.replace("OVERLAY", f"{disk},overlay={new}") for option in options]
+    refusal(capsys, "--kernel", kernel, "--disk", f"{disk},overlay={new}", *options)
+    assert not new.exists()
+
+
+@pytest.mark.bare
+def test_fault_21_a_guest_that_ran_keeps_its_overlay(tmp_path: Path, disk: Path) -> None:
+    """Even if it wrote nothing: who names a file finds it."""
+    new = disk.with_name("new.overlay")
+    guest = write_guest(tmp_path / "guest", REPORT_0)
+    assert main(["run", "--kernel", str(guest), "--disk", f"{disk},overlay={new}"]) == 0
+    assert new.stat().st_size > disk.stat().st_size

@@ -213,3 +213,68 @@ def test_nothing_is_too_odd(root: str, disk: bytes, has_initrd: bool, version: s
     for head in (disk, bytes(446) + disk[:64].ljust(64, b"\0") + b"\x55\xaaEFI PART" + disk, b""):
         mistake = mistake_of(root, head, has_initrd=has_initrd, version=version)
         assert len(mistake) < 2000
+
+
+@pytest.mark.parametrize(("root", "meant"), [
+    ("/dev/sda1", "/dev/vda1"), ("/dev/xvda1", "/dev/vda1"), ("/dev/hda1", "/dev/vda1"),
+    ("/dev/nvme0n1p1", "/dev/vda1"), ("/dev/mmcblk0p1", "/dev/vda1"), ("vda1", "/dev/vda1"),
+    ("sda1", "/dev/vda1"), ("/dev/sdb", "/dev/vdb"), ("/dev/nvme1n1", "/dev/vdb"),
+    ("vdb", "/dev/vdb"),
+])
+def test_fault_27_a_disk_of_another_driver(root: str, meant: str) -> None:
+    for has_initrd in (False, True):
+        mistake = mistake_of(root, gpt(EXT4), XFS, has_initrd=has_initrd)
+        assert mistake == (f"root={root} is not there: the disks here are /dev/vda, /dev/vdb; "
+                           f"it is likely root={meant}")
+
+
+@pytest.mark.parametrize(("root", "said"), [
+    ("/dev/sda3", "it is not there: the disks here are /dev/vda; vda has vda1 (ext4)"),
+    ("/dev/sdc1", "it is not there: the disks here are /dev/vda"),
+    ("/dev/nvme7n1p2", "it is not there: the disks here are /dev/vda"),
+    ("vda", "the disks here are /dev/vda; root=/dev/vda is a disk with partitions (vda1 (ext4)): "
+            "its root is likely root=/dev/vda1"),
+])
+def test_fault_27_a_disk_of_another_driver_that_has_no_like_here(root: str, said: str) -> None:
+    assert mistake_of(root, gpt(EXT4)).endswith(said.removeprefix("it "))
+
+
+@pytest.mark.parametrize("root", ["/dev/sdaa1", "/dev/dm-0", "/dev/mapper/vg-root", "/dev/md0",
+                                  "fe01", "254:1", "/dev/ram0", "/dev/nfs", "/dev/nvme"])
+def test_what_may_be_there_without_us_is_not_judged(root: str) -> None:
+    assert mistake_of(root, gpt(EXT4)) == ""
+
+
+def test_fault_22_linux_takes_no_number_with_a_zero_in_front() -> None:
+    """block/early-lookup.c, devt_from_devname: "*p == '0'" is no partition."""
+    for root in ("/dev/vda01", "/dev/vda0", "/dev/vda001"):
+        assert f"root={root} is not there: vda has vda1 (ext4)" in mistake_of(root, gpt(EXT4))
+
+
+def of_4k_sectors() -> bytes:
+    """A disk partitioned for sectors of 4096 bytes: an MBR that protects, a GPT at 4096."""
+    disk = bytearray(gpt(EXT4))
+    header = bytes(disk[512:1024])
+    put(disk, 512, bytes(512))
+    put(disk, 446, b"\0\0\2\0\xee\xff\xff\xff\1\0\0\0\xff\0\0\0")
+    put(disk, 4096, header)
+    return bytes(disk)
+
+
+@pytest.mark.parametrize("root", ["/dev/vda", "/dev/vda1"])
+def test_fault_22_an_mbr_that_protects_a_gpt_that_is_not_there(root: str) -> None:
+    disk = of_4k_sectors()
+    for has_initrd in (False, True):
+        mistake = mistake_of(root, disk, has_initrd=has_initrd)
+        assert "vda is partitioned for sectors of 4096 bytes, and has sectors of 512" in mistake
+        damaged = disk[:4096] + bytes(512) + disk[4608:]
+        mistake = mistake_of(root, damaged, has_initrd=has_initrd)
+        assert "vda has a protective MBR, but no GPT" in mistake
+    assert root_of("PARTUUID=00000000-01", disk).place is None
+
+
+def test_fault_27_disks_of_windows() -> None:
+    bitlocker = (b"\xeb\x58\x90-FVE-FS-").ljust(1 << 17, b"\1")
+    assert "BitLocker, which only an initramfs opens" in mistake_of("/dev/vda", bitlocker)
+    ntfs = (b"\xeb\x52\x90NTFS    ").ljust(1 << 17, b"\1")
+    assert "is ntfs, as a disk of Windows" in mistake_of("/dev/vda1", gpt(ntfs))

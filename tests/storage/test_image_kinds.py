@@ -223,3 +223,32 @@ def test_any_bytes_are_something_or_nothing(data: bytes, path: str) -> None:
         if kind is not None:
             assert kind.name
             assert kind.remedy(path)
+
+
+@pytest.mark.parametrize("content", [
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1073741824\n",
+    b"version https://git-lfs.github.com/spec/v1\n".ljust(512, b"x"),
+])
+def test_fault_27_a_git_lfs_pointer_is_no_disk(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "root.img"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is a Git LFS pointer.*git lfs pull"):
+        opened(str(path))
+
+
+@pytest.mark.parametrize("start", [b"<!DOCTYPE html>", b"<!doctype html>", b"<html>", b"<HTML>"])
+def test_fault_27_a_page_that_was_downloaded_instead(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "root.img"
+    path.write_bytes(start.ljust(1024, b" "))
+    _, lines = opened(f"{path},ro")
+    assert lines == [f"{path}: is an HTML page, attached as the raw bytes it is (head {path})"]
+    path.write_bytes(start)
+    with pytest.raises(ConfigError, match=f"has {len(start)} bytes.* is an HTML page"):
+        opened(str(path))
+
+
+def test_fault_27_an_overlay_that_is_an_image_says_which(raw: Path, tmp_path: Path) -> None:
+    image = tmp_path / "mine.qcow2"
+    by_qemu_img("qcow2")(raw, image)
+    with pytest.raises(ConfigError, match=r"is a qcow2 image, no overlay of pyvmm's"):
+        opened(f"{raw},overlay={image}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -209,3 +209,56 @@ def test_fault_25_the_scheme_of_a_uri_has_no_case(uri: str) -> None:
         open_backend(DiskSource(location=uri), report=print, timeout_s=1)
     assert caught.value.subject == uri
     assert "such file; an empty disk" not in caught.value.problem
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_fault_21_what_was_made_lasts_once_its_caller_says_so(
+    image: Path, tmp_path: Path, is_begun: bool
+) -> None:
+    path = tmp_path / "new.overlay"
+    if is_begun:
+        path.touch()
+    source = DiskSource(location=str(image), snapshot=True, overlay=str(path))
+    made = ExitStack()
+    with closing(open_backend(source, report=print, made=made)):
+        assert path.stat().st_size
+        made.close()
+    assert path.exists() == is_begun, "a file that was there before is not removed"
+    assert not is_begun or path.stat().st_size == 0
+    with closing(open_backend(source, report=print, made=made)):
+        made.pop_all()
+    with made:
+        assert path.stat().st_size == store_bytes(image.stat().st_size)
+
+
+def test_fault_21_an_overlay_with_contents_is_never_removed(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "old.overlay"
+    source = DiskSource(location=str(image), snapshot=True, overlay=str(path))
+    with closing(open_backend(source, report=print)) as disk:
+        disk.writev([memoryview(b"n" * 512)], 0)
+    before = path.read_bytes()
+    made = ExitStack()
+    with closing(open_backend(source, report=print, made=made)):
+        made.close()
+    assert path.read_bytes() == before
+
+
+def test_fault_21_a_file_that_took_the_name_stays(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new.overlay"
+    source = DiskSource(location=str(image), snapshot=True, overlay=str(path))
+    made = ExitStack()
+    with closing(open_backend(source, report=print, made=made)):
+        path.rename(tmp_path / "moved")
+        path.write_bytes(b"of another process")
+        made.close()
+    assert path.read_bytes() == b"of another process"
+
+
+def test_fault_21_a_bad_script_leaves_no_overlay(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new.overlay"
+    source = DiskSource(
+        location=str(image), snapshot=True, overlay=str(path), faults=str(tmp_path / "missing")
+    )
+    with pytest.raises(ConfigError, match="missing"):
+        open_backend(source, report=print)
+    assert not path.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import subprocess
 import sys
 import zlib
@@ -332,3 +333,23 @@ def test_file_that_was_cut_off_is_refused(image: Path, tmp_path: Path) -> None:
     with (tmp_path / "o").open("r+b") as file:
         file.truncate(8192)
     assert "is cut off" in refused(image, tmp_path / "o")
+
+
+def test_fault_21_an_overlay_that_holds_nothing_takes_any_base(tmp_path: Path) -> None:
+    """A run that was killed before its guest wrote leaves one: no change of the base damages it."""
+    base, store = tmp_path / "base", tmp_path / "store"
+    base.write_bytes(bytes(1 << 20))
+    source = DiskSource(location=str(base), snapshot=True, overlay=str(store))
+    open_backend(source, report=print).close()
+    lines: list[str] = []
+    for stamp in (1, 2):
+        os.utime(base, ns=(stamp, stamp))
+        open_backend(source, report=lines.append).close()
+    assert not lines
+    with closing(open_backend(source, report=lines.append)) as disk:
+        disk.writev([memoryview(bytes(512))], 1 << 19)
+    assert not lines, "its stamp is now the base's"
+    os.utime(base, ns=(3, 3))
+    open_backend(source, report=lines.append).close()
+    assert len(lines) == 1
+    assert "its base was changed" in lines[0]

@@ -13,6 +13,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from pyvmm import machine
@@ -39,9 +40,10 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
     recorders: list[RecordingBackend] = []
 
     def open_recorded(
-        source: DiskSource, *, report: Callable[[str], None], timeout_s: float | None = None
+        source: DiskSource, *, report: Callable[[str], None], timeout_s: float | None = None,
+        made: ExitStack | None = None,
     ) -> BlockBackend:
-        backend = open_backend(source, report=report, timeout_s=timeout_s)
+        backend = open_backend(source, report=report, timeout_s=timeout_s, made=made)
         if source.location != str(disk):
             return backend
         recorders.append(RecordingBackend(backend))
