@@ -60,18 +60,18 @@ def needed_descriptors(config: RunConfig) -> int:
     return needed
 
 
-def shortage(error: BaseException, config: RunConfig) -> HostError | None:
-    """Return what to say if ``error`` comes of too few open files, with the limit; else None."""
+def refuse_shortage(error: BaseException, config: RunConfig) -> None:
+    """Raise HostError, with the limit, if ``error`` comes of too few open files."""
     import resource
 
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "errno", None) != _EMFILE:
         cause = cause.__cause__ or cause.__context__
     if cause is None:
-        return None
+        return
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = max(needed_descriptors(config), limit + 1)
-    return HostError(
+    raise HostError(
         f"too few open files: the limit is {limit}, this run needs {needed}; "
         f"raise it with `ulimit -n {needed}`"
-    )
+    ) from error

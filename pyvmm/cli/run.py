@@ -129,10 +129,9 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     try:
         return _run(args, config, started_s, bundle)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import shortage
+        from pyvmm.cli.descriptors import refuse_shortage
 
-        if too_few := shortage(error, config):
-            raise too_few from error
+        refuse_shortage(error, config)
         raise
 
 
