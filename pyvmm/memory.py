@@ -161,14 +161,17 @@ class GuestMemory:
         self.write(gpa, value.to_bytes(size, "little"))
 
     def close(self) -> None:
-        """Unmap the RAM; idempotent.  The caller has dropped every view taken from it."""
+        """Unmap the RAM; idempotent.  A view that somebody still has keeps the mapping until it
+        goes: how a run ended must not depend on that."""
         if self._closed:
             return
         self._closed = True
         for region in self.regions:
             region.view.release()
         if self._map is not None:
-            self._map.close()
+            with contextlib.suppress(BufferError):
+                self._map.close()
+            self._map = None
         if self.fd is not None:
             os.close(self.fd)
 

@@ -160,6 +160,16 @@ def test_close_is_idempotent() -> None:
     memory.close()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_fault_11_a_view_that_somebody_keeps_does_not_fail_the_end(shared: bool) -> None:
+    memory = GuestMemory([(0, 4096)], shared=shared)
+    view = memory.view(0, 4)
+    memory.close()
+    memory.close()
+    view[:] = b"kept"
+    assert bytes(view) == b"kept"
+
+
 def test_memory_the_host_cannot_map_is_a_host_error() -> None:
     with pytest.raises(HostError, match="guest RAM"):
         GuestMemory([(0, 1 << 62)])

@@ -77,6 +77,15 @@ def shortage(error: BaseException, needed: int, who: str) -> HostError | None:
     return HostError(too_few(max(needed, descriptor_limit() + 1), who))
 
 
+def refuse_shortage(error: BaseException, needed: int, who: str) -> None:
+    """Raise ``shortage`` of these, if it is one.
+
+    No local keeps the exception: with its traceback it would keep the caller's buffers, too.
+    """
+    if shortage(error, needed, who) is not None:
+        raise HostError(too_few(max(needed, descriptor_limit() + 1), who)) from error
+
+
 def too_few(needed: int, who: str) -> str:
     """Return the line that says so."""
     return (

@@ -13,7 +13,7 @@ from pyvmm.cli.descriptors import (
     allow_many_descriptors,
     descriptor_limit,
     needed_for_export,
-    shortage,
+    refuse_shortage,
     too_few,
 )
 from pyvmm.cli.parse import parse_disk
@@ -114,8 +114,7 @@ def export_main(argv: list[str]) -> int:
     try:
         return _export(args, disk, needed)
     except (OSError, PyvmmError) as error:
-        if refusal := shortage(error, needed, "this export"):
-            raise refusal from error
+        refuse_shortage(error, needed, "this export")
         raise
 
 

@@ -130,10 +130,9 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     try:
         return _run(args, config, started_s, bundle)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import needed_descriptors, shortage
+        from pyvmm.cli.descriptors import needed_descriptors, refuse_shortage
 
-        if too_few := shortage(error, needed_descriptors(config), "this run"):
-            raise too_few from error
+        refuse_shortage(error, needed_descriptors(config), "this run")
         raise
 
 

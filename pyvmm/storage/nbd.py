@@ -258,9 +258,9 @@ class NbdBackend:
             raise OSError(errno.EIO, "the connection is lost", self.uri) from lost
         if error:
             number = error if error in _ERRORS else errno.EIO
-            refused = OSError(number, os.strerror(number), self.uri)
-            self._errors.say(_OPERATIONS[command], refused)
-            raise refused
+            # Not one error for both: a local of it would be a cycle that keeps the buffers.
+            self._errors.say(_OPERATIONS[command], OSError(number, os.strerror(number)))
+            raise OSError(number, os.strerror(number), self.uri)
 
     def _send(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))

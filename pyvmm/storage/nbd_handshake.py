@@ -88,21 +88,23 @@ def connect(address: NbdAddress, until_s: float) -> socket.socket:
     """
     if address.socket_path:
         return connect_unix(address.socket_path, until_s)
-    failure: OSError | None = None
-    for family, kind, protocol, _, place in socket.getaddrinfo(
+    # What the last place answered, without its traceback, which would keep us in a cycle.
+    kind: type[OSError] = OSError
+    problem: tuple[object, ...] = (errno.EHOSTUNREACH, "its host has no address")
+    for family, type_, protocol, _, place in socket.getaddrinfo(
         address.host, address.port, type=socket.SOCK_STREAM
     ):
-        connection = socket.socket(family, kind, protocol)
+        connection = socket.socket(family, type_, protocol)
         try:
             limit_time(connection, until_s)
             connection.connect(place)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             connection.close()
-            failure = error
+            kind, problem = type(error), error.args
         else:
             return connection
-    raise failure or OSError(errno.EHOSTUNREACH, "its host has no address")
+    raise kind(*problem)
 
 
 def limit_time(connection: socket.socket, until_s: float) -> None:

@@ -101,14 +101,14 @@ class RawBackend:
                         and os.pwritev(self._fd, buffers, offset) == length
                     ):
                         return
-                self._check_end(offset, sum(map(len, buffers)))
+                self._check_end("a write", offset, sum(map(len, buffers)))
                 self._transfer(os.pwritev, buffers, offset)
             except OSError as error:
                 self._errors.say("a write", error)
                 raise
             return
         self._check_latch()
-        self._check_end(offset, sum(map(len, buffers)))
+        self._check_end("a write", offset, sum(map(len, buffers)))
         try:
             self._transfer(_pwritev_dsync, buffers, offset)
         except OSError as error:
@@ -129,12 +129,13 @@ class RawBackend:
 
     def discard(self, offset: int, length: int) -> None:
         """See ``BlockBackend.discard``: a hole in the file, where the file system makes holes."""
-        self._deallocate(PUNCH_HOLE, offset, length)
+        self._deallocate("a discard", PUNCH_HOLE, offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """See ``BlockBackend.write_zeroes``: with ``unmap`` a hole, else a zeroed range that
         keeps its room.  Zeroes are written where the file system can do neither."""
-        if not self._deallocate(PUNCH_HOLE if unmap else ZERO_RANGE, offset, length):
+        mode = PUNCH_HOLE if unmap else ZERO_RANGE
+        if not self._deallocate("zeroing", mode, offset, length):
             write_real_zeroes(self, offset, length)
 
     def refresh_size(self) -> int:
@@ -178,28 +179,29 @@ class RawBackend:
             offset += done
             buffers = buffers_behind(buffers, done)
 
-    def _deallocate(self, mode: int, offset: int, length: int) -> bool:
+    def _deallocate(self, operation: str, mode: int, offset: int, length: int) -> bool:
         """fallocate in ``mode``, which leaves zeroes; False if that cannot be done here."""
         if self.read_only:
             raise read_only_error(self.path)
-        self._check_end(offset, length)
+        self._check_end(operation, offset, length)
         if length:
             try:
                 fallocate(self._fd, mode | KEEP_SIZE, offset, length)
             except OSError as error:
                 if error.errno not in _CANNOT_ALLOCATE:
-                    self._errors.say("making room or zeroes", error)
+                    self._errors.say(operation, error)
                     raise
                 return False
         return True
 
-    def _check_end(self, offset: int, length: int) -> None:
-        """OSError unless these bytes are in the disk, and in the file as it is now."""
+    def _check_end(self, operation: str, offset: int, length: int) -> None:
+        """OSError, which is said, unless these bytes are in the disk, and in the file as it is
+        now."""
         check_range(self.path, offset, length, self.size_bytes)
         if self._may_shrink and length and os.lseek(self._fd, 0, os.SEEK_END) < offset + length:
-            error = self._shorter()
-            self._errors.say("a write", error)
-            raise error
+            # Not one error for both: a local of it would be a cycle that keeps the buffers.
+            self._errors.say(operation, self._shorter())
+            raise self._shorter()
 
     def _shorter(self) -> OSError:
         return OSError(errno.EIO, "the file has become shorter", self.path)

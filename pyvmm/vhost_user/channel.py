@@ -128,7 +128,7 @@ class Channel:
         """An error that names this peer, and is the channel's from now on."""
         self._drop_fds()
         self._failure = kind(self.peer, problem)
-        return self._failure
+        return kind(self.peer, problem)  # the one that is kept has no traceback
 
     def hang_up(self, problem: str) -> None:
         """``fail``, and make the socket readable, for whoever waits for it to hear of it."""

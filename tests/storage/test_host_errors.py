@@ -31,8 +31,8 @@ OPERATIONS: dict[str, tuple[str, str, Callable[[BlockBackend], None]]] = {
     "durable": ("pwritev", "a write",
                 lambda disk: disk.writev([memoryview(bytes(SECTOR))], 0, durable=True)),
     "flush": ("fdatasync", "a flush", lambda disk: disk.flush()),
-    "discard": ("fallocate", "making room or zeroes", lambda disk: disk.discard(0, SECTOR)),
-    "zero": ("fallocate", "making room or zeroes",
+    "discard": ("fallocate", "a discard", lambda disk: disk.discard(0, SECTOR)),
+    "zero": ("fallocate", "zeroing",
              lambda disk: disk.write_zeroes(0, SECTOR, unmap=False)),
 }
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.ENODEV)
