@@ -1,8 +1,8 @@
 """Numbers in texts that people and files give: each has a form and a limit.
 
 ``int`` and ``float`` take much that nobody means ("1_0", "٣", " 7 ", "inf", "nan") and refuse
-numbers of over 4300 digits with an error of their own.  These two read the decimal numbers of options
-and files; nothing may stand around one, no sign in front.
+numbers of over 4300 digits with an error of their own.  These two read the decimal numbers of
+options and files; nothing may stand around one, no sign in front.
 """
 
 from __future__ import annotations
