@@ -1,7 +1,8 @@
 """Numbers in texts that people and files give: each has a form and a limit.
 
 ``int`` and ``float`` take much that nobody means ("1_0", "٣", " 7 ", "inf", "nan") and refuse
-numbers of over 4300 digits with an error of their own.  All of pyvmm's texts are read by these two.
+numbers of over 4300 digits with an error of their own.  These two read the decimal numbers of
+options and files; nothing may stand around one, no sign in front.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ def whole_number(text: str, lowest: int, highest: int) -> int | None:
 
 
 def decimal_number(text: str, lowest: float, highest: float) -> float | None:
-    """Return ``text``, as ``2.5`` or ``1e3``, as a number; None unless it is one in the range."""
-    if len(text) > _MAX_CHARACTERS or not _DECIMAL.issuperset(text):
+    """Return ``text``, as ``2.5``, ``.5``, ``2.`` or ``1e3``, as a number; None unless it is one in
+    the range.  It has no sign but its exponent's."""
+    is_signed = text.startswith(("+", "-"))
+    if is_signed or len(text) > _MAX_CHARACTERS or not _DECIMAL.issuperset(text):
         return None
     try:
         number = float(text)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import lab
 from pyvmm.cli.options import parse_options
-from pyvmm.cli.parse import parse_disk
+from pyvmm.cli.parse import parse_disk, parse_size
 from pyvmm.cli.run import COMMAND, config_from
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError
@@ -32,7 +32,7 @@ from pyvmm.x86.cpu_template import read_template
 NEVER = (
     "\u0663", "1\u0663", "\u00b2", "\uff11", "1_0", "0x10", "0b1", "0o7", "inf", "-inf", "nan",
     "Infinity", "1e999", "-1", "--1", "1,5", "9" * 5000, "9" * 39, "1" + "0" * 400 + "K", "1.5.5",
-    "1 0", "\x001", "true", "1e", "e1", "99999999999999999999",
+    "1 0", "\x001", "true", "1e", "e1", "99999999999999999999", "+1", ".", "1iBB",
 )
 """What no option means: other digits, other notations, no number, too large for anything."""
 
@@ -121,6 +121,36 @@ def test_fault_8_any_text_is_a_number_or_refused(name: str, text: str, tmp_path:
         OPTIONS[name](text, tmp_path)
 
 
+@pytest.mark.parametrize("name", [
+    *(name for name in OPTIONS if name.startswith(("run", "lab", "queues", "iops", "bps", "nbd"))),
+])
+@pytest.mark.parametrize("text", [
+    " 2", "2 ", "\t2", "2\n", "", "2\xa0", "2k\u0131b", "2bib", "2ib", "2kk",
+])
+def test_fault_8_nothing_stands_around_a_number(name: str, text: str, tmp_path: Path) -> None:
+    if name == "nbd port" and not text:  # nbd://host:/ is what RFC 3986 allows, with the usual port
+        return
+    with pytest.raises(ConfigError):
+        OPTIONS[name](text, tmp_path)
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("2", 2), ("2.5", 2.5), (".5", 0.5), ("2.", 2), ("1e3", 1000), ("5e-1", 0.5), ("1E+2", 100),
+])
+def test_fault_8_how_seconds_may_be_written(text: str, number: float, tmp_path: Path) -> None:
+    assert decimal_number(text, 0, 3600) == number
+    for name in ("run --timeout", "lab --timeout"):
+        OPTIONS[name](text, tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    "2097152K", "2097152kib", "2048M", "2048mb", "2048MiB", "2G", "2GB", "2gib", "2147483648",
+    "2147483648B",
+])
+def test_how_sizes_may_be_written(text: str) -> None:
+    assert parse_size("--memory", text) == 2 << 30
+
+
 @pytest.mark.parametrize(("script", "limit"), [
     ("any *: delay 99999999999999999999", f"over the limit of {MAX_DELAY_S} seconds"),
     ("any *: delay 3600.1", f"over the limit of {MAX_DELAY_S} seconds"),
@@ -173,9 +203,11 @@ def test_whole_numbers_are_ascii_digits(text: str) -> None:
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
 def test_decimal_numbers_are_those_of_python(number: float) -> None:
     text = str(number)
-    if len(text) <= 40:
-        assert decimal_number(text, -math.inf, math.inf) == float(text)
-    assert decimal_number(text, 0, 1) in ({None} if not 0 <= float(text) <= 1 else {float(text)})
+    is_meant = len(text) <= 40 and not text.startswith("-")
+    assert decimal_number(text, -math.inf, math.inf) == (float(text) if is_meant else None)
+    assert decimal_number(f"+{text}", -math.inf, math.inf) is None
+    assert decimal_number(text, 0, 1) in ({None} if not 0 <= float(text) <= 1 else
+                                          {float(text) if is_meant else None})
 
 
 def test_ranges_include_their_ends() -> None:

@@ -31,15 +31,18 @@ _DISK_VALUES = {
     "faults": "FILE",
     "format": "raw",
 }
+_SIZE_LETTERS = "BIKMGTbikmgt"
 _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
 
 
 def parse_size(option: str, text: str) -> int:
-    """``256M``, ``1G``, ``1048576`` -> bytes; ConfigError naming ``option``."""
-    number = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
-    digits = number.removesuffix(unit)
-    count = whole_number(digits, 0, MAX_SIZE_BYTES // SIZE_UNITS[unit])
+    """``256M``, ``1GiB``, ``1048576`` -> bytes; ConfigError naming ``option``."""
+    digits = text.rstrip(_SIZE_LETTERS)
+    suffix = text[len(digits) :].upper()
+    unit = suffix.removesuffix("IB" if len(suffix) > 2 else "B")
+    count = None
+    if unit in SIZE_UNITS:
+        count = whole_number(digits, 0, MAX_SIZE_BYTES // SIZE_UNITS[unit])
     if count is None:
         raise ConfigError(
             f"{option} {shown(text)}",

@@ -32,6 +32,8 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
     """``uri`` -> address; ConfigError naming it.  %XX is decoded, as in any URI."""
     from urllib.parse import unquote, urlsplit  # a boot from a file needs none of it
 
+    if any(character in uri for character in "\t\r\n"):  # urlsplit would leave them out
+        raise ConfigError(uri, "has a tab or a line break; in a URI that is %09, %0D or %0A")
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname or "", _port(parts.netloc)
