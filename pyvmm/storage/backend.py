@@ -41,6 +41,10 @@ class BlockBackend(Protocol):
     def can_write_zeroes(self) -> bool:
         """Whether ``write_zeroes`` works without the zeroes being transferred."""
 
+    @property
+    def extra_calls(self) -> int:
+        """How many calls, of the host or a server, it has made in all beyond one a transfer."""
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Fill ``buffers``, in order, from ``offset`` (bytes)."""
 
@@ -112,12 +116,11 @@ def read_only_error(name: str) -> OSError:
 
 def buffers_behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
     """``buffers`` without their first ``count`` bytes."""
-    rest = []
-    for buffer in buffers:
+    for index, buffer in enumerate(buffers):
         if count < len(buffer):
-            rest.append(buffer[count:])
-        count = max(0, count - len(buffer))
-    return rest
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []
 
 
 def buffers_slice(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
@@ -132,6 +135,30 @@ def buffers_slice(buffers: Sequence[memoryview], start: int, length: int) -> lis
             length -= len(part)
         start = max(0, start - len(buffer))
     return rest
+
+
+class BufferCursor:
+    """Takes ``buffers`` in pieces, from front to back.
+
+    Each buffer is looked at once, however many pieces there are.
+    """
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._rest = iter(buffers)
+        self._buffer = memoryview(b"")
+        self._start = 0
+
+    def take(self, length: int) -> list[memoryview]:
+        """The next ``length`` bytes, which there must be, as views."""
+        parts = []
+        while length:
+            if self._start == len(self._buffer):
+                self._buffer, self._start = next(self._rest), 0
+            part = self._buffer[self._start : self._start + length]
+            parts.append(part)
+            self._start += len(part)
+            length -= len(part)
+        return parts
 
 
 def write_real_zeroes(disk: BlockBackend, offset: int, length: int) -> None:

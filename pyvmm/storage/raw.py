@@ -45,6 +45,8 @@ class RawBackend:
     (PEP 475).
     """
 
+    extra_calls = 0
+
     def __init__(
         self, path: str, *, read_only: bool = False, report: Callable[[str], None]
     ) -> None:
