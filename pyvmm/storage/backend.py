@@ -81,7 +81,7 @@ class OutsideError(OSError):
 
 
 class HostErrors:
-    """Says what the host refuses a disk, once for each operation and error.
+    """Says what the host refuses a disk, once for each operation and error's text.
 
     The guest learns only that a request failed; why, the person at the host has to mend.
     """
@@ -89,17 +89,17 @@ class HostErrors:
     def __init__(self, name: str, report: Callable[[str], None]) -> None:
         self._name = name
         self._report = report
-        self._said: set[tuple[str, int | None]] = set()
+        self._said: set[tuple[str, str]] = set()
 
     def say(self, operation: str, error: OSError) -> None:
         """``operation`` ("a write") has failed with ``error``."""
-        kind = operation, error.errno
+        # By number, a file that became shorter would be the same as a bad disk: EIO.
+        kind = operation, error.strerror or str(error)
         if isinstance(error, OutsideError) or kind in self._said:
             return
         self._said.add(kind)
         self._report(
-            f"{self._name}: {operation} failed: {error.strerror or error}; the guest gets "
-            "I/O errors (said once)"
+            f"{self._name}: {operation} failed: {kind[1]}; the guest gets I/O errors (said once)"
         )
 
 

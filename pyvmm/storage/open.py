@@ -134,7 +134,9 @@ def _open_overlay(
     if is_ours:
         remove.callback(_unlink, name)
     with remove:
-        store = RawBackend(name, report=report)
+        # What has no name any more is called by its place.
+        place = f"{snapshot_directory()} (a snapshot's writes go there; TMPDIR names another)"
+        store = RawBackend(name, report=report, called="" if keep else place)
         stack.callback(store.close)
         stamp = _stamp(source.location)
         if is_new:
