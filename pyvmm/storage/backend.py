@@ -41,6 +41,10 @@ class BlockBackend(Protocol):
     def can_write_zeroes(self) -> bool:
         """Whether ``write_zeroes`` works without the zeroes being transferred."""
 
+    @property
+    def extra_calls(self) -> int:
+        """How many calls, of the host or a server, it has made in all beyond one a transfer."""
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Fill ``buffers``, in order, from ``offset`` (bytes)."""
 
@@ -77,7 +81,7 @@ class OutsideError(OSError):
 
 
 class HostErrors:
-    """Says what the host refuses a disk, once for each operation and error.
+    """Says what the host refuses a disk, once for each operation and error's text.
 
     The guest learns only that a request failed; why, the person at the host has to mend.
     """
@@ -85,17 +89,17 @@ class HostErrors:
     def __init__(self, name: str, report: Callable[[str], None]) -> None:
         self._name = name
         self._report = report
-        self._said: set[tuple[str, int | None]] = set()
+        self._said: set[tuple[str, str]] = set()
 
     def say(self, operation: str, error: OSError) -> None:
         """``operation`` ("a write") has failed with ``error``."""
-        kind = operation, error.errno
+        # By number, a file that became shorter would be the same as a bad disk: EIO.
+        kind = operation, error.strerror or str(error)
         if isinstance(error, OutsideError) or kind in self._said:
             return
         self._said.add(kind)
         self._report(
-            f"{self._name}: {operation} failed: {error.strerror or error}; the guest gets "
-            "I/O errors (said once)"
+            f"{self._name}: {operation} failed: {kind[1]}; the guest gets I/O errors (said once)"
         )
 
 
@@ -112,12 +116,11 @@ def read_only_error(name: str) -> OSError:
 
 def buffers_behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
     """``buffers`` without their first ``count`` bytes."""
-    rest = []
-    for buffer in buffers:
+    for index, buffer in enumerate(buffers):
         if count < len(buffer):
-            rest.append(buffer[count:])
-        count = max(0, count - len(buffer))
-    return rest
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []
 
 
 def buffers_slice(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
@@ -132,6 +135,30 @@ def buffers_slice(buffers: Sequence[memoryview], start: int, length: int) -> lis
             length -= len(part)
         start = max(0, start - len(buffer))
     return rest
+
+
+class BufferCursor:
+    """Takes ``buffers`` in pieces, from front to back.
+
+    Each buffer is looked at once, however many pieces there are.
+    """
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._rest = iter(buffers)
+        self._buffer = memoryview(b"")
+        self._start = 0
+
+    def take(self, length: int) -> list[memoryview]:
+        """The next ``length`` bytes, which there must be, as views."""
+        parts = []
+        while length:
+            if self._start == len(self._buffer):
+                self._buffer, self._start = next(self._rest), 0
+            part = self._buffer[self._start : self._start + length]
+            parts.append(part)
+            self._start += len(part)
+            length -= len(part)
+        return parts
 
 
 def write_real_zeroes(disk: BlockBackend, offset: int, length: int) -> None:

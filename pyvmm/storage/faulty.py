@@ -41,6 +41,11 @@ class FaultyBackend:
         """See ``BlockBackend.size_bytes``."""
         return self._backend.size_bytes
 
+    @property
+    def extra_calls(self) -> int:
+        """See ``BlockBackend.extra_calls``."""
+        return self._backend.extra_calls
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """See ``BlockBackend.readv``; short: the first bytes arrive, then it fails."""
         length = self._check(offset, sum(map(len, buffers)))

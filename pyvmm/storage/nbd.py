@@ -16,9 +16,9 @@ from enum import IntEnum, IntFlag
 from pyvmm.errors import ConfigError
 from pyvmm.storage.backend import (
     SECTOR_SIZE,
+    BufferCursor,
     HostErrors,
     buffers_behind,
-    buffers_slice,
     check_range,
     read_only_error,
     write_real_zeroes,
@@ -105,6 +105,7 @@ class NbdBackend:
         self._until_s = 0.0
         self._flush_errno = 0
         self._cookie = 0
+        self.extra_calls = 0
         self._is_lost = False
         address = parse_nbd_uri(uri)
         patience_s = timeout_s if open_timeout_s is None else min(timeout_s, open_timeout_s)
@@ -217,9 +218,11 @@ class NbdBackend:
         if 0 < length <= self._max_payload:
             return [(buffers, offset, length)]
         chunks: list[tuple[Sequence[memoryview], int, int]] = []
+        cursor = BufferCursor(buffers)
         for start in range(0, length, self._max_payload):
             count = min(self._max_payload, length - start)
-            chunks.append((buffers_slice(buffers, start, count), offset + start, count))
+            chunks.append((cursor.take(count), offset + start, count))
+            self.extra_calls += 1
         return chunks
 
     def _ranges(self, command: Command, offset: int, length: int, flags: CommandFlag) -> None:

@@ -141,7 +141,9 @@ def _open_overlay(
     if new is not None:
         remove.callback(new.undo)
     with remove:
-        store = RawBackend(name, report=report)
+        # What has no name any more is called by its place.
+        place = f"{snapshot_directory()} (a snapshot's writes go there; TMPDIR names another)"
+        store = RawBackend(name, report=report, called="" if keep else place)
         stack.callback(store.close)
         stamp = _stamp(source.location)
         try:

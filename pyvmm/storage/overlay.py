@@ -17,7 +17,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.storage.backend import (
     SECTOR_SIZE,
     BlockBackend,
-    buffers_slice,
+    BufferCursor,
     check_range,
 )
 
@@ -105,6 +105,7 @@ class OverlayBackend:
         self._data = _data_offset(self.size_bytes)
         self._pages: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
+        self.extra_calls = 0
         # Its number, not the error, whose traceback would keep the caller's buffers.
         self._failed_errno = 0
         self._closed = False
@@ -113,14 +114,17 @@ class OverlayBackend:
         """See ``BlockBackend.readv``."""
         length = sum(map(len, buffers))
         check_range(_NAME, offset, length, self.size_bytes)
-        done = 0
+        cursor = BufferCursor(buffers)
         for start, count, is_held in self._runs(offset, length):
-            part = buffers if count == length else buffers_slice(buffers, done, count)
+            if count == length:
+                part = buffers
+            else:
+                part = cursor.take(count)
+                self.extra_calls += 1
             if is_held:
                 self._store.readv(part, self._data + start)
             else:
                 self._base.readv(part, start)
-            done += count
 
     def writev(
         self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
@@ -129,9 +133,9 @@ class OverlayBackend:
         length = sum(map(len, buffers))
         check_range(_NAME, offset, length, self.size_bytes)
         self._check_latch(durable)
-        runs = list(self._runs(offset, length))
         is_sync = durable and self._keep
-        if all(is_held for _, _, is_held in runs) and not (is_sync and self._dirty):
+        is_held = all(held for _, _, held in self._runs(offset, length))
+        if is_held and not (is_sync and self._dirty):
             # In place: the bits are stable already.
             try:
                 self._store.writev(buffers, self._data + offset, durable=is_sync)
@@ -181,8 +185,10 @@ class OverlayBackend:
         self._store.write_zeroes(self._data + offset, length, unmap=unmap)
         if head:
             self._store.writev([memoryview(head)], self._data + offset - len(head))
+            self.extra_calls += 1
         if tail:
             self._store.writev([memoryview(tail)], self._data + offset + length)
+            self.extra_calls += 1
         self._hold(offset, length)
 
     def refresh_size(self) -> int:
@@ -270,6 +276,7 @@ class OverlayBackend:
         tail = bytearray(min(_blocks(end) * BLOCK_SIZE, self.size_bytes) - end)
         self.readv([memoryview(head)], start)
         self.readv([memoryview(tail)], end)
+        self.extra_calls += bool(head) + bool(tail)
         return head, tail
 
     def _check_latch(self, durable: bool) -> None:

@@ -38,22 +38,25 @@ class RawBackend:
     Opening raises ConfigError, naming the file and the remedy, if it cannot be a disk.  The file
     is locked while it is open: exclusively, or shared with other readers if ``read_only``.
     ``report`` takes a line about what is odd but no reason to refuse, and one for each kind of
-    error that the host answers later.
+    error that the host answers later, which names the file as ``called`` if that is not its path.
 
     Writes never make the file grow, not even one that somebody has truncated meanwhile: where it
     ends early they are EIO, as reads are.  Interrupted system calls are retried by CPython itself
     (PEP 475).
     """
 
+    extra_calls = 0
+
     def __init__(
-        self, path: str, *, read_only: bool = False, report: Callable[[str], None]
+        self, path: str, *, read_only: bool = False, report: Callable[[str], None],
+        called: str = "",
     ) -> None:
         self.path = path
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
         self.size_bytes = 0
         self._report = report
-        self._errors = HostErrors(path, report)
+        self._errors = HostErrors(called or path, report)
         self._flush_errno = 0
         self._closed = False
         self._fd = open_disk(path, read_only)

@@ -117,6 +117,50 @@ def test_fault_11_a_file_that_became_shorter(image: Path) -> None:
     assert reports[0].startswith(f"{image}: a read failed: the file has become shorter; ")
 
 
+def test_fault_11_a_bad_disk_is_said_after_a_file_became_shorter(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are EIO to the guest, and two things to mend."""
+    reports: list[str] = []
+    disk = RawBackend(str(image), report=reports.append)
+    os.truncate(image, SECTOR)
+    for _ in range(2):
+        with pytest.raises(OSError, match="shorter"):
+            disk.readv([memoryview(bytearray(SECTOR))], 8 * SECTOR)
+        with pytest.raises(OSError, match="shorter"):
+            disk.writev([memoryview(bytes(SECTOR))], 8 * SECTOR)
+    for call in ("preadv", "pwritev"):
+        monkeypatch.setattr(os, call, failing(errno.EIO))
+    for _ in range(2):
+        for name in ("read", "write"):
+            with pytest.raises(OSError, match="Input/output"):
+                OPERATIONS[name][2](disk)
+    monkeypatch.undo()
+    disk.close()
+    assert [line.removeprefix(f"{image}: ").partition(";")[0] for line in reports] == [
+        "a read failed: the file has become shorter",
+        "a write failed: the file has become shorter",
+        "a read failed: Input/output error",
+        "a write failed: Input/output error",
+    ]
+
+
+@pytest.mark.parametrize("name", ["write", "writev", "durable", "discard", "zero"])
+def test_fault_11_beyond_a_new_end_the_operation_is_named(image: Path, name: str) -> None:
+    reports: list[str] = []
+    disk = RawBackend(str(image), report=reports.append)
+    os.truncate(image, 0)
+    for _ in range(2):
+        with pytest.raises(OSError, match="shorter"):
+            OPERATIONS[name][2](disk)
+    disk.close()
+    said = OPERATIONS[name][1]
+    assert [line.partition(";")[0] for line in reports] == [
+        f"{image}: {said} failed: the file has become shorter"
+    ]
+    assert image.stat().st_size == 0
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_fault_11_an_overlays_file_is_named_not_its_base(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
@@ -124,6 +168,7 @@ def test_fault_11_an_overlays_file_is_named_not_its_base(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     reports: list[str] = []
     overlay = str(tmp_path / "kept") if keep else ""
+    unnamed = f"{tmp_path} (a snapshot's writes go there; TMPDIR names another): a write failed: "
     disk = open_backend(
         DiskSource(location=str(image), snapshot=True, overlay=overlay), report=reports.append
     )
@@ -133,7 +178,8 @@ def test_fault_11_an_overlays_file_is_named_not_its_base(
             disk.writev([memoryview(bytes(SECTOR))], 0)
     monkeypatch.undo()
     assert len(reports) == 1
-    assert reports[0].startswith(overlay or f"{tmp_path}/pyvmm-")
+    # A file without a name cannot be looked at: its directory is what is full.
+    assert reports[0].startswith(f"{overlay}: a write failed: " if keep else unnamed)
     assert "a write failed: No space left on device" in reports[0]
     disk.close()
 
@@ -177,5 +223,7 @@ def test_fault_11_an_export_says_it_with_the_files_name(
             assert set(client.rets(len(buffers)).values()) == {-errno.EIO}
         export.wait_for("a write failed: File too large; the guest gets I/O errors (said once)")
         assert export.messages.count("failed") == 1
-        assert (f"{tmp_path}/pyvmm-" if options == ",snapshot" else str(image)) in export.messages
+        unnamed = f"{tmp_path} (a snapshot's writes go there; TMPDIR"
+        named = unnamed if options == ",snapshot" else str(image)
+        assert named in export.messages
         export.stop()

@@ -15,6 +15,7 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.storage.nbd import NbdBackend
+from tests.support.counted_buffers import CountedBuffers
 from tests.support.nbd_servers import (
     GREETING,
     agree,
@@ -162,6 +163,28 @@ def test_error_numbers(tmp_path: Path, number: int, name: str) -> None:
     assert name in str(error)
     assert len(reports) == 1
     assert f": a read failed: {name}" in reports[0]
+
+
+def test_fault_7_a_read_in_many_requests_looks_at_each_buffer_once(tmp_path: Path) -> None:
+    """A server that takes little at once."""
+    def serve(connection: socket.socket) -> None:
+        greet(connection)
+        sizes = option_reply(3, struct.pack(">HIII", 3, 1, 512, 512))
+        connection.sendall(export_info(64 * 512, 0x6D) + sizes + ACK)
+        while True:
+            _, command, cookie, offset, length = request(connection)
+            if command == 2:
+                return
+            connection.sendall(reply(cookie) + bytes([offset // 512 + 1]) * length)
+
+    ram = bytearray(64 * 512)
+    buffers = CountedBuffers(memoryview(ram)[n : n + 256] for n in range(0, len(ram), 256))
+    uri = f"nbd+unix:///?socket={tmp_path / 'socket'}"
+    with scripted(tmp_path / "socket", serve), closing(NbdBackend(uri, report=print)) as disk:
+        disk.readv(buffers, 0)
+        assert disk.extra_calls >= 63
+    assert ram == b"".join(bytes([n + 1]) * 512 for n in range(64))
+    assert buffers.looks <= 2 * len(buffers), "once to measure it, once to fill it"
 
 
 def test_a_failed_fua_write_is_latched(tmp_path: Path) -> None:

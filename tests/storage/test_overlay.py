@@ -21,6 +21,7 @@ from pyvmm.storage.faulty import FaultyBackend
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource, open_backend
 from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
+from tests.support.counted_buffers import CountedBuffers
 from tests.support.raw_disks import opened, room
 
 BLOCK = 4096
@@ -173,6 +174,31 @@ def test_a_failure_keeps_no_buffer_of_the_callers(faults: str) -> None:
     with pytest.raises(OSError, match="Input/output"):
         disk.writev([memoryview(ram)], 0, durable=True)
     ram.close()  # a BufferError while there is a view
+    disk.close()
+
+
+def test_fault_7_a_read_in_many_pieces_looks_at_each_buffer_once() -> None:
+    """Every other block is held: as many pieces as blocks, in buffers of another size."""
+    blocks, data = 512, bytearray()
+    base = os.urandom(blocks * BLOCK)
+    data.extend(bytes(store_bytes(len(base))))
+    store = MemoryBackend(data)
+    format_store(store, len(base))
+    disk = OverlayBackend(MemoryBackend(base), store, name="o", report=print)
+    expected = bytearray(base)
+    for block in range(0, blocks, 2):
+        disk.writev([memoryview(bytes(BLOCK))], block * BLOCK)
+        expected[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
+    before = disk.extra_calls
+    ram = bytearray(len(base))
+    buffers = CountedBuffers(memoryview(ram)[n : n + 1536] for n in range(0, len(ram), 1536))
+    disk.readv(buffers, 0)
+    assert ram == expected
+    assert buffers.looks <= 2 * len(buffers), "once to measure it, once to fill it"
+    assert disk.extra_calls - before == blocks
+    buffers.looks = 0
+    disk.writev(buffers, 0)
+    assert buffers.looks <= 4 * len(buffers)
     disk.close()
 
 

@@ -30,6 +30,7 @@ class TwoDisks:
     read or written, and a flush fails, at once and ever after, when ``dying``."""
 
     read_only = False
+    extra_calls = 0
     block_size = 512
     can_discard = can_write_zeroes = True
     size_bytes = SECTORS * 512

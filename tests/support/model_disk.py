@@ -9,6 +9,7 @@ class ModelDisk:
     """A backend in memory: ``now`` is what reads see, ``stable`` what is safe."""
 
     block_size = 512
+    extra_calls = 0
     read_only = False
     can_discard = True
     can_write_zeroes = True

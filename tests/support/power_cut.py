@@ -40,6 +40,7 @@ class RecordingBackend:
     """``backend`` with a log of every write and flush, and of what the test notes."""
 
     can_discard = True
+    extra_calls = 0
     can_write_zeroes = True
 
     def __init__(self, backend: BlockBackend) -> None:

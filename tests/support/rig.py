@@ -22,6 +22,7 @@ class Hooked:
     """A backend in front of another: a test replaces the method it wants to go wrong."""
 
     block_size = 512
+    extra_calls = 0
 
     def __init__(self, backend: BlockBackend) -> None:
         self.backend = backend

@@ -34,7 +34,7 @@ from pyvmm.virtio.block.request import (
     data_views,
     status_of,
 )
-from pyvmm.virtio.block.segments import Segment, parse_segments
+from pyvmm.virtio.block.segments import SEGMENT_SIZE, Segment, parse_segments
 from pyvmm.virtio.device import CALL_WORK, MAX_CHAIN_BYTES, RingDevice, for_one_pass
 from pyvmm.virtio.queue import Buffer, Chain, Ring
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
@@ -61,6 +61,10 @@ _MAX_DATA = MAX_CHAIN_BYTES - 4096
 queue size: 254 segments of 1 MiB, or 1022 of 256 KiB, are less."""
 _DISCARDED_PER_MOVED = 16
 """Bytes that are discarded, out of the page cache too, while one is moved."""
+_RANGE_WORK = 16 << 10
+"""What judging a range of a discard or write-zeroes request counts for, done or not."""
+_EXTRA_CALL_WORK = 16 << 10
+"""What each of a backend's ``extra_calls`` counts for; its bytes are counted anyway."""
 
 
 class BlockDevice(RingDevice):
@@ -87,6 +91,7 @@ class BlockDevice(RingDevice):
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")
         self._writeback = config.writeback
         self._extra_work = 0  # of the requests served since it was last asked for
+        self._calls_counted = backend.extra_calls
         self._limiter = limiter
         # Chains that a rate limit keeps waiting, by queue index: taken, not yet served.
         self._held: dict[int, Chain] = {}
@@ -337,8 +342,12 @@ class BlockDevice(RingDevice):
         return 0
 
     def _take_extra_work(self) -> int:
-        """See ``RingDevice._take_extra_work``: ranges, flushes, and bytes that do not move."""
+        """See ``RingDevice._take_extra_work``: ranges, flushes, bytes that do not move, and
+        what a transfer falls into."""
         work, self._extra_work = self._extra_work, 0
+        calls = self._backend.extra_calls
+        work += (calls - self._calls_counted) * _EXTRA_CALL_WORK
+        self._calls_counted = calls
         return work
 
     def _segments(
@@ -347,6 +356,8 @@ class BlockDevice(RingDevice):
         """The ranges to discard or zero, judged.  Neither is offered for a read-only disk."""
         if request.writable:
             raise BadRequestError("discard or write-zeroes request with device-writable data")
+        length = sum(buffer_length for _, buffer_length in request.readable)
+        self._extra_work += min(length // SEGMENT_SIZE, MAX_SEGMENTS) * _RANGE_WORK
         return parse_segments(
             request.readable,
             memory,

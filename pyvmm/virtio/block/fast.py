@@ -99,7 +99,10 @@ class FastPath:
         ring = self.ring
         chain = ring.alone()
         if chain is not None:
-            if ring.answer(chain[0], self._serve_lone(chain, durable)):
+            answer = self._serve_lone(chain, durable)
+            if not self._merges:
+                self._extra_work()  # which the next pass need not answer for
+            if ring.answer(chain[0], answer):
                 self._notify(self._index)
         else:
             try:
@@ -182,6 +185,7 @@ class FastPath:
         """
         behind: list[int] = []  # by how many chains are unserved: their work
         backend, near, near_gpa, done = self._backend, self._near, self._near_gpa, self._done
+        hides_work = not self._merges  # a file's transfer is one call
         for request_type, offset, buffers, run in self._runs(chains, durable):
             if behind and left <= 0:  # the pass ends somewhere in the chains that are left
                 unserved = len(chains) - len(done)
@@ -197,21 +201,22 @@ class FastPath:
                     backend.writev(buffers, offset, durable=durable)
                 else:
                     self._serve_alone(run)
-                    extra_work = self._extra_work()
-                    if extra_work:
-                        left -= extra_work
-                        if not behind:
-                            behind = [0, *itertools.accumulate(map(plain_work, reversed(chains)))]
-                    continue
+                    run = []
             except OSError:
                 if len(run) > 1:
                     self._serve_alone(run)
-                    continue
+                    run = []
                 status = _IOERR
             for token, _, _, length, writes, status_gpa, _ in run:
                 near[status_gpa - near_gpa] = status
                 written = length + STATUS_SIZE if writes and status == _OK else STATUS_SIZE
                 done.append(token | written << TOKEN_BITS)
+            if request_type == _GENERAL or hides_work:
+                extra_work = self._extra_work()
+                if extra_work:
+                    left -= extra_work
+                    if not behind:
+                        behind = [0, *itertools.accumulate(map(plain_work, reversed(chains)))]
         return left
 
     def _serve_alone(self, run: list[PlainChain]) -> None:

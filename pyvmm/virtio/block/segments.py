@@ -13,6 +13,7 @@ from pyvmm.virtio.spec import WRITE_ZEROES_F_UNMAP
 # struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors;
 # struct { le32 unmap:1; le32 reserved:31; } flags; };
 _SEGMENT = struct.Struct("<QII")
+SEGMENT_SIZE = _SEGMENT.size
 _KNOWN_FLAGS = WRITE_ZEROES_F_UNMAP
 
 
