@@ -143,5 +143,5 @@ def export_main(argv: list[str]) -> int:
                 for server in servers:
                     server.config_changed()
 
-        number = serve(start, refresh=refresh, bell=bell)
+        number = serve(start, refresh=refresh, hurry=backend.hurry, bell=bell)
     return 0 if number in _ENDINGS else 128 + number

@@ -49,12 +49,12 @@ class DiskSource(Record):
 
 
 def open_backend(
-    source: DiskSource, *, report: Callable[[str], None], timeout_s: float | None = None
+    source: DiskSource, *, report: Callable[[str], None], until_s: float | None = None
 ) -> BlockBackend:
     """The disk ``source`` describes, for the caller to close.
 
     ConfigError naming file, URI or script.  ``report`` takes lines about what is odd, now
-    and later.  A server has at most ``timeout_s`` seconds to agree on a disk.
+    and later.  A server has until ``until_s`` (time.monotonic) to agree on a disk.
     """
     with contextlib.ExitStack() as stack:
         read_only = source.read_only or source.snapshot
@@ -63,7 +63,7 @@ def open_backend(
             from pyvmm.storage.nbd import NbdBackend
 
             backend = NbdBackend(
-                source.location, read_only=read_only, report=report, open_timeout_s=timeout_s
+                source.location, read_only=read_only, report=report, open_until_s=until_s
             )
             is_checked = False  # raw by protocol
         else:
