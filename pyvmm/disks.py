@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 from pyvmm.config import AnyDiskConfig, DiskConfig
-from pyvmm.io_loop import IoSource
+from pyvmm.io_loop import LAST_WAIT_S, IoSource
 from pyvmm.lean import TYPE_CHECKING, Record
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
@@ -17,20 +18,39 @@ if TYPE_CHECKING:
     from pyvmm.vhost_user.block import VhostUserBlock
     from pyvmm.virtio.block import BlockDevice
 
+START_S = 30.0
+"""How long all that serve a run's disks, together, may take to agree on them."""
+
 
 class Disk(Record, kw_only=False):
     """A disk's device, its interrupt and a doorbell for each of its queues: eventfds all.
 
-    ``watch`` waits for news of the process that serves it, if that is another one; ``at_end`` is
-    called when the run ends, and again before the device is closed.
+    ``watch`` waits for news of the process that serves it, if that is another one; ``hurry`` lets
+    no wait for a process or host last beyond a time (time.monotonic), from any thread.
     """
 
     device: BlockDevice | VhostUserBlock
     irq_fd: int
     doorbells: tuple[int, ...]
     watch: IoSource | None = None
-    at_end: Callable[[], None] = lambda: None
+    hurry: Callable[[float], None] = lambda until_s: None
 
+
+class LastWait:
+    """To be called when the run ends, and again before the devices are closed: from the first
+    call on, all ``disks`` together are waited for LAST_WAIT_S."""
+
+    def __init__(self, disks: Sequence[Disk]) -> None:
+        self._disks = disks
+        self._has_begun = False
+
+    def __call__(self) -> None:
+        if self._has_begun:
+            return
+        self._has_begun = True
+        until_s = time.monotonic() + LAST_WAIT_S
+        for disk in self._disks:
+            disk.hurry(until_s)
 
 def open_disk(
     config: AnyDiskConfig,
@@ -38,10 +58,10 @@ def open_disk(
     runner: Runner,
     stack: contextlib.ExitStack,
     report: Reporter,
-    timeout_s: float | None,
+    until_s: float,
     made: contextlib.ExitStack,
 ) -> Disk:
-    """Open disk ``index``; a server that it is on has at most ``timeout_s`` to answer.
+    """Open disk ``index``; whoever serves it has until ``until_s`` (time.monotonic) to agree.
 
     ``stack`` removes the files made for it, too, unless ``made`` has been emptied: once they serve
     a guest they last.
@@ -51,11 +71,12 @@ def open_disk(
         from pyvmm.storage.open import open_backend
         from pyvmm.virtio.block import BlockDevice
 
-        opened = open_backend(config.source, report=report, timeout_s=timeout_s, made=made)
+        opened = open_backend(config.source, report=report, until_s=until_s, made=made)
         stack.callback(opened.close)
         stack.callback(made.close)
         device = BlockDevice(config.block, opened)
-        return Disk(device, irq_fd, tuple(eventfd(stack) for _ in device.queue_max_sizes))
+        doorbells = tuple(eventfd(stack) for _ in device.queue_max_sizes)
+        return Disk(device, irq_fd, doorbells, hurry=opened.hurry)
 
     from pyvmm.vhost_user.block import VhostUserBlock
     from pyvmm.vhost_user.frontend import Frontend
@@ -64,10 +85,11 @@ def open_disk(
         # Linux waits for ever for a request that nobody answers: the run is over.
         runner.finish(Outcome(Kind.HOST_ERROR, detail=f"disk {index}: {reason}"))
 
-    frontend = Frontend.connect(config.socket, handshake_timeout_s=timeout_s)
+    frontend = Frontend.connect(config.socket, latest_s=until_s)
     stack.callback(frontend.close)
     doorbells = tuple(eventfd(stack) for _ in range(config.queues))
     served = VhostUserBlock(frontend, kick_fds=doorbells, call_fd=irq_fd, lost=lost)
+    frontend.limit_waits(float("inf"))  # the disk stands
     return Disk(
         served, irq_fd, doorbells[: len(served.queues)], served.source, served.hurry
     )

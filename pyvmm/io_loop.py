@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.lean import Record
 
+LAST_WAIT_S = 2.0
+"""How long all that serve disks, together, may still take once a run or an export ends."""
+
 
 class IoSource(Record, kw_only=False):
     """A file descriptor to wait for: when it is readable, ``service()`` does one bounded pass.

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 import os
+import time
 from collections.abc import Callable, Sequence
 
 from pyvmm.bus import Bus
@@ -21,7 +22,7 @@ from pyvmm.devices.power import Power
 from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
-from pyvmm.disks import Disk, open_disk
+from pyvmm.disks import START_S, Disk, LastWait, open_disk
 from pyvmm.errors import ConfigError
 from pyvmm.io_loop import IoSource
 from pyvmm.kvm.abi import (
@@ -78,10 +79,12 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         write_boot_info(memory, kernel, cmdline, initrd, rsdp=rsdp)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         made = contextlib.ExitStack()
+        until_s = time.monotonic() + min(START_S, config.timeout_s or START_S)
         disks = [
-            open_disk(disk, index, runner, stack, report, config.timeout_s, made)
+            open_disk(disk, index, runner, stack, report, until_s, made)
             for index, disk in enumerate(config.disks)
         ]
+        last_wait = LastWait(disks)
         console = stack.enter_context(contextlib.closing(_open_console(config)))
 
         kvm = stack.enter_context(Kvm())
@@ -127,7 +130,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             attach(disk.device, irq_fd=disk.irq_fd, doorbells=disk.doorbells,
                    at_exit=config.serve == "exit" and disk.watch is None,
                    watch=disk.watch)
-            stack.callback(disk.at_end)
+            stack.callback(last_wait)
         if hvc0:
             attach(hvc0.device, irq_fd=eventfd(stack), at_exit=True,
                    doorbells=(hvc0.typed_fd, eventfd(stack)))
@@ -200,7 +203,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             outcome = runner.run(
                 vcpus=loops, workers=workers, console=console, output=output, notices=notices,
                 receive=hvc0.receive if hvc0 and config.console_is_virtio else serial.receive,
-                at_end=[disk.at_end for disk in disks],
+                at_end=[last_wait],
             )
             return watch.judge(outcome)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pyvmm.bell import Bell
-from pyvmm.io_loop import IoLoop, IoSource
+from pyvmm.io_loop import LAST_WAIT_S, IoLoop, IoSource
 from pyvmm.signals import KICK_SIGNAL, NOTICE_SIGNALS, REFRESH_SIGNAL, Signals
 
 WATCH_S = 0.05
@@ -21,6 +21,7 @@ def serve(
     *,
     begun: Callable[[], None] = lambda: None,
     refresh: Callable[[], None],
+    hurry: Callable[[float], None],
     bell: Bell,
 ) -> int:
     """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
@@ -28,11 +29,22 @@ def serve(
 
     ``start`` is called once signals are taken: whoever sees what it makes may send one.  ``begun``
     is called when nothing can go wrong any more.
-    ``refresh`` is called after every REFRESH_SIGNAL.  A write of ``bell``, which rings for the
-    sources, is ended if it waits.
+    ``refresh`` is called after every REFRESH_SIGNAL.  At the first stop signal ``hurry`` is told
+    the time (time.monotonic) until which a source may still wait: from the signal's handler, for
+    this thread may be what waits.  A write of ``bell``, which rings for the sources, is ended if it
+    waits.
     """
     taken: list[int] = []
-    with Signals(taken.append, job_control=False) as signals, _BellWatch(bell):
+    stops: list[int] = []
+
+    def take(number: int) -> None:
+        taken.append(number)
+        if number not in NOTICE_SIGNALS:
+            stops.append(number)
+            if len(stops) == 1:
+                hurry(time.monotonic() + LAST_WAIT_S)
+
+    with Signals(take, job_control=False) as signals, _BellWatch(bell):
 
         def look() -> None:
             os.read(signals.wakeup_fd, 4096)  # the handlers have run by now

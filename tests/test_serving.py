@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
+import time
 
 import pytest
 
 from pyvmm.bell import Bell
 from pyvmm.io_loop import IoSource
 from pyvmm.serving import serve
+from pyvmm.wait_limit import WaitLimit
 from tests.support.eventfds import fill
+from tests.support.patience import patient
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -19,6 +23,7 @@ def test_serving_ends_at_a_signal_and_looks_again_at_sigusr1(number: signal.Sign
     doorbell = os.eventfd(1, os.EFD_NONBLOCK)
     before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
     looks = []
+    hurries: list[float] = []
 
     def service() -> float | None:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -28,7 +33,9 @@ def test_serving_ends_at_a_signal_and_looks_again_at_sigusr1(number: signal.Sign
         looks.append(1)
         os.kill(os.getpid(), number)
 
-    assert serve(lambda: [IoSource(doorbell, service)], refresh=refresh, bell=Bell()) == number
+    sources = [IoSource(doorbell, service)]
+    assert serve(lambda: sources, refresh=refresh, hurry=hurries.append, bell=Bell()) == number
+    assert len(hurries) == 1
     assert looks == [1]
     after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
     assert after == before
@@ -51,8 +58,35 @@ def test_serving_is_not_held_up_by_an_eventfd_that_a_write_waits_for() -> None:
 
     threads = threading.active_count()
     sources = [IoSource(doorbell, service)]
-    assert serve(lambda: sources, refresh=lambda: None, bell=bell) == signal.SIGTERM
+    number = serve(lambda: sources, refresh=lambda: None, hurry=lambda until_s: None, bell=bell)
+    assert number == signal.SIGTERM
     assert heard == [False] * 3
     assert threading.active_count() == threads
     os.close(doorbell)
     os.close(full)
+
+
+def test_fault_5_a_source_that_waits_for_a_server_hears_of_the_signal() -> None:
+    """The very thread that takes the signal waits, and Python would have it wait on (PEP 475)."""
+    doorbell, answer = os.eventfd(1, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    limit = WaitLimit()
+    came: list[bool] = []
+
+    def service() -> float | None:
+        came.append(limit.wait(answer, select.POLLIN, time.monotonic() + patient(300)))
+        return None
+
+    ender = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    sources = [IoSource(doorbell, service)]
+
+    def start() -> list[IoSource]:
+        ender.start()
+        return sources
+
+    number = serve(start, refresh=lambda: None, hurry=limit.set, bell=Bell())
+    assert number == signal.SIGTERM
+    assert came == [False]
+    ender.join()
+    limit.close()
+    os.close(doorbell)
+    os.close(answer)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import time
 from collections.abc import Callable
 
 from fuzz.checks import check_one_line
 from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm.errors import VhostUserError
+from pyvmm.io_loop import LAST_WAIT_S
 from pyvmm.memory import GuestMemory
 from pyvmm.vhost_user.block import VhostUserBlock
 from pyvmm.vhost_user.frontend import Frontend
@@ -116,7 +118,7 @@ class _Case:
             lambda: self._refresh(device, transport),
             lambda: transport.write(Register.CONFIG + 32, 1, source.bits(1)),
             driver.notify,
-            device.hurry,
+            lambda: device.hurry(time.monotonic() + LAST_WAIT_S),
             self._peer.hang_up,
             self._say_anything,
         ]

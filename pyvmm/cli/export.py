@@ -166,5 +166,7 @@ def _export(args: argparse.Namespace, disk: DiskConfig, needed: int) -> int:
                 for server in servers:
                     server.config_changed()
 
-        number = serve(start, begun=begun, refresh=refresh, bell=bell)
+        number = serve(
+            start, begun=begun, refresh=refresh, hurry=backend.hurry, bell=bell
+        )
     return 0 if number in _ENDINGS else 128 + number

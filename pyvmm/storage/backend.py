@@ -18,7 +18,7 @@ class BlockBackend(Protocol):
 
     Transfers are all or nothing for the caller: they return when every byte is done, or raise
     OSError, and nothing else.  Callers keep them within ``size_bytes``; one outside it raises
-    OSError and touches nothing.  One thread at a time.
+    OSError and touches nothing.  One thread at a time, but for ``hurry``.
     """
 
     @property
@@ -71,6 +71,13 @@ class BlockBackend(Protocol):
 
     def refresh_size(self) -> int:
         """Look again how large the disk is, adopt that as ``size_bytes`` and return it."""
+
+    def hurry(self, until_s: float) -> None:
+        """Let no wait of ours last beyond ``until_s`` (time.monotonic), those under way included.
+
+        What is not done by then fails.  From any thread, and from a signal handler.  A wait in
+        the kernel, for a dead disk or NFS server, is none of ours.
+        """
 
     def close(self) -> None:
         """Free what it holds; idempotent.  Does not flush."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.storage.backend import BlockBackend, buffers_slice, check_range
 from pyvmm.storage.fault_script import Effect, Fault, Operation
+from pyvmm.wait_limit import WaitLimit
 
 
 class FaultyBackend:
@@ -16,7 +17,7 @@ class FaultyBackend:
 
     Every fault counts the operations it matches.  Of all that are due, delays come first, then the
     first other effect in the script's order.  A flush or durable write that fails is latched, as
-    the protocol wants.  ``sleep`` takes seconds.
+    the protocol wants.  ``sleep`` takes seconds, and by default may be cut short by ``hurry``.
     """
 
     def __init__(
@@ -24,12 +25,13 @@ class FaultyBackend:
         backend: BlockBackend,
         faults: Sequence[Fault],
         *,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
     ) -> None:
         self._backend = backend
         self._faults = tuple(faults)
         self._counts = [0] * len(self._faults)
-        self._sleep = sleep
+        self._limit = WaitLimit()
+        self._sleep = sleep or self._wait
         self._flush_errno = 0
         self.read_only = backend.read_only
         self.block_size = backend.block_size
@@ -101,9 +103,18 @@ class FaultyBackend:
         """See ``BlockBackend.refresh_size``."""
         return self._backend.refresh_size()
 
+    def hurry(self, until_s: float) -> None:
+        """See ``BlockBackend.hurry``."""
+        self._limit.set(until_s)
+        self._backend.hurry(until_s)
+
     def close(self) -> None:
         """Close the backend; idempotent."""
         self._backend.close()
+        self._limit.close()
+
+    def _wait(self, delay_s: float) -> None:
+        self._limit.wait(None, 0, time.monotonic() + delay_s)
 
     def _check(self, offset: int, length: int) -> int:
         """``length``, which is on the disk: what is refused anyway is not counted."""

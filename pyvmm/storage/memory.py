@@ -66,6 +66,9 @@ class MemoryBackend:
             self.size_bytes = view.nbytes - view.nbytes % SECTOR_SIZE
         return self.size_bytes
 
+    def hurry(self, until_s: float) -> None:
+        """See ``BlockBackend.hurry``: it waits for nobody."""
+
     def close(self) -> None:
         """Nothing to do: the buffer is the caller's."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -27,10 +28,10 @@ from pyvmm.storage.nbd_handshake import (
     Export,
     Transmission,
     connect,
-    limit_time,
     negotiate,
 )
 from pyvmm.storage.nbd_uri import parse_nbd_uri
+from pyvmm.wait_limit import WaitLimit
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
@@ -83,9 +84,9 @@ _SLOWEST_BYTES_PER_S = 64 << 10
 class NbdBackend:
     """The export ``uri`` names.
 
-    ConfigError, naming ``uri``, if it cannot be had within ``timeout_s`` (and ``open_timeout_s``)
-    seconds.  ``report`` gets one line when the connection is lost; every operation fails from
-    then on.
+    ConfigError, naming ``uri``, if it cannot be had within ``timeout_s`` seconds, and by
+    ``open_until_s`` (time.monotonic).  ``report`` gets one line when the connection is lost; every
+    operation fails from then on.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class NbdBackend:
         read_only: bool = False,
         report: Callable[[str], None],
         timeout_s: float = TIMEOUT_S,
-        open_timeout_s: float | None = None,
+        open_until_s: float | None = None,
     ) -> None:
         self.uri = uri
         self.read_only = read_only
@@ -108,19 +109,24 @@ class NbdBackend:
         self.extra_calls = 0
         self._is_lost = False
         address = parse_nbd_uri(uri)
-        patience_s = timeout_s if open_timeout_s is None else min(timeout_s, open_timeout_s)
-        until_s = time.monotonic() + patience_s
+        now_s = time.monotonic()
+        until_s = now_s + timeout_s
+        if open_until_s is not None:
+            until_s = max(now_s, min(until_s, open_until_s))
         try:
             self._connection = connect(address, until_s)
             try:
                 export = negotiate(self._connection, address.export, until_s)
                 _check_export(export, uri, read_only)
+                self._connection.setblocking(False)
+                self._limit = WaitLimit()
             except BaseException:
                 self._connection.close()
                 raise
         except TimeoutError as error:
+            why = f": {error.strerror}" if error.strerror else ""
             raise ConfigError(
-                uri, f"the server has not agreed on a disk within {patience_s:g} s"
+                uri, f"the server has not agreed on a disk within {until_s - now_s:.2g} s{why}"
             ) from error
         except OSError as error:
             raise ConfigError(uri, f"cannot be opened: {error.strerror or error}") from error
@@ -195,8 +201,13 @@ class NbdBackend:
         """The size: NBD tells it once a connection."""
         return self.size_bytes
 
+    def hurry(self, until_s: float) -> None:
+        """See ``BlockBackend.hurry``: a request that the server has not answered is lost."""
+        self._limit.set(until_s)
+
     def close(self) -> None:
         """Take leave of the server; idempotent."""
+        self._limit.close()
         if self._is_lost:
             return
         self._is_lost = True
@@ -268,8 +279,11 @@ class NbdBackend:
     def _send(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
-            limit_time(self._connection, self._until_s)
-            done = self._connection.sendmsg(buffers[:_IOV_MAX])
+            try:
+                done = self._connection.sendmsg(buffers[:_IOV_MAX])
+            except BlockingIOError:
+                self._wait(select.POLLOUT)
+                continue
             missing -= done
             if missing:
                 buffers = buffers_behind(buffers, done)
@@ -277,13 +291,25 @@ class NbdBackend:
     def _receive_into(self, buffers: Sequence[memoryview]) -> None:
         missing = sum(map(len, buffers))
         while missing:
-            limit_time(self._connection, self._until_s)
-            done = self._connection.recvmsg_into(buffers[:_IOV_MAX])[0]
+            try:
+                done = self._connection.recvmsg_into(buffers[:_IOV_MAX])[0]
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+                continue
             if not done:
                 raise OSError(errno.ECONNRESET, "the server closed the connection")
             missing -= done
             if missing:
                 buffers = buffers_behind(buffers, done)
+
+    def _wait(self, event: int) -> None:
+        """Wait for the connection; TimeoutError once the request has no more time."""
+        if not self._limit.wait(self._connection.fileno(), event, self._until_s):
+            is_end = self._limit.latest_s < self._until_s
+            raise TimeoutError(
+                errno.ETIMEDOUT,
+                "a request was unanswered at the end" if is_end else "timed out",
+            )
 
     def _check_latch(self) -> None:
         if self._flush_errno:
@@ -294,7 +320,9 @@ class NbdBackend:
         self._is_lost = True
         self._connection.close()
         why = error.strerror or str(error)
-        self._report(f"{self.uri}: connection lost ({why}); the guest gets I/O errors from now on")
+        is_end = self._limit.latest_s < float("inf")
+        after = "" if is_end else "; the guest gets I/O errors from now on"
+        self._report(f"{self.uri}: connection lost ({why}){after}")
 
 
 def _check_export(export: Export, uri: str, read_only: bool) -> None:

@@ -33,6 +33,8 @@ MAX_PAYLOAD = 32 << 20
 """Bytes; what every server takes that does not say otherwise."""
 _MAX_MINIMUM_BLOCK = 4096
 """Bytes; Linux guests know no larger logical block."""
+_LEAST_SHARE_S = 0.25
+"""An address's least share of the time to connect; RFC 8305 (5) gives each as much."""
 
 
 class Option(IntEnum):
@@ -84,34 +86,40 @@ class Export:
 def connect(address: NbdAddress, until_s: float) -> socket.socket:
     """Return a socket connected to the server, before ``until_s`` (time.monotonic); OSError.
 
-    The time that looking up a host's name takes is the resolver's.
+    A host's addresses share the time, so that one that does not answer leaves some to the others.
+    The time that looking up its name takes is the resolver's.
     """
     if address.socket_path:
         return connect_unix(address.socket_path, until_s)
     # What the last place answered, without its traceback, which would keep us in a cycle.
-    kind: type[OSError] = OSError
-    problem: tuple[object, ...] = (errno.EHOSTUNREACH, "its host has no address")
-    for family, type_, protocol, _, place in socket.getaddrinfo(
-        address.host, address.port, type=socket.SOCK_STREAM
-    ):
-        connection = socket.socket(family, type_, protocol)
+    problem: tuple[object, ...] = ()
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    for index, (family, kind, protocol, _, place) in enumerate(found):
+        now_s = time.monotonic()
+        if problem and now_s >= until_s:
+            break
+        share_s = max((until_s - now_s) / (len(found) - index), _LEAST_SHARE_S)
+        connection = socket.socket(family, kind, protocol)
         try:
-            limit_time(connection, until_s)
+            _limit_time(connection, min(now_s + share_s, until_s))
             connection.connect(place)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except TimeoutError:
+            connection.close()
+            problem = errno.ETIMEDOUT, f"no answer from {place[0]}"
         except OSError as error:
             connection.close()
-            kind, problem = type(error), error.args
+            problem = error.args
         else:
             return connection
-    raise kind(*problem)
+    raise OSError(*(problem or (errno.EHOSTUNREACH, "its host has no address")))
 
 
-def limit_time(connection: socket.socket, until_s: float) -> None:
+def _limit_time(connection: socket.socket, until_s: float) -> None:
     """Let the next call on ``connection`` take the time that is left; TimeoutError if none is."""
     left_s = until_s - time.monotonic()
     if left_s <= 0:
-        raise TimeoutError(errno.ETIMEDOUT, "the server is too slow")
+        raise TimeoutError
     connection.settimeout(left_s)
 
 
@@ -149,14 +157,14 @@ class _Server:
 
     def send(self, data: bytes) -> None:
         """Send all of ``data``; OSError."""
-        limit_time(self._connection, self._until_s)
+        _limit_time(self._connection, self._until_s)
         self._connection.sendall(data)
 
     def receive(self, length: int) -> bytes:
         """Return exactly ``length`` bytes; OSError if the connection ends before."""
         data = bytearray()
         while len(data) < length:
-            limit_time(self._connection, self._until_s)
+            _limit_time(self._connection, self._until_s)
             piece = self._connection.recv(length - len(data))
             if not piece:
                 raise OSError(errno.ECONNRESET, "the server closed the connection")

@@ -52,14 +52,14 @@ def open_backend(
     source: DiskSource,
     *,
     report: Callable[[str], None],
-    timeout_s: float | None = None,
+    until_s: float | None = None,
     made: contextlib.ExitStack | None = None,
 ) -> BlockBackend:
     """The disk ``source`` describes, for the caller to close.
 
     ConfigError naming file, URI or script.  ``report`` takes lines about what is odd, now
-    and later.  A server has at most ``timeout_s`` seconds to agree on a disk.  ``made`` takes what
-    removes the files made here: to be closed, before the backend, if the disk was for nothing.
+    and later.  A server has until ``until_s`` (time.monotonic) to agree on a disk.  ``made`` takes
+    what removes the files made here: to be closed, before the backend, if the disk was for nothing.
     """
     made = contextlib.ExitStack() if made is None else made
     with contextlib.ExitStack() as stack:
@@ -69,7 +69,7 @@ def open_backend(
             from pyvmm.storage.nbd import NbdBackend
 
             backend = NbdBackend(
-                source.location, read_only=read_only, report=report, open_timeout_s=timeout_s
+                source.location, read_only=read_only, report=report, open_until_s=until_s
             )
             is_checked = False  # raw by protocol
         else:

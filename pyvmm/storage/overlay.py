@@ -195,6 +195,11 @@ class OverlayBackend:
         """The size: an overlay keeps the one its base had when it was made."""
         return self.size_bytes
 
+    def hurry(self, until_s: float) -> None:
+        """See ``BlockBackend.hurry``."""
+        self._base.hurry(until_s)
+        self._store.hurry(until_s)
+
     def close(self) -> None:
         """Save the bits of what was written, and close store and base; idempotent.
 

@@ -155,6 +155,9 @@ class RawBackend:
             )
         return self.size_bytes
 
+    def hurry(self, until_s: float) -> None:
+        """See ``BlockBackend.hurry``: it waits for nobody."""
+
     def close(self) -> None:
         """Close the file, which unlocks it; idempotent."""
         if not self._closed:

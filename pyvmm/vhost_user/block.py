@@ -34,7 +34,6 @@ from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
 
 QUEUE_SIZE = 256
 """The most entries of a queue; a back end has no way of saying what it takes."""
-LAST_DRAIN_S = 2.0
 
 _PASSED_ON = int(
     Feature.INDIRECT_DESC
@@ -276,12 +275,12 @@ class VhostUserBlock(VirtioDevice):
         # Edge-triggered: a socket whose peer has gone would be an event again and again.
         return IoSource(self.fileno(), self.look, drain=True)
 
-    def hurry(self) -> None:
-        """The guest has ended: wait for the back end no longer than LAST_DRAIN_S from now on.
+    def hurry(self, until_s: float) -> None:
+        """The guest has ended: wait for the back end until ``until_s`` (time.monotonic) at most.
 
         A vCPU that waits for it already, in a reset say, is let go then, too.  From any thread.
         """
-        self._frontend.limit_waits(LAST_DRAIN_S)
+        self._frontend.limit_waits(until_s)
 
     def look(self) -> None:
         """See whether the back end is still there, without asking it; from any thread."""

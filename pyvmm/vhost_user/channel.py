@@ -30,6 +30,7 @@ from pyvmm.vhost_user.protocol import (
     VERSION_MASK,
     Request,
 )
+from pyvmm.wait_limit import WaitLimit
 
 # Not O_NONBLOCK alone: who has sent us the socket (SET_BACKEND_REQ_FD) can clear that again.
 _SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
@@ -96,9 +97,7 @@ class Channel:
         self._who = who
         self._requests = requests
         self._failure: VhostUserError | None = None
-        # No wait goes on beyond it (time.monotonic); who waits already is woken to hear of it.
-        self._latest_s = float("inf")
-        self._sooner_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._limit = WaitLimit()
         # The message that is arriving.
         self._header: tuple[int, int, int] | None = None
         self._data = bytearray()
@@ -193,7 +192,7 @@ class Channel:
             if not self._wait(select.POLLIN, began_s + timeout_s):
                 part = " whole" if self.is_mid_message else ""
                 due = what or "a message"
-                waited_s = min(timeout_s, max(0.0, self._latest_s - began_s))
+                waited_s = min(timeout_s, max(0.0, self._limit.latest_s - began_s))
                 raise self.fail(f"{due} did not come{part} within {waited_s:.3g} s")
         return message
 
@@ -264,23 +263,11 @@ class Channel:
 
         From any thread, until ``close``.
         """
-        self._latest_s = latest_s
-        with contextlib.suppress(OSError):  # closed meanwhile
-            os.eventfd_write(self._sooner_fd, 1)
+        self._limit.set(latest_s)
 
     def _wait(self, event: int, deadline_s: float) -> bool:
         """Sleep until ``event`` or the deadline; False if that has passed."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._sooner_fd)
-        # Looked at after the eventfd: a limit that is set from here on ends the poll.
-        left_s = min(deadline_s, self._latest_s) - time.monotonic()
-        if left_s <= 0:
-            return False
-        poller = select.poll()
-        poller.register(self._socket, event)
-        poller.register(self._sooner_fd, select.POLLIN)
-        poller.poll(left_s * 1000)
-        return True
+        return self._limit.wait(self._socket.fileno(), event, deadline_s)
 
     # Ends
 
@@ -299,9 +286,7 @@ class Channel:
             self._failure = self.error("the connection is closed")
         self._drop_fds()
         self._socket.close()
-        if self._sooner_fd >= 0:
-            fd, self._sooner_fd = self._sooner_fd, -1
-            os.close(fd)
+        self._limit.close()
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -61,8 +61,9 @@ class Frontend:
     (REPLY_ACK) or has answered a later request.
 
     ``features`` are the virtio feature bits on offer, ``max_queues`` and ``max_mem_regions`` the
-    most that the back end takes of each.  The whole handshake has ``handshake_timeout_s``, and
-    HANDSHAKE_TIMEOUT_S at most.
+    most that the back end takes of each.  The whole handshake has HANDSHAKE_TIMEOUT_S, and until
+    ``latest_s`` (time.monotonic) at most, beyond which nothing is waited for until
+    ``limit_waits`` says otherwise.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Frontend:
         *,
         timeout_s: float = TIMEOUT_S,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
-        handshake_timeout_s: float | None = None,
+        latest_s: float = float("inf"),
     ) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
@@ -80,9 +81,9 @@ class Frontend:
         # With the file descriptor a SET_MEM_TABLE needs; ADD_MEM_REG needs it only once.
         self._regions: dict[MemoryRegion, int | None] = {}
         try:
-            self.limit_waits(_handshake_patience(handshake_timeout_s))
+            channel.limit_waits(_handshake_end(latest_s))
             self._shake_hands()
-            channel.limit_waits(float("inf"))
+            channel.limit_waits(latest_s)
         except BaseException:
             channel.close()
             raise
@@ -94,7 +95,7 @@ class Frontend:
         *,
         timeout_s: float = TIMEOUT_S,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
-        handshake_timeout_s: float | None = None,
+        latest_s: float = float("inf"),
     ) -> Frontend:
         """A session with the back end that listens on the Unix socket ``path``.
 
@@ -102,9 +103,9 @@ class Frontend:
         """
         if not path:
             raise VhostUserError("vhost-user socket", "its path is empty")
-        patience_s = min(timeout_s, _handshake_patience(handshake_timeout_s))
+        until_s = min(time.monotonic() + timeout_s, _handshake_end(latest_s))
         try:
-            connection = connect_unix(path, time.monotonic() + patience_s)
+            connection = connect_unix(path, until_s)
         except OSError as error:
             reason = why_no_connection(path, error)
             raise VhostUserError(path, f"cannot connect to the vhost-user socket: {reason}") \
@@ -112,15 +113,15 @@ class Frontend:
         channel = Channel(connection, peer=path, who="the back end")
         return cls(
             channel, timeout_s=timeout_s, drain_timeout_s=drain_timeout_s,
-            handshake_timeout_s=handshake_timeout_s,
+            latest_s=latest_s,
         )
 
-    def limit_waits(self, left_s: float) -> None:
-        """Wait for the back end no longer than ``left_s`` seconds from now, whatever for.
+    def limit_waits(self, latest_s: float) -> None:
+        """Wait for the back end until ``latest_s`` (time.monotonic) at most, whatever for.
 
         A wait that is under way in another thread ends then, too.  From any thread.
         """
-        self._channel.limit_waits(time.monotonic() + left_s)
+        self._channel.limit_waits(latest_s)
 
     def _shake_hands(self) -> None:
         self.protocol_features = ProtocolFeature(0)
@@ -381,8 +382,8 @@ class Frontend:
         return message
 
 
-def _handshake_patience(timeout_s: float | None) -> float:
-    return HANDSHAKE_TIMEOUT_S if timeout_s is None else min(timeout_s, HANDSHAKE_TIMEOUT_S)
+def _handshake_end(latest_s: float) -> float:
+    return min(latest_s, time.monotonic() + HANDSHAKE_TIMEOUT_S)
 
 
 def _close(fd: int | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,6 +17,7 @@ from pyvmm.storage.faulty import FaultyBackend
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource, open_backend
 from tests.support.nbd_servers import nbdkit, qemu_nbd
+from tests.support.patience import patient
 from tests.support.power_cut import RecordingBackend
 from tests.support.raw_disks import room
 
@@ -195,6 +198,19 @@ def test_many_operations_against_a_model(disk: BlockBackend) -> None:
         if number % 100 == 99:
             disk.flush()
     assert content(disk) == model
+
+
+def test_fault_5_a_hurry_harms_nothing_that_is_done_in_time(disk: BlockBackend) -> None:
+    disk.hurry(float("inf"))
+    disk.writev([memoryview(b"h" * 512)], 512)
+    thread = threading.Thread(target=disk.hurry, args=(time.monotonic() + patient(30),))
+    thread.start()
+    thread.join()
+    disk.flush()
+    assert content(disk, 0, 1536) == CONTENT[:512] + b"h" * 512 + CONTENT[1024:1536]
+    disk.hurry(time.monotonic())
+    disk.close()
+    disk.hurry(time.monotonic())
 
 
 def test_close_can_be_repeated(disk: BlockBackend) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_fault_21_another_ones_file_stays_when_opening_fails(
 @pytest.mark.parametrize("uri", ["NBD://h/e", "Nbd+Unix:///?socket=/none", "nBDs://h"])
 def test_fault_25_the_scheme_of_a_uri_has_no_case(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        open_backend(DiskSource(location=uri), report=print, timeout_s=1)
+        open_backend(DiskSource(location=uri), report=print, until_s=time.monotonic() + 1)
     assert caught.value.subject == uri
     assert "such file; an empty disk" not in caught.value.problem
 

@@ -77,6 +77,8 @@ class TwoDisks:
     def refresh_size(self) -> int:
         return self.size_bytes
 
+    def hurry(self, until_s: float) -> None: ...
+
     def close(self) -> None: ...
 
     def _check_alive(self) -> None:

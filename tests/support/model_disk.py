@@ -46,5 +46,7 @@ class ModelDisk:
     def refresh_size(self) -> int:
         return len(self.now)
 
+    def hurry(self, until_s: float) -> None: ...
+
     def close(self) -> None:
         pass

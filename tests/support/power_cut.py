@@ -84,6 +84,9 @@ class RecordingBackend:
     def refresh_size(self) -> int:
         return self._backend.refresh_size()
 
+    def hurry(self, until_s: float) -> None:
+        self._backend.hurry(until_s)
+
     def close(self) -> None:
         self._backend.close()
 

@@ -40,10 +40,10 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
     recorders: list[RecordingBackend] = []
 
     def open_recorded(
-        source: DiskSource, *, report: Callable[[str], None], timeout_s: float | None = None,
+        source: DiskSource, *, report: Callable[[str], None], until_s: float | None = None,
         made: ExitStack | None = None,
     ) -> BlockBackend:
-        backend = open_backend(source, report=report, timeout_s=timeout_s, made=made)
+        backend = open_backend(source, report=report, until_s=until_s, made=made)
         if source.location != str(disk):
             return backend
         recorders.append(RecordingBackend(backend))

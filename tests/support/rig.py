@@ -54,6 +54,9 @@ class Hooked:
     def refresh_size(self) -> int:
         return self.backend.refresh_size()
 
+    def hurry(self, until_s: float) -> None:
+        self.backend.hurry(until_s)
+
     def close(self) -> None:
         self.backend.close()
 

@@ -9,11 +9,10 @@ import time
 
 import pytest
 
-from pyvmm.io_loop import IoLoop, IoSource
+from pyvmm.io_loop import LAST_WAIT_S, IoLoop, IoSource
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Kind, Outcome
 from pyvmm.runner import JOIN_TIMEOUT_S
-from pyvmm.vhost_user.block import LAST_DRAIN_S
 from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S
 from pyvmm.vhost_user.protocol import Request
 from pyvmm.virtio.mmio import MmioTransport
@@ -198,7 +197,7 @@ def test_a_back_end_that_has_gone_is_looked_at_once(script: Script) -> None:
 def test_a_back_end_that_has_stopped_does_not_hold_up_the_end(script: Script) -> None:
     """Its queues are asked for, but not waited for as long as during the run."""
     script.start()
-    script.frontend.limit_waits(0.05)
+    script.frontend.limit_waits(time.monotonic() + 0.05)
     script.transport.close()
     assert len(script.reasons) == 1
     assert script.reasons[0].startswith(f"{PEER}: the reply to GET_VRING_BASE did not come")
@@ -208,7 +207,7 @@ def test_fault_5_a_reset_that_waits_for_a_stuck_back_end_ends_with_the_run(
     script: Script,
 ) -> None:
     """The guest has begun to wait before anybody knew that the run would end."""
-    assert LAST_DRAIN_S < JOIN_TIMEOUT_S < DRAIN_TIMEOUT_S
+    assert LAST_WAIT_S < JOIN_TIMEOUT_S < DRAIN_TIMEOUT_S
     script.start()
     rig = Rig()
     begun = threading.Event()
@@ -224,10 +223,13 @@ def test_fault_5_a_reset_that_waits_for_a_stuck_back_end_ends_with_the_run(
         time.sleep(0.2)  # until it waits
         rig.runner.finish(Outcome(Kind.TIMEOUT))
 
+    def end_waits() -> None:
+        script.device.hurry(time.monotonic() + LAST_WAIT_S)
+
     ender = threading.Thread(target=end)
     ender.start()
     try:
-        assert rig.run(guest, at_end=[script.device.hurry]).kind is Kind.TIMEOUT
+        assert rig.run(guest, at_end=[end_waits]).kind is Kind.TIMEOUT
         assert rig.runner.stopped
     finally:
         ender.join()
