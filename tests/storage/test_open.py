@@ -18,6 +18,7 @@ from pyvmm.storage.open import DiskSource, open_backend
 from pyvmm.storage.overlay import OverlayBackend, store_bytes
 from pyvmm.storage.raw import RawBackend
 from tests.support.nbd_servers import nbdkit
+from tests.support.patience import patient
 from tests.support.raw_disks import opened, room
 
 
@@ -207,7 +208,7 @@ def test_fault_21_another_ones_file_stays_when_opening_fails(
 @pytest.mark.parametrize("uri", ["NBD://h/e", "Nbd+Unix:///?socket=/none", "nBDs://h"])
 def test_fault_25_the_scheme_of_a_uri_has_no_case(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        open_backend(DiskSource(location=uri), report=print, until_s=time.monotonic() + 1)
+        open_backend(DiskSource(location=uri), report=print, until_s=time.monotonic() + patient(1))
     assert caught.value.subject == uri
     assert "such file; an empty disk" not in caught.value.problem
 

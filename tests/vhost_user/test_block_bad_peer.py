@@ -224,7 +224,7 @@ def test_fault_5_a_reset_that_waits_for_a_stuck_back_end_ends_with_the_run(
         rig.runner.finish(Outcome(Kind.TIMEOUT))
 
     def end_waits() -> None:
-        script.device.hurry(time.monotonic() + LAST_WAIT_S)
+        script.device.hurry(LAST_WAIT_S + time.monotonic())
 
     ender = threading.Thread(target=end)
     ender.start()
