@@ -34,7 +34,7 @@ DISK = b"".join(bytes([number]) * 512 for number in range(DISK_SECTORS))
 KINDS = ("block", "block", "console", "entropy", "served")
 PASS_CPU_S = 0.5
 """A pass is promised to take under 0.1 s; the rest is for atheris and busy machines."""
-_MOST_TURNS = 5000
+_MOST_TURNS = 5000  # a full ring, at a chain a pass
 _OFFERED = int(
     Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.RING_PACKED
     | Feature.RING_RESET | BlockFeature.FLUSH | BlockFeature.MQ | BlockFeature.CONFIG_WCE
