@@ -179,7 +179,7 @@ class Machine:
         self.config = BlockConfig(
             read_only=source.chance(32), serial=SERIAL.decode(), queues=source.pick((1, 1, 2, 4)),
             queue_size=source.pick((16, 4, 8, 64, 256)), writeback=not source.chance(64),
-            rate_limit=RateLimit(ops_per_s=source.bits(8), bytes_per_s=source.bits(16))
+            rate_limit=RateLimit(ops_per_s=source.bits(8), bytes_per_s=source.bits(16) << 8)
             if source.chance(48) else RateLimit(),
         )
         cls = GeneralBlockDevice if source.chance(64) else BlockDevice
