@@ -5,6 +5,7 @@ A boot takes a minute in the lab, several on a busy machine.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import time
@@ -71,6 +72,9 @@ class Machine:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self._log.close()
 
 
