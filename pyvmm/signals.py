@@ -54,8 +54,16 @@ class Signals:
     def __exit__(self, *_exc: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
         for number, handler in self._saved.items():
+            # A thread that was joined may still be ending, with no signal blocked: what this thread
+            # holds back must not meet the default there, which kills.
+            if number in self._previous_mask and handler == signal.SIG_DFL:
+                handler = _do_nothing
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._saved.clear()
         signal.set_wakeup_fd(self._previous_wakeup_fd)
         os.close(self.wakeup_fd)
         os.close(self._wakeup_write_fd)
+
+
+def _do_nothing(_number: int, _frame: object) -> None:
+    pass
