@@ -44,7 +44,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     host = [] if can_boot.returncode == 0 else [*pyvmm, "lab", "--rw", str(tmp_path), "--"]
     subprocess.run(
         [*host, sys.executable, "-m", "tests.support.record_guest", str(disk),
-         str(GUEST_SECONDS), str(out)],
+         str(patient(GUEST_SECONDS)), str(out)],
         cwd=ROOT, env=environment(), check=True, timeout=patient(300),
     )
     initial, log = pickle.loads(out.read_bytes())
