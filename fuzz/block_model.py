@@ -30,7 +30,7 @@ class Ask:
     buffer: int = 0
     data: bytes = b""
     lengths: tuple[int, ...] = (0,)
-    """What used.len may be."""
+    """Return the values that used.len may have."""
     kind: int | None = None
     sector: int = 0
     length: int = 0

@@ -27,7 +27,7 @@ _TAIL_BYTES = 20_000
 
 @dataclass
 class Result:
-    """What came of one target."""
+    """The result of one target."""
 
     name: str
     runs: int = 0

@@ -298,7 +298,7 @@ class Machine:
 
 
 class Bench:
-    """What machines are made of again and again: the RAM, the eventfds of a served disk."""
+    """Parts that every machine uses again: the RAM, the eventfds of a served disk."""
 
     def __init__(self) -> None:
         self.memory = GuestMemory([(RAM_BASE, RAM_BYTES)], shared=True)

@@ -1,4 +1,4 @@
-"""What a fuzz target is, and the registry of them by name."""
+"""The contract of a fuzz target, and the registry of targets by name."""
 
 from __future__ import annotations
 

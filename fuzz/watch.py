@@ -23,7 +23,7 @@ class OverTimeError(BaseException):
 
 
 class Finding:
-    """What a case did wrong: ``kind`` tells findings apart, ``text`` is for people."""
+    """A fault that a case showed: ``kind`` tells findings apart, ``text`` is for people."""
 
     def __init__(self, kind: str, text: str) -> None:
         self.kind = kind

@@ -52,6 +52,7 @@ class LastWait:
         for disk in self._disks:
             disk.hurry(until_s)
 
+
 def open_disk(
     config: AnyDiskConfig,
     index: int,

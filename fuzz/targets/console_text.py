@@ -1,4 +1,4 @@
-"""What a guest prints: the watch for panics and halts, lines of any length, in any pieces"""
+"""Guest output: the watch for panics and halts, lines of any length, in any pieces"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _MOST_REPORTS = 8
 _ERRORS = (0, 0, 0, 0, 1, 5, 12, 22, 28, 75, 95, 108, 7, 0xFFFF_FFFF)
 
 Script = list[tuple[bytes, float]]
-"""What a server says, and how long it pauses behind each part."""
+"""The parts that a server sends, and its pause behind each."""
 
 
 class NbdTarget(Target):
@@ -118,7 +118,7 @@ def _use(disk: BlockBackend, step: int) -> None:
 
 
 def _handshake(source: Source) -> Script:
-    """What a server says until the export is chosen."""
+    """Return what a server sends until the export is chosen."""
     greeting = GREETING + struct.pack(">H", source.pick((3, 3, 3, 1, 2, 0, _NEVER)))
     said: Script = [(_bent(source, greeting), _pause_s(source))]
     if source.chance(40):  # it does not know NBD_OPT_GO
@@ -148,7 +148,7 @@ def _size(source: Source) -> int:
 
 
 def _answers(source: Source, steps: list[int]) -> Script:
-    """What a server says to the requests that ``steps`` are."""
+    """Return the answers of a server to the requests ``steps``."""
     said: Script = []
     cookie = 0
     for step in steps:
