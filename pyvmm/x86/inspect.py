@@ -6,6 +6,7 @@ has none to spare before a boot and more after a failed one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,20 +83,20 @@ def read_configuration(
     """The configuration of the kernel at ``path``: its own, else what lies beside it.
 
     Without ``unpack`` only the latter is looked at, which takes some milliseconds; unpacking
-    takes seconds, though no longer than until a configuration is found.  None if there is none,
-    and because of whatever is read or takes more than ``budget``: this is to explain a failure,
-    not to be one.
+    takes seconds, though no longer than until a configuration is found.  If unpacking takes more
+    than ``budget``, the file beside the kernel counts.  None if there is neither, and because of
+    whatever is read: this is to explain a failure, not to be one.
     """
     budget = budget or Budget()
-    try:
-        with ImageFile(path) as image:
-            kernel = parse_kernel(image, layout.MMIO_GAP_START)
-            config = None
-            if unpack:
-                config = _look_into(image, kernel, budget, whole=False).inside.config
-        return config or linux_config.beside(Path(path), kernel.version, budget)
-    except (PyvmmError, OSError, MemoryError):
-        return None
+    config = near = None
+    with contextlib.suppress(PyvmmError, OSError, MemoryError), ImageFile(path) as image:
+        kernel = parse_kernel(image, layout.MMIO_GAP_START)
+        # First, because unpacking may leave nothing of the budget.
+        with contextlib.suppress(PyvmmError, OSError, MemoryError):
+            near = linux_config.beside(Path(path), kernel.version, budget)
+        if unpack:
+            config = _look_into(image, kernel, budget, whole=False).inside.config
+    return config or near
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

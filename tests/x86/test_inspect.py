@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import lzma
 import os
 import resource
@@ -20,6 +21,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.linux.compression import Compression
 from pyvmm.linux.config import KernelConfig
 from pyvmm.linux.scan import MAX_PACKED_BYTES
+from pyvmm.linux.work import Budget
 from pyvmm.x86.image import EntryKind, KernelKind
 from pyvmm.x86.inspect import IN_KERNEL, inspect, read_configuration
 from tests.support.kernels import MIB, ElfSegment, bz_with, bzimage, elf, note_segment, pvh_note
@@ -139,6 +141,20 @@ def test_an_explanation_never_fails(image: MakeFile, tmp_path: Path) -> None:
         assert read_configuration(image(b"hello"), unpack=unpack) is None
         path = image(bz_with(b"no magic number here"))
         assert read_configuration(path, unpack=unpack) is None
+
+
+def test_a_kernel_that_takes_too_much_to_unpack_is_known_by_the_file_beside_it(
+    image: MakeFile, tmp_path: Path
+) -> None:
+    path = image(bz_with(gzip.compress(VMLINUX)))
+    beside = tmp_path / "config-6.1.0-synthetic"
+    beside.write_text("CONFIG_64BIT=y\n")
+    sources = []
+    for steps in range(2000):
+        found = read_configuration(path, unpack=True, budget=Budget(steps=steps))
+        sources.append("" if found is None else found.source)
+    changes = [sources[0], *(now for old, now in itertools.pairwise(sources) if now != old)]
+    assert changes == ["", str(beside), IN_KERNEL]
 
 
 @pytest.mark.parametrize("size_bytes", [MAX_PACKED_BYTES + 1, 1 << 31])
