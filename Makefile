@@ -118,7 +118,7 @@ vm-test: dev kernel image build/tools.img build/roots-gpt.img build/acpi/bzImage
 
 soak: dev kernel image build/tools.img ## an hour of rings, 10,000 power cuts, a minute of load on four vCPUs
 	@$(call choose_host,)
-	PYVMM_SOAK_S=$${PYVMM_SOAK_S:-3600} $(BIN)/python -m pytest -q -s --timeout 0 tests/virtio/test_ring_model.py
+	PYVMM_SOAK_S=$${PYVMM_SOAK_S:-3600} $(BIN)/python -m pytest -q -s --timeout 0 tests/virtio/ring/test_ring_model.py
 	PYVMM_STRESS_S=60 $$host $(BIN)/python -m pytest -q --timeout 1200 tests/vm/test_smp.py
 	PYVMM_POWER_CUTS=10000 $(BIN)/python -m pytest -q -m power_cut --timeout 7200 tests/vm
 

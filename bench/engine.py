@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pyvmm.io_loop import IoLoop, IoSource
 from pyvmm.memory import GuestMemory
+from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.raw import RawBackend

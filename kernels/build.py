@@ -30,9 +30,9 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script: the checkout's pyvmm
 from kernels.progress import BuildError, Progress, say
 from pyvmm.errors import HostError
-from pyvmm.lean import cache_path
 from pyvmm.linux import trust
 from pyvmm.linux.cache import locked
+from pyvmm.startup.types import cache_path
 
 FRAGMENT = Path(__file__).resolve().parent / "pyvmm.config"
 PACKAGE = "linux-source-6.1"

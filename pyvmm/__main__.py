@@ -12,7 +12,7 @@ import os
 import sys
 
 _HELD = (_signal.SIGUSR1, _signal.SIGWINCH)
-"""They wait until a run or an export lets them in (``pyvmm.signals``), and after it for ever."""
+"""Blocked until a run or an export lets them in (``pyvmm.run.signals``), and again after it."""
 
 
 def _interrupted(number: int, _frame: object) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pyvmm.command_line import consoles_of, words_of
 from pyvmm.errors import ConfigError
-from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.linux.command_line import consoles_of, words_of
+from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import CpuModel
@@ -109,7 +109,7 @@ class RunConfig(Record):
 
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
     None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
-    among MMIO_MODES and SERVE_PLACES (``pyvmm.slot`` says what they mean); ``discovery``, among
+    among MMIO_MODES and SERVE_PLACES (``pyvmm.board.slot`` explains them); ``discovery``, among
     DISCOVERY_WAYS, is how the guest is told of its virtio devices: ``cmdline`` means no ACPI.
     """
 

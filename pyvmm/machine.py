@@ -9,11 +9,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from pyvmm.bus import Bus
+from pyvmm.board.bus import Bus
+from pyvmm.board.disks import START_S, Disk, LastWait, open_disk
+from pyvmm.board.polled_uart import PolledUart
+from pyvmm.board.slot import Slot, eventfd
 from pyvmm.config import RunConfig, VhostUserDiskConfig
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
-from pyvmm.console_watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
@@ -22,26 +24,24 @@ from pyvmm.devices.power import Power
 from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
-from pyvmm.disks import START_S, Disk, LastWait, open_disk
 from pyvmm.errors import ConfigError
-from pyvmm.io_loop import IoSource
 from pyvmm.kvm.abi import (
     KVM_CAP_MAX_VCPUS,
     KVM_CAP_READONLY_MEM,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
 from pyvmm.kvm.handles import Kvm
-from pyvmm.lean import TYPE_CHECKING
 from pyvmm.memory import GuestMemory
-from pyvmm.outcome import Kind, Outcome
-from pyvmm.polled_uart import PolledUart
 from pyvmm.report import Reporter
-from pyvmm.runner import Runner
-from pyvmm.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
-from pyvmm.slot import Slot, eventfd
-from pyvmm.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
+from pyvmm.run.console_watch import ConsoleWatch
+from pyvmm.run.io_loop import IoSource
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.runner import Runner
+from pyvmm.run.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
+from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.entropy import EntropyDevice
+from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE, VirtioMmioDevice, write_acpi_tables
 from pyvmm.x86.image import Kernel
@@ -103,7 +103,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
 
         hvc0 = None
         if config.has_virtio_console:
-            from pyvmm.hvc0 import Hvc0
+            from pyvmm.board.hvc0 import Hvc0
             hvc0 = Hvc0(output.write, runner.input_room, stack,
                         terminal_size=lambda: console.size, is_chosen=config.console_is_virtio)
         show = hvc0.show_serial if hvc0 else output.write

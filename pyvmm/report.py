@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyvmm.lean import TYPE_CHECKING
+from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing import TextIO

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvmm.cli import lab
-from pyvmm.cli.options import parse_options
 from pyvmm.cli.parse import parse_disk, parse_size
 from pyvmm.cli.run import COMMAND, config_from
 from pyvmm.config import DiskConfig
@@ -24,6 +23,7 @@ from pyvmm.linux.guest import Boot, describe
 from pyvmm.linux.options import KernelConfig
 from pyvmm.linux.requirements import problems
 from pyvmm.numerals import decimal_number, whole_number
+from pyvmm.startup.options import parse_options
 from pyvmm.storage.fault_script import MAX_DELAY_S, MAX_FAULTS, parse_script
 from pyvmm.storage.nbd_uri import parse_nbd_uri
 from pyvmm.virtio.rate_limit import MAX_RATE, RateLimit

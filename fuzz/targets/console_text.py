@@ -7,9 +7,9 @@ from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm.console.queries import QueryWatch
 from pyvmm.console.typed import EscapeFilter
-from pyvmm.console_watch import SENT_LIMIT, ConsoleWatch
-from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import escape
+from pyvmm.run.console_watch import SENT_LIMIT, ConsoleWatch
+from pyvmm.run.outcome import Kind, Outcome
 
 _MOST_FACTOR = 64
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from fuzz.source import Source
 from fuzz.target import Target
-from pyvmm.bus import Bus
+from pyvmm.board.bus import Bus
+from pyvmm.board.polled_uart import PolledUart
 from pyvmm.devices.boot_timer import BootTimer
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
@@ -16,7 +17,6 @@ from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Register, Serial
 from pyvmm.kvm.exits import RING_CAPACITY, CoalescedRing
-from pyvmm.polled_uart import PolledUart
 from pyvmm.x86 import layout
 
 _DATA = layout.SERIAL_PORT + int(Register.DATA)

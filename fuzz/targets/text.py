@@ -13,9 +13,9 @@ from fuzz.target import Target
 from pyvmm import config
 from pyvmm.cli import parse
 from pyvmm.cli import run as cli_run
-from pyvmm.cli.options import parse_options
 from pyvmm.errors import ConfigError
 from pyvmm.linux.packages import Apt, AptError
+from pyvmm.startup.options import parse_options
 from pyvmm.storage.fault_script import parse_script
 from pyvmm.storage.nbd_uri import is_nbd_uri, parse_nbd_uri
 from pyvmm.x86.cpu_model import parse_cpu_option

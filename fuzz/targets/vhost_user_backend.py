@@ -28,7 +28,7 @@ from pyvmm.vhost_user.protocol import (
     Request,
 )
 from pyvmm.virtio.block import BlockConfig
-from pyvmm.virtio.rings import first_base
+from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.vhost_rig import (
     ALL_PROTOCOL,

@@ -13,8 +13,8 @@ from fuzz.checks import check_one_line
 from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm.errors import VhostUserError
-from pyvmm.io_loop import LAST_WAIT_S
 from pyvmm.memory import GuestMemory
+from pyvmm.run.io_loop import LAST_WAIT_S
 from pyvmm.vhost_user.block import VhostUserBlock
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import (

@@ -6,7 +6,7 @@ import os
 import sys
 
 from pyvmm.errors import HostError
-from pyvmm.lean import TYPE_CHECKING
+from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyvmm.config import DiskConfig, RunConfig

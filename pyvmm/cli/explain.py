@@ -12,12 +12,12 @@ import os
 
 from pyvmm.cli.run import remembered_path
 from pyvmm.config import DiskConfig, RunConfig
-from pyvmm.lean import TYPE_CHECKING
 from pyvmm.linux.file_systems import HEAD_BYTES
 from pyvmm.linux.guest import Boot, describe
 from pyvmm.linux.remembered import covers, recall, remember
 from pyvmm.linux.requirements import notes, problems
-from pyvmm.outcome import MAYBE_SILENT, Kind, Outcome
+from pyvmm.run.outcome import MAYBE_SILENT, Kind, Outcome
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.backend import SECTOR_SIZE
 from pyvmm.storage.files import logical_block_size
 

@@ -8,7 +8,6 @@ import signal
 import sys
 from typing import NoReturn
 
-from pyvmm.bell import Bell
 from pyvmm.cli.descriptors import (
     allow_many_descriptors,
     descriptor_limit,
@@ -19,9 +18,10 @@ from pyvmm.cli.descriptors import (
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.io_loop import IoSource
+from pyvmm.peers.eventfds import Bell
 from pyvmm.report import Reporter, Seldom
-from pyvmm.serving import serve
+from pyvmm.run.io_loop import IoSource
+from pyvmm.run.serving import serve
 from pyvmm.storage.open import open_backend
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None, *, signals: SignalsAsTheyAre = _AS_THEY_
                 # What is made until the guest runs lives as long as the process: to look for
                 # garbage in it takes 1 ms of 20.  run_main switches it on again.
                 gc.disable()
-                from pyvmm.cli.bundle import Bundle, default_path
+                from pyvmm.startup.bundle import Bundle, default_path
 
                 with Bundle(default_path()) as bundle:
                     from pyvmm.cli.run import run_main

@@ -8,21 +8,21 @@ import os
 import sys
 import time
 
-from pyvmm.cli.options import Command, Option, parse_options
 from pyvmm.cli.parse import parse_cpus, parse_disk, parse_seconds, parse_size
 from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
-from pyvmm.lean import TYPE_CHECKING, cache_path, configuration_paths
-from pyvmm.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
 from pyvmm.report import Reporter, end_line, say
+from pyvmm.run.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
+from pyvmm.startup.options import Command, Option, parse_options
+from pyvmm.startup.types import TYPE_CHECKING, cache_path, configuration_paths
 from pyvmm.x86.cpu_model import parse_cpu_option
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
 
-    from pyvmm.cli.bundle import Bundle
     from pyvmm.machine import Machine
+    from pyvmm.startup.bundle import Bundle
 
 EPILOG = """\
 exit status:

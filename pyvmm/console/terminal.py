@@ -12,8 +12,8 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 
-from pyvmm.lean import TYPE_CHECKING
 from pyvmm.report import write_now
+from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing import Any

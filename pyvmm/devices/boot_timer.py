@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from pyvmm.devices.byte_device import ByteDevice
-from pyvmm.lean import IntEnum, Record
+from pyvmm.startup.types import IntEnum, Record
 
 
 class Stage(IntEnum):

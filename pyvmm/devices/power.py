@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
-from pyvmm.lean import IntEnum
+from pyvmm.startup.types import IntEnum
 
 
 class Register(IntEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
-from pyvmm.lean import IntFlag
+from pyvmm.startup.types import IntFlag
 
 
 class Event(IntFlag):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
-from pyvmm.lean import IntEnum
+from pyvmm.startup.types import IntEnum
 
 HOLD_NS = 100_000_000
 _SECOND_NS = 1_000_000_000

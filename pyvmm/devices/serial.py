@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 
 from pyvmm.devices.byte_device import ByteDevice
-from pyvmm.lean import IntEnum
+from pyvmm.startup.types import IntEnum
 
 FIFO_SIZE = 16
 

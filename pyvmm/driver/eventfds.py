@@ -12,9 +12,9 @@ from pyvmm.driver.errors import TransportError
 class QueueEventFds:
     """A kick and a call eventfd for each of a device's queues; none before ``open``.
 
-    They do not block.  A back end has them too, and with them that flag: one that is filled up, and
-    whose O_NONBLOCK is cleared, has a writer wait for ever (``pyvmm.bell``).  So a kick is written
-    only where there is room at that moment.
+    They do not block.  The back end shares them and can clear O_NONBLOCK.  If it also fills the
+    counter, our next write blocks (``pyvmm.peers.eventfds``).  So a kick is written only where
+    there is room at that moment.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pyvmm.driver.errors import RequestError
 from pyvmm.driver.request import Segment
 from pyvmm.driver.transport import Transport
-from pyvmm.lean import name_of
+from pyvmm.startup.types import name_of
 from pyvmm.virtio.block.config import config_space_length
 from pyvmm.virtio.spec import SECTOR_SIZE, BlockFeature
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pyvmm.driver.errors import DeviceBrokenError
 from pyvmm.driver.rings import Descriptor, ring_areas
-from pyvmm.virtio.chains import NEXT
-from pyvmm.virtio.queue import FullFence
+from pyvmm.virtio.ring.chains import NEXT
+from pyvmm.virtio.ring.queue import FullFence
 from pyvmm.virtio.spec import EventFlags, PackedFlag
 
 _AVAIL = int(PackedFlag.AVAIL)

@@ -18,7 +18,7 @@ from pyvmm.driver.request import MAX_TABLE_ENTRIES, Completion, RequestSlots, Se
 from pyvmm.driver.rings import DriverRing, ring_areas
 from pyvmm.driver.split import SplitDriverRing
 from pyvmm.driver.transport import QueueLayout, Transport
-from pyvmm.virtio.chains import INDIRECT, WRITE
+from pyvmm.virtio.ring.chains import INDIRECT, WRITE
 from pyvmm.virtio.spec import (
     BLOCK_ID_SIZE,
     MAX_QUEUE_SIZE,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pyvmm.driver.rings import Descriptor, align
-from pyvmm.virtio.chains import DESCRIPTOR_SIZE, NEXT, WRITE
+from pyvmm.virtio.ring.chains import DESCRIPTOR_SIZE, NEXT, WRITE
 from pyvmm.virtio.spec import BlockStatus
 
 Segment = tuple[int, int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from pyvmm.virtio.chains import DESCRIPTOR_SIZE
+from pyvmm.virtio.ring.chains import DESCRIPTOR_SIZE
 
 Descriptor = tuple[int, int, int]
 """``(address, length, flags)`` of a buffer; of the flags only WRITE and INDIRECT."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pyvmm.driver.errors import DeviceBrokenError
 from pyvmm.driver.rings import Descriptor, ring_areas
-from pyvmm.virtio.chains import NEXT
-from pyvmm.virtio.queue import FullFence
+from pyvmm.virtio.ring.chains import NEXT
+from pyvmm.virtio.ring.queue import FullFence
 from pyvmm.virtio.spec import AVAIL_F_NO_INTERRUPT, USED_F_NO_NOTIFY
 
 _RING_HEADER_SIZE = 4  # le16 flags; le16 idx, in front of both rings

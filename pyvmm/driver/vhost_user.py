@@ -17,7 +17,7 @@ from pyvmm.driver.transport import MappedRegion, QueueLayout, Transport
 from pyvmm.errors import RequestRefusedError, VhostUserError
 from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S, TIMEOUT_S, Frontend
 from pyvmm.vhost_user.protocol import MemoryRegion
-from pyvmm.virtio.rings import first_base
+from pyvmm.virtio.ring.rings import first_base
 
 MAX_QUEUE_SIZE = 1024
 """Entries.  The protocol has no message to ask for it; back ends built on libvhost-user, such as

@@ -21,8 +21,8 @@ from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.eventfds import QueueEventFds
 from pyvmm.driver.transport import MappedRegion, QueueLayout, Transport
 from pyvmm.kvm.abi import Ioctl, Structure
-from pyvmm.lean import name_of
-from pyvmm.virtio.rings import first_base
+from pyvmm.startup.types import name_of
+from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import DeviceType, Status
 
 _ACCESS_PLATFORM = 1 << abi.VIRTIO_F_ACCESS_PLATFORM

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 
 from pyvmm.kvm import abi
-from pyvmm.lean import IntEnum, Record, name_of
+from pyvmm.startup.types import IntEnum, Record, name_of
 
 
 class ExitReason(IntEnum):

@@ -20,7 +20,7 @@ from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import CoalescedRing, RunPage
 from pyvmm.kvm.ioctl import ioctl, vcpu_entry
-from pyvmm.lean import Record
+from pyvmm.startup.types import Record
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyvmm.errors import HostError
-from pyvmm.lean import cache_path
 from pyvmm.linux import trust
+from pyvmm.startup.types import cache_path
 
 Say = Callable[[str], None]
 """Takes a line for the person who waits."""
 
 
 def cache_directory() -> Path:
-    """``lean.cache_path``: ``$PYVMM_CACHE``, or where else caches are."""
+    """``startup.types.cache_path``: ``$PYVMM_CACHE``, or where else caches are."""
     return Path(cache_path())
 
 

@@ -9,10 +9,10 @@ import os
 import re
 from pathlib import Path
 
-from pyvmm.lean import configuration_paths
 from pyvmm.linux.compression import Compression, UnpackError, decompress, detect, pieces
 from pyvmm.linux.options import KernelConfig
 from pyvmm.linux.work import Budget
+from pyvmm.startup.types import configuration_paths
 
 __all__ = ["MAX_CONFIG_BYTES", "KernelConfig", "beside", "parse", "read", "unpack"]
 
@@ -62,7 +62,8 @@ def unpack(packed: bytes, source: str, budget: Budget | None = None) -> KernelCo
 def beside(kernel: Path, version: str, budget: Budget | None = None) -> KernelConfig | None:
     """The configuration that lies where one would look for it; None if none does.
 
-    ``lean.configuration_paths`` says where; ``version`` is the kernel's own text, "" if unknown.
+    ``startup.types.configuration_paths`` says where; ``version`` is the kernel's own text, ""
+    if unknown.
     """
     for path in map(Path, configuration_paths(kernel, version)):
         try:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pyvmm.command_line import consoles_of, words_of
-from pyvmm.lean import Record
 from pyvmm.linux import file_systems
+from pyvmm.linux.command_line import consoles_of, words_of
 from pyvmm.linux.formats import Compression, detect
 from pyvmm.linux.options import KernelConfig
 from pyvmm.linux.root import find_root
 from pyvmm.numerals import whole_number
+from pyvmm.startup.types import Record
 
 ONE_CPU_WORDS = ("nosmp", "nolapic", "disableapic")
 _CPU_LIMITS = ("maxcpus", "nr_cpus", "possible_cpus")

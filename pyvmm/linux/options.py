@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.startup.types import TYPE_CHECKING, Record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pyvmm.lean import Record
+from pyvmm.startup.types import Record
 
 MAX_PARTITIONS = 128
 """On a disk; what lies behind is not looked at."""

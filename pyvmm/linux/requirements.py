@@ -8,12 +8,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 
-from pyvmm.lean import Record
 from pyvmm.linux.file_systems import SQUASHFS_COMPRESSORS
 from pyvmm.linux.formats import Compression
 from pyvmm.linux.guest import Guest
 from pyvmm.linux.options import KernelConfig
 from pyvmm.numerals import whole_number
+from pyvmm.startup.types import Record
 
 # Which options make a file system mountable; one of them will do.  ext4 mounts ext2 and ext3 too,
 # as itself if by no other name.

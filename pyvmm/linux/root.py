@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from pyvmm.lean import Record
 from pyvmm.linux import file_systems
 from pyvmm.linux.partitions import (
     MAX_PARTITIONS,
@@ -19,6 +18,7 @@ from pyvmm.linux.partitions import (
     table_kind,
 )
 from pyvmm.numerals import whole_number
+from pyvmm.startup.types import Record
 
 DISK = "/dev/vd"
 PAGE_BYTES = 4096

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 
-from pyvmm.lean import Protocol
+from pyvmm.startup.types import Protocol
 
 SECTOR_SIZE = 512
 """Bytes; the unit a disk's size is rounded down to."""

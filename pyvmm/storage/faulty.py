@@ -7,9 +7,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+from pyvmm.peers.wait_limit import WaitLimit
 from pyvmm.storage.backend import BlockBackend, buffers_slice, check_range
 from pyvmm.storage.fault_script import Effect, Fault, Operation
-from pyvmm.wait_limit import WaitLimit
 
 
 class FaultyBackend:

@@ -5,7 +5,7 @@ Not on the boot path: ``storage.open`` imports it for a file that may be one of 
 
 from __future__ import annotations
 
-from pyvmm.lean import Record
+from pyvmm.startup.types import Record
 
 HEAD_BYTES = 1024
 """How much of a file's start ``kind_of_head`` wants to see; less is fine and tells less."""

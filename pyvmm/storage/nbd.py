@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum, IntFlag
 
 from pyvmm.errors import ConfigError
+from pyvmm.peers.wait_limit import WaitLimit
 from pyvmm.storage.backend import (
     SECTOR_SIZE,
     BufferCursor,
@@ -31,7 +32,6 @@ from pyvmm.storage.nbd_handshake import (
     negotiate,
 )
 from pyvmm.storage.nbd_uri import parse_nbd_uri
-from pyvmm.wait_limit import WaitLimit
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length

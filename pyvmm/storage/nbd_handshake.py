@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
+from pyvmm.peers.unix_socket import connect_unix
 from pyvmm.storage.backend import SECTOR_SIZE
 from pyvmm.storage.nbd_uri import NbdAddress
-from pyvmm.unix_socket import connect_unix
 
 _GREETING = struct.Struct(">8s8sH")  # NBDMAGIC, IHAVEOPT, handshake flags
 _OPTION = struct.Struct(">8sII")  # IHAVEOPT, option, length of its data

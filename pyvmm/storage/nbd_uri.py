@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.lean import Record
 from pyvmm.numerals import whole_number
+from pyvmm.startup.types import Record
 
 DEFAULT_PORT = 10809
 _MAX_PORT = 0xFFFF

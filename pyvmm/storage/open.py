@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 
 from pyvmm.errors import ConfigError
-from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.storage.nbd_uri import is_nbd_uri
 
 if TYPE_CHECKING:

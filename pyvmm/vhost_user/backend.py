@@ -13,8 +13,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pyvmm.bell import Bell
 from pyvmm.errors import GuestError, RingError
+from pyvmm.peers.eventfds import Bell
 from pyvmm.vhost_user.protocol import MAX_CONFIG_BYTES, PROTOCOL_FEATURES, MemoryRegion
 from pyvmm.vhost_user.regions import PeerMemory, UnusableRegionError
 from pyvmm.vhost_user.vring import RefusedError, Vring, check_eventfd

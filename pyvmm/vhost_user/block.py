@@ -23,13 +23,13 @@ from pyvmm.errors import (
     RingError,
     VhostUserError,
 )
-from pyvmm.io_loop import IoSource
 from pyvmm.memory import GuestMemory
+from pyvmm.run.io_loop import IoSource
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import MemoryRegion
 from pyvmm.virtio.block.config import WRITEBACK_OFFSET, config_space_length
 from pyvmm.virtio.device import Interrupt, VirtioDevice
-from pyvmm.virtio.rings import first_base
+from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
 
 QUEUE_SIZE = 256
@@ -219,8 +219,8 @@ class VhostUserBlock(VirtioDevice):
         """A notification that KVM did not deliver itself: pass it on.  No work is left here."""
         if index in self._started:
             # A counter at its limit says already that there is something to do.  A back end may
-            # make a write wait for it to be read (``bell.py``), which stops its own guest: the
-            # end of the run interrupts that.
+            # make a write wait for it to be read (``peers.eventfds``), which stops its own guest:
+            # the end of the run interrupts that.
             with contextlib.suppress(BlockingIOError, InterruptedError):
                 os.eventfd_write(self._kick_fds[index], 1)
         return None

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyvmm.errors import PeerClosedError, VhostUserError
+from pyvmm.peers.wait_limit import WaitLimit
 from pyvmm.vhost_user.protocol import (
     HEADER,
     MAX_FDS,
@@ -30,7 +31,6 @@ from pyvmm.vhost_user.protocol import (
     VERSION_MASK,
     Request,
 )
-from pyvmm.wait_limit import WaitLimit
 
 # Not O_NONBLOCK alone: who has sent us the socket (SET_BACKEND_REQ_FD) can clear that again.
 _SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT

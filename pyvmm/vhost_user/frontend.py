@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from pyvmm.errors import PeerClosedError, RequestRefusedError, VhostUserError
-from pyvmm.unix_socket import connect_unix
+from pyvmm.peers.unix_socket import connect_unix
 from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.hints import why_no_connection
 from pyvmm.vhost_user.protocol import (

@@ -14,8 +14,8 @@ import struct
 import time
 from collections.abc import Callable
 
-from pyvmm.bell import Bell
 from pyvmm.errors import PeerClosedError, VhostUserError
+from pyvmm.peers.eventfds import Bell
 from pyvmm.vhost_user.channel import Channel
 from pyvmm.vhost_user.listener import Listener
 from pyvmm.vhost_user.session import Session

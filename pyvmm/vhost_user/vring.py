@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.virtio.rings import first_base
+from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import Feature
 
 _EVENTFD = "anon_inode:[eventfd]"
@@ -66,7 +66,7 @@ class Vring:
         if fd >= 0:
             copy = os.dup(fd)
             # So a front end that forgets to read does not stop us.  One that means to do it takes
-            # the flag away again: see ``bell.py``.
+            # the flag away again: see ``peers/eventfds.py``.
             os.set_blocking(copy, False)
             setattr(self, f"{name}_fd", copy)
 

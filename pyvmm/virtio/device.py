@@ -11,10 +11,10 @@ import abc
 from collections.abc import Callable, Iterable, Iterator
 
 from pyvmm.errors import ActivateError, GuestError, RingError
-from pyvmm.lean import TYPE_CHECKING, Protocol
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue import DESCRIPTOR_WORK, Chain, Queue, Ring
-from pyvmm.virtio.rings import make_ring
+from pyvmm.startup.types import TYPE_CHECKING, Protocol
+from pyvmm.virtio.ring.queue import DESCRIPTOR_WORK, Chain, Queue, Ring
+from pyvmm.virtio.ring.rings import make_ring
 from pyvmm.virtio.spec import DeviceType, Feature
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ import threading
 from collections.abc import Callable
 
 from pyvmm.errors import ActivateError, GuestError, RingError
-from pyvmm.lean import name_of
 from pyvmm.memory import PAGE_SIZE, GuestMemory, replace_page
+from pyvmm.startup.types import name_of
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.interrupt import InterruptLine
-from pyvmm.virtio.queue import Queue
-from pyvmm.virtio.rings import make_ring
+from pyvmm.virtio.ring.queue import Queue
+from pyvmm.virtio.ring.rings import make_ring
 from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, DeviceType, Feature, Register, Status
 
 VENDOR_ID = int.from_bytes(b"PVMM", "little")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Hashable
 
 from pyvmm.errors import ConfigError
-from pyvmm.lean import Record
+from pyvmm.startup.types import Record
 
 MIN_TURN_S = 0.001
 """What a queue waits at least while another is before it in the line."""

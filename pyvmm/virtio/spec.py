@@ -6,7 +6,7 @@ little-endian; this package serves x86 guests on x86 hosts only, so native views
 
 from __future__ import annotations
 
-from pyvmm.lean import IntEnum, IntFlag
+from pyvmm.startup.types import IntEnum, IntFlag
 
 
 class DeviceType(IntEnum):

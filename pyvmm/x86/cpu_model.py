@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
-from pyvmm.lean import Record
+from pyvmm.startup.types import Record
 from pyvmm.x86.cpu_features import POSITIONS, WORDS, Word, with_dependents
 
 OPTION = "--cpu"

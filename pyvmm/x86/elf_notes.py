@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from pyvmm.errors import ConfigError
-from pyvmm.lean import Record
+from pyvmm.startup.types import Record
 from pyvmm.x86.image import ImageFile, align_up
 
 XEN_NAME, LINUX_NAME = b"Xen\0", b"Linux\0"

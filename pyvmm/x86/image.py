@@ -12,7 +12,7 @@ import stat
 from types import TracebackType
 
 from pyvmm.errors import ConfigError
-from pyvmm.lean import Record, StrEnum
+from pyvmm.startup.types import Record, StrEnum
 from pyvmm.x86 import layout
 
 # O_NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for regular files.

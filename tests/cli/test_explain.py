@@ -9,7 +9,7 @@ import pytest
 from pyvmm.cli import explain
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import RunConfig
-from pyvmm.outcome import Kind, Outcome
+from pyvmm.run.outcome import Kind, Outcome
 from tests.support.disk_heads import file_system, gpt_disk
 from tests.support.kernels import COMPLETE_CONFIG as COMPLETE
 from tests.support.kernels import bzimage, lacking, with_ikconfig

@@ -16,7 +16,7 @@ import pytest
 from pyvmm.cli.main import main
 from pyvmm.config import RunConfig
 from pyvmm.linux.requirements import BUILT_IN, known_options
-from pyvmm.outcome import Kind, Outcome
+from pyvmm.run.outcome import Kind, Outcome
 from tests.support import disk_heads
 from tests.support.guest import KERNEL
 from tests.support.kernels import COMPLETE_CONFIG, bzimage, lacking, with_ikconfig

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli.main import main
-from pyvmm.cli.options import parse_options
 from pyvmm.cli.run import COMMAND, config_from
 from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS
+from pyvmm.startup.options import parse_options
 from tests.support.kernels import bzimage, elf
 from tests.support.tiny_guests import REPORT_0, write_guest
 

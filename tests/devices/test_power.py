@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.bus import Bus
+from pyvmm.board.bus import Bus
 from pyvmm.devices.power import Power, Register
 from pyvmm.x86 import layout
 from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE

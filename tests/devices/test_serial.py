@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.bus import Bus
+from pyvmm.board.bus import Bus
 from pyvmm.devices import serial as uart
 from pyvmm.devices.serial import FIFO_SIZE, Register, Serial
 

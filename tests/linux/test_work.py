@@ -15,7 +15,7 @@ from pyvmm.linux import compression, config, lz4, modules, work
 from pyvmm.linux.compression import UnpackError, decompress
 from pyvmm.linux.scan import MAX_PACKED_BYTES, MAX_SLOW_BYTES, scan, unpack_and_scan
 from pyvmm.linux.work import LOOK_STEPS, MAX_STEPS, Budget, WorkError
-from pyvmm.outcome import Kind, Outcome
+from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.x86.inspect import inspect
 from tests.support.kernels import ElfSegment, bz_with, elf
 from tests.support.slow_data import SLOW, gzip_nothing, lz4_nothing, zstd_nothing

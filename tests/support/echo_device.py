@@ -9,7 +9,7 @@ from pyvmm.errors import ActivateError
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.device import Interrupt, RingDevice
 from pyvmm.virtio.mmio import MmioTransport
-from pyvmm.virtio.queue import Chain
+from pyvmm.virtio.ring.queue import Chain
 from pyvmm.virtio.spec import DeviceType, Feature
 from tests.support.virtio_driver import RAM_BASE
 

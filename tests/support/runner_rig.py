@@ -10,17 +10,17 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pyvmm.bus import Bus
+from pyvmm.board.bus import Bus
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
-from pyvmm.io_loop import IoSource
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import EXIT_REASON_WORD, RunPage
 from pyvmm.kvm.handles import Vcpu
-from pyvmm.outcome import Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import Runner
-from pyvmm.vcpu_loop import VcpuLoop
+from pyvmm.run.io_loop import IoSource
+from pyvmm.run.outcome import Outcome
+from pyvmm.run.runner import Runner
+from pyvmm.run.vcpu_loop import VcpuLoop
 
 PAGE_BYTES = 8192
 

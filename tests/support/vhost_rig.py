@@ -35,7 +35,7 @@ from pyvmm.vhost_user.protocol import (
 )
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockConfig, BlockDevice
-from pyvmm.virtio.rings import first_base
+from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
 from tests.support.packed_driver import PackedDriver
 from tests.support.patience import patient

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pyvmm.bell import Bell
+from pyvmm.peers.eventfds import Bell
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.vhost_user.backend import Backend
 from pyvmm.vhost_user.protocol import PROTOCOL_FEATURES, MemoryRegion

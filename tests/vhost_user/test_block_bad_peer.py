@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from pyvmm.io_loop import LAST_WAIT_S, IoLoop, IoSource
 from pyvmm.memory import GuestMemory
-from pyvmm.outcome import Kind, Outcome
-from pyvmm.runner import JOIN_TIMEOUT_S
+from pyvmm.run.io_loop import LAST_WAIT_S, IoLoop, IoSource
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.runner import JOIN_TIMEOUT_S
 from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S
 from pyvmm.vhost_user.protocol import Request
 from pyvmm.virtio.mmio import MmioTransport

@@ -1,5 +1,5 @@
 """Front ends that make the export wait in a write to an eventfd of theirs: the flag that forbids it
-is theirs, too.  What ends the wait is a signal here, and ``pyvmm.serving`` in an export."""
+is theirs, too.  What ends the wait is a signal here, and ``pyvmm.run.serving`` in an export."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.console import ConsoleDevice
+from pyvmm.virtio.console.device import ConsoleDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import Feature, InterruptBit, Register, Status
 from tests.support.virtio_driver import RAM_BASE, VirtioDriver

@@ -18,9 +18,9 @@ from pyvmm.memory import GuestMemory
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource, open_backend
 from pyvmm.virtio.block import BlockConfig, BlockDevice
-from pyvmm.virtio.console import MAX_HOLD_S, ConsoleDevice
+from pyvmm.virtio.console.device import MAX_HOLD_S, ConsoleDevice
 from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.entropy import EntropyDevice
+from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockRequestType, Feature

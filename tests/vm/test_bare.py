@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.kvm.exits import HltExit, InternalErrorExit, ShutdownExit
-from pyvmm.virtio.console import ConsoleDevice
+from pyvmm.virtio.console.device import ConsoleDevice
 from pyvmm.virtio.mmio import MmioTransport
 from tests.support.bare import (
     LONG_MODE_ENTRY,

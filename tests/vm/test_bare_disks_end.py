@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.io_loop import LAST_WAIT_S
+from pyvmm.run.io_loop import LAST_WAIT_S
 from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import Request
 from tests.support.export_process import Export

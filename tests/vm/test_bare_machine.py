@@ -9,11 +9,11 @@ import pytest
 
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import RunConfig
-from pyvmm.io_loop import IoSource
 from pyvmm.machine import build
-from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import Runner
+from pyvmm.run.io_loop import IoSource
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.runner import Runner
 from tests.support.kernels import elf
 
 pytestmark = pytest.mark.bare

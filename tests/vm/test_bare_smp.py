@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.bus import Bus
+from pyvmm.board.bus import Bus
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
-from pyvmm.outcome import Kind, Outcome
 from pyvmm.report import Reporter
-from pyvmm.runner import Runner
-from pyvmm.vcpu_loop import VcpuLoop
-from pyvmm.vcpus import FIRST_WINDOW_S
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.runner import Runner
+from pyvmm.run.vcpu_loop import VcpuLoop
+from pyvmm.run.vcpus import FIRST_WINDOW_S
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.cpu_model import parse_cpu_option
 from tests.support.bare import LONG_MODE_ENTRY, MEMORY_BYTES, assemble

@@ -11,8 +11,8 @@ import pytest
 
 from pyvmm.cli import explain
 from pyvmm.cli.main import main
-from pyvmm.cli.options import parse_options
 from pyvmm.cli.run import COMMAND, config_from
+from pyvmm.startup.options import parse_options
 from tests.support.disk_heads import file_system
 from tests.support.guest import BUILD, IMAGE, KERNEL, TOOLS, boot, run_in_guest
 from tests.support.kernels import lacking

@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 
 from pyvmm.errors import ConfigError
-from pyvmm.lean import TYPE_CHECKING, Record
+from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.virtio.device import MAX_CHAIN_BYTES
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BLOCK_ID_SIZE, SECTOR_SIZE, BlockFeature, Feature

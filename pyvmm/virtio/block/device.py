@@ -36,8 +36,8 @@ from pyvmm.virtio.block.request import (
 )
 from pyvmm.virtio.block.segments import SEGMENT_SIZE, Segment, parse_segments
 from pyvmm.virtio.device import CALL_WORK, MAX_CHAIN_BYTES, RingDevice, for_one_pass
-from pyvmm.virtio.queue import Buffer, Chain, Ring
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
+from pyvmm.virtio.ring.queue import Buffer, Chain, Ring
 from pyvmm.virtio.spec import (
     BLOCK_ID_SIZE,
     SECTOR_SIZE,

@@ -4,7 +4,7 @@ Nearly every request of a running guest is a plain chain (``queue.PlainChain``) 
 writes whole sectors of the disk from and to RAM.  Those are served here, at a third of what the
 general path costs; whatever else there is, in the ring or in a request, goes through the general
 path, one chain at a time and in its turn.  What a request does, and what becomes of it, is the
-same either way: ``tests/virtio/test_fast_path.py`` compares the two.
+same either way: ``tests/virtio/block/test_fast_path.py`` compares the two.
 
 Neighbours in the queue that are neighbours on the disk are merged into one transfer where the
 backend is a file.  If that fails, each of them is served alone, so that it gets the status that is
@@ -25,7 +25,7 @@ from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.raw import RawBackend
 from pyvmm.virtio.block.request import HEADER, HEADER_SIZE, STATUS_SIZE
 from pyvmm.virtio.device import PASS_BYTES, chain_work
-from pyvmm.virtio.queue import (
+from pyvmm.virtio.ring.queue import (
     TOKEN_BITS,
     Buffer,
     Chain,

@@ -10,7 +10,7 @@ import struct
 
 from pyvmm.errors import GuestError, GuestMemoryError
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue import Buffer, Chain
+from pyvmm.virtio.ring.queue import Buffer, Chain
 from pyvmm.virtio.spec import BlockStatus
 
 # struct virtio_blk_req { le32 type; le32 reserved; le64 sector; u8 data[]; u8 status; }

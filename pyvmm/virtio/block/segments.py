@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.lean import Record
 from pyvmm.memory import GuestMemory
+from pyvmm.startup.types import Record
 from pyvmm.virtio.block.request import BadRequestError, UnsupportedRequestError
-from pyvmm.virtio.queue import Buffer
+from pyvmm.virtio.ring.queue import Buffer
 from pyvmm.virtio.spec import WRITE_ZEROES_F_UNMAP
 
 # struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors;

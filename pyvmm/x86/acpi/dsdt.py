@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyvmm.devices.serial import Serial
-from pyvmm.lean import Record
+from pyvmm.startup.types import Record
 from pyvmm.x86 import layout
 from pyvmm.x86.acpi import aml, resources
 

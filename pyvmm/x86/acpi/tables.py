@@ -18,8 +18,8 @@ from ctypes import c_uint16 as u16
 from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
 
-from pyvmm.lean import IntFlag
 from pyvmm.memory import GuestMemory
+from pyvmm.startup.types import IntFlag
 from pyvmm.x86 import layout
 from pyvmm.x86.acpi.dsdt import VirtioMmioDevice, definition_block
 from pyvmm.x86.image import align_up

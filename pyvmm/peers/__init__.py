@@ -1,0 +1,1 @@
+"""Connections to other processes: sockets, deadlines, eventfds that a peer has too."""

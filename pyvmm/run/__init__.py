@@ -1,0 +1,1 @@
+"""Running a machine: vCPU threads, I/O loops, signals, and how a run ended."""

@@ -1,0 +1,193 @@
+"""What happens between two KVM_RUNs: port and memory accesses to devices, and how a vCPU ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pyvmm.errors import KvmError
+from pyvmm.kvm import abi
+from pyvmm.kvm.exits import ExitReason, SystemEventExit, decode
+from pyvmm.kvm.handles import Vcpu
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.startup.types import Protocol, Record
+
+RFLAGS_IF = 1 << 9
+MMIO_GRANULE_BITS = 12
+_NOT_STARTED = (abi.KVM_MP_STATE_UNINITIALIZED, abi.KVM_MP_STATE_INIT_RECEIVED)
+"""Only another vCPU ends these, by INIT or SIPI."""
+_MASKS = tuple((1 << 8 * length) - 1 for length in range(9))
+
+
+class Answers(Protocol):
+    """The half of a device that takes accesses: see ``board.bus.BusDevice``."""
+
+    def read(self, offset: int, size: int) -> int:
+        """Return the value at ``offset``, ``size`` bytes wide."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take ``value`` at ``offset``."""
+
+
+class AddressSpace(Protocol):
+    """What this loop needs of a ``board.bus.Bus``."""
+
+    find: Callable[[int], tuple[int, int, Answers] | None]
+
+    def read(self, address: int, size: int) -> int:
+        """Return what the guest reads."""
+
+    def write(self, address: int, size: int, value: int) -> None:
+        """Take what the guest writes."""
+
+
+class Exits(Record):
+    """Returns from KVM_RUN, by what they were for; ``other`` has those for a kick or the end."""
+
+    mmio: int = 0
+    io: int = 0
+    other: int = 0
+
+    def __add__(self, more: Exits) -> Exits:
+        return Exits(
+            mmio=self.mmio + more.mmio, io=self.io + more.io, other=self.other + more.other
+        )
+
+    def __str__(self) -> str:
+        return f"mmio {self.mmio}, io {self.io}, other {self.other}"
+
+
+class VcpuLoop:
+    """Runs one vCPU in the calling thread until ``stopping`` is set.
+
+    ``mmio`` has granules of ``1 << MMIO_GRANULE_BITS`` addresses.  ``describe`` gives the vCPU's
+    registers as text for an outcome's detail; ``finish`` takes the outcome if this vCPU decides it.
+    Another thread stops the loop by setting ``stopping`` and then kicking the vCPU; with
+    ``inspect`` set a kick makes it look whether the guest has halted.  After every kick
+    ``wait_while_paused`` is called, which says whether there was a pause.  ``machine`` has the
+    loops of all vCPUs, when they run; ``can_be_woken`` says whether a device may wake one that has
+    interrupts off.  ``vcpus.py`` does all that.  ``at_end`` is called in the vCPU's thread when it
+    has run for the last time.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        *,
+        pio: AddressSpace,
+        mmio: AddressSpace,
+        describe: Callable[[], str],
+        finish: Callable[[Outcome], None],
+        machine: Sequence[VcpuLoop] | None = None,
+        at_end: Callable[[], None] = lambda: None,
+        can_be_woken: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.vcpu = vcpu
+        self.stopping = False
+        self.inspect = False
+        self.wait_while_paused: Callable[[], bool] = lambda: False
+        self.is_halted = False
+        """What the last look found: nothing in this vCPU will wake it."""
+        self._machine = (self,) if machine is None else machine
+        self._pio = pio
+        self._mmio = mmio
+        self._describe = describe
+        self._finish = finish
+        self._at_end = at_end
+        self._can_be_woken = can_be_woken
+        self.exits = Exits()
+        """How often the guest was left, once ``run`` has returned."""
+
+    def run(self) -> None:
+        """Enter the guest again and again."""
+        # Every name of the loop is bound here: what it looks up, it looks up at every exit.
+        vcpu, page, pio, mmio = self.vcpu, self.vcpu.page, self._pio, self._mmio
+        enter, access, answer, masks = vcpu.enter, page.access, page.set_mmio_data, _MASKS
+        reason_io, reason_mmio = int(ExitReason.IO), int(ExitReason.MMIO)
+        read_mmio, find = mmio.read, mmio.find
+        every = ios = mmios = 0
+        try:
+            while not self.stopping:
+                every += 1
+                try:
+                    enter()
+                except InterruptedError:
+                    # KVM completes a pending access before it returns: no access is lost here.
+                    vcpu.clear_exit_request()
+                    if self.inspect:
+                        self.inspect = False
+                        self._finish_if_halted()
+                    if self.wait_while_paused():
+                        vcpu.note_pause()
+                    continue
+                except BlockingIOError:
+                    continue  # a processor that INIT or SIPI has just woken: now it runs
+                except OSError as error:
+                    self._fail(f"KVM_RUN: {error.strerror} [errno {error.errno}]")
+                    return
+                reason, address, data, length, is_write = access()
+                if reason == reason_mmio:
+                    mmios += 1
+                    if is_write:
+                        # Bus.write, without the call.
+                        entry = find(address >> MMIO_GRANULE_BITS)
+                        if entry is not None and address + length <= entry[1]:
+                            entry[2].write(address - entry[0], length, data & masks[length])
+                    else:
+                        answer(read_mmio(address, length))
+                elif reason == reason_io:
+                    ios += 1
+                    direction, size, port, count, offset = page.io()
+                    for item in range(offset, offset + count * size, size):
+                        if direction:
+                            pio.write(port, size, page.get_int(item, size))
+                        else:
+                            page.set_int(item, size, pio.read(port, size))
+                elif not self._rare_exit(reason):
+                    return
+        finally:
+            self._at_end()
+            self.exits = Exits(mmio=mmios, io=ios, other=every - mmios - ios)
+
+    def _rare_exit(self, reason: int) -> bool:
+        """Whether the vCPU may be entered again."""
+        if reason in (ExitReason.INTR, ExitReason.IRQ_WINDOW_OPEN):
+            return True
+        event = decode(self.vcpu.page)
+        match reason:
+            case ExitReason.SHUTDOWN:
+                self._finish(Outcome(Kind.TRIPLE_FAULT, detail=self._registers()))
+            case ExitReason.HLT:
+                # Only without an in-kernel irqchip: nothing could ever wake this vCPU.
+                self._finish(Outcome(Kind.SHUTDOWN, detail="halted"))
+            case ExitReason.SYSTEM_EVENT if isinstance(event, SystemEventExit):
+                kinds = {
+                    abi.KVM_SYSTEM_EVENT_SHUTDOWN: Kind.SHUTDOWN,
+                    abi.KVM_SYSTEM_EVENT_RESET: Kind.RESET,
+                    abi.KVM_SYSTEM_EVENT_CRASH: Kind.PANIC,
+                }
+                self._finish(Outcome(kinds.get(event.type, Kind.INTERNAL_ERROR), detail=str(event)))
+            case _:
+                self._fail(str(event))
+        return False
+
+    def _fail(self, what: str) -> None:
+        self._finish(Outcome(Kind.INTERNAL_ERROR, detail=f"{what}\n{self._registers()}"))
+
+    def _registers(self) -> str:
+        try:
+            return self._describe()
+        except KvmError as error:
+            return f"no registers: {error}"
+
+    def _finish_if_halted(self) -> None:
+        """End the run if every vCPU sits in HLT with interrupts off, or was never started: nothing
+        will wake them, unless a device or the PIT sends NMIs.  One alone may be about to be, or be
+        what Linux leaves behind while the last of its CPUs powers off."""
+        state = self.vcpu.get_mp_state()
+        self.is_halted = state in _NOT_STARTED or (
+            state == abi.KVM_MP_STATE_HALTED
+            and not self.vcpu.get_regs().rflags & RFLAGS_IF
+            and not self.vcpu.pit_can_wake()
+        )
+        if all(loop.is_halted for loop in self._machine) and not self._can_be_woken():
+            self._finish(Outcome(Kind.SHUTDOWN, detail="halted with interrupts off"))

@@ -1,0 +1,1 @@
+"""What only a quick start needs (docs/architecture.md, "What the boot path may import")."""

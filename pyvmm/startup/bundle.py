@@ -1,0 +1,212 @@
+"""The compiled code of a run's modules in one file, so that Python need not look for 85 of them.
+
+For every module Python asks for half a dozen names in as many system calls, then opens, examines
+and reads a ``.pyc``, with a page of Python code in between: more work than to run what most of ours
+have to say, and where files are far (the lab has its over 9p) 3 ms a module.  So the first run
+leaves ``__pycache__/run.<tag>.bundle`` behind, and the next ones take from it what they import.
+
+It is a ``.pyc`` in all but number.  It lies beside the code; one that belongs to a user other than
+root, the code's owner and ours, or that others may write, is not read.  A module whose source has
+another size or modification time than it had then is not taken from it, nor anything at all by
+another Python; without the right to write there is none; ``PYTHONDONTWRITEBYTECODE`` or ``-B``
+keeps it from being written.
+"""
+
+from __future__ import annotations
+
+import marshal
+import mmap
+import os
+import struct
+import sys
+
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any, Self
+
+    # File, whether it is a package, st_mtime_ns and st_size of the file, marshalled code.
+    Entry = tuple[str, bool, int, int, bytes | memoryview]
+
+WORTH_WRITING = 8
+"""So many modules that are not in it yet; one or two more options of a run are not."""
+_OURS = os.path.dirname(os.path.dirname(__file__))
+_STANDARD = os.path.dirname(os.__file__)
+
+
+def default_path() -> str:
+    """Where the bundle of this Python and this copy of pyvmm is, or would be."""
+    tag = f"{sys.implementation.cache_tag}-{sys.hexversion:x}-O{sys.flags.optimize}"
+    return os.path.join(_OURS, "__pycache__", f"run.{tag}.bundle")
+
+
+class Bundle:
+    """A finder of modules (``sys.meta_path``) while it is entered; one that knows none if there
+    is no good file at ``path``.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._entries = _read(path)
+        self._known: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._known = set(sys.modules)
+        sys.meta_path.insert(0, self)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """No longer find modules."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """``importlib.abc.MetaPathFinder``: a module of the bundle, if its source is the same."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return None
+        file, is_package, mtime_ns, size, code = entry
+        try:
+            now = os.stat(file)
+        except OSError:
+            return None
+        if (now.st_mtime_ns, now.st_size) != (mtime_ns, size):
+            return None
+        loader: Any = _Loader(code, file)
+        spec = type(sys.__spec__)(name, loader, origin=file)
+        if is_package:
+            spec.submodule_search_locations = [os.path.dirname(file)]
+        return spec
+
+    def left_out(self) -> set[str]:
+        """Modules imported since it was entered that it could not, but might, have had."""
+        return {
+            name for name in set(sys.modules) - self._known
+            if not isinstance(getattr(sys.modules[name], "__loader__", None), _Loader)
+            and _source(name)
+        }
+
+    def update(self, names: Iterable[str]) -> None:
+        """Write the file anew with the modules ``names`` too, if that is worth it and allowed.
+
+        Atomic, and silent: to have no bundle only costs time.
+        """
+        added = set(names)
+        if len(added) < WORTH_WRITING or sys.dont_write_bytecode:
+            return
+        entries = dict(self._entries)
+        for name in added:
+            if entry := _entry(name):
+                entries[name] = entry
+        data = _encode(entries)
+        temporary = f"{self._path}.{os.urandom(8).hex()}"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o644)  # no umask has others write it
+            try:
+                written = os.write(fd, data)
+            finally:
+                os.close(fd)
+            if written == len(data):
+                os.replace(temporary, self._path)
+            else:
+                _unlink(temporary)
+        except OSError:
+            _unlink(temporary)
+
+
+class _Loader:
+    """``importlib.abc.Loader`` of one module."""
+
+    def __init__(self, code: bytes | memoryview, file: str) -> None:
+        self._code = code
+        self._file = file
+
+    def create_module(self, _spec: ModuleSpec) -> None:
+        """An ordinary module will do."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill ``module``."""
+        module.__file__ = self._file
+        try:
+            code = marshal.loads(self._code)
+        except (ValueError, EOFError, TypeError):  # damaged: the source is there
+            with open(self._file, "rb") as source:  # noqa: PTH123 - pathlib takes 8 ms
+                code = compile(source.read(), self._file, "exec")
+            _unlink(default_path())
+        self._code = b""
+        exec(code, module.__dict__)
+
+
+# The file: the length of the index; the index, marshalled; the modules' code, one after another.
+_HEAD = struct.Struct("<Q")
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return
+
+
+def _read(path: str) -> dict[str, Entry]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            status = os.fstat(fd)
+            ours = status.st_uid in (0, os.geteuid()) or status.st_uid == os.stat(__file__).st_uid
+            if not ours or status.st_mode & 0o170022 != 0o100000:  # S_IFREG, nobody else writes
+                return {}
+            # Mapped, it is neither copied nor read where nobody looks.
+            data = memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
+        finally:
+            os.close(fd)
+        (index_bytes,) = _HEAD.unpack_from(data)
+        at = _HEAD.size + index_bytes
+        entries: dict[str, Entry] = {}
+        ours, standard, index = marshal.loads(data[_HEAD.size : at])
+        if (ours, standard) != (_OURS, _STANDARD):
+            return {}  # a copied tree: its code would call its files by the names of the other's
+        for name, file, is_package, mtime_ns, size, length in index:
+            entries[name] = file, is_package, mtime_ns, size, data[at : at + length]
+            at += length
+    except (OSError, ValueError, EOFError, TypeError, struct.error):
+        return {}
+    return entries if at == len(data) else {}
+
+
+def _encode(entries: dict[str, Entry]) -> bytes:
+    index = []
+    for name, (file, is_package, mtime_ns, size, code) in entries.items():
+        index.append((name, file, is_package, mtime_ns, size, len(code)))
+    head = marshal.dumps((_OURS, _STANDARD, index))
+    codes = b"".join(entry[-1] for entry in entries.values())
+    return _HEAD.pack(len(head)) + head + codes
+
+
+def _source(name: str) -> str:
+    """The source file of a loaded module of ours or of the standard library; "" if none."""
+    file = getattr(sys.modules[name], "__file__", None) or ""
+    ours = file.startswith(f"{_OURS}/") and name.partition(".")[0] == "pyvmm"
+    is_ours_or_standard = ours or os.path.dirname(file) in (
+        _STANDARD, f"{_STANDARD}/{name.partition('.')[0]}"
+    )
+    return file if file.endswith(".py") and is_ours_or_standard else ""
+
+
+def _entry(name: str) -> Entry | None:
+    """A loaded module as an entry; None if its code cannot be had."""
+    spec = sys.modules[name].__spec__
+    file = _source(name)
+    try:
+        before = os.stat(file)
+        code = spec.loader.get_code(name)  # type: ignore[union-attr]
+    except Exception:  # a source that is being edited may be anything; the run has ended well
+        return None
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return file, is_package, before.st_mtime_ns, before.st_size, marshal.dumps(code)

@@ -1,0 +1,1 @@
+"""virtio-console (virtio 1.2, 5.3 "Console Device")."""

@@ -1,0 +1,31 @@
+"""Outcomes and their exit statuses: the table of the README."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyvmm.run.outcome import Kind, Outcome
+
+
+@pytest.mark.parametrize(("kind", "status"), [
+    (Kind.RESET, 0), (Kind.SHUTDOWN, 0), (Kind.QUIT, 0), (Kind.PANIC, 121),
+    (Kind.TRIPLE_FAULT, 122), (Kind.INTERNAL_ERROR, 123), (Kind.TIMEOUT, 124),
+    (Kind.HOST_ERROR, 125),
+])
+def test_status_by_kind(kind: Kind, status: int) -> None:
+    assert Outcome(kind).exit_status == status
+
+
+@pytest.mark.parametrize(("byte", "status"), [(0, 0), (7, 7), (119, 119), (120, 119), (255, 119)])
+def test_the_guests_status_never_looks_like_ours(byte: int, status: int) -> None:
+    assert Outcome(Kind.GUEST_STATUS, byte).exit_status == status
+
+
+def test_a_signal_is_128_and_its_number() -> None:
+    assert Outcome(Kind.SIGNAL, 15).exit_status == 143
+
+
+def test_every_kind_has_a_status_and_a_text() -> None:
+    for kind in Kind:
+        assert 0 <= Outcome(kind).exit_status <= 255
+        assert str(Outcome(kind, detail="why")).endswith("why")
