@@ -42,6 +42,18 @@ class KvmError(HostError):
         self.errno = error
 
 
+class StateError(PyvmmError):
+    """A part cannot take the state it was given.
+
+    ``part`` names it ("serial", "virtio0 queue 1"), ``problem`` the field and its limit.
+    """
+
+    def __init__(self, part: str, problem: str) -> None:
+        super().__init__(f"{part}: {problem}")
+        self.part = part
+        self.problem = problem
+
+
 class GuestError(PyvmmError):
     """The guest broke a rule of an interface; never ends the process."""
 
