@@ -54,7 +54,7 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run run-packages shell test test-packages test-kernels lint unit vm-test soak fuzz kernel stock debian
+.PHONY: help run run-packages shell test test-packages test-kernels lint needs unit unit-tests vm-test power-cuts soak fuzz kernel stock debian
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -74,22 +74,38 @@ test-packages:
 shell: override ARGS += --append pyvmm.shell
 shell: run ## the same, with a shell on the guest's console (Ctrl-A x quits)
 
-# Each stage runs, whatever became of those before it: the last lines say what failed.
-STAGES := test-kernels lint unit vm-test
+# Each stage runs, whatever became of those before it: the last lines say what failed.  A lab has
+# one CPU, so the long ones run LANES at a time; the output of each is printed when it ends.
+STAGES := test-kernels lint needs
+LONG_STAGES := vm-tests-1 unit-tests vm-tests-2 vm-tests-3 power-cuts
+LANES := 2
 
 test: test-packages ## everything: lint, types, unit tests, bare guests, Linux guests
 	@mkdir -p build
 	# In the checkout, as the lab writes nothing else back.
-	report=$$(mktemp "$$PWD/build/.report.XXXXXX"); trap 'rm -f "$$report"' EXIT
-	status=0; summary=
-	for stage in $(STAGES); do
-	  : >"$$report"; start=$$SECONDS
-	  if PYVMM_TEST_REPORT=$$report $(MAKE) $$stage; then result=passed; else result=FAILED status=1; fi
-	  summary+=$$(printf '%-13s %s, %s s' $$stage $$result $$((SECONDS - start)))$$'\n'
-	  while read -r line; do summary+="  $$line"$$'\n'; done <"$$report"
+	reports=$$(mktemp -d "$$PWD/build/.report.XXXXXX"); trap 'rm -rf "$$reports"' EXIT
+	number=100
+	run() {
+	  local stage=$$1 files=$$reports/$$2 start=$$SECONDS result=passed
+	  : >"$$files.report"
+	  PYVMM_TEST_REPORT=$$files.report $(MAKE) $$stage || { result=FAILED; : >"$$reports/failed"; }
+	  { printf '%-13s %s, %s s\n' $$stage $$result $$((SECONDS - start)); sed 's/^/  /' "$$files.report"; } >"$$files.summary"
+	}
+	for stage in $(STAGES); do run $$stage $$number; number=$$((number + 1)); done
+	in_background() {
+	  run $$1 $$2 >"$$reports/$$2.log" 2>&1 || true
+	  flock "$$reports" cat "$$reports/$$2.log"
+	}
+	running=0
+	for stage in $(LONG_STAGES); do
+	  if [ $$running = $(LANES) ]; then wait -n || true; else running=$$((running + 1)); fi
+	  echo "pyvmm: $$stage begins"
+	  in_background $$stage $$number &
+	  number=$$((number + 1))
 	done
-	printf '\n==== make test ====\n%s' "$$summary"
-	exit $$status
+	wait
+	printf '\n==== make test ====\n'; cat "$$reports"/*.summary
+	[ ! -e "$$reports/failed" ]
 
 lint: dev ## ruff, mypy --strict, import-linter
 	@status=0
@@ -98,23 +114,46 @@ lint: dev ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports || status=1
 	exit $$status
 
-unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guests if there is a /dev/kvm
+needs: dev kernel image build/tools.img build/roots-gpt.img build/acpi/bzImage stock debian
 	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES) $(BENCH_PACKAGES))
 	# What it downloads the first time is not for a test's output; if it fails, tests will tell.
 	$(BIN)/pyvmm lab -- true || true
-	select="not kvm and not power_cut"
-	if ! [ -r /dev/kvm -a -w /dev/kvm ]; then
-	  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not power_cut and not bare"
-	fi
-	$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
 
-vm-test: dev kernel image build/tools.img build/roots-gpt.img build/acpi/bzImage stock debian ## Linux guests; in the lab where this host's KVM cannot
-	@$(call choose_host,--timeout 3600 --memory 3G)
-	select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
-	status=0
-	$$host $(BIN)/python -m pytest -q -m "$$select" tests/vm $(PYTEST_ARGS) || status=1
+unit: dev kernel image build/tools.img ## tests that need no KVM, and bare guests if there is a /dev/kvm
+	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES) $(BENCH_PACKAGES))
+	$(BIN)/pyvmm lab -- true || true
+	$(unit_tests)
+
+define unit_tests
+select="not kvm and not power_cut"
+if ! [ -r /dev/kvm -a -w /dev/kvm ]; then
+  echo "pyvmm: no usable /dev/kvm here: the bare guests run in the lab"; select="not kvm and not power_cut and not bare"
+fi
+$(BIN)/python -m pytest -q -m "$$select" $(PYTEST_ARGS)
+endef
+
+# $(call vm_tests,OPTIONS)
+define vm_tests
+$(call choose_host,--timeout 3600 --memory 3G)
+select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
+$$host $(BIN)/python -m pytest -q -m "$$select" $(1) tests/vm $(PYTEST_ARGS)
+endef
+
+vm-test: needs ## Linux guests; in the lab where this host's KVM cannot
+	@status=0
+	( $(call vm_tests,) ) || status=1
 	$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS) || status=1
 	exit $$status
+
+# The parts of `make test` that take long; each takes for granted what `needs` makes.
+unit-tests:
+	@$(unit_tests)
+
+vm-tests-%:
+	@$(call vm_tests,--part $*/$(words $(filter vm-tests-%,$(LONG_STAGES))))
+
+power-cuts:
+	@$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS)
 
 soak: dev kernel image build/tools.img ## an hour of rings, 10,000 power cuts, a minute of load on four vCPUs
 	@$(call choose_host,)

@@ -22,6 +22,24 @@ REPORT = "PYVMM_TEST_REPORT"
 SHOWN = 20
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--part N/M``: every M-th test, from the N-th on, of those that are selected."""
+    parser.addoption("--part", metavar="N/M", default="1/1")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the part that ``--part`` asks for."""
+    part, parts = map(int, config.getoption("part").split("/"))
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--part {part}/{parts}: from 1/{parts} to {parts}/{parts}")
+    kept = items[part - 1 :: parts]
+    if parts > 1:
+        dropped = [item for index, item in enumerate(items) if index % parts != part - 1]
+        config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give tests, whose own deadlines are ``patient``, time enough to miss one and say so."""
     limit = config.getini("timeout")

@@ -30,23 +30,27 @@ green:
 \t@echo ran green
 red:
 \t@echo ran red; exit 3
+slow:
+\t@echo ran slow; sleep 1; echo slow again
 also-green:
 \t@{python} -m pytest -q -c /dev/null -p tests.conftest {tests} || true
 """
 
 
 def make_test(
-    folder: Path, *stages: str, options: tuple[str, ...] = (), bad: int = 1
+    folder: Path, *stages: str, options: tuple[str, ...] = (), bad: int = 1,
+    long_stages: tuple[str, ...] = (),
 ) -> tuple[int, str]:
     """Exit status and output of ``make test`` with ``stages`` for its own."""
     (folder / "test_some.py").write_text(TESTS.format(bad=bad))
     (folder / "Makefile").write_text(STAGES.format(
         makefile=ROOT / "Makefile", python=sys.executable, tests=folder / "test_some.py"))
-    groups = ("VENV", "KERNEL", "IMAGE", "LAB", "TEST", "TOOL", "BENCH")
+    groups = ("VENV", "KERNEL", "IMAGE", "LAB", "TEST", "TOOL", "BENCH", "DEBIAN")
     clean = {name: value for name, value in os.environ.items()
              if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYVMM_TEST_REPORT")}
     done = subprocess.run(
         ["make", *options, "test", f"STAGES={' '.join(stages)}",
+         f"LONG_STAGES={' '.join(long_stages)}",
          *(f"{group}_PACKAGES=" for group in groups)],
         cwd=folder, env={**clean, "PYTHONPATH": str(ROOT)}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -77,3 +81,38 @@ def test_fault_43_all_green_is_green_and_a_flood_is_cut(tmp_path: Path) -> None:
     summary = output.partition("==== make test ====\n")[2]
     assert len(re.findall("^  FAILED ", summary, re.M)) == 20
     assert "  and 31 more\n" in summary
+
+
+@pytest.mark.parametrize("options", [(), ("-j4",)])
+def test_fault_43_what_runs_side_by_side_is_told_apart(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    status, output = make_test(
+        tmp_path, "green", options=options, long_stages=("red", "also-green", "slow", "red")
+    )
+    assert status == 2
+    log, _, summary = output.partition("==== make test ====\n")
+    assert "ran slow\nslow again\n" in log, log
+    told = re.sub(r"\d+ s$|^  (?:FAILED|ERROR).*\n", "N s", summary, flags=re.M)
+    assert told.replace("N sN s", "").startswith(
+        "green         passed, N s\nred           FAILED, N s\n"
+        "also-green    passed, N s\n  1 passed, 1 failed, 1 error\n"
+        "slow          passed, N s\nred           FAILED, N s\n"
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_parts_are_all_of_the_tests(parts: int, tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(7))\ndef test_it(n): print('ran', n)\n"
+    )
+    ran = []
+    for part in range(1, parts + 1):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-qs", "-c", "/dev/null", "-p", "tests.conftest",
+             "--part", f"{part}/{parts}", tmp_path / "test_some.py"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, check=True,
+            stdout=subprocess.PIPE,
+        )
+        ran += re.findall(r"ran (\d)", done.stdout)
+    assert sorted(ran) == list("0123456")
