@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,14 +20,7 @@ from pyvmm.devices.pvpanic import Event, PvPanic
 from pyvmm.devices.rtc import HOLD_NS, Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import StateError
-from tests.support.states import is_plain, spoilt
-
-
-class Part(Protocol):
-    """What all of these have."""
-
-    def save(self) -> dict[str, object]: ...
-    def restore(self, data: object) -> None: ...
+from tests.support.states import Part, is_plain, spoilt
 
 
 class Board:

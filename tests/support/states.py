@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 from hypothesis import strategies as st
+
+
+class Part(Protocol):
+    """Any part of a machine that has a state."""
+
+    def save(self) -> dict[str, object]: ...
+    def restore(self, data: object) -> None: ...
+
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.binary(max_size=200)
