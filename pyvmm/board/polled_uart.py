@@ -84,6 +84,18 @@ class PolledUart:
                 self._polled = 0
         self._uart.write(offset, size, value)
 
+    def save(self) -> dict[str, object]:
+        """Send what KVM has gathered, then return the UART's state.
+
+        Nothing of this class is in it: how a driver polls is seen anew after POLLED_BYTES.
+        """
+        self.flush()
+        return self._uart.save()
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError."""
+        self._uart.restore(data)
+
     def flush(self) -> None:
         """Send what KVM has gathered."""
         with self._lock:

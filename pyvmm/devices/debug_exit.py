@@ -18,6 +18,16 @@ class DebugExit(ByteDevice):
     def __init__(self, on_exit: Callable[[int], None]) -> None:
         self._on_exit = on_exit
 
+    def save(self) -> dict[str, object]:
+        """Return an empty state.  The port has no state."""
+        return {}
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        Fields("debug exit port", data).end()
+
     def read_byte(self, offset: int) -> int:
         """Write-only: reads as an unmapped port does."""
         return 0xFF

@@ -26,6 +26,9 @@ class Command(IntEnum):
     RESET_CPU = 0xFE
 
 
+_WITH_DATA = (Command.WRITE_CONTROL, Command.WRITE_OUTPUT, Command.AUX_LOOPBACK)
+"""Commands whose argument is the next byte written to the data port."""
+
 _STATUS_OUTPUT_FULL = 0x01
 _STATUS_SYSTEM = 0x04
 _OUTPUT_NOT_RESET = 0x01
@@ -63,6 +66,28 @@ class I8042:
         self.data_port = _Registers(self._read_data, self._write_data)
         self.command_port = _Registers(self._read_status, self._write_command)
 
+    def save(self) -> dict[str, object]:
+        """Return the controller's state."""
+        return {
+            "control": self._control, "output_port": self._output_port, "reply": self._reply,
+            "expects": None if self._expects is None else int(self._expects),
+        }
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("i8042", data)
+        control = fields.integer("control", 0, 0xFF)
+        output_port = fields.integer("output_port", 0, 0xFF)
+        reply = fields.optional_integer("reply", 0, 0xFF)
+        expects = fields.optional_integer("expects", 0, 0xFF)
+        if expects is not None and expects not in _WITH_DATA:
+            raise fields.error("expects", f"is not None or one of {_WITH_DATA}")
+        fields.end()
+        self._control, self._output_port, self._reply = control, output_port, reply
+        self._expects = None if expects is None else Command(expects)
+
     def _read_status(self) -> int:
         return _STATUS_SYSTEM | (_STATUS_OUTPUT_FULL if self._reply is not None else 0)
 
@@ -83,7 +108,7 @@ class I8042:
                 self._reply = _PORT_TEST_FAILED
             case Command.READ_OUTPUT:
                 self._reply = self._output_port
-            case Command.WRITE_CONTROL | Command.WRITE_OUTPUT | Command.AUX_LOOPBACK:
+            case _ if value in _WITH_DATA:
                 self._expects = Command(value)
             case Command.RESET_CPU:
                 self._on_reset()

@@ -43,6 +43,21 @@ class PciHost:
         if (offset, size) == (0, 4):
             self._address = value & _ADDRESS_BITS
 
+    def save(self) -> dict[str, object]:
+        """Return the state of CONFIG_ADDRESS."""
+        return {"address": self._address}
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("PCI host bridge", data)
+        address = fields.integer("address", 0, _ADDRESS_BITS)
+        if address & ~_ADDRESS_BITS:
+            raise fields.error("address", f"has bits outside {_ADDRESS_BITS:#x}")
+        fields.end()
+        self._address = address
+
     def _configuration(self, register: int, size: int) -> int:
         if self._address & 0xFF_FF00:  # another bus, device or function
             return (1 << 8 * size) - 1

@@ -49,6 +49,19 @@ class Power(ByteDevice):
         self._on_reset = on_reset
         self._sleep_type = 0
 
+    def save(self) -> dict[str, object]:
+        """Return the registers' state."""
+        return {"sleep_type": self._sleep_type}
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("power", data)
+        sleep_type = fields.integer("sleep_type", 0, SLEEP_TYPE_MASK)
+        fields.end()
+        self._sleep_type = sleep_type
+
     def read_byte(self, offset: int) -> int:
         """The sleep type last written; SLP_EN is write-only and the status is always clear."""
         return self._sleep_type << SLEEP_TYPE_SHIFT if offset == Register.SLEEP_CONTROL else 0

@@ -35,6 +35,21 @@ class PvPanic(ByteDevice):
     ) -> None:
         self._handlers = {Event.PANICKED: on_panic, Event.CRASH_LOADED: on_crash_loaded}
 
+    def save(self) -> dict[str, object]:
+        """Return the events that were reported, which have no handler any more."""
+        return {"reported": sum(event for event in Event if event not in self._handlers)}
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("pvpanic", data)
+        reported = fields.integer("reported", 0, EVENTS)
+        fields.end()
+        for event in Event:
+            if reported & event:
+                self._handlers.pop(event, None)
+
     def read_byte(self, offset: int) -> int:
         """The events understood here; Linux uses no others."""
         return EVENTS

@@ -21,6 +21,8 @@ HOLD_NS = 100_000_000
 _SECOND_NS = 1_000_000_000
 _UPDATE_NS = 244_000  # how long before an update UIP announces it
 _RAM_BYTES = 128
+_MAX_AHEAD_NS = 10_000 * 366 * 86_400 * _SECOND_NS
+"""A guest can set the years 0 to 9999."""
 
 
 class Register(IntEnum):
@@ -84,6 +86,34 @@ class Rtc(ByteDevice):
                 self._index = value & INDEX_MASK
             else:
                 self._write(self._index, value)
+
+    def save(self) -> dict[str, object]:
+        """Return the chip's state.  The time is kept as a distance to the host's clock.
+
+        So a restored guest that reads the chip finds the date of then, not that of the save.
+        """
+        with self._lock:
+            return {
+                "index": self._index, "ram": bytes(self._ram), "ahead_ns": self._ahead_ns,
+                "held_ns": self._held_ns, "setting": self._setting,
+            }
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("rtc", data)
+        index = fields.integer("index", 0, INDEX_MASK)
+        ram = fields.octets("ram", _RAM_BYTES, _RAM_BYTES)
+        if ram[Register.STATUS_A] & A_UPDATE_IN_PROGRESS:
+            raise fields.error("ram", f"has {A_UPDATE_IN_PROGRESS:#x} set in status A")
+        ahead_ns = fields.integer("ahead_ns", -_MAX_AHEAD_NS, _MAX_AHEAD_NS)
+        held_ns = fields.optional_integer("held_ns", 0, _MAX_AHEAD_NS)
+        setting = fields.boolean("setting")
+        fields.end()
+        with self._lock:
+            self._index, self._ram, self._setting = index, bytearray(ram), setting
+            self._ahead_ns, self._held_ns = ahead_ns, held_ns
 
     def _read(self, index: int) -> int:
         match index:

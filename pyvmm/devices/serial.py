@@ -131,6 +131,41 @@ class Serial(ByteDevice):
         """BusDevice: write a register."""
         self._writers[offset](value)
 
+    def save(self) -> dict[str, object]:
+        """Return the chip's state.  The line's level follows from the registers."""
+        with self._lock:
+            return {
+                "fifo": bytes(self._fifo), "again": self._again, "ier": self._ier,
+                "fcr": self._fcr, "lcr": self._lcr, "mcr": self._mcr, "scr": self._scr,
+                "divisor": self._divisor, "thre_pending": self._thre_pending,
+                "looks_missing": self._looks_missing,
+            }
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError.  The line is not driven: see ``drive_line``."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("serial", data)
+        fifo = fields.octets("fifo", 0, FIFO_SIZE)
+        again = fields.octets("again", 0, FIFO_SIZE)
+        ier, mcr = fields.integer("ier", 0, 0x0F), fields.integer("mcr", 0, 0x1F)
+        fcr, lcr = fields.integer("fcr", 0, FCR_ENABLE), fields.integer("lcr", 0, 0xFF)
+        scr, divisor = fields.integer("scr", 0, 0xFF), fields.integer("divisor", 0, 0xFFFF)
+        thre_pending = fields.boolean("thre_pending")
+        looks_missing = fields.integer("looks_missing", 0, POLLS)
+        fields.end()
+        with self._lock:
+            self._fifo, self._again = deque(fifo), again
+            self._ier, self._mcr, self._fcr, self._lcr = ier, mcr, fcr, lcr
+            self._scr, self._divisor, self._thre_pending = scr, divisor, thre_pending
+            self._looks_missing = looks_missing
+            self._irq_level = self._line_level()
+
+    def drive_line(self) -> None:
+        """Tell ``set_irq`` the line's level again, because no saved chip of KVM's has it."""
+        with self._lock:
+            self._set_irq(self._irq_level)
+
     # Registers, in the order of their offsets.
 
     def _read_data(self) -> int:
@@ -287,10 +322,13 @@ class Serial(ByteDevice):
             return IIR_THRE
         return IIR_NONE
 
-    def _update_irq(self) -> None:
+    def _line_level(self) -> bool:
         # On a PC, OUT2 gates the UART's interrupt line; loopback disconnects it.
         connected = self._mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2
-        level = connected and self._pending() != IIR_NONE
+        return connected and self._pending() != IIR_NONE
+
+    def _update_irq(self) -> None:
+        level = self._line_level()
         if level != self._irq_level:
             self._irq_level = level
             self._set_irq(level)

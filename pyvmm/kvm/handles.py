@@ -11,33 +11,18 @@ import ctypes
 import errno
 import mmap
 import os
-import struct
 import sys
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from pyvmm.errors import HostError, KvmError
-from pyvmm.kvm import abi
+from pyvmm.kvm import abi, cpuid_entry
+from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import CoalescedRing, RunPage
 from pyvmm.kvm.ioctl import ioctl, vcpu_entry
-from pyvmm.startup.types import Record
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096
-# struct kvm_cpuid_entry2, dozens of them a vCPU: function index flags eax ebx ecx edx padding[3].
-_CPUID_ENTRY = struct.Struct("=7I12x")
-
-
-class CpuidEntry(Record, kw_only=False):
-    """What CPUID answers for EAX=``function``, and ECX=``index`` where ``has_index``."""
-
-    function: int
-    index: int
-    has_index: bool
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
 
 
 class _Handle:
@@ -108,38 +93,29 @@ class Kvm(_Handle):
         """The CPUID this host can give a guest; KVM does not set the hypervisor bit in it."""
         count = 256
         while True:
-            buffer = bytearray(bytes(abi.kvm_cpuid2(nent=count)))
-            buffer += bytes(count * _CPUID_ENTRY.size)
+            buffer = cpuid_entry.room_for(count)
             try:
                 ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, buffer)
-                break
+                return cpuid_entry.unpack(buffer)
             except KvmError as error:
                 if error.errno != errno.E2BIG or count >= _MAX_CPUID_ENTRIES:
                     raise
                 count *= 2
-        count = abi.kvm_cpuid2.from_buffer_copy(buffer).nent
-        start = ctypes.sizeof(abi.kvm_cpuid2)
-        entries = buffer[start : start + count * _CPUID_ENTRY.size]
-        return [
-            CpuidEntry(
-                function, index, bool(flags & abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX), *registers
-            )
-            for function, index, flags, *registers in _CPUID_ENTRY.iter_unpack(entries)
-        ]
 
     def create_vm(self) -> Vm:
-        """A VM with no memory and no vCPU; it outlives this handle."""
-        return Vm(ioctl(self.fd, abi.KVM_CREATE_VM), self.vcpu_mmap_size)
+        """Return a VM with no memory and no vCPU.  It outlives this handle, but for ``save``."""
+        return Vm(ioctl(self.fd, abi.KVM_CREATE_VM), self.vcpu_mmap_size, self)
 
 
 class Vm(_Handle):
     """One virtual machine: its memory slots, interrupt chips and vCPUs."""
 
-    __slots__ = ("_mmap_bytes",)
+    __slots__ = ("_kvm", "_mmap_bytes")
 
-    def __init__(self, fd: int, mmap_bytes: int) -> None:
+    def __init__(self, fd: int, mmap_bytes: int, kvm: Kvm | None = None) -> None:
         super().__init__(fd)
         self._mmap_bytes = mmap_bytes
+        self._kvm = kvm
 
     def __enter__(self) -> Vm:
         return self
@@ -233,11 +209,23 @@ class Vm(_Handle):
 
         return ioapic_can_wake(self.fd)
 
+    def save(self) -> dict[str, object]:
+        """Return the state of the chips in the kernel and of kvm-clock; KvmError."""
+        from pyvmm.kvm.state import save_vm  # for snapshots only, as all below
+
+        return save_vm(self)
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned, once the chips and all vCPUs are made; StateError."""
+        from pyvmm.kvm.state import restore_vm
+
+        restore_vm(self, data)
+
     def create_vcpu(self, index: int) -> Vcpu:
         """vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
         try:
-            return Vcpu(fd, mmap.mmap(fd, self._mmap_bytes))
+            return Vcpu(fd, mmap.mmap(fd, self._mmap_bytes), index, self._kvm)
         except OSError as error:
             os.close(fd)
             raise HostError(f"cannot map the run page of vCPU {index}: {error}") from error
@@ -246,10 +234,14 @@ class Vm(_Handle):
 class Vcpu(_Handle):
     """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
 
-    __slots__ = ("_map", "_ring", "enter", "page")
+    __slots__ = ("_map", "_ring", "enter", "index", "kvm", "page")
 
-    def __init__(self, fd: int, mapping: mmap.mmap) -> None:
+    def __init__(
+        self, fd: int, mapping: mmap.mmap, index: int = 0, kvm: Kvm | None = None
+    ) -> None:
         super().__init__(fd)
+        self.index = index
+        self.kvm = kvm
         self._map = mapping
         self._ring: CoalescedRing | None = None
         self.enter = vcpu_entry(fd)
@@ -316,30 +308,21 @@ class Vcpu(_Handle):
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """The values of those MSRs that KVM knows, up to the first that it does not."""
         wanted = list(indices)
-        buffer = _msr_buffer(dict.fromkeys(wanted, 0))
+        buffer = msr_buffer(dict.fromkeys(wanted, 0))
         count = ioctl(self.fd, abi.KVM_GET_MSRS, buffer)
         entries = (abi.kvm_msr_entry * count).from_buffer_copy(buffer, ctypes.sizeof(abi.kvm_msrs))
         return {entry.index: entry.data for entry in entries}
 
     def set_msrs(self, msrs: Mapping[int, int]) -> None:
         """Set MSRs by index, in order; KvmError names the first that KVM refuses."""
-        count = ioctl(self.fd, abi.KVM_SET_MSRS, _msr_buffer(msrs))
+        count = ioctl(self.fd, abi.KVM_SET_MSRS, msr_buffer(msrs))
         if count < len(msrs):
             refused = list(msrs)[count]
             raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {refused:#x} refused")
 
     def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
         """What CPUID answers in the guest; before the first run."""
-        records = [
-            _CPUID_ENTRY.pack(
-                entry.function, entry.index,
-                abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX if entry.has_index else 0,
-                entry.eax, entry.ebx, entry.ecx, entry.edx,
-            )
-            for entry in entries
-        ]
-        head = bytes(abi.kvm_cpuid2(nent=len(records)))
-        ioctl(self.fd, abi.KVM_SET_CPUID2, bytearray(head + b"".join(records)))
+        ioctl(self.fd, abi.KVM_SET_CPUID2, cpuid_entry.pack(entries))
 
     def translate(self, linear_address: int) -> int | None:
         """The guest physical address that the vCPU's page tables give; None if unmapped."""
@@ -378,6 +361,18 @@ class Vcpu(_Handle):
         with contextlib.suppress(KvmError):
             ioctl(self.fd, abi.KVM_KVMCLOCK_CTRL)
 
+    def save(self) -> dict[str, object]:
+        """Return the state of a vCPU whose last KVM_RUN was interrupted; KvmError."""
+        from pyvmm.kvm.state import save_vcpu
+
+        return save_vcpu(self)
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned, after ``set_cpuid`` and before the first run; StateError."""
+        from pyvmm.kvm.state import restore_vcpu
+
+        restore_vcpu(self, data)
+
     def close(self) -> None:
         """Unmap the run page and close the fd; idempotent."""
         if self._ring is not None:
@@ -387,7 +382,8 @@ class Vcpu(_Handle):
         super().close()
 
 
-def _msr_buffer(msrs: Mapping[int, int]) -> bytearray:
+def msr_buffer(msrs: Mapping[int, int]) -> bytearray:
+    """Return ``msrs``, values by index, behind the header that counts them."""
     head = bytes(abi.kvm_msrs(nmsrs=len(msrs)))
     entries = (bytes(abi.kvm_msr_entry(index=i, data=value)) for i, value in msrs.items())
     return bytearray(head + b"".join(entries))

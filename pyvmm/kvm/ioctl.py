@@ -54,9 +54,9 @@ def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | 
 def _name(request: abi.Ioctl) -> str:
     if request in abi.IOCTL_NAMES:
         return abi.IOCTL_NAMES[request]
-    from pyvmm.kvm.irqchip_abi import IOCTL_NAMES  # not on the boot path
+    from pyvmm.kvm import irqchip_abi, state_abi  # not on the boot path
 
-    return IOCTL_NAMES[request]
+    return (irqchip_abi.IOCTL_NAMES | state_abi.IOCTL_NAMES)[request]
 
 
 def _libc() -> ctypes.CDLL:

@@ -1,1 +1,1 @@
-"""Where a disk's bytes live: the BlockBackend protocol and its kinds."""
+"""Disks: the BlockBackend protocol and its kinds."""

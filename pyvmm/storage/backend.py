@@ -16,9 +16,9 @@ _ZERO_CHUNK = 1 << 20
 class BlockBackend(Protocol):
     """A disk: ``size_bytes`` bytes that can be read, written and flushed.
 
-    Transfers are all or nothing for the caller: they return when every byte is done, or raise
-    OSError, and nothing else.  Callers keep them within ``size_bytes``; one outside it raises
-    OSError and touches nothing.  One thread at a time, but for ``hurry``.
+    A transfer returns when every byte is done, or raises OSError and nothing else.  Callers keep
+    it within ``size_bytes``; one outside raises OSError and touches nothing.  Only one thread at a
+    time may call a disk, except for ``hurry``.
     """
 
     @property
@@ -27,7 +27,7 @@ class BlockBackend(Protocol):
 
     @property
     def read_only(self) -> bool:
-        """Whether writes are refused (EROFS)."""
+        """True if writes are refused (EROFS)."""
 
     @property
     def block_size(self) -> int:
@@ -35,15 +35,15 @@ class BlockBackend(Protocol):
 
     @property
     def can_discard(self) -> bool:
-        """Whether ``discard`` has a chance to free anything."""
+        """True if ``discard`` has a chance to free anything."""
 
     @property
     def can_write_zeroes(self) -> bool:
-        """Whether ``write_zeroes`` works without the zeroes being transferred."""
+        """True if ``write_zeroes`` works without transferring the zeroes."""
 
     @property
     def extra_calls(self) -> int:
-        """How many calls, of the host or a server, it has made in all beyond one a transfer."""
+        """The number of calls to the host or a server so far, beyond one for each transfer."""
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Fill ``buffers``, in order, from ``offset`` (bytes)."""
@@ -59,24 +59,24 @@ class BlockBackend(Protocol):
     def flush(self) -> None:
         """Return when everything done before is on stable storage.
 
-        After one failure every later flush, and durable write, fails too: the host may have
-        dropped what it could not write, and a second attempt would report as safe what is lost.
+        After one failure every later flush and durable write fails too.  The host may have dropped
+        the data that it could not write: a second attempt would report lost data as safe.
         """
 
     def discard(self, offset: int, length: int) -> None:
-        """The bytes are not needed any more; what they read as is undefined.  May do nothing."""
+        """Declare the bytes unneeded.  They may then read as anything.  May do nothing."""
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the bytes zero; with ``unmap`` their room may be freed.  Volatile like a write."""
 
     def refresh_size(self) -> int:
-        """Look again how large the disk is, adopt that as ``size_bytes`` and return it."""
+        """Look again how large the disk is, set ``size_bytes`` to that and return it."""
 
     def hurry(self, until_s: float) -> None:
-        """Let no wait of ours last beyond ``until_s`` (time.monotonic), those under way included.
+        """Let no wait of the disk last beyond ``until_s`` (time.monotonic), current ones included.
 
-        What is not done by then fails.  From any thread, and from a signal handler.  A wait in
-        the kernel, for a dead disk or NFS server, is none of ours.
+        A request that is not done by then fails.  Callable from any thread, and from a signal
+        handler.  A wait in the kernel, for a dead disk or an NFS server, cannot be cut short.
         """
 
     def close(self) -> None:
@@ -84,13 +84,13 @@ class BlockBackend(Protocol):
 
 
 class OutsideError(OSError):
-    """The caller asked for what is not on the disk; the host was not asked."""
+    """The caller asked for bytes that are not on the disk; the host was not asked."""
 
 
 class HostErrors:
-    """Says what the host refuses a disk, once for each operation and error's text.
+    """Reports errors of the host on a disk, once for each operation and error text.
 
-    The guest learns only that a request failed; why, the person at the host has to mend.
+    The guest learns only that a request failed; the person at the host has to mend the cause.
     """
 
     def __init__(self, name: str, report: Callable[[str], None]) -> None:
@@ -99,8 +99,8 @@ class HostErrors:
         self._said: set[tuple[str, str]] = set()
 
     def say(self, operation: str, error: OSError) -> None:
-        """``operation`` ("a write") has failed with ``error``."""
-        # By number, a file that became shorter would be the same as a bad disk: EIO.
+        """Report that ``operation`` ("a write") has failed with ``error``."""
+        # Not by number: a file that became shorter would then look like a bad disk, both EIO.
         kind = operation, error.strerror or str(error)
         if isinstance(error, OutsideError) or kind in self._said:
             return
@@ -111,18 +111,18 @@ class HostErrors:
 
 
 def check_range(name: str, offset: int, length: int, size_bytes: int) -> None:
-    """OutsideError (EINVAL) naming the disk unless ``length`` bytes at ``offset`` lie on it."""
+    """Raise OutsideError (EINVAL), naming the disk, unless the bytes lie on it."""
     if offset < 0 or length < 0 or offset + length > size_bytes:
         raise OutsideError(errno.EINVAL, f"{length} bytes at {offset} leave the disk", name)
 
 
 def read_only_error(name: str) -> OSError:
-    """What a write to a read-only disk raises."""
+    """Return the error that a write to a read-only disk raises."""
     return OSError(errno.EROFS, os.strerror(errno.EROFS), name)
 
 
 def buffers_behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
-    """``buffers`` without their first ``count`` bytes."""
+    """Return ``buffers`` without their first ``count`` bytes."""
     for index, buffer in enumerate(buffers):
         if count < len(buffer):
             return [buffer[count:], *buffers[index + 1 :]]
@@ -131,7 +131,7 @@ def buffers_behind(buffers: Sequence[memoryview], count: int) -> list[memoryview
 
 
 def buffers_slice(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
-    """The ``length`` bytes of ``buffers`` from ``start``, as views of them."""
+    """Return the ``length`` bytes of ``buffers`` from ``start``, as views of them."""
     rest = []
     for buffer in buffers:
         if length == 0:
@@ -156,7 +156,7 @@ class BufferCursor:
         self._start = 0
 
     def take(self, length: int) -> list[memoryview]:
-        """The next ``length`` bytes, which there must be, as views."""
+        """Return views of the next ``length`` bytes; the caller knows that so many are left."""
         parts = []
         while length:
             if self._start == len(self._buffer):
@@ -169,7 +169,7 @@ class BufferCursor:
 
 
 def write_real_zeroes(disk: BlockBackend, offset: int, length: int) -> None:
-    """Zeroes written as data, for a disk that knows no better way."""
+    """Write zeroes as data, for a disk that knows no better way."""
     chunk = memoryview(bytes(min(length, _ZERO_CHUNK)))
     while length:
         count = min(length, len(chunk))

@@ -20,7 +20,7 @@ from pyvmm.storage.backend import SECTOR_SIZE
 
 
 class Operation(Enum):
-    """What a fault can meet."""
+    """The operations that a fault can meet."""
 
     READ = "read"
     WRITE = "write"
@@ -30,7 +30,7 @@ class Operation(Enum):
 
 
 class Effect(Enum):
-    """What a fault does."""
+    """The effects that a fault can have."""
 
     ERROR = "error"
     TORN = "torn"
@@ -41,11 +41,11 @@ class Effect(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """``effect`` on operations ``first`` to ``last`` (None: for ever) of those that match.
+    """``effect`` on matching operations ``first`` to ``last`` (None: for ever).
 
     An operation matches if it is one of ``operations`` and, unless ``sectors`` is None, touches one
-    of them.  ``length`` is what a torn write or a short read still transfers, in bytes; ``error``
-    the errno reported, 0 for success; ``delay_s`` how long a delay is.
+    of them.  A torn write or a short read still transfers ``length`` bytes.  ``error`` is the errno
+    reported, 0 for success; a delay lasts ``delay_s``.
     """
 
     operations: frozenset[Operation]
@@ -58,7 +58,7 @@ class Fault:
     delay_s: float = 0.0
 
     def matches(self, operation: Operation, offset: int, length: int) -> bool:
-        """Whether the operation, on ``length`` bytes at ``offset``, counts for this fault."""
+        """True if the operation, on ``length`` bytes at ``offset``, counts for this fault."""
         if operation not in self.operations:
             return False
         if self.sectors is None:
@@ -77,7 +77,7 @@ _EFFECT = re.compile(
     re.ASCII,
 )
 MAX_FAULTS = 1000
-"""Each is looked at for every operation."""
+"""Faults of one script: each operation looks at every fault."""
 MAX_DELAY_S = 3600
 _MAX_COUNT = 10**15
 _MAX_BYTES = (1 << 63) - 1
@@ -87,7 +87,7 @@ _EXAMPLE = "write 3: EIO"
 
 
 def parse_script(text: str, name: str) -> tuple[Fault, ...]:
-    """The faults of a script, a line each; ConfigError naming the script ``name`` and the line."""
+    """Return a script's faults, a line each; ConfigError names the script ``name`` and the line."""
     faults: list[Fault] = []
     for number, line in enumerate(text.splitlines(), 1):
         statement = line.partition("#")[0].strip()
@@ -135,7 +135,7 @@ def _operations(word: str) -> frozenset[Operation]:
 
 
 def _which(text: str) -> tuple[int, int | None]:
-    """``3``, ``3-5``, ``3+``, ``*`` -> first and last, counted from 1."""
+    """Return first and last, counted from 1, of ``3``, ``3-5``, ``3+`` or ``*``."""
     if text == "*":
         return 1, None
     low, dash, high = text.removesuffix("+").partition("-")
@@ -147,7 +147,7 @@ def _which(text: str) -> tuple[int, int | None]:
 
 
 def _effect(text: str, operations: frozenset[Operation]) -> tuple[Effect, int, int, float]:
-    """``EIO``, ``torn 512 [EIO]``, ``short 512``, ``lost``, ``delay 0.5``."""
+    """Parse ``EIO``, ``torn 512 [EIO]``, ``short 512``, ``lost`` or ``delay 0.5``."""
     found = _EFFECT.fullmatch(text)
     if not found:
         raise ValueError(

@@ -13,11 +13,12 @@ from pyvmm.storage.fault_script import Effect, Fault, Operation
 
 
 class FaultyBackend:
-    """``backend``, which it owns, with ``faults``.
+    """A disk that owns ``backend`` and adds ``faults``.
 
-    Every fault counts the operations it matches.  Of all that are due, delays come first, then the
-    first other effect in the script's order.  A flush or durable write that fails is latched, as
-    the protocol wants.  ``sleep`` takes seconds, and by default may be cut short by ``hurry``.
+    Every fault counts the operations that it matches.  Of all that are due, delays come first, then
+    the first other effect in the script's order.  After a flush or durable write that failed, all
+    later ones fail, as the protocol demands.  ``sleep`` takes seconds; ``hurry`` cuts the default
+    one short.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class FaultyBackend:
         return self._backend.extra_calls
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """See ``BlockBackend.readv``; short: the first bytes arrive, then it fails."""
+        """See ``BlockBackend.readv``; a short read fails after its first bytes."""
         length = self._check(offset, sum(map(len, buffers)))
         fault = self._due(Operation.READ, offset, length)
         if fault is None:
@@ -62,7 +63,7 @@ class FaultyBackend:
     def writev(
         self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
     ) -> None:
-        """See ``BlockBackend.writev``; torn: the first bytes are stored, as one that is durable."""
+        """See ``BlockBackend.writev``; a torn write stores only its first bytes."""
         length = self._check(offset, sum(map(len, buffers)))
         if durable:
             self._check_latch()
@@ -75,7 +76,7 @@ class FaultyBackend:
         self._fail(fault, latch=durable)
 
     def flush(self) -> None:
-        """See ``BlockBackend.flush``; lost: it succeeds, and nothing is made stable."""
+        """See ``BlockBackend.flush``; a lost flush succeeds and makes nothing stable."""
         self._check_latch()
         fault = self._due(Operation.FLUSH, 0, 0)
         if fault is None:
@@ -117,12 +118,12 @@ class FaultyBackend:
         self._limit.wait(None, 0, time.monotonic() + delay_s)
 
     def _check(self, offset: int, length: int) -> int:
-        """``length``, which is on the disk: what is refused anyway is not counted."""
+        """Return ``length`` if the bytes are on the disk: a refused operation is not counted."""
         check_range("faulty disk", offset, length, self.size_bytes)
         return length
 
     def _due(self, operation: Operation, offset: int, length: int) -> Fault | None:
-        """Count the operation, wait as long as it is delayed; what else becomes of it."""
+        """Count the operation, wait if it is delayed, and return its other fault, if any."""
         due = None
         for index, fault in enumerate(self._faults):
             if not fault.matches(operation, offset, length):

@@ -15,7 +15,7 @@ from pyvmm.storage.backend import SECTOR_SIZE
 
 # struct flock { short l_type; short l_whence; off_t l_start; off_t l_len; pid_t l_pid; }
 _FLOCK = struct.Struct("hhqqi4x")
-# What file systems without locks answer.
+# The errors of file systems without locks.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 # linux/falloc.h
@@ -31,7 +31,7 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), retried when interrupted; OSError as it answers."""
+    """Call fallocate(2), again if interrupted; OSError with the kernel's errno."""
     while _fallocate(fd, mode, offset, length):
         error = ctypes.get_errno()
         if error != errno.EINTR:
@@ -39,7 +39,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def open_disk(path: str, read_only: bool) -> int:
-    """A descriptor of ``path``; ConfigError with the remedy if it cannot be opened."""
+    """Return a descriptor of ``path``; ConfigError with the remedy if it cannot be opened."""
     # O_NONBLOCK: opening a FIFO must not wait for its other end; disks ignore it.
     flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
@@ -51,7 +51,7 @@ def open_disk(path: str, read_only: bool) -> int:
 
 
 def _open_problem(path: str, read_only: bool, error: OSError) -> str:
-    """What to tell the user about ``error``."""
+    """Return the words for ``error`` that tell the user what to do."""
     if error.errno == errno.ENOENT:
         return "no such file; an empty disk is made with: truncate -s 1G FILE"
     if error.errno == errno.EISDIR:
@@ -85,18 +85,18 @@ _KINDS = {
 
 
 def disk_length(fd: int) -> int:
-    """The length in bytes of a file or a block device, of which fstat says nothing."""
+    """Return the length in bytes of a file, or of a block device, whose length fstat lacks."""
     return os.lseek(fd, 0, os.SEEK_END)
 
 
 def check_disk(fd: int, path: str) -> None:
-    """ConfigError unless it is a file or a block device of a sector at least."""
+    """Raise ConfigError unless ``fd`` is a file or a block device of at least one sector."""
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise ConfigError(path, _NOT_A_DISK.format(_KINDS.get(stat.S_IFMT(mode), "special")))
     length = disk_length(fd)
     if length < SECTOR_SIZE:
-        from pyvmm.storage.image_kinds import kind_of_head  # by far the most disks are long enough
+        from pyvmm.storage.image_kinds import kind_of_head  # nearly every disk is long enough
 
         kind = kind_of_head(os.pread(fd, SECTOR_SIZE, 0))
         what = "" if kind is None else f"; it is {kind.name} ({kind.remedy(path)})"
@@ -106,7 +106,7 @@ def check_disk(fd: int, path: str) -> None:
 
 
 def logical_block_size(fd: int) -> int:
-    """What the disk must be addressed in, in bytes; a file takes any."""
+    """Return the unit in bytes in which the disk must be addressed; a file takes any."""
     if not stat.S_ISBLK(os.fstat(fd).st_mode):
         return SECTOR_SIZE
     size = bytearray(4)
@@ -117,8 +117,8 @@ def logical_block_size(fd: int) -> int:
 def lock_disk(fd: int, path: str, read_only: bool, report: Callable[[str], None]) -> None:
     """Lock the whole file for as long as ``fd`` is open.
 
-    An open file description lock is this open's, not the process's: it meets a second --disk
-    of the same run too, and the locks QEMU takes.
+    The lock belongs to this open of the file, not to the process.  So it conflicts with a second
+    --disk of the same run too, and with the locks that QEMU takes.
     """
     kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
     try:

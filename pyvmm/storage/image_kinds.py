@@ -1,4 +1,4 @@
-"""Files that are taken for a raw disk or a kernel and are something else, told by their magics.
+"""Files of known formats that somebody took for a raw disk or a kernel, told by their magics.
 
 Not on the boot path: ``storage.open`` imports it for a file that may be one of these.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 from pyvmm.startup.types import Record
 
 HEAD_BYTES = 1024
-"""How much of a file's start ``kind_of_head`` wants to see; less is fine and tells less."""
+"""Bytes of a file's start for ``kind_of_head``; fewer are fine and tell less."""
 TAIL_BYTES = 512
-"""The same of its end, for ``kind_of_tail``."""
+"""Bytes of a file's end for ``kind_of_tail``."""
 
 
 class ImageKind(Record):
-    """``name`` says what a file is.  ``command`` makes of the file {IN} what can be used, {OUT}.
+    """The format ``name``.  ``command`` makes the usable file {OUT} of the file {IN}.
 
-    With ``is_likely_raw`` the bytes themselves may well be what the guest is to see.
+    With ``is_likely_raw`` the guest may well be meant to see these very bytes.
     """
 
     name: str
@@ -106,7 +106,7 @@ _TAILS = (
 
 
 def kind_of_head(head: bytes) -> ImageKind | None:
-    """Return what a file that starts with ``head`` is; None if that may be a raw disk."""
+    """Return the format of a file that starts with ``head``; None if it may be a raw disk."""
     for offset, magic, kind in _HEADS:
         if head.startswith(magic, offset):
             return kind
@@ -114,5 +114,5 @@ def kind_of_head(head: bytes) -> ImageKind | None:
 
 
 def kind_of_tail(tail: bytes) -> ImageKind | None:
-    """Return what a file that ends with ``tail``, TAIL_BYTES long, is; None if nothing tells."""
+    """Return the format of a file that ends with ``tail``, TAIL_BYTES long; None if unknown."""
     return next((kind for magic, kind in _TAILS if tail.startswith(magic)), None)

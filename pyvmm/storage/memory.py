@@ -11,10 +11,10 @@ _NAME = "memory disk"
 
 
 class MemoryBackend:
-    """The bytes of ``buffer``, which stays the caller's and is the disk as it is.
+    """A disk whose bytes are ``buffer``, which remains the caller's.
 
     A buffer of immutable bytes is a read-only disk.  ``refresh_size`` sees a bytearray that has
-    grown.  Nothing is ever more stable than when it was written, so a flush does nothing.
+    grown.  A flush does nothing, because a write is as stable at once as it will ever be.
     """
 
     block_size = SECTOR_SIZE
@@ -67,13 +67,13 @@ class MemoryBackend:
         return self.size_bytes
 
     def hurry(self, until_s: float) -> None:
-        """See ``BlockBackend.hurry``: it waits for nobody."""
+        """See ``BlockBackend.hurry``: nothing here waits."""
 
     def close(self) -> None:
         """Nothing to do: the buffer is the caller's."""
 
     def _open(self, offset: int, length: int) -> memoryview:
-        """The buffer as bytes, which has ``length`` of them at ``offset``."""
+        """Return the buffer as bytes; OutsideError unless ``length`` of them are at ``offset``."""
         view = memoryview(self._buffer).cast("B")
         check_range(_NAME, offset, length, min(self.size_bytes, view.nbytes))
         return view

@@ -1,7 +1,7 @@
 """A disk on an NBD server, over TCP or a Unix socket (the protocol's doc/proto.md).
 
-One request at a time, with simple replies.  A connection that is lost stays lost: the server may
-have dropped what was not flushed, and a new connection could not tell.
+The client sends one request at a time and takes simple replies.  A lost connection stays lost:
+the server may have dropped data that was not flushed, and a new connection could not tell.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SIMPLE_REPLY_MAGIC = 0x6744_6698
 _RANGE_MAX = 64 << 20
 """Bytes trimmed or zeroed at once: a server that writes the zeroes must answer in time too."""
 TIMEOUT_S = 30.0
-"""How long a server may be silent before it counts as lost."""
+"""Seconds that a server may be silent before it counts as lost."""
 
 
 class Command(IntEnum):
@@ -70,7 +70,7 @@ class CommandFlag(IntFlag):
 
 _NO_FLAGS = CommandFlag(0)
 
-# Error values are Linux's of x86; a server may send no others.
+# Error values are Linux's on x86; a server may send only these.
 _ERRORS = frozenset({
     errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW,
     errno.EOPNOTSUPP, errno.ESHUTDOWN,
@@ -78,15 +78,15 @@ _ERRORS = frozenset({
 
 
 _SLOWEST_BYTES_PER_S = 64 << 10
-"""What a server must manage at least, behind the time it has for an answer."""
+"""A server's least speed, beyond the time that it has for an answer."""
 
 
 class NbdBackend:
-    """The export ``uri`` names.
+    """The disk that ``uri`` names.
 
-    ConfigError, naming ``uri``, if it cannot be had within ``timeout_s`` seconds, and by
-    ``open_until_s`` (time.monotonic).  ``report`` gets one line when the connection is lost; every
-    operation fails from then on.
+    ConfigError, naming ``uri``, if the server does not agree on a disk within ``timeout_s`` seconds
+    and by ``open_until_s`` (time.monotonic).  ``report`` gets one line when the connection is lost;
+    every operation fails from then on.
     """
 
     def __init__(
@@ -198,15 +198,15 @@ class NbdBackend:
             write_real_zeroes(self, offset, length)
 
     def refresh_size(self) -> int:
-        """The size: NBD tells it once a connection."""
+        """Return the size, which NBD tells only once a connection."""
         return self.size_bytes
 
     def hurry(self, until_s: float) -> None:
-        """See ``BlockBackend.hurry``: a request that the server has not answered is lost."""
+        """See ``BlockBackend.hurry``: a request without an answer by then loses the connection."""
         self._limit.set(until_s)
 
     def close(self) -> None:
-        """Take leave of the server; idempotent."""
+        """Tell the server that we leave, and close the connection; idempotent."""
         self._limit.close()
         if self._is_lost:
             return
@@ -223,7 +223,7 @@ class NbdBackend:
     def _chunks(
         self, buffers: Sequence[memoryview], offset: int
     ) -> list[tuple[Sequence[memoryview], int, int]]:
-        """The transfer in pieces that the server takes: (buffers, offset, length)."""
+        """Return the transfer in pieces that the server takes: (buffers, offset, length)."""
         length = sum(map(len, buffers))
         check_range(self.uri, offset, length, self.size_bytes)
         if 0 < length <= self._max_payload:
@@ -251,12 +251,15 @@ class NbdBackend:
         data: Sequence[memoryview] = (),
         into: Sequence[memoryview] = (),
     ) -> None:
-        """Ask, and wait for the answer; OSError with the server's error, or EIO if it is lost."""
+        """Send a request and wait for its answer.
+
+        OSError with the server's error, or with EIO if the connection is lost.
+        """
         if self._is_lost:
             raise OSError(errno.EIO, "the connection is lost", self.uri)
         self._cookie += 1
         header = _REQUEST.pack(_REQUEST_MAGIC, flags, command, self._cookie, offset, length)
-        # For the whole request: a server that drips a byte now and then is as good as dead.
+        # One deadline for the whole request: a server that drips bytes is as good as dead.
         self._until_s = time.monotonic() + self._timeout_s + length / _SLOWEST_BYTES_PER_S
         reply = bytearray(_REPLY.size)
         try:
@@ -272,7 +275,7 @@ class NbdBackend:
             raise OSError(errno.EIO, "the connection is lost", self.uri) from lost
         if error:
             number = error if error in _ERRORS else errno.EIO
-            # Not one error for both: a local of it would be a cycle that keeps the buffers.
+            # Two error objects: one that is also a local would make a cycle that keeps the buffers.
             self._errors.say(_OPERATIONS[command], OSError(number, os.strerror(number)))
             raise OSError(number, os.strerror(number), self.uri)
 
@@ -326,7 +329,7 @@ class NbdBackend:
 
 
 def _check_export(export: Export, uri: str, read_only: bool) -> None:
-    """ConfigError unless the export can be this disk."""
+    """Raise ConfigError unless the export can be this disk."""
     if export.size_bytes < max(SECTOR_SIZE, export.block_size) or export.size_bytes >= 1 << 63:
         raise ConfigError(
             uri, f"has {export.size_bytes} bytes, a disk has at least one block "

@@ -1,7 +1,7 @@
 """The first half of the NBD protocol: from a new connection to an export.
 
-"Fixed newstyle negotiation" of the protocol's doc/proto.md.  All numbers are big-endian.  Nothing a
-server says is believed: lengths are bounded, and what makes no sense is an OSError.
+It is the "fixed newstyle negotiation" of the protocol's doc/proto.md.  All numbers are
+big-endian.  The server is not trusted: lengths are bounded, and nonsense is an OSError.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EXPORT_NAME_PADDING = 124
 _MAX_REPLY_BYTES = 1 << 16
 _MAX_REPLIES = 100
 MAX_PAYLOAD = 32 << 20
-"""Bytes; what every server takes that does not say otherwise."""
+"""Bytes that a server takes at once if it does not say how many."""
 _MAX_MINIMUM_BLOCK = 4096
 """Bytes; Linux guests know no larger logical block."""
 _LEAST_SHARE_S = 0.25
@@ -75,7 +75,7 @@ class Transmission(IntFlag):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """What was agreed on; sizes in bytes."""
+    """The disk that both sides agreed on; sizes in bytes."""
 
     size_bytes: int
     flags: Transmission
@@ -86,12 +86,12 @@ class Export:
 def connect(address: NbdAddress, until_s: float) -> socket.socket:
     """Return a socket connected to the server, before ``until_s`` (time.monotonic); OSError.
 
-    A host's addresses share the time, so that one that does not answer leaves some to the others.
-    The time that looking up its name takes is the resolver's.
+    A host's addresses share the time: one that does not answer must leave some to the next.  The
+    look-up of its name is not limited, because the resolver has its own time.
     """
     if address.socket_path:
         return connect_unix(address.socket_path, until_s)
-    # What the last place answered, without its traceback, which would keep us in a cycle.
+    # The last place's error without its traceback, which would keep this frame in a cycle.
     problem: tuple[object, ...] = ()
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     for index, (family, kind, protocol, _, place) in enumerate(found):
@@ -116,7 +116,7 @@ def connect(address: NbdAddress, until_s: float) -> socket.socket:
 
 
 def _limit_time(connection: socket.socket, until_s: float) -> None:
-    """Let the next call on ``connection`` take the time that is left; TimeoutError if none is."""
+    """Give the next call on ``connection`` the time that is left; TimeoutError if none is."""
     left_s = until_s - time.monotonic()
     if left_s <= 0:
         raise TimeoutError
@@ -124,9 +124,9 @@ def _limit_time(connection: socket.socket, until_s: float) -> None:
 
 
 def negotiate(connection: socket.socket, export: str, until_s: float) -> Export:
-    """Greet, and choose ``export``; OSError whose strerror says what did not work.
+    """Greet the server and choose ``export``; OSError whose strerror names the cause.
 
-    One deadline for all of it: a server that drips bytes is a TimeoutError at ``until_s``.
+    All of it has one deadline: a server that sends byte by byte is a TimeoutError at ``until_s``.
     """
     server = _Server(connection, until_s)
     magic, option_magic, flags = _GREETING.unpack(server.receive(_GREETING.size))
@@ -149,7 +149,7 @@ def negotiate(connection: socket.socket, export: str, until_s: float) -> Export:
 
 
 class _Server:
-    """The other end of ``connection``, which has until ``until_s`` (time.monotonic) for all."""
+    """The other end of ``connection``, with one deadline ``until_s`` (time.monotonic) for all."""
 
     def __init__(self, connection: socket.socket, until_s: float) -> None:
         self._connection = connection
@@ -173,7 +173,7 @@ class _Server:
 
 
 def _go(server: _Server, export: str) -> Export | None:
-    """The answer to NBD_OPT_GO; None if the server does not know that option."""
+    """Return the answer to NBD_OPT_GO; None if the server does not know that option."""
     size_bytes, flags = None, Transmission(0)
     block_size, max_payload = SECTOR_SIZE, MAX_PAYLOAD
     for _ in range(_MAX_REPLIES):
@@ -199,7 +199,7 @@ def _go(server: _Server, export: str) -> Export | None:
 
 
 def _block_sizes(minimum: int, _preferred: int, maximum: int) -> tuple[int, int]:
-    """Block size and payload limit to keep, from what the server wants."""
+    """Return the block size and payload limit to keep, from the server's wishes."""
     if not minimum or minimum & (minimum - 1) or minimum > _MAX_MINIMUM_BLOCK:
         raise _refused(
             f"the server wants blocks of {minimum} bytes, the limit is {_MAX_MINIMUM_BLOCK}"
@@ -230,7 +230,7 @@ def _send_option(server: _Server, option: Option, data: bytes) -> None:
 
 
 def _receive_reply(server: _Server) -> tuple[int, bytes]:
-    """Type and data of a reply to NBD_OPT_GO."""
+    """Return type and data of a reply to NBD_OPT_GO."""
     header = server.receive(_OPTION_REPLY.size)
     magic, option, kind, length = _OPTION_REPLY.unpack(header)
     if magic != _OPTION_REPLY_MAGIC or option != Option.GO or length > _MAX_REPLY_BYTES:

@@ -1,4 +1,4 @@
-"""Where an NBD server is: nbd://host[:port][/export] or nbd+unix:///export?socket=PATH."""
+"""Addresses of NBD servers: nbd://host[:port][/export] or nbd+unix:///export?socket=PATH."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class NbdAddress(Record):
 
 
 def is_nbd_uri(location: str) -> bool:
-    """Whether ``location`` is meant as an NBD URI; a file of that name is written ./nbd:..."""
+    """True if ``location`` is meant as an NBD URI; a file of that name is written ./nbd:..."""
     # A URI's scheme is written in any case (RFC 3986, 3.1 "Scheme").
     scheme, colon, _ = location.partition(":")
     return bool(colon) and scheme.lower() in ("nbd", "nbds", "nbd+unix", "nbds+unix")
 
 
 def parse_nbd_uri(uri: str) -> NbdAddress:
-    """``uri`` -> address; ConfigError naming it.  %XX is decoded, as in any URI."""
+    """Return the address that ``uri`` names; ConfigError.  %XX is decoded, as in any URI."""
     from urllib.parse import unquote, urlsplit  # a boot from a file needs none of it
 
     if any(character in uri for character in "\t\r\n"):  # urlsplit would leave them out
@@ -41,9 +41,9 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
         raise ConfigError(uri, f"is no NBD address ({error}); {_FORMS}") from error
     if port is None:
         raise ConfigError(uri, f"its port is not a number from 1 to {_MAX_PORT}")
-    # Not parse_qs: in a file's name + is no space.
+    # Not parse_qs, which takes + for a space: in a file's name it is none.
     query = [field.partition("=") for field in parts.query.split("&") if field]
-    # A file's name need not be UTF-8, as an export's has to be.
+    # A file's name need not be UTF-8; an export's must be.
     sockets = [unquote(value, errors="surrogateescape")
                for name, _, value in query if name == "socket" and value]
     export = unquote(parts.path, errors="surrogateescape").removeprefix("/")
@@ -71,8 +71,8 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
 
 
 def _port(netloc: str) -> int | None:
-    """Return the port that ``netloc``, ``host:port`` or ``[host]:port``, gives, else NBD's own;
-    None if it is none."""
+    """Return the port that ``netloc``, ``host:port`` or ``[host]:port``, gives, else NBD's default;
+    None if that is no port."""
     text = netloc.rpartition("@")[2].rpartition("]")[2].partition(":")[2]
     return whole_number(text, 1, _MAX_PORT) if text else DEFAULT_PORT
 

@@ -1,4 +1,4 @@
-"""From what the user asked for to a backend: files and servers found, layers put together."""
+"""Open the disk that the user asked for: find files and servers, stack the layers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pyvmm.storage.nbd_uri import is_nbd_uri
 if TYPE_CHECKING:
     from pyvmm.storage.backend import BlockBackend
 
-# Each kind of disk is imported when it is asked for.
+# Each kind of disk is imported only when it is asked for.
 
 _MAX_SCRIPT_BYTES = 1 << 20
 
 
 class DiskSource(Record):
-    """Where a disk's bytes come from and go to.
+    """The source and the destination of a disk's bytes.
 
-    ``location`` is a file's path or an NBD URI.  With ``snapshot`` it is never written: what is
-    written goes to the file ``overlay``, or to one that is gone after the run if that is empty.
+    ``location`` is a file's path or an NBD URI.  With ``snapshot`` it is never written: writes go
+    to the file ``overlay``.  If that is empty, they go to a file that is gone after the run.
     ``faults`` is a script's path (``pyvmm.storage.fault_script``).  With ``is_raw`` the file's
     bytes are the disk even if they look like an image of another format.
     """
@@ -38,7 +38,7 @@ class DiskSource(Record):
 
     @property
     def is_shared(self) -> bool:
-        """Whether others may use ``location`` too, since nothing here writes it."""
+        """True if other processes may use ``location`` too, because nothing here writes it."""
         return self.read_only or self.snapshot
 
     def __post_init__(self) -> None:
@@ -55,11 +55,12 @@ def open_backend(
     until_s: float | None = None,
     made: contextlib.ExitStack | None = None,
 ) -> BlockBackend:
-    """The disk ``source`` describes, for the caller to close.
+    """Return the disk that ``source`` describes, for the caller to close.
 
-    ConfigError naming file, URI or script.  ``report`` takes lines about what is odd, now
-    and later.  A server has until ``until_s`` (time.monotonic) to agree on a disk.  ``made`` takes
-    what removes the files made here: to be closed, before the backend, if the disk was for nothing.
+    ConfigError names the file, URI or script.  ``report`` takes lines about oddities, now and
+    later.  A server has until ``until_s`` (time.monotonic) to agree on a disk.  ``made`` takes
+    callbacks that remove the files made here: if the disk was for nothing, close it before the
+    backend.
     """
     made = contextlib.ExitStack() if made is None else made
     with contextlib.ExitStack() as stack:
@@ -93,7 +94,7 @@ def open_backend(
 
 
 def _check_format(backend: BlockBackend, path: str, report: Callable[[str], None]) -> None:
-    """Refuse what is not a raw image but holds one; report what is unlikely to be a disk."""
+    """Refuse an image of another format; report contents that are unlikely to be a disk."""
     try:
         head, tail = _read(backend, 0, 1024), _read(backend, backend.size_bytes - 512, 512)
     except OSError:
@@ -136,12 +137,12 @@ def _open_overlay(
     if not keep:
         name = f"{snapshot_directory()}/pyvmm-{os.getpid()}-{os.urandom(8).hex()}.snapshot"
     new = _create(name, store_bytes(base.size_bytes), is_temporary=not keep)
-    # A file made here is gone again unless it becomes an overlay; without a name it always is.
+    # Remove the new file again unless it becomes an overlay; without a name, remove it always.
     remove = contextlib.ExitStack()
     if new is not None:
         remove.callback(new.undo)
     with remove:
-        # What has no name any more is called by its place.
+        # A file that has no name any more is called by its directory.
         place = f"{snapshot_directory()} (a snapshot's writes go there; TMPDIR names another)"
         store = RawBackend(name, report=report, called="" if keep else place)
         stack.callback(store.close)
@@ -166,12 +167,12 @@ def _open_overlay(
 
 
 def snapshot_directory() -> str:
-    """Return where a snapshot's file without a name is made: TMPDIR, or /var/tmp."""
+    """Return the directory of a snapshot's file without a name: TMPDIR, or /var/tmp."""
     return os.environ.get("TMPDIR") or "/var/tmp"  # /tmp is often memory
 
 
 def _tmpdir_hint(is_temporary: bool) -> str:
-    """Return how to have a temporary file elsewhere, to be appended to what went wrong."""
+    """Return how to have a temporary file elsewhere, to be appended to an error."""
     if not is_temporary:
         return ""
     directory = snapshot_directory()
@@ -179,7 +180,7 @@ def _tmpdir_hint(is_temporary: bool) -> str:
 
 
 class _NewFile(Record):
-    """A file without data at ``path``, to become a store; ``is_ours`` if it was not there.
+    """A file without data at ``path``, to become a store; ``is_ours`` if we created it.
 
     ``identity`` is its st_dev and st_ino.
     """
@@ -189,7 +190,10 @@ class _NewFile(Record):
     is_ours: bool
 
     def undo(self) -> None:
-        """Remove it, or make it as empty as it was; nothing if another has its name by now."""
+        """Remove the file, or truncate it if it was there before.
+
+        Do nothing if another file has its name by now.
+        """
         with contextlib.suppress(OSError):
             status = os.lstat(self.path) if self.is_ours else os.stat(self.path)
             if (status.st_dev, status.st_ino) != self.identity:
@@ -201,9 +205,9 @@ class _NewFile(Record):
 
 
 def _create(path: str, length: int, *, is_temporary: bool) -> _NewFile | None:
-    """Make a file of ``length`` bytes without data, or find one; None if it holds something.
+    """Make a file of ``length`` bytes without data, or find one; None if it holds data.
 
-    An interrupted run may leave such a file behind.
+    An interrupted run may leave such an empty file behind.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     is_ours = True
@@ -240,7 +244,8 @@ def _create(path: str, length: int, *, is_temporary: bool) -> _NewFile | None:
 def _is_empty(fd: int, length: int) -> bool:
     """True if ``fd`` has no byte, or ``length`` of them and all in a hole.
 
-    Blocks say nothing: some file systems give them to a file for its attributes, or before data.
+    Its allocated blocks say nothing: some file systems allocate blocks for a file's attributes,
+    or before any data.
     """
     size = os.lseek(fd, 0, os.SEEK_END)
     if size != length:
@@ -262,7 +267,7 @@ def _sync_directory(path: str) -> None:
 
 
 def _stamp(location: str) -> int:
-    """What changes when the base does: its time of modification in ns, 0 for what has none."""
+    """Return the base file's mtime in ns, to detect a changed base; 0 if it has none (NBD)."""
     if is_nbd_uri(location):
         return 0
     try:

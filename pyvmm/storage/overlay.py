@@ -1,9 +1,9 @@
 """A writable disk over one that is never written: copy on write.
 
-The *store* holds what has been written, in blocks of 4 KiB, each at a fixed place, and a bitmap
-that says which blocks it holds; all others are read from the *base*.  docs/disks.md has the file
-format and the argument why it survives a power cut: in short, a block's bit reaches the store only
-after the block is stable there, and no bit depends on any other.
+The *store* holds written blocks of 4 KiB, each at a fixed place, and a bitmap of the blocks that it
+holds.  All other blocks are read from the *base*.  docs/disks.md has the file format and shows that
+it survives a power cut.  In short, a block's bit reaches the store only after the block is stable
+there, and no bit depends on another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pyvmm.storage.backend import (
 )
 
 BLOCK_SIZE = 4096
-"""Bytes; what is copied when part of it is written."""
+"""Bytes of a block, which is copied when a part of it is written."""
 _PAGE_SIZE = 4096  # of the bitmap
 _BLOCKS_PER_PAGE = _PAGE_SIZE * 8
 _NAME = "overlay"
@@ -36,7 +36,7 @@ BITMAP_OFFSET = 4096
 
 
 def store_bytes(size_bytes: int) -> int:
-    """How large the store of a disk of ``size_bytes`` is; nearly all of it stays a hole."""
+    """Return the size of the store of a disk of ``size_bytes``; nearly all of it stays a hole."""
     return _data_offset(size_bytes) + _blocks(size_bytes) * BLOCK_SIZE
 
 
@@ -50,9 +50,9 @@ def _data_offset(size_bytes: int) -> int:
 
 
 def format_store(store: BlockBackend, size_bytes: int, base_stamp: int = 0) -> None:
-    """Make an empty ``store``, all zero and of ``store_bytes``, one for ``size_bytes`` of disk.
+    """Make ``store``, all zero and of ``store_bytes``, an empty one for a disk of ``size_bytes``.
 
-    ``base_stamp`` is anything that changes when the base does: a time of modification, in ns.
+    ``base_stamp`` is any number that changes when the base does: its mtime in ns.
     """
     fields = _HEADER.pack(
         _MAGIC, _VERSION, BLOCK_SIZE, size_bytes, _data_offset(size_bytes), base_stamp
@@ -62,12 +62,12 @@ def format_store(store: BlockBackend, size_bytes: int, base_stamp: int = 0) -> N
 
 
 class OverlayBackend:
-    """``base`` with what was written to it, which is kept in ``store``; owns them both.
+    """``base`` with what was written over it, which is kept in ``store``; owns both.
 
-    ``name`` is the store's, for messages; ConfigError, naming it, if it is no store or one of a
-    disk of another size.  With ``keep`` False the store will not be opened again: flushes do
-    nothing.  ``report`` takes a line if ``base_stamp`` is not the one the store was made with,
-    unless it holds nothing yet, and if ``close`` cannot save what was never flushed.
+    ``name`` is the store's, for messages.  ConfigError, naming it, if it is no store, or one for a
+    disk of another size.  With ``keep`` False the store will not be opened again, so flushes do
+    nothing.  ``report`` takes a line if a store that holds blocks was made with another
+    ``base_stamp``, and if ``close`` cannot save what was never flushed.
 
     Bits of blocks written since the last flush are only in memory.  ``flush`` makes the blocks
     stable, writes the bits, and makes these stable.
@@ -106,7 +106,7 @@ class OverlayBackend:
         self._pages: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
         self.extra_calls = 0
-        # Its number, not the error, whose traceback would keep the caller's buffers.
+        # The errno, not the error, whose traceback would keep the caller's buffers.
         self._failed_errno = 0
         self._closed = False
 
@@ -171,7 +171,7 @@ class OverlayBackend:
     def discard(self, offset: int, length: int) -> None:
         """See ``BlockBackend.discard``: holes in the store; the bits stay.
 
-        What the store holds reads as zero from then on, what it does not hold as before.
+        Blocks that the store holds read as zero from then on, all others as before.
         """
         check_range(_NAME, offset, length, self.size_bytes)
         self._store.discard(self._data + offset, length)
@@ -192,7 +192,7 @@ class OverlayBackend:
         self._hold(offset, length)
 
     def refresh_size(self) -> int:
-        """The size: an overlay keeps the one its base had when it was made."""
+        """Return the size that the base had when the overlay was made: an overlay keeps it."""
         return self.size_bytes
 
     def hurry(self, until_s: float) -> None:
@@ -201,10 +201,10 @@ class OverlayBackend:
         self._store.hurry(until_s)
 
     def close(self) -> None:
-        """Save the bits of what was written, and close store and base; idempotent.
+        """Save the bits of written blocks, and close store and base; idempotent.
 
-        A file that is written without a flush keeps what was written, short of a power cut; so
-        does this.
+        A file that is written without a flush keeps its data unless the power is cut.  So does this
+        disk.
         """
         if self._closed:
             return
@@ -234,7 +234,7 @@ class OverlayBackend:
         return page
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        """The bytes from ``offset`` as (offset, length, whether the store holds them)."""
+        """Yield the bytes from ``offset`` as (offset, length, True if the store holds them)."""
         position, end = offset, offset + length
         while position < end:
             block = position // BLOCK_SIZE
@@ -256,7 +256,7 @@ class OverlayBackend:
                 left -= count
 
     def _hold(self, offset: int, length: int) -> None:
-        """From now on the store holds the blocks of these bytes."""
+        """Mark the blocks of these bytes as held by the store."""
         block, end = offset // BLOCK_SIZE, _blocks(offset + length)
         while block < end:
             index, first = divmod(block, _BLOCKS_PER_PAGE)
@@ -271,7 +271,7 @@ class OverlayBackend:
             block += last - first
 
     def _block_edges(self, offset: int, length: int) -> tuple[bytearray, bytearray]:
-        """What the first and the last block have in front of and behind these bytes.
+        """Return the bytes of the first block before, and of the last block behind, these bytes.
 
         At the end of the disk the last block is cut off.
         """
@@ -303,7 +303,7 @@ def _holds_any(store: BlockBackend, size_bytes: int) -> bool:
 
 
 def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:
-    """The stamp of the base; ConfigError unless ``store`` is one for a disk of ``size_bytes``."""
+    """Return the stamp of the base; ConfigError unless ``store`` fits a disk of ``size_bytes``."""
     sector = bytearray(SECTOR_SIZE)
     try:
         store.readv([memoryview(sector)], 0)

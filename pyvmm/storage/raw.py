@@ -28,21 +28,20 @@ from pyvmm.storage.files import (
 )
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
-# What fallocate answers where it cannot do it: the file system, a device, an odd alignment.
+# Errors of fallocate that cannot do it: the file system, a device, an odd alignment.
 _CANNOT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
 class RawBackend:
     """The bytes of ``path``, a regular file or a block device (or a symlink to one).
 
-    Opening raises ConfigError, naming the file and the remedy, if it cannot be a disk.  The file
-    is locked while it is open: exclusively, or shared with other readers if ``read_only``.
-    ``report`` takes a line about what is odd but no reason to refuse, and one for each kind of
-    error that the host answers later, which names the file as ``called`` if that is not its path.
+    Opening raises ConfigError, naming the file and the remedy, if it cannot be a disk.  The file is
+    locked while it is open: exclusively, or shared with other readers if ``read_only``.  ``report``
+    takes a line about an oddity that is no reason to refuse, and one for each kind of error that
+    the host answers later.  These lines call the file ``called``, or by its path.
 
-    Writes never make the file grow, not even one that somebody has truncated meanwhile: where it
-    ends early they are EIO, as reads are.  Interrupted system calls are retried by CPython itself
-    (PEP 475).
+    Writes never make the file grow, not even one that somebody has truncated meanwhile: beyond its
+    end they are EIO, as reads are.  CPython itself retries interrupted system calls (PEP 475).
     """
 
     extra_calls = 0
@@ -71,9 +70,9 @@ class RawBackend:
             raise
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """See ``BlockBackend.readv``.  EIO where the file ends early."""
+        """See ``BlockBackend.readv``.  EIO if the file ends early."""
         try:
-            if len(buffers) == 1:  # nearly always, and nearly always all of it comes at once
+            if len(buffers) == 1:  # nearly always; and nearly always one call transfers all of it
                 length = len(buffers[0])
                 if (
                     0 <= offset <= self.size_bytes - length
@@ -115,7 +114,7 @@ class RawBackend:
         try:
             self._transfer(_pwritev_dsync, buffers, offset)
         except OSError as error:
-            # It may have been the sync that failed, which the next one would not tell again.
+            # Perhaps only the sync failed.  The kernel would not report that again at the next one.
             self._latch(error)
             self._errors.say("a write", error)
             raise
@@ -131,12 +130,12 @@ class RawBackend:
             raise
 
     def discard(self, offset: int, length: int) -> None:
-        """See ``BlockBackend.discard``: a hole in the file, where the file system makes holes."""
+        """See ``BlockBackend.discard``: a hole in the file, if the file system makes holes."""
         self._deallocate("a discard", PUNCH_HOLE, offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """See ``BlockBackend.write_zeroes``: with ``unmap`` a hole, else a zeroed range that
-        keeps its room.  Zeroes are written where the file system can do neither."""
+        """See ``BlockBackend.write_zeroes``: with ``unmap`` a hole, else a zeroed range that keeps
+        its room.  If the file system can do neither, zeroes are written."""
         mode = PUNCH_HOLE if unmap else ZERO_RANGE
         if not self._deallocate("zeroing", mode, offset, length):
             write_real_zeroes(self, offset, length)
@@ -156,7 +155,7 @@ class RawBackend:
         return self.size_bytes
 
     def hurry(self, until_s: float) -> None:
-        """See ``BlockBackend.hurry``: it waits for nobody."""
+        """See ``BlockBackend.hurry``: nothing here waits."""
 
     def close(self) -> None:
         """Close the file, which unlocks it; idempotent."""
@@ -170,7 +169,7 @@ class RawBackend:
         buffers: Sequence[memoryview],
         offset: int,
     ) -> None:
-        """``call`` until every byte of ``buffers`` is transferred."""
+        """Repeat ``call`` until every byte of ``buffers`` is transferred."""
         missing = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         if not 0 <= offset <= self.size_bytes - missing:
             check_range(self.path, offset, missing, self.size_bytes)
@@ -186,7 +185,7 @@ class RawBackend:
             buffers = buffers_behind(buffers, done)
 
     def _deallocate(self, operation: str, mode: int, offset: int, length: int) -> bool:
-        """fallocate in ``mode``, which leaves zeroes; False if that cannot be done here."""
+        """Call fallocate in ``mode``, which leaves zeroes; False if that cannot be done here."""
         if self.read_only:
             raise read_only_error(self.path)
         self._check_end(operation, offset, length)
@@ -201,11 +200,10 @@ class RawBackend:
         return True
 
     def _check_end(self, operation: str, offset: int, length: int) -> None:
-        """OSError, which is said, unless these bytes are in the disk, and in the file as it is
-        now."""
+        """Raise, and report, OSError unless these bytes are in the disk and now in the file."""
         check_range(self.path, offset, length, self.size_bytes)
         if self._may_shrink and length and os.lseek(self._fd, 0, os.SEEK_END) < offset + length:
-            # Not one error for both: a local of it would be a cycle that keeps the buffers.
+            # Two error objects: one that is also a local would make a cycle that keeps the buffers.
             self._errors.say(operation, self._shorter())
             raise self._shorter()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
-from pyvmm.kvm.handles import CpuidEntry
+from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.x86.cpu_features import (
     COMPONENTS,
     DEPENDENTS,

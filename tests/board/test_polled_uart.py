@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import struct
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from pyvmm.board.polled_uart import POLLED_BYTES, QUIET_TICKS, TICK_S, PolledUart
 from pyvmm.devices import serial as uart
 from pyvmm.devices.serial import Register, Serial
-from pyvmm.errors import KvmError
+from pyvmm.errors import KvmError, StateError
 from pyvmm.kvm.exits import RING_CAPACITY, CoalescedRing
 from tests.support.patience import patient
+from tests.support.states import spoilt
 
 
 class Kvm:
@@ -274,3 +276,30 @@ def test_no_index_in_the_ring_leads_out_of_it(indices: bytes) -> None:
     ring = CoalescedRing(memoryview(page))
     if first < RING_CAPACITY:  # ours; only `last` is KVM's
         assert len(ring.take()) <= RING_CAPACITY
+
+
+def test_what_kvm_has_gathered_is_sent_before_the_state_is_saved() -> None:
+    kvm, copy = Kvm().polls(), Kvm()
+    for byte in b"last words":
+        kvm.write(Register.DATA, byte)
+    kvm.uart.write(Register.SCR, 1, 0xA5)
+    state = kvm.uart.save()
+    assert kvm.sent == b"last words"
+    copy.uart.restore(state)
+    assert not copy.sent
+    assert not copy.levels
+    assert copy.uart.save() == state
+    assert copy.read(Register.SCR) == 0xA5
+    copy.polls()
+    copy.poll_out(b"more")
+    copy.uart.flush()
+    assert copy.sent == b"more"
+
+
+@given(STEPS, st.data())
+def test_no_junk_is_taken_for_a_state(steps: list[tuple[str, int]], data: st.DataObject) -> None:
+    kvm, copy = Kvm(), Kvm()
+    _do(kvm, steps)
+    with contextlib.suppress(StateError):
+        copy.uart.restore(data.draw(spoilt(kvm.uart.save())))
+    _do(copy, steps)

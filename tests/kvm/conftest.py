@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pyvmm.kvm import abi
+from pyvmm.kvm import abi, irqchip_abi, state_abi
 from pyvmm.kvm.handles import Vm
 
+NAMES = abi.IOCTL_NAMES | irqchip_abi.IOCTL_NAMES | state_abi.IOCTL_NAMES
 Answer = int | OSError | Callable[[bytearray], int]
 
 
@@ -28,7 +29,7 @@ class FakeKernel:
     ) -> int:
         if fd < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        name = abi.IOCTL_NAMES[abi.Ioctl(request)]
+        name = NAMES[abi.Ioctl(request)]
         self.calls.append((name, argument if isinstance(argument, int) else bytes(argument)))
         answer = self.answers.get(name, 0)
         if isinstance(answer, OSError):

@@ -16,8 +16,9 @@ import pytest
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi, ioctl
+from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import ExitReason
-from pyvmm.kvm.handles import CpuidEntry, Kvm, Vcpu, Vm
+from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from tests.kvm.conftest import FakeKernel
 
 

@@ -119,8 +119,8 @@ class BareMachine:
 
 
 @contextlib.contextmanager
-def bare_machine() -> Iterator[BareMachine]:
-    """A machine without interrupt chips, so that HLT is an exit."""
+def bare_machine(*, chips: bool = False) -> Iterator[BareMachine]:
+    """A machine without interrupt chips, so that HLT is an exit; with ``chips`` all of KVM's."""
     with (
         GuestMemory([(0, MEMORY_BYTES)]) as memory,
         Kvm() as kvm,
@@ -129,8 +129,13 @@ def bare_machine() -> Iterator[BareMachine]:
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_user_memory_region(0, 0, MEMORY_BYTES, memory.regions[0].host_address)
+        if chips:
+            vm.create_irqchip()
+            vm.create_pit2()
         with vm.create_vcpu(0) as vcpu:
-            vcpu.set_cpuid(cpuid.build(kvm.supported_cpuid(), cpuid.CpuModel(), 0))
+            vcpu.set_cpuid(cpuid.build(
+                kvm.supported_cpuid(), cpuid.CpuModel(), 0, tsc_deadline=chips
+            ))
             yield BareMachine(vm, vcpu, memory)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import ConfigError
-from pyvmm.kvm.handles import CpuidEntry
+from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.x86.cpu_features import (
     DEPENDENTS,
     ESSENTIAL,

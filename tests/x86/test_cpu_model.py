@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.kvm.handles import CpuidEntry, Kvm
+from pyvmm.kvm.cpuid_entry import CpuidEntry
+from pyvmm.kvm.handles import Kvm
 from pyvmm.x86.cpu_model import CpuModel, parse_cpu_option
 from pyvmm.x86.cpuid import build
 

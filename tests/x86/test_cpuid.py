@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import ConfigError
-from pyvmm.kvm.handles import CpuidEntry, Kvm
+from pyvmm.kvm.cpuid_entry import CpuidEntry
+from pyvmm.kvm.handles import Kvm
 from pyvmm.x86.cpuid import CpuModel, build, parse_cpu_option
 
 ALL = 0xFFFF_FFFF
