@@ -146,7 +146,7 @@ def _export(args: argparse.Namespace, disk: DiskConfig, needed: int) -> int:
                 bell=bell,
             )
             servers.append(stack.enter_context(contextlib.closing(server)))
-            return [IoSource(server.fileno(), server.service, drain=False)]
+            return [IoSource(server.fileno(), server.service, edge_triggered=False)]
 
         def begun() -> None:
             made.pop_all()

@@ -23,11 +23,12 @@ from pyvmm.console.place import Console
 from pyvmm.console.terminal import RawTerminal
 from pyvmm.console.typed import HELP, EscapeFilter, TypedInput
 from pyvmm.report import Reporter
+from pyvmm.run.halts import HaltWatch
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.signals import JOB_SIGNALS, KICK_SIGNAL, NOTICE_SIGNALS, RESIZE_SIGNAL, Signals
 from pyvmm.run.vcpu_loop import VcpuLoop
-from pyvmm.run.vcpus import HaltWatch, Vcpus
+from pyvmm.run.vcpus import Vcpus
 
 JOIN_TIMEOUT_S = 5.0
 ASKED_FOR = (Kind.QUIT, Kind.TIMEOUT, Kind.SIGNAL)

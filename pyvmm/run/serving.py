@@ -55,7 +55,7 @@ def serve(
             if taken:
                 loop.stop()
 
-        source = IoSource(signals.wakeup_fd, look, drain=False)
+        source = IoSource(signals.wakeup_fd, look, edge_triggered=False)
         loop = IoLoop([*start(), source])
         begun()
         loop.run()

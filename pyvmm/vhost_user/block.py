@@ -273,7 +273,7 @@ class VhostUserBlock(VirtioDevice):
     def source(self) -> IoSource:
         """``fileno`` and ``look``, for a thread that waits."""
         # Edge-triggered: a socket whose peer has gone would be an event again and again.
-        return IoSource(self.fileno(), self.look, drain=True)
+        return IoSource(self.fileno(), self.look)
 
     def hurry(self, until_s: float) -> None:
         """The guest has ended: wait for the back end until ``until_s`` (time.monotonic) at most.

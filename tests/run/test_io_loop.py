@@ -51,7 +51,7 @@ def test_a_ring_during_a_pass_makes_another_though_nobody_reads_the_count(doorbe
     assert len(passes) == 3
 
 
-def test_what_is_not_drained_is_served_while_it_is_readable(doorbell: int) -> None:
+def test_a_level_triggered_source_is_served_while_it_is_readable(doorbell: int) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"abc")
     taken = bytearray()
@@ -62,7 +62,7 @@ def test_what_is_not_drained_is_served_while_it_is_readable(doorbell: int) -> No
             loop.stop()
         return None
 
-    loop = IoLoop([IoSource(reader, service, drain=False)])
+    loop = IoLoop([IoSource(reader, service, edge_triggered=False)])
     loop.run()
     assert taken == b"abc"
     os.close(reader)

@@ -279,7 +279,7 @@ OFF, ON = 0x2, 0x202  # RFLAGS, by what they say of interrupts
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that a test can wait for; before the rig is made."""
-    monkeypatch.setattr("pyvmm.run.vcpus.FIRST_WINDOW_S", 0.1)
+    monkeypatch.setattr("pyvmm.run.halts.FIRST_WINDOW_S", 0.1)
 
 
 def waiting(state: int, rflags: int) -> FakeVcpu:

@@ -22,10 +22,10 @@ from pyvmm.console.place import Console
 from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.report import Reporter
+from pyvmm.run.halts import FIRST_WINDOW_S
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
-from pyvmm.run.vcpus import FIRST_WINDOW_S
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.cpu_model import parse_cpu_option
 from tests.support.bare import LONG_MODE_ENTRY, MEMORY_BYTES, assemble

@@ -1,4 +1,4 @@
-"""``HaltWatch`` of ``pyvmm.run.vcpus``: when to look whether a guest has halted for good."""
+"""``HaltWatch`` of ``pyvmm.run.halts``: when to look whether a guest has halted for good."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pyvmm.run.vcpus import (
+from pyvmm.run.halts import (
     ANNOUNCED_POLL_S,
     ANNOUNCED_S,
     FIRST_WINDOW_S,
