@@ -16,6 +16,7 @@ from pyvmm.board.slot import Slot, eventfd
 from pyvmm.config import RunConfig, VhostUserDiskConfig
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
+from pyvmm.console.watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
 from pyvmm.devices.debug_exit import DebugExit
 from pyvmm.devices.i8042 import I8042
@@ -33,12 +34,12 @@ from pyvmm.kvm.abi import (
 from pyvmm.kvm.handles import Kvm
 from pyvmm.memory import GuestMemory
 from pyvmm.report import Reporter
-from pyvmm.run.console_watch import ConsoleWatch
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from pyvmm.run.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
 from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
+from pyvmm.run.verdict import Evidence, Verdict
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
@@ -97,7 +98,8 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         for number, region in enumerate(memory.regions):
             vm.set_user_memory_region(number, region.gpa, region.length, region.host_address)
 
-        watch = ConsoleWatch(runner)
+        verdict = Verdict(runner, is_linux=kernel.is_linux)
+        watch = ConsoleWatch(verdict.hear)
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
         pio, mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
 
@@ -114,7 +116,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
         timer = BootTimer()
         pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
         pio.add(layout.PCI_PORT, PciHost.LENGTH, PciHost())
-        _add_endings(pio, runner, watch, report)
+        _add_endings(pio, verdict, report)
         if config.rtc == "utc":
             pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
 
@@ -184,6 +186,7 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             console.begin()
             if config.timeout_s is not None:
                 runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))
+            verdict.doubt_silence(report)
             workers = [
                 (f"virtio{index}",
                  [*slot.sources, IoSource(fd, functools.partial(_look, disk, slot))])
@@ -205,9 +208,12 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
                 receive=hvc0.receive if hvc0 and config.console_is_virtio else serial.receive,
                 at_end=[last_wait],
             )
-            return watch.judge(outcome)
+            watch.end()
+            return verdict.judge(
+                outcome, lambda: bool(timer.marks) or any(map(cpu.runs_program, vcpus))
+            )
 
-        return Machine(kernel, run, watch, output, runner, loops, timer, stack.pop_all())
+        return Machine(kernel, run, verdict.evidence, output, runner, loops, timer, stack.pop_all())
 
 
 def _check_cpus(kvm: Kvm, cpus: int) -> None:
@@ -236,10 +242,10 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
-def _add_endings(pio: Bus, runner: Runner, watch: ConsoleWatch, report: Reporter) -> None:
-    """The ports by which a guest ends the run, or says why it is about to."""
+def _add_endings(pio: Bus, verdict: Verdict, report: Reporter) -> None:
+    """Add the ports by which a guest ends the run, or says why it is about to."""
     def ends_in(kind: Kind) -> Callable[[], None]:
-        return lambda: runner.finish(Outcome(kind))
+        return lambda: verdict.end(kind)
 
     keyboard = I8042(ends_in(Kind.RESET))
     pio.add(layout.I8042_DATA, 1, keyboard.data_port)
@@ -250,9 +256,10 @@ def _add_endings(pio: Bus, runner: Runner, watch: ConsoleWatch, report: Reporter
     )
     pio.add(layout.SLEEP_CONTROL_PORT, Power.LENGTH, power)
     pio.add(layout.PVPANIC_PORT, PvPanic.LENGTH, PvPanic(
-        watch.panic_reported, lambda: report("the guest has panicked; its crash kernel takes over")
+        verdict.panic_reported,
+        lambda: report("the guest has panicked; its crash kernel takes over"),
     ))
-    debug_exit = DebugExit(lambda byte: runner.finish(Outcome(Kind.GUEST_STATUS, byte)))
+    debug_exit = DebugExit(lambda byte: verdict.end(Kind.GUEST_STATUS, byte))
     pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
 
@@ -281,7 +288,7 @@ class Machine:
         self,
         kernel: Kernel,
         run: Callable[[], Outcome],
-        watch: ConsoleWatch,
+        evidence: Evidence,
         output: OutputBuffer,
         runner: Runner,
         loops: Sequence[VcpuLoop],
@@ -290,7 +297,8 @@ class Machine:
     ) -> None:
         self.kernel = kernel
         self._run = run
-        self._watch = watch
+        self.evidence = evidence
+        """What is known of the guest: how far it came, what it said of its end."""
         self._output = output
         self._runner = runner
         self._loops = loops
@@ -313,26 +321,6 @@ class Machine:
     def is_paused(self) -> bool:
         """Whether a pause was asked for and not taken back."""
         return self._runner.is_paused
-
-    @property
-    def user_space_seen_s(self) -> float | None:
-        """When the guest's init said that it runs, on CLOCK_BOOTTIME; None if it never did."""
-        return self._watch.user_space_seen_s
-
-    @property
-    def has_printed(self) -> bool:
-        """Whether anything came out of the guest's console."""
-        return self._watch.has_printed
-
-    @property
-    def waits_for_root(self) -> bool:
-        """Whether the kernel said that it waits for its root."""
-        return self._watch.waits_for_root
-
-    @property
-    def reached_init(self) -> bool:
-        """Whether the kernel said that it starts a program, or the guest's init that it runs."""
-        return self._watch.reached_init
 
     @property
     def marks(self) -> tuple[Mark, ...]:

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fuzz.checks import check_printable
 from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm.console.queries import QueryWatch
 from pyvmm.console.typed import EscapeFilter
+from pyvmm.console.watch import SENT_LIMIT, ConsoleWatch, Finding
 from pyvmm.report import escape
-from pyvmm.run.console_watch import SENT_LIMIT, ConsoleWatch
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.verdict import Verdict
 
 _MOST_FACTOR = 64
 
 
-class _Ended:
-    """Stands for the run: what the watch wants of it."""
+class _Run:
+    """Stands for the run: what the verdict asks of it."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.verdict = Verdict(self, is_linux=True)
+        self.watch = ConsoleWatch(self._hear)
+
+    def _hear(self, finding: Finding) -> None:
+        self.calls.append(f"{finding.sign}: {finding.text}")
+        self.verdict.hear(finding)
 
     def finish(self, outcome: Outcome) -> None:
-        """See ``Ender.finish``."""
-        self._say("finish", outcome)
+        """See ``Run.finish``."""
+        self.calls.append(f"finish {outcome}")
 
     def finish_after(self, delay_s: float, outcome: Outcome) -> None:
-        """See ``Ender.finish_after``."""
+        """See ``Run.finish_after``."""
         assert delay_s > 0
-        self._say("after", outcome)
+        self.calls.append(f"after {outcome}")
+
+    def call_after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """See ``Run.call_after``."""
 
     def watch_for_halt(self) -> None:
-        """See ``Ender.watch_for_halt``."""
+        """See ``Run.watch_for_halt``."""
         self.calls.append("halt")
-
-    def _say(self, what: str, outcome: Outcome) -> None:
-        self.calls.append(f"{what} {outcome.kind} {outcome.detail}")
 
 
 class ConsoleTarget(Target):
-    """The watch sees the same however the guest's bytes are cut, and never raises.
+    """The watch finds the same however the guest's bytes are cut; no verdict raises.
 
     A case is: how the bytes are cut, how often the last part is repeated, the bytes.
     """
@@ -48,6 +57,7 @@ class ConsoleTarget(Target):
         b"Kernel panic - not syncing: ", b"---[ end Kernel panic", b"reboot: System halted",
         b"reboot: Power down", b"pyvmm-init: user space reached", b"[    1.234567] ", b"\n", b"\r",
         b"pyvmm-initramfs: cannot mount the root", b"Run /sbin/init as init process",
+        b"reboot: Restarting system", b"PANIC: early exception ",
         b"Waiting for root device ", b"\x1b[6n", b"\x1b]0;", b" ]---", b"] [", b"-- System halted",
     )
 
@@ -63,21 +73,23 @@ class ConsoleTarget(Target):
         step, times = 1 + source.bits(8), source.bits(8)
         printed = source.rest()
         printed += printed[-step:] * (times % _MOST_FACTOR)
-        whole, pieces = _Ended(), _Ended()
-        watch, other = ConsoleWatch(whole), ConsoleWatch(pieces)
-        watch.feed(printed)
+        whole, pieces = _Run(), _Run()
+        whole.watch.feed(printed)
         for at in range(0, len(printed), step):
-            other.feed(printed[at : at + step])
+            pieces.watch.feed(printed[at : at + step])
         if printed:
             assert whole.calls == pieces.calls, (whole.calls, pieces.calls)
-        for kind in Kind:
-            watch.judge(Outcome(kind))
         sent: list[bytes] = []
-        tapped = watch.tap(sent.append)
+        tapped = whole.watch.tap(sent.append)
         for at in range(0, len(printed), SENT_LIMIT // 4):
             tapped(printed[at : at + SENT_LIMIT // 4])
         assert b"".join(sent) == printed
-        watch.panic_reported()
+        whole.watch.end()
+        for is_reported in (False, True):
+            if is_reported:
+                whole.verdict.panic_reported()
+            for kind in Kind:
+                check_printable(f".{escape(str(whole.verdict.judge(Outcome(kind))))}")
         for is_utf8 in (False, True):
             queries = QueryWatch(utf8=is_utf8)
             for at in range(0, len(printed), step):

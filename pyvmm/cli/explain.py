@@ -17,6 +17,7 @@ from pyvmm.linux.guest import Boot, describe
 from pyvmm.linux.remembered import covers, recall, remember
 from pyvmm.linux.requirements import notes, problems
 from pyvmm.run.outcome import MAYBE_SILENT, Kind, Outcome
+from pyvmm.run.verdict import Evidence
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.backend import SECTOR_SIZE
 from pyvmm.storage.files import logical_block_size
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from pyvmm.linux.options import KernelConfig
 
+_EARLY = (
+    "Linux says so whenever a program has it halt or restart, even with `quiet`; this one did not, "
+    "and nothing shows that it started an init: earlyprintk=ttyS0 shows more of an early end"
+)
 _NO_ROOT = ("Unable to mount root", "cannot mount the root", "No working init found")
 
 
@@ -42,29 +47,29 @@ def before(config: RunConfig, version: str = "", *, is_known: bool = True) -> li
 def after(
     config: RunConfig,
     outcome: Outcome,
+    evidence: Evidence,
     *,
-    has_printed: bool,
-    waits_for_root: bool = False,
-    reached_init: bool = False,
     is_known: bool = True,
     is_linux: bool = True,
     version: str = "",
 ) -> list[str]:
-    """The remedy for an ``outcome`` that has one; seconds may pass, for a kernel is unpacked, but
-    no more than EXPLAIN_S of ``linux.work``.
+    """Return the remedy for an ``outcome`` that has one.
 
-    Not so if the guest was stopped by a person or a signal, who do not wait: then that counts
-    which can be read at once, if there is any (``is_known``).
+    That may take seconds, because a kernel is unpacked, but no more than EXPLAIN_S of
+    ``linux.work``.  After Ctrl-A x or a signal, use only a configuration that can be read at once,
+    if there is one (``is_known``): nobody wants to wait.
 
-    The others say what the console showed: anything at all, that the kernel waits for its root
-    (``rootwait``), that it started a program.  What is not Linux starts none, and is not stuck.
+    A guest that is not Linux starts no init, and is not stuck.
     """
-    is_stuck = is_linux and outcome.kind is Kind.TIMEOUT and not reached_init
-    is_silent = not has_printed and outcome.kind in MAYBE_SILENT
-    has_no_root = (is_stuck and waits_for_root) or (
+    is_stuck = is_linux and outcome.kind is Kind.TIMEOUT and not evidence.reached_init
+    is_silent = not evidence.has_printed and outcome.kind in MAYBE_SILENT
+    has_no_root = (is_stuck and evidence.waits_for_root) or (
         outcome.kind is Kind.PANIC and any(text in outcome.detail for text in _NO_ROOT)
     )
-    if not (has_no_root or is_silent or is_stuck):
+    if outcome.kind is Kind.GAVE_UP:
+        return [_damaged(config)]
+    is_early = outcome.kind in (Kind.EARLY_HALT, Kind.EARLY_RESET)
+    if not (has_no_root or is_silent or is_stuck or is_early):
         return []
     boot = _boot(config, version)
     may_wait = outcome.kind not in (Kind.QUIT, Kind.SIGNAL)
@@ -80,21 +85,32 @@ def after(
         remarks = notes(kernel_config, describe(boot, kernel_config))
         found += [f"{config.kernel}: {remark}" for remark in remarks]
     if is_silent and not has_no_root:
-        words = config.kernel_command_line().split()
-        consoles = [word for word in words if word.startswith("console=")]
-        told = " ".join(consoles) or "none"
-        return [
-            f"the kernel printed nothing: its consoles are {told}; console=ttyS0 is the serial "
-            f"port (or earlyprintk=ttyS0 for the first of it); should every kernel be silent here, "
-            "`pyvmm doctor` says whether this host's KVM is complete",
-            *found,
-        ]
+        return [_silent(config), *found]
+    if is_early:
+        return [*found, _EARLY]
     if has_no_root and not found:
         return [
             f"the root could not be mounted: root= and --disk must name it, and {config.kernel} "
             "must have its driver and file system (pyvmm kernel inspect says)"
         ]
     return found
+
+
+def _silent(config: RunConfig) -> str:
+    words = config.kernel_command_line().split()
+    told = " ".join(word for word in words if word.startswith("console=")) or "none"
+    return (
+        f"the kernel printed nothing: its consoles are {told}; console=ttyS0 is the serial "
+        "port (or earlyprintk=ttyS0 for the first of it); should every kernel be silent here, "
+        "`pyvmm doctor` says whether this host's KVM is complete"
+    )
+
+
+def _damaged(config: RunConfig) -> str:
+    return (
+        f"{config.kernel}: the code in front of the kernel gave up, most often because the file is "
+        "damaged or cut: copy or build it again"
+    )
 
 
 def _lines(config: RunConfig, boot: Boot, kernel_config: KernelConfig | None) -> list[str]:

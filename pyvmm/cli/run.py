@@ -13,7 +13,7 @@ from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
 from pyvmm.report import Reporter, end_line, say
-from pyvmm.run.outcome import MAX_GUEST_STATUS, MAYBE_SILENT, Kind, Outcome
+from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
 from pyvmm.startup.options import Command, Option, parse_options
 from pyvmm.startup.types import TYPE_CHECKING, cache_path, configuration_paths
 from pyvmm.x86.cpu_model import parse_cpu_option
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 EPILOG = """\
 exit status:
   0-119  what the guest reported through I/O port 0xf4 (119 for anything larger); 0 too when it
-         rebooted, powered off or halted
-  121    kernel panic, or a halt without a word printed
+         rebooted, powered off or halted on purpose
+  121    kernel panic; a kernel that gave up, halted or rebooted before it started an init; a
+         halt without a word printed
   122    triple fault        123    KVM internal error
   124    timeout               125    bad option, bad file or unusable host
   128+n  stopped by signal n
@@ -163,7 +164,7 @@ def _run(
         lines += timing_lines(
             machine.marks, process_start_s=started_s, guest_start_s=guest_start_s, end_s=end_s
         )
-    if args.verbose and (user_space_s := machine.user_space_seen_s) is not None:
+    if args.verbose and (user_space_s := machine.evidence.user_space_seen_s) is not None:
         lines.append(f"user space after {user_space_s - started_s:.2f} s")
     if args.verbose or outcome.kind not in _QUIET or outcome.value > MAX_GUEST_STATUS:
         lines += _lines_of(outcome)
@@ -173,10 +174,7 @@ def _run(
     for line in lines:
         say(line)
     # Last, for it may take seconds, and who waits no longer has seen the rest.
-    if outcome.kind in MAYBE_SILENT and (
-        outcome.kind is Kind.PANIC or not machine.has_printed
-        or (outcome.kind is Kind.TIMEOUT and not machine.reached_init)
-    ):
+    if machine.evidence.wants_explanation(outcome):
         for line in _explain(config, outcome, machine):
             say(line)
     bundle.update(missing)
@@ -195,8 +193,7 @@ def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]
     from pyvmm.cli import explain
 
     return explain.after(
-        config, outcome, has_printed=machine.has_printed,
-        waits_for_root=machine.waits_for_root, reached_init=machine.reached_init,
+        config, outcome, machine.evidence,
         is_known=has_known_configuration(config.kernel, machine.kernel.version),
         is_linux=machine.kernel.is_linux, version=machine.kernel.version,
     )

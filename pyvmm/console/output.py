@@ -228,11 +228,12 @@ class LineWatch:
 
     def __init__(self, on_line: Callable[[bytes], None]) -> None:
         self._on_line = on_line
-        self._partial = b""
+        self.unfinished = b""
+        """The start of the line that has no end yet, at most ``LIMIT`` bytes."""
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of output; call ``on_line`` for every line they complete."""
-        *lines, rest = (self._partial + data).split(b"\n")
+        *lines, rest = (self.unfinished + data).split(b"\n")
         for line in lines:
             self._on_line(line[: self.LIMIT].rstrip(b"\r"))
-        self._partial = rest[: self.LIMIT]
+        self.unfinished = rest[: self.LIMIT]

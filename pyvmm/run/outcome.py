@@ -13,6 +13,9 @@ class Kind(StrEnum):
     SHUTDOWN = "guest shut down"
     POWER_OFF = "guest powered off"
     SILENT_HALT = "guest halted without a word"
+    EARLY_HALT = "guest halted before it started an init"
+    EARLY_RESET = "guest rebooted before it started an init"
+    GAVE_UP = "the boot gave up early"
     QUIT = "quit at the console"
     PANIC = "kernel panic"
     TRIPLE_FAULT = "triple fault"
@@ -24,9 +27,10 @@ class Kind(StrEnum):
 
 MAYBE_SILENT = (
     Kind.PANIC, Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SILENT_HALT, Kind.SHUTDOWN, Kind.RESET,
-    Kind.QUIT, Kind.SIGNAL,
+    Kind.EARLY_HALT, Kind.EARLY_RESET, Kind.GAVE_UP, Kind.QUIT, Kind.SIGNAL,
 )
-"""Ends that want an explanation if the guest printed nothing; a panic wants one in any case."""
+"""Ends that need an explanation if the guest printed nothing, some of them in any case:
+see ``verdict.Evidence.wants_explanation``."""
 MAX_GUEST_STATUS = 119
 _FIXED_STATUS = {
     Kind.RESET: 0,
@@ -35,6 +39,9 @@ _FIXED_STATUS = {
     Kind.QUIT: 0,
     Kind.PANIC: 121,
     Kind.SILENT_HALT: 121,
+    Kind.EARLY_HALT: 121,
+    Kind.EARLY_RESET: 121,
+    Kind.GAVE_UP: 121,
     Kind.TRIPLE_FAULT: 122,
     Kind.INTERNAL_ERROR: 123,
     Kind.TIMEOUT: 124,

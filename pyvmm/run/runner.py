@@ -50,7 +50,7 @@ class Runner:
         # Appending is atomic, so also safe in a signal handler that interrupts an append.
         self._outcomes: list[Outcome] = []
         self._stopping = False
-        self._deadlines: list[tuple[float, Outcome]] = []
+        self._deadlines: list[tuple[float, Callable[[], None]]] = []
         self._halts = HaltWatch(time.monotonic())
         self._input_waits = False
         self._noticed: set[int] = set()
@@ -77,7 +77,11 @@ class Runner:
 
     def finish_after(self, delay_s: float, outcome: Outcome) -> None:
         """End the run with ``outcome`` in ``delay_s`` seconds, if nothing else ended it before."""
-        self._deadlines.append((time.monotonic() + delay_s, outcome))
+        self.call_after(delay_s, functools.partial(self.finish, outcome))
+
+    def call_after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, on the main thread, in ``delay_s`` seconds of the run."""
+        self._deadlines.append((time.monotonic() + delay_s, callback))
         self.wake()
 
     def watch_for_halt(self) -> None:
@@ -269,9 +273,9 @@ class Runner:
 
     def _check_clock(self) -> None:
         now_s = time.monotonic()
-        for at_s, outcome in self._deadlines:
-            if now_s >= at_s:
-                self.finish(outcome)
+        for deadline in [one for one in self._deadlines if now_s >= one[0]]:
+            self._deadlines.remove(deadline)
+            deadline[1]()
         # Not at every turn of this loop: a kick's signal wakes this thread too.
         if now_s >= self._halts.due_s:
             cpu_time_s = self._vcpus.cpu_time_s()

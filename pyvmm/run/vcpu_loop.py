@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.errors import KvmError
 from pyvmm.kvm import abi
-from pyvmm.kvm.exits import ExitReason, SystemEventExit, decode
+from pyvmm.kvm.exits import ExitReason, decode
 from pyvmm.kvm.handles import Vcpu
-from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.outcome import Outcome
+from pyvmm.run.verdict import outcome_of_exit, outcome_of_failure, outcome_of_halt
 from pyvmm.startup.types import Protocol, Record
 
 RFLAGS_IF = 1 << 9
@@ -152,26 +153,11 @@ class VcpuLoop:
         """Whether the vCPU may be entered again."""
         if reason in (ExitReason.INTR, ExitReason.IRQ_WINDOW_OPEN):
             return True
-        event = decode(self.vcpu.page)
-        match reason:
-            case ExitReason.SHUTDOWN:
-                self._finish(Outcome(Kind.TRIPLE_FAULT, detail=self._registers()))
-            case ExitReason.HLT:
-                # Only without an in-kernel irqchip: nothing could ever wake this vCPU.
-                self._finish(Outcome(Kind.SHUTDOWN, detail="halted"))
-            case ExitReason.SYSTEM_EVENT if isinstance(event, SystemEventExit):
-                kinds = {
-                    abi.KVM_SYSTEM_EVENT_SHUTDOWN: Kind.SHUTDOWN,
-                    abi.KVM_SYSTEM_EVENT_RESET: Kind.RESET,
-                    abi.KVM_SYSTEM_EVENT_CRASH: Kind.PANIC,
-                }
-                self._finish(Outcome(kinds.get(event.type, Kind.INTERNAL_ERROR), detail=str(event)))
-            case _:
-                self._fail(str(event))
+        self._finish(outcome_of_exit(decode(self.vcpu.page), self._registers))
         return False
 
     def _fail(self, what: str) -> None:
-        self._finish(Outcome(Kind.INTERNAL_ERROR, detail=f"{what}\n{self._registers()}"))
+        self._finish(outcome_of_failure(what, self._registers))
 
     def _registers(self) -> str:
         try:
@@ -190,4 +176,4 @@ class VcpuLoop:
             and not self.vcpu.pit_can_wake()
         )
         if all(loop.is_halted for loop in self._machine) and not self._can_be_woken():
-            self._finish(Outcome(Kind.SHUTDOWN, detail="halted with interrupts off"))
+            self._finish(outcome_of_halt())

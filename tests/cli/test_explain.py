@@ -10,6 +10,7 @@ from pyvmm.cli import explain
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import RunConfig
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.verdict import Evidence
 from tests.support.disk_heads import file_system, gpt_disk
 from tests.support.kernels import COMPLETE_CONFIG as COMPLETE
 from tests.support.kernels import bzimage, lacking, with_ikconfig
@@ -53,8 +54,17 @@ def run_of(kernel: Path, *disks: Path, append: str = "", initrd: Path | None = N
     )
 
 
+def evidence(
+    *, has_printed: bool = True, waits_for_root: bool = False, reached_init: bool = False
+) -> Evidence:
+    found = Evidence()
+    found.has_printed, found.waits_for_root = has_printed, waits_for_root
+    found.reached_init = reached_init
+    return found
+
+
 def after(config: RunConfig, outcome: Outcome, *, has_printed: bool = True) -> str:
-    return "\n".join(explain.after(config, outcome, has_printed=has_printed))
+    return "\n".join(explain.after(config, outcome, evidence(has_printed=has_printed)))
 
 
 def test_nothing_is_said_of_a_kernel_that_can(kernel: Path, disk: Path) -> None:
@@ -91,7 +101,7 @@ def test_what_the_kernel_has_inside_is_read_after_a_failure_and_remembered(
     kernel.write_bytes(with_ikconfig(lacking("VIRTIO_BLK")))
     config = run_of(kernel, disk)
     assert explain.before(config) == []
-    (line,) = explain.after(config, NO_ROOT, has_printed=True)
+    (line,) = explain.after(config, NO_ROOT, evidence())
     assert line == (f"{kernel}: the kernel lacks CONFIG_VIRTIO_BLK (virtio-blk): no disk is found")
     assert explain.before(config) == [line]
     kernel.write_bytes(with_ikconfig(COMPLETE))
@@ -152,12 +162,12 @@ def test_a_root_on_a_partition_of_the_disk(kernel: Path, tmp_path: Path) -> None
 def test_a_run_that_is_stuck_before_any_init_is_explained(kernel: Path, disk: Path) -> None:
     configure(kernel, lacking("VIRTIO_BLK"))
     config = run_of(kernel, disk, append="rootwait")
-    (line,) = explain.after(config, Outcome(Kind.TIMEOUT), has_printed=True)
+    (line,) = explain.after(config, Outcome(Kind.TIMEOUT), evidence())
     assert "lacks CONFIG_VIRTIO_BLK" in line
-    assert explain.after(config, Outcome(Kind.TIMEOUT), has_printed=True, reached_init=True) == []
+    assert explain.after(config, Outcome(Kind.TIMEOUT), evidence(reached_init=True)) == []
     configure(kernel, COMPLETE)
-    assert explain.after(config, Outcome(Kind.TIMEOUT), has_printed=True) == []
-    (line,) = explain.after(config, Outcome(Kind.TIMEOUT), has_printed=True, waits_for_root=True)
+    assert explain.after(config, Outcome(Kind.TIMEOUT), evidence()) == []
+    (line,) = explain.after(config, Outcome(Kind.TIMEOUT), evidence(waits_for_root=True))
     assert "root= and --disk must name it" in line
 
 

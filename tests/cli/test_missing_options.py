@@ -17,6 +17,7 @@ from pyvmm.cli.main import main
 from pyvmm.config import RunConfig
 from pyvmm.linux.requirements import BUILT_IN, known_options
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.verdict import Evidence
 from tests.support import disk_heads
 from tests.support.guest import KERNEL
 from tests.support.kernels import COMPLETE_CONFIG, bzimage, lacking, with_ikconfig
@@ -90,8 +91,7 @@ CASES: dict[str, tuple[Arguments, tuple[str, ...]]] = {
 class StandIn:
     """A machine whose guest ends as it is told to; ``said_before`` is what came before it ran."""
 
-    has_printed, waits_for_root, reached_init, console_line_ended = True, False, False, True
-    marks, user_space_seen_s, exits = (), None, 0
+    has_printed, console_line_ended, marks, exits = True, True, (), 0
     kernel = SimpleNamespace(
         version="6.1.0-synthetic", describe=lambda: "a kernel", is_linux=True
     )
@@ -100,6 +100,12 @@ class StandIn:
         self.outcome = Outcome(Kind.RESET)
         self.said_before = ""
         self._capsys = capsys
+
+    @property
+    def evidence(self) -> Evidence:
+        found = Evidence()
+        found.has_printed = self.has_printed
+        return found
 
     def build(self, _config: RunConfig, *, report: Callable[[str], None]) -> StandIn:
         return self

@@ -16,6 +16,7 @@ from pyvmm.linux.compression import UnpackError, decompress
 from pyvmm.linux.scan import MAX_PACKED_BYTES, MAX_SLOW_BYTES, scan, unpack_and_scan
 from pyvmm.linux.work import LOOK_STEPS, MAX_STEPS, Budget, WorkError
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.verdict import Evidence
 from pyvmm.x86.inspect import inspect
 from tests.support.kernels import ElfSegment, bz_with, elf
 from tests.support.slow_data import SLOW, gzip_nothing, lz4_nothing, zstd_nothing
@@ -183,7 +184,7 @@ def test_fault_4_an_explanation_ends_when_its_time_is_over(
 
     monkeypatch.setattr(lz4, "decompress_block", counted)
     monkeypatch.setattr(work, "EXPLAIN_S", 0.0)
-    lines = explain.after(RunConfig(kernel=kernel), Outcome(Kind.TIMEOUT), has_printed=False)
+    lines = explain.after(RunConfig(kernel=kernel), Outcome(Kind.TIMEOUT), Evidence())
     assert lines
     assert 0 < next(calls) <= 2 * LOOK_STEPS
 

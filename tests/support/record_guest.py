@@ -20,8 +20,8 @@ from pyvmm import machine
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import RunConfig
 from pyvmm.console.output import LineWatch
+from pyvmm.console.watch import ConsoleWatch
 from pyvmm.report import Reporter
-from pyvmm.run.console_watch import ConsoleWatch
 from pyvmm.run.outcome import Outcome
 from pyvmm.storage import open as storage_open
 from pyvmm.storage.backend import BlockBackend
