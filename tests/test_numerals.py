@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -45,7 +44,7 @@ def run_option(name: str) -> Callable[[str, Path], object]:
 
 def lab_option(name: str) -> Callable[[str, Path], object]:
     def parse(text: str, _folder: Path) -> object:
-        return lab.config_from(lab.parser().parse_args([f"{name}={text}", "--", "true"]))
+        return lab.config_from(parse_options(lab.COMMAND, [f"{name}={text}", "--", "true"]))
     return parse
 
 
@@ -213,10 +212,3 @@ def test_decimal_numbers_are_those_of_python(number: float) -> None:
 def test_ranges_include_their_ends() -> None:
     assert [whole_number(str(n), 2, 4) for n in range(1, 6)] == [None, 2, 3, 4, None]
     assert [decimal_number(text, 0, 1) for text in ("-0.1", "0", "1", "1.1")] == [None, 0, 1, None]
-
-
-def test_no_parser_of_options_reads_numbers_by_itself() -> None:
-    """argparse's ``type=int`` takes digits of any script, underscores and spaces."""
-    actions = [action for action in lab.parser()._actions
-               if not isinstance(action, argparse._HelpAction)]
-    assert not [action.dest for action in actions if action.type in (int, float)]

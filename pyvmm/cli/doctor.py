@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from typing import NoReturn
 
-from pyvmm.errors import ConfigError
 from pyvmm.kvm import probe
 from pyvmm.kvm.handles import Kvm
 from pyvmm.kvm.probe import Check, Host
 from pyvmm.report import show
+from pyvmm.startup.options import Command, Option, parse_options
 from pyvmm.x86 import trial
 
 DESCRIPTION = """\
@@ -23,11 +21,16 @@ exit status: 0 if a stock Linux kernel can run here, 1 if not (then `pyvmm lab -
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, status 125."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("pyvmm doctor", f"{message} (pyvmm doctor --help)")
+COMMAND = Command(
+    name="doctor",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    options=(
+        Option(name="--quiet", short="-q", help="print nothing: the exit status says it"),
+        Option(name="--device", metavar="FILE", help="look at FILE instead of /dev/kvm"),
+    ),
+    meant=("--device",),
+)
 
 
 def doctor_main(argv: list[str], host: Host | None = None) -> int:
@@ -35,20 +38,7 @@ def doctor_main(argv: list[str], host: Host | None = None) -> int:
 
     ``host`` says where to look instead of /dev/kvm, /proc and /sys.
     """
-    parser = _Parser(
-        prog="pyvmm doctor",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "-q", "--quiet", action="store_true", help="print nothing: the exit status says it"
-    )
-    parser.add_argument(
-        "--device", metavar="FILE", help="look at FILE instead of /dev/kvm"
-    )
-    options = parser.parse_args(argv)
+    options = parse_options(COMMAND, argv)
     place = host or Host()
     if options.device is not None:
         place = Host(device=options.device, cpuinfo=place.cpuinfo, modules=place.modules)

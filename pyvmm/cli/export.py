@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
-from typing import NoReturn
+from types import SimpleNamespace
 
 from pyvmm.cli.descriptors import (
     allow_many_descriptors,
@@ -22,6 +21,7 @@ from pyvmm.peers.eventfds import Bell
 from pyvmm.report import Reporter, Seldom
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
+from pyvmm.startup.options import Command, Option, parse_options
 from pyvmm.storage.open import open_backend
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
@@ -30,6 +30,8 @@ from pyvmm.virtio.rate_limit import RateLimiter
 
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
 """Signals that end an export as meant: status 0."""
+
+_ONE_DISK = "start one export for each disk"
 
 EPILOG = """\
 The socket appears, for its owner alone, once front ends can connect, and is gone at the end.  A
@@ -57,54 +59,30 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, status 125."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("export", f"{message} (pyvmm export --help)")
-
-
-class _Once(argparse.Action):
-    """Stores a value; a second one is an error, for it is not two disks."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string} is given twice; start one export for each disk")
-        setattr(namespace, self.dest, values)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of ``pyvmm export``."""
-    p = _Parser(
-        prog="pyvmm export",
-        description="Serve a disk to QEMU, pyvmm or any other VMM, as a vhost-user-blk back end.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument("--disk", metavar="FILE[,ro][,snapshot][,...]", required=True, action=_Once,
-                   help="the disk, with the options it has in pyvmm run: ro, snapshot, "
-                   "overlay=FILE, serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
-                   "bps=RATE[:BURST], faults=FILE, format=raw; see docs/disks.md")
-    p.add_argument("--socket", metavar="PATH", required=True, action=_Once,
-                   help="the Unix socket to listen on; one that nobody listens on is replaced")
-    p.add_argument("--trust-memory", action="store_true",
-                   help="take memory from files that could shrink, too: a front end that shrinks "
-                   "one kills the export")
-    p.add_argument("-v", "--verbose", action="count", default=0,
-                   help="say who connects and hangs up; -vv: tracebacks of errors too")
-    return p
+COMMAND = Command(
+    name="export",
+    description="Serve a disk to QEMU, pyvmm or any other VMM, as a vhost-user-blk back end.",
+    epilog=EPILOG,
+    options=(
+        Option(name="--disk", metavar="FILE[,ro][,snapshot][,...]", required=True, twice=_ONE_DISK,
+               help="the disk, with the options it has in pyvmm run: ro, snapshot, "
+               "overlay=FILE, serial=ID, queues=1..8, writeback=on|off, iops=RATE[:BURST], "
+               "bps=RATE[:BURST], faults=FILE, format=raw; see docs/disks.md"),
+        Option(name="--socket", metavar="PATH", required=True, twice=_ONE_DISK,
+               help="the Unix socket to listen on; one that nobody listens on is replaced"),
+        Option(name="--trust-memory",
+               help="take memory from files that could shrink, too: a front end that shrinks "
+               "one kills the export"),
+        Option(name="--verbose", short="-v",
+               help="say who connects and hangs up; -vv: tracebacks of errors too"),
+    ),
+    meant=("--disk", "--socket"),
+)
 
 
 def export_main(argv: list[str]) -> int:
     """Serve one disk until a signal; the exit status."""
-    args = parser().parse_args(argv)
+    args = parse_options(COMMAND, argv)
     disk = parse_disk(args.disk)
     if not isinstance(disk, DiskConfig):
         raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
@@ -118,7 +96,7 @@ def export_main(argv: list[str]) -> int:
         raise
 
 
-def _export(args: argparse.Namespace, disk: DiskConfig, needed: int) -> int:
+def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
     """Serve ``disk``, which takes ``needed`` open files; see ``export_main``."""
     report, bell = Reporter(sys.stderr), Bell()
     with contextlib.ExitStack() as stack:

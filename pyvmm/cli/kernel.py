@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
-from typing import NoReturn
 
 from pyvmm.cli.run import remembered_path
-from pyvmm.errors import ConfigError
 from pyvmm.linux import config as linux_config
 from pyvmm.linux import debian
 from pyvmm.linux.cache import cache_directory
@@ -26,6 +23,7 @@ from pyvmm.linux.requirements import (
     problems,
 )
 from pyvmm.report import say, show
+from pyvmm.startup.options import Command, Option, Word, parse_options
 from pyvmm.x86.image import dotted
 from pyvmm.x86.inspect import Inspection, inspect
 
@@ -74,46 +72,48 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, status 125."""
+_VERBOSE = Option(name="--verbose", short="-v", help="-vv: tracebacks of errors")
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("kernel", f"{message} (pyvmm kernel --help)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of ``pyvmm kernel``."""
-    p = _Parser(
-        prog="pyvmm kernel",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verbs = p.add_subparsers(dest="verb", metavar="inspect | fetch", required=True)
-    look = verbs.add_parser("inspect", help="what a kernel file is, and whether it can boot here",
-                            allow_abbrev=False)
-    look.add_argument("file", metavar="FILE", help="a bzImage or an ELF vmlinux")
-    look.add_argument("--config", metavar="FILE", help="the configuration it was built with")
-    get = verbs.add_parser("fetch", help="unpack a distribution's kernel into the cache",
-                           allow_abbrev=False)
-    get.add_argument("distribution", metavar="debian", choices=["debian"],
-                     help="Debian's linux-image-cloud-amd64, by way of apt")
-    get.add_argument("--backports", action="store_true",
-                     help="the newer kernel that Debian's backports have for this release")
-    get.add_argument("--version", metavar="VERSION",
-                     help="this version of the package, such as 6.1.192-2 (default: the newest)")
-    for verb in (look, get):
-        verb.add_argument("-v", "--verbose", action="count", default=0,
-                          help="-vv: tracebacks of errors")
-    return p
+COMMAND = Command(
+    name="kernel",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    verbs=(
+        Command(
+            name="kernel inspect",
+            description="what a kernel file is, and whether it can boot here",
+            words=(Word(name="file", metavar="FILE", help="a bzImage or an ELF vmlinux"),),
+            options=(
+                Option(name="--config", metavar="FILE",
+                       help="the configuration it was built with"),
+                _VERBOSE,
+            ),
+        ),
+        Command(
+            name="kernel fetch",
+            description="unpack a distribution's kernel into the cache",
+            words=(
+                Word(name="distribution", metavar="debian", choices=("debian",),
+                     help="Debian's linux-image-cloud-amd64, by way of apt"),
+            ),
+            options=(
+                Option(name="--backports",
+                       help="the newer kernel that Debian's backports have for this release"),
+                Option(name="--version", metavar="VERSION",
+                       help="this version of the package, such as 6.1.192-2 (default: the "
+                       "newest)"),
+                _VERBOSE,
+            ),
+        ),
+    ),
+)
 
 
 def kernel_main(argv: list[str]) -> int:
     """Run one of the verbs; its exit status."""
-    args = parser().parse_args(argv)
+    args = parse_options(COMMAND, argv)
     if args.verb == "fetch":
-        return _fetch(args.backports, args.version)
+        return _fetch(args.backports > 0, args.version)
     return _inspect(args.file, args.config)
 
 

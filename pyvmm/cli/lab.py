@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
 
 from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.cli.parse import parse_seconds, parse_size
@@ -14,6 +13,7 @@ from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.lab import MAX_CPUS, CommandError, LabConfig, default_writable, run
 from pyvmm.numerals import shown, whole_number
 from pyvmm.report import say
+from pyvmm.startup.options import Command, Option, Word, parse_options
 from pyvmm.storage.raw import RawBackend
 
 LAB_FAILED_STATUS = 125
@@ -48,55 +48,45 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, status 125."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("lab", f"{message} (pyvmm lab --help)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of ``pyvmm lab``."""
-    p = _Parser(
-        prog="pyvmm lab",
-        usage="pyvmm lab [OPTIONS] -- CMD...",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument("--cpus", metavar="N", default="1",
-                   help="processors of the emulated host (default 1; more are slower unless CMD "
-                   "needs them)")
-    p.add_argument("--memory", metavar="SIZE", default="2G",
-                   help="its memory, as 512M or 4G (default 2G)")
-    p.add_argument("--timeout", metavar="S",
-                   help="end CMD S seconds after it started, with exit status 124")
-    p.add_argument("--rw", metavar="DIR", action="append",
-                   help="a directory whose changes are kept; repeat for several "
-                   "(default: the git checkout, else the working directory)")
-    p.add_argument("--lock", metavar="FILE", action="append", default=[],
-                   help="hold the lock of disk image FILE on this host while CMD runs: locks taken "
-                   "inside the lab are not seen outside; repeat for several")
-    p.add_argument("-v", "--verbose", action="count", default=0,
-                   help="show the lab's own console on standard error; -vv: tracebacks of errors")
-    p.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER,
-                   help="the command and its arguments")
-    return p
+COMMAND = Command(
+    name="lab",
+    usage="pyvmm lab [OPTIONS] -- CMD...",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    options=(
+        Option(name="--cpus", metavar="N", default="1",
+               help="processors of the emulated host (default 1; more are slower unless CMD "
+               "needs them)"),
+        Option(name="--memory", metavar="SIZE", default="2G",
+               help="its memory, as 512M or 4G (default 2G)"),
+        Option(name="--timeout", metavar="S",
+               help="end CMD S seconds after it started, with exit status 124"),
+        Option(name="--rw", metavar="DIR", many=True,
+               help="a directory whose changes are kept; repeat for several "
+               "(default: the git checkout, else the working directory)"),
+        Option(name="--lock", metavar="FILE", many=True,
+               help="hold the lock of disk image FILE on this host while CMD runs: locks taken "
+               "inside the lab are not seen outside; repeat for several"),
+        Option(name="--verbose", short="-v",
+               help="show the lab's own console on standard error; -vv: tracebacks of errors"),
+    ),
+    words=(
+        Word(name="command", metavar="CMD", takes_rest=True, help="the command and its arguments"),
+    ),
+)
 
 
-def config_from(args: argparse.Namespace) -> LabConfig:
+def config_from(args: SimpleNamespace) -> LabConfig:
     """Parsed options -> a validated LabConfig; ConfigError names the option."""
     try:
         cwd = Path.cwd()
     except FileNotFoundError as error:
         raise ConfigError("working directory", "does not exist any more") from error
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
     writable = tuple(Path(text) for text in args.rw) if args.rw else default_writable(cwd)
     # Parents first, so that a mount does not hide one inside it.
     resolved = sorted({path.resolve() for path in writable})
     return LabConfig(
-        command=tuple(command),
+        command=tuple(args.command),
         cwd=cwd,
         environment=dict(os.environb),
         writable=tuple(resolved),
@@ -119,7 +109,7 @@ def lab_main(argv: list[str]) -> int:
     open_standard_descriptors()
     tracebacks = False
     try:
-        args = parser().parse_args(argv)
+        args = parse_options(COMMAND, argv)
         tracebacks = args.verbose > 1
         config = config_from(args)
         with contextlib.ExitStack() as locks:
@@ -129,7 +119,7 @@ def lab_main(argv: list[str]) -> int:
     except PyvmmError as error:
         if tracebacks:
             raise
-        _say(str(error).removeprefix("lab: "))
+        say(str(error))
         return error.exit_status if isinstance(error, CommandError) else LAB_FAILED_STATUS
     except KeyboardInterrupt:
         return 128 + 2
@@ -137,4 +127,4 @@ def lab_main(argv: list[str]) -> int:
 
 def _say(line: str) -> None:
     # The terminal may be raw: the carriage return keeps lines at the left edge.
-    say(line, who="lab", end="\r\n" if os.isatty(2) else "\n")
+    say(f"lab: {line}", end="\r\n" if os.isatty(2) else "\n")

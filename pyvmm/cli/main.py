@@ -15,6 +15,7 @@ _MANY_FILES = 64
 """Open files enough for a command that is not asked about it."""
 _SIGINT, _SIGPIPE = 2, 13  # what `signal` calls so; most of what it imports can come later, faster
 
+COMMANDS = ("run", "export", "doctor", "kernel", "lab")
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
 
@@ -101,10 +102,7 @@ def main(argv: list[str] | None = None, *, signals: SignalsAsTheyAre = _AS_THEY_
                 _complain(*USAGE.splitlines())
                 return HOST_ERROR_STATUS
             case _:
-                say_error(
-                    f"{command}: no such command; there are run, export, doctor, kernel "
-                    "and lab (pyvmm --help)"
-                )
+                say_error(_no_such_command(args))
                 return HOST_ERROR_STATUS
     except PyvmmError as error:
         show_traceback(rest)
@@ -121,6 +119,20 @@ def main(argv: list[str] | None = None, *, signals: SignalsAsTheyAre = _AS_THEY_
         return 128 + _SIGINT
     finally:
         gc.enable()
+
+
+def _no_such_command(args: list[str]) -> str:
+    """What is wrong with ``args``, the first of which names no command."""
+    from pyvmm.startup.mistakes import did_you_mean
+
+    word = args[0]
+    if word.startswith("-"):
+        hint = "; options come behind the command, as in pyvmm run --kernel FILE"
+    elif os.path.isfile(word):
+        hint = "; a kernel is booted by pyvmm run --kernel FILE"
+    else:
+        hint = did_you_mean(word, COMMANDS)
+    return f"{word}: no such command; there are {', '.join(COMMANDS)}{hint} (pyvmm --help)"
 
 
 def _shortage(command: str, error: Exception) -> PyvmmError | None:

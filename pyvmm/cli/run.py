@@ -95,6 +95,7 @@ COMMAND = Command(
         Option(name="--verbose", short="-v",
                help="say how the run went, on standard error; -vv: tracebacks of errors too"),
     ),
+    meant=("--kernel", "--disk"),
 )
 
 

@@ -1,27 +1,28 @@
-"""A table of options, and two readers of it.
+"""Commands as tables of options and words, and the one reader of command lines.
 
-``parse`` is for a command line that is well formed, as nearly all are.  Whatever it does not
-understand at once, ``--help`` and every mistake, is for argparse, which is built from the same
-table and decides: it has the messages, and is imported only then.  Where ``parse`` gives a
-result, argparse gives the same (tests/startup/test_options.py).
+A command line without a mistake needs nothing but this file.  ``--help`` imports ``usage``, which
+is argparse built from the same table; a mistake imports ``mistakes``, which says what is wrong and
+what may be meant.  Whatever is read here, argparse reads the same (tests/startup/test_options.py).
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-from pyvmm.errors import ConfigError
 from pyvmm.startup.types import TYPE_CHECKING, Record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, NoReturn
+    from typing import Any
+
+HELP = ("--help", "-h")
 
 
 class Option(Record):
     """``name`` with a value shown as ``metavar``; without ``metavar`` a flag, which is counted.
 
-    ``many`` collects the values in a list.  ``short`` is a flag's other name, as ``-v``.
+    ``many`` collects the values in a list; any other value may be given once, and ``twice`` says
+    what to do instead.  ``short`` is a flag's other name, as ``-v``.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Option(Record):
     short: str = ""
     required: bool = False
     many: bool = False
+    twice: str = ""
 
     @property
     def attribute(self) -> str:
@@ -39,84 +41,156 @@ class Option(Record):
 
     @property
     def absent(self) -> Any:
-        """Its value where it is not given."""
+        """Its value if it is not given."""
         if not self.metavar:
             return 0
         return [] if self.many else self.default
 
 
+class Word(Record):
+    """An argument that is no option and must be there.
+
+    The result calls it ``name``.  ``choices`` are the only ones there are, if any.  ``takes_rest``
+    makes it the list of all words from the first one that is no option, which may be none.
+    """
+
+    name: str
+    metavar: str
+    help: str
+    choices: tuple[str, ...] = ()
+    takes_rest: bool = False
+
+
 class Command(Record):
-    """A subcommand of ``pyvmm``: its options, and what ``--help`` says around them."""
+    """A subcommand of ``pyvmm``: its options and words, and what ``--help`` says around them.
+
+    With ``verbs`` it has neither: its first word is one of theirs, as ``kernel inspect``.
+    ``meant`` names the options that words without one are likely meant for, in order.
+    """
 
     name: str
     description: str
-    epilog: str
-    options: tuple[Option, ...]
+    epilog: str = ""
+    usage: str = ""
+    options: tuple[Option, ...] = ()
+    words: tuple[Word, ...] = ()
+    verbs: tuple[Command, ...] = ()
+    meant: tuple[str, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        """The last word of its name."""
+        return self.name.rpartition(" ")[2]
+
+
+class Mistake(Exception):  # noqa: N818 - not raised beyond parse_options
+    """The first mistake in a command line: ``at`` is the index of the word, ``option`` whose."""
+
+    def __init__(self, kind: str, at: int = 0, option: Option | None = None) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.at = at
+        self.option = option
 
 
 def parse_options(command: Command, argv: Sequence[str]) -> SimpleNamespace:
-    """The options in ``argv``, as attributes.  ConfigError for a mistake; ``--help`` exits."""
-    values = parse(command.options, argv)
-    return values if values is not None else parse_by_argparse(command, argv)
+    """Return the options and words in ``argv`` as attributes, and as ``verb`` which verb it is.
 
-
-def parse(options: Sequence[Option], argv: Sequence[str]) -> SimpleNamespace | None:
-    """``argv`` if it is nothing but known options with their values; None if argparse must say.
-
-    ``--name VALUE``, ``--name=VALUE`` and flags; a VALUE of its own does not begin with a dash.
+    ConfigError for a mistake; ``--help`` prints it and exits.
     """
-    by_name = {option.name: option for option in options}
-    by_name |= {option.short: option for option in options if option.short}
-    values: dict[str, Any] = {option.attribute: option.absent for option in options}
-    missing = {option.attribute for option in options if option.required}
-    rest = iter(argv)
-    for word in rest:
+    for verb in command.verbs:
+        if argv and argv[0] == verb.verb:
+            values = parse_options(verb, argv[1:])
+            values.verb = verb.verb
+            return values
+    try:
+        if command.verbs:
+            raise Mistake("no verb")
+        return _read(command, argv)
+    except Mistake as mistake:
+        if any(word in HELP for word in argv[mistake.at :]):
+            from pyvmm.startup.usage import show_help
+
+            show_help(command)
+        from pyvmm.startup.mistakes import explain
+
+        raise explain(command, argv, mistake) from None
+
+
+def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
+    """Do what ``parse_options`` does, without verbs; Mistake for what is wrong or asks for help."""
+    by_name = {option.name: option for option in command.options}
+    by_name |= {option.short: option for option in command.options if option.short}
+    values: dict[str, Any] = {option.attribute: option.absent for option in command.options}
+    given = set()
+    words: list[str] = []
+    takes_rest = bool(command.words) and command.words[-1].takes_rest
+    at, end = 0, len(argv)
+    while at < end:
+        word = argv[at]
         name, has_value, value = word.partition("=")
         option = by_name.get(name)
-        if option is None or (has_value and not (option.metavar and name == option.name)):
-            return None
-        if not option.metavar:
+        if option is None and not looks_like_option(word, by_name):
+            if takes_rest:
+                words += argv[at:]
+                break
+            words.append(word)
+        elif word == "--":
+            words += argv[at + 1 :]
+            break
+        elif word in HELP:
+            raise Mistake("help", at)
+        elif option is None:
+            flags = [by_name.get(f"-{letter}") for letter in word[1:]]
+            for flag in flags:
+                if flag is None:
+                    raise Mistake("unknown", at)
+                values[flag.attribute] += 1
+        elif not option.metavar:
+            if has_value:
+                raise Mistake("flag with a value", at, option)
             values[option.attribute] += 1
-            continue
-        if not has_value:
-            following = next(rest, None)
-            if following is None or following.startswith("-"):
-                return None
-            value = following
-        elif value == "--":
-            return None  # argparse takes it for the end of the options
-        if option.many:
-            values[option.attribute].append(value)
         else:
-            values[option.attribute] = value
-        missing.discard(option.attribute)
-    return None if missing else SimpleNamespace(**values)
-
-
-def parse_by_argparse(command: Command, argv: Sequence[str]) -> SimpleNamespace:
-    """The same by argparse.  ConfigError for a mistake; ``--help`` exits."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        """argparse whose errors are ours: one line, status 125."""
-
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(command.name, f"{message} (pyvmm {command.name} --help)")
-
-    parser = Parser(
-        prog=f"pyvmm {command.name}",
-        description=command.description,
-        epilog=command.epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+            if not has_value:
+                at += 1
+                if at == end or looks_like_option(argv[at], by_name):
+                    raise Mistake("no value", at - 1, option)
+                value = argv[at]
+            if option.many:
+                values[option.attribute].append(value)
+            elif option.name in given:
+                raise Mistake("twice", at, option)
+            else:
+                values[option.attribute] = value
+            given.add(option.name)
+        at += 1
     for option in command.options:
-        names = [option.short, option.name] if option.short else [option.name]
-        if option.metavar:
-            parser.add_argument(
-                *names, metavar=option.metavar, required=option.required, default=option.absent,
-                action="append" if option.many else "store", help=option.help,
-            )
-        else:
-            parser.add_argument(*names, action="count", default=0, help=option.help)
-    return parser.parse_args(argv, namespace=SimpleNamespace())
+        if option.required and option.name not in given and len(words) <= len(command.words):
+            raise Mistake("missing", end, option)
+    return SimpleNamespace(**values, **_named(command, words, argv))
+
+
+def _named(command: Command, words: list[str], argv: Sequence[str]) -> dict[str, Any]:
+    """``words``, which are of ``argv``, by the names that ``command`` has for them."""
+    found: dict[str, Any] = {}
+    for place, expected in enumerate(command.words):
+        if expected.takes_rest:
+            return {**found, expected.name: words[place:]}
+        if place == len(words):
+            raise Mistake("no word", len(argv))
+        if expected.choices and words[place] not in expected.choices:
+            raise Mistake("bad word", argv.index(words[place]))
+        found[expected.name] = words[place]
+    if len(words) > len(command.words):
+        raise Mistake("too many words", argv.index(words[len(command.words)]))
+    return found
+
+
+def looks_like_option(word: str, names: dict[str, Option]) -> bool:
+    """True unless ``word`` may be a value or a word: those begin with no dash, are one, are a
+    number or have a space, as argparse has it too."""
+    if not word.startswith("-") or word == "-":
+        return False
+    digits = word[1:].replace(".", "", 1)
+    is_number = digits.isascii() and digits.isdigit() and not word.endswith(".")
+    return not is_number and (" " not in word or word.partition("=")[0] in names)

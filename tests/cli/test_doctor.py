@@ -70,7 +70,7 @@ def test_an_unknown_option_is_a_configuration_error(capsys: pytest.CaptureFixtur
     with pytest.raises(ConfigError, match="--loud"):
         doctor_main(["--loud"])
     assert main(["doctor", "--loud"]) == 125
-    assert capsys.readouterr().err.startswith("pyvmm: pyvmm doctor: ")
+    assert capsys.readouterr().err.startswith("pyvmm: --loud: is no option of pyvmm doctor")
 
 
 def test_help_names_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:

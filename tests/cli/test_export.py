@@ -158,9 +158,9 @@ def test_missing_options(capsys: pytest.CaptureFixture[str], disk: Path) -> None
 
 def test_an_option_given_twice(capsys: pytest.CaptureFixture[str], disk: Path) -> None:
     line = refusal(capsys, "--disk", disk, "--disk", disk, "--socket", "s")
-    assert "--disk is given twice" in line
+    assert "--disk: is given twice; start one export for each disk" in line
     line = refusal(capsys, "--disk", disk, "--socket", "s", "--socket", "t")
-    assert "--socket is given twice" in line
+    assert "--socket: is given twice" in line
 
 
 def test_a_disk_that_is_a_socket(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

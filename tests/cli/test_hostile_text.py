@@ -30,7 +30,7 @@ HOSTILE = {
     "query": b"\x1b[6n\x05",
 }
 TEXTS = pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-PREFIXES = ("pyvmm: ", "lab: ")
+PREFIX = "pyvmm: "
 
 
 def check(output: bytes, *, ours: bool = True) -> str:
@@ -39,7 +39,7 @@ def check(output: bytes, *, ours: bool = True) -> str:
     for character in text.replace("\r\n", "\n").replace("\n", ""):
         assert character.isprintable(), f"{character!r} in {text!r}"
     for line in text.splitlines() if ours else []:
-        assert line.startswith(PREFIXES), text
+        assert line.startswith(PREFIX), text
         assert not line.startswith("pyvmm: forged"), text
     return text
 

@@ -157,10 +157,10 @@ def test_a_config_can_be_named(
 
 
 @pytest.mark.parametrize(("arguments", "problem"), [
-    ([], "the following arguments are required"),
-    (["look"], "invalid choice: 'look'"),
-    (["fetch", "ubuntu"], "invalid choice: 'ubuntu'"),
-    (["inspect"], "the following arguments are required: FILE"),
+    ([], "kernel: needs inspect or fetch"),
+    (["look"], "look: is not known to"),
+    (["fetch", "ubuntu"], "write pyvmm kernel fetch debian"),
+    (["inspect"], "kernel inspect: needs FILE"),
     (["inspect", "/etc/passwd"], "/etc/passwd: not a Linux kernel"),
     (["inspect", "/nowhere"], "/nowhere: cannot open: No such file"),
 ])

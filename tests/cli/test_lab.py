@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli.lab import config_from, lab_main, parser
+from pyvmm.cli.lab import COMMAND, config_from, lab_main
 from pyvmm.errors import ConfigError
 from pyvmm.lab import (
     CommandError,
@@ -21,11 +21,12 @@ from pyvmm.lab import (
 )
 from pyvmm.linux import modules, payload
 from pyvmm.linux.cache import source_key
+from pyvmm.startup.options import parse_options
 from tests.support.planted import give_away
 
 
 def config(*argv: str) -> LabConfig:
-    return config_from(parser().parse_args(argv))
+    return config_from(parse_options(COMMAND, argv))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_the_root_directory_is_not_written_back() -> None:
         (["--timeout", "nan", "x"], "--timeout nan: must be a number"),
         (["--rw", "/nowhere", "x"], "--rw /nowhere: is not a directory"),
         (["--rw", "/", "x"], "--rw /: would give away the whole host"),
-        (["--nonsense", "x"], "unrecognized arguments: --nonsense"),
+        (["--nonsense", "x"], "--nonsense: is no option of pyvmm lab"),
     ],
 )
 def test_bad_options_are_one_line_and_125(
@@ -97,7 +98,7 @@ def test_bad_options_are_one_line_and_125(
     out, err = capfd.readouterr()
     assert out == ""
     assert message in err
-    assert err.startswith("lab: ")
+    assert err.startswith("pyvmm: ")
     assert err.count("\n") == 1
 
 

@@ -81,7 +81,7 @@ def test_large_streams_arrive_whole_both_ways(checkout: Path) -> None:
 
 def test_timeout_is_124_and_keeps_what_was_said(checkout: Path) -> None:
     status, out, err = lab("--timeout", "1", "--", "sh", "-c", "echo said; exec sleep 1000")
-    assert (status, out, err) == (124, b"said\n", b"lab: timeout after 1 s\n")
+    assert (status, out, err) == (124, b"said\n", b"pyvmm: lab: timeout after 1 s\n")
 
 
 def test_interrupt_reaches_the_command(checkout: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_machine_that_cannot_start_is_125_and_says_why(checkout: Path) -> None
     status, out, err = lab("--memory", "1024G", "--", "true")
     assert (status, out) == (125, b"")
     lines = err.decode().splitlines()
-    assert lines[-1] == "lab: its machine ended without a status"
+    assert lines[-1] == "pyvmm: lab: its machine ended without a status"
     assert "lab: | qemu-system-x86_64: " in lines[-2]
 
 

@@ -1,0 +1,174 @@
+"""Mistakes in a command line: one line with one prefix, which says what may be meant; 125."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyvmm.cli import doctor, export, kernel, lab, run
+from pyvmm.cli.main import COMMANDS, main
+from pyvmm.startup.options import Command
+
+TABLES = [run.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs]
+PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "run": ["--kernel", "k"],
+        "export": ["--disk", "d", "--socket", "s"]}
+"""What makes the rest of a command line complete."""
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that ``pyvmm argv`` is refused with, less its prefix."""
+    assert main(list(argv)) == 125
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pyvmm: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err.removeprefix("pyvmm: ").rstrip("\n")
+
+
+def mistakes(command: Command) -> Iterator[tuple[list[str], str]]:
+    """Every sort of mistake that ``command`` can be given, and what the line begins with."""
+    past = PAST.get(command.name, [])
+    yield ["--nonsense", *past], "--nonsense: is no option of"
+    yield ["--nonsense=1", *past], "--nonsense: is no option of"
+    yield ["-Z", *past], "-Z: is no option of"
+    for option in command.options:
+        if option.metavar:
+            yield [*past, option.name], f"{option.name}: needs a value"
+            yield [option.name, "--nonsense", *past], f"{option.name}: needs a value"
+        else:
+            yield [f"{option.name}=1", *past], f"{option.name}: takes no value"
+            yield [f"{option.short or option.name}=1"], f"{option.short or option.name}: takes no"
+        if option.metavar and not option.many:
+            yield [option.name, "1", f"{option.name}=2"], f"{option.name}: is given twice"
+        if option.required:
+            rest = [word for word in past if word != option.name]
+            del rest[past.index(option.name)]
+            yield rest, f"{option.name}: is missing"
+    if any(word.takes_rest for word in command.words):
+        yield [], "lab: no command given"
+    else:
+        yield [*past, "extra"], "extra: is one word too many"
+        yield [*past, "--", "-extra"], "-extra: is one word too many"
+    for word in command.words:
+        if word.choices:
+            yield ["nonsense"], "nonsense: is not known to"
+        if not word.takes_rest:
+            yield [], f"{command.name}: needs {word.metavar}"
+
+
+@pytest.mark.parametrize("command", TABLES, ids=lambda command: command.name)
+def test_fault_42_every_mistake_is_one_line_with_one_prefix(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, beginning in mistakes(command):
+        line = refusal(capsys, *command.name.split(), *argv)
+        assert line.startswith(beginning)
+        if beginning != "lab: no command given":
+            assert line.endswith(f"(pyvmm {command.name} --help)")
+
+
+BAD_VALUES = [
+    (["run", "--kernel", "k", "--memory", "much"], "--memory much: "),
+    (["run", "--kernel", "k", "--cpus", "many"], "--cpus many: "),
+    (["run", "--kernel", "k", "--timeout", "soon"], "--timeout soon: "),
+    (["run", "--kernel", "k", "--mmio", "x"], "--mmio x: "),
+    (["run", "--kernel", "k", "--disk", "d,x"], "--disk d,x: "),
+    (["export", "--disk", "d,x", "--socket", "s"], "--disk d,x: "),
+    (["export", "--disk", "vhost-user=s", "--socket", "s"], "--disk vhost-user=s: "),
+    (["lab", "--cpus", "many", "true"], "--cpus many: "),
+    (["lab", "--memory", "much", "true"], "--memory much: "),
+    (["lab", "--timeout", "soon", "true"], "--timeout soon: "),
+    (["lab", "--rw", "/nowhere", "true"], "--rw /nowhere: "),
+    (["lab", "--lock", "/nowhere", "true"], "/nowhere: "),
+    (["kernel", "inspect", "/nowhere"], "/nowhere: "),
+    (["kernel", "nonsense"], "nonsense: is not known to pyvmm kernel"),
+    (["kernel"], "kernel: needs inspect or fetch"),
+    (["nonsense"], "nonsense: no such command"),
+]
+
+
+@pytest.mark.parametrize(("argv", "beginning"), BAD_VALUES, ids=str)
+def test_fault_42_a_bad_value_has_the_same_prefix(
+    argv: list[str], beginning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(capsys, *argv).startswith(beginning)
+
+
+def test_fault_42_every_command_has_a_table() -> None:
+    assert {table.name.split()[0] for table in TABLES} == set(COMMANDS)
+
+
+def test_fault_42_no_command_has_a_parser_of_its_own() -> None:
+    package = Path(sys.modules["pyvmm.cli.main"].__file__ or "").parents[1]
+    users = [path.name for path in package.rglob("*.py") if "argparse." in path.read_text()]
+    assert users == ["usage.py"]
+
+
+MEANT = [
+    ("run --timout 5 --kernel k", "did you mean --timeout?"),
+    ("run --kernal k", "did you mean --kernel?"),
+    ("run --kernel k --disc d", "did you mean --disk or --discovery?"),
+    ("run --Memory=1G", "did you mean --memory?"),
+    ("run --mem 1G", "did you mean --memory?"),
+    ("run -m 1G", "did you mean --memory?"),
+    ("run -kernel k", "did you mean --kernel?"),
+    ("run -smp 2", "did you mean --cpus?"),
+    ("export --sockets s", "did you mean --socket?"),
+    ("export --trust_memory", "did you mean --trust-memory?"),
+    ("doctor --quite", "did you mean --quiet?"),
+    ("lab --cpu 2 true", "did you mean --cpus?"),
+    ("kernel inspect --conf f", "did you mean --config?"),
+    ("kernel inspekt f", "did you mean inspect?"),
+    ("kernel fetch ubuntu", "write pyvmm kernel fetch debian"),
+    ("rnu", "did you mean run?"),
+    ("docter", "did you mean doctor?"),
+    ("Run", "did you mean run?"),
+    ("--kernel k", "options come behind the command, as in pyvmm run --kernel"),
+    ("run build/bzImage build/root.img",
+     "write --kernel build/bzImage --disk build/root.img"),
+    ("run --kernel k root.img data.img", "write --disk root.img --disk data.img"),
+    ("run k --disk=d", "write --kernel k"),
+    ("run k --disk d e", "write --kernel k --disk e"),
+    ("export root.img s", "write --disk root.img --socket s"),
+    ("doctor /dev/kvm", "write --device /dev/kvm"),
+    ("run --kernel k --append console=hvc0 quiet --cpus 2", "write --append 'console=hvc0 quiet'"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), MEANT, ids=[line for line, _ in MEANT])
+def test_fault_39_a_mistake_is_told_what_may_be_meant(
+    line: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refusal(capsys, *line.split(" "))
+
+
+@pytest.mark.parametrize("line", ["run --xyzzy", "xyzzy", "kernel xyzzy", "lab --xyzzy true"])
+def test_fault_39_what_is_like_nothing_gets_no_guess(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "did you mean" not in refusal(capsys, *line.split(" "))
+
+
+def test_fault_39_a_kernel_for_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bzImage").touch()
+    assert "pyvmm run --kernel FILE" in refusal(capsys, str(tmp_path / "bzImage"))
+
+
+@pytest.mark.parametrize(("argv", "is_wrong"), [
+    (["run", "--kernel", "/nowhere"], False), (["run", "--kernal", "k"], True),
+])
+def test_fault_39_guessing_is_imported_only_for_a_mistake(argv: list[str], is_wrong: bool) -> None:
+    code = (
+        "import sys\nfrom pyvmm.cli.main import main\nmain(sys.argv[1:])\n"
+        "print('difflib' in sys.modules, 'argparse' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{is_wrong} False\n"
