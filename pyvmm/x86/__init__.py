@@ -1,1 +1,1 @@
-"""What is particular to x86-64: the address map, kernel loading, CPU state, CPUID."""
+"""The x86-64 parts: the address map, kernel loading, CPU state, CPUID."""

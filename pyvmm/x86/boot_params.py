@@ -19,7 +19,7 @@ from pyvmm.x86 import layout
 from pyvmm.x86.image import SETUP_HEADER_MAX_END, Kernel
 
 SETUP_HEADER_OFFSET = 0x1F1
-"""Where boot_params has its next member: no setup header can be longer."""
+"""The offset of the next member of boot_params: no setup header can be longer."""
 
 BOOT_FLAG = 0xAA55
 HEADER_MAGIC = b"HdrS"
@@ -94,7 +94,7 @@ class BootE820Entry(ctypes.LittleEndianStructure):
 
 
 class BootParams(ctypes.LittleEndianStructure):
-    """struct boot_params; what pyvmm never fills in is an array of bytes."""
+    """struct boot_params; parts that pyvmm never fills in are arrays of bytes."""
 
     __slots__ = ()
     _pack_ = 1
@@ -148,9 +148,9 @@ def write_boot_params(
 ) -> None:
     """Write the command line at layout.CMDLINE and the zero page at layout.BOOT_PARAMS.
 
-    ``cmdline`` is all of it, with what pyvmm adds; ``initrd`` is what ``load_initrd`` returned,
-    ``(gpa, size in bytes)``; ``rsdp`` is where the ACPI tables begin, 0 without any.
-    ConfigError when the kernel cannot take the command line.
+    ``cmdline`` is complete, with pyvmm's own additions.  ``initrd`` comes from ``load_initrd``:
+    ``(gpa, size in bytes)``.  ``rsdp`` is the address of the ACPI tables, 0 without any.
+    ConfigError if the kernel cannot take the command line.
     """
     text = encode_cmdline(cmdline, kernel)
     page = bytearray(ctypes.sizeof(BootParams))
@@ -177,11 +177,11 @@ def write_boot_params(
 
 
 def e820_map(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """The memory map as ``(address, size in bytes, type)``, ascending.
+    """Return the memory map as ``(address, size in bytes, type)``, ascending.
 
-    The first region is RAM below 4 GiB, from address 0, with the BIOS hole cut out of it; the
-    others are above.  The pages that KVM on Intel takes for itself are reserved, so that Linux
-    gives them to no device.
+    The first region is RAM below 4 GiB, from address 0, with the BIOS hole cut out of it; the rest
+    lies above.  The pages that KVM on Intel takes for itself are reserved, so that Linux gives them
+    to no device.
     """
     (low_gpa, low_length), *high = ranges
     kvm_end = layout.TSS + _TSS_PAGES * PAGE_SIZE
@@ -195,7 +195,7 @@ def e820_map(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
 
 
 def encode_cmdline(cmdline: str, kernel: Kernel) -> bytes:
-    """``cmdline`` as bytes, without its NUL; ConfigError when ``kernel`` cannot take it."""
+    """Return ``cmdline`` as bytes without a NUL; ConfigError if ``kernel`` cannot take it."""
     for position, character in enumerate(cmdline):
         if character == "\0" or not character.isascii():
             raise ConfigError("the command line", f"has {character!a} at position {position}; "
@@ -207,7 +207,7 @@ def encode_cmdline(cmdline: str, kernel: Kernel) -> bytes:
 
 
 def _fill_elf_header(hdr: SetupHeader, kernel: Kernel) -> None:
-    """The least a kernel wants to find when it came without a setup header."""
+    """Fill in the least that a kernel without a setup header of its own expects."""
     hdr.boot_flag = BOOT_FLAG
     hdr.header = int.from_bytes(HEADER_MAGIC, "little")
     hdr.version = _ELF_PROTOCOL
@@ -216,12 +216,12 @@ def _fill_elf_header(hdr: SetupHeader, kernel: Kernel) -> None:
 
 
 def _fill_header(hdr: SetupHeader) -> None:
-    """What boot.rst, "The real-mode kernel header", has the boot loader write."""
+    """Fill in the fields that a boot loader must (boot.rst, "The real-mode kernel header")."""
     hdr.vid_mode = VID_MODE_NORMAL
     hdr.type_of_loader = LOADER_TYPE_UNDEFINED
     # CAN_USE_HEAP and the rest are for the real-mode code, which never runs.
     hdr.loadflags = LOADED_HIGH
     hdr.cmd_line_ptr = layout.CMDLINE
-    # Whatever the file had here would be addresses that mean nothing in this machine.
+    # The file's own values here would be addresses that mean nothing in this machine.
     hdr.setup_data = 0
     hdr.ramdisk_image = hdr.ramdisk_size = 0

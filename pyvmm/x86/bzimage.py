@@ -57,15 +57,15 @@ _VERSION_MAX = 256
 
 
 def matches(head: bytes) -> bool:
-    """Whether a file that starts with ``head`` calls itself a bzImage."""
+    """True if a file that starts with ``head`` calls itself a bzImage."""
     return head[HEADER_MAGIC_OFFSET : HEADER_MAGIC_OFFSET + 4] == HEADER_MAGIC
 
 
 def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
-    """The plan for loading the bzImage ``image``, whose first bytes are ``head``.
+    """Return the plan for loading the bzImage ``image``, whose first bytes are ``head``.
 
-    ``head`` is as much of SETUP_HEADER_MAX_END as the file has, and the only copy of the header
-    that is looked at.  ``ram_end`` is the end of RAM below 4 GiB.  ConfigError names the field.
+    ``head`` is as much of SETUP_HEADER_MAX_END as the file has.  No other copy of the header is
+    read.  ``ram_end`` is the end of RAM below 4 GiB.  ConfigError names the field.
     """
     header_bytes = _header_bytes(image, head)
     header = SetupHeader.from_buffer_copy(header_bytes.ljust(ctypes.sizeof(SetupHeader), b"\0"))
@@ -94,7 +94,7 @@ def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
 
 
 def _header_bytes(image: ImageFile, head: bytes) -> bytes:
-    """The setup header as the file has it: its length is in the jump over it."""
+    """Return the file's setup header, whose length is in the jump over it."""
     if head[0x200] != _SHORT_JUMP:
         raise image.error(f"byte 0x200 of the setup header is {head[0x200]:#x}, "
                           f"must be a short jump ({_SHORT_JUMP:#x})")
@@ -109,7 +109,7 @@ def _header_bytes(image: ImageFile, head: bytes) -> bytes:
 
 
 def _check_protocol(image: ImageFile, header: SetupHeader) -> None:
-    """Refuse what the 64-bit boot protocol cannot start."""
+    """Refuse a kernel that the 64-bit boot protocol cannot start."""
     if header.boot_flag != BOOT_FLAG:
         raise image.error(f"setup header: boot_flag is {header.boot_flag:#06x}, "
                           f"must be {BOOT_FLAG:#06x}")
@@ -125,9 +125,9 @@ def _check_protocol(image: ImageFile, header: SetupHeader) -> None:
 
 
 def _locate_code(image: ImageFile, header: SetupHeader) -> tuple[int, int]:
-    """``(file offset, length in bytes)`` of the protected-mode code.
+    """Return ``(file offset, length in bytes)`` of the protected-mode code.
 
-    ``syssize`` counts whole paragraphs, of which a file need not have all of the last.
+    ``syssize`` counts paragraphs of 16 bytes.  The file may lack a part of the last one.
     """
     sectors = header.setup_sects or _DEFAULT_SETUP_SECTS
     offset = (sectors + 1) * _SECTOR
@@ -144,11 +144,12 @@ def _locate_code(image: ImageFile, header: SetupHeader) -> tuple[int, int]:
 def _place(
     image: ImageFile, header: SetupHeader, code_bytes: int, ram_end: int
 ) -> tuple[int, int]:
-    """``(start, end)`` of the RAM that the kernel needs: init_size bytes at pref_address.
+    """Return ``(start, end)`` of the RAM that the kernel needs: init_size bytes at pref_address.
 
-    A relocatable kernel is not placed lower when RAM is short: the 64-bit decompressor moves
-    itself up to pref_address before it unpacks, so it needs the RAM there all the same.  One that
-    is not relocatable may leave kernel_alignment 0, but builds its page tables from pref_address.
+    A relocatable kernel is not placed lower when RAM is short.  Its 64-bit decompressor moves
+    itself up to pref_address before it unpacks, so it needs the RAM there all the same.  A kernel
+    that is not relocatable may leave kernel_alignment 0.  It builds its page tables from
+    pref_address.
     """
     start, alignment = header.pref_address, header.kernel_alignment
     if (header.relocatable_kernel and alignment == 0) or alignment & (alignment - 1):
@@ -169,7 +170,8 @@ def _place(
 
 
 def _version(image: ImageFile, header: SetupHeader, setup_end: int) -> str:
-    """The kernel's version text, "" if the header points at none; never a terminal escape."""
+    """Return the kernel's version text, "" if the header points at none; never a terminal
+    escape."""
     if header.kernel_version == 0:
         return ""
     offset = header.kernel_version + 0x200

@@ -91,7 +91,7 @@ def setup_protected_mode(
 
 
 def _set_registers(vcpu: Vcpu, regs: kvm_regs) -> None:
-    """``regs`` with a stack and interrupts off, and what else is the same for every kernel."""
+    """Set ``regs``, a stack, interrupts off, and the rest that is the same for every kernel."""
     regs.rsp, regs.rflags = layout.BOOT_STACK, _RFLAGS_ALWAYS_ONE
     vcpu.set_regs(regs)
     vcpu.set_fpu(kvm_fpu(fcw=_FCW_DEFAULT, mxcsr=_MXCSR_DEFAULT))
@@ -99,7 +99,8 @@ def _set_registers(vcpu: Vcpu, regs: kvm_regs) -> None:
 
 
 def boot_msrs() -> dict[int, int]:
-    """What firmware would have set: fast strings on; memory write-back unless a page says not."""
+    """Return the MSRs that firmware would have set: fast strings on, memory write-back by
+    default."""
     return {
         _MSR_MISC_ENABLE: _FAST_STRINGS,
         _MSR_MTRR_DEF_TYPE: _MTRR_ENABLE | _WRITE_BACK,
@@ -120,7 +121,7 @@ def write_page_tables(memory: GuestMemory) -> None:
 
 
 def write_gdt(memory: GuestMemory, code: kvm_segment) -> None:
-    """Two unused descriptors, then ``code``, flat data and a TSS, at ``layout.GDT``."""
+    """Write two unused descriptors, then ``code``, flat data and a TSS, at ``layout.GDT``."""
     for segment in (code, _data_segment(), _task_segment()):
         memory.write_int(layout.GDT + segment.selector, 8, descriptor(segment))
 
@@ -209,7 +210,7 @@ def runs_program(vcpu: Vcpu) -> bool:
 
 
 def describe_vcpu(memory: GuestMemory, vcpu: Vcpu) -> str:
-    """Where the vCPU stopped, for a person: rip, the bytes there, registers; several lines."""
+    """Describe the stopped vCPU for a person: rip, the bytes there, registers; several lines."""
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
     linear = regs.rip if sregs.cs.l else (sregs.cs.base + regs.rip) & 0xFFFF_FFFF
     lines = [
@@ -226,7 +227,7 @@ def describe_vcpu(memory: GuestMemory, vcpu: Vcpu) -> str:
 
 
 def _code_at(memory: GuestMemory, vcpu: Vcpu, linear: int) -> str:
-    """The bytes of at most one instruction; ``??`` from the first that is not in RAM."""
+    """Return the bytes of at most one instruction; ``??`` from the first that is not in RAM."""
     code = b""
     while len(code) < _MAX_INSTRUCTION:
         address = (linear + len(code)) & 0xFFFF_FFFF_FFFF_FFFF

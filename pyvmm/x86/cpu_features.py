@@ -1,4 +1,4 @@
-"""CPU features: where CPUID says them, and what rests on what.
+"""CPU features: the bits by which CPUID tells them, and the features that need them.
 
 Names are those of /proc/cpuinfo.  Leaves and bits: Intel SDM volume 2, CPUID; AMD64 APM volume 3,
 appendix E; KVM's own leaves: Documentation/virt/kvm/x86/cpuid.rst.
@@ -92,9 +92,9 @@ WORDS: Mapping[Word, str] = MappingProxyType({
     ),
 })  # fmt: skip
 
-# A feature and those that make no sense without it.  Linux: arch/x86/kernel/cpu/cpuid-deps.c;
-# QEMU: feature_dependencies in target/i386/cpu.c; KVM: kvm_set_cpu_caps in arch/x86/kvm/cpuid.c.
-# A feature stands in front of what rests on it.
+# A feature and those that make no sense without it.  Linux: arch/x86/kernel/cpu/cpuid-deps.c; QEMU:
+# feature_dependencies in target/i386/cpu.c; KVM: kvm_set_cpu_caps in arch/x86/kvm/cpuid.c.  Each
+# feature stands before those that depend on it.
 DEPENDENTS: Mapping[str, str] = MappingProxyType({
     "fpu": "fxsr mmx",
     "mmx": "mmxext 3dnow",
@@ -163,16 +163,18 @@ DEPENDENTS: Mapping[str, str] = MappingProxyType({
     "kvm_steal_time": "kvm_pv_tlb_flush kvm_pv_sched_yield",
 })  # fmt: skip
 
-# Virtualization inside the guest.  Nobody saves its state, and it is a large surface: on request.
+# Virtualization inside the guest, only on request: nobody saves its state, and it is a large attack
+# surface.
 NESTED = frozenset({"svm", "vmx"})
 
-# What a 64-bit Linux is built to rely on (arch/x86/include/asm/required-features.h), its system
-# calls and its interrupts.  It does not look for most of them, and nor do programs.
+# The features that every 64-bit Linux is built to rely on
+# (arch/x86/include/asm/required-features.h), with its system calls and its interrupts.  Neither
+# Linux nor programs look for most of them.
 ESSENTIAL = (
     "fpu", "msr", "pae", "cx8", "apic", "cmov", "fxsr", "sse", "sse2", "syscall", "lm",
 )  # fmt: skip
 
-# Leaves that describe one feature, and go with it.
+# Leaves that describe one feature, and are removed with it.
 LEAVES: Mapping[str, frozenset[int]] = MappingProxyType({
     "xsave": frozenset({0xD}),
     "cqm": frozenset({0xF}),
@@ -192,14 +194,14 @@ LEAVES: Mapping[str, frozenset[int]] = MappingProxyType({
     "topoext": frozenset({0x8000_001D, 0x8000_001E}),
 })
 
-# The state components of leaf 0xD (bits of XCR0 and IA32_XSS), and whose they are: one is enough.
+# State components of leaf 0xD (bits of XCR0 and IA32_XSS) and their features: one is enough.
 COMPONENTS: tuple[tuple[int, str], ...] = (
     (1 << 2, "avx"), (3 << 3, "mpx"), (7 << 5, "avx512f avx10"), (1 << 8, "intel_pt"),
     (1 << 9, "pku"), (1 << 10, "enqcmd"), (3 << 11, "shstk ibt"), (1 << 14, "uintr"),
     (1 << 15, "arch_lbr"), (3 << 17, "amx_tile"), (1 << 19, "apx"), (1 << 62, "lwp"),
 )  # fmt: skip
 
-# Features that code uses on CPUID's word alone, Linux's own included, and their components.
+# Features that code uses by CPUID's word without asking XCR0, as Linux does, and their components.
 STATEFUL: Mapping[str, int] = MappingProxyType({"avx": 1 << 2, "avx512f": 7 << 5, "pku": 1 << 9})
 
 
@@ -219,7 +221,7 @@ REPEATED = tuple(name for name, found in POSITIONS.items() if found[0][0] != fou
 
 
 def with_dependents(names: Iterable[str]) -> frozenset[str]:
-    """``names`` and all that cannot be without them."""
+    """Return ``names`` and all features that cannot be without them."""
     closed: set[str] = set()
     left = list(names)
     while left:
@@ -231,7 +233,7 @@ def with_dependents(names: Iterable[str]) -> frozenset[str]:
 
 
 def bit_name(word: Word, bit: int) -> str:
-    """What to call ``bit`` of a register of CPUID in a message."""
+    """Return a name for ``bit`` of a register of CPUID, for messages."""
     function, index, register = word
     names = WORDS.get(word, "").split()
     if bit < len(names) and names[bit] != "-":

@@ -1,7 +1,7 @@
-"""CPU models: what ``--cpu`` asks for.  docs/cpu-models.md has the words for users.
+"""CPU models, which ``--cpu`` chooses.  docs/cpu-models.md has the words for users.
 
-A model only ever takes away: from what this host's KVM offers, and it may insist on parts of that.
-``pyvmm.x86.cpuid`` applies it.
+A model takes features away from those that this host's KVM offers.  It may also demand some of
+them.  ``pyvmm.x86.cpuid`` applies it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _ALL_BITS = 0xFFFF_FFFF
 
 
 class RegisterMask(Record):
-    """A register of CPUID: the bits of ``keep`` stay as the host has them, the others are cleared.
+    """A register of CPUID: the bits of ``keep`` stay as the host has them, all others are cleared.
 
-    Those of ``demand``, a part of ``keep``, the host must have set.
+    The host must have set the bits of ``demand``, a part of ``keep``.
     """
 
     word: Word
@@ -31,12 +31,12 @@ class RegisterMask(Record):
 
 
 class CpuModel(Record):
-    """The host's CPU, less what is masked; without nested virtualization unless that is demanded.
+    """The host's CPU without the masked parts; with nested virtualization only if demanded.
 
-    ``functions`` are the only leaves left, or None for all; then ``masks`` apply, then the features
-    in ``removed`` go, even those that a mask demands.  What rests on a feature goes with it, by
-    whichever way it went.  ``required`` are features that must be there in the end.  ``name`` is
-    for messages.
+    ``functions`` are the only leaves left, or None for all.  Then ``masks`` apply, and then the
+    features in ``removed`` go, even those that a mask demands.  A feature takes all that depend on
+    it along, in whichever step it goes.  The features in ``required`` must be there in the end.
+    ``name`` is for messages.
     """
 
     name: str = "host"
@@ -47,10 +47,10 @@ class CpuModel(Record):
 
 
 def parse_cpu_option(text: str) -> CpuModel:
-    """``MODEL[,-feature][,+feature]...``, MODEL being ``host``, ``base`` or a file ``*.json``.
+    """Parse ``MODEL[,-feature][,+feature]...``; MODEL is ``host``, ``base`` or a file ``*.json``.
 
-    A comma in the file's name is written twice.  ConfigError naming ``--cpu`` and what is wrong,
-    in the file too.
+    A comma in the file's name is written twice.  ConfigError names ``--cpu`` and the mistake, also
+    one in the file.
     """
     name, *changes = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     functions: frozenset[int] | None = None
@@ -74,7 +74,7 @@ def parse_cpu_option(text: str) -> CpuModel:
 
 
 def _parse_changes(changes: list[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """``-feature`` and ``+feature`` -> those removed and those required."""
+    """Return the features that ``-feature`` removes and those that ``+feature`` requires."""
     chosen: dict[str, set[str]] = {"-": set(), "+": set()}
     for change in changes:
         sign, name = change[:1], change[1:]
@@ -98,9 +98,9 @@ _BASE_FUNCTIONS = frozenset({
     *range(0x8000_0000, 0x8000_0009), 0x8000_001D, 0x8000_001E,
 })  # fmt: skip
 
-# By register, the features that must be there, and those that the host may have or not: the ones
-# that KVM emulates, that describe (topology, clocks), or that every 64-bit processor has.  AMD
-# repeats many bits of leaf 1 in leaf 0x80000001.
+# By register: the features that must be there, and those that the host may or may not have.  The
+# latter are those that KVM emulates, that describe (topology, clocks), or that every 64-bit
+# processor has.  AMD repeats many bits of leaf 1 in leaf 0x80000001.
 _COMMON = "vme de pse tsc msr pae mce apic mtrr pge mca pat pse36"
 _BASE_FEATURES: Mapping[Word, tuple[str, str]] = MappingProxyType({
     (1, 0, "edx"): ("fpu cx8 cmov mmx fxsr sse sse2", f"{_COMMON} sep clflush ht"),
@@ -131,6 +131,6 @@ def _base_masks() -> tuple[RegisterMask, ...]:
 
 
 def _bits(word: Word, names: str) -> int:
-    """The bits of a register that have one of ``names``."""
+    """Return the bits of a register that have one of ``names``."""
     wanted = set(names.split())
     return sum(1 << bit for bit, name in enumerate(WORDS[word].split()) if name in wanted)

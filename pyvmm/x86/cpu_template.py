@@ -29,7 +29,7 @@ _REGISTERS = ("eax", "ebx", "ecx", "edx")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+")
 _BITMAP = re.compile(r"0b[01xX_]+")
 _QUOTED = 40
-"""So many characters of the file a message quotes."""
+"""Characters of the file that a message quotes at most."""
 
 _TOPOLOGY = "describes the topology, which is the guest's own"
 _NOT_MASKED = MappingProxyType({
@@ -42,7 +42,7 @@ _NOT_MASKED = MappingProxyType({
 
 
 def read_template(path: str) -> tuple[RegisterMask, ...]:
-    """The masks in the file ``path``; ConfigError naming it, the field and what is wrong."""
+    """Return the masks in the file ``path``; ConfigError names it, the field and the mistake."""
     subject = f"{OPTION} {path}"
     try:
         return tuple(_masks(_parse(_read(path))))
@@ -88,8 +88,11 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _integer(digits: str) -> int:
-    """Python refuses thousands of digits, without saying where.  What is longer than a message
-    quotes is cut: it is out of range all the same, and the field's own check says so."""
+    """Return ``digits`` as a number, cut to one digit more than a message quotes.
+
+    Python refuses thousands of digits without saying in which field.  A number of this length is
+    out of range all the same, and the field's own check says so.
+    """
     return int(digits[: _QUOTED + 1])
 
 
@@ -141,7 +144,8 @@ def _mask(modifier: object, where: str, leaf: int, subleaf: int) -> RegisterMask
 def _fields(
     value: object, where: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, object]:
-    """``value`` as an object that has all fields of ``needed``, and no others but ``optional``."""
+    """Return ``value``, an object with all fields of ``needed`` and none but those and
+    ``optional``."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: is {_quoted(value)}, not an object with {', '.join(needed)}")
     known = (*needed, *optional)
@@ -163,7 +167,7 @@ def _list(value: object, where: str) -> list[object]:
 
 
 def _number(value: object, where: str) -> int:
-    """A JSON number or a hexadecimal string, of 32 bits."""
+    """Return a JSON number or a hexadecimal string as a number of 32 bits; ValueError."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         number = int(value, 16)
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -176,6 +180,6 @@ def _number(value: object, where: str) -> int:
 
 
 def _quoted(value: object) -> str:
-    """``value`` as JSON would write it, on one line of bounded length."""
+    """Return ``value`` as JSON would write it, on one line of bounded length."""
     text = json.dumps(value)
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."

@@ -1,4 +1,4 @@
-"""What CPUID tells the guest: a CPU model applied to what KVM supports.
+"""CPUID as the guest sees it: a CPU model applied to the leaves that KVM supports.
 
 Leaves and bits: Intel SDM volume 2, CPUID; AMD64 APM volume 3, appendix E; KVM's own leaves:
 Documentation/virt/kvm/x86/cpuid.rst.
@@ -32,10 +32,10 @@ __all__ = ["CpuModel", "build", "parse_cpu_option"]
 _LEGACY_XSAVE_BYTES = 576  # legacy region and header
 _SMT_LEVEL, _CORE_LEVEL = 1, 2  # level types of leaves 0xB and 0x1F
 _SHARED_CACHE_LEVEL = 3
-_RANGES = (0, 0x8000_0000)  # leaves that say in eax which is the last one of their range
+_RANGES = (0, 0x8000_0000)  # leaves whose eax is the last leaf of their range
 _RANGE_LEAVES = 0x1000_0000
 _ADDRESS_SIZES = 0x8000_0008
-_MIN_PHYSICAL_BITS = 36  # what every 64-bit processor has
+_MIN_PHYSICAL_BITS = 36  # every 64-bit processor has as many
 _LINEAR_BITS = 48  # with four levels of page tables; la57 has five
 _LINEAR_ADDRESS = f"leaf {_ADDRESS_SIZES:#x} eax, the size of a linear address"
 
@@ -53,15 +53,17 @@ def build(
     tsc_deadline: bool = False,
     memory_end: int = 0,
 ) -> list[CpuidEntry]:
-    """The entries for KVM_SET_CPUID2 of vCPU ``vcpu_id`` (its APIC ID) out of ``vcpu_count``.
+    """Return the entries for KVM_SET_CPUID2 of vCPU ``vcpu_id`` (its APIC ID) out of
+    ``vcpu_count``.
 
-    ``supported`` is ``Kvm.supported_cpuid()``.  Two things that it never says are added: the
+    ``supported`` is ``Kvm.supported_cpuid()``.  Two things that it never has are added: the
     hypervisor bit, and the TSC deadline timer if KVM has KVM_CAP_TSC_DEADLINE_TIMER
-    (``tsc_deadline``).  The result is closed: no feature is there without what it rests on,
-    whatever KVM offers.  ``svm`` and ``vmx`` are there only if the model asks for them.
-    ConfigError if the model asks for what is not there, takes away what no 64-bit Linux runs
-    without, or leaves too few bits of physical address to reach ``memory_end``, the address behind
-    the guest's memory.
+    (``tsc_deadline``).  The result is closed, whatever KVM offers: no feature is there without
+    those that it needs.  ``svm`` and ``vmx`` are there only if the model asks for them.
+
+    ConfigError if the model asks for a feature that is not there, or takes one away that every
+    64-bit Linux needs.  Likewise if it leaves too few bits of physical address to reach
+    ``memory_end``, the end of the guest's memory.
     """
     entries = {(entry.function, entry.index): entry for entry in supported}
     _set_feature(entries, "hypervisor", True)
@@ -87,7 +89,7 @@ def build(
 
 
 def _check_host(entries: _Entries, model: CpuModel) -> None:
-    """ConfigError if the host lacks what ``model`` needs of it."""
+    """Raise ConfigError if the host lacks a feature that ``model`` needs."""
     for name in sorted(model.required):
         if not _has_feature(entries, name):
             raise ConfigError(OPTION, f"+{name}: this host's KVM does not offer it to guests")
@@ -99,7 +101,7 @@ def _check_host(entries: _Entries, model: CpuModel) -> None:
 
 
 def _check_result(entries: _Entries, model: CpuModel) -> None:
-    """ConfigError if ``model`` wants what it has taken away itself."""
+    """Raise ConfigError if ``model`` requires a feature that it has taken away itself."""
     for name in sorted(model.required):
         if not _has_feature(entries, name):
             raise ConfigError(OPTION, f"+{name}: the model {model.name} leaves it out")
@@ -112,7 +114,8 @@ def _check_result(entries: _Entries, model: CpuModel) -> None:
 
 
 def _essentials(entries: _Entries) -> dict[str, int]:
-    """What every 64-bit Linux is built to rely on, in words, and what CPUID says of it; 0 is no."""
+    """Return, for each thing that every 64-bit Linux relies on, its words and CPUID's value or
+    0."""
     found = {name: int(_has_feature(entries, name)) for name in ESSENTIAL}
     for first in _RANGES:
         last = _register(entries, (first, 0, "eax"))
@@ -127,7 +130,7 @@ def _physical_bits(entries: _Entries) -> int:
 
 
 def _check_physical_bits(host_bits: int, bits: int, memory_end: int, model: CpuModel) -> None:
-    """ConfigError if ``model`` took more of them than a fleet's common mask may."""
+    """Raise ConfigError if ``model`` took away more address bits than a fleet's mask may."""
     needed = max(_MIN_PHYSICAL_BITS, (memory_end - 1).bit_length() if memory_end else 0)
     if bits < min(host_bits, needed):
         raise ConfigError(
@@ -138,7 +141,7 @@ def _check_physical_bits(host_bits: int, bits: int, memory_end: int, model: CpuM
 
 
 def _check_essentials(before: dict[str, int], after: dict[str, int], model: CpuModel) -> None:
-    """ConfigError if ``model`` took of them what the host had."""
+    """Raise ConfigError if ``model`` took away an essential that the host had."""
     lost = [what for what, value in before.items() if value and after[what] != value]
     if lost:
         raise ConfigError(
@@ -148,9 +151,9 @@ def _check_essentials(before: dict[str, int], after: dict[str, int], model: CpuM
 
 
 def _missing(entries: _Entries, model: CpuModel) -> list[str]:
-    """The names of bits that ``model`` demands and that are not set, sorted.
+    """Return the names of bits that ``model`` demands and that are not set, sorted.
 
-    What the user removes by name is not demanded any more, nor what rests on it.
+    A feature that the user removes by name is not demanded any more, nor are its dependents.
     """
     excused = {position for name in with_dependents(model.removed) for position in POSITIONS[name]}
     names = set()
@@ -165,7 +168,7 @@ def _missing(entries: _Entries, model: CpuModel) -> list[str]:
 
 
 def _apply(entries: _Entries, model: CpuModel) -> None:
-    """Take away what ``model`` does not keep, and all that rests on it."""
+    """Take away everything that ``model`` does not keep, with its dependents."""
     gone = model.removed
     if model.functions is not None or model.masks:
         before = _bits_set(entries)
@@ -195,7 +198,7 @@ def _asked_for(model: CpuModel) -> set[str]:
 
 
 def _close(entries: _Entries) -> None:
-    """Take away all that rests on what is not there; a second time there is nothing to take."""
+    """Take away all features whose needs are not met.  A second pass would find none."""
     values = {word: _register(entries, word) for word in WORDS}
 
     def has(name: str) -> bool:
@@ -262,7 +265,7 @@ def _close_components(entries: _Entries) -> None:
 
 
 def _keep_functions(entries: _Entries, functions: frozenset[int]) -> None:
-    """Delete all other leaves, and lower the numbers of the last ones accordingly."""
+    """Delete all leaves but ``functions``, and lower the numbers of the last ones accordingly."""
     for key in [key for key in entries if key[0] not in functions]:
         del entries[key]
     for first in _RANGES:
@@ -273,7 +276,7 @@ def _keep_functions(entries: _Entries, functions: frozenset[int]) -> None:
 
 
 def _register(entries: _Entries, word: Word) -> int:
-    """The register's value, 0 if there is no such leaf."""
+    """Return the register's value, 0 if there is no such leaf."""
     function, index, register = word
     entry = entries.get((function, index))
     value: int = getattr(entry, register) if entry is not None else 0
@@ -281,7 +284,7 @@ def _register(entries: _Entries, word: Word) -> int:
 
 
 def _bits_set(entries: _Entries) -> set[tuple[Word, int]]:
-    """The named bits that are set."""
+    """Return the named bits that are set."""
     return {
         (word, bit)
         for positions in POSITIONS.values()
@@ -291,7 +294,7 @@ def _bits_set(entries: _Entries) -> set[tuple[Word, int]]:
 
 
 def _has_feature(entries: _Entries, name: str) -> bool:
-    """True if the first leaf that can say so does; the others only repeat it."""
+    """True if the first leaf that has the feature's bit says so; later leaves only repeat it."""
     first = POSITIONS[name][0][0]
     value = _register(entries, first)
     return any(value >> bit & 1 for word, bit in POSITIONS[name] if word == first)
@@ -314,7 +317,7 @@ def _with(entry: CpuidEntry, registers: Mapping[str, int]) -> CpuidEntry:
 
 
 def _describe_kvm(entries: _Entries) -> None:
-    """The signature by which Linux finds kvm-clock; KVM gives it, some of its relatives may not."""
+    """Add the signature by which Linux finds kvm-clock; some relatives of KVM do not give it."""
     ebx, ecx, edx = (int.from_bytes(part, "little") for part in (b"KVMK", b"VMKV", b"M\0\0\0"))
     entries[KVM_CPUID_SIGNATURE, 0] = CpuidEntry(
         KVM_CPUID_SIGNATURE, 0, False, KVM_CPUID_FEATURES, ebx, ecx, edx
@@ -324,7 +327,7 @@ def _describe_kvm(entries: _Entries) -> None:
 
 
 def _describe_topology(entries: _Entries, vcpu_id: int, vcpu_count: int) -> None:
-    """One package of ``vcpu_count`` cores, one thread each: KVM leaves the host's in place."""
+    """Describe one package of ``vcpu_count`` cores, one thread each: KVM would leave the host's."""
     basic = entries.get((1, 0))
     if basic is not None:
         entries[1, 0] = basic.replace(
@@ -347,7 +350,7 @@ def _describe_topology(entries: _Entries, vcpu_id: int, vcpu_count: int) -> None
 def _with_topology(
     entry: CpuidEntry, vcpu_id: int, vcpu_count: int, core_bits: int
 ) -> CpuidEntry:
-    """``entry`` with its topology fields, if it has any, saying what the guest has."""
+    """Return ``entry`` with the guest's topology in its fields, if it has any."""
     cores = vcpu_count - 1
     if entry.function in (4, 0x8000_001D) and entry.eax & 0x1F:  # a cache: Intel's, AMD's leaf
         level = entry.eax >> 5 & 7

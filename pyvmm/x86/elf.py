@@ -1,11 +1,11 @@
-"""Reading an ELF ``vmlinux`` (System V ABI, chapter 4 "Object Files" and 5 "Program Loading").
+"""Read an ELF ``vmlinux`` (System V ABI, chapter 4 "Object Files" and 5 "Program Loading").
 
-Each PT_LOAD segment goes to its physical address (p_paddr).  There are two ways in:
+Each PT_LOAD segment goes to its physical address (p_paddr).  A kernel can be entered in two ways:
 
-* PVH, where a note gives an entry for it.  It is preferred: it is a written-down interface, one
-  that the kernel offers on purpose, and the one other VMMs use, so the best tried.
-* e_entry, which Linux gives as a physical address too.  That is where a bzImage's decompressor
-  jumps, in 64-bit mode with boot_params; for a vmlinux no document promises it, but it works.
+* By PVH, if a note gives an entry for it.  This is preferred, because it is a written-down
+  interface that the kernel offers on purpose, and other VMMs have tried it most.
+* At e_entry, which Linux gives as a physical address too.  A bzImage's decompressor jumps
+  there, in 64-bit mode with boot_params.  No document promises this for a vmlinux, but it works.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ ELFCLASS64, ELFDATA2LSB, EV_CURRENT = 2, 1, 1
 ET_EXEC = 2
 EM_X86_64 = 62
 PT_LOAD, PT_NOTE = 1, 4
-# What a program of an operating system has, and no kernel: a linker, libraries, threads.
+# Segments of an operating system's program, which no kernel has: a linker, libraries, threads.
 _PROGRAM_ONLY = {2: "PT_DYNAMIC", 3: "PT_INTERP", 7: "PT_TLS"}
 
-# An ELF header says nothing of these; they are what every x86-64 Linux has in its setup header
+# An ELF header has neither of these.  Every x86-64 Linux has these values in its setup header
 # (COMMAND_LINE_SIZE - 1, and initrd_addr_max in arch/x86/boot/header.S).
 CMDLINE_LIMIT = 2047
 INITRD_ADDR_MAX = 0x7FFF_FFFF
 
 
 def parse(image: ImageFile, head: bytes, ram_end: int) -> Kernel:
-    """The plan for loading the ELF kernel ``image``, whose first bytes are ``head``.
+    """Return the plan for loading the ELF kernel ``image``, whose first bytes are ``head``.
 
     ``ram_end`` is the end of RAM below 4 GiB.  ConfigError names the field or the segment.
     """
@@ -104,7 +104,7 @@ def _is_loaded(address: int, segments: Sequence[Segment]) -> bool:
 
 
 def _read_header(image: ImageFile, head: bytes) -> tuple[int, int, int]:
-    """``(entry, file offset of the program headers, their number)``."""
+    """Return ``(entry, file offset of the program headers, their number)``."""
     if len(head) < HEADER.size:
         raise image.error(f"truncated: an ELF header is {HEADER.size} bytes, "
                           f"the file {image.size_bytes}")
@@ -133,10 +133,11 @@ def _read_header(image: ImageFile, head: bytes) -> tuple[int, int, int]:
 def _check_extents(
     image: ImageFile, extents: list[tuple[int, int, int]], ram_end: int
 ) -> None:
-    """Refuse none, any outside RAM, any two that overlap; each is ``(start, end, index)``."""
+    """Refuse ``extents`` that are none, outside RAM or overlapping; each is ``(start, end,
+    index)``."""
     if not extents:
         raise image.error("no PT_LOAD segment: nothing to load")
-    # From the top, so that the memory asked for is enough for all of them.
+    # From the top down: the error then names memory that is enough for all of them.
     for start, end, index in sorted(extents, key=lambda extent: extent[1], reverse=True):
         require_ram(image, f"segment {index}", start, end, ram_end)
     for (_, end, first), (start, _, second) in itertools.pairwise(sorted(extents)):

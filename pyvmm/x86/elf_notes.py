@@ -1,12 +1,12 @@
-"""What an ELF kernel says in its notes (System V ABI, chapter 5, "Note Section").
+"""The notes of an ELF kernel (System V ABI, chapter 5, "Note Section").
 
 * XEN_ELFNOTE_PHYS32_ENTRY of Xen's ``elfnote.h``: its descriptor is the physical address of the
   PVH entry.  Linux has it with CONFIG_PVH, and so have other kernels that boot under Xen or QEMU.
 * Notes by the name of Linux (``include/linux/elfnote-lto.h``, ``build-salt.h``).
 
-Notes are hints, so one that makes no sense is skipped.  The alignment of a segment says little of
-the notes in it: the linker puts the assembler's ``.note.gnu.property``, which is aligned to 8
-bytes, beside Linux's own, which are aligned to 4, and gives the segment the greater alignment.
+Notes are hints, so one that makes no sense is skipped.  A segment's alignment tells little about
+the notes in it.  The linker puts the assembler's ``.note.gnu.property``, aligned to 8 bytes, beside
+Linux's own, aligned to 4, and gives the segment the greater alignment.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ XEN_NAME, LINUX_NAME = b"Xen\0", b"Linux\0"
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 
 MAX_NOTE_BYTES = 64 << 10
-"""How much of all PT_NOTE segments together is looked at; Linux has some hundred bytes."""
+"""Bytes of all PT_NOTE segments together that are read; Linux has some hundred."""
 _MAX_NAME_BYTES = 64
 
 _HEADER = struct.Struct("<III")
 _WORD = 4
 _PVH_HEAD = XEN_ELFNOTE_PHYS32_ENTRY.to_bytes(4, "little") + XEN_NAME
 _ALIGNMENTS = (4, 8)
-"""Of a note in a 64-bit file: what linkers write, and what the ABI says."""
+"""Alignments of notes in a 64-bit file: the linkers' and the ABI's."""
 
 
 class Notes(Record):
-    """``pvh_entries`` are the addresses that PVH notes give, each once, in their order; ``linux``
+    """``pvh_entries`` are the addresses that PVH notes give, each once, in their order.  ``linux``
     is True if a note has Linux's name."""
 
     pvh_entries: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class Notes(Record):
 def read_notes(image: ImageFile, segments: Sequence[tuple[int, int]]) -> Notes:
     """Read the PT_NOTE ``segments``, each ``(file offset, length in bytes)``.
 
-    No content is an error: what is cut off, too long or garbled is skipped.
+    No content is an error: a note that is cut off, too long or garbled is skipped.
     """
     entries: dict[int, None] = {}
     linux = False
@@ -71,7 +71,7 @@ def read_notes(image: ImageFile, segments: Sequence[tuple[int, int]]) -> Notes:
 
 
 def _pvh_notes_anywhere(data: bytes) -> list[int]:
-    """Return the entries of PVH notes at any word of ``data``, however what lies before them reads.
+    """Return the entries of PVH notes at any word of ``data``, whatever comes before them.
 
     Header and name have 16 bytes, so under either alignment the descriptor is right behind them.
     """
@@ -90,7 +90,7 @@ def _pvh_notes_anywhere(data: bytes) -> list[int]:
 def _each_note(data: bytes, alignment: int) -> Iterator[tuple[bytes, int, bytes]]:
     """Yield ``(name, type, descriptor)`` of each note in ``data``, aligned to ``alignment`` bytes.
 
-    Behind what is no note, the next one is looked for at every word.
+    After bytes that are no note, it looks for the next note at every word.
     """
     at = 0
     while at + _HEADER.size <= len(data):

@@ -1,7 +1,7 @@
-"""What the kernel loaders share: the file they read and the plan they make from it.
+"""The parts that both kernel loaders share: the file they read and the plan they make from it.
 
-``bzimage.parse`` and ``elf.parse`` only look: they read headers through an ``ImageFile``, judge
-every field, and return a ``Kernel`` whose segments say which bytes of the file go where.
+``bzimage.parse`` and ``elf.parse`` only look.  They read headers through an ``ImageFile``, judge
+every field, and return a ``Kernel``, whose segments map bytes of the file to guest addresses.
 ``loader`` then carries the plan out, so a file that is refused has changed nothing in RAM.
 """
 
@@ -28,7 +28,8 @@ _FILE_TYPES = {
 
 ELF_MAGIC = b"\x7fELF"
 SETUP_HEADER_MAX_END = 0x290
-"""Where a bzImage's header must have ended (boot.rst, "The Real-Mode Kernel Header")."""
+"""The offset at which a bzImage's header must have ended (boot.rst, "The Real-Mode Kernel
+Header")."""
 
 
 class KernelKind(StrEnum):
@@ -39,7 +40,7 @@ class KernelKind(StrEnum):
 
 
 class EntryKind(StrEnum):
-    """The state in which a kernel wants to be entered, and what it wants to be told there."""
+    """The state in which a kernel expects to be entered, and the structure that it expects then."""
 
     LINUX_64 = "64-bit Linux entry"
     """64-bit mode, rsi = boot_params (Documentation/arch/x86/boot.rst, 64-bit boot protocol)."""
@@ -56,16 +57,16 @@ class Segment(Record):
 
 
 class Kernel(Record):
-    """A kernel that has passed every check, and where it lives in guest RAM.
+    """A kernel that has passed every check, and its place in guest RAM.
 
-    Addresses are guest physical.  ``start`` and ``end`` (exclusive, page-aligned) bound what the
-    kernel needs before it reads its memory map, bss and decompression room included.  ``entry``
-    is where execution starts, in the state that ``entry_kind`` names.  ``setup_header`` is the
+    Addresses are guest physical.  ``start`` and ``end`` (exclusive, page-aligned) bound the RAM
+    that the kernel needs before it reads its memory map, bss and decompression room included.
+    Execution starts at ``entry``, in the state that ``entry_kind`` names.  ``setup_header`` is the
     bzImage's, from offset 0x1f1 of the file; an ELF kernel has none.  ``initrd_addr_max`` is the
     highest address of an initrd's last byte; ``cmdline_limit`` counts bytes without the NUL.
     ``protocol`` is the boot protocol, major in the high byte (0 for ELF); ``version`` is the
-    kernel's own text, "" when it gives none.  ``is_linux`` is False if nothing says that it is
-    Linux rather than another program that boots in this way.
+    kernel's own text, "" when it gives none.  ``is_linux`` is False if nothing shows that it is
+    Linux and not another program that boots in this way.
     """
 
     path: str
@@ -83,7 +84,7 @@ class Kernel(Record):
     is_linux: bool = True
 
     def describe(self) -> str:
-        """What the file is, how and where it is entered and the RAM it needs, on one line."""
+        """Return the file's kind, its entry and the RAM it needs, on one line."""
         words = [str(self.kind)]
         if self.protocol:
             words.append(f"boot protocol {dotted(self.protocol)}")
@@ -98,8 +99,8 @@ class Kernel(Record):
 class ImageFile:
     """A kernel or initrd on the host, open for reading: a regular file that is not empty.
 
-    Its size is taken once, when it is opened.  A read returns everything asked for or raises
-    ConfigError naming the file, also when the file has shrunk since.
+    Its size is taken once, when it is opened.  A read returns all bytes asked for, or raises
+    ConfigError naming the file, also if the file has shrunk since.
     """
 
     __slots__ = ("_fd", "path", "size_bytes")
@@ -125,7 +126,7 @@ class ImageFile:
             raise self.error("is empty (0 bytes; a file in /proc counts as empty)")
 
     def error(self, problem: str) -> ConfigError:
-        """The error that blames this file for ``problem``."""
+        """Return the error that blames this file for ``problem``."""
         return ConfigError(self.path, problem)
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
@@ -147,7 +148,7 @@ class ImageFile:
             raise self.error(f"cannot read at byte {offset}: {error.strerror}") from error
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """A copy of exactly ``length`` bytes at ``offset``."""
+        """Return a copy of exactly ``length`` bytes at ``offset``."""
         data = bytearray(length)
         self.read_into(data, offset)
         return bytes(data)
@@ -171,20 +172,20 @@ class ImageFile:
 
 
 def dotted(protocol: int) -> str:
-    """A boot protocol number as boot.rst writes it: 0x020f is "2.15"."""
+    """Return a boot protocol number as boot.rst writes it: 0x020f is "2.15"."""
     return f"{protocol >> 8}.{protocol & 0xFF:02}"
 
 
 def align_up(value: int, alignment: int) -> int:
-    """``value`` rounded up to a multiple of ``alignment``, a power of two."""
+    """Return ``value`` rounded up to a multiple of ``alignment``, a power of two."""
     return (value + alignment - 1) & -alignment
 
 
 def require_ram(image: ImageFile, what: str, start: int, end: int, ram_end: int) -> None:
-    """ConfigError unless [start, end) is RAM that a kernel may have.
+    """Raise ConfigError unless [start, end) is RAM that a kernel may have.
 
-    That is from 1 MiB, above our boot structures and the BIOS hole, to ``ram_end``, the end of
-    RAM below 4 GiB.
+    Such RAM goes from 1 MiB, above our boot structures and the BIOS hole, to ``ram_end``, the end
+    of RAM below 4 GiB.
     """
     if start < layout.HIGH_RAM_START:
         raise image.error(f"{what} starts at {start:#x}; "

@@ -1,7 +1,7 @@
-"""What a kernel file is, and whether it can boot here, found out without booting it.
+"""Find out a kernel file's kind and whether it can boot here, without booting it.
 
-``inspect`` takes the time to unpack the kernel; ``read_configuration`` is for ``pyvmm run``, which
-has none to spare before a boot and more after a failed one.
+``inspect`` takes the time to unpack the kernel.  ``read_configuration`` is for ``pyvmm run``, which
+has no time before a boot and some after a failed one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ __all__ = ["IN_KERNEL", "Inspection", "inspect", "read_configuration"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Everything that a kernel file says of itself.
+    """Everything that a kernel file tells about itself.
 
-    ``packed_bytes`` is the size of its compressed part, ``unpacked_bytes`` of what comes out of it:
-    both are 0 for a kernel that is not compressed.  ``unknown`` says why it could not be unpacked,
-    "" if it could.  ``config`` is None if the kernel has none inside and none lies beside it.
+    ``packed_bytes`` is the size of its compressed part, ``unpacked_bytes`` the size of that part
+    unpacked; both are 0 for a kernel that is not compressed.  ``unknown`` is the reason why it
+    could not be unpacked, "" if it could.  ``config`` is None if the kernel has none inside and
+    none lies beside it.
     """
 
     kernel: Kernel
@@ -49,10 +50,10 @@ class Inspection:
 def inspect(
     path: str | os.PathLike[str], config_file: str | os.PathLike[str] | None = None
 ) -> Inspection:
-    """Inspect the kernel at ``path``, its configuration taken from ``config_file`` if there is one.
+    """Inspect the kernel at ``path``, with the configuration ``config_file`` if given.
 
-    Else that is the kernel's own, or what lies beside it.  ConfigError if ``path`` is no kernel
-    that could be loaded into any amount of RAM, or ``config_file`` no configuration.
+    Otherwise the kernel's own configuration counts, or the file beside it.  ConfigError if ``path``
+    is no kernel that could be loaded into any amount of RAM, or ``config_file`` no configuration.
     """
     config = _read_config(Path(config_file)) if config_file is not None else None
     budget = Budget()
@@ -80,28 +81,28 @@ def inspect(
 def read_configuration(
     path: str | os.PathLike[str], *, unpack: bool, budget: Budget | None = None
 ) -> KernelConfig | None:
-    """The configuration of the kernel at ``path``: its own, else what lies beside it.
+    """Return the configuration of the kernel at ``path``: its own, else the file beside it.
 
-    Without ``unpack`` only the latter is looked at, which takes some milliseconds; unpacking
-    takes seconds, though no longer than until a configuration is found.  If unpacking takes more
-    than ``budget``, the file beside the kernel counts.  None if there is neither, and because of
-    whatever is read: this is to explain a failure, not to be one.
+    Without ``unpack`` only that file is read, which takes some milliseconds.  Unpacking takes
+    seconds, and stops once a configuration is found.  If it takes more than ``budget``, the file
+    beside the kernel counts.  None if there is neither, and after any error: this function explains
+    a failure and must not be one.
     """
     budget = budget or Budget()
-    config = near = None
+    config = beside = None
     with contextlib.suppress(PyvmmError, OSError, MemoryError), ImageFile(path) as image:
         kernel = parse_kernel(image, layout.MMIO_GAP_START)
         # First, because unpacking may leave nothing of the budget.
         with contextlib.suppress(PyvmmError, OSError, MemoryError):
-            near = linux_config.beside(Path(path), kernel.version, budget)
+            beside = linux_config.beside(Path(path), kernel.version, budget)
         if unpack:
             config = _look_into(image, kernel, budget, whole=False).inside.config
-    return config or near
+    return config or beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Look:
-    """What is in a kernel file: ``inside`` is empty if ``unknown`` says why it is not known."""
+    """The contents of a kernel file; ``inside`` is empty if ``unknown`` gives a reason."""
 
     inside: Scan
     compression: Compression = Compression.NONE
@@ -112,7 +113,7 @@ class _Look:
 def _look_into(
     image: ImageFile, kernel: Kernel, budget: Budget, *, whole: bool = True
 ) -> _Look:
-    """The kernel as it runs; without ``whole`` only until everything is found."""
+    """Look into the kernel as it runs; without ``whole``, stop once everything is found."""
     if kernel.setup_header is None:
         if sum(segment.length for segment in kernel.segments) > payload.MAX_KERNEL_BYTES:
             return _Look(inside=Scan(), unknown=f"it is over {payload.MAX_KERNEL_BYTES} bytes")
@@ -135,7 +136,7 @@ def _look_into(
 
 
 def _parts(image: ImageFile, kernel: Kernel) -> Iterator[bytes]:
-    """The segments of an ELF kernel, a piece at a time."""
+    """Yield the segments of an ELF kernel, a piece at a time."""
     for segment in kernel.segments:
         end = segment.file_offset + segment.length
         for offset in range(segment.file_offset, end, PIECE_BYTES):

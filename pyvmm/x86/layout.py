@@ -36,7 +36,7 @@ GDT = 0x500
 BOOT_PARAMS = 0x7000
 START_INFO = 0x8000
 START_INFO_MAX = 0x1000
-"""hvm_start_info and the tables it points to: what a kernel entered by PVH gets instead."""
+"""hvm_start_info and the tables it points to, which a PVH kernel gets instead of boot_params."""
 PAGE_TABLES = 0x9000
 PAGE_TABLES_END = PAGE_TABLES + 6 * 0x1000
 BOOT_STACK = 0x1FFF0
@@ -45,12 +45,12 @@ CMDLINE_MAX = 0x10000
 """Room for the command line, in bytes with its NUL; the kernel's own limit is lower."""
 LOW_RAM_END = 0x9FC00
 MP_TABLE = LOW_RAM_END
-"""In the last KiB of base memory, one of the places where kernels look for it."""
+"""In the last KiB of base memory, one of the places where kernels look for the table."""
 ACPI_TABLES = 0xE0000
-"""Where the RSDP is, first of all tables, as the first place where kernels scan for it."""
+"""The RSDP, before all other tables: the first place where kernels scan for it."""
 ACPI_TABLES_END = 0xF0000
 RESET_VECTOR = 0xFFFF0
-"""f000:fff0, where a PC's CPUs start, and where a kernel jumps that reboots "by BIOS"."""
+"""f000:fff0, where a PC's CPUs start; a kernel that reboots "by BIOS" jumps there."""
 HIGH_RAM_START = 0x100000
 
 MMIO_GAP_START = 0xC000_0000
@@ -80,7 +80,8 @@ IOAPIC's own."""
 
 
 def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:
-    """Where ``memory_bytes`` of RAM go, as ``(gpa, length)``: around the hole below 4 GiB."""
+    """Return the places of ``memory_bytes`` of RAM as ``(gpa, length)``, around the hole below 4
+    GiB."""
     low = min(memory_bytes, MMIO_GAP_START)
     ranges = [(0, low)]
     if memory_bytes > low:
@@ -89,5 +90,5 @@ def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:
 
 
 def virtio_slot(index: int) -> tuple[int, int]:
-    """``(base address, GSI)`` of virtio-mmio device ``index``."""
+    """Return ``(base address, GSI)`` of virtio-mmio device ``index``."""
     return VIRTIO_MMIO + index * VIRTIO_MMIO_STRIDE, VIRTIO_IRQS[index]

@@ -1,7 +1,7 @@
-"""Putting a kernel and its initrd into guest RAM.
+"""Put a kernel and its initrd into guest RAM.
 
-Everything here is done before any vCPU runs, and every fault is a ConfigError with one line: the
-file or option, what is wrong with it, the limit.  The memory has its first region at address 0.
+All of this is done before any vCPU runs.  Every fault is a ConfigError of one line: the file or
+option, the mistake, the limit.  The memory has its first region at address 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyvmm.x86.image import (
     align_up,
 )
 
-# What knows one kind of kernel is imported for a kernel of that kind.
+# The module for one kind of kernel is imported for a kernel of that kind.
 
 __all__ = [
     "EntryKind",
@@ -46,7 +46,7 @@ def load_kernel(memory: GuestMemory, path: str | os.PathLike[str]) -> Kernel:
 
 
 def parse_kernel(image: ImageFile, ram_end: int) -> Kernel:
-    """The plan for loading the kernel ``image``; ``ram_end`` is the end of RAM below 4 GiB."""
+    """Return the plan for loading ``image``; ``ram_end`` is the end of RAM below 4 GiB."""
     head = image.read_at(0, min(image.size_bytes, SETUP_HEADER_MAX_END))
     if head.startswith(ELF_MAGIC):
         from pyvmm.x86 import elf
@@ -72,9 +72,9 @@ def parse_kernel(image: ImageFile, ram_end: int) -> Kernel:
 def load_initrd(
     memory: GuestMemory, path: str | os.PathLike[str], kernel: Kernel
 ) -> tuple[int, int]:
-    """Load an initrd as high as it may be, out of the kernel's way: ``(gpa, size in bytes)``.
+    """Load an initrd as high as the kernel allows; return ``(gpa, size in bytes)``.
 
-    That is page-aligned under the end of RAM below 4 GiB and the kernel's initrd_addr_max.
+    It lies page-aligned under the end of RAM below 4 GiB and the kernel's initrd_addr_max.
     """
     with ImageFile(path) as image:
         size_bytes = image.size_bytes
@@ -102,8 +102,8 @@ def write_boot_info(
 ) -> None:
     """Tell ``kernel`` about the machine in the way its entry asks for.
 
-    See ``write_boot_params`` and ``write_start_info``, of which it calls one;
-    ``cpu.setup_boot`` points the vCPU to what was written.
+    This calls ``write_boot_params`` or ``write_start_info``, which document the arguments.
+    ``cpu.setup_boot`` points the vCPU to the result.
     """
     if kernel.entry_kind is EntryKind.PVH:
         from pyvmm.x86.pvh import write_start_info

@@ -1,7 +1,7 @@
-"""The MP table: which CPUs, IOAPIC and interrupt lines there are, for kernels without ACPI.
+"""The MP table, which lists CPUs, IOAPIC and interrupt lines for kernels without ACPI.
 
-Intel MultiProcessor Specification 1.4, chapter 4.  Without it Linux falls back to the 8259 pair,
-whose every interrupt costs it several accesses to the chip, and to one possible CPU.
+Intel MultiProcessor Specification 1.4, chapter 4.  Without it Linux falls back to one possible CPU
+and to the 8259 pair, whose every interrupt costs it several accesses to the chip.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _IO_INTERRUPT, _LOCAL_INTERRUPT = 3, 4
 def write_mp_table(memory: GuestMemory, cpus: int) -> None:
     """Describe ``cpus`` CPUs with APIC IDs from 0, at ``layout.MP_TABLE``.
 
-    Every line goes to the IOAPIC pin of its number, as KVM routes GSIs; line 2 is the cascade.  The
-    lines from 16 on are no ISA bus's, but the only other bus that kernels know here is PCI.
+    Every line goes to the IOAPIC pin of its number, as KVM routes GSIs; line 2 is the cascade.
+    Lines from 16 on belong to no ISA bus, but the only other bus that kernels know here is PCI.
     """
     entries = [
         _PROCESSOR.pack(
@@ -67,7 +67,7 @@ def write_mp_table(memory: GuestMemory, cpus: int) -> None:
 
 
 def _with_checksum(data: bytes, at: int) -> bytes:
-    """``data`` with the byte ``at`` chosen so that all bytes add up to 0 modulo 256."""
+    """Return ``data`` with the byte ``at`` chosen so that all bytes add up to 0 modulo 256."""
     summed = bytearray(data)
     summed[at] = -sum(data) & 0xFF
     return bytes(summed)

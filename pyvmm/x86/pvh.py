@@ -1,4 +1,4 @@
-"""``struct hvm_start_info``: what a kernel entered by PVH is told about the machine.
+"""``struct hvm_start_info``, which tells a kernel entered by PVH about the machine.
 
 The ABI is Xen's (docs/misc/pvh.pandoc, "x86/HVM direct boot ABI"); names, sizes and order of the
 structures are those of ``xen/include/public/arch-x86/hvm/start_info.h``, version 1.
@@ -17,7 +17,7 @@ from pyvmm.x86.image import Kernel
 
 XEN_HVM_START_MAGIC_VALUE = 0x336E_C578
 START_INFO_VERSION = 1
-"""The first that has a memory map."""
+"""The first version that has a memory map."""
 
 
 class HvmStartInfo(ctypes.LittleEndianStructure):

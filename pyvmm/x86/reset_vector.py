@@ -1,8 +1,8 @@
-"""The code at the reset vector, which is all the BIOS this machine has: it resets the machine.
+"""The code at the reset vector: it resets the machine.  This machine has no other BIOS.
 
 Linux with EFI built in, told by ACPI that the platform is hardware-reduced, does not reboot by
-ACPI's reset register but by EFI (arch/x86/kernel/reboot.c, reboot_init).  Where there is no EFI it
-goes on to "reboot by BIOS": in real mode, a jump to f000:fff0.
+ACPI's reset register but by EFI (arch/x86/kernel/reboot.c, reboot_init).  Without EFI it goes on to
+"reboot by BIOS": in real mode, a jump to f000:fff0.
 """
 
 from __future__ import annotations

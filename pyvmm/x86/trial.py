@@ -1,9 +1,9 @@
 """A small guest that does what every stock kernel does and an incomplete KVM cannot.
 
-A KVM may open, run bare guests and still stop Linux in its first second, because it emulates
-ring 0 without some instructions.  No capability tells; trying does.  Each part runs in a VM of its
-own, with a deadline.  The source of the code is ``guest/bare/trial.S``, and
-``tests/x86/test_trial.py`` holds the bytes against it.
+A KVM may open, run bare guests and still stop Linux in its first second, because it emulates ring 0
+without some instructions.  No capability tells this; only a trial does.  Each part runs in a VM of
+its own, with a deadline.  The source of the code is ``guest/bare/trial.S``, and
+``tests/x86/test_trial.py`` checks the bytes against it.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ CODE = bytes.fromhex(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One thing to try: ``code`` at CODE_GPA is entered at ``entry`` and writes ``expected``
-    to REPORT_PORT; after a ``W`` it waits for an interrupt."""
+    """One thing to try: ``code`` at CODE_GPA is entered at ``entry`` and writes ``expected`` to
+    REPORT_PORT; after a ``W`` it waits for an interrupt."""
 
     name: str
     entry: int
@@ -113,7 +113,7 @@ _MEANING = {ord("W"): "waiting for it", ord("H"): "in its handler", ord("R"): "b
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """Whether one part worked; ``detail`` says how it failed, in one line."""
+    """The result of one part; ``detail`` tells in one line how it failed."""
 
     name: str
     passed: bool
@@ -121,9 +121,9 @@ class TrialResult:
 
 
 def try_part(kvm: Kvm, part: Part, *, deadline_s: float = DEADLINE_S) -> TrialResult:
-    """Run ``part`` in a new VM; main thread only, for the deadline is a timer signal.
+    """Run ``part`` in a new VM; main thread only, because the deadline is a timer signal.
 
-    Never raises for what KVM does: a refusal, a dead guest and a missed deadline are results.
+    A refusal of KVM, a dead guest and a missed deadline are results, never exceptions.
     """
     heard = bytearray()
     try:
@@ -146,7 +146,8 @@ def run_trials(kvm: Kvm) -> list[TrialResult]:
 
 
 def _machine(kvm: Kvm, part: Part, stack: contextlib.ExitStack) -> tuple[Vcpu, int]:
-    """A VM with interrupt chips, its vCPU about to run ``part``, and an eventfd on line 5."""
+    """Return a VM with interrupt chips, its vCPU about to run ``part``, and an eventfd on line
+    5."""
     memory = stack.enter_context(GuestMemory([(0, MEMORY_BYTES)]))
     irq_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     stack.callback(os.close, irq_fd)
@@ -169,7 +170,7 @@ def _machine(kvm: Kvm, part: Part, stack: contextlib.ExitStack) -> tuple[Vcpu, i
 
 
 def _gate(handler: int) -> bytes:
-    """A 64-bit interrupt gate to ``handler``."""
+    """Return a 64-bit interrupt gate to ``handler``."""
     return struct.pack(
         "<HHHHII",
         handler & 0xFFFF,
@@ -184,7 +185,7 @@ def _gate(handler: int) -> bytes:
 def _converse(
     vcpu: Vcpu, heard: bytearray, expected: bytes, irq_fd: int, deadline_s: float
 ) -> str:
-    """Collect the guest's bytes in ``heard`` until it said all; else what went wrong."""
+    """Collect the guest's bytes in ``heard`` until all have come; return "" or what went wrong."""
     end = time.monotonic() + deadline_s
     while heard != expected:
         try:
@@ -208,9 +209,9 @@ def _converse(
 def deadline(vcpu: Vcpu, seconds: float) -> Iterator[None]:
     """Make ``vcpu.run`` raise InterruptedError from ``seconds`` on; main thread only.
 
-    Uses SIGALRM; the caller's handler is put back and its timer set to what was left of it.  Ours
-    repeats: one signal alone, arriving between the interpreter's check for signals and KVM_RUN,
-    would leave the guest running.
+    Uses SIGALRM; afterwards the caller's handler is back and its timer has the rest of its time.
+    Our timer repeats.  A single signal could arrive between the interpreter's check for signals and
+    KVM_RUN, and the guest would go on running.
     """
 
     def expire(_number: int, _frame: FrameType | None) -> None:

@@ -99,8 +99,10 @@ def _comparable(state: dict[str, object]) -> dict[str, object]:
     state = copy.deepcopy(state)
     msrs = state["msrs"]
     assert isinstance(msrs, list)
-    state["msrs"] = [[index, value] for index, value in msrs if index not in MAY_DIFFER]
-    return state
+    del state["msrs"]
+    return state | {
+        f"MSR {index:#x}": hex(value) for index, value in msrs if index not in MAY_DIFFER
+    }
 
 
 def _comparable_chips(state: dict[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""ACPI: what the firmware of a PC would tell the guest about this machine, written at boot."""
+"""ACPI: the tables by which a PC's firmware describes the machine, written at boot."""
 
 from pyvmm.x86.acpi.dsdt import S5_SLEEP_TYPE, VirtioMmioDevice
 from pyvmm.x86.acpi.tables import RESET_VALUE, write_acpi_tables

@@ -14,7 +14,7 @@ _LETTERS, _DIGITS, _HEX = (
     frozenset(characters)
     for characters in ("ABCDEFGHIJKLMNOPQRSTUVWXYZ_", "0123456789", "0123456789ABCDEF")
 )
-_EISA_LETTERS = range(ord("@"), ord("_") + 1)  # what five bits can say, of which A-Z are used
+_EISA_LETTERS = range(ord("@"), ord("_") + 1)  # the values of five bits; only A-Z are used
 _SEGMENT_LENGTH = 4
 _MAX_COUNT = 0xFF
 _MAX_ARGUMENTS = 7
@@ -43,10 +43,10 @@ _RETURN_OP = b"\xa4"
 
 
 def package_length(content_bytes: int) -> bytes:
-    """20.2.4 Package Length Encoding of ``content_bytes`` and of the encoding's own bytes.
+    """Return 20.2.4 Package Length Encoding of ``content_bytes`` and of the encoding's own bytes.
 
-    Up to 63 it is one byte.  Longer ones keep four bits in the first byte, whose top two bits
-    say how many bytes follow, at most three: ValueError from 256 MiB on.
+    Up to 63 it is one byte.  Longer lengths have four bits in the first byte, whose top two bits
+    count the bytes that follow, at most three: ValueError from 256 MiB on.
     """
     if content_bytes + 1 < 1 << 6:
         return bytes([content_bytes + 1])
@@ -59,7 +59,7 @@ def package_length(content_bytes: int) -> bytes:
 
 
 def _is_segment(text: str) -> bool:
-    """One to four of A-Z, 0-9 and ``_``, and no digit first."""
+    """True for one to four of A-Z, 0-9 and ``_``, and no digit first."""
     return (
         1 <= len(text) <= _SEGMENT_LENGTH
         and text[0] in _LETTERS
@@ -68,7 +68,7 @@ def _is_segment(text: str) -> bool:
 
 
 def path(text: str) -> bytes:
-    r"""A NameString: ``COM1``, ``\_SB.COM1``, ``^^COM1``; ``\`` alone is the root.
+    r"""Return a NameString: ``COM1``, ``\_SB.COM1``, ``^^COM1``; ``\`` is the root.
 
     Segments have one to four of A-Z, 0-9 and ``_``, and no digit first.
     """
@@ -91,7 +91,7 @@ def path(text: str) -> bytes:
 
 
 def integer(value: int) -> bytes:
-    """``value``, 0 to 2**64 - 1, in as few bytes as there are."""
+    """Return ``value``, 0 to 2**64 - 1, in as few bytes as there are."""
     if value in (0, 1):
         return _ONE_OP if value else _ZERO_OP
     if value == _ALL_ONES:
@@ -103,14 +103,14 @@ def integer(value: int) -> bytes:
 
 
 def string(text: str) -> bytes:
-    """ASCII without NUL."""
+    """Return a String; ASCII without NUL."""
     if not text.isascii() or "\0" in text:
         raise ValueError(f"{text!a} is not an AML string: only ASCII without NUL is")
     return _STRING_PREFIX + text.encode("ascii") + b"\0"
 
 
 def eisa_id(text: str) -> bytes:
-    """The integer that stands for ``PNP0501``: ACPI 6.5, 19.6.37 EISAID.
+    """Return the integer that stands for ``PNP0501``: ACPI 6.5, 19.6.37 EISAID.
 
     The three letters take five bits each and the digits four, the most significant byte first.
     """

@@ -25,7 +25,7 @@ class VirtioMmioDevice(Record):
 
 
 def definition_block(vcpu_count: int, devices: Sequence[VirtioMmioDevice], *, rtc: bool) -> bytes:
-    """The AML of the DSDT, without the table's header; arguments as of ``write_acpi_tables``."""
+    """Return the DSDT's AML without the table's header; arguments as of ``write_acpi_tables``."""
     terms = [_processor(uid) for uid in range(vcpu_count)]
     terms.append(_uart())
     terms.append(_pvpanic())
@@ -47,7 +47,8 @@ def _processor(uid: int) -> bytes:
 
 
 def _uart() -> bytes:
-    """The 16550 at COM1.  Without this its interrupt is not known in hardware-reduced mode."""
+    """The 16550 at COM1.  Without this entry a hardware-reduced guest does not know its
+    interrupt."""
     return aml.device(
         "COM1",
         aml.name("_HID", aml.eisa_id("PNP0501")),
@@ -60,7 +61,7 @@ def _uart() -> bytes:
 
 
 def _pvpanic() -> bytes:
-    """QEMU's docs/specs/pvpanic: a port by which a guest says that it panicked."""
+    """The port by which a guest says that it panicked: QEMU's docs/specs/pvpanic."""
     return aml.device(
         "PEVT",
         aml.name("_HID", aml.string("QEMU0001")),
@@ -82,7 +83,7 @@ def _rtc() -> bytes:
 
 
 def _virtio_mmio(index: int, device: VirtioMmioDevice) -> bytes:
-    """LNRO0005 is the ID by which Linux and QEMU know a virtio-mmio transport."""
+    """A virtio-mmio transport, by the ID that Linux and QEMU know: LNRO0005."""
     return aml.device(
         f"V{index:03X}",
         aml.name("_HID", aml.string("LNRO0005")),

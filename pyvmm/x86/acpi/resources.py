@@ -1,4 +1,4 @@
-"""Resource descriptors: which addresses, ports and interrupts a device has, for its ``_CRS``.
+"""Resource descriptors for a device's ``_CRS``: its addresses, ports and interrupts.
 
 ACPI 6.5, section 6.4 "Resource Data Types for ACPI".  Bad arguments are programming errors:
 struct.error or ValueError.
@@ -39,10 +39,10 @@ def memory32_fixed(base: int, length: int) -> bytes:
 def interrupt(
     gsi: int, *, edge: bool = True, active_low: bool = False, shared: bool = False
 ) -> bytes:
-    """The interrupt line ``gsi``; the defaults are those of the ISA bus.
+    """Return the interrupt line ``gsi``; the defaults are those of the ISA bus.
 
-    Unlike the short IRQ descriptor, this one says trigger and polarity by itself, so that Linux
-    does not go looking for them in the MADT's overrides.
+    Unlike the short IRQ descriptor, this one has trigger and polarity itself, so Linux does not
+    look for them in the MADT's overrides.
     """
     flags = _CONSUMER
     flags |= _EDGE_TRIGGERED if edge else 0
@@ -52,5 +52,5 @@ def interrupt(
 
 
 def template(*descriptors: bytes) -> bytes:
-    """The Buffer of ``descriptors`` that ``_CRS`` is."""
+    """Return the Buffer of ``descriptors`` for ``_CRS``."""
     return aml.buffer(b"".join(descriptors) + _END_TAG)

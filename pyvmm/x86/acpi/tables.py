@@ -1,10 +1,12 @@
 """The ACPI tables: written once, below 1 MiB, where an operating system looks for them.
 
-The platform is *hardware-reduced* (ACPI 6.5, section 4.1): no SCI, no fixed power management
-registers, no PM timer, no FACS; instead a sleep control register for power-off and a reset
-register.  An operating system may then leave the 8259 pair as it finds it, so whoever builds the
-machine should mask it, as firmware does: unmasked and never initialised, it sends the ISA lines to
-a first vCPU whose LINT0 is open as vectors 0 to 15, which are exceptions.
+The platform is *hardware-reduced* (ACPI 6.5, section 4.1).  It has no SCI, no fixed power
+management registers, no PM timer and no FACS, but a sleep control register for power-off and a
+reset register.
+
+An operating system may then leave the 8259 pair as it finds it.  Whoever builds the machine should
+mask it, as firmware does.  Unmasked and never initialised, it sends the ISA lines as vectors 0 to
+15, which are exceptions, to a first vCPU whose LINT0 is open.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pyvmm.x86.acpi.dsdt import VirtioMmioDevice, definition_block
 from pyvmm.x86.image import align_up
 
 RESET_VALUE = 1
-"""What a guest writes to the reset register."""
+"""The value that a guest writes to the reset register."""
 
 _OEM_ID, _OEM_TABLE_ID, _CREATOR_ID = b"PYVMM ", b"PYVMM   ", b"PYVM"
 _OEM_REVISION = _CREATOR_REVISION = 1
@@ -35,7 +37,7 @@ _FADT_REVISION, _FADT_MINOR_REVISION = 6, 5
 _MADT_REVISION = 6
 _XSDT_REVISION = 1
 _RSDP_REVISION = 2
-_RSDP_V1_BYTES = 20  # what the first checksum covers
+_RSDP_V1_BYTES = 20  # the part that the first checksum covers
 
 # 5.2.5.3 RSDP Structure, 5.2.6 System Description Table Header.
 _RSDP = struct.Struct("<8sB6sBIIQB3x")
@@ -61,8 +63,8 @@ _BYTE_ACCESS = 1
 class BootArchitecture(IntFlag):
     """5.2.9.3 IA-PC Boot Architecture Flags, those that pyvmm sets.
 
-    8042 is not among them.  There is a controller to pull reset by, but nothing behind it, and the
-    interrupts 1 and 12, which Linux would request to probe it, are not legacy lines here.
+    8042 is not among them.  The controller is there for its reset, but nothing is behind it, and
+    the interrupts 1 and 12, which Linux would request to probe it, are not legacy lines here.
     """
 
     VGA_NOT_PRESENT = 1 << 2
@@ -72,7 +74,7 @@ class BootArchitecture(IntFlag):
 class FixedFeature(IntFlag):
     """5.2.9.2 Fixed ACPI Description Table: Fixed Feature Flags, those that pyvmm sets.
 
-    For buttons and RTC, set means that there is none among the fixed registers.
+    For buttons and RTC, a set flag means that the fixed registers have none.
     """
 
     WBINVD = 1 << 0
@@ -101,7 +103,7 @@ class GenericAddress(ctypes.LittleEndianStructure):
 class Fadt(ctypes.LittleEndianStructure):
     """5.2.9 Fixed ACPI Description Table behind its header, with ACPICA's names.
 
-    What a hardware-reduced platform does not have is an array of bytes.
+    Parts that a hardware-reduced platform does not have are arrays of bytes.
     """
 
     __slots__ = ()
@@ -137,11 +139,11 @@ def write_acpi_tables(
     devices: Sequence[VirtioMmioDevice],
     rtc: bool = False,
 ) -> int:
-    """Write all tables from ``layout.ACPI_TABLES`` on; the guest physical address of the RSDP.
+    """Write all tables from ``layout.ACPI_TABLES`` on; return the GPA of the RSDP.
 
-    That address goes into ``boot_params.acpi_rsdp_addr`` or PVH's start info; a guest that is told
-    nothing finds it by scanning.  ``vcpu_count`` is 1 to 254, with APIC IDs from 0.  ``devices``
-    are found by the guest in this order.  ``rtc`` says whether there is a CMOS clock.
+    That address goes into ``boot_params.acpi_rsdp_addr`` or PVH's start info.  A guest that is not
+    told it finds it by scanning.  ``vcpu_count`` is 1 to 254, with APIC IDs from 0.  The guest
+    finds ``devices`` in this order.  ``rtc`` is True if there is a CMOS clock.
 
     ValueError if the tables are longer than their place.
     """
@@ -166,14 +168,14 @@ def write_acpi_tables(
 
 
 def _rsdp(xsdt_gpa: int) -> bytes:
-    """5.2.5 Root System Description Pointer; it has no RSDT."""
+    """Return 5.2.5 Root System Description Pointer; it has no RSDT."""
     rsdp = _RSDP.pack(b"RSD PTR ", 0, _OEM_ID, _RSDP_REVISION, 0, _RSDP.size, xsdt_gpa, 0)
     first = _with_checksum(rsdp[:_RSDP_V1_BYTES], _RSDP_CHECKSUM_AT)
     return _with_checksum(first + rsdp[_RSDP_V1_BYTES:], _RSDP_EXTENDED_CHECKSUM_AT)
 
 
 def _fadt(dsdt_gpa: int, *, rtc: bool) -> bytes:
-    """The FADT behind its header."""
+    """Return the FADT behind its header."""
     boot = BootArchitecture.VGA_NOT_PRESENT
     features = FixedFeature.WBINVD | FixedFeature.PWR_BUTTON | FixedFeature.SLP_BUTTON
     features |= FixedFeature.FIX_RTC | FixedFeature.RESET_REG_SUP | FixedFeature.HW_REDUCED_ACPI
@@ -203,10 +205,10 @@ def _byte_port(port: int) -> GenericAddress:
 
 
 def _madt(vcpu_count: int) -> bytes:
-    """The MADT behind its header: the same CPUs, IOAPIC and NMI line as in the MP table.
+    """Return the MADT behind its header: the same CPUs, IOAPIC and NMI line as in the MP table.
 
-    There are no interrupt source overrides: every ISA line has the IOAPIC's pin of its number,
-    edge-triggered and active high, which is what their absence means (5.2.12.5).
+    It has no interrupt source overrides.  Then every ISA line has the IOAPIC's pin of its number,
+    edge-triggered and active high (5.2.12.5).
     """
     entries = [_MADT_FIELDS.pack(layout.LAPIC, _PCAT_COMPAT)]
     entries += [
@@ -219,7 +221,7 @@ def _madt(vcpu_count: int) -> bytes:
 
 
 def _table(signature: bytes, revision: int, body: bytes) -> bytes:
-    """``body`` behind the header that all tables but the RSDP have."""
+    """Return ``body`` behind the header that all tables but the RSDP have."""
     header = _HEADER.pack(
         signature, _HEADER.size + len(body), revision, 0, _OEM_ID, _OEM_TABLE_ID, _OEM_REVISION,
         _CREATOR_ID, _CREATOR_REVISION,
@@ -228,7 +230,7 @@ def _table(signature: bytes, revision: int, body: bytes) -> bytes:
 
 
 def _with_checksum(data: bytes, at: int) -> bytes:
-    """``data`` with the byte ``at`` chosen so that all bytes add up to 0 modulo 256."""
+    """Return ``data`` with the byte ``at`` chosen so that all bytes add up to 0 modulo 256."""
     summed = bytearray(data)
     summed[at] = -sum(data) & 0xFF
     return bytes(summed)
