@@ -18,7 +18,7 @@ from fuzz.machine import DISK_SECTORS, RAM_BYTES, RAM_END, Bench, Machine
 from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm.virtio import device as virtio_device
-from pyvmm.virtio.block import fast
+from pyvmm.virtio.block.fast import path as fast_path
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
 from tests.support.packed_driver import PackedDriver, pack
 from tests.support.virtio_driver import (
@@ -368,7 +368,7 @@ class _Case:
 
 def _set_budget(pass_bytes: int) -> None:
     """Let a pass end after so many bytes, wherever that is looked at."""
-    for module in (virtio_device, fast):
+    for module in (virtio_device, fast_path):
         assert hasattr(module, "PASS_BYTES"), "the budget of a pass has another name now"
         setattr(module, "PASS_BYTES", pass_bytes)  # noqa: B010 - not exported
 

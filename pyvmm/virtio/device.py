@@ -106,8 +106,7 @@ class VirtioDevice(abc.ABC):
             raise ActivateError("the device is active; it has to be reset first")
         try:
             self._rings = [
-                make_ring(queue, memory, self._acked_features, self.queues) if queue.ready else None
-                for queue in self.queues
+                self._make_ring(queue, memory) if queue.ready else None for queue in self.queues
             ]
         except RingError as error:
             raise ActivateError(str(error)) from error
@@ -132,7 +131,7 @@ class VirtioDevice(abc.ABC):
         queue.ready = False
         ring = self._rings[index] if self._rings else None
         if ring is not None:
-            ring.give_back()
+            ring.untake()
             return ring.base
         return queue.base or 0
 
@@ -150,8 +149,13 @@ class VirtioDevice(abc.ABC):
         if self._memory is None:
             return
         queue = self.queues[index]
-        self._rings[index] = make_ring(queue, self._memory, self._acked_features, self.queues)
+        self._rings[index] = self._make_ring(queue, self._memory)
         queue.ready = True
+
+    def _make_ring(self, queue: Queue, memory: GuestMemory) -> Ring:
+        """Return the ring of ``queue``; RingError if malformed.  A device with a fast path has
+        rings of its own kind."""
+        return make_ring(queue, memory, self._acked_features, self.queues)
 
     @abc.abstractmethod
     def process_queue(self, index: int) -> float | None:
@@ -181,18 +185,19 @@ class RingDevice(VirtioDevice):
         if ring is None:
             return None
         try:
-            delay_s = self._drain(index, ring, self._memory)
+            delay_s = self._serve_ring(index, ring, self._memory)
         finally:
             if ring.publish():
                 self._interrupt.notify_used(index)
         if delay_s:
             return delay_s
-        return 0.0 if ring.pending() else None
+        return 0.0 if ring.enable_notifications() else None
 
-    def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
-        """Serve and push what waits in ``ring``, which is queue ``index``; the seconds to wait
-        before the rest may be served, 0.0 if there is no reason to."""
-        for chain in for_one_pass(ring.chains(), self._take_extra_work):
+    def _serve_ring(self, index: int, ring: Ring, memory: GuestMemory) -> float:
+        """Serve and push the chains that wait in ``ring``, which is queue ``index``.
+
+        Return the seconds to wait before the rest may be served, 0.0 if nothing has to wait."""
+        for chain in for_one_pass(ring.take_chains(), self._take_extra_work):
             ring.push(chain, self._serve(chain, memory))
         return 0.0
 

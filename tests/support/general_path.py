@@ -12,10 +12,10 @@ class GeneralBlockDevice(BlockDevice):
     """Serves every chain by the general path."""
 
     process_queue = RingDevice.process_queue
-    _drain = RingDevice._drain
+    _serve_ring = RingDevice._serve_ring
 
 
 def without_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block device takes the general path from now on."""
     monkeypatch.setattr(BlockDevice, "process_queue", RingDevice.process_queue)
-    monkeypatch.setattr(BlockDevice, "_drain", RingDevice._drain)
+    monkeypatch.setattr(BlockDevice, "_serve_ring", RingDevice._serve_ring)

@@ -23,7 +23,9 @@ from pyvmm.virtio.block.config import (
     config_space,
     offered_features,
 )
-from pyvmm.virtio.block.fast import FastPath
+from pyvmm.virtio.block.fast.make import make_fast_ring
+from pyvmm.virtio.block.fast.path import FastPath
+from pyvmm.virtio.block.fast.ring import FastRing
 from pyvmm.virtio.block.request import (
     HEADER_SIZE,
     STATUS_SIZE,
@@ -37,7 +39,7 @@ from pyvmm.virtio.block.request import (
 from pyvmm.virtio.block.segments import SEGMENT_SIZE, Segment, parse_segments
 from pyvmm.virtio.device import CALL_WORK, MAX_CHAIN_BYTES, RingDevice, for_one_pass
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
-from pyvmm.virtio.ring.queue import Buffer, Chain, Ring
+from pyvmm.virtio.ring.queue import Buffer, Chain, Queue, Ring
 from pyvmm.virtio.spec import (
     BLOCK_ID_SIZE,
     SECTOR_SIZE,
@@ -187,8 +189,14 @@ class BlockDevice(RingDevice):
         if self._limiter is not None:
             self._limiter.leave((self, index))
 
+    # Two ways to serve a queue: the fast path, and with a rate limit that of every RingDevice
+
+    def _make_ring(self, queue: Queue, memory: GuestMemory) -> FastRing:
+        """See ``VirtioDevice._make_ring``; this ring serves both ways."""
+        return make_fast_ring(queue, memory, self._acked_features, self.queues)
+
     def process_queue(self, index: int) -> float | None:
-        """See ``VirtioDevice.process_queue``: ``fast.py``'s, unless there is a rate limit."""
+        """See ``VirtioDevice.process_queue``: by the fast path, unless there is a rate limit."""
         if self._limiter is not None or self._held:
             return super().process_queue(index)
         fast = self._fast_paths.get(index)
@@ -199,13 +207,14 @@ class BlockDevice(RingDevice):
         return fast.process(durable=not self._writeback)
 
     def _make_fast_path(self, index: int) -> FastPath | None:
-        """That of queue ``index``, if the queue has work at all; it is used until the queue is
-        stopped."""
+        """Return the fast path of queue ``index``, None if the queue is not served.
+
+        It is used until the queue is stopped."""
         memory, interrupt = self._memory, self._interrupt
         if memory is None or interrupt is None or not self.queues[index].ready:
             return None
         ring = self._rings[index]
-        if ring is None:
+        if not isinstance(ring, FastRing):
             return None
         fast = self._fast_paths[index] = FastPath(
             ring,
@@ -220,12 +229,12 @@ class BlockDevice(RingDevice):
         )
         return fast
 
-    def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
-        """See ``RingDevice._drain``: the first chain that the rate limit does not let go yet is
-        held back, and comes first when its time has come."""
+    def _serve_ring(self, index: int, ring: Ring, memory: GuestMemory) -> float:
+        """See ``RingDevice._serve_ring``.  The first chain that has to wait for the rate limit is
+        held back, and comes first in a later pass."""
         limiter = self._limiter
         held = self._held.pop(index, None)
-        waiting = ring.chains()
+        waiting = ring.take_chains()
         if held is not None:
             waiting = itertools.chain((held,), waiting)
         for chain in for_one_pass(waiting, self._take_extra_work):

@@ -141,9 +141,9 @@ class ConsoleDevice(RingDevice):
         delay_s = super().process_queue(index)
         return delay_s if index != RECEIVE_QUEUE or self._typed else None
 
-    def _drain(self, index: int, ring: Ring, memory: GuestMemory) -> float:
-        """See ``RingDevice._drain``; the receive queue's chains wait for something typed."""
-        chains = for_one_pass(ring.chains(), self._take_extra_work)
+    def _serve_ring(self, index: int, ring: Ring, memory: GuestMemory) -> float:
+        """See ``RingDevice._serve_ring``; the receive queue's chains wait for something typed."""
+        chains = for_one_pass(ring.take_chains(), self._take_extra_work)
         if index != RECEIVE_QUEUE:
             if not self._has_sent:
                 self._has_sent = True

@@ -1,4 +1,4 @@
-"""Which kind of ring a queue is, and that no part of one lies in another."""
+"""Make the ring of a queue, split or packed, and check that no part of it lies in another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyvmm.virtio.ring.split import SplitRing, split_lengths
 from pyvmm.virtio.spec import Feature
 
 _FIRST_PACKED_BASE = 0x8000_8000
-# Of each kind the names of descriptor, driver and device area, and whether the device writes there.
+# The names of descriptor, driver and device area of each kind; True if the device writes there.
 _SPLIT_AREAS = ("descriptor table", False), ("available ring", False), ("used ring", True)
 _PACKED_AREAS = (
     ("descriptor ring", True),
@@ -21,22 +21,24 @@ _PACKED_AREAS = (
 )
 
 _Area = tuple[int, int, str, bool]
-"""Begin and end in guest memory, the name, and whether the device writes there."""
+"""Begin and end in guest memory, the name, and True if the device writes there."""
 
 
 def first_base(features: int) -> int:
-    """``Queue.base`` of a ring nobody has used: both wrap counters of a packed one begin as 1
-    (2.8.1 "Driver and Device Ring Wrap Counters")."""
+    """Return ``Queue.base`` of a ring nobody has used.
+
+    Both wrap counters of a packed ring begin as 1 (2.8.1 "Driver and Device Ring Wrap
+    Counters")."""
     return _FIRST_PACKED_BASE if features & Feature.RING_PACKED else 0
 
 
 def make_ring(
-    queue: Queue, memory: GuestMemory, features: int, others: Iterable[Queue] = ()
+    queue: Queue, memory: GuestMemory, features: int, other_queues: Iterable[Queue] = ()
 ) -> Ring:
-    """The ring that ``features`` (as negotiated) make of ``queue``; RingError if malformed.
+    """Return the ring that ``features`` (as negotiated) make of ``queue``; RingError if malformed.
 
-    ``others`` are the device's queues; those that are ready have been made rings of.  Nothing is
-    written into guest memory yet.
+    ``other_queues`` are the device's queues; no part of the ring may lie in one that is ready.
+    Nothing is written into guest memory yet.
     """
     kind = PackedRing if features & Feature.RING_PACKED else SplitRing
     ring = kind(
@@ -45,11 +47,11 @@ def make_ring(
         indirect=bool(features & Feature.INDIRECT_DESC),
         event_idx=bool(features & Feature.EVENT_IDX),
     )
-    _check_apart(queue, features, others)
+    check_apart(queue, features, other_queues)
     return ring
 
 
-def _check_apart(queue: Queue, features: int, others: Iterable[Queue]) -> None:
+def check_apart(queue: Queue, features: int, other_queues: Iterable[Queue]) -> None:
     """RingError if parts of ``queue`` overlap, or if one of them and one of another queue that is
     ready do, and the device writes into either.
 
@@ -60,7 +62,7 @@ def _check_apart(queue: Queue, features: int, others: Iterable[Queue]) -> None:
         for its_start, its_end, its_name, _ in mine[:index]:
             if start < its_end and its_start < end:
                 raise RingError(f"the {name} at {start:#x} overlaps the {its_name}")
-    for other in others:
+    for other in other_queues:
         if other is queue or not other.ready:
             continue
         for its_start, its_end, its_name, its_written in _areas(other, features):
@@ -72,7 +74,7 @@ def _check_apart(queue: Queue, features: int, others: Iterable[Queue]) -> None:
 
 
 def _areas(queue: Queue, features: int) -> Iterator[_Area]:
-    """The parts of ``queue``, whose addresses are known to be set."""
+    """Yield the parts of ``queue``, whose addresses are known to be set."""
     if features & Feature.RING_PACKED:
         lengths, kinds = packed_lengths(queue.size), _PACKED_AREAS
     else:

@@ -8,7 +8,6 @@ every walk is bounded by the queue's size, or in a table of its own by the large
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 from pyvmm.errors import RingError
@@ -16,49 +15,27 @@ from pyvmm.memory import GuestMemory
 from pyvmm.virtio.ring.chains import (
     DESCRIPTOR,
     DESCRIPTOR_SIZE,
-    FLAGS_MASK,
     INDIRECT,
     NEXT,
-    PLAIN_MAX_BYTES,
-    PLAIN_SIZE,
-    PLAIN_WORK,
-    WRITE,
     IndirectTables,
     check_size,
     make_chain,
     ring_area,
 )
-from pyvmm.virtio.ring.queue import (
-    DESCRIPTOR_WORK,
-    PLAIN_HEADER_BYTES,
-    PLAIN_STATUS_BYTES,
-    TOKEN_BITS,
-    Chain,
-    FullFence,
-    PlainChain,
-    Queue,
-)
+from pyvmm.virtio.ring.queue import Chain, FullFence, Queue
 from pyvmm.virtio.spec import AVAIL_F_NO_INTERRUPT, USED_F_NO_NOTIFY
 
 _RING_HEADER_SIZE = 4  # le16 flags; le16 idx, in front of both rings
 _EVENT_SIZE = 2  # le16 used_event or avail_event, behind both rings
-_FLAGS, _IDX = 0, 1  # of a ring header seen as two 16-bit words
+FLAGS, IDX = 0, 1  # of a ring header seen as two 16-bit words
 
 _unpack = DESCRIPTOR.unpack_from
-# For plain chains: flags and next as one number, the link.
-_LINKED = struct.Struct("@QII")
-_unpack_linked = _LINKED.unpack_from
-_unpack_three = struct.Struct("@QIIQIIQII").unpack_from
-_NEXT_SHIFT = 16
-# The links of a plain chain of one data buffer that begins at index 0, but for the last.
-_HEADER_LINK = NEXT | 1 << _NEXT_SHIFT
-_DATA_LINK = NEXT | 2 << _NEXT_SHIFT  # and perhaps WRITE
-_NOT_WRITE = 0xFFFF_FFFF & ~WRITE
 
 
 def split_lengths(size: int, *, event_idx: bool) -> tuple[int, int, int]:
-    """Bytes of descriptor table, available and used ring of ``size`` entries (2.7 "Split
-    Virtqueues"); the two event fields are there "only if VIRTIO_F_EVENT_IDX"."""
+    """Return the bytes of descriptor table, available and used ring of ``size`` entries.
+
+    2.7 "Split Virtqueues": the two event fields are there "only if VIRTIO_F_EVENT_IDX"."""
     event = _EVENT_SIZE if event_idx else 0
     rings = _RING_HEADER_SIZE + 2 * size + event, _RING_HEADER_SIZE + 8 * size + event
     return DESCRIPTOR_SIZE * size, *rings
@@ -67,8 +44,8 @@ def split_lengths(size: int, *, event_idx: bool) -> tuple[int, int, int]:
 class SplitRing:
     """A split virtqueue in ``memory`` as ``queue``'s registers describe it; see ``queue.Ring``.
 
-    Raises RingError when the registers do not describe one.  ``indirect`` and ``event_idx`` say
-    whether VIRTIO_F_INDIRECT_DESC and VIRTIO_F_EVENT_IDX were negotiated.
+    Raises RingError when the registers do not describe one.  ``indirect`` and ``event_idx`` are
+    true if VIRTIO_F_INDIRECT_DESC and VIRTIO_F_EVENT_IDX were negotiated.
     """
 
     def __init__(
@@ -94,17 +71,7 @@ class SplitRing:
         self._used_ring = used[_RING_HEADER_SIZE:-_EVENT_SIZE].cast("Q")
         self._avail_event = used[-_EVENT_SIZE:].cast("H")
 
-        # The links of a plain chain in a table of its own.
-        to_read = tuple(NEXT | index + 1 << _NEXT_SHIFT for index in range(queue.max_size))
-        to_write = to_read[:1] + tuple(link | WRITE for link in to_read[1:])
-        self._indirect = IndirectTables(
-            memory, queue.descriptor_area, allowed=indirect, layout=_LINKED,
-            reading=to_read, writing=to_write,
-        )  # fmt: skip
-        self.near, self.near_gpa = self._indirect.near, self._indirect.near_gpa
-        # Where a plain chain of one data buffer may begin at last.
-        self._last_short = self._indirect.last_short
-        self._last_direct = table_bytes - PLAIN_SIZE
+        self._indirect = IndirectTables(memory, allowed=indirect, longest=queue.max_size)
 
         self._heads: list[int] = []  # of this pass
         self._taken = 0  # how many of them have been taken
@@ -117,7 +84,7 @@ class SplitRing:
 
     def _resume(self, base: int) -> None:
         """Go on at ``base``; how far used chains are is in the used ring."""
-        used = self._used_header[_IDX]
+        used = self._used_header[IDX]
         if not base <= 0xFFFF or (base - used) & 0xFFFF > self._size:
             raise RingError(
                 f"ring base {base} is not within {self._size} of the used index {used}"
@@ -131,8 +98,28 @@ class SplitRing:
         """The available index; see ``Ring.base``."""
         return self._next_avail
 
-    def give_back(self) -> None:
-        """Back to the first entry that was not pushed; see ``Ring.give_back``.
+    def save(self) -> dict[str, object]:
+        """Return the available and the used index; see ``Ring.save``."""
+        available = self._next_used + self._lost & 0xFFFF
+        return {"available": available, "used": self._next_used}
+
+    def restore(self, data: object) -> None:
+        """Go on at these indices; see ``Ring.restore``."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("split ring", data)
+        available = fields.integer("available", 0, 0xFFFF)
+        used = fields.integer("used", 0, 0xFFFF)
+        fields.end()
+        lost = (available - used) & 0xFFFF
+        if lost > self._size:
+            raise fields.error("available", f"is {lost} ahead of used, of a size of {self._size}")
+        self._next_avail, self._next_used, self._published = available, used, used
+        self._lost, self._taken = lost, 0
+        self._heads, self._held = [], []
+
+    def untake(self) -> None:
+        """Back to the first entry that was not pushed; see ``Ring.untake``.
 
         Chains are pushed in the order they were taken, so those are the last ones.
         """
@@ -140,51 +127,22 @@ class SplitRing:
         self._heads, self._held = [], []
         self._taken = 0
 
-    def chains(self) -> Iterator[Chain]:
-        """The chains that are available now; see ``Ring.chains``."""
-        self.begin()
-        while (chain := self.walk()) is not None:
+    def take_chains(self) -> Iterator[Chain]:
+        """Take the chains that are available now; see ``Ring.take_chains``."""
+        self.begin_pass()
+        while (chain := self.take_next()) is not None:
             yield chain
 
-    def begin(self) -> None:
-        """Look at avail.idx, for the whole pass; see ``Ring.begin``."""
+    def begin_pass(self) -> None:
+        """Ask the driver not to notify; look at avail.idx, once for the whole pass.  RingError."""
         if not self._event_idx:
-            self._used_header[_FLAGS] = USED_F_NO_NOTIFY
+            self._used_header[FLAGS] = USED_F_NO_NOTIFY
         # With EVENT_IDX flags are 0; avail_event stays behind, which keeps the driver quiet too.
-        self._heads = self._waiting_heads()
+        self._heads = self._new_heads()
         self._taken = 0
 
-    def alone(self) -> PlainChain | None:
-        """The one head that is new; see ``Ring.alone``."""
-        available, at = self._avail_header[_IDX], self._next_avail
-        # One more than are used: nothing for ``_waiting_heads`` to find but a head out of range.
-        if available == (at + 1) & 0xFFFF and at == self._published:
-            head = self._avail_ring[at & self._mask]
-            if head < self._size:
-                gpa, length, link = _unpack_linked(self._table, head * DESCRIPTOR_SIZE)
-                if link & FLAGS_MASK == INDIRECT:
-                    chain = self._indirect.short(head, gpa, length)
-                    if chain is not None:
-                        if not self._event_idx:
-                            self._used_header[_FLAGS] = USED_F_NO_NOTIFY
-                        self._next_avail = available
-                        return chain
-        self.begin()
-        return None
-
-    def answer(self, token: int, written: int) -> bool:
-        """What ``push`` and ``publish`` do, for the one chain of a pass; see ``Ring.answer``."""
-        used = self._next_used
-        self._used_ring[used & self._mask] = token | written << TOKEN_BITS
-        self._used_header[_IDX] = self._next_used = self._published = (used + 1) & 0xFFFF
-        with self._full_fence:
-            pass
-        if self._event_idx:
-            return self._used_event[0] == used
-        return not self._avail_header[_FLAGS] & AVAIL_F_NO_INTERRUPT
-
-    def walk(self) -> Chain | None:
-        """The chain at the next head; see ``Ring.walk``."""
+    def take_next(self) -> Chain | None:
+        """Take the chain at the next head, of any shape; None after the last.  RingError."""
         if self._taken == len(self._heads):
             return None
         head = self._heads[self._taken]
@@ -193,67 +151,11 @@ class SplitRing:
         self._next_avail = (self._next_avail + 1) & 0xFFFF
         return make_chain(head, self._descriptors(head))
 
-    def plain(self, work_limit: int) -> tuple[list[PlainChain], int, bool]:
-        """The plain chains that come next; see ``Ring.plain``.
-
-        They are in an indirect table that is near, or three in a row in the descriptor table.
-        """
-        chains: list[PlainChain] = []
-        table, near, near_gpa = self._table, self.near, self.near_gpa
-        for head in self._heads[self._taken :]:
-            offset = head * DESCRIPTOR_SIZE
-            gpa, length, link = _unpack_linked(table, offset)
-            place: memoryview | None = None
-            if link & FLAGS_MASK != INDIRECT:
-                if offset > self._last_direct:
-                    break
-                place, first = table, head << _NEXT_SHIFT
-            elif length == PLAIN_SIZE:
-                offset = gpa - near_gpa
-                if not 0 <= offset <= self._last_short:
-                    break
-                place, first = near, 0
-            if place is not None:
-                (
-                    header, header_length, header_link, data, length, data_link,
-                    status, status_length, status_link,
-                ) = _unpack_three(place, offset)
-                if (
-                    header_length != PLAIN_HEADER_BYTES
-                    or header_link - first != _HEADER_LINK
-                    or not 0 < length <= PLAIN_MAX_BYTES
-                    or (data_link & _NOT_WRITE) - first != _DATA_LINK
-                    or status_length != PLAIN_STATUS_BYTES
-                    or status_link & FLAGS_MASK != WRITE
-                ):
-                    break
-                chains.append((head, header, data, length, data_link & WRITE, status, ()))
-            else:
-                chain = self._indirect.plain(head, gpa, length)
-                if chain is None:
-                    break
-                chains.append(chain)
-                length = chain[3] + (len(chain[6]) - 1) * DESCRIPTOR_WORK
-            work_limit -= length + PLAIN_WORK
-            if work_limit <= 0:
-                break
-        self._taken += len(chains)
-        self._next_avail = (self._next_avail + len(chains)) & 0xFFFF
-        return chains, work_limit, self._taken < len(self._heads)
-
     def push(self, chain: Chain, written: int) -> None:
         """Put ``chain`` into the used ring with ``written`` bytes; see ``Ring.push``."""
         used = self._next_used
         self._used_ring[used & self._mask] = chain.head | written << 32
         self._next_used = (used + 1) & 0xFFFF
-
-    def push_all(self, done: list[int]) -> None:
-        """Put all of them into the used ring; see ``Ring.push_all``."""
-        used, mask, ring = self._next_used, self._mask, self._used_ring
-        for element in done:  # a token is a head, so this is the used element
-            ring[used & mask] = element
-            used += 1
-        self._next_used = used & 0xFFFF
 
     def publish(self) -> bool:
         """Store used.idx, then ask whether to interrupt; see ``Ring.publish``."""
@@ -261,7 +163,7 @@ class SplitRing:
         if new == old:
             return False
         # x86 keeps stores in order: the elements are visible before the index.
-        self._used_header[_IDX] = self._published = new
+        self._used_header[IDX] = self._published = new
         # The driver asks for interrupts, then looks at used.idx; here it is the other way about.
         # Without the fence both could miss the other's store, and the interrupt would be lost.
         with self._full_fence:
@@ -270,22 +172,22 @@ class SplitRing:
             # 2.7.7.2 "Device Requirements: Used Buffer Notification Suppression": if an element
             # was put where used_event points, "the device MUST send a notification".
             return (self._used_event[0] - old) & 0xFFFF < (new - old) & 0xFFFF
-        return not self._avail_header[_FLAGS] & AVAIL_F_NO_INTERRUPT
+        return not self._avail_header[FLAGS] & AVAIL_F_NO_INTERRUPT
 
-    def pending(self) -> bool:
-        """Ask for a notification, then compare avail.idx; see ``Ring.pending``."""
+    def enable_notifications(self) -> bool:
+        """Ask for a notification, then compare avail.idx; see ``Ring.enable_notifications``."""
         if self._event_idx:
             self._avail_event[0] = self._next_avail
         else:
-            self._used_header[_FLAGS] = 0
+            self._used_header[FLAGS] = 0
         # The driver stores avail.idx, then reads what was stored above.
         with self._full_fence:
             pass
-        return self._avail_header[_IDX] != self._next_avail
+        return self._avail_header[IDX] != self._next_avail
 
-    def _waiting_heads(self) -> list[int]:
-        """A copy of the available ring's new entries, checked; RingError if they cannot be."""
-        available = self._avail_header[_IDX]
+    def _new_heads(self) -> list[int]:
+        """Return a copy of the available ring's new entries; RingError if they cannot be."""
+        available = self._avail_header[IDX]
         count = (available - self._next_avail) & 0xFFFF
         # Ahead of what was given back: a chain that was taken and is held back still counts.
         ahead = (available - self._published) & 0xFFFF
@@ -316,8 +218,9 @@ class SplitRing:
         return self._held
 
     def _descriptors(self, head: int) -> Iterator[tuple[int, int, int]]:
-        """``(gpa, length, flags)`` of each descriptor of the chain, those of an indirect table
-        in place of the one that refers to it.
+        """Yield ``(gpa, length, flags)`` of each descriptor of the chain at ``head``.
+
+        The descriptors of an indirect table come in place of the one that refers to it.
 
         "A driver MUST NOT create a descriptor chain longer than the Queue Size of the device"
         (2.7.5.3.1 "Driver Requirements: Indirect Descriptors"), which also ends every loop.  With

@@ -246,7 +246,7 @@ def at_fences(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
                 script.pop(0)()
 
     for kind in KINDS:
-        monkeypatch.setattr(f"pyvmm.virtio.{kind}.FullFence", Fence)
+        monkeypatch.setattr(f"pyvmm.virtio.ring.{kind}.FullFence", Fence)
     return script
 
 

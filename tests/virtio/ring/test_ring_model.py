@@ -28,7 +28,8 @@ from pathlib import Path
 from unittest import mock
 
 from pyvmm.virtio import device
-from pyvmm.virtio.block import BlockConfig, BlockDevice, fast
+from pyvmm.virtio.block import BlockConfig, BlockDevice
+from pyvmm.virtio.block.fast import path as fast_path
 from pyvmm.virtio.device import PASS_BYTES
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockFeature, Feature
@@ -345,7 +346,7 @@ def play(seed: int, folder: Path) -> int:
         # Both serve passes, and each has its own name for how long one is.
         with (
             mock.patch.object(device, "PASS_BYTES", episode.pass_bytes),
-            mock.patch.object(fast, "PASS_BYTES", episode.pass_bytes),
+            mock.patch.object(fast_path, "PASS_BYTES", episode.pass_bytes),
         ):
             return episode.play()
     except Exception as error:

@@ -1,6 +1,6 @@
 """Chains that a pass took and did not serve: the next pass serves them, each once and whole.
 
-The device gives chains back after PASS_BYTES of zeroed room (``Ring.give_back``), and whenever a
+The device gives chains back after PASS_BYTES of zeroed room (``Ring.untake``), and whenever a
 queue is stopped.  ``test_ring_model.py`` does it at random.
 """
 

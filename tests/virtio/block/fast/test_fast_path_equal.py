@@ -188,7 +188,7 @@ def pair() -> Iterator[tuple[Rig, Rig]]:
     """A device with the fast path and one without; each example begins with a reset.  A pass of
     theirs is over after some four requests."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for room in ("device", "block.fast"):
+        for room in ("device", "block.fast.path"):
             patch.setattr(f"pyvmm.virtio.{room}.PASS_BYTES", 14 * DESCRIPTOR_WORK)
         rigs = []
         for kind in (BlockDevice, Recorded):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.virtio.block import BlockConfig, BlockDevice
-from pyvmm.virtio.block.fast import FastPath
+from pyvmm.virtio.block.fast.path import FastPath
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.packed_driver import PackedDriver
@@ -139,7 +139,7 @@ def test_a_request_alone_needs_no_batch(
     scratched: Rig, kind: str, monkeypatch: pytest.MonkeyPatch, event_idx: bool
 ) -> None:
     disk = Disk(scratched, kind, FEATURES if event_idx else FEATURES & ~Feature.EVENT_IDX)
-    monkeypatch.setattr(FastPath, "_drain", None)
+    monkeypatch.setattr(FastPath, "_serve_waiting", None)
     driver = disk.driver
     for number in range(2 * SIZE + 3):  # over the ring's end, in both laps
         sector = number % DISK_SECTORS
