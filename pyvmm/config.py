@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError
 from pyvmm.linux.command_line import consoles_of, words_of
-from pyvmm.startup.types import TYPE_CHECKING, Record
+from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import CpuModel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
     from os import PathLike
     from typing import ClassVar
 
-    from pyvmm.storage.open import DiskSource
+    from pyvmm.storage.backend import BlockBackend
     from pyvmm.virtio.block.config import BlockConfig
 
 SERIAL_MAX_BYTES = 20  # virtio 1.2, 5.2.6 Device Operation: the GET_ID string
@@ -33,6 +35,39 @@ MAX_SIZE_BYTES = 1 << 60
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+class Source(Protocol):
+    """Where a disk's bytes are: ``storage.open.DiskSource``, or an object of a script's."""
+
+    @property
+    def location(self) -> str:
+        """The disk in messages: a path, a URI or a description."""
+
+    @property
+    def read_only(self) -> bool:
+        """True if the guest cannot write."""
+
+    @property
+    def snapshot(self) -> bool:
+        """True if what the guest writes goes elsewhere."""
+
+    @property
+    def overlay(self) -> str:
+        """The file it goes to then; "" for one without a name."""
+
+    @property
+    def is_shared(self) -> bool:
+        """True if others may use it too, because nothing here writes it."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths and URIs the disk is made of; some may be empty."""
+
+    def open(
+        self, *, report: Callable[[str], None], until_s: float | None, made: ExitStack
+    ) -> BlockBackend:
+        """Return the backend, for the caller to close: see ``storage.open.open_backend``."""
+
+
 class DiskConfig(Record):
     """One ``--disk``.
 
@@ -41,7 +76,7 @@ class DiskConfig(Record):
     completes.
     """
 
-    source: DiskSource
+    source: Source
     serial: str = ""
     queues: int = 1
     writeback: bool = True
@@ -77,7 +112,7 @@ class DiskConfig(Record):
     @property
     def files(self) -> tuple[str, ...]:
         """The paths and URIs the disk is made of; some may be empty."""
-        return (self.source.location, self.source.overlay, self.source.faults)
+        return self.source.files
 
 
 class VhostUserDiskConfig(Record):

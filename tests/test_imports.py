@@ -159,8 +159,7 @@ def test_fault_22_an_ordinary_root_costs_a_start_no_import(tmp_path: Path, name:
         "import pyvmm.machine\n"
         "config = run.config_from(parse_options(run.COMMAND, sys.argv[1:]))\n"
         "assert not run._root_is_special(config)\n"
-        "from pyvmm.storage.open import open_backend\n"
-        "open_backend(config.disks[0].source, report=print).close()\n"
+        "config.disks[0].source.open(report=print).close()\n"
     )
     options = ("--kernel", str(kernel), "--disk", str(disk))
     found = new_modules(judge, *options)

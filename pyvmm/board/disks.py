@@ -69,10 +69,9 @@ def open_disk(
     """
     irq_fd = eventfd(stack)
     if isinstance(config, DiskConfig):
-        from pyvmm.storage.open import open_backend
         from pyvmm.virtio.block import BlockDevice
 
-        opened = open_backend(config.source, report=report, until_s=until_s, made=made)
+        opened = config.source.open(report=report, until_s=until_s, made=made)
         stack.callback(opened.close)
         stack.callback(made.close)
         device = BlockDevice(config.block, opened)

@@ -22,7 +22,6 @@ from pyvmm.report import Reporter, Seldom
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
 from pyvmm.startup.options import Command, Option, parse_options
-from pyvmm.storage.open import open_backend
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
 from pyvmm.virtio.block.config import MAX_QUEUE_SIZE
@@ -103,7 +102,7 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
         stack.callback(report.close)
         made = contextlib.ExitStack()
         backend = stack.enter_context(
-            contextlib.closing(open_backend(disk.source, report=report, made=made))
+            contextlib.closing(disk.source.open(report=report, until_s=None, made=made))
         )
         stack.callback(made.close)  # an overlay of an export that never began
         servers: list[Server] = []

@@ -42,6 +42,10 @@ class BlockBackend(Protocol):
         """True if ``write_zeroes`` works without transferring the zeroes."""
 
     @property
+    def merges(self) -> bool:
+        """True if one transfer of neighbouring requests costs less than one for each."""
+
+    @property
     def extra_calls(self) -> int:
         """The number of calls to the host or a server so far, beyond one for each transfer."""
 

@@ -33,6 +33,7 @@ class FaultyBackend:
         self._counts = [0] * len(self._faults)
         self._limit = WaitLimit()
         self._sleep = sleep or self._wait
+        self.merges = False  # faults count the guest's requests, one by one
         self._flush_errno = 0
         self.read_only = backend.read_only
         self.block_size = backend.block_size

@@ -107,6 +107,7 @@ class NbdBackend:
         self._flush_errno = 0
         self._cookie = 0
         self.extra_calls = 0
+        self.merges = False
         self._is_lost = False
         address = parse_nbd_uri(uri)
         now_s = time.monotonic()

@@ -41,6 +41,21 @@ class DiskSource(Record):
         """True if other processes may use ``location`` too, because nothing here writes it."""
         return self.read_only or self.snapshot
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths and URIs the disk is made of; some may be empty."""
+        return (self.location, self.overlay, self.faults)
+
+    def open(
+        self,
+        *,
+        report: Callable[[str], None],
+        until_s: float | None = None,
+        made: contextlib.ExitStack | None = None,
+    ) -> BlockBackend:
+        """See ``open_backend``."""
+        return open_backend(self, report=report, until_s=until_s, made=made)
+
     def __post_init__(self) -> None:
         if self.read_only and self.snapshot:
             raise ConfigError(self.location, "is either read-only or a snapshot, not both")
@@ -82,7 +97,10 @@ def open_backend(
         if is_checked:
             _check_format(backend, source.location, report)
         if source.snapshot:
-            backend = _open_overlay(backend, source, stack, report, made)
+            backend = open_overlay(
+                backend, location=source.location, path=source.overlay, stack=stack, report=report,
+                made=made,
+            )
         if source.faults:
             from pyvmm.storage.fault_script import parse_script
             from pyvmm.storage.faulty import FaultyBackend
@@ -123,17 +141,24 @@ def _read(backend: BlockBackend, offset: int, length: int) -> bytes:
     return bytes(data)
 
 
-def _open_overlay(
+def open_overlay(
     base: BlockBackend,
-    source: DiskSource,
+    *,
+    location: str,
+    path: str,
     stack: contextlib.ExitStack,
     report: Callable[[str], None],
     made: contextlib.ExitStack,
 ) -> BlockBackend:
+    """Return ``base``, which is at ``location``, under an overlay in the file ``path``.
+
+    With "" for ``path`` the file has no name and is gone with the overlay.  ``stack`` closes what
+    was opened if the caller fails; ``made`` is explained at ``open_backend``.  ConfigError.
+    """
     from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
     from pyvmm.storage.raw import RawBackend
 
-    name, keep = source.overlay, bool(source.overlay)
+    name, keep = path, bool(path)
     if not keep:
         name = f"{snapshot_directory()}/pyvmm-{os.getpid()}-{os.urandom(8).hex()}.snapshot"
     new = _create(name, store_bytes(base.size_bytes), is_temporary=not keep)
@@ -146,7 +171,7 @@ def _open_overlay(
         place = f"{snapshot_directory()} (a snapshot's writes go there; TMPDIR names another)"
         store = RawBackend(name, report=report, called="" if keep else place)
         stack.callback(store.close)
-        stamp = _stamp(source.location)
+        stamp = _stamp(location)
         try:
             if new is not None:
                 format_store(store, base.size_bytes, stamp)

@@ -106,6 +106,7 @@ class OverlayBackend:
         self._pages: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
         self.extra_calls = 0
+        self.merges = False
         # The errno, not the error, whose traceback would keep the caller's buffers.
         self._failed_errno = 0
         self._closed = False

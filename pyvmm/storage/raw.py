@@ -45,6 +45,7 @@ class RawBackend:
     """
 
     extra_calls = 0
+    merges = True
 
     def __init__(
         self, path: str, *, read_only: bool = False, report: Callable[[str], None],

@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -110,7 +110,7 @@ def opened(text: str) -> tuple[bytes, list[str]]:
     config = parse_disk(text)
     assert isinstance(config, DiskConfig)
     lines: list[str] = []
-    with closing(open_backend(config.source, report=lines.append)) as disk:
+    with closing(config.source.open(report=lines.append, until_s=None, made=ExitStack())) as disk:
         head = bytearray(min(4096, disk.size_bytes))
         disk.readv([memoryview(head)], 0)
     return bytes(head), lines

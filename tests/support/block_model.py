@@ -31,6 +31,7 @@ class TwoDisks:
 
     read_only = False
     extra_calls = 0
+    merges = False
     block_size = 512
     can_discard = can_write_zeroes = True
     size_bytes = SECTORS * 512

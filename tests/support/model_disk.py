@@ -10,6 +10,7 @@ class ModelDisk:
 
     block_size = 512
     extra_calls = 0
+    merges = False
     read_only = False
     can_discard = True
     can_write_zeroes = True

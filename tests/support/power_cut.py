@@ -41,6 +41,7 @@ class RecordingBackend:
 
     can_discard = True
     extra_calls = 0
+    merges = False
     can_write_zeroes = True
 
     def __init__(self, backend: BlockBackend) -> None:

@@ -23,6 +23,7 @@ class Hooked:
 
     block_size = 512
     extra_calls = 0
+    merges = False
 
     def __init__(self, backend: BlockBackend) -> None:
         self.backend = backend

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import GuestMemory
 from pyvmm.storage.backend import BlockBackend
-from pyvmm.storage.raw import RawBackend
 from pyvmm.virtio.block.fast.plain import TOKEN_BITS, PlainChain, chain_of, plain_work
 from pyvmm.virtio.block.fast.ring import FastRing
 from pyvmm.virtio.block.request import HEADER, HEADER_SIZE, STATUS_SIZE
@@ -88,7 +87,7 @@ class FastPath:
         self._region_gpa = ring.region_gpa
         self._memory = memory
         self._backend = backend
-        self._merges = isinstance(backend, RawBackend)
+        self._merges = backend.merges
         self._may_write = may_write
         self._may_flush = may_flush
         self._serve = serve

@@ -1,0 +1,1 @@
+"""The public face: what ``import pyvmm`` gives to scripts and tests (docs/api.md)."""
