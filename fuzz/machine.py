@@ -25,6 +25,7 @@ from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockFeature, Feature, Register, Status
 from tests.support.general_path import GeneralBlockDevice
+from tests.support.vhost_user_disk import EventfdSlot
 from tests.support.virtio_driver import RAM_BASE, BlockDriver, VirtioDriver, readable, writable
 
 RAM_BYTES = 256 << 10
@@ -161,8 +162,9 @@ class Machine:
 
     def _make(self, source: Source, fds: Sequence[int]) -> VirtioDevice:
         if self.kind == "console":
+            self.size = (80, 25)
             self.console = ConsoleDevice(
-                self._show, lambda: None, size=(80, 25), clock=lambda: self.now_s
+                self._show, lambda: None, size=lambda: self.size, clock=lambda: self.now_s
             )
             return self.console
         if self.kind == "entropy":
@@ -171,9 +173,9 @@ class Machine:
             self.frontend = FakeFrontend(source)
             device = VhostUserBlock(
                 self.frontend,  # type: ignore[arg-type]
-                kick_fds=fds[1:], call_fd=fds[0], lost=self._report,
-                queue_size=source.pick((16, 256)),
+                max_queues=len(fds) - 1, lost=self._report, queue_size=source.pick((16, 256)),
             )
+            device.plug(EventfdSlot(fds[0], tuple(fds[1:])))
             self.frontend.is_kind = False
             return device
         self.config = BlockConfig(
@@ -234,13 +236,14 @@ class Machine:
                 self.console.receive(source.take(source.bits(6)))
                 self.service(RECEIVE_QUEUE)
             case 1 if self.kind == "console":
-                if self.console.resize((source.bits(17), source.bits(17))):
+                self.size = (source.bits(17), source.bits(17))
+                if self.console.refresh():
                     self.transport.config_changed()
             case 2 if isinstance(self.device, BlockDevice):
                 self._resize_disk(source.pick((DISK_SECTORS, DISK_SECTORS // 2, 0, 100)))
             case 2 if isinstance(self.device, VhostUserBlock):
                 self.device.look()
-                self.device.refresh_capacity()
+                self.device.refresh()
                 self.transport.config_changed()
             case _:
                 self.now_s += source.bits(8) / 16
@@ -251,7 +254,7 @@ class Machine:
         del self.disk[sectors * 512 :]
         self.disk.extend(bytes(sectors * 512 - len(self.disk)))
         assert isinstance(self.device, BlockDevice)
-        self.device.refresh_capacity()
+        self.device.refresh()
         self.transport.config_changed()
 
     # The end

@@ -10,7 +10,7 @@ from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import CpuModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import ExitStack
     from os import PathLike
     from typing import ClassVar
@@ -213,11 +213,6 @@ class RunConfig(Record):
             )
 
     @property
-    def virtio_devices(self) -> int:
-        """How many virtio-mmio devices the machine has: disks, a console, an entropy device."""
-        return len(self.disks) + self.has_virtio_console + 1
-
-    @property
     def has_virtio_console(self) -> bool:
         """True if the command line names hvc0.
 
@@ -230,18 +225,20 @@ class RunConfig(Record):
         """Whether the guest's console is the virtio one: the last of ours is hvc0."""
         return consoles_of(words_of(self._guest_words))[-1:] == ["hvc0"]
 
-    def kernel_command_line(self, limit: int | None = None) -> str:
+    def kernel_command_line(
+        self, places: Sequence[tuple[int, int]] = (), limit: int | None = None
+    ) -> str:
         """The whole command line: devices, the base (default or ``cmdline``), then ``append``.
 
-        Devices come first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
+        ``places`` are ``(base address, GSI)`` of the virtio-mmio devices that there are.  They come
+        first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
         ConfigError, naming the longer option, if it has more than ``limit`` bytes.
         """
         parts = []
         if self.timing:
             parts.append("pyvmm_timing=1")
-        for index in range(self.virtio_devices if self.discovery != "acpi" else 0):
-            base, gsi = layout.virtio_slot(index)
-            parts.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
+        if self.discovery != "acpi":
+            parts += [f"virtio_mmio.device=4K@{base:#x}:{gsi}" for base, gsi in places]
         parts.append(self._guest_words)
         line = " ".join(part for part in parts if part)
         if limit is not None and len(line) > limit:

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import operator
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
+from pyvmm.board.board import Board
 from pyvmm.board.bus import Bus
-from pyvmm.board.disks import START_S, Disk, LastWait, open_disk
-from pyvmm.board.polled_uart import PolledUart
-from pyvmm.board.slot import Slot, eventfd
+from pyvmm.board.consoles import Consoles
+from pyvmm.board.describe import describe
+from pyvmm.board.disks import plug_disks
 from pyvmm.config import RunConfig, VhostUserDiskConfig
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
@@ -24,196 +25,121 @@ from pyvmm.devices.pci_host import PciHost
 from pyvmm.devices.power import Power
 from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.devices.rtc import Rtc
-from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import (
     KVM_CAP_MAX_VCPUS,
     KVM_CAP_READONLY_MEM,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
-from pyvmm.kvm.handles import Kvm
+from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.report import Reporter
-from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from pyvmm.run.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
-from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
+from pyvmm.run.vcpu_loop import Exits, VcpuLoop
 from pyvmm.run.verdict import Evidence, Verdict
-from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
-from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE, VirtioMmioDevice, write_acpi_tables
+from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
 from pyvmm.x86.image import Kernel
-from pyvmm.x86.loader import load_initrd, load_kernel, write_boot_info
-from pyvmm.x86.mptable import write_mp_table
-from pyvmm.x86.reset_vector import write_reset_vector
-
-if TYPE_CHECKING:
-    from typing import Any
+from pyvmm.x86.loader import load_initrd, load_kernel
 
 
-
-def build(config: RunConfig, *, report: Reporter) -> Machine:
+def build(
+    config: RunConfig,
+    *,
+    report: Reporter,
+    devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
+) -> Machine:
     """A machine ready to run.
+
+    ``devices`` are virtio devices of the caller's own, by name; the guest finds them behind
+    pyvmm's.  They belong to the machine from now on, which closes them.
 
     ConfigError for files and options that cannot work, HostError for a host that cannot; both
     before any vCPU has run, and with everything opened so far closed again.
     """
     with contextlib.ExitStack() as stack:
-        shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
-        ranges = layout.ram_ranges(config.memory_bytes)
-        memory = stack.enter_context(GuestMemory(ranges, shared=shared))
+        for device in devices.values():
+            stack.callback(device.close)
+        memory = stack.enter_context(_make_memory(config, devices.values()))
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
-        write_mp_table(memory, cpus=config.cpus)
-        places = [layout.virtio_slot(index) for index in range(config.virtio_devices)]
-        # A kernel with ACPI knows interrupt lines by it alone: without it is without all of it.
-        rsdp = 0 if config.discovery == "cmdline" else write_acpi_tables(
-            memory, vcpu_count=config.cpus, rtc=config.rtc == "utc",
-            devices=[VirtioMmioDevice(base=base, length=layout.VIRTIO_MMIO_STRIDE, gsi=gsi)
-                     for base, gsi in places],
-        )
-        write_reset_vector(memory)
-        cmdline = config.kernel_command_line(kernel.cmdline_limit)
-        write_boot_info(memory, kernel, cmdline, initrd, rsdp=rsdp)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
-        made = contextlib.ExitStack()
-        until_s = time.monotonic() + min(START_S, config.timeout_s or START_S)
-        disks = [
-            open_disk(disk, index, runner, stack, report, until_s, made)
-            for index, disk in enumerate(config.disks)
-        ]
-        last_wait = LastWait(disks)
+        verdict = Verdict(runner, is_linux=kernel.is_linux)
+        watch = ConsoleWatch(verdict.hear)
+        timer = BootTimer()
+
+        board = Board(memory, stack, maps_pages=config.mmio == "mapped", report=report)
+        made = plug_disks(board, config, runner, stack, report)
         console = stack.enter_context(contextlib.closing(_open_console(config)))
+        output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
+        consoles = Consoles(config, board, console, output, runner.input_room)
+        board.plug(EntropyDevice(), "entropy")
+        for name, device in devices.items():
+            board.plug(device, name)
+        _add_ports(board.pio, config, timer)
+        _add_endings(board.pio, verdict, report)
+        describe(board, config, kernel, initrd)
 
         kvm = stack.enter_context(Kvm())
         _check_cpus(kvm, config.cpus)
         vm = stack.enter_context(kvm.create_vm())
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
-        # All memory, here and of the slots, before the chips: afterwards each change of it waits
-        # until KVM has freed what they left behind on its own I/O bus, 5 to 8 ms (Linux 6.18).
-        for number, region in enumerate(memory.regions):
-            vm.set_user_memory_region(number, region.gpa, region.length, region.host_address)
-
-        verdict = Verdict(runner, is_linux=kernel.is_linux)
-        watch = ConsoleWatch(verdict.hear)
-        output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
-        pio, mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
-
-        hvc0 = None
-        if config.has_virtio_console:
-            from pyvmm.board.hvc0 import Hvc0
-            hvc0 = Hvc0(output.write, runner.input_room, stack,
-                        terminal_size=lambda: console.size, is_chosen=config.console_is_virtio)
-        show = hvc0.show_serial if hvc0 else output.write
-        serial = Serial(
-            show if config.cpus == 1 else watch.tap(show),
-            lambda level: vm.irq_line(layout.SERIAL_IRQ, level), runner.input_room
-        )
-        timer = BootTimer()
-        pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
-        pio.add(layout.PCI_PORT, PciHost.LENGTH, PciHost())
-        _add_endings(pio, verdict, report)
-        if config.rtc == "utc":
-            pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
-
-        swallow = _swallow(config, kvm, stack, report)
-        slots: list[Slot] = []
-
-        def attach(device: VirtioDevice, **how: Any) -> None:
-            slots.append(Slot(len(slots), device, memory=memory, vm=vm, mmio=mmio, report=report,
-                              swallow=swallow, **how))
-            stack.callback(slots[-1].close)
-
-        for disk in disks:
-            attach(disk.device, irq_fd=disk.irq_fd, doorbells=disk.doorbells,
-                   at_exit=config.serve == "exit" and disk.watch is None,
-                   watch=disk.watch)
-            stack.callback(last_wait)
-        if hvc0:
-            attach(hvc0.device, irq_fd=eventfd(stack), at_exit=True,
-                   doorbells=(hvc0.typed_fd, eventfd(stack)))
-        attach(EntropyDevice(), irq_fd=eventfd(stack), at_exit=True,
-               doorbells=(eventfd(stack),))
+        board.map_memory(vm, can_map_pages=_can_map_pages(config, kvm, report))
         vm.create_irqchip()
         vm.create_pit2()
-        for slot in slots:
-            slot.connect()
-
-        tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-        loops: list[VcpuLoop] = []
+        board.connect(vm)
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
-        polled_fd = eventfd(stack)
-        uart = PolledUart(
-            # Gathered, nobody knows which vCPU sent what, as ConsoleWatch does to tell lines apart.
-            serial, ring=vcpus[0].coalesced_ring(kvm.ring_page) if config.cpus == 1 else None,
-            gather=functools.partial(vm.gather_port, layout.SERIAL_PORT),
-            begin=functools.partial(os.eventfd_write, polled_fd, 1),
-        )
-        pio.add(layout.SERIAL_PORT, Serial.LENGTH, uart)
-
-        def at_end() -> None:
-            uart.flush()
-            if hvc0:
-                hvc0.finish()
-
-        for index, vcpu in enumerate(vcpus):
-            vcpu.set_cpuid(cpuid.build(
-                kvm.supported_cpuid(), config.cpu, index,
-                vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
-                memory_end=sum(layout.ram_ranges(config.memory_bytes)[-1]),
-            ))
-            loops.append(VcpuLoop(
-                vcpu, pio=pio, mmio=mmio, finish=runner.finish, machine=loops,
-                describe=functools.partial(cpu.describe_vcpu, memory, vcpu),
-                at_end=at_end, can_be_woken=vm.can_wake,
-            ))
+        # ``watch`` must know which vCPU sent a byte, and what KVM gathers does not say.
+        is_uniprocessor = config.cpus == 1
+        ring = vcpus[0].coalesced_ring(kvm.ring_page) if is_uniprocessor else None
+        show = consoles.show_serial if is_uniprocessor else watch.tap(consoles.show_serial)
+        consoles.add_serial_port(show, vm, ring, stack)
+        loops = _make_loops(config, kvm, vm, vcpus, board, runner, consoles)
         # The others wait, in the kernel, for the first one's INIT and SIPI.
-        cpu.setup_boot(memory, loops[0].vcpu, kernel)
+        cpu.setup_boot(memory, vcpus[0], kernel)
+        return Machine(
+            config=config, kernel=kernel, board=board, runner=runner, loops=loops, timer=timer,
+            watch=watch, verdict=verdict, console=console, output=output, consoles=consoles, made=made,
+            resources=stack.pop_all(),
+        )
 
-        # Looking at a disk may wait for the disk: that is for its thread, not for the main one.
-        looks = [eventfd(stack) for _ in disks]
 
-        def refresh() -> None:
-            for fd in looks:
-                os.eventfd_write(fd, 1)
+def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:
+    """The guest's RAM; a file that can be mapped if another process serves a device."""
+    shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
+    shared = shared or any(device.is_served_elsewhere for device in devices)
+    return GuestMemory(layout.ram_ranges(config.memory_bytes), shared=shared)
 
-        def run() -> Outcome:
-            made.pop_all()
-            console.begin()
-            if config.timeout_s is not None:
-                runner.finish_after(config.timeout_s, Outcome(Kind.TIMEOUT))
-            verdict.doubt_silence(report)
-            workers = [
-                (f"virtio{index}",
-                 [*slot.sources, IoSource(fd, functools.partial(_look, disk, slot))])
-                for index, (disk, slot, fd) in enumerate(zip(disks, slots, looks, strict=False))
-            ]
-            # Not on this thread: it moves the console's bytes, for which the device may wait.
-            console_sources = [IoSource(polled_fd, uart.tick)]
-            notices: dict[int, Callable[[], None]] = {REFRESH_SIGNAL: refresh}
-            if hvc0:
-                notices[RESIZE_SIGNAL] = hvc0.resize
-                slot = slots[len(disks)]
-                resize_news = IoSource(hvc0.resized_fd, slot.transport.config_changed)
-                console_sources += [*slot.sources, resize_news]
-            workers.append(("console", console_sources))
-            # A thread of its own, since the console's may wait for a terminal that takes nothing.
-            workers.append(("entropy", slots[-1].sources))
-            outcome = runner.run(
-                vcpus=loops, workers=workers, console=console, output=output, notices=notices,
-                receive=hvc0.receive if hvc0 and config.console_is_virtio else serial.receive,
-                at_end=[last_wait],
-            )
-            watch.end()
-            return verdict.judge(
-                outcome, lambda: bool(timer.marks) or any(map(cpu.runs_program, vcpus))
-            )
 
-        return Machine(kernel, run, verdict.evidence, output, runner, loops, timer, stack.pop_all())
+def _make_loops(
+    config: RunConfig,
+    kvm: Kvm,
+    vm: Vm,
+    vcpus: Sequence[Vcpu],
+    board: Board,
+    runner: Runner,
+    consoles: Consoles,
+) -> list[VcpuLoop]:
+    """Set up what ``vcpus`` are and make what runs each of them."""
+    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+    loops: list[VcpuLoop] = []
+    for index, vcpu in enumerate(vcpus):
+        vcpu.set_cpuid(cpuid.build(
+            kvm.supported_cpuid(), config.cpu, index,
+            vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
+            memory_end=board.memory.regions[-1].end,
+        ))
+        loops.append(VcpuLoop(
+            vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
+            describe=functools.partial(cpu.describe_vcpu, board.memory, vcpu),
+            at_end=consoles.finish, can_be_woken=vm.can_wake,
+        ))
+    return loops
 
 
 def _check_cpus(kvm: Kvm, cpus: int) -> None:
@@ -242,6 +168,14 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
+def _add_ports(pio: Bus, config: RunConfig, timer: BootTimer) -> None:
+    """The ports that only answer."""
+    pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
+    pio.add(layout.PCI_PORT, PciHost.LENGTH, PciHost())
+    if config.rtc == "utc":
+        pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
+
+
 def _add_endings(pio: Bus, verdict: Verdict, report: Reporter) -> None:
     """Add the ports by which a guest ends the run, or says why it is about to."""
     def ends_in(kind: Kind) -> Callable[[], None]:
@@ -263,22 +197,12 @@ def _add_endings(pio: Bus, verdict: Verdict, report: Reporter) -> None:
     pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
 
-def _look(disk: Disk, slot: Slot) -> None:
-    """See whether ``disk`` has grown, and tell its driver."""
-    if disk.device.refresh_capacity():
-        slot.transport.config_changed()
-
-
-def _swallow(
-    config: RunConfig, kvm: Kvm, stack: contextlib.ExitStack, report: Reporter
-) -> int | None:
-    """The eventfd that makes register pages mapped ones; None if they are to be trapped."""
-    if config.mmio == "trapped":
-        return None
-    if not kvm.check_extension(KVM_CAP_READONLY_MEM):
+def _can_map_pages(config: RunConfig, kvm: Kvm, report: Reporter) -> bool:
+    """True if KVM can map register pages; it says so if ``config`` wants it and KVM cannot."""
+    can = bool(kvm.check_extension(KVM_CAP_READONLY_MEM))
+    if config.mmio == "mapped" and not can:
         report("this KVM has no read-only memory (KVM_CAP_READONLY_MEM): registers are trapped")
-        return None
-    return eventfd(stack)
+    return can
 
 
 class Machine:
@@ -286,28 +210,56 @@ class Machine:
 
     def __init__(
         self,
+        *,
+        config: RunConfig,
         kernel: Kernel,
-        run: Callable[[], Outcome],
-        evidence: Evidence,
-        output: OutputBuffer,
+        board: Board,
         runner: Runner,
         loops: Sequence[VcpuLoop],
         timer: BootTimer,
+        watch: ConsoleWatch,
+        verdict: Verdict,
+        console: Console,
+        output: OutputBuffer,
+        consoles: Consoles,
+        made: contextlib.ExitStack,
         resources: contextlib.ExitStack,
     ) -> None:
         self.kernel = kernel
-        self._run = run
-        self.evidence = evidence
-        """What is known of the guest: how far it came, what it said of its end."""
-        self._output = output
+        self.board = board
+        self._config = config
         self._runner = runner
         self._loops = loops
         self._timer = timer
+        self._watch = watch
+        self._verdict = verdict
+        self._console = console
+        self._output = output
+        self._consoles = consoles
+        self._made = made
         self._resources = resources
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread, which must be the main thread."""
-        return self._run()
+        self._made.pop_all()
+        self._console.begin()
+        if self._config.timeout_s is not None:
+            self._runner.finish_after(self._config.timeout_s, Outcome(Kind.TIMEOUT))
+        self._verdict.doubt_silence(self._runner.report)
+        notices: dict[int, Callable[[], None]] = {
+            REFRESH_SIGNAL: self.board.refresh, RESIZE_SIGNAL: self._consoles.terminal_changed
+        }
+        outcome = self._runner.run(
+            vcpus=self._loops, workers=self.board.workers, console=self._console,
+            output=self._output, notices=notices, receive=self._consoles.receive,
+            at_end=[self.board.hurry],
+        )
+        self._watch.end()
+        return self._verdict.judge(outcome, self._runs_program)
+
+    def _runs_program(self) -> bool:
+        vcpus = (loop.vcpu for loop in self._loops)
+        return bool(self._timer.marks) or any(map(cpu.runs_program, vcpus))
 
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest, from another thread than the one in ``run``: see ``Runner.pause``."""
@@ -321,6 +273,11 @@ class Machine:
     def is_paused(self) -> bool:
         """Whether a pause was asked for and not taken back."""
         return self._runner.is_paused
+
+    @property
+    def evidence(self) -> Evidence:
+        """What is known of the guest: how far it came, what it said of its end."""
+        return self._verdict.evidence
 
     @property
     def marks(self) -> tuple[Mark, ...]:

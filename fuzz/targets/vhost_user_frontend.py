@@ -28,7 +28,13 @@ from pyvmm.vhost_user.protocol import (
 )
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import Register
-from tests.support.vhost_user_disk import FEATURES, RAM_BYTES, RING_REQUESTS, config_space
+from tests.support.vhost_user_disk import (
+    FEATURES,
+    RAM_BYTES,
+    RING_REQUESTS,
+    EventfdSlot,
+    config_space,
+)
 from tests.support.vhost_user_peers import (
     ALL_PROTOCOL_FEATURES,
     ScriptedBackend,
@@ -98,10 +104,12 @@ class _Case:
         with frontend:
             try:
                 self._say_space()
-                device = VhostUserBlock(frontend, kick_fds=self._fds[1:], call_fd=self._fds[0],
-                                        lost=self._lost.append)
+                device = VhostUserBlock(
+                    frontend, max_queues=len(self._fds) - 1, lost=self._lost.append
+                )
             except VhostUserError:
                 return
+            device.plug(EventfdSlot(self._fds[0], tuple(self._fds[1:])))
             self._be_guest(device)
         assert len(self._lost) <= 1, f"lost more than once: {self._lost}"
 
@@ -155,7 +163,7 @@ class _Case:
 
     def _refresh(self, device: VhostUserBlock, transport: MmioTransport) -> None:
         self._say_space()
-        if device.refresh_capacity():
+        if device.refresh():
             transport.config_changed()
 
     # What the back end says

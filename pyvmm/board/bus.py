@@ -37,14 +37,21 @@ class Bus:
         cannot afford ``read`` and ``write``."""
 
     def add(self, base: int, length: int, device: BusDevice) -> None:
-        """Give ``length`` addresses from ``base`` to ``device``; ValueError if not free."""
+        """Give ``length`` addresses from ``base`` to ``device``.
+
+        ValueError if another device has one of them.
+        """
         granule = 1 << self._bits
         if base < 0 or length <= 0 or base % granule or length % granule:
             raise ValueError(f"{self.name} {base:#x}+{length:#x}: not granules of {granule}")
         keys = range(base >> self._bits, (base + length) >> self._bits)
         for key in keys:
             if key in self._table:
-                raise ValueError(f"{self.name} {base:#x}+{length:#x} is taken")
+                start, end, owner = self._table[key]
+                raise ValueError(
+                    f"{self.name} {base:#x}+{length:#x} cannot be a {type(device).__name__}: "
+                    f"{start:#x}+{end - start:#x} is taken by a {type(owner).__name__}"
+                )
         for key in keys:
             self._table[key] = (base, base + length, device)
 

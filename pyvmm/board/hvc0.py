@@ -10,12 +10,9 @@ has no driver for it.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable
 
-from pyvmm.board.slot import eventfd
 from pyvmm.virtio.console.device import ConsoleDevice
 
 SILENCE_S = 5.0
@@ -24,7 +21,7 @@ MAX_HELD_BYTES = 64 << 10
 
 
 class Hvc0:
-    """``device``, of which ``typed_fd`` and ``resized_fd`` bring news: eventfds of ``stack``.
+    """``device``, and when what it says is shown.
 
     ``show`` shows bytes on the terminal, of ``terminal_size``; ``on_room`` is called when there is
     room for typed bytes again.
@@ -34,23 +31,18 @@ class Hvc0:
         self,
         show: Callable[[bytes], None],
         on_room: Callable[[], None],
-        stack: contextlib.ExitStack,
         *,
         terminal_size: Callable[[], tuple[int, int]],
         is_chosen: bool,
     ) -> None:
-        self.typed_fd = eventfd(stack)
-        self.resized_fd = eventfd(stack)
         self._show = show
-        self._terminal_size = terminal_size
         self._is_chosen = is_chosen
         self._is_shown = False
         self._serial_is_silent = True
         self._held = bytearray()  # of a device that is not chosen
         self._held_since_s = 0.0
         self.device = ConsoleDevice(
-            self._show_own, on_room, size=terminal_size(), on_ready=self._tell,
-            on_reset=self._hide,
+            self._show_own, on_room, size=terminal_size, on_reset=self._hide
         )
 
     def show_serial(self, data: bytes) -> None:
@@ -65,17 +57,6 @@ class Hvc0:
             self._is_shown = True
             held, self._held = self._held, bytearray()
             self._show(bytes(held))
-
-    def receive(self, typed: bytes) -> int:
-        """Take typed bytes: how many."""
-        taken = self.device.receive(typed)
-        os.eventfd_write(self.typed_fd, 1)
-        return taken
-
-    def resize(self) -> None:
-        """The terminal may have another size: the driver is told of it."""
-        if self.device.resize(self._terminal_size()):
-            os.eventfd_write(self.resized_fd, 1)
 
     def _show_own(self, data: bytes) -> None:
         if self._is_chosen:
@@ -100,8 +81,3 @@ class Hvc0:
     def _hide(self) -> None:
         """Its driver is gone: what comes next, a crash kernel, may only have the serial port."""
         self._is_shown = False
-
-    def _tell(self) -> None:
-        """A driver runs: it learns the size, and gets what its predecessor has not read."""
-        os.eventfd_write(self.resized_fd, 1)
-        os.eventfd_write(self.typed_fd, 1)

@@ -1,10 +1,14 @@
-"""A virtio-mmio slot of the machine: a device, its register page, doorbells and interrupt.
+"""A slot of the board: one virtio device, and all that it needs of the machine.
 
 Two things are decided here.  How the guest sees the register page: *mapped*, as read-only memory,
 so that reading registers never leaves the guest and of the writes only those of set-up do; or
 *trapped*, where every access is an exit.  And where a notification is served: *at the exit*, by
-the vCPU that wrote it, or by the disk's *thread*, behind an ioeventfd (docs/performance.md has
+the vCPU that wrote it, or by the device's *thread*, behind an ioeventfd (docs/performance.md has
 the figures that make the rule).
+
+There is one way for the host to tell the driver that something changed: ``Slot.refresh`` wakes the
+device's thread, the thread has the device look at the host, and the driver is interrupted if the
+device says that its configuration space is another.
 """
 
 from __future__ import annotations
@@ -13,11 +17,10 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
 
-from pyvmm.board.bus import Bus
 from pyvmm.kvm.handles import Vm
 from pyvmm.memory import PAGE_SIZE, GuestMemory
+from pyvmm.report import Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.mmio import MmioTransport
@@ -29,78 +32,106 @@ FIRST_PAGE_SLOT = 8
 
 
 class Slot:
-    """Slot ``index``: ``device`` behind a register page at ``layout.virtio_slot(index)``.
+    """Slot ``index``: ``device`` behind a register page at ``base``, interrupting by line ``gsi``.
 
-    ``irq_fd`` and ``doorbells`` (one for each queue) are eventfds of the caller's; ``swallow`` is
-    one that nobody reads, and asks for a mapped page, None for a trapped one.
-    ``at_exit`` says where notifications are served.
-    ``sources`` is what a thread has to wait for; ``watch`` takes the place of the doorbells for a
-    device whose queues another process serves.
+    The slot owns the page, the device's eventfds and the device, and closes them.  A thread called
+    ``name`` has to serve ``sources``.  ``serve`` and ``refresh`` may be called from any thread.
 
-    Made before KVM's interrupt chips, because of its memory (``machine.build`` says why), and
-    connected once they exist.
+    With ``keep_used`` InterruptStatus always says that there are used buffers, so that nobody need
+    see its acknowledgement.  ``at_exit`` says where notifications are served; a device that is
+    served elsewhere has its doorbells in any case.
+
+    A slot is made, mapped, connected and closed, in this order (``board.Board`` says why).
     """
 
     def __init__(
         self,
         index: int,
         device: VirtioDevice,
-        *,
+        name: str,
         memory: GuestMemory,
-        vm: Vm,
-        mmio: Bus,
-        irq_fd: int,
-        doorbells: tuple[int, ...],
-        swallow: int | None,
+        *,
+        keep_used: bool,
         at_exit: bool,
-        report: Callable[[str], None],
-        watch: IoSource | None = None,
+        report: Reporter,
     ) -> None:
+        self.index = index
         self.device = device
-        self._vm = vm
-        self._irq_fd = irq_fd
-        self._doorbells = () if at_exit else doorbells
-        self._swallow = swallow
-        base, _ = self._place = layout.virtio_slot(index)
-        self.transport = MmioTransport(
-            device, memory, functools.partial(os.eventfd_write, irq_fd, 1),
-            report=lambda line: report(f"virtio{index}: {line}"),
-            # What a notification served at the exit leaves undone goes to the thread.
-            defer=lambda queue: os.eventfd_write(doorbells[queue], 1),
-            keep_used=swallow is not None or watch is not None,
-        )
-        if swallow is not None:
-            page = self.transport.page
-            address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-            vm.set_user_memory_region(
-                FIRST_PAGE_SLOT + index, base, PAGE_SIZE, address, read_only=True
+        self.name = name
+        self.base, self.gsi = layout.virtio_slot(index)
+        with contextlib.ExitStack() as stack:
+            stack.callback(device.close)
+            self.irq_fd = eventfd(stack)
+            self.doorbells = tuple(eventfd(stack) for _ in device.queues)
+            self._news_fd = eventfd(stack)
+            own_sources = device.plug(self)
+            self.transport = MmioTransport(
+                device, memory, functools.partial(os.eventfd_write, self.irq_fd, 1),
+                report=lambda line: report(f"{name}: {line}"),
+                # The thread does what a notification served at the exit leaves undone.
+                defer=self.serve,
+                keep_used=keep_used or device.is_served_elsewhere,
             )
-        mmio.add(base, layout.VIRTIO_MMIO_STRIDE, self.transport)
-        self.sources = [watch] if watch is not None else [
-            IoSource(doorbell, functools.partial(self.transport.service, queue))
-            for queue, doorbell in enumerate(doorbells)
-        ]
+            stack.callback(self.transport.close)
+            self._resources = stack.pop_all()
+        is_served_here = not device.is_served_elsewhere
+        self._has_ioeventfds = not (at_exit and is_served_here)
+        self.sources = [IoSource(self._news_fd, self._look), *own_sources]
+        if is_served_here:
+            # Straight to the transport: nothing of the slot is called at a doorbell.
+            self.sources += [
+                IoSource(doorbell, functools.partial(self.transport.service, queue))
+                for queue, doorbell in enumerate(self.doorbells)
+            ]
 
-    def connect(self) -> None:
-        """Have KVM take interrupts from our eventfds, and notifications to them; once."""
-        base, gsi = self._place
-        self._vm.irqfd(self._irq_fd, gsi)
-        if self._swallow is not None:
+    # The slot as its device sees it (virtio.device.Plug)
+
+    def serve(self, queue_index: int) -> None:
+        """See ``Plug.serve``."""
+        os.eventfd_write(self.doorbells[queue_index], 1)
+
+    def refresh(self) -> None:
+        """See ``Plug.refresh``."""
+        os.eventfd_write(self._news_fd, 1)
+
+    def _look(self) -> None:
+        """Have the device look at the host, and tell the driver; on the device's thread."""
+        if self.device.refresh():
+            self.transport.config_changed()
+
+    # The slot as KVM sees it
+
+    def map_page(self, vm: Vm) -> None:
+        """Put the register page into the guest's address space, read-only."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.transport.page))
+        vm.set_user_memory_region(
+            FIRST_PAGE_SLOT + self.index, self.base, PAGE_SIZE, address, read_only=True
+        )
+
+    def connect(self, vm: Vm, ignored_ack_fd: int | None) -> None:
+        """Have KVM take interrupts from our eventfds, and notifications to them; once.
+
+        ``ignored_ack_fd`` is an eventfd that nobody reads: KVM writes it in place of an exit when
+        the driver acknowledges used buffers.  None makes every acknowledgement an exit.
+        """
+        vm.irqfd(self.irq_fd, self.gsi)
+        if ignored_ack_fd is not None:
             # With the used buffer bit kept, acknowledging it is a write with no effect.
-            self._vm.ioeventfd(
-                self._swallow, base + Register.INTERRUPT_ACK, 4,
+            vm.ioeventfd(
+                ignored_ack_fd, self.base + Register.INTERRUPT_ACK, 4,
                 datamatch=InterruptBit.USED_BUFFER,
             )
-        for queue, doorbell in enumerate(self._doorbells):
-            self._vm.ioeventfd(doorbell, base + Register.QUEUE_NOTIFY, 4, datamatch=queue)
+        if self._has_ioeventfds:
+            for queue, doorbell in enumerate(self.doorbells):
+                vm.ioeventfd(doorbell, self.base + Register.QUEUE_NOTIFY, 4, datamatch=queue)
 
     def close(self) -> None:
-        """Stop the device and free its page; idempotent."""
-        self.transport.close()
+        """Stop and close the device, free its page and eventfds; idempotent."""
+        self._resources.close()
 
 
 def eventfd(stack: contextlib.ExitStack) -> int:
-    """An eventfd that does not block and is closed with ``stack``."""
+    """Return an eventfd that does not block and is closed with ``stack``."""
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     stack.callback(os.close, fd)
     return fd

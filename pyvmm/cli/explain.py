@@ -21,6 +21,7 @@ from pyvmm.run.verdict import Evidence
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.backend import SECTOR_SIZE
 from pyvmm.storage.files import logical_block_size
+from pyvmm.x86 import layout
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -150,9 +151,10 @@ def _boot(config: RunConfig, version: str) -> Boot:
         is_all = isinstance(disk, DiskConfig) and not disk.source.overlay
         return _read(disk.location, offset) if is_all else b""
 
+    # There always is a device; what matters here is whether the command line announces any.
+    command_line = config.kernel_command_line([layout.virtio_slot(0)])
     return Boot(
-        command_line=config.kernel_command_line(), version=version, cpus=config.cpus,
-        disks=len(config.disks),
+        command_line=command_line, version=version, cpus=config.cpus, disks=len(config.disks),
         acpi=config.discovery != "cmdline", initrd=initrd, read_disk=read_disk,
     )
 

@@ -28,7 +28,7 @@ from pyvmm.run.io_loop import IoSource
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import MemoryRegion
 from pyvmm.virtio.block.config import WRITEBACK_OFFSET, config_space_length
-from pyvmm.virtio.device import Interrupt, VirtioDevice
+from pyvmm.virtio.device import Interrupt, Plug, VirtioDevice
 from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
 
@@ -69,21 +69,20 @@ _NUM_QUEUES, _NUM_QUEUES_OFFSET = struct.Struct("<H"), 34
 class VhostUserBlock(VirtioDevice):
     """The disk that ``frontend``'s back end serves; ``frontend`` belongs to the caller.
 
-    ``kick_fds`` are the eventfds of the driver's notifications, one for each queue that is
-    wanted; there are ``len(queues)`` in the end, not more than the back end has.  ``call_fd`` is
-    the eventfd of the interrupt.  ``lost`` is called once, on the thread that finds out, with
-    what happened to the back end: from then on every request of the guest waits for ever.
-    VhostUserError if the back end is not a disk that can be handed on.
+    It has ``max_queues`` queues, or as many as the back end has if those are fewer.  The back end
+    gets the slot's doorbells and its ``irq_fd``.  ``lost`` is called once, on the thread that
+    finds out, with what happened to the back end: from then on every request of the guest waits
+    for ever.  VhostUserError if the back end is not a disk that can be handed on.
     """
 
     device_type = DeviceType.BLOCK
+    is_served_elsewhere = True
 
     def __init__(
         self,
         frontend: Frontend,
         *,
-        kick_fds: Sequence[int],
-        call_fd: int,
+        max_queues: int,
         lost: Callable[[str], None],
         queue_size: int = QUEUE_SIZE,
     ) -> None:
@@ -92,8 +91,6 @@ class VhostUserBlock(VirtioDevice):
                 frontend.peer, "a legacy device: it does not offer VIRTIO_F_VERSION_1"
             )
         self._frontend = frontend
-        self._kick_fds = tuple(kick_fds)
-        self._call_fd = call_fd
         self._lost = lost
         self._is_lost = threading.Lock()  # taken, by whoever finds out first, and never released
         self._shared: set[MemoryRegion] = set()
@@ -107,7 +104,7 @@ class VhostUserBlock(VirtioDevice):
         queues = 1
         if features & BlockFeature.MQ:
             (queues,) = _NUM_QUEUES.unpack_from(self._config, _NUM_QUEUES_OFFSET)
-        queues = min(queues, frontend.max_queues, len(kick_fds))
+        queues = min(queues, frontend.max_queues, max_queues)
         if queues < 1:
             raise VhostUserError(frontend.peer, "GET_CONFIG: num_queues is 0")
         super().__init__(avail_features=features, queue_max_sizes=(queue_size,) * queues)
@@ -120,11 +117,8 @@ class VhostUserBlock(VirtioDevice):
         (sectors,) = _CAPACITY.unpack_from(self._config)
         return int(sectors)
 
-    def refresh_capacity(self) -> bool:
-        """Ask the back end again how large the disk is; whether that has changed.
-
-        The caller then tells the driver (``MmioTransport.config_changed``).  From any thread.
-        """
+    def refresh(self) -> bool:
+        """See ``VirtioDevice.refresh``: ask the back end again how large the disk is."""
         before = self.capacity_sectors
         with contextlib.suppress(RequestRefusedError), self._noticing_loss():
             self._read_config()
@@ -222,7 +216,7 @@ class VhostUserBlock(VirtioDevice):
             # make a write wait for it to be read (``peers.eventfds``), which stops its own guest:
             # the end of the run interrupts that.
             with contextlib.suppress(BlockingIOError, InterruptedError):
-                os.eventfd_write(self._kick_fds[index], 1)
+                os.eventfd_write(self._slot.doorbells[index], 1)
         return None
 
     def _share(self, memory: GuestMemory) -> None:
@@ -250,8 +244,8 @@ class VhostUserBlock(VirtioDevice):
             driver=_user_address(memory, queue.driver_area),
             device=_user_address(memory, queue.device_area),
             base=first_base(self.acked_features) if queue.base is None else queue.base,
-            kick_fd=self._kick_fds[index],
-            call_fd=self._call_fd,
+            kick_fd=self._slot.doorbells[index],
+            call_fd=self._slot.irq_fd,
         )
 
     def _take_back(self, index: int) -> int | None:
@@ -269,17 +263,14 @@ class VhostUserBlock(VirtioDevice):
         gone.  Then ``look``."""
         return self._frontend.fileno()
 
-    @property
-    def source(self) -> IoSource:
-        """``fileno`` and ``look``, for a thread that waits."""
+    def plug(self, slot: Plug) -> Sequence[IoSource]:
+        """See ``VirtioDevice.plug``: the device's thread waits for news of the back end."""
+        super().plug(slot)
         # Edge-triggered: a socket whose peer has gone would be an event again and again.
-        return IoSource(self.fileno(), self.look)
+        return (IoSource(self.fileno(), self.look),)
 
     def hurry(self, until_s: float) -> None:
-        """The guest has ended: wait for the back end until ``until_s`` (time.monotonic) at most.
-
-        A vCPU that waits for it already, in a reset say, is let go then, too.  From any thread.
-        """
+        """See ``VirtioDevice.hurry``: a vCPU that waits for the back end, in a reset, goes on."""
         self._frontend.limit_waits(until_s)
 
     def look(self) -> None:

@@ -3,22 +3,32 @@
 A device knows features, configuration space, queues and requests.  It knows nothing of
 registers, addresses of its own, threads or KVM: ``activate`` gives it guest memory and an
 ``Interrupt``, and ``process_queue`` does one pass of work on the caller's thread.
+
+The life of a device::
+
+    made -> plug -> +-> set_acked_features -> activate -> process_queue ... -> reset -+ -> close
+                    +-------------------------------<----------------------------------+
+
+``plug`` comes once, before the guest runs; ``refresh`` and ``hurry`` may come at any time between
+it and ``close``.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pyvmm.errors import ActivateError, GuestError, RingError
 from pyvmm.memory import GuestMemory
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 from pyvmm.virtio.ring.queue import DESCRIPTOR_WORK, Chain, Queue, Ring
 from pyvmm.virtio.ring.rings import make_ring
-from pyvmm.virtio.spec import DeviceType, Feature
+from pyvmm.virtio.spec import Feature
 
 if TYPE_CHECKING:
     from typing import ClassVar
+
+    from pyvmm.run.io_loop import IoSource
 
 MAX_CHAIN_BYTES = 256 << 20
 """Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""
@@ -39,15 +49,49 @@ class Interrupt(Protocol):
         """Tell the driver that the configuration space or the device status changed."""
 
 
+class Plug(Protocol):
+    """A device's slot, as the device sees it.  Its methods return at once, in any thread."""
+
+    irq_fd: int
+    """The eventfd that KVM turns into the device's interrupt."""
+    doorbells: tuple[int, ...]
+    """The eventfds of the driver's notifications, one for each queue."""
+
+    def serve(self, queue_index: int) -> None:
+        """Have the device's thread make a pass over queue ``queue_index`` soon."""
+
+    def refresh(self) -> None:
+        """Have the device's thread call ``VirtioDevice.refresh`` soon, and tell the driver."""
+
+
+class NoSlot:
+    """The ``Plug`` of a device that nobody has plugged in: its driver is the only one to ask."""
+
+    irq_fd = -1
+    doorbells: tuple[int, ...] = ()
+
+    def serve(self, queue_index: int) -> None:
+        """See ``Plug.serve``: there is no thread."""
+
+    def refresh(self) -> None:
+        """See ``Plug.refresh``: there is no thread."""
+
+
 class VirtioDevice(abc.ABC):
     """A virtio device: features, queues and activation; what a request means is a subclass's.
 
-    Not thread-safe: the transport calls every method under one lock.
+    Not thread-safe: the transport calls every method under one lock, but for ``plug``, ``refresh``,
+    ``hurry`` and ``close``, which are the slot's.
     """
 
-    device_type: ClassVar[DeviceType]
+    device_type: ClassVar[int]
+    """A ``DeviceType``, or the number of a type that it does not list."""
+    is_served_elsewhere: ClassVar[bool] = False
+    """True if another process serves the queues.  It waits for the slot's doorbells itself and
+    writes the slot's ``irq_fd``; guest RAM is memory that it can map."""
 
     def __init__(self, *, avail_features: int, queue_max_sizes: tuple[int, ...]) -> None:
+        self._slot: Plug = NoSlot()
         self.avail_features = int(avail_features)
         self.queue_max_sizes = queue_max_sizes
         self.queues = [Queue(max_size) for max_size in queue_max_sizes]
@@ -57,6 +101,31 @@ class VirtioDevice(abc.ABC):
         self._memory: GuestMemory | None = None
         self._interrupt: Interrupt | None = None
         self._rings: list[Ring | None] = []
+
+    def plug(self, slot: Plug) -> Sequence[IoSource]:
+        """Take ``slot`` as the device's own; return the sources of the device's own descriptors.
+
+        The device's thread waits for them besides the doorbells: a tap, a socket, a timer.
+        """
+        self._slot = slot
+        return ()
+
+    def refresh(self) -> bool:
+        """Look at the host again; True if the configuration space has changed by it.
+
+        The device's thread calls it after ``Plug.refresh`` and on SIGUSR1, perhaps while a pass is
+        under way on a vCPU's thread.  The slot then tells the driver.
+        """
+        return False
+
+    def hurry(self, until_s: float) -> None:  # noqa: B027 - most devices wait for nobody
+        """Let no wait for a peer last beyond ``until_s`` (time.monotonic), nor one under way.
+
+        Called once, when the run ends, from any thread.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most devices open nothing
+        """Free what the device itself has opened; idempotent.  It has been reset before."""
 
     @property
     def acked_features(self) -> int:

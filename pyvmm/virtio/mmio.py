@@ -377,4 +377,6 @@ class MmioTransport:
 
     @property
     def _name(self) -> str:
-        return f"virtio {name_of(DeviceType, self._device.device_type).lower()} device"
+        number = self._device.device_type
+        kind = name_of(DeviceType, number).lower() or f"type {number}"
+        return f"virtio {kind} device"

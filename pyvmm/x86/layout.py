@@ -77,6 +77,7 @@ SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, RESET_PORT = 0x600, 0x601, 0x602
 VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14, 16, 17, 18, 19, 20, 21, 22, 23)
 """GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses, then the
 IOAPIC's own."""
+MAX_VIRTIO_DEVICES = len(VIRTIO_IRQS)
 
 
 def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:
@@ -90,5 +91,5 @@ def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:
 
 
 def virtio_slot(index: int) -> tuple[int, int]:
-    """Return ``(base address, GSI)`` of virtio-mmio device ``index``."""
+    """Return ``(base address, GSI)`` of virtio-mmio device ``index``, below MAX_VIRTIO_DEVICES."""
     return VIRTIO_MMIO + index * VIRTIO_MMIO_STRIDE, VIRTIO_IRQS[index]

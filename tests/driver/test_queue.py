@@ -121,7 +121,7 @@ def test_the_disk_grows(rig: DiskRig) -> None:
     with pytest.raises(RequestError, match="not on the disk"):
         rig.queue.read(DISK_BYTES, rig.data.view[:512], 0)
     assert not rig.queue.refresh_capacity()
-    assert rig.device.refresh_capacity()
+    assert rig.device.refresh()
     rig.transport.config_changed()
     assert rig.queue.refresh_capacity()
     assert rig.queue.capacity_bytes == DISK_BYTES + 512

@@ -13,6 +13,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.vhost_user.block import VhostUserBlock
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import CONFIG, VRING_STATE, Request
+from pyvmm.virtio.device import NoSlot
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import BlockFeature, Feature
 from tests.support.vhost_user_peers import ScriptedBackend, open_fds
@@ -38,6 +39,14 @@ def config_space(
     return struct.pack("<QII16xBxH", sectors, size_max, seg_max, writeback, queues)
 
 
+class EventfdSlot(NoSlot):
+    """A slot of eventfds that somebody else has made, without a thread."""
+
+    def __init__(self, irq_fd: int, doorbells: tuple[int, ...]) -> None:
+        self.irq_fd = irq_fd
+        self.doorbells = doorbells
+
+
 @dataclass
 class Eventfds:
     """What KVM would signal and wait for."""
@@ -48,10 +57,11 @@ class Eventfds:
 
     def device(self, frontend: Frontend, *, queue_size: int = 256) -> VhostUserBlock:
         """A device that uses them; ``reasons`` are why its back end was lost."""
-        return VhostUserBlock(
-            frontend, kick_fds=self.kicks, call_fd=self.call, lost=self.reasons.append,
-            queue_size=queue_size,
-        )  # fmt: skip
+        device = VhostUserBlock(
+            frontend, max_queues=len(self.kicks), lost=self.reasons.append, queue_size=queue_size
+        )
+        device.plug(EventfdSlot(self.call, self.kicks))
+        return device
 
 
 @contextlib.contextmanager

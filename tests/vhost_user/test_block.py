@@ -235,12 +235,12 @@ def test_features_may_change_the_cache_mode(script: Script) -> None:
 
 def test_a_disk_that_grows(script: Script) -> None:
     script.say_space(config_space())
-    assert not script.device.refresh_capacity()
+    assert not script.device.refresh()
     script.say_space(config_space(sectors=128))
-    assert script.device.refresh_capacity()
+    assert script.device.refresh()
     script.transport.config_changed()
     assert script.transport.read(Register.CONFIG, 4) == 128
     script.peer.say(Request.GET_CONFIG)
-    assert not script.device.refresh_capacity()
+    assert not script.device.refresh()
     assert script.device.capacity_sectors == 128
     assert script.reasons == []

@@ -23,6 +23,7 @@ from tests.support.vhost_user_disk import (
     FEATURES,
     RAM_BYTES,
     RING_REQUESTS,
+    EventfdSlot,
     Script,
     is_readable,
 )
@@ -125,7 +126,7 @@ def assert_dead_and_harmless(script: Script, reason: str) -> None:
     script.driver.start(FEATURES)
     script.driver.notify()
     script.transport.write(Register.CONFIG + 32, 1, 0)
-    assert not script.device.refresh_capacity()
+    assert not script.device.refresh()
     script.driver.set(Register.STATUS, 0)
     assert len(script.reasons) == 1
     assert script.device.capacity_sectors == 64
@@ -164,7 +165,7 @@ def test_a_back_end_that_is_gone_at_reset(script: Script) -> None:
 def test_a_back_end_that_lies_about_its_configuration(script: Script) -> None:
     script.start()
     script.say_space(b"short")
-    assert not script.device.refresh_capacity()
+    assert not script.device.refresh()
     assert_dead_and_harmless(script, "GET_CONFIG: reply of 17 bytes, not 48")
 
 
@@ -174,7 +175,8 @@ def test_a_back_end_that_has_gone_is_looked_at_once(script: Script) -> None:
     script.peer.hang_up()
     doorbell = os.eventfd(0, os.EFD_NONBLOCK)
     looks: list[float] = []
-    source = script.device.source
+    slot = EventfdSlot(script.fds.call, script.fds.kicks)
+    (source,) = script.device.plug(slot)
 
     def look() -> float | None:
         looks.append(time.monotonic())

@@ -34,13 +34,18 @@ class Rig:
     def __init__(self) -> None:
         self.irqs: list[int] = []
         memory = GuestMemory.over(bytearray(1 << 20), RAM_BASE)
-        self.device = ConsoleDevice(lambda _data: None, lambda: None, size=OLD)
+        self.size = OLD
+        self.device = ConsoleDevice(lambda _data: None, lambda: None, size=lambda: self.size)
         self.transport = MmioTransport(
             self.device, memory, lambda: self.irqs.append(1), report=print, keep_used=True
         )
         self.driver = VirtioDriver(self.transport, memory)
         self.page = memoryview(self.transport.page)
         self.states: list[State] = []
+
+    def resize(self, size: tuple[int, int]) -> None:
+        self.size = size
+        assert self.device.refresh()
 
     def look(self) -> None:
         """Note what a guest would read now."""
@@ -111,7 +116,7 @@ def test_no_driver_takes_a_torn_size_for_the_terminals(
     """Also where the guest has the configuration shown anew before the device says it changed."""
     with rig.looking():
         for size in (NEW, NEWER):
-            assert rig.device.resize(size)
+            rig.resize(size)
             for event in events:
                 event(rig)
             rig.transport.config_changed()
@@ -126,7 +131,7 @@ def test_what_else_the_page_says_survives_a_change(rig: Rig) -> None:
     rig.driver.setup_queue()
     rig.driver.set(Register.STATUS, 15)
     before = bytes(rig.page)
-    rig.device.resize(NEW)
+    rig.resize(NEW)
     rig.transport.config_changed()
     assert rig.irqs == [1]
     assert rig.driver.reg(Register.INTERRUPT_STATUS) == (
@@ -153,7 +158,7 @@ def test_a_change_that_changes_nothing_is_told_all_the_same(rig: Rig) -> None:
 
 def test_the_generation_wraps(rig: Rig) -> None:
     rig.page.cast("I")[Register.CONFIG_GENERATION // 4] = 0xFFFF_FFFF
-    rig.device.resize(NEW)
+    rig.resize(NEW)
     rig.transport.config_changed()
     assert rig.driver.reg(Register.CONFIG_GENERATION) == 0
 
@@ -165,7 +170,7 @@ def test_a_host_that_refuses_a_new_page_shows_the_change_all_the_same(
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr("pyvmm.virtio.mmio.replace_page", refuse)
-    rig.device.resize(NEW)
+    rig.resize(NEW)
     with rig.looking():
         rig.transport.config_changed()
     assert rig.states[-1][1:] == NEW

@@ -105,7 +105,8 @@ def test_no_torn_configuration_is_taken_for_a_whole_one(
     """The guest reads a mapped page while the terminal's size changes all the time; both numbers
     of it are equal."""
     _load(machine, "config_space", tmp_path)
-    device = ConsoleDevice(lambda _data: None, lambda: None, size=(1, 1))
+    size = 1
+    device = ConsoleDevice(lambda _data: None, lambda: None, size=lambda: (size, size))
     transport = MmioTransport(device, machine.memory, lambda: None, report=print)
     address = ctypes.addressof(ctypes.c_char.from_buffer(transport.page))
     machine.vm.set_user_memory_region(1, DEVICE, len(transport.page), address, read_only=True)
@@ -113,9 +114,10 @@ def test_no_torn_configuration_is_taken_for_a_whole_one(
     changes = itertools.count(1)
 
     def change() -> None:
+        nonlocal size
         while not over.is_set():
             size = next(changes) & 0x7FFF
-            device.resize((size, size))
+            device.refresh()
             transport.config_changed()
 
     def hinder() -> None:

@@ -113,15 +113,18 @@ class BlockDevice(RingDevice):
         """The disk's size in sectors of 512 bytes."""
         return self._backend.size_bytes // SECTOR_SIZE
 
-    def refresh_capacity(self) -> bool:
-        """Look again how large the backend is; whether that has changed.
+    def refresh(self) -> bool:
+        """See ``VirtioDevice.refresh``: the backend may have grown.
 
-        The caller then tells the driver (``MmioTransport.config_changed``).  The backend only
-        looks at a size, so this may be called while a pass is under way.  OSError from it leaves
-        the size as it was.
+        It only looks at a size, so this may be called while a pass is under way.  OSError from it
+        leaves the size as it was.
         """
         before = self._backend.size_bytes
         return self._backend.refresh_size() != before
+
+    def hurry(self, until_s: float) -> None:
+        """See ``VirtioDevice.hurry``: whoever serves the backend may be slow."""
+        self._backend.hurry(until_s)
 
     def read_config(self, offset: int, length: int) -> bytes:
         """``length`` bytes of configuration space from ``offset``; zeros behind its end."""

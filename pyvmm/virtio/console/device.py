@@ -47,9 +47,8 @@ class ConsoleDevice(RingDevice):
     """A console whose output goes to ``transmit``, on the thread that serves the queue.
 
     Input is given to ``receive``; ``on_room`` is called when there is room for some again.
-    ``size`` is the terminal's ``(columns, rows)``, (0, 0) if it has none.  Linux looks at it only
-    when told of a change, so ``on_ready`` is for telling it as soon as its driver runs;
-    ``on_reset`` is called when the driver is gone.
+    ``size`` returns the terminal's ``(columns, rows)``, (0, 0) if there is none.  ``on_reset`` is
+    called when the driver is gone.
     """
 
     device_type = DeviceType.CONSOLE
@@ -59,8 +58,7 @@ class ConsoleDevice(RingDevice):
         transmit: Callable[[bytes], None],
         on_room: Callable[[], None],
         *,
-        size: tuple[int, int] = (0, 0),
-        on_ready: Callable[[], None] = lambda: None,
+        size: Callable[[], tuple[int, int]] = lambda: (0, 0),
         on_reset: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,9 +69,10 @@ class ConsoleDevice(RingDevice):
         )
         self._transmit = transmit
         self._on_room = on_room
-        self._on_ready = on_ready
         self._on_reset = on_reset
-        self._size = size
+        self._ask_size = size
+        self._size = size()
+        self._must_tell_size = False
         self._shown_bytes = 0
         # Typed on one thread, taken on another.
         self._lock = threading.Lock()
@@ -85,23 +84,26 @@ class ConsoleDevice(RingDevice):
     def receive(self, data: bytes) -> int:
         """Take typed bytes, as many as there is room for; how many.
 
-        From any thread; the receive queue wants to be served afterwards.  Nothing is taken before
-        the driver runs.
+        From any thread.  Nothing is taken before the driver runs.
         """
         if not self.is_activated:
             return 0
         with self._lock:
             taken = data[: MAX_TYPED_BYTES - len(self._typed)]
             self._typed += taken
+        self._slot.serve(RECEIVE_QUEUE)
         return len(taken)
 
-    def resize(self, size: tuple[int, int]) -> bool:
-        """The terminal is now ``size`` (columns, rows); whether that is news.
+    def refresh(self) -> bool:
+        """See ``VirtioDevice.refresh``: the terminal may have another size.
 
-        The caller then tells the driver (``MmioTransport.config_changed``).
+        True too for a driver that has just begun: Linux's looks at the size only when told.
         """
-        before, self._size = self._size, size
-        return before != size
+        before, self._size = self._size, self._ask_size()
+        if self._must_tell_size:
+            self._must_tell_size = False
+            return True
+        return before != self._size
 
     def read_config(self, offset: int, length: int) -> bytes:
         """See ``VirtioDevice.read_config``."""
@@ -128,7 +130,9 @@ class ConsoleDevice(RingDevice):
         self._has_sent = False
         self._open_s = self._clock() + MAX_HOLD_S
         self._on_room()
-        self._on_ready()
+        self._must_tell_size = True
+        self._slot.refresh()
+        self._slot.serve(RECEIVE_QUEUE)
 
     def process_queue(self, index: int) -> float | None:
         """See ``VirtioDevice.process_queue``; empty buffers to receive into are no work."""

@@ -75,7 +75,7 @@ def test_a_pass_ends_after_so_many_bytes_zeroed(
     rig = new_rig(config=BlockConfig(rate_limit=limit, queue_size=16))
     rig.path.write_bytes(b"")
     os.truncate(rig.path, PASS_BYTES)
-    rig.device.refresh_capacity()
+    rig.device.refresh()
     driver = PackedDriver(rig.transport, rig.memory) if packed else rig.driver
     driver.start(rig.driver.offered & ~int(Feature.EVENT_IDX) if packed else None)
     most = MAX_SECTORS[WRITE_ZEROES]
@@ -97,7 +97,7 @@ def test_a_pass_ends_after_so_many_bytes_zeroed(
 def test_discard_makes_a_hole_and_leaves_the_rest(new_rig: MakeRig) -> None:
     rig = new_rig()
     rig.path.write_bytes(bytes([0xAA]) * (1 << 20))
-    assert rig.device.refresh_capacity()
+    assert rig.device.refresh()
     rig.driver.start()
     blocks = rig.path.stat().st_blocks
     data = segment(8, 1000) + segment(1024, 1024)
@@ -193,7 +193,7 @@ def test_bad_input_68_more_sectors_than_the_limit(new_rig: MakeRig, request_type
     backend.discard = backend.write_zeroes = note  # type: ignore[method-assign]
     with rig.path.open("r+b") as file:
         file.truncate(1 << 33)
-    assert rig.device.refresh_capacity()
+    assert rig.device.refresh()
     rig.driver.start()
     most = MAX_SECTORS[request_type]
     assert rig.driver.request(request_type, data=segment(1, most)).status == OK

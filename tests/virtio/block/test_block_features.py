@@ -230,12 +230,12 @@ def test_up_to_eight_queues_serve(new_rig: MakeRig) -> None:
 
 def test_grown_file_is_seen_by_the_running_driver(rig: Rig) -> None:
     driver = rig.driver
-    assert not rig.device.refresh_capacity()
+    assert not rig.device.refresh()
     generation = driver.reg(Register.CONFIG_GENERATION)
     with rig.path.open("r+b") as file:
         file.truncate(100 * 512)
     assert driver.request(0, 90, room=512).status == 1
-    assert rig.device.refresh_capacity()
+    assert rig.device.refresh()
     rig.interrupt_status()
     rig.transport.config_changed()
     assert rig.device.capacity_sectors == driver.reg(Register.CONFIG) == 100

@@ -34,14 +34,16 @@ class ConsoleRig:
         self.writes = 0
         self.deferred: list[int] = []
         self.rooms: list[int] = []
-        self.readies: list[int] = []
+        self.size = (80, 24)
+        self.news: list[str] = []
         self.irqs: list[int] = []
         self.now_s = 1000.0
         self.memory = GuestMemory.over(bytearray(1 << 20), RAM_BASE)
         self.device = ConsoleDevice(
-            self.show, lambda: self.rooms.append(1), size=(80, 24),
-            on_ready=lambda: self.readies.append(1), clock=lambda: self.now_s,
+            self.show, lambda: self.rooms.append(1), size=lambda: self.size,
+            clock=lambda: self.now_s,
         )
+        self.device.plug(self)
         self.transport = MmioTransport(
             self.device, self.memory, lambda: self.irqs.append(1), report=print,
             defer=self.deferred.append,
@@ -49,6 +51,17 @@ class ConsoleRig:
         self.rx, self.tx = (
             VirtioDriver(self.transport, self.memory, index=i) for i in (RECEIVE, TRANSMIT)
         )
+
+    # The slot (pyvmm.virtio.device.Plug)
+
+    irq_fd = -1
+    doorbells: tuple[int, ...] = ()
+
+    def serve(self, queue_index: int) -> None:
+        self.news.append(f"serve {queue_index}")
+
+    def refresh(self) -> None:
+        self.news.append("refresh")
 
     def show(self, data: bytes) -> None:
         self.writes += 1
@@ -81,11 +94,27 @@ def rig() -> ConsoleRig:
     return ConsoleRig()
 
 
-def test_a_driver_that_runs_is_told_of_the_size(rig: ConsoleRig) -> None:
+def test_a_driver_that_runs_is_told_of_the_size_and_gets_what_waits(rig: ConsoleRig) -> None:
     """Linux's driver reads the size only after a change of the configuration."""
-    assert rig.readies == []
+    assert rig.news == []
+    for _ in range(2):  # the second driver as well
+        assert not rig.device.refresh()
+        rig.start()
+        assert rig.news == ["refresh", f"serve {RECEIVE}"]
+        assert rig.device.refresh()
+        assert not rig.device.refresh()
+        rig.rx.set(Register.STATUS, 0)
+        rig.rx.restart()
+        rig.news.clear()
+
+
+def test_the_thread_is_told_of_typed_bytes(rig: ConsoleRig) -> None:
+    rig.device.receive(b"too early")
+    assert rig.news == []
     rig.start()
-    assert rig.readies == [1]
+    rig.news.clear()
+    rig.device.receive(b"typed")
+    assert rig.news == [f"serve {RECEIVE}"]
 
 
 def test_output_is_shown_in_order(rig: ConsoleRig) -> None:
@@ -262,11 +291,13 @@ def test_the_size_is_told_and_changes(rig: ConsoleRig) -> None:
     rig.start()
     assert rig.rx.offered & ConsoleFeature.SIZE
     assert rig.transport.read(Register.CONFIG, 4) == 80 | 24 << 16
-    assert rig.device.resize((132, 43))
+    assert rig.device.refresh()  # a driver that has begun
+    rig.size = (132, 43)
+    assert rig.device.refresh()
     rig.transport.config_changed()
     assert rig.transport.read(Register.CONFIG, 4) == 132 | 43 << 16
     assert rig.transport.read(Register.INTERRUPT_STATUS, 4) & InterruptBit.CONFIG_CHANGE
-    assert not rig.device.resize((132, 43))
+    assert not rig.device.refresh()
 
 
 def test_emergency_write_needs_no_driver(rig: ConsoleRig) -> None:

@@ -1,0 +1,115 @@
+"""The board: the buses of a machine, and the slots that virtio devices are plugged into."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from pyvmm.board.bus import Bus
+from pyvmm.board.slot import Slot, eventfd
+from pyvmm.errors import ConfigError
+from pyvmm.kvm.handles import Vm
+from pyvmm.memory import GuestMemory
+from pyvmm.report import Reporter
+from pyvmm.run.io_loop import LAST_WAIT_S, IoSource
+from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.x86 import layout
+
+
+class Board:
+    """``pio``, ``mmio`` and ``slots``, in the order in which the guest finds them.
+
+    Devices are plugged in first; no KVM is needed for that.  Then ``describe`` tells the guest of
+    them.  ``map_memory`` comes before KVM's interrupt chips: afterwards each change of memory waits
+    until KVM has freed what they left behind on its own I/O bus, 5 to 8 ms (Linux 6.18).
+    ``connect`` comes after them.
+
+    ``stack`` closes all that is on the board.  ``maps_pages`` says that register pages are to be
+    mapped (``slot`` has what that means).
+    """
+
+    def __init__(
+        self, memory: GuestMemory, stack: contextlib.ExitStack, *, maps_pages: bool,
+        report: Reporter,
+    ) -> None:
+        self.memory = memory
+        self.pio, self.mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
+        self.slots: list[Slot] = []
+        self._stack = stack
+        self._maps_pages = maps_pages
+        self._report = report
+        self._extra_sources: list[tuple[str, IoSource]] = []
+        self._is_hurried = False
+
+    def plug(self, device: VirtioDevice, name: str = "", *, at_exit: bool = True) -> Slot:
+        """Give ``device`` the next slot, which owns it from now on, and return the slot.
+
+        ``name`` is that of its thread and of its lines to the user, "virtio" and the slot's number
+        unless given.  ``at_exit`` has its notifications served by the vCPU that writes them, where
+        that is quick; else the device's thread serves them.
+
+        ConfigError if there is no interrupt line left, ValueError if ``name`` is taken.
+        """
+        index = len(self.slots)
+        if index == layout.MAX_VIRTIO_DEVICES:
+            raise ConfigError(
+                f"device {name or type(device).__name__}",
+                f"is one too many: this machine has lines for {index} virtio devices",
+            )
+        name = name or f"virtio{index}"
+        if any(slot.name == name for slot in self.slots):
+            raise ValueError(f"two devices are named {name!r}: each needs a name of its own")
+        slot = Slot(
+            index, device, name, self.memory, keep_used=self._maps_pages, at_exit=at_exit,
+            report=self._report,
+        )
+        self._stack.callback(slot.close)
+        self._stack.callback(self.hurry)  # before the first of them is closed
+        self.mmio.add(slot.base, layout.VIRTIO_MMIO_STRIDE, slot.transport)
+        self.slots.append(slot)
+        return slot
+
+    def add_source(self, thread: str, source: IoSource) -> None:
+        """Have the thread called ``thread``, a slot's or one of its own, serve ``source`` too."""
+        self._extra_sources.append((thread, source))
+
+    @property
+    def workers(self) -> list[tuple[str, list[IoSource]]]:
+        """The threads by name, each with what it has to serve."""
+        threads = {slot.name: list(slot.sources) for slot in self.slots}
+        for name, source in self._extra_sources:
+            threads.setdefault(name, []).append(source)
+        return list(threads.items())
+
+    def map_memory(self, vm: Vm, *, can_map_pages: bool) -> None:
+        """Give ``vm`` all memory: RAM, and the register pages if they are to be mapped."""
+        self._maps_pages = self._maps_pages and can_map_pages
+        for number, region in enumerate(self.memory.regions):
+            vm.set_user_memory_region(number, region.gpa, region.length, region.host_address)
+        if self._maps_pages:
+            for slot in self.slots:
+                slot.map_page(vm)
+
+    def connect(self, vm: Vm) -> None:
+        """Connect every slot with the interrupt chips of ``vm``."""
+        ignored_ack_fd = eventfd(self._stack) if self._maps_pages else None
+        for slot in self.slots:
+            slot.connect(vm, ignored_ack_fd)
+
+    def refresh(self) -> None:
+        """Have every device look at the host again, on its own thread; from any thread."""
+        for slot in self.slots:
+            slot.refresh()
+
+    def hurry(self) -> None:
+        """Give all who serve devices, together, LAST_WAIT_S from the first call on.
+
+        To be called when the run ends; from any thread.
+        """
+        if self._is_hurried:
+            return
+        self._is_hurried = True
+        until_s = time.monotonic() + LAST_WAIT_S
+        for slot in self.slots:
+            slot.device.hurry(until_s)

@@ -1,0 +1,91 @@
+"""The consoles of a machine: ``ttyS0`` always, and ``hvc0`` if the command line names it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+
+from pyvmm.board.board import Board
+from pyvmm.board.polled_uart import PolledUart
+from pyvmm.board.slot import eventfd
+from pyvmm.config import RunConfig
+from pyvmm.console.output import OutputBuffer
+from pyvmm.console.place import Console
+from pyvmm.devices.serial import Serial
+from pyvmm.kvm.exits import CoalescedRing
+from pyvmm.kvm.handles import Vm
+from pyvmm.run.io_loop import IoSource
+from pyvmm.startup.types import TYPE_CHECKING
+from pyvmm.x86 import layout
+
+if TYPE_CHECKING:
+    from pyvmm.board.hvc0 import Hvc0
+
+THREAD = "console"
+"""Serves both.  Not the main thread: that moves the bytes for which a console may wait."""
+
+
+class Consoles:
+    """Both consoles, which show on ``output`` and tell ``on_room`` that there is room for input.
+
+    ``hvc0`` gets the board's next slot; ``add_serial_port`` adds ``ttyS0``, once there is a VM.
+    Then ``receive`` takes typed bytes for the one that is chosen and says how many it took.
+    """
+
+    receive: Callable[[bytes], int]
+
+    def __init__(
+        self, config: RunConfig, board: Board, console: Console, output: OutputBuffer,
+        on_room: Callable[[], None],
+    ) -> None:
+        self._board = board
+        self._on_room = on_room
+        self._is_virtio = config.console_is_virtio
+        self._hvc0: Hvc0 | None = None
+        self.show_serial = output.write
+        if config.has_virtio_console:
+            from pyvmm.board.hvc0 import Hvc0
+
+            self._hvc0 = hvc0 = Hvc0(
+                output.write, on_room, terminal_size=lambda: console.size,
+                is_chosen=config.console_is_virtio,
+            )
+            self._slot = board.plug(hvc0.device, THREAD)
+            self.show_serial = hvc0.show_serial
+
+    def add_serial_port(
+        self,
+        show: Callable[[bytes], None],
+        vm: Vm,
+        ring: CoalescedRing | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Add ``ttyS0``, whose output goes to ``show``.
+
+        ``ring`` is where KVM gathers what a driver that polls sends, None if it cannot.
+        """
+        serial = Serial(show, functools.partial(vm.irq_line, layout.SERIAL_IRQ), self._on_room)
+        polled_fd = eventfd(stack)
+        self._uart = PolledUart(
+            serial, ring=ring,
+            gather=functools.partial(vm.gather_port, layout.SERIAL_PORT),
+            begin=functools.partial(os.eventfd_write, polled_fd, 1),
+        )
+        self._board.pio.add(layout.SERIAL_PORT, Serial.LENGTH, self._uart)
+        self._board.add_source(THREAD, IoSource(polled_fd, self._uart.tick))
+        self.receive = serial.receive
+        if self._hvc0 is not None and self._is_virtio:
+            self.receive = self._hvc0.device.receive
+
+    def terminal_changed(self) -> None:
+        """The terminal may have another size: have ``hvc0`` look."""
+        if self._hvc0 is not None:
+            self._slot.refresh()
+
+    def finish(self) -> None:
+        """The guest has ended: show what was held back."""
+        self._uart.flush()
+        if self._hvc0 is not None:
+            self._hvc0.finish()
