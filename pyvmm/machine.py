@@ -37,6 +37,7 @@ from pyvmm.run.console_watch import ConsoleWatch
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
+from pyvmm.run.session import run_session
 from pyvmm.run.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
 from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS, Exits, VcpuLoop
 from pyvmm.startup.types import TYPE_CHECKING
@@ -200,8 +201,9 @@ def build(config: RunConfig, *, report: Reporter) -> Machine:
             workers.append(("console", console_sources))
             # A thread of its own, since the console's may wait for a terminal that takes nothing.
             workers.append(("entropy", slots[-1].sources))
-            outcome = runner.run(
-                vcpus=loops, workers=workers, console=console, output=output, notices=notices,
+            outcome = run_session(
+                runner, vcpus=loops, workers=workers, console=console, output=output,
+                notices=notices,
                 receive=hvc0.receive if hvc0 and config.console_is_virtio else serial.receive,
                 at_end=[last_wait],
             )
@@ -305,8 +307,12 @@ class Machine:
         """Pause the guest, from another thread than the one in ``run``: see ``Runner.pause``."""
         return self._runner.pause(timeout_s)
 
+    def quiesce(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest and park its devices' threads: see ``Runner.quiesce``."""
+        return self._runner.quiesce(timeout_s)
+
     def resume(self) -> None:
-        """Let a paused guest go on, from any thread: see ``Runner.resume``."""
+        """Let a paused or quiesced guest go on, from any thread: see ``Runner.resume``."""
         self._runner.resume()
 
     @property
