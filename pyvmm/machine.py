@@ -36,6 +36,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.report import Reporter
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
+from pyvmm.run.session import run_session
 from pyvmm.run.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
 from pyvmm.run.vcpu_loop import Exits, VcpuLoop
 from pyvmm.run.verdict import Evidence, Verdict
@@ -104,8 +105,8 @@ def build(
         cpu.setup_boot(memory, vcpus[0], kernel)
         return Machine(
             config=config, kernel=kernel, board=board, runner=runner, loops=loops, timer=timer,
-            watch=watch, verdict=verdict, console=console, output=output, consoles=consoles, made=made,
-            resources=stack.pop_all(),
+            watch=watch, verdict=verdict, console=console, output=output, consoles=consoles,
+            made=made, resources=stack.pop_all(),
         )
 
 
@@ -249,8 +250,8 @@ class Machine:
         notices: dict[int, Callable[[], None]] = {
             REFRESH_SIGNAL: self.board.refresh, RESIZE_SIGNAL: self._consoles.terminal_changed
         }
-        outcome = self._runner.run(
-            vcpus=self._loops, workers=self.board.workers, console=self._console,
+        outcome = run_session(
+            self._runner, vcpus=self._loops, workers=self.board.workers, console=self._console,
             output=self._output, notices=notices, receive=self._consoles.receive,
             at_end=[self.board.hurry],
         )
@@ -265,8 +266,12 @@ class Machine:
         """Pause the guest, from another thread than the one in ``run``: see ``Runner.pause``."""
         return self._runner.pause(timeout_s)
 
+    def quiesce(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest and park its devices' threads: see ``Runner.quiesce``."""
+        return self._runner.quiesce(timeout_s)
+
     def resume(self) -> None:
-        """Let a paused guest go on, from any thread: see ``Runner.resume``."""
+        """Let a paused or quiesced guest go on, from any thread: see ``Runner.resume``."""
         self._runner.resume()
 
     @property

@@ -143,26 +143,21 @@ class IoLoop:
         When this returns, no pass of it is under way, but for the caller's own.  So a call from
         another thread waits for the end of the pass that the loop is at.
         """
-        done: list[bool] = []
+        self._do_between_passes(lambda: self._forget_source(source), None)
 
-        def remove() -> None:
-            self._forget_source(source)
-            done.append(True)
-            with self._lock:
-                self._news.notify_all()
-
-        with self._lock:
-            if self._is_own_or_idle():
-                self._forget_source(source)
-                return
-            self._request(remove)
-            self._news.wait_for(lambda: done)
+    def wait_for_pass(self, timeout_s: float | None) -> bool:
+        """Wait for the end of the pass under way; False after ``timeout_s`` seconds."""
+        return self._do_between_passes(lambda: None, timeout_s)
 
     def call_at(self, at_s: float, action: Callable[[], None]) -> Deadline:
         """Call ``action`` in the loop's thread at ``at_s`` (time.monotonic) or soon after."""
         deadline = Deadline(action, self._cancel)
         self._request(lambda: self._due_s.__setitem__(deadline, at_s))
         return deadline
+
+    def call_in(self, delay_s: float, action: Callable[[], None]) -> Deadline:
+        """Call ``action`` in the loop's thread in ``delay_s`` seconds or soon after."""
+        return self.call_at(time.monotonic() + delay_s, action)
 
     def call_soon(self, action: Callable[[], None]) -> None:
         """Call ``action`` in the loop's thread, between two passes."""
@@ -319,8 +314,25 @@ class IoLoop:
 
     # Helpers
 
-    def _is_own_or_idle(self) -> bool:
-        return self._ident in (0, threading.get_ident())
+    def _do_between_passes(self, action: Callable[[], None], timeout_s: float | None) -> bool:
+        """Have ``action`` done in the loop's thread and wait; True once it was.
+
+        It is done at once in that very thread, or if there is none.
+        """
+        done: list[bool] = []
+
+        def act() -> None:
+            action()
+            done.append(True)
+            with self._lock:
+                self._news.notify_all()
+
+        with self._lock:
+            if self._ident in (0, threading.get_ident()):
+                action()
+                return True
+            self._add_request(act)
+            return self._news.wait_for(lambda: bool(done), timeout_s)
 
     def _request(self, action: Callable[[], object]) -> None:
         """Call ``action`` where it may change ``_due_s``: at once in the loop's own thread."""

@@ -1,92 +1,137 @@
-"""Running a machine: with ``serving.py``, the only place that starts threads or handles signals.
+"""Running a machine: its threads, its deadlines, and its end.
 
 One thread a vCPU sits in KVM_RUN, one thread an I/O worker waits for its devices' ioeventfds, and
-the main thread moves console bytes, watches the clock and takes signals.  The first ``finish()``
-decides the outcome; every thread is then kicked, stopped and joined.
+one thread keeps house: it moves console bytes and watches the clock.  That may be the caller's or
+one of the run's own.  The first ``finish()`` decides the outcome; every thread is then kicked,
+stopped and joined.
+
+A run touches neither the process's signals (but for the handler of KICK_SIGNAL, which does
+nothing) nor its terminal: those of a person at a command line are in ``session.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import select
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 
 from pyvmm.console.output import DRAIN_TIMEOUT_S, STALL_S, OutputBuffer, OutputPump
 from pyvmm.console.place import Console
-from pyvmm.console.terminal import RawTerminal
-from pyvmm.console.typed import HELP, EscapeFilter, TypedInput
 from pyvmm.report import Reporter
+from pyvmm.run.console_output import PluggedOutput
 from pyvmm.run.halts import HaltWatch
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.run.signals import JOB_SIGNALS, KICK_SIGNAL, NOTICE_SIGNALS, RESIZE_SIGNAL, Signals
+from pyvmm.run.signals import KICK_SIGNAL, KickHandler
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
 
 JOIN_TIMEOUT_S = 5.0
 ASKED_FOR = (Kind.QUIT, Kind.TIMEOUT, Kind.SIGNAL)
 """Ends that somebody outside asked for, who does not wait for a reader of the console."""
-PAUSED, RESUMED = "\npaused; Ctrl-A p resumes\n", "\nresumed\n"
 
 
 class Runner:
-    """Runs vCPUs, I/O workers and the console until somebody calls ``finish``.
+    """Runs vCPUs, I/O workers and the console until somebody calls ``finish``; once.
 
-    ``finish``, ``wake`` and ``resume`` may be called from any thread, ``pause`` from any that is
-    not the run's own; all else belongs to the main thread.
+    Either ``run`` in the thread that keeps house, or ``start`` and ``wait``.  All methods may be
+    called from any thread; those that wait refuse the run's own with a RuntimeError, because they
+    would wait for themselves.
+
+    ``loop`` is where the house is kept.  A part that plugs a source into it is served in that
+    thread; ``on_wake`` adds a call for every ``wake``.
     """
 
     def __init__(self, report: Reporter) -> None:
-        self._report = report
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.report = report
+        self._workers_wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._looks: list[Callable[[], None]] = []
+        try:
+            self.loop = IoLoop(woken=self._look)
+        except OSError:
+            os.close(self._workers_wake_fd)
+            raise
+        self.input_waits = False
+        """Whether typed bytes wait for room in the guest; whoever holds them sets it."""
+        self.is_quiesced = False
+        """Whether ``quiesce`` was asked for and not taken back."""
+        self._has_begun = threading.Lock()
+        self._is_over = threading.Event()
         # Appending is atomic, so also safe in a signal handler that interrupts an append.
         self._outcomes: list[Outcome] = []
-        self._stopping = False
-        self._deadlines: list[tuple[float, Callable[[], None]]] = []
         self._halts = HaltWatch(time.monotonic())
-        self._input_waits = False
-        self._noticed: set[int] = set()
+        self._next_halt_check = self.loop.call_at(self._halts.due_s, self._check_halts)
         self._threads: list[threading.Thread] = []
-        self._main_thread: threading.Thread | None = None
+        self._house: threading.Thread | None = None
+        """The thread that keeps house, while it does."""
+        self._own_house: threading.Thread | None = None
         self._vcpus = Vcpus(KICK_SIGNAL)
         self._io_loops: list[IoLoop] = []
 
+    # The end
+
     def finish(self, outcome: Outcome) -> None:
-        """End the run with ``outcome``; the first call wins."""
+        """End the run with ``outcome``; the first call wins.  Does not wait."""
         self._outcomes.append(outcome)
-        self._stopping = True
-        self.wake()
-
-    def wake(self) -> None:
-        """Make the main thread look again: console bytes to move, room for input, an outcome."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._wake_fd, 1)
-
-    def input_room(self) -> None:
-        """The guest has room for typed bytes again: go on if some are waiting."""
-        if self._input_waits:
-            self.wake()
+        self.loop.stop()
 
     def finish_after(self, delay_s: float, outcome: Outcome) -> None:
         """End the run with ``outcome`` in ``delay_s`` seconds, if nothing else ended it before."""
         self.call_after(delay_s, functools.partial(self.finish, outcome))
 
     def call_after(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, on the main thread, in ``delay_s`` seconds of the run."""
-        self._deadlines.append((time.monotonic() + delay_s, callback))
-        self.wake()
+        """Call ``callback`` once, in the thread that keeps house, in ``delay_s`` seconds."""
+        self.loop.call_at(time.monotonic() + delay_s, callback)
 
     def watch_for_halt(self) -> None:
         """The guest said that it halts: end the run once all vCPUs have, with interrupts off."""
-        self._halts.announce(time.monotonic())
+        self.loop.call_soon(self._announce_halt)
+
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
+        """Return the outcome once the run is over and every thread of it was stopped; None after
+        ``timeout_s`` seconds."""
+        self._refuse_own_threads("wait()")
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._is_over.wait(timeout_s):
+            return None
+        if self._own_house is not None:
+            self._own_house.join(_left_s(until_s))
+            if self._own_house.is_alive():
+                return None
+        return self._outcomes[0]
+
+    def stop(self, outcome: Outcome) -> Outcome | None:
+        """End the run with ``outcome``, wait for the end, and return what it came to.
+
+        None if the run never began; it will end at once if it does.
+        """
+        self._refuse_own_threads("stop()")
+        self.finish(outcome)
+        return self.wait() if self._has_begun.locked() else None
+
+    # The console
+
+    def wake(self) -> None:
+        """Have the house look again: console bytes to move, room for input."""
+        self.loop.wake()
+
+    def input_room(self) -> None:
+        """The guest has room for typed bytes again: go on if some are waiting."""
+        if self.input_waits:
+            self.loop.wake()
+
+    def on_wake(self, look: Callable[[], None]) -> None:
+        """Have ``look`` called in the thread that keeps house, at the start and after ``wake``."""
+        self._looks.append(look)
+
+    # Pausing
+
+    def begin_pause(self) -> None:
+        """Ask every vCPU to pause, without waiting for it; see ``pause``."""
+        self._vcpus.begin_pause()
 
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest: True once every vCPU has left KVM_RUN and waits for ``resume``.
@@ -104,19 +149,81 @@ class Runner:
         interrupts, as those of the timers in KVM, wait for the guest.  kvm-clock tells it of the
         pause, so that its watchdogs see no lock-up.
         """
-        if threading.current_thread() in (self._main_thread, *self._threads):
-            raise RuntimeError("pause() in a thread of the run would wait for ever: use another")
+        self._refuse_own_threads("pause()")
         self._vcpus.begin_pause()
         return self._vcpus.wait_until_parked(timeout_s)
 
+    def quiesce(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest and park the threads of its devices: True once nothing of it moves.
+
+        Then no request is served, no typed byte is handed over and nobody writes guest RAM, until
+        ``resume``.  The thread that keeps house goes on: it shows what the guest has printed, and
+        deadlines end the run.  False, timeouts and errors are as for ``pause``; a device thread
+        parks when its pass is done.
+        """
+        self._refuse_own_threads("quiesce()")
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self.is_quiesced = True  # before the loops are asked: one that is made meanwhile asks it
+        self._vcpus.begin_pause()
+        loops = list(self._io_loops)
+        for loop in loops:
+            loop.begin_park()
+        return (
+            self._vcpus.wait_until_parked(_left_s(until_s))
+            and all(loop.wait_until_parked(_left_s(until_s)) for loop in loops)
+            # A byte that was being handed over when this began.
+            and self.loop.wait_for_pass(_left_s(until_s))
+            and self._vcpus.wait_until_parked(0.0)
+        )
+
     def resume(self) -> None:
-        """Let a paused guest go on; nothing if it is not paused.  Once is enough."""
+        """Let a paused or quiesced guest go on; nothing if it is neither.  Once is enough."""
+        was_quiesced, self.is_quiesced = self.is_quiesced, False
+        for loop in list(self._io_loops) if was_quiesced else ():
+            loop.resume()
         self._vcpus.resume()
+        if was_quiesced:
+            self.loop.wake()
 
     @property
     def is_paused(self) -> bool:
         """Whether a pause was asked for and not taken back."""
         return self._vcpus.is_paused
+
+    # Running
+
+    def start(
+        self,
+        *,
+        vcpus: Sequence[VcpuLoop],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
+        console: Console,
+        output: OutputBuffer,
+        at_end: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """Start the machine, and a thread that keeps house; the arguments are those of ``run``.
+
+        When this raises, no thread is left.
+        """
+        self._begin(console, output, at_end)
+
+        def keep_house() -> None:
+            self._house = threading.current_thread()
+            try:
+                self.loop.run()
+            except Exception as error:
+                self._fail_in("the house's thread", error)
+            self._end()
+
+        try:
+            self._start_threads(vcpus, workers)
+            self._own_house = threading.Thread(target=keep_house, name="house", daemon=True)
+            self._own_house.start()
+        except BaseException as error:
+            self._own_house = None
+            self._fail_in("the start", error)
+            self._end()
+            raise
 
     def run(
         self,
@@ -125,180 +232,86 @@ class Runner:
         workers: Sequence[tuple[str, Sequence[IoSource]]],
         console: Console,
         output: OutputBuffer,
-        receive: Callable[[bytes], int],
-        notices: Mapping[int, Callable[[], None]] = MappingProxyType({}),
         at_end: Sequence[Callable[[], None]] = (),
     ) -> Outcome:
-        """Run to the end; every thread is stopped and the terminal restored when this returns.
+        """Run to the end and keep house in the calling thread; every thread is stopped then.
 
         ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
-        never holds up another.  ``receive`` takes typed bytes and says how many it took;
-        ``notices`` are called, on this thread, after a signal among NOTICE_SIGNALS; those of
-        ``at_end`` before the threads are waited for, which may wait for a peer themselves.
+        never holds up another.  Those of ``at_end`` are called before the threads are waited for,
+        which may wait for a peer themselves.
         """
-        switch_interval_s = sys.getswitchinterval()
-        # A busy Python thread keeps the GIL for this long; 5 ms would starve the vCPU.
-        sys.setswitchinterval(1e-4)
-        self._main_thread = threading.current_thread()
-        screen = console.screen
-        shown = None if screen is None else screen.queries.feed
-        if screen is not None:
-            output.as_shown = console.as_shown
-        pump = OutputPump(output, self._lose_output, shown, console.has_reader)
-        if not console.has_reader():
-            self._report(
-                f"--console {console.name}: nobody reads this FIFO yet; once {output.LIMIT} bytes "
-                "wait, the guest waits too"
-            )
+        self._begin(console, output, at_end)
+        self._house = threading.current_thread()
         try:
-            with (
-                Signals(self._on_signal) as signals,
-                RawTerminal(console.input_fd, screen=screen) as terminal,
-            ):
-                try:
-                    self._start(vcpus, workers)
-                    self._main_loop(
-                        console, output, pump, receive, terminal, signals.wakeup_fd, notices
-                    )
-                finally:
-                    output.shut()
-                    for prepare in at_end:
-                        prepare()
-                    self._stop()
-                is_hurried = self._outcomes[0].kind in ASKED_FOR
-                is_all = pump.finish(STALL_S if is_hurried else DRAIN_TIMEOUT_S)
-                if not (is_all or console.has_reader()):
-                    self._report(f"--console {console.name}: nobody has read this FIFO")
-                if screen is not None:
-                    screen.settle()
+            self._start_threads(vcpus, workers)
+            self.loop.run()
+        except BaseException as error:
+            self._fail_in("the run", error)
+            raise
         finally:
-            self._main_thread = None
-            sys.setswitchinterval(switch_interval_s)
+            self._end()
         return self._outcomes[0]
 
     def close(self) -> None:
-        """Close the runner's own eventfds; idempotent, after ``run``."""
-        for name in ("_wake_fd", "_stop_fd"):
-            fd = getattr(self, name)
-            if fd >= 0:
-                setattr(self, name, -1)
-                os.close(fd)
+        """Close the runner's own eventfds; idempotent, before a run or after it."""
+        self.loop.close()
+        fd, self._workers_wake_fd = self._workers_wake_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
-    # The main thread ---------------------------------------------------------------------------
+    @property
+    def stopped(self) -> bool:
+        """Whether no thread of the run is left; only then may what they use be closed."""
+        own = self._own_house
+        threads = self._threads if own is None else [*self._threads, own]
+        return not any(thread.is_alive() for thread in threads)
 
-    def _main_loop(
-        self,
-        console: Console,
-        output: OutputBuffer,
-        pump: OutputPump,
-        receive: Callable[[bytes], int],
-        terminal: RawTerminal,
-        signal_fd: int,
-        notices: Mapping[int, Callable[[], None]],
-    ) -> None:
-        def toggle_pause() -> None:
-            # Not waiting for it: a vCPU may have to wait for this thread.
-            if self.is_paused:
-                self.resume()
-            else:
-                self._vcpus.begin_pause()
-            output.say(PAUSED if self.is_paused else RESUMED)
+    # Keeping house
 
-        escapes = EscapeFilter(
-            on_quit=lambda: self.finish(Outcome(Kind.QUIT)),
-            on_pause=toggle_pause,
-            on_help=lambda: output.say(HELP),
-        )
-        typed = TypedInput(escapes, self._report)
-        input_fd = console.input_fd
-        while not self._stopping:
-            poller = select.poll()
-            poller.register(self._wake_fd, select.POLLIN)
-            poller.register(signal_fd, select.POLLIN)
-            # A terminal is read even while the guest is not listening, or Ctrl-A x would not work.
-            reads = terminal.look() and (terminal.active or typed.has_room)
-            if input_fd is not None and reads:
-                poller.register(input_fd, select.POLLIN)
-            output_fd = pump.fd_to_write()
-            if output_fd is not None:
-                poller.register(output_fd, select.POLLOUT)
-            # What is being shown waits for the terminal, not for the clock.
-            show_s = pump.due_s if output_fd is None else None
-            ready = dict(poller.poll(self._poll_timeout_ms(show_s, terminal.look_s)))
-            if self._wake_fd in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake_fd)
-            if signal_fd in ready:
-                os.read(signal_fd, 4096)  # the handler has run by now
-                self._notice(notices, terminal)
-            if output_fd in ready:
-                pump.write()
-            if input_fd is not None and input_fd in ready and terminal.look():
-                data = _read_input(input_fd)
-                if data is None:
-                    input_fd, data = None, b""
-                typed.add(data, from_terminal=terminal.active)
-            if typed:
-                # Set before asking: room that comes after the answer makes another wake-up.
-                self._input_waits = True
-                self._input_waits = typed.hand_over(receive)
-            self._check_clock()
+    def _look(self) -> None:
+        for look in self._looks:
+            look()
 
-    def _notice(
-        self, notices: Mapping[int, Callable[[], None]], terminal: RawTerminal
-    ) -> None:
-        """Do what the signals ask for that came since the last time."""
-        if signal.SIGCONT in self._noticed:
-            self._noticed.discard(signal.SIGTSTP)  # as the kernel does with one not delivered yet
-        while self._noticed:
-            number = self._noticed.pop()
-            if number == signal.SIGTSTP:
-                terminal.stop_with_shell(lambda: signal.SIGCONT in self._noticed)
-            elif number == signal.SIGCONT:
-                terminal.forget()
-            # While it was stopped, the terminal may have got another size.
-            number = RESIZE_SIGNAL if number in JOB_SIGNALS else number
-            if notice := notices.get(number):
-                notice()
+    def _announce_halt(self) -> None:
+        self._halts.announce(time.monotonic())
+        self._next_halt_check.cancel()
+        self._check_halts()
 
-    def _poll_timeout_ms(self, show_s: float | None, look_s: float | None) -> int:
-        """How long to wait for events; ``show_s`` is when there is something to show, ``look_s``
-        in how long the terminal is to be looked at."""
-        waits_s = [self._halts.due_s, *(at_s for at_s, _ in self._deadlines)]
-        if show_s is not None:
-            waits_s.append(show_s)
-        if look_s is not None:
-            waits_s.append(time.monotonic() + look_s)
-        return int(max(0.0, min(waits_s) - time.monotonic()) * 1000) + 1
-
-    def _check_clock(self) -> None:
-        now_s = time.monotonic()
-        for deadline in [one for one in self._deadlines if now_s >= one[0]]:
-            self._deadlines.remove(deadline)
-            deadline[1]()
-        # Not at every turn of this loop: a kick's signal wakes this thread too.
-        if now_s >= self._halts.due_s:
-            cpu_time_s = self._vcpus.cpu_time_s()
-            if self.is_paused:
-                self._halts.start_anew(now_s, cpu_time_s)
-            elif self._halts.is_worth_it(now_s, cpu_time_s):
-                self._vcpus.inspect()
+    def _check_halts(self) -> None:
+        now_s, cpu_time_s = time.monotonic(), self._vcpus.cpu_time_s()
+        if self.is_paused:
+            self._halts.start_anew(now_s, cpu_time_s)
+        elif self._halts.is_worth_it(now_s, cpu_time_s):
+            self._vcpus.inspect()
+        self._next_halt_check = self.loop.call_at(self._halts.due_s, self._check_halts)
 
     def _lose_output(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
             self.finish(Outcome(Kind.SIGNAL, signal.SIGPIPE, "nobody reads the console any more"))
         else:
-            self._report(f"console output is lost from here on: {error.strerror}")
+            self.report(f"console output is lost from here on: {error.strerror}")
 
-    def _on_signal(self, number: int) -> None:
-        if number in NOTICE_SIGNALS or number in JOB_SIGNALS:
-            self._noticed.add(number)
-            return
-        self.finish(Outcome(Kind.SIGNAL, number, signal.Signals(number).name))
+    # Beginning and ending
 
-    # Threads -----------------------------------------------------------------------------------
+    def _begin(
+        self, console: Console, output: OutputBuffer, at_end: Sequence[Callable[[], None]]
+    ) -> None:
+        if self._workers_wake_fd < 0:
+            raise RuntimeError("this runner was closed")
+        if not self._has_begun.acquire(blocking=False):
+            raise RuntimeError("a runner runs once: make another")
+        self._console, self._output, self._at_end = console, output, at_end
+        shown = None if console.screen is None else console.screen.queries.feed
+        self._pump = OutputPump(output, self._lose_output, shown, console.has_reader)
+        self.on_wake(PluggedOutput(self._pump, self.loop).look)
+        if not console.has_reader():
+            self.report(
+                f"--console {console.name}: nobody reads this FIFO yet; once {output.LIMIT} bytes "
+                "wait, the guest waits too"
+            )
+        KickHandler.begin()
 
-    def _start(
+    def _start_threads(
         self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
     ) -> None:
         # The guest first: what it rings for before the others are there waits in an eventfd.
@@ -306,8 +319,10 @@ class Runner:
         for index, vcpu in enumerate(vcpus):
             self._spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
         for name, sources in workers:
-            loop = IoLoop(sources, self._stop_fd)
+            loop = IoLoop(sources, self._workers_wake_fd)
             self._io_loops.append(loop)
+            if self.is_quiesced:
+                loop.begin_park()
             self._spawn(name, loop.run)
 
     def _spawn(self, name: str, body: Callable[[], None]) -> None:
@@ -315,22 +330,37 @@ class Runner:
             try:
                 body()
             except Exception as error:  # a defect of ours: it ends the run, and says so
-                self.finish(Outcome(
-                    Kind.HOST_ERROR,
-                    detail=f"internal error in {name}: {type(error).__name__}: {error} "
-                    f"({_place(error)})",
-                ))
+                self._fail_in(name, error)
 
         # Daemon: a thread stuck in a dead disk's system call must not keep the process alive.
         thread = threading.Thread(target=guarded, name=name, daemon=True)
         self._threads.append(thread)  # before it can ask whether it is one of them
         thread.start()
 
-    def _stop(self) -> None:
-        self._stopping = True
+    def _fail_in(self, name: str, error: BaseException) -> None:
+        self.finish(Outcome(
+            Kind.HOST_ERROR,
+            detail=f"internal error in {name}: {type(error).__name__}: {error} ({_place(error)})",
+        ))
+
+    def _end(self) -> None:
+        """Stop and join every thread, and show the last of the output."""
+        try:
+            self._output.shut()
+            for prepare in self._at_end:
+                prepare()
+            self._stop_threads()
+            is_hurried = self._outcomes[0].kind in ASKED_FOR
+            is_all = self._pump.finish(STALL_S if is_hurried else DRAIN_TIMEOUT_S)
+            if not (is_all or self._console.has_reader()):
+                self.report(f"--console {self._console.name}: nobody has read this FIFO")
+        finally:
+            self._house = None
+            self._is_over.set()
+
+    def _stop_threads(self) -> None:
         for io_loop in self._io_loops:
             io_loop.stop()
-        os.eventfd_write(self._stop_fd, 1)
         until_s = time.monotonic() + JOIN_TIMEOUT_S
         self._vcpus.stop()
         for thread in self._threads:
@@ -338,27 +368,23 @@ class Runner:
                 thread.join(max(0.0, until_s - time.monotonic()))
         stuck = [thread.name for thread in self._threads if thread.is_alive()]
         if stuck:
-            self._report(f"{', '.join(stuck)} did not stop within {JOIN_TIMEOUT_S:g} s")
+            self.report(f"{', '.join(stuck)} did not stop within {JOIN_TIMEOUT_S:g} s")
+        else:
+            KickHandler.end()
 
-    @property
-    def stopped(self) -> bool:
-        """Whether no thread of the run is left; only then may what they use be closed."""
-        return not any(thread.is_alive() for thread in self._threads)
+    def _refuse_own_threads(self, call: str) -> None:
+        if threading.current_thread() in (self._house, *self._threads):
+            raise RuntimeError(f"{call} in a thread of the run would wait for ever: use another")
 
 
-def _place(error: Exception) -> str:
+def _left_s(until_s: float | None) -> float | None:
+    """Seconds until ``until_s`` (time.monotonic), at least 0; None if there is no limit."""
+    return None if until_s is None else max(0.0, until_s - time.monotonic())
+
+
+def _place(error: BaseException) -> str:
     """Where ``error`` was raised, ``file:line``."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "nowhere"
-
-
-def _read_input(fd: int) -> bytes | None:
-    """What was typed; None at the end of the input."""
-    try:
-        return os.read(fd, 1024) or None
-    except BlockingIOError:
-        return b""
-    except OSError:
-        return None  # the terminal hung up

@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.peers.eventfds import Bell
 from pyvmm.run.io_loop import LAST_WAIT_S, IoLoop, IoSource
-from pyvmm.run.signals import KICK_SIGNAL, NOTICE_SIGNALS, REFRESH_SIGNAL, Signals
+from pyvmm.run.signals import (
+    KICK_SIGNAL,
+    NOTICE_SIGNALS,
+    REFRESH_SIGNAL,
+    KickHandler,
+    Signals,
+)
 
 WATCH_S = 0.05
 """How often a write that may wait is looked at; it is ended after one to two of these."""
@@ -92,9 +98,11 @@ class _BellWatch:
                 self._woken.wait()
 
     def __enter__(self) -> None:
+        KickHandler.begin()
         self._thread.start()
 
     def __exit__(self, *_exc: object) -> None:
         self._stopping = True
         self._woken.set()
         self._thread.join()
+        KickHandler.end()

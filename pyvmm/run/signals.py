@@ -1,9 +1,15 @@
-"""The signals of a run: which there are, and their handlers."""
+"""The signals of a run: which there are, and their handlers.
+
+``KickHandler`` is for every run, in any thread.  ``Signals`` is for a run at a command line, which
+owns the process and its main thread.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import threading
 from collections.abc import Callable
 
 KICK_SIGNAL = signal.SIGRTMIN
@@ -17,6 +23,49 @@ JOB_SIGNALS = (signal.SIGTSTP, signal.SIGCONT)
 STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
 )
+
+
+class KickHandler:
+    """Makes KICK_SIGNAL end a system call and nothing else, while anybody needs that.
+
+    A handler belongs to the whole process, so its users are counted for the whole process: the
+    first one installs it, the last one puts back what was there.  Any thread may do either;
+    ``signal.signal`` works in the main thread alone.
+    """
+
+    _lock = threading.Lock()
+    _users = 0
+    _previous: int | None = None
+
+    @classmethod
+    def begin(cls) -> None:
+        """Install the handler unless it is installed."""
+        with cls._lock:
+            cls._users += 1
+            if cls._users == 1:
+                # A function of the C library that takes an int, does nothing with it, and calls
+                # nobody: no Python code runs, and nothing is written to the wake-up descriptor.
+                nothing = ctypes.cast(ctypes.pythonapi.abs, ctypes.c_void_p).value
+                cls._previous = cls._set_handler(nothing)
+
+    @classmethod
+    def end(cls) -> None:
+        """Put back the previous handler if nobody else needs ours; once after each ``begin``.
+
+        No thread that was kicked may be left: the default action of the signal ends the process.
+        """
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0:
+                cls._set_handler(cls._previous)
+
+    @staticmethod
+    def _set_handler(handler: int | None) -> int | None:
+        # Without SA_RESTART, as Python's own handlers: a system call reports EINTR.
+        set_handler = ctypes.pythonapi.PyOS_setsig
+        set_handler.argtypes, set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        previous: int | None = set_handler(KICK_SIGNAL, handler)
+        return previous
 
 
 class Signals:
@@ -45,8 +94,6 @@ class Signals:
             # What was ignored stays ignored (nohup, a shell's background job).
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_signal(n))
-        # The handler need do nothing: that the signal arrives is what interrupts KVM_RUN.
-        self._saved[KICK_SIGNAL] = signal.signal(KICK_SIGNAL, lambda _n, _f: None)
         # Those that came during the start were held for us: pyvmm.cli.main.
         self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
         return self

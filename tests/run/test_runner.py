@@ -110,7 +110,6 @@ def test_several_vcpus_have_halted_when_all_of_them_have(
     rig.runner.finish_after(0.5, Outcome(Kind.TIMEOUT))
     outcome = rig.runner.run(
         vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
-        receive=rig.receive,
     )
     assert outcome.kind is kind
 
@@ -161,7 +160,6 @@ def test_the_end_of_a_run_reaches_eight_busy_vcpus(rig: Rig) -> None:
     timer.start()
     rig.runner.run(
         vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
-        receive=rig.receive,
     )
     took_s = time.monotonic() - finished_s[0]
     timer.join()
@@ -175,7 +173,6 @@ def test_one_vcpus_failure_ends_the_others(rig: Rig) -> None:
     loops = [loop_of(rig, vcpu, f"vCPU {index}") for index, vcpu in enumerate(vcpus)]
     outcome = rig.runner.run(
         vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
-        receive=rig.receive,
     )
     assert outcome == Outcome(Kind.TRIPLE_FAULT, detail="vCPU 2")
     assert rig.runner.stopped

@@ -52,6 +52,27 @@ def test_bytes_the_guest_has_no_room_for_are_offered_again(
     assert rig.received == b"hello world"
 
 
+def test_typed_bytes_wait_while_the_run_is_quiesced(rig: Rig) -> None:
+    def script() -> None:
+        assert rig.runner.quiesce(patient(20))
+        os.write(rig.input_write, b"patience")
+        time.sleep(0.05)
+        seen.append(bytes(rig.received))
+        rig.runner.resume()
+        until_s = time.monotonic() + patient(20)
+        while rig.received != b"patience" and time.monotonic() < until_s:
+            time.sleep(0.001)
+        rig.runner.finish(Outcome(Kind.RESET))
+
+    seen: list[bytes] = []
+    thread = threading.Thread(target=script)
+    thread.start()
+    assert rig.run(idle).kind is Kind.RESET
+    thread.join()
+    assert seen == [b""]
+    assert rig.received == b"patience"
+
+
 def test_all_output_is_shown_before_the_run_returns(rig: Rig) -> None:
     def guest(vcpu: FakeVcpu) -> int:
         for _ in range(500):

@@ -66,7 +66,6 @@ def run(
     rig.runner.finish_after(patient(DEADLINE_S), Outcome(Kind.TIMEOUT))
     outcome = rig.runner.run(
         vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
-        receive=rig.receive,
     )
     thread.join()
     assert rig.runner.stopped
@@ -329,7 +328,6 @@ def test_a_guest_that_an_nmi_may_wake_has_not_halted(rig: Rig, by_pit: bool) -> 
     rig.runner.finish_after(1.0, END)
     assert rig.runner.run(
         vcpus=loops, workers=[], console=Console(None, None), output=rig.output,
-        receive=rig.receive,
     ) == END
 
 

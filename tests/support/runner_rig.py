@@ -20,6 +20,7 @@ from pyvmm.report import Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Outcome
 from pyvmm.run.runner import Runner
+from pyvmm.run.session import run_session
 from pyvmm.run.vcpu_loop import VcpuLoop
 
 PAGE_BYTES = 8192
@@ -98,10 +99,10 @@ class Rig:
             self.vcpu, pio=self.pio, mmio=self.mmio, describe=lambda: "rip 0x1234",
             finish=self.runner.finish,
         )
-        return self.runner.run(
-            vcpus=[loop], workers=workers or [], console=Console(self.input_read, None),
-            output=self.output, receive=self.receive, notices={signal.SIGUSR1: self.refresh},
-            at_end=at_end,
+        return run_session(
+            self.runner, vcpus=[loop], workers=workers or [],
+            console=Console(self.input_read, None), output=self.output,
+            receive=self.receive, notices={signal.SIGUSR1: self.refresh}, at_end=at_end,
         )
 
     def close(self) -> None:

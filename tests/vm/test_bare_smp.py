@@ -67,7 +67,6 @@ class Smp:
             return self.runner.run(
                 vcpus=self.loops, workers=[], console=Console(None, None),
                 output=OutputBuffer(nowhere.fileno(), self.runner.wake, lambda _: None),
-                receive=len,
             )
 
 
