@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -33,11 +34,8 @@ from pyvmm.kvm.abi import (
 )
 from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.memory import GuestMemory
-from pyvmm.report import Reporter
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
-from pyvmm.run.session import run_session
-from pyvmm.run.signals import REFRESH_SIGNAL, RESIZE_SIGNAL
 from pyvmm.run.vcpu_loop import Exits, VcpuLoop
 from pyvmm.run.verdict import Evidence, Verdict
 from pyvmm.virtio.device import VirtioDevice
@@ -51,7 +49,7 @@ from pyvmm.x86.loader import load_initrd, load_kernel
 def build(
     config: RunConfig,
     *,
-    report: Reporter,
+    report: Callable[[str], None],
     devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
 ) -> Machine:
     """A machine ready to run.
@@ -170,14 +168,14 @@ def _open_console(config: RunConfig) -> Console:
 
 
 def _add_ports(pio: Bus, config: RunConfig, timer: BootTimer) -> None:
-    """The ports that only answer."""
+    """Add the ports that only answer."""
     pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
     pio.add(layout.PCI_PORT, PciHost.LENGTH, PciHost())
     if config.rtc == "utc":
         pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
 
 
-def _add_endings(pio: Bus, verdict: Verdict, report: Reporter) -> None:
+def _add_endings(pio: Bus, verdict: Verdict, report: Callable[[str], None]) -> None:
     """Add the ports by which a guest ends the run, or says why it is about to."""
     def ends_in(kind: Kind) -> Callable[[], None]:
         return lambda: verdict.end(kind)
@@ -198,7 +196,7 @@ def _add_endings(pio: Bus, verdict: Verdict, report: Reporter) -> None:
     pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
 
 
-def _can_map_pages(config: RunConfig, kvm: Kvm, report: Reporter) -> bool:
+def _can_map_pages(config: RunConfig, kvm: Kvm, report: Callable[[str], None]) -> bool:
     """True if KVM can map register pages; it says so if ``config`` wants it and KVM cannot."""
     can = bool(kvm.check_extension(KVM_CAP_READONLY_MEM))
     if config.mmio == "mapped" and not can:
@@ -229,55 +227,89 @@ class Machine:
         self.kernel = kernel
         self.board = board
         self._config = config
-        self._runner = runner
-        self._loops = loops
+        self.runner = runner
+        self.loops = loops
         self._timer = timer
         self._watch = watch
         self._verdict = verdict
-        self._console = console
-        self._output = output
-        self._consoles = consoles
+        self.console = console
+        self.output = output
+        self.consoles = consoles
         self._made = made
         self._resources = resources
+        self._has_begun = threading.Lock()  # taken once, never released
+        self._judging = threading.Lock()
+        self._outcome: Outcome | None = None
 
     def run(self) -> Outcome:
-        """Run the guest to its end, in the calling thread, which must be the main thread."""
-        self._made.pop_all()
-        self._console.begin()
-        if self._config.timeout_s is not None:
-            self._runner.finish_after(self._config.timeout_s, Outcome(Kind.TIMEOUT))
-        self._verdict.doubt_silence(self._runner.report)
-        notices: dict[int, Callable[[], None]] = {
-            REFRESH_SIGNAL: self.board.refresh, RESIZE_SIGNAL: self._consoles.terminal_changed
-        }
-        outcome = run_session(
-            self._runner, vcpus=self._loops, workers=self.board.workers, console=self._console,
-            output=self._output, notices=notices, receive=self._consoles.receive,
-            at_end=[self.board.hurry],
+        """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
+        self._begin()
+        self.runner.run(
+            vcpus=self.loops, workers=self.board.workers, console=self.console,
+            output=self.output, at_end=[self.board.hurry],
         )
-        self._watch.end()
-        return self._verdict.judge(outcome, self._runs_program)
+        outcome = self.wait()
+        assert outcome is not None  # without a limit of time
+        return outcome
+
+    def start(self) -> None:
+        """Start the guest, in threads of its own; once."""
+        self._begin()
+        self.runner.start(
+            vcpus=self.loops, workers=self.board.workers, console=self.console,
+            output=self.output, at_end=[self.board.hurry],
+        )
+
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
+        """Return the outcome once the run is over, None after ``timeout_s`` seconds.
+
+        RuntimeError in a thread of the run, which would wait for itself.
+        """
+        outcome = self.runner.wait(timeout_s)
+        if outcome is None:
+            return None
+        with self._judging:
+            if self._outcome is None:
+                self._watch.end()
+                self._outcome = self._verdict.judge(outcome, self._runs_program)
+            return self._outcome
+
+    def stop(self, outcome: Outcome) -> Outcome | None:
+        """End the run with ``outcome`` unless it has ended; wait, and return what it came to.
+
+        None if the run never began.  RuntimeError in a thread of the run.
+        """
+        return None if self.runner.stop(outcome) is None else self.wait()
+
+    def _begin(self) -> None:
+        if not self._has_begun.acquire(blocking=False):
+            raise RuntimeError("a machine runs once: build another one")
+        self._made.pop_all()
+        self.console.begin()
+        if self._config.timeout_s is not None:
+            self.runner.finish_after(self._config.timeout_s, Outcome(Kind.TIMEOUT))
+        self._verdict.doubt_silence(self.runner.report)
 
     def _runs_program(self) -> bool:
-        vcpus = (loop.vcpu for loop in self._loops)
+        vcpus = (loop.vcpu for loop in self.loops)
         return bool(self._timer.marks) or any(map(cpu.runs_program, vcpus))
 
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest, from another thread than the one in ``run``: see ``Runner.pause``."""
-        return self._runner.pause(timeout_s)
+        return self.runner.pause(timeout_s)
 
     def quiesce(self, timeout_s: float | None = None) -> bool:
         """Pause the guest and park its devices' threads: see ``Runner.quiesce``."""
-        return self._runner.quiesce(timeout_s)
+        return self.runner.quiesce(timeout_s)
 
     def resume(self) -> None:
         """Let a paused or quiesced guest go on, from any thread: see ``Runner.resume``."""
-        self._runner.resume()
+        self.runner.resume()
 
     @property
     def is_paused(self) -> bool:
         """Whether a pause was asked for and not taken back."""
-        return self._runner.is_paused
+        return self.runner.is_paused
 
     @property
     def evidence(self) -> Evidence:
@@ -292,17 +324,17 @@ class Machine:
     @property
     def exits(self) -> Exits:
         """How often the guest was left for user space, all vCPUs together, once it has run."""
-        return functools.reduce(operator.add, (loop.exits for loop in self._loops), Exits())
+        return functools.reduce(operator.add, (loop.exits for loop in self.loops), Exits())
 
     @property
     def console_line_ended(self) -> bool:
         """Whether the console's last byte ended a line, so that ours may follow."""
-        return self._output.line_ended
+        return self.output.line_ended
 
     def close(self) -> None:
         """Release the VM, its memory, disks and console; idempotent."""
         # A thread stuck in a system call still uses them; they then live as long as the process.
-        if self._runner.stopped:
+        if self.runner.stopped:
             self._resources.close()
 
     def __enter__(self) -> Machine:

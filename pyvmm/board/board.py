@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 from pyvmm.board.bus import Bus
 from pyvmm.board.slot import Slot, eventfd
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vm
 from pyvmm.memory import GuestMemory
-from pyvmm.report import Reporter
 from pyvmm.run.io_loop import LAST_WAIT_S, IoSource
 from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS
 from pyvmm.virtio.device import VirtioDevice
@@ -31,7 +31,7 @@ class Board:
 
     def __init__(
         self, memory: GuestMemory, stack: contextlib.ExitStack, *, maps_pages: bool,
-        report: Reporter,
+        report: Callable[[str], None],
     ) -> None:
         self.memory = memory
         self.pio, self.mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)

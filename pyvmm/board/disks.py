@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 
 from pyvmm.board.board import Board
 from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig
-from pyvmm.report import Reporter
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from pyvmm.virtio.device import VirtioDevice
@@ -22,7 +22,7 @@ def plug_disks(
     config: RunConfig,
     runner: Runner,
     stack: contextlib.ExitStack,
-    report: Reporter,
+    report: Callable[[str], None],
 ) -> contextlib.ExitStack:
     """Open the disks of ``config`` and plug them into ``board``, in order.
 
@@ -42,7 +42,7 @@ def _open_disk(
     index: int,
     runner: Runner,
     stack: contextlib.ExitStack,
-    report: Reporter,
+    report: Callable[[str], None],
     until_s: float,
     made: contextlib.ExitStack,
 ) -> VirtioDevice:

@@ -142,6 +142,7 @@ def _run(
     args: SimpleNamespace, config: RunConfig, started_s: float, bundle: Bundle
 ) -> int:
     """Build and run the machine of ``config``; see ``run_main``."""
+    from pyvmm.cli.session import run_at_terminal
     from pyvmm.machine import build
 
     report = Reporter(sys.stderr)
@@ -153,7 +154,7 @@ def _run(
         bundle.__exit__()
         gc.freeze()  # what is there stays: no collection need look at it
         gc.enable()  # pyvmm.cli.main says why it is not
-        outcome = machine.run()
+        outcome = run_at_terminal(machine)
         end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         missing = bundle.left_out()
     gc.unfreeze()

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.console.output import DRAIN_TIMEOUT_S, STALL_S, OutputBuffer, OutputPump
 from pyvmm.console.place import Console
-from pyvmm.report import Reporter
 from pyvmm.run.console_output import PluggedOutput
 from pyvmm.run.halts import HaltWatch
 from pyvmm.run.io_loop import IoLoop, IoSource
@@ -45,7 +44,7 @@ class Runner:
     thread; ``on_wake`` adds a call for every ``wake``.
     """
 
-    def __init__(self, report: Reporter) -> None:
+    def __init__(self, report: Callable[[str], None]) -> None:
         self.report = report
         self._workers_wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._looks: list[Callable[[], None]] = []

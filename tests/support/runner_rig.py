@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pyvmm.board.bus import Bus
+from pyvmm.cli.session import run_session
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.kvm import abi
@@ -20,7 +21,6 @@ from pyvmm.report import Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Outcome
 from pyvmm.run.runner import Runner
-from pyvmm.run.session import run_session
 from pyvmm.run.vcpu_loop import VcpuLoop
 
 PAGE_BYTES = 8192
@@ -99,10 +99,17 @@ class Rig:
             self.vcpu, pio=self.pio, mmio=self.mmio, describe=lambda: "rip 0x1234",
             finish=self.runner.finish,
         )
+        console = Console(self.input_read, None)
+
+        def run() -> Outcome:
+            return self.runner.run(
+                vcpus=[loop], workers=workers or [], console=console, output=self.output,
+                at_end=at_end,
+            )
+
         return run_session(
-            self.runner, vcpus=[loop], workers=workers or [],
-            console=Console(self.input_read, None), output=self.output,
-            receive=self.receive, notices={signal.SIGUSR1: self.refresh}, at_end=at_end,
+            self.runner, run, console=console, output=self.output, receive=self.receive,
+            notices={signal.SIGUSR1: self.refresh},
         )
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,6 @@ from pyvmm.cli.parse import parse_disk
 from pyvmm.config import RunConfig
 from pyvmm.machine import build
 from pyvmm.report import Reporter
-from pyvmm.run.io_loop import IoSource
-from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.run.runner import Runner
 from tests.support.kernels import elf
 
 pytestmark = pytest.mark.bare
@@ -24,18 +20,9 @@ pytestmark = pytest.mark.bare
     ("console=hvc0", 4),  # typed bytes, output, the terminal's size, the UART
 ])
 def test_no_device_waits_for_another_ones_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, append: str, console_sources: int
+    tmp_path: Path, append: str, console_sources: int
 ) -> None:
     """Least of all the entropy device for the console, whose terminal may take nothing."""
-    threads: dict[str, Sequence[IoSource]] = {}
-
-    def run(
-        _runner: Runner, *, workers: Sequence[tuple[str, Sequence[IoSource]]], **_others: object
-    ) -> Outcome:
-        threads.update(workers)
-        return Outcome(Kind.RESET)
-
-    monkeypatch.setattr(Runner, "run", run)
     kernel = tmp_path / "guest.elf"
     kernel.write_bytes(elf())
     disks = []
@@ -44,7 +31,7 @@ def test_no_device_waits_for_another_ones_thread(
         disks.append(parse_disk(f"{tmp_path / name},queues=2"))
     config = RunConfig(kernel=kernel, disks=tuple(disks), console="none", append=append)
     with build(config, report=Reporter()) as machine:
-        machine.run()
+        threads = dict(machine.board.workers)
     assert {name: len(sources) for name, sources in threads.items()} == {
         "virtio0": 3, "virtio1": 3,  # two queues, and a look at the file's size
         "console": console_sources,

@@ -10,36 +10,45 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.terminal import RawTerminal
 from pyvmm.console.typed import HELP, EscapeFilter, TypedInput
+from pyvmm.machine import Machine
 from pyvmm.run.io_loop import Deadline, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
-from pyvmm.run.signals import JOB_SIGNALS, NOTICE_SIGNALS, RESIZE_SIGNAL, Signals
-from pyvmm.run.vcpu_loop import VcpuLoop
+from pyvmm.run.signals import JOB_SIGNALS, NOTICE_SIGNALS, REFRESH_SIGNAL, RESIZE_SIGNAL, Signals
 
 SWITCH_INTERVAL_S = 1e-4
 """A busy Python thread keeps the GIL for this long; 5 ms, the default, would starve a vCPU."""
 PAUSED, RESUMED = "\npaused; Ctrl-A p resumes\n", "\nresumed\n"
 
 
+def run_at_terminal(machine: Machine) -> Outcome:
+    """Run ``machine`` to its end in the main thread, with its signals and terminal."""
+    notices: dict[int, Callable[[], None]] = {
+        REFRESH_SIGNAL: machine.board.refresh, RESIZE_SIGNAL: machine.consoles.terminal_changed
+    }
+    return run_session(
+        machine.runner, machine.run, console=machine.console, output=machine.output,
+        receive=machine.consoles.receive, notices=notices,
+    )
+
+
 def run_session(
     runner: Runner,
+    run: Callable[[], Outcome],
     *,
-    vcpus: Sequence[VcpuLoop],
-    workers: Sequence[tuple[str, Sequence[IoSource]]],
     console: Console,
     output: OutputBuffer,
     receive: Callable[[bytes], int],
     notices: Mapping[int, Callable[[], None]] = MappingProxyType({}),
-    at_end: Sequence[Callable[[], None]] = (),
 ) -> Outcome:
-    """Run to the end in the main thread, with its signals and terminal; see ``Runner.run``.
+    """Call ``run``, which runs ``runner`` in this thread, with the process's signals and terminal.
 
     ``receive`` takes typed bytes and returns how many it took.  ``notices`` are called, in this
     thread, after a signal among NOTICE_SIGNALS.
@@ -52,9 +61,7 @@ def run_session(
     try:
         with Signals(session.on_signal) as signals, session.terminal:
             session.plug(signals.wakeup_fd)
-            outcome = runner.run(
-                vcpus=vcpus, workers=workers, console=console, output=output, at_end=at_end
-            )
+            outcome = run()
             if console.screen is not None:
                 console.screen.settle()
     finally:
