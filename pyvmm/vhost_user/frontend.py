@@ -38,7 +38,7 @@ from pyvmm.vhost_user.protocol import (
 
 TIMEOUT_S = 5.0
 """How long a back end may take for an answer."""
-DRAIN_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
 """How long it may take to stop a queue: requests it has begun are finished first."""
 HANDSHAKE_TIMEOUT_S = 30.0
 """How long the whole handshake may take: each of its answers may come in time, and late."""
@@ -71,12 +71,12 @@ class Frontend:
         channel: Channel,
         *,
         timeout_s: float = TIMEOUT_S,
-        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
         latest_s: float = float("inf"),
     ) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
-        self._drain_timeout_s = drain_timeout_s
+        self._stop_timeout_s = stop_timeout_s
         self._lock = threading.Lock()
         # With the file descriptor a SET_MEM_TABLE needs; ADD_MEM_REG needs it only once.
         self._regions: dict[MemoryRegion, int | None] = {}
@@ -94,7 +94,7 @@ class Frontend:
         path: str,
         *,
         timeout_s: float = TIMEOUT_S,
-        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
         latest_s: float = float("inf"),
     ) -> Frontend:
         """A session with the back end that listens on the Unix socket ``path``.
@@ -112,7 +112,7 @@ class Frontend:
                 from error
         channel = Channel(connection, peer=path, who="the back end")
         return cls(
-            channel, timeout_s=timeout_s, drain_timeout_s=drain_timeout_s,
+            channel, timeout_s=timeout_s, stop_timeout_s=stop_timeout_s,
             latest_s=latest_s,
         )
 
@@ -287,7 +287,7 @@ class Frontend:
         with self._lock:
             self._send(Request.GET_VRING_BASE, VRING_STATE.pack(index, 0))
             stopped, base = self._reply(
-                Request.GET_VRING_BASE, VRING_STATE, self._drain_timeout_s
+                Request.GET_VRING_BASE, VRING_STATE, self._stop_timeout_s
             )
             if stopped != index:
                 raise self._channel.fail(
