@@ -88,7 +88,7 @@ class FakeFrontend:
     """A vhost-user back end as its front end shows it: ``source`` decides what it refuses."""
 
     peer = "/run/fuzz.sock"
-    drain_timeout_s = 1.0
+    stop_timeout_s = 1.0
 
     def __init__(self, source: Source) -> None:
         self._source = source

@@ -30,7 +30,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class Region:
     """``length`` bytes of RAM at guest physical ``gpa``: ``view``.
 
-    ``offset`` is where they begin in ``GuestMemory.fd``, if there is one.
+    They begin at ``offset`` in ``GuestMemory.fd``, if there is one.
     """
 
     __slots__ = ("end", "gpa", "length", "offset", "view")
@@ -51,10 +51,10 @@ class Region:
 class GuestMemory:
     """The only holder of guest RAM.
 
-    ``ranges`` are ``(gpa, length)`` pairs in bytes, ascending and disjoint.  The mapping is
-    private anonymous memory with huge pages (0.2 us a page); with ``shared=True`` it is a memfd
-    (5 us a page), needed only where another process must see it; ``fd`` is then its descriptor,
-    sealed: whoever gets it can not shrink it under us, which would be a SIGBUS.
+    ``ranges`` are ``(gpa, length)`` pairs in bytes, ascending and disjoint.  The mapping is private
+    anonymous memory with huge pages (0.2 us a page).  With ``shared=True`` it is a memfd (5 us a
+    page), needed only where another process must see it.  ``fd`` is then its descriptor, sealed.
+    Otherwise its receiver could shrink it under us, which would be a SIGBUS.
 
     Host and guest address of a region agree modulo 2 MiB, from 1 GiB on modulo 1 GiB.  If they did
     not, KVM would map pages of 4 KiB whatever the host has: a boot makes 3.5 times the exits then.
@@ -87,14 +87,14 @@ class GuestMemory:
 
     @classmethod
     def over(cls, buffer: bytearray | mmap.mmap, gpa: int = 0) -> GuestMemory:
-        """RAM over a buffer the caller owns, at ``gpa``: what a test of a device needs."""
+        """Return RAM over a buffer that the caller owns, at ``gpa``, as tests of devices need."""
         memory = cls.empty()
         memory.add(gpa, buffer)
         return memory
 
     @classmethod
     def empty(cls) -> GuestMemory:
-        """No RAM yet: somebody else's, region by region, by ``add``."""
+        """Return a memory without RAM; ``add`` gives it regions that somebody else owns."""
         memory = cls.__new__(cls)
         memory.fd = None
         memory._map = None
@@ -103,7 +103,7 @@ class GuestMemory:
         return memory
 
     def add(self, gpa: int, buffer: bytearray | mmap.mmap | memoryview) -> Region:
-        """One more region: ``buffer``, which the caller owns, at ``gpa``.
+        """Add a region: ``buffer``, which the caller owns, at ``gpa``.
 
         GuestMemoryError if it is empty, ends above 2^64 or overlaps another region.
         """
@@ -119,23 +119,23 @@ class GuestMemory:
         return region
 
     def remove(self, region: Region) -> None:
-        """Take a region that ``add`` made away; views taken from it stay the caller's matter."""
+        """Remove a region that ``add`` made; views taken from it remain the caller's business."""
         self.regions = tuple(one for one in self.regions if one is not region)
         region.view.release()
 
     @property
     def size_bytes(self) -> int:
-        """All RAM, in bytes."""
+        """The size of all RAM in bytes."""
         return sum(region.length for region in self.regions)
 
     def contains(self, gpa: int, length: int) -> bool:
-        """Whether all ``length`` bytes at ``gpa`` lie in one region of RAM."""
+        """True if all ``length`` bytes at ``gpa`` lie in one region of RAM."""
         if length < 0:
             return False
         return any(r.gpa <= gpa and gpa + length <= r.end for r in self.regions)
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """A writable view of exactly ``length`` bytes of RAM at ``gpa``."""
+        """Return a writable view of exactly ``length`` bytes of RAM at ``gpa``."""
         if length >= 0:
             end = gpa + length
             for region in self.regions:
@@ -145,7 +145,7 @@ class GuestMemory:
         raise GuestMemoryError(gpa, length)
 
     def read(self, gpa: int, length: int) -> bytes:
-        """A copy of ``length`` bytes at ``gpa``."""
+        """Return a copy of ``length`` bytes at ``gpa``."""
         return bytes(self.view(gpa, length))
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
@@ -153,7 +153,7 @@ class GuestMemory:
         self.view(gpa, len(data))[:] = data
 
     def read_int(self, gpa: int, size: int) -> int:
-        """The little-endian unsigned integer of ``size`` bytes at ``gpa``."""
+        """Return the little-endian unsigned integer of ``size`` bytes at ``gpa``."""
         return int.from_bytes(self.read(gpa, size), "little")
 
     def write_int(self, gpa: int, size: int, value: int) -> None:
@@ -161,8 +161,11 @@ class GuestMemory:
         self.write(gpa, value.to_bytes(size, "little"))
 
     def close(self) -> None:
-        """Unmap the RAM; idempotent.  A view that somebody still has keeps the mapping until it
-        goes: how a run ended must not depend on that."""
+        """Unmap the RAM; idempotent.
+
+        A view that somebody still has keeps the mapping until it goes, and is no error: the end of
+        a run must not depend on it.
+        """
         if self._closed:
             return
         self._closed = True
@@ -188,10 +191,10 @@ class GuestMemory:
 
 
 def map_aligned(length: int, fd: int | None = None) -> tuple[mmap.mmap, int]:
-    """Map ``length`` bytes where their pages can be huge: the first of ``fd``, or private zeroes.
+    """Map ``length`` bytes so that their pages can be huge: the first of ``fd``, or private zeroes.
 
-    Return a mapping and the offset of these bytes in it; touch no others of it.  The bytes begin at
-    a multiple of 2 MiB, from 1 GiB on at a multiple of 1 GiB.  Without room for that they begin at
+    Return a mapping and the offset of these bytes in it; use no other bytes of it.  They begin at a
+    multiple of 2 MiB, from 1 GiB on at a multiple of 1 GiB.  Without room for that they begin at
     any page.  Errors are those of mmap.mmap.
     """
     for alignment in (_GIB, HUGE_PAGE) if length >= _GIB else (HUGE_PAGE,):
@@ -260,11 +263,11 @@ def _mmap(libc: ctypes.CDLL, place: int | None, length: int, flags: int, fd: int
 
 
 def replace_page(page: mmap.mmap, content: bytes) -> None:
-    """Make ``content`` what the one page of ``page`` holds, all at once for whoever reads it.
+    """Swap in a new page with ``content``: a reader sees the old or the new content, never a mix.
 
-    Stores arrive one by one; here another page takes the place of this one, in a single step of
-    the host's page table, which a guest follows that has the page mapped.  Views of ``page`` stay
-    good; what is stored into it meanwhile is lost.  OSError if the host cannot, and has not.
+    Plain stores arrive one by one.  Here another page takes the place of ``page`` with one mremap,
+    also in a guest that has the page mapped.  Views of ``page`` stay good; a store into it
+    meanwhile is lost.  OSError if the host cannot; then nothing has changed.
     """
     libc = _libc()
     fresh = _mmap(libc, None, PAGE_SIZE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1)

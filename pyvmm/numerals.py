@@ -1,8 +1,8 @@
 """Numbers in texts that people and files give: each has a form and a limit.
 
-``int`` and ``float`` take much that nobody means ("1_0", "٣", " 7 ", "inf", "nan") and refuse
-numbers of over 4300 digits with an error of their own.  These two read the decimal numbers of
-options and files; nothing may stand around one, no sign in front.
+``int`` and ``float`` take much that nobody means ("1_0", "٣", " 7 ", "inf", "nan").  They also
+refuse numbers of over 4300 digits with an error of their own.  These two functions read the decimal
+numbers of options and files: nothing may stand around one, and no sign in front.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _DECIMAL = frozenset("0123456789.eE+-")
 
 
 def whole_number(text: str, lowest: int, highest: int) -> int | None:
-    """Return ``text``, ASCII digits alone, as a number; None unless it is one in the range."""
+    """Return ``text``, only ASCII digits, as a number; None unless it is one in the range."""
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_CHARACTERS):
         return None
     number = int(text)

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyvmm"
 OPEN = frozenset({
     "virtio", "run", "board", "cli", "startup", "config.py", "machine.py", "report.py",
     "__main__.py",
-    "kvm", "devices", "driver", "vhost_user", "linux", "lab", "console", "memory.py",
+    "vhost_user/block.py", "lab", "console",
 })  # fmt: skip
-"""Rooms that have not been gone through yet.  The set only ever shrinks."""
+"""Rooms and files that have not been gone through yet.  The set only ever shrinks."""
 BAD_START = re.compile(r"[^\w]*(What|Where|Whether)\b")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')`]*\s+(?=[\"'(`]*[A-Z])")
 PARAGRAPH_END = re.compile(r"\n\s*\n|\n\s*[*-] ")
@@ -66,15 +66,16 @@ def bad_sentences(source: str) -> list[tuple[int, str]]:
     ]
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0]
+def is_open(path: Path) -> bool:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] in OPEN or str(inside) in OPEN
 
 
 def test_no_sentence_begins_with_what_where_or_whether() -> None:
     found = [
         f"{path.relative_to(PACKAGE.parent)}:{line}: {sentence}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        if room_of(path) not in OPEN
+        if not is_open(path)
         for line, sentence in bad_sentences(path.read_text(encoding="utf-8"))
     ]
     assert not found, "\n".join(found)

@@ -97,7 +97,7 @@ class _Case:
             self._say(request, U64.pack(number))
         try:
             frontend = Frontend(self._peer.channel, timeout_s=_TIMEOUT_S,
-                                drain_timeout_s=_TIMEOUT_S)
+                                stop_timeout_s=_TIMEOUT_S)
         except VhostUserError as error:
             check_one_line(error)
             return

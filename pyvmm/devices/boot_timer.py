@@ -1,8 +1,8 @@
-"""The boot timer: a port where the guest marks how far it has come, and what the marks say.
+"""The boot timer: a port where the guest marks how far it has come, and the times of the marks.
 
 A byte written to the port is a mark.  ``Stage`` names the bytes that begin a stage of a run; every
 other byte is the guest's own.  guest/exit/pyvmm-mark.c writes one for a shell script.  Times are
-the host's, on CLOCK_BOOTTIME: the clock on which the kernel tells when a process was started.
+the host's CLOCK_BOOTTIME, by which the kernel also tells when a process was started.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Stage(IntEnum):
     INIT = 1
     """The guest's first program runs: the kernel has booted."""
     USER_SPACE = 2
-    """The system is set up: what the guest is there for begins."""
+    """The system is set up: the guest's real work begins."""
     SHUTDOWN = 3
-    """That is done."""
+    """That work is done."""
 
 
 _STAGE_NAMES = {
@@ -41,12 +41,12 @@ class Mark(Record, kw_only=False):
 
 
 def boot_time_s() -> float:
-    """CLOCK_BOOTTIME, in seconds."""
+    """Return CLOCK_BOOTTIME in seconds."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class BootTimer(ByteDevice):
-    """A write-only port.  It remembers ``MAX_MARKS`` marks and counts the rest."""
+    """A write-only port.  It keeps ``MAX_MARKS`` marks and counts the rest."""
 
     LENGTH = 1
     MAX_MARKS = 64
@@ -65,7 +65,7 @@ class BootTimer(ByteDevice):
 
     @property
     def dropped(self) -> int:
-        """How many marks came after the last that was remembered."""
+        """The number of marks that were not kept."""
         return self._dropped
 
     def save(self) -> dict[str, object]:
@@ -94,11 +94,11 @@ class BootTimer(ByteDevice):
 def timing_lines(
     marks: Iterable[Mark], *, process_start_s: float, guest_start_s: float, end_s: float
 ) -> list[str]:
-    """How long each stage of a run took, a line each, for ``pyvmm run --timing``.
+    """Return the length of each stage of a run, a line each, for ``pyvmm run --timing``.
 
-    Start-up is from ``process_start_s`` to ``guest_start_s``, when a vCPU first ran; then comes the
-    kernel, up to the guest's first mark of a stage; the last stage reached lasts until ``end_s``.
-    A stage that is begun twice has two lines.  All times are on one clock, in seconds.
+    Start-up is from ``process_start_s`` to ``guest_start_s``, when a vCPU first ran.  Then comes
+    the kernel, up to the guest's first mark of a stage.  The last stage reached lasts until
+    ``end_s``.  A stage that is begun twice has two lines.  All times are on one clock, in seconds.
     """
     begins = [("start-up", process_start_s), ("kernel", guest_start_s)]
     own = []

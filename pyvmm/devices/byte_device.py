@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ByteDevice:
-    """A device of 8-bit registers; a wider access is the ISA bus's run of byte accesses."""
+    """A device of 8-bit registers.  A wider access is a row of byte accesses, as on the ISA bus."""
 
     def read_byte(self, offset: int) -> int:
         """Read the register at ``offset``."""
@@ -15,7 +15,7 @@ class ByteDevice:
         raise NotImplementedError
 
     def read(self, offset: int, size: int) -> int:
-        """BusDevice: ``size`` registers from ``offset``, lowest in the low byte."""
+        """BusDevice: read ``size`` registers from ``offset``, the lowest into the low byte."""
         if size == 1:
             return self.read_byte(offset)
         value = 0
@@ -24,7 +24,8 @@ class ByteDevice:
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """BusDevice: the low byte to ``offset``, the next to the register after it, ..."""
+        """BusDevice: write the low byte to ``offset``, the next to the register after it, and so
+        on."""
         if size == 1:
             self.write_byte(offset, value)
             return

@@ -1,6 +1,6 @@
 """The i8042 keyboard controller, as far as a PC without keyboard or mouse needs it.
 
-Linux resets a machine through it (``reboot=k``, the default), and probes it while booting: a
+Linux resets a machine through it (``reboot=k``, the default), and probes it while booting.  A
 controller that does not answer costs two seconds ("i8042: Can't read CTR while initializing").
 """
 

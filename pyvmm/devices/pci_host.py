@@ -1,17 +1,19 @@
-"""A PCI bus with nothing on it but its host bridge, by configuration mechanism #1 (PCI Local Bus
-Specification 3.0, 3.2.2.3.2 "Software Generation of Configuration Transactions").
+"""A PCI bus with nothing on it but its host bridge.
 
-There is no PCI here, but a kernel that knows PCI takes a machine without any way to its
-configuration space for a broken one, and says so on every boot, ``quiet`` or not: "PCI: Fatal: No
-config space access function found".  Linux believes in the mechanism once it has seen a host
-bridge (arch/x86/pci/direct.c).  ACPI names no bus, so a kernel with ACPI looks no further; one
-without finds the bridge alone.
+It has configuration mechanism #1 (PCI Local Bus Specification 3.0, 3.2.2.3.2 "Software Generation
+of Configuration Transactions").
+
+There is no PCI here.  But a kernel that knows PCI takes a machine without a way to its
+configuration space for a broken one.  It says so on every boot, ``quiet`` or not: "PCI: Fatal: No
+config space access function found".  Linux believes in the mechanism once it has seen a host bridge
+(arch/x86/pci/direct.c).  ACPI names no bus, so a kernel with ACPI looks no further; one without
+ACPI finds only the bridge.
 """
 
 from __future__ import annotations
 
 _ENABLE = 1 << 31
-_ADDRESS_BITS = 0x80FF_FFFC  # the others are reserved
+_ADDRESS_BITS = 0x80FF_FFFC  # all other bits are reserved
 _HEADER = (
     0x8086.to_bytes(2, "little")  # Intel's
     + 0x0D57.to_bytes(2, "little")  # for virtual machines: Firecracker and Cloud Hypervisor have it
@@ -30,7 +32,8 @@ class PciHost:
         self._address = 0
 
     def read(self, offset: int, size: int) -> int:
-        """BusDevice: the address, or what it selects; all ones where no device is."""
+        """BusDevice: return the address, or the register that it selects; all ones without a
+        device."""
         if offset >= _DATA:
             if self._address & _ENABLE:
                 return self._configuration((self._address & 0xFC) + offset - _DATA, size)
@@ -39,7 +42,8 @@ class PciHost:
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """BusDevice: only 32 bits at once are an address; other accesses are other devices."""
+        """BusDevice: only 32 bits at once are an address; other accesses belong to other
+        devices."""
         if (offset, size) == (0, 4):
             self._address = value & _ADDRESS_BITS
 

@@ -29,8 +29,8 @@ class Power(ByteDevice):
     """The three registers.
 
     ``s5_sleep_type`` is the first element of ``\\_S5``: the sleep type that means soft off.
-    ``reset_value`` is the FADT's: what resets when written.  No other state can be entered, so
-    nothing ever wakes and the status register reads 0.
+    ``reset_value`` is the FADT's: writing it resets.  No other state can be entered, so nothing
+    ever wakes and the status register reads 0.
     """
 
     LENGTH = 3

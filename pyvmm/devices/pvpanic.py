@@ -12,20 +12,20 @@ class Event(IntFlag):
     """The bits of the port, as in Linux's include/uapi/misc/pvpanic.h."""
 
     PANICKED = 1 << 0
-    """A panic, which the host is to handle."""
+    """A panic that the host must handle."""
     CRASH_LOADED = 1 << 1
-    """A panic, which the guest handles itself: a crash kernel takes over."""
+    """A panic that the guest handles itself: a crash kernel takes over."""
 
 
 EVENTS = Event.PANICKED | Event.CRASH_LOADED
 
 
 class PvPanic(ByteDevice):
-    """One port: reads say which events are understood, a write reports some of them.
+    """One port: reads tell which events are understood, a write reports some of them.
 
-    ``on_panic`` and ``on_crash_loaded`` are each called at their first event only, in the thread of
-    the vCPU that reports it: a guest that repeats itself has nothing new to say.  Linux reports
-    after it has printed the panic and the stack, before it reboots or halts.
+    ``on_panic`` and ``on_crash_loaded`` are each called at their first event only, because a
+    repeated report has nothing new to say.  They run in the thread of the vCPU that reports.  Linux
+    reports after it has printed the panic and the stack, before it reboots or halts.
     """
 
     LENGTH = 1
@@ -51,7 +51,7 @@ class PvPanic(ByteDevice):
                 self._handlers.pop(event, None)
 
     def read_byte(self, offset: int) -> int:
-        """The events understood here; Linux uses no others."""
+        """Return the events that are understood here; Linux uses only these."""
         return EVENTS
 
     def write_byte(self, offset: int, value: int) -> None:

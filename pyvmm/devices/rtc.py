@@ -1,11 +1,12 @@
 """The MC146818 real-time clock and its 128 bytes of CMOS RAM (Motorola MC146818A data sheet).
 
-Always BCD and 24 hours, in UTC; the century is where PCs keep it.  There are no interrupts: their
-enable bits cannot be set.  A guest that sets the clock moves this clock only, never the host's.
+It always counts in BCD and 24 hours, in UTC; the century is where PCs keep it.  It has no
+interrupts: their enable bits cannot be set.  A guest that sets the clock moves this clock only,
+never the host's.
 
-A reader must not see half an update.  The chip promises 244 us after a clear UIP, too little where
-every register takes two exits; so here the registers hold still for ``HOLD_NS`` from the read of
-status A that found UIP clear, or without one from the first read of a time register.
+A reader must not see half an update.  The chip promises 244 us after a clear UIP.  That is too
+little here, because every register takes two exits.  So the registers hold still for ``HOLD_NS``
+from the read of status A that found UIP clear, or else from the first read of a time register.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pyvmm.startup.types import IntEnum
 
 HOLD_NS = 100_000_000
 _SECOND_NS = 1_000_000_000
-_UPDATE_NS = 244_000  # how long before an update UIP announces it
+_UPDATE_NS = 244_000  # UIP announces an update so long before it
 _RAM_BYTES = 128
 _MAX_AHEAD_NS = 10_000 * 366 * 86_400 * _SECOND_NS
 """A guest can set the years 0 to 9999."""
 
 
 class Register(IntEnum):
-    """Where things are in the chip; all else is RAM, which keeps what is written."""
+    """The chip's registers; every other byte is RAM, which keeps what is written."""
 
     SECONDS = 0x00
     MINUTES = 0x02
@@ -56,8 +57,8 @@ _TIME = frozenset({
 class Rtc(ByteDevice):
     """Two ports: index and data.  ``now_ns`` is the host's UTC in nanoseconds since 1970.
 
-    The lock is for guests whose vCPUs do not keep each other off the chip: they read nonsense, as
-    on a PC, and no more than that.
+    The lock is for guests whose vCPUs use the chip at the same time.  They read nonsense, as on a
+    PC, but break nothing.
     """
 
     LENGTH = 2
@@ -73,7 +74,7 @@ class Rtc(ByteDevice):
         self._setting = False  # the clock stands, and its registers are in _ram
 
     def read_byte(self, offset: int) -> int:
-        """The register that the index names; the index itself is write-only."""
+        """Return the register that the index names; the index itself is write-only."""
         if offset == 0:
             return 0xFF
         with self._lock:
@@ -146,7 +147,7 @@ class Rtc(ByteDevice):
                 self._ram[index] = value
 
     def _read_update_in_progress(self) -> int:
-        """UIP; where it is clear, the time registers hold still from now on."""
+        """Return UIP.  If it is clear, the time registers hold still from now on."""
         if self._setting:
             return 0
         now_ns = self._now_ns()
@@ -173,7 +174,7 @@ class Rtc(ByteDevice):
         }
 
     def _write_set(self, setting: bool) -> None:
-        """Status B's SET: stop the clock, or let it go on from what its registers say."""
+        """Set status B's SET: stop the clock, or let it go on from the time in its registers."""
         if setting and not self._setting:
             for index, value in self._time_registers().items():
                 self._ram[index] = value
@@ -184,8 +185,8 @@ class Rtc(ByteDevice):
     def _start_from_registers(self) -> None:
         """Go on from the registers; from the time before, if they hold no date.
 
-        The next second begins half a second from now, as it does on the chip when its divider is
-        let go; Linux sets the time at the moment that makes this right.
+        The next second begins half a second from now, as on the chip when its divider is let go.
+        Linux sets the time at the moment that makes this right.
         """
         seconds = _to_seconds(self._ram)
         if seconds is not None:
@@ -198,13 +199,13 @@ def _to_bcd(value: int) -> int:
 
 
 def _from_bcd(value: int) -> int:
-    """The number, or -1: two digits above 9 make none."""
+    """Return the number, or -1 if a digit is above 9."""
     high, low = value >> 4, value & 0xF
     return high * 10 + low if high < 10 and low < 10 else -1
 
 
 def _to_seconds(ram: bytearray) -> int | None:
-    """Seconds since 1970 of the time registers; None if there is no such moment."""
+    """Return the time registers as seconds since 1970; None if there is no such moment."""
     fields = (
         Register.CENTURY, Register.YEAR, Register.MONTH, Register.DAY,
         Register.HOURS, Register.MINUTES, Register.SECONDS,
@@ -215,7 +216,7 @@ def _to_seconds(ram: bytearray) -> int | None:
     century, year_of_century, month, day, hour, minute, second = digits
     year = century * 100 + year_of_century
     # Days of the proleptic Gregorian calendar, in years that begin in March so that the odd day
-    # comes last.  For nonsense they are those of another date than it says, by which it is told.
+    # comes last.  A nonsensical date gives the days of another date, which the last line notices.
     march_year = year - (month <= 2)
     days = march_year * 365 + march_year // 4 - march_year // 100 + march_year // 400
     days += (153 * ((month + 9) % 12) + 2) // 5 + day - 1 - 719_468

@@ -1,17 +1,17 @@
 """A 16550A UART with real interrupts (National Semiconductor PC16550D data sheet).
 
-Transmission takes no time: THRE and TEMT are always set, and writing THR raises the
-THR-empty interrupt again.  Reception is paced by the guest: the receive FIFO holds 16 bytes, and
-the host's bytes wait outside until there is room and the guest listens.  So none is lost to an
-overrun.  Nor to a driver that clears the FIFO: Linux does while it probes and starts a UART, after
-it had the interrupt enabled for a moment; unread bytes are received anew.
+Transmission takes no time: THRE and TEMT are always set, and writing THR raises the THR-empty
+interrupt again.  The guest paces reception.  The receive FIFO holds 16 bytes, and the host's bytes
+wait outside until there is room and the guest listens, so an overrun loses none.  Neither does a
+driver that clears the FIFO: unread bytes are received anew.  Linux does so while it probes and
+starts a UART, after it had the interrupt enabled for a moment.
 
-A guest listens once it has enabled the receive interrupt, or polls.  A driver that polls for input
-cannot be told from one that polls LSR to transmit, as Linux's early console does, and need not be:
-the latter ignores LSR.DR and leaves the FIFO alone.  But a driver that starts the chip reads RBR,
-too, to empty it (Linux's serial8250_do_startup: FCR, LSR, RBR; IER, LSR, RBR).  So only a guest
-that goes on looking after it set the chip up is taken to poll, and while it sets the chip up there
-is nothing for it to throw away.
+A guest listens once it has enabled the receive interrupt, or polls.  Two drivers poll LSR alike:
+one for input, and one that only transmits, as Linux's early console does.  They need not be told
+apart, because the second one ignores LSR.DR and leaves the FIFO alone.  But a driver that starts
+the chip reads RBR too, to empty it (Linux's serial8250_do_startup: FCR, LSR, RBR; IER, LSR, RBR).
+So a guest counts as polling only if it goes on looking after it set the chip up.  While it sets the
+chip up, the FIFO holds nothing that it could throw away.
 """
 
 from __future__ import annotations
@@ -47,18 +47,21 @@ MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
 LSR_DATA_READY, LSR_THRE, LSR_TEMT = 0x01, 0x20, 0x40
 LSR_IDLE = LSR_THRE | LSR_TEMT
 POLLS = 8
-"""So many reads of LSR and RBR after a write that changes IER or FCR or clears the FIFO, and the
-guest polls.  Linux's probe and its start-up make at most four between two such writes; what writes
-IER as it is before each look, as a boot loader may, sets nothing up."""
+"""Reads of LSR and RBR after which the guest counts as polling.
+
+The count begins anew at a write that changes IER or FCR or clears the FIFO.  Linux's probe and its
+start-up make at most four reads between two such writes.  A boot loader may write IER as it is
+before each look: that sets nothing up.
+"""
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 
 class Serial(ByteDevice):
     """The UART.  ``transmit`` gets each byte sent; ``set_irq`` is the interrupt line's level.
 
-    ``on_room`` is called (from the vCPU's thread) when the guest has emptied the receive FIFO:
-    time to ``receive()`` more.  Registers are used by the vCPU's thread, ``receive`` by the
-    console's; the lock is held for the few instructions between them.
+    ``on_room`` is called (from the vCPU's thread) when the guest has emptied the receive FIFO, so
+    that the host may ``receive()`` more.  The vCPU's thread uses the registers, the console's
+    thread ``receive``; the lock is held for the few instructions between them.
     """
 
     LENGTH = 8
@@ -95,7 +98,8 @@ class Serial(ByteDevice):
         )
 
     def receive(self, data: bytes) -> int:
-        """Put as much of ``data`` as fits into the receive FIFO; the number of bytes taken."""
+        """Put as much of ``data`` as fits into the receive FIFO; return the number of bytes
+        taken."""
         with self._lock:
             self._refill()
             if self._again or not self._listens():
@@ -107,11 +111,11 @@ class Serial(ByteDevice):
 
     @property
     def interrupts_when_empty(self) -> bool:
-        """Whether the driver waits for the transmitter's interrupt, and does not poll."""
+        """True if the driver waits for the transmitter's interrupt and does not poll."""
         return bool(self._ier & IER_THRE)
 
     def send(self, data: bytes) -> None:
-        """All of ``data`` was written to the first register, byte by byte."""
+        """Take ``data`` as if it was written to the first register, byte by byte."""
         with self._lock:
             plain = bool(data) and not self._lcr & LCR_DLAB and not self._mcr & MCR_LOOP
             if plain:
@@ -250,7 +254,7 @@ class Serial(ByteDevice):
         with self._lock:
             reconnected = self._mcr & ~value & MCR_LOOP
             if (self._mcr ^ value) & MCR_LOOP:
-                self._clear_fifo()  # what is looped back and what comes in do not mix
+                self._clear_fifo()  # looped and received bytes do not mix
                 self._looks_missing = POLLS
             self._mcr = value & 0x1F
             self._refill()
@@ -285,7 +289,7 @@ class Serial(ByteDevice):
         return (bool(self._ier & IER_RX) or not self._looks_missing) and not self._mcr & MCR_LOOP
 
     def _look(self) -> None:
-        """The guest looks for a byte: so many looks, and it listens."""
+        """Count the guest's look for a byte; after enough of them it counts as polling."""
         with self._lock:
             if not self._looks_missing:
                 return
@@ -296,11 +300,13 @@ class Serial(ByteDevice):
         self._on_room()
 
     def _set_up(self) -> None:
-        """With the lock held: the driver sets the chip up, and polls only if it goes on looking."""
+        """Note, with the lock held, that the driver sets the chip up: it must show anew that it
+        polls."""
         polled = not self._looks_missing and not self._ier & IER_RX
         self._looks_missing = POLLS
         if polled and not self._mcr & MCR_LOOP:
-            self._clear_fifo()  # it might read RBR to empty it: what nobody waits for waits outside
+            # The driver may read RBR to empty the FIFO: bytes that nobody waits for stay outside.
+            self._clear_fifo()
 
     def _clear_fifo(self) -> None:
         if not self._mcr & MCR_LOOP:
@@ -308,14 +314,14 @@ class Serial(ByteDevice):
         self._fifo.clear()
 
     def _refill(self) -> None:
-        """Receive anew what was cleared unread."""
+        """Receive the bytes anew that were cleared unread."""
         if self._again and self._listens():
             room = FIFO_SIZE - len(self._fifo)
             self._fifo.extend(self._again[:room])
             self._again = self._again[room:]
 
     def _pending(self) -> int:
-        """IIR's identification bits for the highest-priority enabled interrupt."""
+        """Return IIR's identification bits for the highest-priority enabled interrupt."""
         if self._ier & IER_RX and self._fifo:
             return IIR_RX
         if self._ier & IER_THRE and self._thre_pending:

@@ -1,4 +1,4 @@
-"""What the driver half raises, by culprit: the caller, the device, or nobody (a full queue)."""
+"""The errors of the driver half, by culprit: the caller, the device, or nobody (a full queue)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ class QueueFullError(DriverError):
 
 
 class RequestError(DriverError):
-    """The caller's request cannot be made: alignment, length, range, a read-only disk, a feature
-    that was not negotiated, memory that was not mapped.  Nothing was queued."""
+    """The caller's request cannot be made; nothing was queued.
+
+    Its alignment, length or range is wrong, the disk is read-only, a feature was not negotiated, or
+    memory was not mapped.
+    """
 
 
 class TransportError(DriverError):
-    """The transport cannot do what the caller asks of it: too many queues or regions, memory
-    that overlaps, calls in the wrong order; or the device refused it."""
+    """The transport cannot do what the caller asks of it, or the device refused it.
+
+    For example: too many queues or regions, memory that overlaps, calls in the wrong order.
+    """
 
 
 class DeviceBrokenError(DriverError):
-    """The device broke a rule of virtio, or is gone: nothing it says is believed any more.
+    """The device broke a rule of virtio, or is gone: it is not trusted any more.
 
-    ``VirtioBlkQueue.abandon`` hands back the contexts of what was in flight.
+    ``VirtioBlkQueue.abandon`` hands back the contexts of the requests in flight.
     """

@@ -23,7 +23,7 @@ class QueueEventFds:
         self._room: list[select.poll] = []
 
     def open(self, count: int) -> None:
-        """Fresh ones for ``count`` queues, in place of those there were; TransportError."""
+        """Make new eventfds for ``count`` queues in place of the old ones; TransportError."""
         self.close()
         try:
             for fds in (self.kicks, self.calls):
@@ -39,8 +39,8 @@ class QueueEventFds:
     def notify(self, index: int) -> None:
         """Kick the device: queue ``index`` has new requests.
 
-        A device that has filled the eventfd knows it already; so does one that makes this wait,
-        between the look and the write, until a signal comes.
+        A full eventfd is left alone, because the device knows already.  Between the look and the
+        write the device could fill it.  Then this waits until a signal comes.
         """
         fd = self.kick(index)
         if self._room[index].poll(0):
@@ -48,11 +48,12 @@ class QueueEventFds:
                 os.eventfd_write(fd, 1)
 
     def kick(self, index: int) -> int:
-        """What is written to notify the device of queue ``index``; TransportError if none."""
+        """Return the eventfd that notifies the device of queue ``index``; TransportError if
+        none."""
         return _one(self.kicks, index)
 
     def call(self, index: int) -> int:
-        """What the device of queue ``index`` writes to interrupt; TransportError if none."""
+        """Return the eventfd by which queue ``index`` interrupts; TransportError if none."""
         return _one(self.calls, index)
 
     def close(self) -> None:

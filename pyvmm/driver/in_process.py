@@ -1,8 +1,8 @@
 """The transport to a device of our own in this process: two halves of one virtio-mmio device.
 
 Nothing runs by itself here.  ``notify`` is a write to QueueNotify, and has the device serve the
-queue before it returns; what a submission eventfd asks for, or a notify left behind, is done by
-``serve``, on the caller's thread.
+queue before it returns.  ``serve`` does the rest on the caller's thread: the requests of submission
+eventfds, and work that a notify has left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONFIG_BYTES = PAGE_SIZE - Register.CONFIG
 class InProcessTransport(Transport):
     """``device``, which belongs to the caller, behind the registers of virtio-mmio.
 
-    It gets mappings of its own of the memory it is given, at the same addresses as its RAM.
+    It gets mappings of its own of the memory that it is given, at the same addresses as its RAM.
     virtio-mmio has one interrupt line: it raises the completion eventfds of all queues.
     """
 
@@ -37,7 +37,7 @@ class InProcessTransport(Transport):
         self._memory = GuestMemory.empty()
         self._mappings: dict[int, tuple[Region, mmap.mmap]] = {}
         self._reports: list[str] = []
-        self._waiting: set[int] = set()  # queues that a pass left work in
+        self._waiting: set[int] = set()  # queues in which a pass has left work
         self._events = QueueEventFds()
         self._event_fd = _eventfd()
         self._mmio = MmioTransport(
@@ -48,7 +48,7 @@ class InProcessTransport(Transport):
             defer=self._waiting.add,
         )
 
-    # What the device has
+    # The device's abilities
 
     @property
     def features(self) -> int:
@@ -148,8 +148,7 @@ class InProcessTransport(Transport):
         self._write(Register.QUEUE_NOTIFY, queue_index)
 
     def serve(self) -> float | None:
-        """Have the device make a pass over the queues whose submission eventfd was written or
-        that have work left.
+        """Have the device make a pass over queues with a written submission eventfd or work left.
 
         Returns when to call again, as ``MmioTransport.service`` does: None after the next
         notification, 0.0 at once, else in so many seconds because of a rate limit.
@@ -169,7 +168,7 @@ class InProcessTransport(Transport):
         return delay_s
 
     def submission_fd(self, queue_index: int) -> int:
-        """See ``Transport.submission_fd``; it is looked at by ``serve``."""
+        """See ``Transport.submission_fd``; ``serve`` looks at it."""
         self._check_open()
         return self._events.kick(queue_index)
 
@@ -191,7 +190,7 @@ class InProcessTransport(Transport):
             os.eventfd_read(self._event_fd)
 
     def config_changed(self) -> None:
-        """The device's configuration space has new contents (a disk grew): show them."""
+        """Tell the driver that the device's configuration space has new contents (a disk grew)."""
         self._mmio.config_changed()
 
     # The end
@@ -222,7 +221,7 @@ class InProcessTransport(Transport):
         return self._read(Register.QUEUE_NUM_MAX)
 
     def _interrupted(self) -> None:
-        """The interrupt line was pulsed; on whatever thread had the device do something."""
+        """Pass on a pulse of the interrupt line, on the thread that had the device do something."""
         status = self._mmio.read(Register.INTERRUPT_STATUS, 4)
         self._mmio.write(Register.INTERRUPT_ACK, 4, status)
         if status & InterruptBit.USED_BUFFER:

@@ -1,5 +1,7 @@
-"""What a block device said a request may be, checked before anything is queued
-(virtio 1.2, 5.2.4 "Device configuration layout", 5.2.6.1 "Driver Requirements")."""
+"""The limits of a block device on a request, checked before anything is queued.
+
+virtio 1.2, 5.2.4 "Device configuration layout", 5.2.6.1 "Driver Requirements".
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,10 @@ _MAX_LENGTH = 0xFFFF_FFFF  # of a descriptor, and of a range in sectors: le32
 class BlockLimits:
     """The limits of the disk behind ``transport``, whose features are negotiated.
 
-    ``capacity_bytes`` is its size, ``max_queues`` the most queues, ``max_segments`` the most
-    pieces of memory and ``max_segment_bytes`` the most bytes of one of a request;
-    ``max_discard_bytes`` and ``max_write_zeroes_bytes`` are the most one such request covers.
-    ``queue_size`` bounds a chain: header, segments and status are no more descriptors.
+    ``capacity_bytes`` is its size, ``max_queues`` the most queues.  A request has at most
+    ``max_segments`` pieces of memory, each of at most ``max_segment_bytes``.  A discard covers at
+    most ``max_discard_bytes``, a write-zeroes request ``max_write_zeroes_bytes``.  ``queue_size``
+    bounds a chain: header, segments and status are no more descriptors.
     """
 
     def __init__(self, transport: Transport, queue_size: int) -> None:
@@ -39,28 +41,31 @@ class BlockLimits:
         self.max_queues = num_queues if features & BlockFeature.MQ else 1
         self.max_segments = queue_size - 2
         if features & BlockFeature.SEG_MAX:
-            # A device that says 0 means what every request needs, as Linux has it.
+            # A device that says 0 means the one segment that every request needs.  Linux reads it
+            # so too.
             self.max_segments = min(self.max_segments, max(1, seg_max))
-        # 0 is no limit, as Linux has it: qemu-storage-daemon offers SIZE_MAX and says 0.
+        # 0 is no limit, for Linux too: qemu-storage-daemon offers SIZE_MAX and says 0.
         size_max = size_max if features & BlockFeature.SIZE_MAX else 0
         self.max_segment_bytes = size_max or _MAX_LENGTH
         self.max_discard_bytes = (discard_sectors or _MAX_LENGTH) * SECTOR_SIZE
         self.max_write_zeroes_bytes = (zero_sectors or _MAX_LENGTH) * SECTOR_SIZE
 
     def refresh_capacity(self) -> bool:
-        """Ask the device again how large the disk is; whether that has changed."""
+        """Ask the device again how large the disk is; return True if that has changed."""
         before = self.capacity_bytes
         self.capacity_bytes = self._read()[0] * SECTOR_SIZE
         return self.capacity_bytes != before
 
     def _read(self) -> tuple[int, int, int, int, int, int]:
-        # No more than it must have: a back end may refuse to show what it has not.
+        # Read no more than needed: a back end may refuse to show bytes that it does not have.
         length = min(_CONFIG.size, config_space_length(self._transport.features))
         return _CONFIG.unpack(self._transport.get_config(0, length).ljust(_CONFIG.size, b"\0"))
 
     def sector(self, offset: int, length: int) -> int:
-        """The sector at ``offset``; RequestError unless ``length`` bytes from there are whole
-        sectors of the disk, and at least one."""
+        """Return the sector at ``offset``.
+
+        RequestError unless ``length`` bytes from there are whole sectors of the disk, at least one.
+        """
         if (offset | length) % SECTOR_SIZE:
             raise RequestError(f"{length} bytes at {offset} are not whole sectors of 512 bytes")
         if length <= 0 or offset < 0 or offset + length > self.capacity_bytes:
@@ -70,28 +75,28 @@ class BlockLimits:
         return offset // SECTOR_SIZE
 
     def check_writable(self) -> None:
-        """RequestError if the disk is read-only."""
+        """Raise RequestError if the disk is read-only."""
         if self.read_only:
             raise RequestError("the disk is read-only")
 
     def check_feature(self, feature: BlockFeature) -> None:
-        """RequestError unless ``feature`` was negotiated."""
+        """Raise RequestError unless ``feature`` was negotiated."""
         if not self._features & feature:
             raise RequestError(f"VIRTIO_BLK_F_{name_of(BlockFeature, feature)} was not negotiated")
 
     def check_range(self, name: str, length: int, limit: int) -> None:
-        """RequestError if a request called ``name`` covers more than ``limit`` bytes."""
+        """Raise RequestError if a request called ``name`` covers more than ``limit`` bytes."""
         if length > limit:
             raise RequestError(f"a {name} of {length} bytes; the limit is {limit}")
 
     def check_mapped(self, segments: Iterable[Segment]) -> None:
-        """RequestError if one of ``segments`` is memory that the device cannot reach."""
+        """Raise RequestError if one of ``segments`` is memory that the device cannot reach."""
         for address, length in segments:
             if not self._transport.is_mapped(address, length):
                 raise RequestError(f"memory {address:#x}+{length:#x} is in no mapped region")
 
     def cut(self, buffers: Iterable[Segment]) -> list[Segment]:
-        """``buffers`` as segments that are not too long; empty ones are left out.
+        """Return ``buffers`` as segments that are not too long; empty ones are left out.
 
         RequestError if they become too many.
         """

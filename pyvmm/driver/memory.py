@@ -18,11 +18,11 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class SharedMemory:
     """``length`` bytes, rounded up to whole pages and zeroed, that another process can map.
 
-    They are a memfd, sealed: whoever gets ``fd`` can neither shrink it under us nor the other
-    way about.  ``view`` is all of them, writable; ``address`` is where the first byte is in this
-    process, and also where a device finds it once ``Transport.map_mem_region`` made it known.
-    ``offset`` is where it is in ``fd``: always 0.  ``address`` is a multiple of 2 MiB, so that a
-    device's IOMMU and the host can use huge pages.  TransportError if there is no such memory.
+    They are a sealed memfd: neither we nor the receiver of ``fd`` can shrink it under the other.
+    ``view`` is all of them, writable.  ``address`` is the first byte's place in this process, and
+    also for a device once ``Transport.map_mem_region`` made it known.  ``offset`` is its place in
+    ``fd``: always 0.  ``address`` is a multiple of 2 MiB, so that a device's IOMMU and the host can
+    use huge pages.  TransportError if there is no such memory.
     """
 
     offset = 0
@@ -45,7 +45,7 @@ class SharedMemory:
         self.address = address_of(self.view)
 
     def close(self) -> None:
-        """Unmap it and close ``fd``; idempotent.
+        """Unmap the memory and close ``fd``; idempotent.
 
         BufferError while views taken from ``view`` are alive: drop them and call again.
         """
@@ -70,13 +70,13 @@ class SharedMemory:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # An exception under way keeps alive the frames it came through, and views in them.
+        # An exception under way keeps alive the frames that it came through, and views in them.
         with contextlib.suppress(*([BufferError] if value else [])):
             self.close()
 
 
 def address_of(buffer: bytearray | memoryview | mmap.mmap) -> int:
-    """The address of the first byte of ``buffer`` in this process.
+    """Return the address of the first byte of ``buffer`` in this process.
 
     TypeError if it is read-only or not contiguous, ValueError if it is empty.
     """

@@ -23,14 +23,16 @@ _EVENT_FLAGS_MASK = 3
 
 
 class PackedDriverRing:
-    """A packed virtqueue of ``size`` entries in ``memory``, which is zeroed and laid out as
-    ``ring_areas`` says; see ``DriverRing``.  The head of a chain is its buffer ID."""
+    """A packed virtqueue of ``size`` entries in ``memory``; see ``DriverRing``.
+
+    The memory is zeroed and laid out as ``ring_areas`` says.  A chain's head is its buffer ID.
+    """
 
     def __init__(self, memory: memoryview, size: int, *, event_idx: bool) -> None:
         areas = ring_areas(size, packed=True)
         self._size = size
         self._event_idx = event_idx
-        # Cast views read and write an element with one machine access; struct goes bytewise and
+        # Cast views read and write an element with one machine access.  struct goes bytewise, and
         # the device could see half a descriptor.
         self._ring = memory[: 16 * size].cast("Q")
         self._driver_event = memory[areas.driver : areas.driver + 4].cast("I")
@@ -95,7 +97,7 @@ class PackedDriverRing:
                 self._wrap ^= 1
             self._slot = slot
         # 2.8.21 "Supplying Buffers to The Device": the flags of the first descriptor come last,
-        # for with them the whole chain becomes available.
+        # because they make the whole chain available.
         ring[2 * first + 1] = first_rest
 
     def notification_needed(self) -> bool:
@@ -103,8 +105,8 @@ class PackedDriverRing:
         pushed, self._unasked = self._unasked, 0
         if not pushed:
             return False
-        # The device asks for notifications, then looks at the ring; here it is the other way
-        # about.  Without the fence both could miss the other's store.
+        # The device asks for notifications, then looks at the ring; here the order is reversed.
+        # Without the fence both could miss the other's store.
         with self._full_fence:
             pass
         event = self._device_event[0]
@@ -123,8 +125,10 @@ class PackedDriverRing:
         self._ask_for_interrupt()
 
     def _ask_for_interrupt(self) -> bool:
-        """Have the driver's event suppression say what is wanted; whether it had to be changed:
-        then the device may have used chains that it did not announce."""
+        """Set the driver's event suppression to the wanted interrupts; True if that changed it.
+
+        The device may then have used chains that it did not announce.
+        """
         event = _DISABLE << _EVENT_FLAGS_SHIFT
         if self._interrupts:
             event = _ENABLE << _EVENT_FLAGS_SHIFT
@@ -134,7 +138,7 @@ class PackedDriverRing:
         if event == self._event:
             return False
         self._driver_event[0] = self._event = event
-        # The device uses a chain, then reads what was stored above.
+        # The device uses a chain, then reads the word stored above.
         with self._full_fence:
             pass
         return True
@@ -144,15 +148,17 @@ class PackedDriverRing:
         heads: list[int] = []
         while True:
             if problem := self._take(heads):
-                if heads:  # they come first; the problem is still there the next time
+                if heads:  # they come first; the next call meets the problem again
                     return heads
                 raise DeviceBrokenError(problem)
             if not self._ask_for_interrupt():
                 return heads
 
     def _take(self, heads: list[int]) -> str:
-        """Take the used descriptors there are and append their ``heads``, as far as there is no
-        problem; what the problem is."""
+        """Take the used descriptors and append their ``heads``, up to the first problem.
+
+        Return the problem, or "".
+        """
         ring, size, lengths = self._ring, self._size, self._lengths
         slot, wrap = self._used_slot, self._used_wrap
         used = _OWNER if wrap else 0

@@ -44,7 +44,7 @@ DRIVER_FEATURES = int(
     | BlockFeature.DISCARD
     | BlockFeature.WRITE_ZEROES
 )
-"""What the driver accepts if the device offers it."""
+"""The features that the driver accepts if the device offers them."""
 
 MIN_QUEUE_SIZE = 3
 """A chain has no more descriptors than the queue has entries: header, data, status."""
@@ -59,16 +59,16 @@ _WRITE_ZEROES = int(BlockRequestType.WRITE_ZEROES)
 
 
 class VirtioBlkQueue:
-    """One queue of a disk; ``setup_queues`` makes them.
+    """One queue of a disk; ``setup_queues`` makes the queues.
 
     Offsets are bytes on the disk, lengths are bytes, and both are multiples of 512.  Data lies in
-    memory that ``Transport.map_mem_region`` made known, and belongs to the device until the
-    request is completed.  Each request has a ``context``, any object, which comes back once:
-    in a ``Completion`` or from ``abandon``.
+    memory that ``Transport.map_mem_region`` made known, and belongs to the device until the request
+    is completed.  Each request has a ``context``, any object, which comes back once: in a
+    ``Completion`` or from ``abandon``.
 
-    RequestError, and QueueFullError if there is no room now, leave nothing half-queued.  Once
-    the device broke a rule every method raises DeviceBrokenError, but ``abandon``.
-    Not thread-safe; different queues may be used by different threads.
+    RequestError, and QueueFullError if there is no room now, leave nothing half-queued.  Once the
+    device broke a rule, every method but ``abandon`` raises DeviceBrokenError.  Not thread-safe;
+    different queues may be used by different threads.
     """
 
     def __init__(self, ring: DriverRing, slots: RequestSlots, limits: BlockLimits) -> None:
@@ -88,11 +88,12 @@ class VirtioBlkQueue:
         *,
         features: int = DRIVER_FEATURES,
     ) -> list[VirtioBlkQueue]:
-        """Negotiate what the device offers of ``features`` and start it with ``num_queues``
-        queues of ``queue_size`` entries (for split rings, a power of 2).
+        """Negotiate ``features``, as far as offered, and start the device with ``num_queues``
+        queues.
 
-        The queues' memory is the transport's, until that is closed.  TransportError if the
-        device does not have so many or so large queues; DriverError if it refuses.
+        Each has ``queue_size`` entries (for split rings, a power of 2).  The queues' memory is the
+        transport's, until that is closed.  TransportError if the device does not have so many or so
+        large queues; DriverError if it refuses.
         """
         transport.negotiate(transport.features & features)
         acked = transport.acked_features
@@ -152,11 +153,11 @@ class VirtioBlkQueue:
 
     @property
     def read_only(self) -> bool:
-        """Whether the disk can not be written."""
+        """True if the disk cannot be written."""
         return self._limits.read_only
 
     def refresh_capacity(self) -> bool:
-        """Ask the device how large the disk is now, for all its queues; whether that changed."""
+        """Ask the device how large the disk is now, for all its queues; True if that changed."""
         return self._limits.refresh_capacity()
 
     # Requests
@@ -186,7 +187,7 @@ class VirtioBlkQueue:
         self._transfer(_OUT, offset, ((address, length),), context)
 
     def discard(self, offset: int, length: int, context: Any) -> None:
-        """What is on the disk there is no longer needed; it may read as anything afterwards."""
+        """Declare the bytes unneeded; they may read as anything afterwards."""
         limits = self._limits
         limits.check_feature(BlockFeature.DISCARD)
         limits.check_range("discard", length, limits.max_discard_bytes)
@@ -195,7 +196,7 @@ class VirtioBlkQueue:
     def write_zeroes(
         self, offset: int, length: int, context: Any, *, unmap: bool = False
     ) -> None:
-        """Have zeroes read there; with ``unmap`` the room may be given up, else it is kept."""
+        """Make the bytes zero; with ``unmap`` the disk may give their room up, else it keeps it."""
         limits = self._limits
         limits.check_feature(BlockFeature.WRITE_ZEROES)
         limits.check_range("write-zeroes", length, limits.max_write_zeroes_bytes)
@@ -210,7 +211,7 @@ class VirtioBlkQueue:
     def get_id(self, buffer: memoryview, context: Any) -> None:
         """Read the device ID string into ``buffer``, which has 20 bytes; NUL bytes fill it up.
 
-        The reference has no such method; this one is a request like the others.
+        The reference has no such method; here it is a request like any other.
         """
         address, length = _locate(buffer)
         if length != BLOCK_ID_SIZE:
@@ -265,7 +266,7 @@ class VirtioBlkQueue:
         self._contexts[head] = context
 
     def _check_room(self, descriptors: int) -> None:
-        """QueueFullError unless a request of so many descriptors can be queued now."""
+        """Raise QueueFullError unless a request of so many descriptors can be queued now."""
         if self._ended:
             raise DeviceBrokenError(self._ended)
         needed = 1 if descriptors <= self._slots.table_entries else descriptors
@@ -277,13 +278,13 @@ class VirtioBlkQueue:
     # Notifications and completions
 
     def avail_notif_needed(self) -> bool:
-        """Whether the device has to be notified (``Transport.notify``) of the requests queued
-        since this was last asked."""
+        """True if the device must be notified (``Transport.notify``) of requests queued since the
+        last call."""
         self._check_alive()
         return self._ring.notification_needed()
 
     def set_used_notif_enabled(self, enabled: bool) -> None:
-        """Whether the device is to raise ``completion_fd`` for completions; at first it is.
+        """Have the device raise ``completion_fd`` for completions, as at first, or not.
 
         After enabling it, and before waiting, look at ``completions`` once more.
         """
@@ -291,17 +292,17 @@ class VirtioBlkQueue:
         self._ring.set_interrupts(enabled)
 
     def completions(self) -> Iterator[Completion]:
-        """What is completed by now, in the device's order; never waits.
+        """Yield the completions so far, in the device's order; never waits.
 
-        Iterate to the end before waiting for ``completion_fd``: what is left over does not
-        raise it again.
+        Iterate to the end before waiting for ``completion_fd``: completions left over do not raise
+        it again.
         """
         completed = self._completed
         while completed or self._collect():
             yield completed.popleft()
 
     def _collect(self) -> bool:
-        """Take what the device has used; whether there was anything."""
+        """Take the chains that the device has used; True if there were any."""
         self._check_alive()
         try:
             heads = self._ring.take_used()
@@ -314,14 +315,14 @@ class VirtioBlkQueue:
 
     @property
     def in_flight(self) -> int:
-        """Requests queued and not yet collected."""
+        """The number of requests queued and not yet collected."""
         return len(self._contexts)
 
     def abandon(self) -> list[Any]:
-        """Give up: the contexts of all requests in flight, oldest first, each for the last time.
+        """Give up: return the contexts of all requests in flight, oldest first.
 
-        Their outcome is unknown.  For a device that is broken, gone, or stopped; the queue takes
-        no more requests.  Collect ``completions`` first, if the device was not broken.
+        Their outcome is unknown.  This is for a device that is broken, gone or stopped; the queue
+        takes no more requests.  Collect ``completions`` first, if the device was not broken.
         """
         self._ended = self._ended or "the queue was abandoned"
         contexts = list(self._contexts.values())
@@ -340,7 +341,7 @@ class VirtioBlkQueue:
 
 
 def _locate(buffer: memoryview) -> Segment:
-    """Where ``buffer`` is; RequestError unless it is writable, contiguous memory."""
+    """Return the place of ``buffer``; RequestError unless it is writable, contiguous memory."""
     try:
         length = buffer.nbytes
     except AttributeError:

@@ -1,5 +1,8 @@
-"""The memory around a request: header, status byte, ranges, indirect table, one slot for each
-chain that can be in flight (virtio 1.2, 5.2.6 "Device Operation" of the block device)."""
+"""The memory around a request: header, status byte, ranges, indirect table.
+
+There is one slot for each chain that can be in flight (virtio 1.2, 5.2.6 "Device Operation" of the
+block device).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Segment = tuple[int, int]
 """``(address, length)`` of data, in bytes."""
 
 MAX_TABLE_ENTRIES = 128
-"""Descriptors that a slot's indirect table has room for; longer requests are chained directly."""
+"""Descriptors for which a slot's indirect table has room; longer requests are chained directly."""
 
 # A slot: struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; le32 flags; };
 # the header, struct virtio_blk_req { le32 type; le32 reserved; le64 sector; ... }; the indirect
@@ -36,17 +39,22 @@ _RET_OF_STATUS = {
 
 
 class Completion(NamedTuple):
-    """A request's end: its ``context``, and ``ret``: 0, -EIO, -ENOTSUP where the device does not
-    know the request, or -EPROTO where it left no status that there is."""
+    """A request's end: its ``context``, and ``ret``, which is 0 or a negative errno.
+
+    It is -EIO if the request failed, -ENOTSUP if the device does not know it, or -EPROTO if the
+    device left a status that does not exist.
+    """
 
     context: Any
     ret: int
 
 
 class RequestSlots:
-    """Slots in ``memory``, which is zeroed and begins at ``address``; each has a table of
-    ``table_entries``, which is 0 if INDIRECT_DESC was not negotiated.  ``packed`` is the format
-    of the ring, and so of the tables."""
+    """Slots in ``memory``, which is zeroed and begins at ``address``.
+
+    Each has a table of ``table_entries``, which is 0 if INDIRECT_DESC was not negotiated.
+    ``packed`` is the format of the ring, and so of the tables.
+    """
 
     def __init__(
         self, memory: memoryview, address: int, table_entries: int, *, packed: bool
@@ -56,8 +64,8 @@ class RequestSlots:
         self._address = address
         self._stride = slot_bytes(table_entries)
         self._status_at = _TABLE_AT + DESCRIPTOR_SIZE * table_entries
-        # What ends the descriptors of a table: header, first data segment by its WRITE flag, by
-        # how much that of the next one differs, status.
+        # The last word of a table's descriptors: of the header; of the first data segment, by its
+        # WRITE flag; the step to the next segment's; of the status byte.
         if packed:  # le16 id; le16 flags, and only WRITE counts (2.8.7 "Indirect Flag")
             self._header_end, self._step, self._status_end = 0, 0, WRITE << 16
             self._data_end = {0: 0, WRITE: WRITE << 16}
@@ -66,7 +74,7 @@ class RequestSlots:
             self._data_end = {0: NEXT | 2 << 16, WRITE: NEXT | WRITE | 2 << 16}
 
     def put_range(self, slot: int, sector: int, sectors: int, flags: int) -> Segment:
-        """Store the range of a discard or write-zeroes request; where it is."""
+        """Store the range of a discard or write-zeroes request; return its place."""
         at = slot * self._stride + _RANGE_AT
         _RANGE.pack_into(self._memory, at, sector, sectors, flags)
         return self._address + at, _RANGE.size
@@ -74,14 +82,16 @@ class RequestSlots:
     def fill_table(
         self, slot: int, request_type: int, sector: int, segments: Sequence[Segment], flag: int
     ) -> Segment:
-        """Store header and indirect table of a request whose data are ``segments``, with ``flag``
-        WRITE if the device writes them; where the table is.  The status byte is preset."""
+        """Store header and indirect table of a request for ``segments``; return the table's place.
+
+        ``flag`` is WRITE if the device writes the segments.  The status byte is preset.
+        """
         memory, at = self._memory, slot * self._stride
         address = self._address + at
         memory[at + self._status_at] = _NO_STATUS
         header, status = address + _HEADER_AT, address + self._status_at
         end = self._data_end[flag]
-        if len(segments) == 1:  # as most are: all in one go
+        if len(segments) == 1:  # most requests have one: pack everything in one go
             data, length = segments[0]
             _HEADER_AND_THREE.pack_into(
                 memory, at + _HEADER_AT,
@@ -104,7 +114,7 @@ class RequestSlots:
     def fill_chain(
         self, slot: int, request_type: int, sector: int, segments: Sequence[Segment], flag: int
     ) -> list[Descriptor]:
-        """The same without a table: the descriptors to put into the ring."""
+        """Do the same without a table; return the descriptors to put into the ring."""
         at = slot * self._stride
         address = self._address + at
         self._memory[at + self._status_at] = _NO_STATUS
@@ -115,7 +125,7 @@ class RequestSlots:
         return chain
 
     def ret(self, slot: int) -> int:
-        """``Completion.ret`` of the request that was in ``slot``."""
+        """Return ``Completion.ret`` of the request that was in ``slot``."""
         status = self._memory[slot * self._stride + self._status_at]
         return _RET_OF_STATUS.get(status, -errno.EPROTO)
 
@@ -125,5 +135,5 @@ class RequestSlots:
 
 
 def slot_bytes(table_entries: int) -> int:
-    """Bytes a slot takes up."""
+    """Return the size of a slot in bytes."""
     return align(_TABLE_AT + DESCRIPTOR_SIZE * table_entries + 1)

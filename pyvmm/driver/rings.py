@@ -1,7 +1,7 @@
-"""What the driver's split and packed rings have in common: the face, and where the parts lie.
+"""The interface that the driver's split and packed rings share, and the places of their parts.
 
-Nothing a device can write is trusted: which descriptors are free, which chains are in flight and
-how far each side has come is known here, not read back from the memory that the device shares.
+Memory that a device can write is not trusted.  The free descriptors, the chains in flight and the
+progress of each side are known here, and not read back from the memory that the device shares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from pyvmm.virtio.ring.chains import DESCRIPTOR_SIZE
 
 Descriptor = tuple[int, int, int]
-"""``(address, length, flags)`` of a buffer; of the flags only WRITE and INDIRECT."""
+"""``(address, length, flags)`` of a buffer; the only flags are WRITE and INDIRECT."""
 
 _AREA_ALIGNMENT = 64  # a cache line of its own for each side's part; the spec asks for 16, 2, 4
 _RING_HEADER_AND_EVENT = 6  # le16 flags, le16 idx, le16 event of a split ring's halves
@@ -20,13 +20,13 @@ _EVENT_SUPPRESSION = 4
 
 
 class DriverRing(Protocol):
-    """How a driver makes chains available and learns which were used.
+    """A ring in which a driver makes chains available and learns which were used.
 
     A chain is known by its head: a number below the queue size that no other chain in flight has.
     """
 
     free: int
-    """Descriptors that are free; a chain of that many can be pushed."""
+    """The number of free descriptors; a chain of so many can be pushed."""
 
     @property
     def next_head(self) -> int:
@@ -39,17 +39,17 @@ class DriverRing(Protocol):
         """``push`` of a single descriptor."""
 
     def notification_needed(self) -> bool:
-        """Whether the device wants to be notified of what was pushed since the last call."""
+        """True if the device wants to be notified of chains pushed since the last call."""
 
     def set_interrupts(self, enabled: bool) -> None:
         """Ask the device for interrupts when it has used chains, or for none."""
 
     def take_used(self) -> list[int]:
-        """The heads of the chains used since the last call, oldest first; they are free again.
+        """Return the heads of the chains used since the last call, oldest first; they are free
+        again.
 
-        If interrupts are enabled, one comes for the chain that is used next.  DeviceBrokenError
-        where the device names a chain that is not in flight; what it used before that point
-        has been returned by then.
+        If interrupts are enabled, the next used chain raises one.  DeviceBrokenError if the device
+        names a chain that is not in flight; the chains used before that have been returned by then.
         """
 
     def release(self) -> None:
@@ -57,8 +57,10 @@ class DriverRing(Protocol):
 
 
 class RingAreas(NamedTuple):
-    """Where the three areas of a ring begin, and where they ``end``: bytes from its own start,
-    which is aligned to 64."""
+    """The offsets at which a ring's three areas begin, and its ``end``, in bytes from its start.
+
+    The start is aligned to 64.
+    """
 
     descriptor: int
     driver: int
@@ -67,7 +69,7 @@ class RingAreas(NamedTuple):
 
 
 def ring_areas(size: int, *, packed: bool) -> RingAreas:
-    """The areas of a ring of ``size`` entries.
+    """Return the areas of a ring of ``size`` entries.
 
     2.7 "Split Virtqueues" and 2.8.10.1 "Structure Size and Alignment" have sizes and alignments.
     """
@@ -80,5 +82,5 @@ def ring_areas(size: int, *, packed: bool) -> RingAreas:
 
 
 def align(offset: int) -> int:
-    """``offset`` or the next multiple of 64."""
+    """Return ``offset`` or the next multiple of 64."""
     return -(-offset // _AREA_ALIGNMENT) * _AREA_ALIGNMENT

@@ -16,15 +16,17 @@ _FLAGS_SHIFT, _NEXT_SHIFT = 32, 48  # of a descriptor's second 64-bit word: len,
 
 
 class SplitDriverRing:
-    """A split virtqueue of ``size`` entries, a power of 2, in ``memory``, which is zeroed and
-    laid out as ``ring_areas`` says; see ``DriverRing``."""
+    """A split virtqueue of ``size`` entries, a power of 2, in ``memory``; see ``DriverRing``.
+
+    The memory is zeroed and laid out as ``ring_areas`` says.
+    """
 
     def __init__(self, memory: memoryview, size: int, *, event_idx: bool) -> None:
         areas = ring_areas(size, packed=False)
         self._size = size
         self._mask = size - 1
         self._event_idx = event_idx
-        # Cast views read and write an element with one machine access; struct goes bytewise and
+        # Cast views read and write an element with one machine access.  struct goes bytewise, and
         # the device could see half an index.
         self._table = memory[: 16 * size].cast("Q")
         avail = memory[areas.driver :]
@@ -41,11 +43,11 @@ class SplitDriverRing:
         used.release()
 
         self.free = size
-        # The last one is taken first; so the first chains of several lie in a row.
+        # The last one is taken first, so the first chains of several lie in a row.
         self._free = list(range(size - 1, -1, -1))
-        # The descriptors of the chain in flight that begins with this one, last one first.
+        # By head, the descriptors of its chain in flight, last one first.
         self._chains: list[Sequence[int]] = [()] * size
-        self._alone = [(index,) for index in range(size)]
+        self._single_chains = [(index,) for index in range(size)]
         self._in_flight = 0
         self._next_avail = 0  # these count on; the ring has their low 16 bits
         self._asked_at = 0
@@ -65,7 +67,7 @@ class SplitDriverRing:
         self.free -= 1
         self._table[2 * head] = address
         self._table[2 * head + 1] = length | flags << _FLAGS_SHIFT
-        self._chains[head] = self._alone[head]
+        self._chains[head] = self._single_chains[head]
         self._publish(head)
 
     def push(self, chain: Sequence[Descriptor]) -> None:
@@ -86,7 +88,10 @@ class SplitDriverRing:
         self._publish(following)
 
     def _publish(self, head: int) -> None:
-        """x86 keeps stores in order: the chain is visible before the entry, that before idx."""
+        """Make the chain ``head`` visible to the device.
+
+        x86 keeps stores in order: the chain is visible before the entry, and the entry before idx.
+        """
         position = self._next_avail
         self._avail_ring[position & self._mask] = head
         self._next_avail = position = position + 1
@@ -99,13 +104,13 @@ class SplitDriverRing:
         if new == old:
             return False
         self._asked_at = new
-        # The device asks for notifications, then looks at avail.idx; here it is the other way
-        # about.  Without the fence both could miss the other's store.
+        # The device asks for notifications, then looks at avail.idx; here the order is reversed.
+        # Without the fence both could miss the other's store.
         with self._full_fence:
             pass
         if self._event_idx:
-            # 2.7.10.1 "Driver Requirements: Available Buffer Notification Suppression": only if
-            # an entry was put where avail_event points.
+            # 2.7.10.1 "Driver Requirements: Available Buffer Notification Suppression": only if an
+            # entry was put at the place of avail_event.
             return (self._avail_event[0] - old) & 0xFFFF < new - old
         return not self._used_header[_FLAGS] & USED_F_NO_NOTIFY
 
@@ -113,7 +118,7 @@ class SplitDriverRing:
         """See ``DriverRing.set_interrupts``.
 
         2.7.7.1 "Driver Requirements: Used Buffer Notification Suppression": with EVENT_IDX "the
-        driver MUST set flags to 0", and used_event says which element is to be told.
+        driver MUST set flags to 0", and used_event names the element that is announced.
         """
         self._interrupts = enabled
         if not self._event_idx:
@@ -124,16 +129,19 @@ class SplitDriverRing:
             self._ask_for_interrupt()
 
     def _ask_for_interrupt(self) -> bool:
-        """Have used_event say what is wanted; whether it had to be changed: then the device may
-        have used chains that it did not announce."""
+        """Set used_event to the wanted interrupts; True if that changed it.
+
+        The device may then have used chains that it did not announce.
+        """
         if not self._event_idx:
             return False
-        # The element before the next is one that it has long used: 65536 elements to go.
+        # The element before the next one is long used: the device needs 65536 more to reach it
+        # again.
         event = (self._next_used if self._interrupts else self._next_used - 1) & 0xFFFF
         if event == self._event:
             return False
         self._used_event[0] = self._event = event
-        # The device stores used.idx, then reads what was stored above.
+        # The device stores used.idx, then reads the word stored above.
         with self._full_fence:
             pass
         return True
@@ -144,15 +152,17 @@ class SplitDriverRing:
         while True:
             count = (self._used_header[_IDX] - self._next_used) & 0xFFFF
             if count and (problem := self._take(count, heads)):
-                if heads:  # they come first; the problem is still there the next time
+                if heads:  # they come first; the next call meets the problem again
                     return heads
                 raise DeviceBrokenError(problem)
             if not self._ask_for_interrupt():
                 return heads
 
     def _take(self, count: int, heads: list[int]) -> str:
-        """Take ``count`` used elements and append their ``heads``, as far as there is no
-        problem; what the problem is."""
+        """Take ``count`` used elements and append their ``heads``, up to the first problem.
+
+        Return the problem, or "".
+        """
         if count > self._in_flight:
             return f"used.idx is {count} ahead, with {self._in_flight} requests in flight"
         start = self._next_used & self._mask

@@ -1,14 +1,15 @@
 """The contract between the driver half and the way to its device.
 
 The order of calls is the reference's (the Rust crate ``virtio-driver`` of libblkio): ``features``,
-``negotiate``, ``get_config``, ``map_mem_region`` as often as there is memory to share (before or
-after what follows), ``setup_queues``, ``notify`` and waiting on ``completion_fd``, ``stop``,
-``close``.  ``VirtioBlkQueue.setup_queues`` does the steps a block driver has to do.
+``negotiate``, ``get_config``, ``setup_queues``, ``notify`` and waiting on ``completion_fd``,
+``stop``, ``close``.  ``map_mem_region`` may be called after ``get_config``, as often as there is
+memory to share.  ``VirtioBlkQueue.setup_queues`` does the steps of a block driver.
 
-Addresses: a device knows a byte of memory by the byte's address in this process.  So there is
-nothing to translate, and every address in a ring is what ``SharedMemory.address`` says.
+A device knows a byte of memory by the byte's address in this process.  So nothing has to be
+translated, and every address in a ring is one that ``SharedMemory.address`` gives.
 
-A subclass provides what is abstract; what all have in common is checked here, before it is asked.
+A subclass provides the abstract methods.  The checks that all have in common are made here, before
+these are called.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pyvmm.virtio.spec import Feature
 class MappedRegion(NamedTuple):
     """``length`` bytes at ``address`` of this process, which are at ``offset`` of ``fd``.
 
-    ``fd`` belongs to the caller of ``map_mem_region``, and is looked at only during that call.
+    ``fd`` belongs to the caller of ``map_mem_region``, and is used only during that call.
     """
 
     address: int
@@ -42,10 +43,10 @@ class MappedRegion(NamedTuple):
 
 
 class QueueLayout(NamedTuple):
-    """Where a virtqueue of ``size`` entries lies: the addresses of its three areas.
+    """The addresses of the three areas of a virtqueue of ``size`` entries.
 
-    Split (2.7): descriptor table, available ring, used ring.  Packed (2.8): descriptor ring,
-    driver and device event suppression.
+    Split (2.7): descriptor table, available ring, used ring.  Packed (2.8): descriptor ring, driver
+    and device event suppression.
     """
 
     size: int
@@ -65,17 +66,17 @@ class Transport(abc.ABC):
         self._is_stopped = False
         self._is_closed = False
 
-    # What the device has
+    # The device's abilities
 
     @property
     @abc.abstractmethod
     def features(self) -> int:
-        """The virtio feature bits the device offers."""
+        """The virtio feature bits that the device offers."""
 
     @property
     @abc.abstractmethod
     def max_queues(self) -> int:
-        """The most queues ``setup_queues`` takes."""
+        """The most queues that ``setup_queues`` takes."""
 
     @property
     @abc.abstractmethod
@@ -89,15 +90,17 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def get_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of the device's configuration space from ``offset``; zeros behind its
-        end.  DriverError if the device does not tell."""
+        """Return ``length`` bytes of the device's configuration space from ``offset``.
+
+        Bytes behind its end are zeros.  DriverError if the device does not tell.
+        """
 
     # Setting it up
 
     def negotiate(self, features: int) -> None:
         """Accept ``features``, which are among ``Transport.features`` and include VERSION_1.
 
-        TransportError if they cannot be, or once queues are set up.
+        TransportError if they cannot be accepted, or once queues are set up.
         """
         self._check_open()
         if self.queues or self._is_stopped:
@@ -110,11 +113,11 @@ class Transport(abc.ABC):
         self.acked_features = features
 
     def map_mem_region(self, address: int, length: int, fd: int, offset: int = 0) -> None:
-        """Let the device use ``length`` bytes at ``address``, which are ``fd`` from ``offset`` on,
-        mapped shared; whole pages.  ``fd`` may be closed afterwards.
+        """Let the device use ``length`` bytes at ``address``: ``fd`` from ``offset``, mapped
+        shared.
 
-        TransportError if they are no whole pages, wrap, overlap another region or are one too
-        many; DriverError if the device refuses them.
+        They are whole pages.  ``fd`` may be closed afterwards.  TransportError if they are no whole
+        pages, wrap, overlap another region or are one too many; DriverError if the device refuses.
         """
         self._check_open()
         region = MappedRegion(address, length, fd, offset)
@@ -133,10 +136,10 @@ class Transport(abc.ABC):
         self.regions = (*self.regions, region)
 
     def unmap_mem_region(self, address: int, length: int) -> None:
-        """Take a region away that ``map_mem_region`` has made known, all of it.
+        """Take away the whole of a region that ``map_mem_region`` has made known.
 
-        No request that is in flight may use it.  TransportError if there is no such region, or
-        if it holds queues: ``close`` unmaps those.
+        No request in flight may use it.  TransportError if there is no such region, or if it holds
+        queues: ``close`` unmaps those.
         """
         self._check_open()
         if any(address == memory.address for memory, _ in self._queue_memory):
@@ -149,15 +152,17 @@ class Transport(abc.ABC):
         raise TransportError(f"memory region {address:#x}+{length:#x} is not mapped")
 
     def is_mapped(self, address: int, length: int) -> bool:
-        """Whether all ``length`` bytes at ``address`` lie in one region."""
+        """True if all ``length`` bytes at ``address`` lie in one region."""
         for start, size, _, _ in self.regions:
             if start <= address and address + length <= start + size:
                 return True
         return False
 
     def alloc_queue_mem(self, length: int, release: Callable[[], None]) -> SharedMemory:
-        """``length`` bytes for queues, mapped, and freed by ``close``, which calls ``release``
-        first: it drops every view of them."""
+        """Return ``length`` bytes for queues, mapped.
+
+        ``close`` frees them, after it has called ``release``, which must drop every view of them.
+        """
         memory = SharedMemory(length)
         try:
             self.map_mem_region(memory.address, memory.length, memory.fd, memory.offset)
@@ -168,11 +173,11 @@ class Transport(abc.ABC):
         return memory
 
     def setup_queues(self, queues: Sequence[QueueLayout]) -> None:
-        """Start the device with ``queues``, all of which lie in mapped memory and are as they
-        are before their first request; queue i is the i-th of them.
+        """Start the device with ``queues``; queue i is the i-th of them.
 
-        TransportError if features were not negotiated, queues were set up already, or they are
-        too many or too large; DriverError if the device refuses them.
+        All lie in mapped memory and are as they must be before their first request.  TransportError
+        if features were not negotiated, queues were set up already, or they are too many or too
+        large; DriverError if the device refuses them.
         """
         self._check_open()
         if not self.acked_features or self.queues or self._is_stopped:
@@ -198,43 +203,46 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def submission_fd(self, queue_index: int) -> int:
-        """An eventfd that belongs to the transport: writing to it is a ``notify``.
+        """Return an eventfd that belongs to the transport: writing to it is a ``notify``.
 
         TransportError if there is no such queue.
         """
 
     @abc.abstractmethod
     def completion_fd(self, queue_index: int) -> int:
-        """An eventfd that belongs to the transport, readable when queue ``queue_index`` may have
-        completions.  The caller reads it before it collects them; reading does not block.
+        """Return an eventfd of the transport, readable when ``queue_index`` may have completions.
 
-        TransportError if there is no such queue.
+        The caller reads it before it collects them; reading does not block.  TransportError if
+        there is no such queue.
         """
 
     @abc.abstractmethod
     def fileno(self) -> int:
-        """What becomes readable when the device has something else to say, or is gone:
-        ``check`` says what."""
+        """Return an fd that is readable when the device has other news, or is gone: call
+        ``check``."""
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Nothing if all is well; DriverError or VhostUserError once the device is gone or says
-        that it is broken, each time it is called."""
+        """Return if all is well.
+
+        DriverError or VhostUserError, at every call, once the device is gone or says that it is
+        broken.
+        """
 
     # The end
 
     def stop(self) -> None:
         """Take the queues back from the device; idempotent.
 
-        What it has completed can still be collected; it touches the queues no more.  They are
-        not started again: connect anew.  Never fails because the device is gone.
+        Requests that it has completed can still be collected; it touches the queues no more.  They
+        cannot be started again: connect anew.  Never fails because the device is gone.
         """
         if self.queues and not self._is_stopped:
             self._is_stopped = True
             self._stop()
 
     def close(self) -> None:
-        """``stop``, unmap all memory and free what the transport owns; idempotent."""
+        """Stop, unmap all memory and free everything that the transport owns; idempotent."""
         if self._is_closed:
             return
         self.stop()
@@ -257,7 +265,7 @@ class Transport(abc.ABC):
     ) -> None:
         self.close()
 
-    # What a subclass does, after the checks above
+    # The subclass's part, after the checks above
 
     @abc.abstractmethod
     def _negotiate(self, features: int) -> None:
@@ -277,7 +285,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def _stop(self) -> None:
-        """Take the queues back; what goes wrong because the device is gone is not told."""
+        """Take the queues back.  Errors because the device is gone are ignored."""
 
     @abc.abstractmethod
     def _close(self) -> None:

@@ -2,8 +2,8 @@
 kernel's own names.
 
 No logic lives here.  ``tests/driver/test_vhost_abi.py`` compiles a C probe against the system's
-headers and compares every ioctl number, constant, structure size and field offset it finds below,
-as for ``pyvmm.kvm.abi``, whose strict ``Structure`` is used here too.
+headers.  It compares every ioctl number, constant, structure size and field offset that it finds
+below, as for ``pyvmm.kvm.abi``, whose strict ``Structure`` is used here too.
 """
 
 from __future__ import annotations

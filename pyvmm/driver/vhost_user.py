@@ -1,8 +1,8 @@
 """A virtio-blk device in another process, behind a vhost-user socket.
 
 The back end shares this process's memory and is told through eventfds, so nothing is sent over the
-socket while queues are served; ``pyvmm.vhost_user.frontend`` is what speaks there.  A back end
-that has gone does not come back: connect again, with a new transport.
+socket while queues are served.  ``pyvmm.vhost_user.frontend`` speaks there.  A back end that has
+gone does not come back: connect again, with a new transport.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pyvmm.driver.errors import DeviceBrokenError, TransportError
 from pyvmm.driver.eventfds import QueueEventFds
 from pyvmm.driver.transport import MappedRegion, QueueLayout, Transport
 from pyvmm.errors import RequestRefusedError, VhostUserError
-from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S, TIMEOUT_S, Frontend
+from pyvmm.vhost_user.frontend import STOP_TIMEOUT_S, TIMEOUT_S, Frontend
 from pyvmm.vhost_user.protocol import MemoryRegion
 from pyvmm.virtio.ring.rings import first_base
 
 MAX_QUEUE_SIZE = 1024
-"""Entries.  The protocol has no message to ask for it; back ends built on libvhost-user, such as
+"""Entries.  The protocol has no message to ask for it.  Back ends built on libvhost-user, such as
 qemu-storage-daemon, take descriptor chains apart in tables of that size."""
 
 
 class VhostUserTransport(Transport):
     """The back end that listens on the Unix socket ``path``, connected.
 
-    ``timeout_s`` is how long it may take for an answer, ``drain_timeout_s`` to stop its queues, for
-    which it first finishes what it has begun.  What it refuses is a TransportError and
-    changes nothing; when it breaks the protocol, does not answer or hangs up, that is a
-    DeviceBrokenError, then and in every later call.  Both name the socket and the message.
+    It has ``timeout_s`` for an answer.  It has ``stop_timeout_s`` to stop its queues, because it
+    first finishes the requests that it has begun.  Its refusal is a TransportError and changes
+    nothing.  If it breaks the protocol, does not answer or hangs up, that is a DeviceBrokenError,
+    then and in every later call.  Both name the socket and the message.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class VhostUserTransport(Transport):
         path: str | os.PathLike[str],
         *,
         timeout_s: float = TIMEOUT_S,
-        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
     ) -> None:
         super().__init__()
-        if timeout_s <= 0 or drain_timeout_s <= 0:
-            raise TransportError(f"timeouts of {timeout_s} s and {drain_timeout_s} s: be patient")
+        if timeout_s <= 0 or stop_timeout_s <= 0:
+            raise TransportError(f"timeouts of {timeout_s} s and {stop_timeout_s} s: be patient")
         self._events = QueueEventFds()
         try:
             self._frontend = Frontend.connect(
-                os.fspath(path), timeout_s=timeout_s, drain_timeout_s=drain_timeout_s
+                os.fspath(path), timeout_s=timeout_s, stop_timeout_s=stop_timeout_s
             )
         except VhostUserError as error:
             raise TransportError(str(error)) from None
 
-    # What the device has
+    # The device's abilities
 
     @property
     def features(self) -> int:
@@ -75,7 +75,7 @@ class VhostUserTransport(Transport):
 
     def get_config(self, offset: int, length: int) -> bytes:
         """See ``Transport.get_config``.  A back end decides itself where its space ends, and
-        refuses to be asked beyond."""
+        refuses to be asked for bytes beyond."""
         self._check_open()
         with _as_driver_error():
             return self._frontend.get_config(offset, length)
@@ -146,7 +146,7 @@ class VhostUserTransport(Transport):
         self._stop_queues(len(self._events.kicks))
 
     def _stop_queues(self, count: int) -> None:
-        """GET_VRING_BASE, which is answered once everything taken from the queue is."""
+        """Send GET_VRING_BASE: its answer comes once all requests taken from the queue are done."""
         with contextlib.suppress(VhostUserError):
             for index in range(count):
                 self._frontend.stop_queue(index)
@@ -157,18 +157,19 @@ class VhostUserTransport(Transport):
 
 
 def _described(region: MappedRegion) -> MemoryRegion:
-    """``region`` as messages have it: descriptors hold the addresses of this process, too."""
+    """Return ``region`` as messages have it: its descriptors hold addresses of this process,
+    too."""
     return MemoryRegion(region.address, region.length, region.address, region.offset)
 
 
 @contextlib.contextmanager
 def _as_driver_error() -> Iterator[None]:
-    """Errors of the session as those of the driver half."""
+    """Turn errors of the session into those of the driver half."""
     try:
         yield
     except RequestRefusedError as error:
         raise TransportError(str(error)) from error
     except VhostUserError as error:
         raise DeviceBrokenError(str(error)) from error
-    except ValueError as error:  # what no message could say
+    except ValueError as error:  # a value that no message can carry
         raise TransportError(str(error)) from None

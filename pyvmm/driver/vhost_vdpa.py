@@ -1,10 +1,11 @@
-"""A virtio-blk device behind /dev/vhost-vdpa-N: the ioctls of <linux/vhost.h>, in the order in
-which QEMU calls them (its hw/virtio/vhost-vdpa.c).
+"""A virtio-blk device behind /dev/vhost-vdpa-N, by the ioctls of <linux/vhost.h>.
 
-The kernel is the device's end of the transport: it is told of memory by IOTLB messages that are
-written to the device file, and of everything else by ioctls.  No machine this was written on has
-such a device: the tests (``tests/driver/test_vhost_vdpa.py``) run against a stand-in that keeps the
-rules of ``drivers/vhost/vdpa.c`` and serves the queues with pyvmm's own block device.
+Their order is the one in which QEMU calls them (its hw/virtio/vhost-vdpa.c).
+
+The kernel is the device's end of the transport.  IOTLB messages, written to the device file, tell
+it of memory, and ioctls of everything else.  No machine on which this was written has such a
+device.  The tests (``tests/driver/test_vhost_vdpa.py``) run against a stand-in that keeps the rules
+of ``drivers/vhost/vdpa.c`` and serves the queues with pyvmm's own block device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _Number = ctypes.c_uint8 | ctypes.c_uint16 | ctypes.c_uint32 | ctypes.c_uint64 |
 
 
 class VhostVdpaTransport(Transport):
-    """The device file ``path``, opened; TransportError, which names it, for whatever fails.
+    """The device file ``path``, opened; every failure is a TransportError that names it.
 
     Memory is pinned while it is mapped, and counts for RLIMIT_MEMLOCK.
     """
@@ -55,8 +56,10 @@ class VhostVdpaTransport(Transport):
             raise
 
     def _open(self) -> None:
-        """From the file to the features the device offers (3.1.1 "Driver Requirements: Device
-        Initialization", steps 1 to 4 but for the acceptance)."""
+        """Open the file and learn the features that the device offers.
+
+        3.1.1 "Driver Requirements: Device Initialization", steps 1 to 4 without the acceptance.
+        """
         self._ioctl(abi.VHOST_SET_OWNER)
         device_id = self._get(abi.VHOST_VDPA_GET_DEVICE_ID, ctypes.c_uint32())
         if device_id != DeviceType.BLOCK:
@@ -75,11 +78,11 @@ class VhostVdpaTransport(Transport):
         self._config_call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ioctl(abi.VHOST_VDPA_SET_CONFIG_CALL, ctypes.c_int32(self._config_call))
 
-    # What the device has
+    # The device's abilities
 
     @property
     def features(self) -> int:
-        """See ``Transport.features``; without ACCESS_PLATFORM, which is this file's matter."""
+        """See ``Transport.features``; without ACCESS_PLATFORM, which only this file deals with."""
         return self._features & ~_ACCESS_PLATFORM
 
     @property
@@ -200,8 +203,8 @@ class VhostVdpaTransport(Transport):
     # The end
 
     def _stop(self) -> None:
-        # 2.1.2: a device that is reset touches no queue any more.  Nothing short of it is served
-        # by every device: VHOST_VDPA_SUSPEND is optional.
+        # 2.1.2: a device that is reset touches no queue any more.  No milder way is served by every
+        # device: VHOST_VDPA_SUSPEND is optional.
         with contextlib.suppress(TransportError):
             self._set_status(Status(0))
 
@@ -212,7 +215,7 @@ class VhostVdpaTransport(Transport):
         if self._config_call >= 0:
             os.close(self._config_call)
 
-    # Words to the kernel
+    # Calls of the kernel
 
     def _reset(self) -> None:
         self._set_status(Status(0))
@@ -231,7 +234,7 @@ class VhostVdpaTransport(Transport):
         self._status = status
 
     def _send_iotlb(self, kind: int, region: MappedRegion) -> None:
-        """Write one message; the address the device uses is the address in this process."""
+        """Write one message; the device uses addresses of this process."""
         message = abi.vhost_msg_v2(type=abi.VHOST_IOTLB_MSG_V2)
         message.iotlb.iova = message.iotlb.uaddr = region.address
         message.iotlb.size = region.length
@@ -248,7 +251,7 @@ class VhostVdpaTransport(Transport):
             ) from error
 
     def _get(self, request: Ioctl, result: _Number) -> int:
-        """The number that ``request`` stores in ``result``."""
+        """Return the number that ``request`` stores in ``result``."""
         self._ioctl(request, result)
         return result.value
 

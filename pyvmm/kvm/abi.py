@@ -1,8 +1,8 @@
 """The numbers and structures of <linux/kvm.h> that pyvmm uses, under the kernel's own names.
 
-No logic lives here.  ``tests/kvm/test_abi.py`` compiles a C probe against the system's headers
-and compares every ioctl number, constant, structure size and field offset it finds below, so a
-line added here is checked without anything else being done.
+No logic lives here.  ``tests/kvm/test_abi.py`` compiles a C probe against the system's headers.  It
+compares every ioctl number, constant, structure size and field offset that it finds below, so a new
+line here is checked without further work.
 
 ctypes stores a value that does not fit by cutting it, and takes a misspelt field as a new Python
 attribute; ``Structure`` refuses both.
@@ -287,7 +287,7 @@ class _run_exit(ctypes.Union):
 
 
 class kvm_run(Structure):
-    """What a vCPU fd maps; ``s``, the synchronised registers, is not used."""
+    """The page that a vCPU fd maps; ``s``, the synchronised registers, is not used."""
 
     _anonymous_ = ("_exit",)
     _fields_ = [
@@ -303,7 +303,7 @@ class kvm_run(Structure):
     ]
 
 
-KVM_PIO_PAGE_OFFSET = 1  # where port data lies, in pages from the start of kvm_run
+KVM_PIO_PAGE_OFFSET = 1  # the offset of port data, in pages from the start of kvm_run
 
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_EXCEPTION = 1
@@ -334,7 +334,7 @@ KVM_CAP_EXT_CPUID = 7
 KVM_CAP_CLOCKSOURCE = 8
 KVM_CAP_NR_MEMSLOTS = 10  # memory slots of one VM
 KVM_CAP_MP_STATE = 14
-KVM_CAP_COALESCED_MMIO = 15  # where the ring is, in pages from the start of kvm_run
+KVM_CAP_COALESCED_MMIO = 15  # the offset of the ring, in pages from the start of kvm_run
 KVM_CAP_IRQFD = 32
 KVM_CAP_PIT2 = 33
 KVM_CAP_IOEVENTFD = 36

@@ -1,8 +1,8 @@
-"""The page shared with the kernel (``struct kvm_run``), and what it says after an exit.
+"""The page shared with the kernel (``struct kvm_run``), and the exits that it describes.
 
 There are two ways to read an exit.  The vCPU loop takes port and MMIO accesses, which come by the
 million, straight from ``RunPage.io()`` and ``RunPage.mmio()``: one ``struct`` call each, 0.1 us.
-Everything that ends a run or is seldom goes through ``decode()``, which returns a typed object.
+Everything that ends a run or is rare goes through ``decode()``, which returns a typed object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pyvmm.startup.types import IntEnum, Record, name_of
 
 
 class ExitReason(IntEnum):
-    """Why KVM_RUN returned (``kvm_run.exit_reason``)."""
+    """Reasons why KVM_RUN returned (``kvm_run.exit_reason``)."""
 
     UNKNOWN = abi.KVM_EXIT_UNKNOWN
     EXCEPTION = abi.KVM_EXIT_EXCEPTION
@@ -42,7 +42,7 @@ class ExitReason(IntEnum):
 
 
 class Direction(IntEnum):
-    """Which way a port access goes (``kvm_run.io.direction``)."""
+    """The direction of a port access (``kvm_run.io.direction``)."""
 
     IN = abi.KVM_EXIT_IO_IN
     OUT = abi.KVM_EXIT_IO_OUT
@@ -58,7 +58,7 @@ _REASON = _offset("exit_reason")
 _UNION = _offset("io")  # every member of the exit union starts here
 _MMIO_DATA = _UNION + 8
 
-# These mirror abi.kvm_run's members; tests/kvm/test_exits.py holds them against it.
+# These mirror abi.kvm_run's members; tests/kvm/test_exits.py compares them.
 _IO = struct.Struct("<BBHIQ")
 _MMIO = struct.Struct("<QQIB")
 _ACCESS = struct.Struct(f"<I{_UNION - _REASON - 4}xQQIB")
@@ -69,11 +69,11 @@ _MAX_DATA = 16
 _RING_HEAD_BYTES = ctypes.sizeof(abi.kvm_coalesced_mmio_ring)
 _GATHERED = struct.Struct("<QII8s")  # abi.kvm_coalesced_mmio: phys_addr, len, pio, data
 RING_CAPACITY = (mmap.PAGESIZE - _RING_HEAD_BYTES) // _GATHERED.size
-"""KVM_COALESCED_MMIO_MAX; one less fit."""
+"""KVM_COALESCED_MMIO_MAX: the ring holds one less."""
 
 _MASK = (1 << 64) - 1
 EXIT_REASON_WORD = _REASON // 4
-"""Where ``RunPage.words`` says why KVM_RUN returned."""
+"""The index of the exit reason in ``RunPage.words``."""
 
 
 class RunPage:
@@ -100,17 +100,18 @@ class RunPage:
         self.mmio = functools.partial(_MMIO.unpack_from, self._view, _UNION)
         """A memory access: ``(address, data, length, is_write)``.
 
-        ``data`` is the eight data bytes as a little-endian integer; on a write only the low
-        ``length`` bytes mean anything, on a read none does.
+        ``data`` is the eight data bytes as a little-endian integer.  After a write only the low
+        ``length`` bytes count, after a read none does.
         """
 
         self.access: Callable[[], tuple[int, int, int, int, int]]
         self.access = functools.partial(_ACCESS.unpack_from, self._view, _REASON)
-        """The exit reason, and what ``mmio`` gives, which means something if that is the reason."""
+        """The exit reason, and the items of ``mmio``, which count only if that is the reason."""
 
     @property
     def exit_reason(self) -> int:
-        """Why KVM_RUN returned: an ``ExitReason``, or a number newer than this program."""
+        """The reason why KVM_RUN returned: an ``ExitReason``, or a number newer than this
+        program."""
         return self.words[EXIT_REASON_WORD]
 
     def set_immediate_exit(self, on: bool) -> None:
@@ -122,7 +123,7 @@ class RunPage:
         _U64.pack_into(self._view, _MMIO_DATA, value & _MASK)
 
     def get_int(self, offset: int, size: int) -> int:
-        """The little-endian integer of ``size`` bytes at ``offset``."""
+        """Return the little-endian integer of ``size`` bytes at ``offset``."""
         return int.from_bytes(self._view[offset : offset + size], "little")
 
     def set_int(self, offset: int, size: int, value: int) -> None:
@@ -131,13 +132,13 @@ class RunPage:
         self._view[offset : offset + size] = masked.to_bytes(size, "little")
 
     def read(self, offset: int, length: int) -> bytes:
-        """A copy of ``length`` bytes at ``offset``; ValueError outside the page."""
+        """Return a copy of ``length`` bytes at ``offset``; ValueError outside the page."""
         if offset < 0 or length < 0 or offset + length > len(self._view):
             raise ValueError(f"run page has no {length} bytes at {offset}")
         return bytes(self._view[offset : offset + length])
 
     def union(self, length: int) -> bytes:
-        """A copy of the exit union's first ``length`` bytes."""
+        """Return a copy of the exit union's first ``length`` bytes."""
         return self.read(_UNION, length)
 
     def release(self) -> None:
@@ -147,7 +148,7 @@ class RunPage:
 
 
 class CoalescedRing:
-    """Takes the writes that KVM gathered in ``view``, a page behind the run page; one for a VM.
+    """The writes that KVM gathered in ``view``, a page behind the run page; one for a VM.
 
     Documentation/virt/kvm/api.rst, 4.116 "KVM_(UN)REGISTER_COALESCED_MMIO".  KVM adds at ``last``,
     one thread at a time takes at ``first``.
@@ -161,15 +162,15 @@ class CoalescedRing:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to take."""
+        """True if there is nothing to take."""
         first, last = self._indices
         return first == last
 
     def take(self) -> list[tuple[int, bytes]]:
-        """``(address, data)`` of every write that waits, oldest first, and make room for more."""
+        """Take every write that waits, oldest first; return ``(address, data)`` of each."""
         first, last = self._indices
         taken: list[tuple[int, bytes]] = []
-        # No index of KVM's is believed further than the page goes.
+        # Even a nonsensical index of KVM's leads no further than the page goes.
         while first != last and len(taken) < RING_CAPACITY:
             address, length, _, data = _GATHERED.unpack_from(
                 self._view, _RING_HEAD_BYTES + first * _GATHERED.size
@@ -227,14 +228,14 @@ _SUBERRORS = {
 
 
 class InternalErrorExit(Record, kw_only=False):
-    """KVM gave up; ``data`` is what it says about why, in 64-bit words."""
+    """KVM gave up; ``data`` are its reasons in 64-bit words."""
 
     suberror: int
     data: tuple[int, ...]
 
     @property
     def instruction(self) -> bytes:
-        """The bytes KVM could not emulate, if it tells; else empty."""
+        """The bytes that KVM could not emulate, if it tells; else empty."""
         flag = abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
         if self.suberror != abi.KVM_INTERNAL_ERROR_EMULATION or len(self.data) < 3:
             return b""
@@ -259,14 +260,15 @@ class FailEntryExit(Record, kw_only=False):
 
 
 class SystemEventExit(Record, kw_only=False):
-    """KVM_SYSTEM_EVENT_*: shutdown, reset or crash asked for through the kernel."""
+    """KVM_SYSTEM_EVENT_*: the guest asked the kernel for shutdown or reset, or crashed."""
 
     type: int
     data: tuple[int, ...]
 
 
 class UnknownExit(Record, kw_only=False):
-    """A reason this program does not handle; ``hardware_reason`` only with KVM_EXIT_UNKNOWN."""
+    """A reason that this program does not handle; ``hardware_reason`` only with
+    KVM_EXIT_UNKNOWN."""
 
     reason: int
     hardware_reason: int = 0
@@ -291,14 +293,14 @@ Exit = (
 
 
 def _words(page: RunPage) -> tuple[int, tuple[int, ...]]:
-    """``internal`` and ``system_event``: a code, then up to 16 words."""
+    """Return a code and up to 16 words, of ``internal`` or ``system_event``."""
     union = page.union(_HEAD.size + 8 * _MAX_DATA)
     code, count = _HEAD.unpack_from(union)
     return code, struct.unpack_from(f"<{min(count, _MAX_DATA)}Q", union, _HEAD.size)
 
 
 def decode(page: RunPage) -> Exit:
-    """The exit that ``page`` describes; never raises for a reason it does not know."""
+    """Return the exit that ``page`` describes; an unknown reason raises nothing."""
     reason = page.exit_reason
     if reason == ExitReason.IO:
         direction, size, port, count, data_offset = page.io()

@@ -74,23 +74,25 @@ class Kvm(_Handle):
         return self
 
     def check_extension(self, capability: int) -> int:
-        """What KVM says of a ``KVM_CAP_*``: 0 if it lacks it, else 1 or a capability's number."""
+        """Return KVM's answer for a ``KVM_CAP_*``: 0 if it lacks it, else 1 or a capability's
+        number."""
         return ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
 
     @property
     def vcpu_mmap_size(self) -> int:
-        """Bytes of a vCPU's run page and what follows it."""
+        """Bytes of a vCPU's mapping: the run page and the pages behind it."""
         return ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
 
     @property
     def ring_page(self) -> int:
-        """Where writes to ports are gathered, in pages from the start of kvm_run; 0: nowhere."""
+        """The page of gathered port writes, counted from the start of kvm_run; 0 if there is
+        none."""
         if not self.check_extension(abi.KVM_CAP_COALESCED_PIO):
             return 0
         return self.check_extension(abi.KVM_CAP_COALESCED_MMIO)
 
     def supported_cpuid(self) -> list[CpuidEntry]:
-        """The CPUID this host can give a guest; KVM does not set the hypervisor bit in it."""
+        """Return the CPUID that this host can give a guest; KVM leaves the hypervisor bit clear."""
         count = 256
         while True:
             buffer = cpuid_entry.room_for(count)
@@ -144,19 +146,20 @@ class Vm(_Handle):
         ioctl(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
 
     def create_irqchip(self) -> None:
-        """The in-kernel 8259 pair, IOAPIC and, for vCPUs made afterwards, local APICs."""
+        """Create the 8259 pair, the IOAPIC and, for vCPUs made afterwards, local APICs in the
+        kernel."""
         ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
 
     def create_pit2(self) -> None:
-        """The in-kernel 8254, port 0x61 included: TSC calibration spins on that port."""
+        """Create the 8254 in the kernel, with port 0x61, on which TSC calibration spins."""
         ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=abi.KVM_PIT_SPEAKER_DUMMY))
 
     def set_tss_addr(self, gpa: int) -> None:
-        """Three pages below 4 GiB that Intel's real-mode emulation may use."""
+        """Give Intel's real-mode emulation three pages below 4 GiB."""
         ioctl(self.fd, abi.KVM_SET_TSS_ADDR, gpa)
 
     def set_identity_map_addr(self, gpa: int) -> None:
-        """One page that Intel's real-mode emulation may use; before the first vCPU."""
+        """Give Intel's real-mode emulation one page; before the first vCPU."""
         ioctl(
             self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, bytearray(gpa.to_bytes(8, sys.byteorder))
         )
@@ -196,15 +199,15 @@ class Vm(_Handle):
         ioctl(self.fd, abi.KVM_IOEVENTFD, request)
 
     def gather_port(self, port: int, on: bool) -> None:
-        """Have one-byte writes to ``port`` gathered (``Vcpu.coalesced_ring``), not make exits.
+        """Gather one-byte writes to ``port`` in ``Vcpu.coalesced_ring``: they then make no exits.
 
-        With ``on`` false no longer: once this returns, all that was gathered is in the ring.
+        With ``on`` false, stop.  Once this returns, all gathered writes are in the ring.
         """
         request = abi.KVM_REGISTER_COALESCED_MMIO if on else abi.KVM_UNREGISTER_COALESCED_MMIO
         ioctl(self.fd, request, abi.kvm_coalesced_mmio_zone(addr=port, size=1, pio=1))
 
     def can_wake(self) -> bool:
-        """Whether a line of the IOAPIC may wake a vCPU that has interrupts off (``nmi.py``)."""
+        """True if a line of the IOAPIC may wake a vCPU that has interrupts off (``nmi.py``)."""
         from pyvmm.kvm.nmi import ioapic_can_wake  # rare: not on the boot path
 
         return ioapic_can_wake(self.fd)
@@ -222,7 +225,7 @@ class Vm(_Handle):
         restore_vm(self, data)
 
     def create_vcpu(self, index: int) -> Vcpu:
-        """vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
+        """Create vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
         try:
             return Vcpu(fd, mmap.mmap(fd, self._mmap_bytes), index, self._kvm)
@@ -245,14 +248,14 @@ class Vcpu(_Handle):
         self._map = mapping
         self._ring: CoalescedRing | None = None
         self.enter = vcpu_entry(fd)
-        """KVM_RUN itself, for a loop that cannot afford ``run``; OSError as the kernel has it."""
+        """KVM_RUN itself, for a loop that cannot afford ``run``; raises the kernel's OSError."""
         self.page = RunPage(mapping)
 
     def __enter__(self) -> Vcpu:
         return self
 
     def run(self) -> int:
-        """Enter the guest until it needs us; returns the exit reason (see ``exits``).
+        """Enter the guest until it exits; return the exit reason (see ``exits``).
 
         InterruptedError if a signal or ``request_exit`` ended it, KvmError if KVM refused.
         """
@@ -276,7 +279,7 @@ class Vcpu(_Handle):
         self.page.set_immediate_exit(False)
 
     def get_regs(self) -> abi.kvm_regs:
-        """The general registers, rip and rflags."""
+        """Return the general registers, rip and rflags."""
         regs = abi.kvm_regs()
         ioctl(self.fd, abi.KVM_GET_REGS, regs)
         return regs
@@ -286,7 +289,7 @@ class Vcpu(_Handle):
         ioctl(self.fd, abi.KVM_SET_REGS, regs)
 
     def get_sregs(self) -> abi.kvm_sregs:
-        """Segments, descriptor tables, control registers, EFER."""
+        """Return segments, descriptor tables, control registers, EFER."""
         sregs = abi.kvm_sregs()
         ioctl(self.fd, abi.KVM_GET_SREGS, sregs)
         return sregs
@@ -296,17 +299,17 @@ class Vcpu(_Handle):
         ioctl(self.fd, abi.KVM_SET_SREGS, sregs)
 
     def get_fpu(self) -> abi.kvm_fpu:
-        """x87 and SSE state."""
+        """Return x87 and SSE state."""
         fpu = abi.kvm_fpu()
         ioctl(self.fd, abi.KVM_GET_FPU, fpu)
         return fpu
 
     def set_fpu(self, fpu: abi.kvm_fpu) -> None:
-        """Set x87 and SSE state, but for MXCSR, which KVM ignores here (it is 0x1F80 at reset)."""
+        """Set x87 and SSE state without MXCSR, which KVM ignores here (it is 0x1F80 at reset)."""
         ioctl(self.fd, abi.KVM_SET_FPU, fpu)
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        """The values of those MSRs that KVM knows, up to the first that it does not."""
+        """Return the values of ``indices`` up to the first MSR that KVM does not know."""
         wanted = list(indices)
         buffer = msr_buffer(dict.fromkeys(wanted, 0))
         count = ioctl(self.fd, abi.KVM_GET_MSRS, buffer)
@@ -321,31 +324,31 @@ class Vcpu(_Handle):
             raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {refused:#x} refused")
 
     def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
-        """What CPUID answers in the guest; before the first run."""
+        """Set CPUID's answers in the guest; before the first run."""
         ioctl(self.fd, abi.KVM_SET_CPUID2, cpuid_entry.pack(entries))
 
     def translate(self, linear_address: int) -> int | None:
-        """The guest physical address that the vCPU's page tables give; None if unmapped."""
+        """Return the guest physical address that the vCPU's page tables give; None if unmapped."""
         request = abi.kvm_translation(linear_address=linear_address)
         ioctl(self.fd, abi.KVM_TRANSLATE, request)
         address: int = request.physical_address
         return address if request.valid else None
 
     def get_mp_state(self) -> int:
-        """A ``KVM_MP_STATE_*``: runnable, halted, waiting for INIT or SIPI."""
+        """Return a ``KVM_MP_STATE_*``: runnable, halted, waiting for INIT or SIPI."""
         state = abi.kvm_mp_state()
         ioctl(self.fd, abi.KVM_GET_MP_STATE, state)
         number: int = state.mp_state
         return number
 
     def pit_can_wake(self) -> bool:
-        """Whether the PIT may wake it though it has interrupts off (``nmi.py``)."""
+        """True if the PIT may wake the vCPU though it has interrupts off (``nmi.py``)."""
         from pyvmm.kvm.nmi import pit_can_wake  # rare: not on the boot path
 
         return pit_can_wake(self.fd)
 
     def coalesced_ring(self, page: int) -> CoalescedRing | None:
-        """What ``Vm.gather_port`` gathers, of any vCPU's writes; valid until this one is closed.
+        """Return the ring of ``Vm.gather_port``, for writes of any vCPU; valid until ``close``.
 
         ``page`` is ``Kvm.ring_page``; None if that is 0.
         """
@@ -355,9 +358,11 @@ class Vcpu(_Handle):
         return self._ring
 
     def note_pause(self) -> None:
-        """Have kvm-clock tell the guest that this vCPU was paused, so that its watchdogs do not
-        take the time for a lock-up (KVM_CAP_KVMCLOCK_CTRL)."""
-        # KVM refuses it for a guest without kvm-clock, which has nothing to be told by.
+        """Have kvm-clock tell the guest that this vCPU was paused (KVM_CAP_KVMCLOCK_CTRL).
+
+        Otherwise the guest's watchdogs would take the time for a lock-up.
+        """
+        # KVM refuses it for a guest without kvm-clock.  Such a guest cannot be told.
         with contextlib.suppress(KvmError):
             ioctl(self.fd, abi.KVM_KVMCLOCK_CTRL)
 

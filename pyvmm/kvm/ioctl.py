@@ -1,8 +1,8 @@
-"""The one way into the kernel: ``ioctl`` for everything but KVM_RUN, ``vcpu_entry`` for that.
+"""The one way into the kernel: ``vcpu_entry`` for KVM_RUN, ``ioctl`` for everything else.
 
-Three limits of ``fcntl.ioctl`` shape this file: an integer argument must fit a C int; a buffer of
-more than 1,024 bytes must be mutable and holds the GIL meanwhile (set-up only, so it does not
-matter here); and from CPython 3.14 on a call that a signal interrupts is retried.
+Three limits of ``fcntl.ioctl`` shape this file.  An integer argument must fit a C int.  A buffer of
+more than 1,024 bytes must be mutable, and holds the GIL meanwhile; here only set-up has such
+buffers.  From CPython 3.14 on it retries a call that a signal interrupts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HINTS = {
 
 
 def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | int = 0) -> int:
-    """One ioctl: its result, or KvmError naming it.  Retried when a signal interrupts it.
+    """Call one ioctl; return its result, or raise KvmError naming it.  Retried after a signal.
 
     A structure or bytearray is read and written in place.
     """
@@ -37,7 +37,7 @@ def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | 
     while True:
         try:
             if isinstance(argument, int) and argument > _INT_MAX:
-                # fcntl.ioctl takes a C int; what its upper half would become is undefined.
+                # fcntl.ioctl takes a C int; the value of its upper half would be undefined.
                 result: int = _libc().ioctl(fd, request, argument)
                 if result < 0:
                     raise OSError(ctypes.get_errno(), "ioctl")
@@ -66,16 +66,16 @@ def _libc() -> ctypes.CDLL:
 
 
 def entry_by_fcntl(fd: int) -> Callable[[], object]:
-    """KVM_RUN where ``fcntl.ioctl`` reports EINTR (CPython before 3.14); OSError on failure.
+    """Return KVM_RUN for a ``fcntl.ioctl`` that reports EINTR (CPython before 3.14); OSError.
 
-    No third argument: passing 0 costs 0.9 us more.  No function of ours around it: a call in
-    Python costs as much again as the system call's own.
+    No third argument: passing 0 costs 0.9 us more.  No function of ours around it: a call in Python
+    costs as much again as the system call.
     """
     return functools.partial(fcntl.ioctl, fd, abi.KVM_RUN)
 
 
 def entry_by_libc(fd: int) -> Callable[[], object]:
-    """KVM_RUN where ``fcntl.ioctl`` would retry EINTR, and a kicked vCPU spin; OSError."""
+    """Return KVM_RUN for a ``fcntl.ioctl`` that would retry EINTR, so that a kick did nothing."""
 
     libc_ioctl = _libc().ioctl
 
@@ -88,4 +88,4 @@ def entry_by_libc(fd: int) -> Callable[[], object]:
 
 
 vcpu_entry = entry_by_fcntl if sys.version_info < (3, 14) else entry_by_libc
-"""What enters the vCPU ``fd``, bound once."""
+"""Return a function that enters the vCPU ``fd``."""

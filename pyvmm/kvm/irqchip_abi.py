@@ -1,7 +1,7 @@
 """The numbers and structures of <linux/kvm.h> for reading the interrupt chips, as in ``abi.py``.
 
-Apart from it, for only a look at a halted guest needs them (``nmi.py``) and the boot path does not.
-``tests/kvm/test_abi.py`` checks them in the same way.
+Apart from it because only a look at a halted guest (``nmi.py``) and a saved state need them, and
+the boot path does not.  ``tests/kvm/test_abi.py`` checks them in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class kvm_ioapic_state(Structure):
 
 
 class _chip(Structure):
-    """Of C's union of chips the IOAPIC only; ``_rest`` goes on to the union's size."""
+    """Only the IOAPIC of C's union of chips; ``_rest`` goes on to the union's size."""
 
     _fields_ = [
         ("ioapic", kvm_ioapic_state),

@@ -1,11 +1,13 @@
-"""What can wake a vCPU that halts with interrupts off: NMI, SMI and INIT, and who sends them.
+"""Tell if something can wake a vCPU that halts with interrupts off: an NMI, SMI or INIT.
 
-With every vCPU halted no other sends an IPI.  What is left is a line of the IOAPIC, and the PIT:
-KVM lets its ticks go to LINT0 of every local APIC where that is an NMI.  Nothing drives LINT1,
-which Linux leaves as an NMI on its boot CPU, a local APIC's timer has no delivery mode, and
-performance counters stand still in a halted guest.
+With every vCPU halted none sends an IPI.  Two sources are left.  A line of the IOAPIC may be of
+such a kind.  And the PIT: KVM lets its ticks go to LINT0 of every local APIC, which may make them
+NMIs.
 
-Imported when a guest seems to have halted, not before.
+Three cannot wake it.  Nothing drives LINT1, which Linux leaves as an NMI on its boot CPU.  A local
+APIC's timer has no delivery mode.  Performance counters stand still in a halted guest.
+
+This module is imported only when a guest seems to have halted.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ _LVT_LINT0 = 0x350
 
 
 def ioapic_can_wake(vm_fd: int) -> bool:
-    """Whether the IOAPIC has an unmasked entry that is more than an interrupt.  KvmError."""
+    """True if the IOAPIC has an unmasked entry that is NMI, SMI or INIT.  KvmError."""
     state = abi.kvm_irqchip(chip_id=abi.KVM_IRQCHIP_IOAPIC)
     ioctl(vm_fd, abi.KVM_GET_IRQCHIP, state)
     return any(_can_wake(entry) for entry in state.chip.ioapic.redirtbl)
 
 
 def pit_can_wake(vcpu_fd: int) -> bool:
-    """Whether the PIT's ticks are NMIs for this vCPU; in its own thread.  KvmError."""
+    """True if the PIT's ticks are NMIs for this vCPU; in its own thread.  KvmError."""
     state = abi.kvm_lapic_state()
     ioctl(vcpu_fd, abi.KVM_GET_LAPIC, state)
     return _can_wake(int.from_bytes(state.regs[_LVT_LINT0 : _LVT_LINT0 + 4], sys.byteorder))

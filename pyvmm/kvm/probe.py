@@ -1,7 +1,7 @@
-"""What this host's KVM can do: one ``Check`` for each thing the machine needs or would like.
+"""The abilities of this host's KVM: one ``Check`` for each that the machine needs or would like.
 
-Every fault that a host can have at this level ends as a failed ``Check`` with a remedy, never as
-an exception.  Whether a stock kernel runs is for ``x86/trial.py`` to find out.
+Every fault that a host can have at this level ends as a failed ``Check`` with a remedy, never as an
+exception.  ``x86/trial.py`` finds out if a stock kernel runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """A ``KVM_CAP_*`` and what the machine does with it; ``minimum`` is the least useful answer."""
+    """A ``KVM_CAP_*`` and its purpose for the machine; ``minimum`` is the least useful answer."""
 
     number: int
     name: str
@@ -69,7 +69,7 @@ CAPABILITIES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """Where to look; tests look elsewhere."""
+    """The files to look at; tests look elsewhere."""
 
     device: str = DEFAULT_PATH
     cpuinfo: str = "/proc/cpuinfo"
@@ -77,7 +77,7 @@ class Host:
 
 
 def modules(host: Host) -> list[str]:
-    """The KVM back ends loaded or built in: ``kvm_amd``, ``kvm_intel``, ``kvm_pvm``..."""
+    """Return the KVM modules loaded or built in: ``kvm_amd``, ``kvm_intel``, ``kvm_pvm``..."""
     try:
         names = os.listdir(host.modules)
     except OSError:
@@ -86,7 +86,7 @@ def modules(host: Host) -> list[str]:
 
 
 def open_device(host: Host) -> tuple[Kvm | None, Check]:
-    """The open device, or None and what to do about it."""
+    """Return the open device, or None, and the check that says so."""
     try:
         kvm = Kvm(host.device)
     except KvmError as error:
@@ -106,7 +106,7 @@ def open_device(host: Host) -> tuple[Kvm | None, Check]:
 
 
 def capabilities(kvm: Kvm) -> Iterator[Check]:
-    """One check for each of CAPABILITIES."""
+    """Yield one check for each of CAPABILITIES."""
     for capability in CAPABILITIES:
         name = f"KVM_CAP_{capability.name}"
         try:
@@ -127,7 +127,7 @@ def capabilities(kvm: Kvm) -> Iterator[Check]:
 
 
 def create_vm(kvm: Kvm) -> Check:
-    """Whether a VM with its interrupt chips, timer and a vCPU can be made at all."""
+    """Check that a VM with its interrupt chips, timer and a vCPU can be made at all."""
     name = "a virtual machine"
     try:
         with kvm.create_vm() as vm:
@@ -166,7 +166,7 @@ def _device_remedy(code: int, host: Host) -> str:
 
 
 def _permission_remedy(host: Host) -> str:
-    """The device is there, and may not be opened: return what its owner and mode say about it."""
+    """Return the remedy for a device that may not be opened, from its owner and mode."""
     device = host.device
     try:
         status = os.stat(device)
@@ -182,7 +182,7 @@ def _permission_remedy(host: Host) -> str:
         name, members = group.gr_name, group.gr_mem
     except KeyError:
         name, members = str(status.st_gid), []
-    # Nobody is sent into root's own group: that one opens far more than the device.
+    # Nobody is sent into root's own group, which opens far more than the device.
     if status.st_mode & both << 3 == both << 3 and status.st_gid:
         try:
             user = pwd.getpwuid(os.geteuid()).pw_name
@@ -200,7 +200,7 @@ def _permission_remedy(host: Host) -> str:
 
 
 def _load_remedy(host: Host) -> str:
-    """The device is not there: which driver to load, and if none will, why."""
+    """Return the remedy for a missing device: the driver to load, or the reason why none will."""
     container = f"in a container also `--device {DEFAULT_PATH}`"
     loaded = modules(host)
     if loaded:
@@ -220,7 +220,7 @@ def _load_remedy(host: Host) -> str:
 
 
 def _cpu_flags(host: Host) -> frozenset[str]:
-    """The flags of the first CPU in /proc/cpuinfo; none if it cannot be read."""
+    """Return the flags of the first CPU in /proc/cpuinfo; none if it cannot be read."""
     try:
         text = Path(host.cpuinfo).read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -3,10 +3,12 @@
 ``Vcpu.save``, ``Vm.save`` and their ``restore`` lead here.  A structure is saved as the bytes that
 KVM gave.  KVM checks them itself when it takes them back, and a refusal is a StateError.
 
-The order of the ioctls matters, and is that of QEMU and Firecracker.  A vCPU is saved only after
-KVM_RUN was interrupted: until then KVM may owe it the end of a port or memory access.  Two saves of
-one state differ only in the TSC, kvm-clock, the count of a running local APIC timer, and the load
-times of the PIT.  Everything is restored before any vCPU runs: first each vCPU, then the VM.
+The order of the ioctls matters; it is Firecracker's.  A vCPU is saved only after KVM_RUN was
+interrupted: until then KVM may owe it the end of a port or memory access.  Everything is restored
+before any vCPU runs: first each vCPU, then the VM.
+
+Two saves of one state differ only in what goes on counting: the TSC and Hyper-V's two clocks among
+the MSRs, kvm-clock, a running local APIC timer, and the load times of the PIT.
 
 Two things are left to the caller.  The TSCs of several vCPUs are read one after the other, so they
 differ by some microseconds.  Line levels and eventfds are in no saved state: the caller drives the

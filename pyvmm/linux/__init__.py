@@ -1,4 +1,4 @@
-"""What pyvmm knows of Linux kernels as files: compression, configuration, modules, packages.
+"""Linux kernels as files: compression, configuration, modules, packages.
 
 Nothing here knows of guests: ``x86`` loads and enters kernels, ``lab`` and ``cli`` fetch them.
 """

@@ -1,4 +1,4 @@
-"""The cache directory, and filling a part of it once, whoever else wants the same."""
+"""The cache directory, and building a part of it once, however many processes want it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Say = Callable[[str], None]
 
 
 def cache_directory() -> Path:
-    """``startup.types.cache_path``: ``$PYVMM_CACHE``, or where else caches are."""
+    """Return ``startup.types.cache_path``: ``$PYVMM_CACHE``, or the user's usual cache."""
     return Path(cache_path())
 
 
 def source_key(*files: str | Path) -> str:
-    """A short hash of source files: what they build changes only when they do."""
+    """Return a short hash of source files: their product changes only when they do."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(Path(file).read_bytes())
@@ -35,13 +35,12 @@ def source_key(*files: str | Path) -> str:
 def build_once(
     cache: Path, name: str, prefix: str, build: Callable[[Path, Say], str], say: Say
 ) -> Path:
-    """The newest directory ``prefix*`` in ``cache``; if there is none yet, ``build`` makes it.
+    """Return the newest directory ``prefix*`` in ``cache``; if there is none, ``build`` makes it.
 
-    ``build`` fills an empty directory and returns what its name ends with.  Safe against other
-    processes doing the same: one builds, the others wait for it; ``name`` is what they share, and
-    ``prefix`` is not one of ``name-building-``.
-    HostError if the cache cannot be used, or if another user may change it (``trust``), and
-    whatever ``build`` raises.
+    ``build`` fills an empty directory and returns the end of its name.  Several processes may do
+    the same at once: one builds and the rest wait for it.  They share ``name``; ``prefix`` does not
+    begin with ``name-building-``.  HostError if the cache cannot be used, or if another user may
+    change it (``trust``), and every error of ``build``.
     """
     trust.check_directory(cache)
     if found := _newest(cache, prefix):
@@ -51,7 +50,7 @@ def build_once(
         with locked(cache / f"{name}.lock", say), trust.writable_by_us_alone():
             if found := _newest(cache, prefix):
                 return found
-            # Under the lock, what still carries this name is left over from a killed build.
+            # Under the lock, a directory that still has this name is left over from a killed build.
             for stale in cache.glob(f"{name}-building-*"):
                 shutil.rmtree(stale, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f"{name}-building-", dir=cache))
@@ -69,7 +68,7 @@ def build_once(
 
 def _newest(cache: Path, prefix: str) -> Path | None:
     built = sorted(cache.glob(f"{prefix}*"), key=lambda path: path.lstat().st_mtime)
-    for found in built:  # each of them: one that was planted may be touched to be any age
+    for found in built:  # each of them, because a planted one may be touched to be any age
         trust.check_tree(found)
     return built[-1] if built else None
 

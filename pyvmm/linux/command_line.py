@@ -5,11 +5,12 @@ from __future__ import annotations
 _CONSOLES = {
     "hvc0": "hvc0", "ttyS0": "ttyS0", "0": "ttyS0", "uart8250": "ttyS0", "uart": "ttyS0",
 }
-"""Linux's names of ours; a bare number is a serial port's (kernel/printk/printk.c)."""
+"""Linux's names of our consoles; a bare number is a serial port's (kernel/printk/printk.c)."""
 
 
 def words_of(command_line: str) -> list[tuple[str, str]]:
-    """The parameters on a kernel's command line, ``(name, value)``; behind ``--`` they are init's.
+    """Return a kernel command line's parameters as ``(name, value)``; behind ``--`` they are
+    init's.
 
     Double quotes keep spaces together; ``-`` and ``_`` in names are the same.
     """

@@ -1,9 +1,9 @@
-"""Unpacking what kernels, modules and initramfs files are compressed with, within a limit.
+"""Unpack kernels, modules and initramfs files, within a limit.
 
-The files are not trusted: no more than ``limit`` bytes come out, whatever they claim, and no more
-work is done than a ``Budget`` has.  gzip, xz,
-lzma and bzip2 are in the standard library, lz4 in ``lz4.py``; zstd is there from Python 3.14 on,
-and before that, as lzo always, a program of the host does it.
+The files are not trusted.  No more than ``limit`` bytes come out, whatever they claim, and no more
+work is done than a ``Budget`` has.  gzip, xz, lzma and bzip2 are in the standard library, lz4 in
+``lz4.py``.  zstd is there from Python 3.14 on.  Before that a program of the host unpacks it, as it
+always does lzo.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from pyvmm.linux.work import LOOK_STEPS, Budget, WorkError
 __all__ = ["Compression", "UnpackError", "decompress", "detect", "pieces"]
 
 PIECE_BYTES = 1 << 20
-"""What comes out is handed on in such pieces; of LZ4 in blocks of up to 8 MiB."""
+"""Unpacked bytes are handed on in such pieces; LZ4 in blocks of up to 8 MiB."""
 _XZ_MEMORY_BYTES = 256 << 20
 """The kernel's own scripts ask for a dictionary of at most 128 MiB."""
 _FEED_BYTES = 64 << 10
 _STEP_BYTES = 4096
-"""What comes out costs a step for so many bytes, beside those for the call that it came from."""
+"""Every so many unpacked bytes cost a step, beside the steps of the call that made them."""
 _PROGRAM_TURN_S = 0.5
 _PROGRAMS = {Compression.ZSTD: "zstd", Compression.LZO: "lzop"}
 
@@ -47,34 +47,34 @@ class UnpackError(PyvmmError):
 
 
 class _Decompressor(Protocol):
-    """What the decompressors of bz2, lzma and zstd have in common."""
+    """The interface that the decompressors of bz2, lzma and zstd share."""
 
     @property
     def eof(self) -> bool:
-        """Whether the end of the compressed data was reached."""
+        """True if the end of the compressed data was reached."""
 
     @property
     def needs_input(self) -> bool:
-        """Whether nothing more comes out before more goes in."""
+        """True if nothing more comes out before more goes in."""
 
     def decompress(self, data: bytes, /, max_length: int) -> bytes:
-        """At most ``max_length`` bytes of what ``data`` unpacks to; the rest is kept."""
+        """Return at most ``max_length`` unpacked bytes of ``data``, and keep the rest."""
 
 
 def decompress(data: bytes, *, limit: int, budget: Budget | None = None) -> bytes:
-    """``data`` unpacked by the format its first bytes show; ``data`` itself if they show none.
+    """Return ``data`` unpacked by the format of its first bytes, or as it is if they show none.
 
-    Bytes after the compressed data are no error: a kernel has its unpacked size there.
-    UnpackError if it cannot be unpacked to at most ``limit`` bytes within ``budget``, HostError if
-    this host has no program that could.
+    Bytes after the compressed data are no error: a kernel has its unpacked size there.  UnpackError
+    if it cannot be unpacked to at most ``limit`` bytes within ``budget``, HostError if this host
+    has no program that could.
     """
     return b"".join(pieces(data, limit=limit, budget=budget))
 
 
 def pieces(data: bytes, *, limit: int, budget: Budget | None = None) -> Iterator[bytes]:
-    """``decompress`` a piece at a time: whoever has seen enough stops, and little is kept.
+    """Yield what ``decompress`` returns, a piece at a time, so that the caller may stop early.
 
-    It raises as ``decompress`` does, which may be after some pieces; ``limit`` is never exceeded.
+    It raises as ``decompress`` does, perhaps after some pieces; ``limit`` is never exceeded.
     """
     kind = detect(data)
     left = limit
@@ -123,7 +123,7 @@ def _xz(container: int) -> lzma.LZMADecompressor:
 
 
 def _gunzip(data: bytes) -> Generator[bytes]:
-    """zlib's has another face, and copies what it has not used yet at every call."""
+    """Unpack by zlib, whose interface differs.  It copies its unused input at every call."""
     unpacker = zlib.decompressobj(wbits=31)
     for at in range(0, len(data), _FEED_BYTES):
         packed = data[at : at + _FEED_BYTES]
@@ -151,7 +151,7 @@ def _by_library(make: Callable[[], _Decompressor], data: bytes) -> Generator[byt
 
 
 def _zstd_module() -> _Decompressor | None:
-    """A decompressor of ``compression.zstd``, where Python has it (3.14)."""
+    """Return a decompressor of ``compression.zstd``; None before Python 3.14."""
     try:
         module = importlib.import_module("compression.zstd")
     except ImportError:
@@ -161,10 +161,10 @@ def _zstd_module() -> _Decompressor | None:
 
 
 def _by_program(program: str, data: bytes, limit: int, budget: Budget) -> Generator[bytes]:
-    """What ``program -dc`` makes of ``data``, read up to one byte over ``limit``.
+    """Yield the output of ``program -dc`` for ``data``, up to one byte over ``limit``.
 
-    Its exit status is no help: these programs complain about bytes after the data, too.  Its CPU
-    time is limited by the kernel.
+    Its exit status is no help: these programs complain about bytes after the data, too.  The kernel
+    limits its CPU time.
     """
     if shutil.which(program) is None:
         raise HostError(f"{program} is missing; run: {install_command([program])}")

@@ -1,6 +1,6 @@
 """A kernel's configuration: from a file, or from the kernel if it was built with IKCONFIG.
 
-What is read is not trusted: sizes are bounded, and lines that say nothing are skipped.
+The input is not trusted: sizes are bounded, and lines without a setting are skipped.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _ANY_SETTING = re.compile(r"^(?:# )?CONFIG_\w+(?:=| is not set)", re.MULTILINE)
 
 
 def parse(text: str, source: str) -> KernelConfig | None:
-    """The configuration ``text``, None if it is none at all."""
+    """Return the configuration in ``text``, None if it has no setting."""
     if _ANY_SETTING.search(text) is None:
         return None
     return KernelConfig(dict(_SETTING.findall(text)), source)
 
 
 def read(path: Path, budget: Budget | None = None) -> KernelConfig | None:
-    """The configuration in ``path``, plain or compressed; None if there is none in it.
+    """Return the configuration in ``path``, plain or compressed; None if there is none in it.
 
     OSError if it cannot be read, UnpackError if it is too large, too much work or damaged.
     """
@@ -44,8 +44,10 @@ def read(path: Path, budget: Budget | None = None) -> KernelConfig | None:
 
 
 def unpack(packed: bytes, source: str, budget: Budget | None = None) -> KernelConfig | None:
-    """The configuration as a kernel has it inside (CONFIG_IKCONFIG=y), gzip-compressed; None if it
-    is damaged, too much work, or none.  What is over MAX_CONFIG_BYTES is left out."""
+    """Return the gzipped configuration inside a kernel (CONFIG_IKCONFIG=y).
+
+    None if it is damaged, too much work, or none.  Bytes beyond MAX_CONFIG_BYTES are left out.
+    """
     if detect(packed) is not Compression.GZIP:
         return None
     data = b""
@@ -60,9 +62,9 @@ def unpack(packed: bytes, source: str, budget: Budget | None = None) -> KernelCo
 
 
 def beside(kernel: Path, version: str, budget: Budget | None = None) -> KernelConfig | None:
-    """The configuration that lies where one would look for it; None if none does.
+    """Return the configuration beside the file ``kernel``; None if there is none.
 
-    ``startup.types.configuration_paths`` says where; ``version`` is the kernel's own text, ""
+    ``startup.types.configuration_paths`` lists the places; ``version`` is the kernel's own text, ""
     if unknown.
     """
     for path in map(Path, configuration_paths(kernel, version)):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def pack_cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
-    """``(name, mode, contents)`` entries -> a "newc" archive.
+    """Return a "newc" archive of ``(name, mode, contents)`` entries.
 
     Documentation/driver-api/early-userspace/buffer-format.rst: a header of thirteen 8-digit
     hexadecimal fields, name and contents each padded to 4 bytes.

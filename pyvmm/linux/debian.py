@@ -18,10 +18,10 @@ CLOUD_META_PACKAGE = "linux-image-cloud-amd64"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StockKernel:
-    """A distribution's kernel in the cache, with all it takes to boot it here.
+    """A distribution's kernel in the cache, with all that it takes to boot it here.
 
     ``vmlinux`` is the same kernel as ``vmlinuz``, uncompressed.  The names end with ``release``,
-    which is what ``uname -r`` says in it; ``version`` is its package's.
+    its ``uname -r``; ``version`` is its package's.
     """
 
     release: str
@@ -35,11 +35,11 @@ class StockKernel:
 def fetch(
     cache: Path, say: Say, *, backports: bool = False, version: str | None = None
 ) -> StockKernel:
-    """Debian's kernel for virtual machines: the newest, or the package's ``version``.
+    """Return Debian's kernel for virtual machines: the newest, or the package's ``version``.
 
-    It comes from what this host's apt knows or, with ``backports``, from the backports of its
-    release.  Each version is built once; several processes may ask for it at the same time.
-    HostError says what is missing.
+    It comes from this host's apt or, with ``backports``, from the backports of its release.  Each
+    version is built once; several processes may ask for it at the same time.  HostError names the
+    missing part.
     """
     apt = packages.backports_apt(cache, say) if backports else packages.host_apt()
     key = source_key(
@@ -49,7 +49,7 @@ def fetch(
 
     def attempt() -> StockKernel:
         package = apt.find_image(CLOUD_META_PACKAGE, version)
-        # "_" is in no name and no version, so that none is the beginning of another.
+        # "_" is in no name and no version, so no prefix is the beginning of another.
         prefix = f"debian-{key}-{package.name}_{package.version}_"
         found = build_once(
             cache, "debian", prefix, lambda work, tell: _build(apt, package, work, tell), say
@@ -72,7 +72,7 @@ def unpack_image(apt: Apt, package: Package, work: Path, say: Say) -> Path:
 
 
 def find_in(root: Path, pattern: str, package: Package) -> Path:
-    """The file ``pattern`` of an unpacked package; HostError if there is none."""
+    """Return the file ``pattern`` of an unpacked package; HostError if there is none."""
     found = next(root.glob(pattern), None)
     if found is None:
         raise HostError(f"{package.name} holds no {pattern}")
@@ -100,7 +100,7 @@ def _build(apt: Apt, package: Package, work: Path, say: Say) -> str:
 
 
 def _busybox(work: Path, say: Say) -> bytes:
-    """A static busybox: this host's, or the one of Debian's package."""
+    """Return a static busybox: this host's, or the one of Debian's package."""
     if found := static_busybox():
         return found.read_bytes()
     apt = packages.host_apt()
@@ -109,7 +109,7 @@ def _busybox(work: Path, say: Say) -> bytes:
         package = apt.find("busybox-static")
         root = work / "busybox"
         packages.unpack(apt.download(package, work, say), root)
-        # /bin, or /usr/bin where the two are one.
+        # /bin, or /usr/bin if both are the same directory.
         return find_in(root, "**/bin/busybox", package)
 
     data = apt.retrying(attempt, say).read_bytes()

@@ -1,9 +1,10 @@
-"""What is on a disk or a partition, told by its first bytes: a file system, or something else."""
+"""Tell the content of a disk or a partition by its first bytes: a file system, or something
+else."""
 
 from __future__ import annotations
 
 HEAD_BYTES = 0x11000
-"""How much of a disk's start these functions want to see; less is fine and tells less."""
+"""Bytes of a disk's start for these functions; fewer are fine and tell less."""
 
 # Offset and contents of magic numbers; ext2, 3 and 4 share one.
 _MAGICS = (
@@ -21,11 +22,11 @@ _EXT_MAGIC_OFFSET, _EXT_MAGIC = 0x438, b"\x53\xef"
 _EXT_COMPAT_OFFSET, _EXT_INCOMPAT_OFFSET = 0x45C, 0x460
 _EXT_HAS_JOURNAL = 0x4
 _EXT4_ONLY = 0x40 | 0x80 | 0x200
-"""Extents, 64 bits, flexible block groups: what ext2 and ext3 do not have."""
+"""Extents, 64 bits, flexible block groups: ext2 and ext3 do not have these."""
 
 SQUASHFS_COMPRESSORS = ("", "ZLIB", "", "LZO", "XZ", "LZ4", "ZSTD")
-"""By their number in the superblock (fs/squashfs/squashfs_fs.h), as the kernel's options call
-them; Linux has none for 2, lzma."""
+"""By their number in the superblock (fs/squashfs/squashfs_fs.h), named as in the kernel's options.
+Linux has none for 2, lzma."""
 _SQUASHFS_COMPRESSOR_OFFSET = 20
 
 _EXT_BLOCK_OFFSET = 0x418
@@ -33,7 +34,7 @@ _EXT_INCOMPAT_KNOWN = 0x3E7D6
 """fs/ext4/ext4.h: all but compression, an external journal and a directory's own data."""
 _MAX_SHIFT = 24
 
-# What is no file system that a kernel mounts as a root by itself.
+# Contents that a kernel does not mount as a root by itself.
 _OTHERS = (
     (0x0, b"LUKS\xba\xbe", "LUKS"),
     (0x218, b"LVM2 001", "LVM"),
@@ -45,7 +46,7 @@ _OTHERS = (
     (0x3, b"-FVE-FS-", "BitLocker"),
     (0x3, b"EXFAT   ", "exfat"),
 )
-# Where the UUID is, and the label, and how long that may be.
+# Offsets of the UUID and of the label, and the label's length.
 _IDENTITIES = {
     "ext2": (0x468, 0x478, 16),
     "ext3": (0x468, 0x478, 16),
@@ -57,9 +58,10 @@ _IDENTITIES = {
 
 
 def detect(head: bytes) -> str | None:
-    """The file system of a disk that starts with ``head``; None for another, or a partition table.
+    """Return the file system of a disk that starts with ``head``.
 
-    The names are the kernel's, and the keys of ``requirements.FILE_SYSTEMS``.
+    None for an unknown one, or a partition table.  The names are the kernel's, and the keys of
+    ``requirements.FILE_SYSTEMS``.
     """
     for offset, magic, name in _MAGICS:
         if head[offset : offset + len(magic)] == magic:
@@ -72,15 +74,16 @@ def detect(head: bytes) -> str | None:
 
 
 def squashfs_compressor(head: bytes) -> str:
-    """What a squashfs that starts with ``head`` is packed with, "" if that is not known."""
+    """Return the compression of a squashfs that starts with ``head``, "" if unknown."""
     number = _number(head, _SQUASHFS_COMPRESSOR_OFFSET, 2)
     return SQUASHFS_COMPRESSORS[number] if number < len(SQUASHFS_COMPRESSORS) else ""
 
 
 def other_content(head: bytes) -> str:
-    """Return what a disk or partition that no ``detect`` knows holds; "" if nothing tells.
+    """Return the content of a disk or partition that ``detect`` does not know; "" if nothing tells.
 
-    That is what a kernel alone does not mount: ``empty`` says that all of ``head`` is zero.
+    A kernel does not mount such content without help.  ``empty`` means that all of ``head`` is
+    zero.
     """
     for offset, magic, name in _OTHERS:
         if head[offset : offset + len(magic)] == magic:
@@ -89,8 +92,10 @@ def other_content(head: bytes) -> str:
 
 
 def identity(head: bytes, kind: str) -> tuple[str, str] | None:
-    """Return ``(UUID, label)`` of a file system of ``kind``, "" for what it has not; None if such
-    a file system's are not known here."""
+    """Return ``(UUID, label)`` of a file system of ``kind``, "" for a missing one.
+
+    None if this module does not know where such a file system has them.
+    """
     if kind not in _IDENTITIES:
         return None
     uuid_at, label_at, label_bytes = _IDENTITIES[kind]

@@ -1,4 +1,4 @@
-"""What kernels, modules and initramfs files are compressed with, told by their first bytes.
+"""Tell the compression of kernels, modules and initramfs files by their first bytes.
 
 Apart from ``compression``, which unpacks them, because ``pyvmm run`` looks at an initrd before it
 boots and has no use for the libraries.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 
 LZ4_MAGIC = b"\x02\x21\x4c\x18"
-"""Of the "legacy frame" (``lz4 -l``)."""
+"""The magic of the "legacy frame" (``lz4 -l``)."""
 
 
 class Compression(enum.Enum):
@@ -35,9 +35,9 @@ _MAGICS = (
     (b"\x89LZO\0\r\n\x1a\n", Compression.LZO),
 )
 MAGIC_BYTES = max(len(magic) for magic, _ in _MAGICS)
-"""How much of a file's start ``detect`` wants to see."""
+"""Bytes of a file's start for ``detect``."""
 
 
 def detect(head: bytes) -> Compression:
-    """The format of a file that starts with ``head``; NONE if it is none of these."""
+    """Return the format of a file that starts with ``head``; NONE if it is none of these."""
     return next((kind for magic, kind in _MAGICS if head.startswith(magic)), Compression.NONE)

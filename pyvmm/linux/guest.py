@@ -1,4 +1,4 @@
-"""What a run asks of its kernel, as far as the run and the kernel's command line say it.
+"""A run's demands on its kernel, as far as the run and the kernel's command line tell them.
 
 This is read the way Linux reads it: init/do_mounts.c for ``root=``.
 """
@@ -23,10 +23,10 @@ _MAX_NUMBER = 999_999_999
 class Boot(Record):
     """A run as its kernel meets it.
 
-    ``version`` is the kernel's own text, "" if it is not known.  ``acpi`` is whether there are
-    tables, ``disks`` counts them; ``initrd`` is the start of that
-    file, None without.  ``read_disk`` gives up to ``file_systems.HEAD_BYTES`` of disk ``index``
-    from a byte on, nothing if that cannot be known.
+    ``version`` is the kernel's own text, "" if it is not known.  ``acpi`` is True if there are
+    tables, ``disks`` counts the disks; ``initrd`` is the start of that file, None without.
+    ``read_disk`` gives up to ``file_systems.HEAD_BYTES`` of disk ``index`` from a byte on, nothing
+    if the disk cannot be read.
     """
 
     command_line: str = ""
@@ -39,22 +39,22 @@ class Boot(Record):
 
 
 class Guest(Record):
-    """What is asked of the kernel.
+    """The demands on the kernel.
 
-    ``cpus`` are those it is to use.  ``acpi`` is whether it is to read tables, ``cmdline_devices``
-    whether the command line announces virtio-mmio devices.  ``console`` is the one that counts of
-    those that are shown, the last: ``ttyS0``, ``hvc0``, or "" if none of the two is asked for;
-    ``names_hvc0`` is whether ``hvc0`` is one of them.
+    It must use ``cpus``.  ``acpi`` is True if it must read tables, ``cmdline_devices`` if the
+    command line announces virtio-mmio devices.  ``console`` is the last of the consoles, the one
+    that counts: ``ttyS0``, ``hvc0``, or "" if none of the two is asked for.  ``names_hvc0`` is True
+    if ``hvc0`` is one of them.
 
     ``initrd_compression`` is None without an initrd, which is a file or built in; ``is_ram_disk``
-    says that it is a file system rather than an archive.
+    is True if it is a file system rather than an archive.
 
-    ``file_system`` is the root's, on a disk, None if that is not known; ``squashfs`` its
-    compression, if it has one.  ``partitions`` is the kind of table that the root is found by:
-    ``gpt``, ``dos``, ``any`` of the two, "" for none.  ``mounts_devtmpfs`` is whether the command
-    line has the kernel mount it.
+    ``file_system`` is the root's, on a disk, None if it is not known; ``squashfs`` its compression,
+    if it has one.  ``partitions`` is the kind of table by which the root is found: ``gpt``,
+    ``dos``, ``any`` of the two, "" for none.  ``mounts_devtmpfs`` is True if the command line has
+    the kernel mount it.
 
-    ``mistakes`` are reasons for which no kernel boots so, in words.
+    ``mistakes`` are reasons, in words, for which no kernel boots so.
     """
 
     cpus: int = 1
@@ -73,9 +73,9 @@ class Guest(Record):
 
 
 def describe(boot: Boot, config: KernelConfig | None) -> Guest:
-    """What ``boot`` asks of a kernel that was built with ``config``, None if that is not known.
+    """Return the demands of ``boot`` on a kernel built with ``config``, None if that is unknown.
 
-    It matters because a command line and an initramfs may be built in.
+    The configuration matters because a command line and an initramfs may be built in.
     """
     words = words_of(_command_line(boot, config))
     values = dict(words)  # the last of each counts
@@ -107,7 +107,8 @@ def describe(boot: Boot, config: KernelConfig | None) -> Guest:
 
 
 def _command_line(boot: Boot, config: KernelConfig | None) -> str:
-    """What the kernel reads: the built-in text, then ours, or that text alone."""
+    """Return the command line that the kernel reads: built-in text and ours, or only one of
+    them."""
     built_in = config.text("CMDLINE") if config is not None else ""
     if config is None or not built_in or config.state("CMDLINE_BOOL") != "y":
         return boot.command_line
@@ -124,14 +125,14 @@ def _cpus(cpus: int, values: dict[str, str]) -> int:
 
 
 def _console(words: list[tuple[str, str]]) -> str:
-    """The last console of ours; Linux takes the serial port if it is told of none at all."""
+    """Return the last console of ours; if none at all is named, Linux takes the serial port."""
     if ours := consoles_of(words):
         return ours[-1]
     return "" if any(name == "console" for name, _ in words) else "ttyS0"
 
 
 def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest, str]:
-    """``guest`` with what mounting ``root=`` takes, and what is wrong with it, "" if nothing."""
+    """Return ``guest`` with the demands of mounting ``root=``, and the mistake in it or ""."""
     name = values.get("root", "")
     has_initrd = guest.initrd_compression is not None
     if not name:
@@ -141,7 +142,7 @@ def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest,
     root = find_root(
         name, boot.disks, boot.read_disk, has_initrd=has_initrd, version=boot.version
     )
-    if has_initrd:  # it may have its own way to what the root takes
+    if has_initrd:  # it may have its own way to mount the root
         return guest, root.mistake
     head = root.place.head if root.place is not None else b""
     found = file_systems.detect(head)
@@ -154,6 +155,6 @@ def _with_root(guest: Guest, boot: Boot, values: dict[str, str]) -> tuple[Guest,
 
 
 def _number(text: str, otherwise: int) -> int:
-    """``text`` as a number, ``otherwise`` if it is none that fits."""
+    """Return ``text`` as a number, ``otherwise`` if it is none that fits."""
     number = whole_number(text, 0, _MAX_NUMBER)
     return otherwise if number is None else number

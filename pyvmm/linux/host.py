@@ -1,4 +1,4 @@
-"""Programs of the host, and what to type where one is missing."""
+"""Programs of the host, and the command to type if one is missing."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ class MissingToolError(HostError):
 
 
 def install_command(packages: Sequence[str]) -> str:
-    """The exact command that installs ``packages``, with sudo where this user needs it."""
+    """Return the exact command that installs ``packages``, with sudo if this user needs it."""
     sudo = "" if os.geteuid() == 0 else "sudo "
     return f"{sudo}apt-get install -y --no-install-recommends {' '.join(packages)}"
 
 
 def run_tool(command: Sequence[str], problem: str, cwd: Path | None = None) -> str:
-    """Run a host tool; its output, or HostError with ``problem`` and the tool's last line.
+    """Run a host tool and return its output.
 
-    MissingToolError if there is none."""
+    HostError with ``problem`` and the tool's last line; MissingToolError if there is no such tool.
+    """
     environment = os.environ | {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     try:
         done = subprocess.run(
@@ -43,13 +44,13 @@ def run_tool(command: Sequence[str], problem: str, cwd: Path | None = None) -> s
 
 
 def static_busybox() -> Path | None:
-    """This host's busybox, if it has one that needs no libraries."""
+    """Return this host's busybox, if it has one that needs no libraries."""
     found = shutil.which("busybox")
     return Path(found) if found and is_static(Path(found).read_bytes()) else None
 
 
 def is_static(program: bytes) -> bool:
-    """Whether a 64-bit ELF ``program`` runs without a loader: it has no PT_INTERP segment."""
+    """True if a 64-bit ELF ``program`` runs without a loader: it has no PT_INTERP segment."""
     if program[:5] != b"\x7fELF\x02" or len(program) < 64:
         return False
     (table,) = struct.unpack_from("<Q", program, 32)

@@ -25,23 +25,23 @@ FILE_SYSTEMS = {
     "btrfs": "btrfs", "erofs": "erofs", "f2fs": "f2fs", "iso9660": "isofs", "squashfs": "squashfs",
     "xfs": "xfs",
 }
-"""Their modules by the name of the file system: each is loaded only where the root is one."""
+"""Their modules by the name of the file system: each is loaded only if the root is one."""
 
 DIRECTORIES = ("bin", "dev", "proc", "sys", "modules", "file-systems", "root")
 APPLETS = (
     "dd", "findfs", "grep", "gunzip", "hexdump", "insmod", "ls", "mount", "sleep", "switch_root",
     "tr", "umount",
 )  # fmt: skip
-"""The commands of ``stock_init.sh`` that its shell has not built in."""
+"""The commands of ``stock_init.sh`` that are not built into its shell."""
 
 Modules = Iterable[tuple[str, bytes]]
 """``(name, contents)`` in load order."""
 
 
 def pack(busybox: bytes, modules: Modules, file_systems: Mapping[str, Modules]) -> bytes:
-    """The archive, gzip-compressed: ``modules`` for every boot, and those of ``file_systems``."""
-    # The kernel opens /dev/console before /init has mounted anything: devtmpfs is in time, since
-    # /init then opens it again.
+    """Return the gzipped archive: ``modules`` for every boot, and those of ``file_systems``."""
+    # The kernel opens /dev/console before /init has mounted anything.  devtmpfs is in time, because
+    # /init then opens the console again.
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in DIRECTORIES]
     entries += [(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in APPLETS]
     entries += [

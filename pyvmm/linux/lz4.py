@@ -1,7 +1,7 @@
-"""The LZ4 "legacy frame" that Linux packs kernels in (``lz4 -l``), unpacked in pure Python.
+"""The LZ4 "legacy frame" in which Linux packs kernels (``lz4 -l``), unpacked in pure Python.
 
-A magic number, then blocks: a 32-bit length and that many bytes of LZ4 block format, each
-unpacking to at most 8 MiB.  The formats are in the LZ4 project's doc/lz4_Frame_format.md and
+A magic number comes first, then blocks: a 32-bit length and that many bytes of LZ4 block format.
+Each unpacks to at most 8 MiB.  The formats are in the LZ4 project's doc/lz4_Frame_format.md and
 doc/lz4_Block_format.md.
 """
 
@@ -15,20 +15,20 @@ from pyvmm.linux.work import Budget
 _MAX_BLOCK_BYTES = 8 << 20
 _MIN_MATCH = 4
 _LONG = 15
-"""A length of four bits that is followed by more of it."""
+"""A length of four bits that more bytes of length follow."""
 _GATHERED_BYTES = 64 << 10
 _TURN = 1024
-"""So many sequences are unpacked between two looks at the budget."""
+"""Sequences that are unpacked between two looks at the budget."""
 _BLOCK_STEPS = 4
-"""A block costs this much, whatever is in it."""
+"""The cost of a block, whatever is in it."""
 
 
 def blocks(data: bytes, budget: Budget) -> Generator[bytes]:
-    """The blocks of ``data``, a legacy frame, unpacked one at a time; small ones are gathered.
+    """Yield the blocks of ``data``, a legacy frame, one at a time; small ones are gathered.
 
-    What follows the last block and is too short to be one is ignored: Linux puts the unpacked
-    size there.  ValueError for anything else that is not as the format says, WorkError if it
-    takes more than ``budget``.
+    Bytes after the last block that are too few for a block are ignored: Linux puts the unpacked
+    size there.  ValueError for any other breach of the format, WorkError if it takes more than
+    ``budget``.
     """
     if not data.startswith(MAGIC):
         raise ValueError("no LZ4 legacy frame")
@@ -48,7 +48,7 @@ def blocks(data: bytes, budget: Budget) -> Generator[bytes]:
 
 
 def decompress_block(data: bytes, budget: Budget) -> bytearray:
-    """One LZ4 block, unpacked; ValueError unless it is whole and makes at most 8 MiB.
+    """Return one LZ4 block, unpacked; ValueError unless it is whole and makes at most 8 MiB.
 
     WorkError if it takes more than ``budget``: a sequence is a step.
     """
@@ -84,7 +84,7 @@ def decompress_block(data: bytes, budget: Budget) -> bytearray:
                 raise ValueError(f"a match {offset} bytes back, {length} long, leaves its block")
             if length <= offset:
                 out += out[start : start + length]
-            else:  # the match runs into what it makes: its first bytes repeat
+            else:  # the match runs into its own output, whose first bytes repeat
                 out += (out[start:] * (length // offset + 1))[:length]
     except IndexError as error:
         raise ValueError("a block ends too early") from error
@@ -94,7 +94,7 @@ def decompress_block(data: bytes, budget: Budget) -> bytearray:
 
 
 def _more_length(data: bytes, at: int) -> tuple[int, int]:
-    """The rest of a long length, ended by a byte below 255, and where it ends."""
+    """Return the rest of a long length, ended by a byte below 255, and the index behind it."""
     total = 0
     while data[at] == 0xFF:
         total += 0xFF

@@ -1,4 +1,4 @@
-"""Kernel modules in an unpacked package: which files, and in which order they load."""
+"""Kernel modules in an unpacked package: their files, and the order in which they load."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MAX_MODULE_BYTES = 256 << 20
 
 
 def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """``(name, contents)`` of the ``wanted`` modules under ``root``, dependencies first.
+    """Yield ``(name, contents)`` of the ``wanted`` modules under ``root``, dependencies first.
 
-    A module names what it needs in its own ``depends=`` string, so depmod's tables (a minute of
+    A module names its dependencies in its own ``depends=`` string, so depmod's tables (a minute of
     work on a whole package) are not needed.  A name without a file is built into the kernel.
     UnpackError if a module is damaged or too large, or all of them are too much work.
     """
@@ -26,7 +26,7 @@ def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]
     }
     done: set[str] = set()
     contents: dict[str, bytes] = {}
-    # A module comes to the top twice: before what it needs, which is put on it, and after that.
+    # A module comes to the top twice: before its dependencies, which are put on it, and after them.
     stack = [(name.replace("-", "_"), False) for name in reversed(wanted)]
     while stack:
         name, has_all = stack.pop()
@@ -41,7 +41,7 @@ def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]
 
 
 def _needed(module: bytes) -> list[str]:
-    """The names in a module's ``depends=``."""
+    """Return the names in a module's ``depends=``."""
     depends = re.search(rb"\0depends=([^\0]*)\0", module)
     if depends is None:
         return []

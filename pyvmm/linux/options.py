@@ -1,4 +1,4 @@
-"""The options a kernel was built with, wherever they were read (``config``, ``remembered``)."""
+"""The options with which a kernel was built, wherever read (``config``, ``remembered``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class KernelConfig(Record, kw_only=False):
-    """The options that are set, without their ``CONFIG_``, and where that is from."""
+    """The options that are set, without their ``CONFIG_``, and their ``source``."""
 
     options: Mapping[str, str]
     source: str

@@ -44,7 +44,7 @@ class Package:
 class Apt:
     """apt as this host has it configured, or, with ``options``, with lists of its own.
 
-    ``refreshable`` says whether this process may update the lists.
+    ``refreshable`` is True if this process may update the lists.
     """
 
     options: tuple[str, ...] = ()
@@ -55,7 +55,8 @@ class Apt:
         run_tool(["apt-get", *self.options, "update", "-qq"], "apt-get update failed")
 
     def retrying(self, attempt: Callable[[], T], say: Say) -> T:
-        """What ``attempt`` returns; an AptError of it is met with fresh lists, then it is final."""
+        """Return the result of ``attempt``; after an AptError, refresh the lists and try once
+        more."""
         try:
             return attempt()
         except AptError as error:
@@ -68,11 +69,11 @@ class Apt:
             return attempt()
 
     def find_image(self, meta: str, version: str | None = None) -> Package:
-        """The kernel image behind the meta package ``meta``, in its ``version`` or the newest.
+        """Return the kernel image behind the meta package ``meta``, in ``version`` or the newest.
 
-        AptError names what apt does not know.
+        AptError names the package that apt does not know.
         """
-        # A meta package depends on one image, of exactly its own version where it says one.
+        # A meta package depends on one image, and on exactly its own version if it names one.
         found = re.search(
             r"^Depends:.*?\b(linux-image-\S+)(?: \(= (\S+)\))?",
             self._show(meta, version), re.MULTILINE,
@@ -82,7 +83,7 @@ class Apt:
         return self.find(found[1], found[2])
 
     def find(self, name: str, version: str | None = None) -> Package:
-        """The package ``name``, in ``version`` or the newest; AptError if apt knows none."""
+        """Return the package ``name``, in ``version`` or the newest; AptError if apt knows none."""
         shown = self._show(name, version)
         found = re.search(r"^Version: (.+)$", shown, re.MULTILINE)
         size = re.search(r"^Size: (\d+)$", shown, re.MULTILINE)
@@ -105,7 +106,7 @@ class Apt:
         return next(into.glob(f"{package.name}*.deb"))
 
     def _show(self, name: str, version: str | None) -> str:
-        """What apt-cache says of a package; "" if it knows none such."""
+        """Return apt-cache's description of a package; "" if it knows none such."""
         wanted = f"{name}={version}" if version else name
         try:
             return run_tool(
@@ -117,7 +118,7 @@ class Apt:
             return ""
 
     def _unknown(self, name: str, version: str | None) -> str:
-        """Why ``name`` cannot be had, and what may help."""
+        """Return the reason why ``name`` cannot be had, and a remedy."""
         if version and self._show(name, None):
             table = run_tool(["apt-cache", *self.options, "madison", name], "unknown")
             rows = [line.split("|") for line in table.splitlines()]
@@ -127,12 +128,12 @@ class Apt:
 
 
 def host_apt() -> Apt:
-    """apt as it is: only root may refresh its lists."""
+    """Return apt as it is: only root may refresh its lists."""
     return Apt(refreshable=os.geteuid() == 0)
 
 
 def backports_apt(cache: Path, say: Say) -> Apt:
-    """apt with nothing but the backports of this host's Debian, its lists in ``cache``.
+    """Return an apt with only the backports of this host's Debian, its lists in ``cache``.
 
     It needs no root and changes nothing of the host's apt, whose mirror, proxies and keys it uses.
     The lists are refreshed if there is a network.  HostError if this is not Debian.
@@ -159,7 +160,7 @@ def backports_apt(cache: Path, say: Say) -> Apt:
         "Dir::State::Lists": directory / "lists",
         "Dir::Cache": directory / "cache",
         "APT::Architecture": "amd64",
-        # The user that root's apt downloads as cannot write to root's cache.
+        # Root's apt would download as another user, who cannot write to root's cache.
         "APT::Sandbox::User": "root",
     }
     apt = Apt(
@@ -183,7 +184,7 @@ def unpack(archive: Path, into: Path) -> None:
 
 
 def codename() -> str:
-    """This Debian's release, such as bookworm."""
+    """Return this Debian's release, such as bookworm."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -195,7 +196,7 @@ def codename() -> str:
 
 
 def mirror(release: str) -> str:
-    """Where this host's apt finds its ``release``, such as bookworm."""
+    """Return the URL from which this host's apt gets ``release``, such as bookworm."""
     targets = run_tool(
         ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"],
         "apt-get cannot say where its packages come from",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pyvmm.startup.types import Record
 
 MAX_PARTITIONS = 128
-"""On a disk; what lies behind is not looked at."""
+"""Partitions on a disk; any beyond are ignored."""
 ROOT_KINDS = ("4f68bce3-e8cd-4db1-96e7-fbcaf984b709",)
 """The Discoverable Partitions Specification's type of a root for x86-64."""
 
@@ -25,8 +25,11 @@ _NAME_BYTES = 72
 
 
 class Partition(Record):
-    """``offset`` and ``length`` are bytes of the disk.  ``kind`` is the type: a GUID or, of MBR,
-    two hexadecimal digits.  ``uuid`` and ``label`` are what PARTUUID= and PARTLABEL= call it."""
+    """``offset`` and ``length`` are bytes of the disk.
+
+    ``kind`` is the type: a GUID or, in an MBR, two hexadecimal digits.  PARTUUID= finds it by
+    ``uuid``, PARTLABEL= by ``label``.
+    """
 
     number: int
     offset: int
@@ -42,14 +45,14 @@ def table_kind(head: bytes) -> str:
         return "gpt"
     if head[510:512] != b"\x55\xaa":
         return ""
-    # A boot sector without a table ends so, too: in a table the first byte of an entry is a flag.
+    # A boot sector without a table ends so, too.  In a table an entry's first byte is a flag.
     entries = _dos_entries(head)
     is_table = all(entry[0] in (0, 0x80) for entry in entries) and any(e[4] for e in entries)
     return "dos" if is_table and not _protects(entries) else ""
 
 
 def lost_gpt(head: bytes) -> str:
-    """Return what is wrong with a disk whose MBR protects a GPT that is not there; "" if nothing.
+    """Return the fault of a disk whose MBR protects a GPT that is not there; "" without fault.
 
     Linux takes no partition from such an MBR (block/partitions/msdos.c).
     """
@@ -73,7 +76,7 @@ def read_partitions(read: Callable[[int], bytes]) -> tuple[Partition, ...]:
 
 
 def _gpt(head: bytes, read: Callable[[int], bytes]) -> list[Partition]:
-    # UEFI 2.10, 5.3: where the array of entries begins, how many there are, how long each is.
+    # UEFI 2.10, 5.3: the place of the array of entries, their number, and the length of each.
     at = _number(head, _SECTOR + 72, 8) * _SECTOR
     count, size = _number(head, _SECTOR + 80, 4), _number(head, _SECTOR + 84, 4)
     if not _GPT_ENTRY_MIN <= size <= _GPT_ENTRY_MAX:
@@ -112,7 +115,7 @@ def _dos(head: bytes, read: Callable[[int], bytes]) -> list[Partition]:
             extended = extended or start
         else:
             add(index + 1, entry, start)
-    # Each logical partition has a table of its own, with it and the place of the next such table.
+    # Each logical partition has its own table, which names it and the place of the next table.
     # Tables without one are counted as well, or a disk full of them would be read to its end.
     table_at, number = extended, _FIRST_LOGICAL
     been_at: set[int] = set()

@@ -1,8 +1,8 @@
-"""The kernel inside a bzImage: where it is, what it is compressed with, and unpacking it.
+"""The kernel inside a bzImage: its place, its compression, and unpacking it.
 
-Documentation/arch/x86/boot.rst: ``setup_sects`` at 0x1f1; ``payload_offset`` and
-``payload_length`` at 0x248, relative to the end of the setup sectors.  The payload ends with the
-unpacked size (arch/x86/boot/compressed/mkpiggy.c), which is how a cut-off one is told.
+Documentation/arch/x86/boot.rst: ``setup_sects`` at 0x1f1; ``payload_offset`` and ``payload_length``
+at 0x248, relative to the end of the setup sectors.  The payload ends with the unpacked size
+(arch/x86/boot/compressed/mkpiggy.c), by which a cut-off one is noticed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pyvmm.linux.compression import Compression, UnpackError, decompress, detect
 from pyvmm.linux.work import PATIENT_CPU_S, Budget
 
 HEAD_BYTES = 0x250
-"""How much of a bzImage's start ``locate`` wants to see."""
+"""Bytes of a bzImage's start for ``locate``."""
 MAX_KERNEL_BYTES = 512 << 20
 
 _SECTOR = 512
@@ -21,9 +21,9 @@ _SIZE = struct.Struct("<I")
 
 
 def locate(head: bytes) -> tuple[int, int]:
-    """``(offset, length)`` in the file of the payload of a bzImage that starts with ``head``.
+    """Return ``(offset, length)`` of the payload of a bzImage that starts with ``head``.
 
-    UnpackError if that is not a bzImage; the header's numbers are as the file has them.
+    UnpackError if that is not a bzImage.  The header's numbers are not checked.
     """
     if len(head) < HEAD_BYTES or head[0x202:0x206] != b"HdrS":
         raise UnpackError("not a bzImage")
@@ -32,7 +32,8 @@ def locate(head: bytes) -> tuple[int, int]:
 
 
 def unpack(payload: bytes, budget: Budget | None = None) -> tuple[Compression, bytes]:
-    """How ``payload`` is compressed, and the ELF kernel in it; UnpackError if there is none."""
+    """Return the compression of ``payload`` and the ELF kernel in it; UnpackError if it has
+    none."""
     kind = detect(payload)
     if kind is Compression.NONE or len(payload) < _SIZE.size:
         raise UnpackError("its payload is compressed by no method known here")
@@ -49,9 +50,9 @@ def unpack(payload: bytes, budget: Budget | None = None) -> tuple[Compression, b
 
 
 def extract_vmlinux(image: bytes) -> bytes:
-    """The ELF kernel inside the bzImage ``image``; UnpackError if there is none.
+    """Return the ELF kernel inside the bzImage ``image``; UnpackError if there is none.
 
-    It is for what is downloaded, so it may take longer than a look.
+    This is for downloaded kernels, so it may take longer than a look.
     """
     offset, length = locate(image)
     return unpack(image[offset : offset + length], Budget(cpu_s=PATIENT_CPU_S))[1]

@@ -1,12 +1,12 @@
-"""What was read of a kernel's configuration, kept for later runs of the same kernel.
+"""Parts of a kernel's configuration, kept for later runs of the same kernel.
 
-To unpack a kernel takes seconds, and a start has none to spare.  So whoever has had a reason to do
-it (``pyvmm kernel inspect``, a run that failed) leaves what it found in the cache: an entry, a
-small text file of the options that ``requirements`` knows.  ``cli.run.remembered_path`` names it
-after the kernel file's identity, so that a kernel built anew is another one.
+Unpacking a kernel takes seconds, and a start has none to spare.  So a command that has unpacked one
+(``pyvmm kernel inspect``, a run that failed) leaves an entry in the cache: a small text file of the
+options that ``requirements`` knows.  ``cli.run.remembered_path`` names it after the kernel file's
+identity, so a kernel built anew has another entry.
 
-The cache may hold anything: an entry that is not understood is none, nor is one that another user
-could have written.
+The cache may hold anything.  An entry that is not understood is ignored, and so is one that another
+user could have written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NO_FILE = "-"
 
 
 def recall(entry: str) -> KernelConfig | None:
-    """The configuration in the file ``entry``; None if there is none, or none that still holds.
+    """Return the configuration in the file ``entry``; None if there is none that still holds.
 
     It has a value for every option that was known when it was written, ``n`` too (``covers``).
     """
@@ -52,16 +52,18 @@ def recall(entry: str) -> KernelConfig | None:
 
 
 def covers(config: KernelConfig, guest: Guest) -> bool:
-    """Whether ``config``, of ``recall``, has all that ``guest`` is judged by: a later version of
-    pyvmm may want to know more."""
+    """True if ``config``, from ``recall``, has every option by which ``guest`` is judged.
+
+    A later version of pyvmm may judge by more options.
+    """
     wanted = set(BUILT_IN).union(*(need.asked_about() for need in requirements(guest)))
     return wanted <= config.options.keys()
 
 
 def remember(entry: str, config: KernelConfig) -> None:
-    """Leave ``config`` in the file ``entry``; where that cannot be, it is not.
+    """Leave ``config`` in the file ``entry``, if that is possible.
 
-    If ``config`` comes from a file, it holds as long as that file does not change.
+    If ``config`` comes from a file, the entry holds as long as that file does not change.
     """
     with contextlib.suppress(OSError, ValueError, HostError):
         source_identity = _NO_FILE
@@ -85,7 +87,7 @@ def _identity(path: str) -> str:
 
 
 def _forget_oldest(folder: str) -> None:
-    """Keep MAX_ENTRIES: somebody who builds kernels makes one a build."""
+    """Keep MAX_ENTRIES: a person who builds kernels makes an entry with every build."""
     with os.scandir(folder) as entries:
         found = sorted((entry.stat().st_mtime_ns, entry.path) for entry in entries)
     for _, path in found[:-MAX_ENTRIES]:

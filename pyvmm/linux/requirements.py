@@ -1,6 +1,6 @@
-"""What a kernel must have been built with to boot here, judged by its configuration.
+"""The options that a kernel needs to boot here, judged by its configuration.
 
-``pyvmm run`` may ask before a boot, so this imports nothing but ``enum`` and what it judges.
+``pyvmm run`` may ask before a boot, so this imports only ``enum`` and the modules that it judges.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pyvmm.linux.options import KernelConfig
 from pyvmm.numerals import whole_number
 from pyvmm.startup.types import Record
 
-# Which options make a file system mountable; one of them will do.  ext4 mounts ext2 and ext3 too,
-# as itself if by no other name.
+# The options that make a file system mountable; any one will do.  ext4 mounts ext2 and ext3 too, if
+# only under its own name.
 FILE_SYSTEMS = {
     "ext4": ("EXT4_FS",),
     "ext3": ("EXT4_FS", "EXT3_FS"),
@@ -37,11 +37,11 @@ PARTITIONS = {
     "any": ("EFI_PARTITION", "MSDOS_PARTITION"),
 }
 BUILT_IN = ("CMDLINE_BOOL", "CMDLINE", "CMDLINE_OVERRIDE", "INITRAMFS_SOURCE")
-"""What ``guest.describe`` looks at."""
+"""The options at which ``guest.describe`` looks."""
 
 
 class State(enum.Enum):
-    """Whether the kernel has what is needed; NOTE is missing where a boot may do without."""
+    """A kernel's answer to a requirement.  NOTE: it is missing, but a boot may do without."""
 
     BUILT_IN = "ok"
     MODULE = "module"
@@ -50,11 +50,11 @@ class State(enum.Enum):
 
 
 class Requirement(Record):
-    """Something a guest needs, by any one of ``options``; ``without`` says what happens.
+    """Something that a guest needs, by any one of ``options``; ``without`` names the consequence.
 
     With ``given`` it is asked only of a kernel that has all those options.  ``at_least`` is for an
-    option that is a number.  ``depends_on_image`` says that some images boot without, and which
-    kind this one is nobody knows; ``unless`` are options that together do in its place.
+    option that is a number.  ``depends_on_image`` means that some images boot without, and nobody
+    knows which kind this one is.  The options of ``unless`` together do in its place.
     """
 
     purpose: str
@@ -67,12 +67,12 @@ class Requirement(Record):
     unless: tuple[str, ...] = ()
 
     def asked_about(self) -> set[str]:
-        """The options that decide on it."""
+        """Return the options that decide on it."""
         return {*self.options, *self.given, *self.unless}
 
 
 class Finding(Record):
-    """A requirement, and what a configuration has of it."""
+    """A requirement, and the state that a configuration has of it."""
 
     requirement: Requirement
     state: State
@@ -97,7 +97,7 @@ class Problem(Record):
 
 
 def requirements(guest: Guest) -> Iterator[Requirement]:
-    """What ``guest`` needs, in the order in which a boot would miss it."""
+    """Yield the needs of ``guest``, in the order in which a boot would miss them."""
     yield Requirement(purpose="64 bits", options=("64BIT",), without="it is a 32-bit kernel")
     yield from _console(guest)
     if guest.cpus > 1:
@@ -121,13 +121,13 @@ def _console(guest: Guest) -> Iterator[Requirement]:
     if guest.console != "ttyS0":
         return
     hvc0: tuple[str, ...] = ()
-    if guest.names_hvc0:  # then that is what is seen
+    if guest.names_hvc0:  # then it is the console that is seen
         hvc0, silent = ("VIRTIO_CONSOLE", "VIRTIO_MMIO"), "nothing is seen on ttyS0"
     yield Requirement(purpose="serial port", options=("SERIAL_8250",), without=silent, unless=hvc0)
     yield Requirement(purpose="serial console", options=("SERIAL_8250_CONSOLE",), without=silent,
                       unless=hvc0)
     if guest.acpi:
-        # On a hardware-reduced platform no line is ISA's: only ACPI knows the UART's.
+        # On a hardware-reduced platform no line is ISA's: only ACPI knows the UART's line.
         yield Requirement(purpose="serial port by ACPI", options=("SERIAL_8250_PNP",),
                           given=("ACPI", "SERIAL_8250_CONSOLE"),
                           without="what programs print is not seen (acpi=off helps)")
@@ -212,7 +212,7 @@ def _start(guest: Guest) -> Iterator[Requirement]:
 
 
 def every_guest() -> Iterator[Guest]:
-    """Guests that together ask for everything that a guest can ask for."""
+    """Yield guests that together ask for everything that a guest can ask for."""
     for acpi, cmdline_devices in ((True, True), (True, False), (False, True)):
         for console in ("ttyS0", "hvc0"):
             yield Guest(cpus=2, acpi=acpi, cmdline_devices=cmdline_devices, console=console)
@@ -228,13 +228,13 @@ def every_guest() -> Iterator[Guest]:
 
 
 def known_options() -> frozenset[str]:
-    """Every option that a judgement may rest on."""
+    """Return every option on which a judgement may rest."""
     asked = {need for guest in every_guest() for need in requirements(guest)}
     return frozenset(set(BUILT_IN).union(*(need.asked_about() for need in asked)))
 
 
 def judge(config: KernelConfig, guest: Guest) -> list[Finding]:
-    """Each requirement of ``guest`` with what ``config`` has of it."""
+    """Return each requirement of ``guest`` with its state in ``config``."""
     return [
         _find(config, guest, requirement)
         for requirement in requirements(guest)
@@ -243,12 +243,12 @@ def judge(config: KernelConfig, guest: Guest) -> list[Finding]:
 
 
 def problems(config: KernelConfig, guest: Guest) -> list[Problem]:
-    """Why ``guest`` will not boot with a kernel of ``config``; a module counts without initrd."""
+    """Return why ``guest`` will not boot with ``config``; a module counts without initrd."""
     return [problem for problem, is_note in _lacking(config, guest) if not is_note]
 
 
 def notes(config: KernelConfig, guest: Guest) -> list[Problem]:
-    """Why it may not, though other images boot so."""
+    """Return why ``guest`` may not boot, though other images boot so."""
     return [problem for problem, is_note in _lacking(config, guest) if is_note]
 
 

@@ -1,7 +1,7 @@
-"""Where ``root=`` points on a run's disks, and why it may not be mounted from there.
+"""Find the place to which ``root=`` points on a run's disks, and why it may not be mounted.
 
-A mistake is a line for a person before the boot, and refuses nothing: disks that cannot be looked
-into, and contents that are not known here, are never judged.
+A mistake is a line for a person before the boot, and refuses nothing.  Disks that cannot be read,
+and contents that are not known here, are never judged.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DISK = "/dev/vd"
 PAGE_BYTES = 4096
 _BY_LINKS = {"by-uuid": "UUID", "by-label": "LABEL", "by-partuuid": "PARTUUID",
              "by-partlabel": "PARTLABEL"}
-_GUID_LENGTH = 36  # of a GPT partition; that of an MBR one is SSSSSSSS-PP
+_GUID_LENGTH = 36  # of a GPT partition; an MBR one's is SSSSSSSS-PP
 _MAX_LISTED = 8
 _LARGE_BLOCKS_SINCE = {"xfs": (6, 12), "ext2": (6, 19), "ext3": (6, 19), "ext4": (6, 19)}
 """The first Linux that mounts blocks larger than a page."""
 _NEEDS_HELP = ("LUKS", "LVM", "RAID", "BitLocker")
 _NO_ROOT = ("swap", "empty")
 _BY_LETTER, _BY_NUMBER = ("vd", "xvd", "sd", "hd"), ("nvme", "mmcblk")
-"""How Linux calls a virtual machine's disks, ours and those of other drivers."""
+"""Linux's names of a virtual machine's disks, ours and those of other drivers."""
 
 
 class Place(Record):
@@ -43,7 +43,7 @@ class Place(Record):
 
     @property
     def content(self) -> str:
-        """The file system's name, or what else it holds; "" if that is not known."""
+        """The file system's name, or another content's; "" if unknown."""
         return file_systems.detect(self.head) or file_systems.other_content(self.head)
 
     def __str__(self) -> str:
@@ -51,8 +51,11 @@ class Place(Record):
 
 
 class Root(Record):
-    """``place`` is None if it is not known where the root is, or not there.  ``table`` is the kind
-    of partition table that it is found by: ``gpt``, ``dos``, ``any`` of the two, "" for none."""
+    """``place`` is None if the root's place is unknown, or not there.
+
+    ``table`` is the kind of partition table by which it is found: ``gpt``, ``dos``, ``any`` of the
+    two, "" for none.
+    """
 
     place: Place | None = None
     table: str = ""
@@ -67,9 +70,9 @@ def find_root(
     has_initrd: bool,
     version: str = "",
 ) -> Root:
-    """Find what ``root=`` names, for a kernel of ``version``, "" if that is not known.
+    """Find the place that ``root=`` names, for a kernel of ``version``, "" if unknown.
 
-    ``read_disk`` gives the start of disk ``index`` from a byte on, nothing if that cannot be known.
+    ``read_disk`` gives the start of disk ``index`` from a byte on, nothing if it cannot be read.
     """
     seen = _Disks(disks, read_disk)
     link, _, name = root.removeprefix("/dev/disk/").partition("/")
@@ -102,7 +105,7 @@ def find_root(
 
 
 class _Disks:
-    """The disks of a run, looked into once."""
+    """The disks of a run, each read once."""
 
     def __init__(self, count: int, read_disk: Callable[[int, int], bytes]) -> None:
         self.count = count
@@ -131,7 +134,7 @@ class _Disks:
         return ord(place.name[2]) - ord("a")
 
     def table_of(self, place: Place) -> str:
-        """The kind of table that ``place`` is found by."""
+        """Return the kind of table by which ``place`` is found."""
         return table_kind(self.disk(self.index_of(place)).head) if place.partition else ""
 
     def partitions(self) -> Iterator[Place]:
@@ -139,13 +142,13 @@ class _Disks:
             yield from self.partitions_of(index)
 
     def places(self) -> Iterator[Place]:
-        """All that may hold a file system: partitions, and disks without any."""
+        """Yield all that may hold a file system: partitions, and disks without any."""
         for index in range(self.count):
             yield from self.partitions_of(index) or (self.disk(index),)
 
     @property
     def are_known(self) -> bool:
-        """True if all of them can be looked into."""
+        """True if all of them can be read."""
         return all(self.disk(index).head for index in range(self.count))
 
 
@@ -159,7 +162,7 @@ def _one(places: list[Place]) -> Place | None:
 
 
 def _by_name(seen: _Disks, root: str) -> Root:
-    """``/dev/vda`` or ``/dev/vda1``."""
+    """Find ``/dev/vda`` or ``/dev/vda1``."""
     letters = root[len(DISK) :].rstrip("0123456789")
     digits = root[len(DISK) + len(letters) :]
     index = ord(letters) - ord("a") if len(letters) == 1 else seen.count
@@ -173,7 +176,7 @@ def _by_name(seen: _Disks, root: str) -> Root:
     if not disk.head:
         return Root(table="any")
     for place in seen.partitions_of(index):
-        if str(_of(place).number) == digits:  # to Linux "01" is none, either
+        if str(_of(place).number) == digits:  # for Linux "01" is no partition, either
             return Root(place=place, table=table)
     if not table and (problem := lost_gpt(disk.head)):
         return Root(table="any", mistake=f"root={root} is not there: {disk.name} {problem}")
@@ -189,8 +192,11 @@ def _by_name(seen: _Disks, root: str) -> Root:
 
 
 def _meant(root: str) -> tuple[int, str] | None:
-    """The disk, by its number, and the partition, "" for none, of a name that Linux gives disks of
-    other drivers, as ``/dev/sda1`` and ``/dev/nvme0n1p1``, or of ``vda1``; None for any other."""
+    """Return the number of the disk, and the partition or "", that the name ``root`` means.
+
+    That is a name that Linux gives disks of other drivers, as ``/dev/sda1`` and ``/dev/nvme0n1p1``,
+    or ``vda1``; None for any other.
+    """
     name = root.removeprefix("/dev/")
     for prefix in _BY_LETTER:
         letter, digits = name[len(prefix) :][:1], name[len(prefix) + 1 :]
@@ -208,7 +214,7 @@ def _meant(root: str) -> tuple[int, str] | None:
 def _by_other_name(
     seen: _Disks, root: str, index: int, digits: str, *, has_initrd: bool, version: str
 ) -> Root:
-    """What is meant by the ``root`` of a disk that other machines have."""
+    """Return the root that is meant by ``root``, the name of a disk that other machines have."""
     names = ", ".join(f"/dev/{seen.name(disk)}" for disk in range(seen.count))
     mistake = f"root={root} is not there: the disks here are {names}"
     if index >= seen.count:
@@ -241,7 +247,7 @@ def _by_partuuid(seen: _Disks, name: str) -> Root:
 
 
 def _by_identity(seen: _Disks, kind: str, name: str) -> Root:
-    """``UUID=`` and ``LABEL=``, which udev or busybox look for."""
+    """Find ``UUID=`` and ``LABEL=``, as udev or busybox do."""
     is_sure = seen.are_known
     for place in seen.places():
         identity = file_systems.identity(place.head, place.content)
@@ -255,7 +261,7 @@ def _by_identity(seen: _Disks, kind: str, name: str) -> Root:
 
 
 def _not_there(what: str, kind: str, seen: _Disks) -> str:
-    """That ``what`` is on no disk, and what is there; "" if not all of them are known."""
+    """Return the words that ``what`` is on no disk, and what is there; "" unless all are known."""
     if not seen.are_known:
         return ""
     found = []
@@ -283,7 +289,7 @@ def _listed(items: tuple[Place, ...] | list[str]) -> str:
 def _unmountable(
     root: str, place: Place, seen: _Disks, has_initrd: bool, version: str
 ) -> str:
-    """Why what is at ``place`` is not mounted as the root; "" if it may be."""
+    """Return why the content of ``place`` is not mounted as the root; "" if it may be."""
     kind = file_systems.detect(place.head)
     if kind is None and place.partition is None and table_kind(place.head):
         partitions = seen.partitions_of(seen.index_of(place))
@@ -301,7 +307,7 @@ def _unmountable(
             helper = "" if content in _NO_ROOT else ", which only an initramfs opens"
             what = "nothing but zeros" if content == "empty" else content
             if content == "empty" and has_initrd:
-                return ""  # it may make a file system there
+                return ""  # the initramfs may make a file system there
             return f"root={root} holds no file system to mount: {what}{helper}"
         return ""
     size = file_systems.block_bytes(place.head, kind)
@@ -319,7 +325,7 @@ def _unmountable(
 
 
 def _likely_root(partitions: tuple[Place, ...]) -> Place | None:
-    """The partition that is a root by its type, else the largest one with a file system."""
+    """Return the partition that is a root by its type, else the largest one with a file system."""
     good = [place for place in partitions if file_systems.detect(place.head)]
     typed = [place for place in good if _of(place).kind in ROOT_KINDS]
     return max(typed or good, key=lambda place: _of(place).length, default=None)

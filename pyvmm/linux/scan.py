@@ -1,6 +1,6 @@
-"""Looking through a kernel, as it comes out of its compression, for what it says of itself.
+"""Look through a kernel, while it is unpacked, for its version and its configuration.
 
-A kernel is not kept for that: a file may claim to unpack to half a gigabyte.
+The kernel is not kept for that: a file may claim to unpack to half a gigabyte.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from pyvmm.linux.payload import MAX_KERNEL_BYTES
 from pyvmm.linux.work import Budget
 
 IN_KERNEL = "in the kernel (IKCONFIG)"
-"""The source of a configuration that is."""
+"""The source of a configuration that is inside the kernel."""
 MAX_PACKED_BYTES = 128 << 20
 MAX_SLOW_BYTES = 32 << 20
-"""The same for what unpacks at some megabytes a second, at worst."""
+"""The same limit for formats that unpack at some megabytes a second, at worst."""
 
 _FAST = (Compression.GZIP, Compression.ZSTD)
 _BANNER = re.compile(rb"Linux version ([\x20-\x7e]{1,256})")
 _START, _END = b"IKCFG_ST", b"IKCFG_ED"  # kernel/configs.c, around CONFIG_IKCONFIG's data
 _KEPT_BYTES = 512
-"""Of what was seen: longer than a banner and a marker, which may lie across two pieces."""
+"""Bytes kept of the last piece: more than a banner and a marker, which may lie across two
+pieces."""
 _SIZE_BYTES = 4
 _STEP_BYTES = 4096
 """Looking through so many bytes is a step."""
 
 
 class Scan:
-    """What a kernel says of itself, once ``feed`` has had all of it or enough (``is_done``).
+    """A kernel's own words, once ``feed`` has had all of it or enough (``is_done``).
 
-    Both that and to unpack the configuration inside is spent from ``budget``.
+    ``budget`` pays for that and for unpacking the configuration inside.
 
-    ``version`` is what follows "Linux version" in it, "" until it is found, and ``size_bytes``
-    counts what was fed.  ``is_elf`` is whether it began as an ELF file does.
+    ``version`` is the text after "Linux version" in it, "" until it is found.  ``size_bytes``
+    counts the bytes that were fed.  ``is_elf`` is True if it began as an ELF file does.
     """
 
     def __init__(self, budget: Budget | None = None) -> None:
@@ -49,7 +50,7 @@ class Scan:
         self._looks_for_config = True
 
     def feed(self, piece: bytes) -> None:
-        """The next bytes of the kernel; WorkError if that is more than the budget has."""
+        """Take the next bytes of the kernel; WorkError if the budget is spent."""
         self._budget.spend(1 + len(piece) // _STEP_BYTES)
         self.size_bytes += len(piece)
         if len(self._head) < _SIZE_BYTES:
@@ -80,12 +81,12 @@ class Scan:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing more to find."""
+        """True if there is nothing more to find."""
         return bool(self.version) and not self._looks_for_config
 
     @property
     def is_elf(self) -> bool:
-        """Whether the first bytes are those of an ELF file."""
+        """True if the first bytes are those of an ELF file."""
         return self._head[:_SIZE_BYTES] == b"\x7fELF"
 
     @property
@@ -97,7 +98,7 @@ class Scan:
 
 
 def scan(parts: Iterable[bytes], *, whole: bool = True, budget: Budget | None = None) -> Scan:
-    """Look through a kernel in ``parts``; without ``whole`` no farther than until all is found.
+    """Look through a kernel in ``parts``; without ``whole``, stop once all is found.
 
     WorkError if it takes more than ``budget``.
     """
@@ -106,13 +107,13 @@ def scan(parts: Iterable[bytes], *, whole: bool = True, budget: Budget | None = 
         found.feed(part)
         if found.is_done and not whole:
             break
-    found.feed(b"\0")  # ends a banner that the kernel ends with
+    found.feed(b"\0")  # ends a banner at the very end of the kernel
     found.size_bytes -= 1
     return found
 
 
 def check_packed(kind: Compression, length: int) -> None:
-    """UnpackError if a payload of ``length`` bytes, packed so, is not for ``unpack_and_scan``."""
+    """Raise UnpackError if ``unpack_and_scan`` cannot take a payload of ``length`` such bytes."""
     if kind is Compression.NONE or length < _SIZE_BYTES:
         raise UnpackError("its payload is compressed by no method known here")
     limit = MAX_PACKED_BYTES if kind in _FAST else MAX_SLOW_BYTES
@@ -126,7 +127,7 @@ def unpack_and_scan(
 ) -> Scan:
     """Look through the kernel that is packed in ``payload``, of a bzImage (``payload.locate``).
 
-    UnpackError if there is none, or, with ``whole``, if it is cut off; HostError if this host has
+    UnpackError if there is none, or, with ``whole``, if it is cut off.  HostError if this host has
     no program that could unpack it, WorkError if looking through it takes more than ``budget``.
     """
     budget = budget or Budget()
@@ -146,7 +147,7 @@ def unpack_and_scan(
 
 
 def _elf_only(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """``parts``; of something that is no ELF file only as many as show it."""
+    """Yield ``parts``; if they are no ELF file, only as many as show it."""
     head = b""
     for part in parts:
         yield part

@@ -1,9 +1,9 @@
-"""Files and directories that only this user and root can change, and refusing all others.
+"""Make sure that only this user and root can change a file or directory, or refuse it.
 
-The cache holds kernels that are booted with the host's files as their root, and configurations
-that are believed.  So it must not be possible for another user to plant any of it: in a cache below
-/tmp, in a shared one, in the home of somebody else.  Everything that reads or writes the cache
-comes here.  Each refusal is a HostError that names the path, its owner or mode, and a remedy.
+The cache holds kernels that are booted with the host's files as their root, and configurations that
+are believed.  So no other user may be able to plant any of it: in a cache below /tmp, in a shared
+one, in another user's home.  Everything that reads or writes the cache comes here.  Each refusal is
+a HostError that names the path, its owner or mode, and a remedy.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def check_directory(path: str | os.PathLike[str]) -> None:
-    """Refuse ``path`` if another user could replace it, or what is in it.
+    """Refuse ``path`` if another user could replace it, or its contents.
 
     Every directory and symbolic link from ``/`` on must belong to this user or root, and no other
-    user may write there; a sticky directory such as /tmp will do, because there nobody can rename
-    what is another's.  The part of ``path`` that is not there yet is not judged.
+    user may write there.  A sticky directory such as /tmp will do, because there nobody can rename
+    another user's file.  The part of ``path`` that is not there yet is not judged.
     """
     here, links = "/", 0
     rest = [part for part in os.path.join(os.getcwd(), path).split("/") if part not in ("", ".")]
@@ -56,7 +56,7 @@ def check_directory(path: str | os.PathLike[str]) -> None:
 
 
 def make_directory(path: str | os.PathLike[str]) -> None:
-    """Make ``path`` and its parents where they are missing, writable by this user alone.
+    """Make ``path`` and its missing parents, writable only by this user.
 
     Refuses what ``check_directory`` refuses; OSError if it cannot be made.
     """
@@ -66,7 +66,7 @@ def make_directory(path: str | os.PathLike[str]) -> None:
         missing.append(place)
         place = os.path.dirname(place)
     for place in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another run's, or planted: looked at below
+        with contextlib.suppress(FileExistsError):  # another run's, or planted: checked below
             os.mkdir(place, 0o755)
     check_directory(path)
     if not os.path.isdir(path):
@@ -94,15 +94,16 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def open_lock(path: str | os.PathLike[str]) -> int:
-    """Open the lock file ``path``, made if it is missing; a descriptor for flock(2).
+    """Open the lock file ``path``, made if it is missing; return a descriptor for flock(2).
 
-    It is never written, so a link planted in its place could not harm the file that it leads to;
-    it is refused all the same.  Others cannot open a new one, and so not hold it.  OSError.
+    It is never written, so a link planted in its place could not harm the file behind it.  Such a
+    link is refused all the same.  Other users cannot open a new lock file, and so not hold it.
+    OSError.
     """
     place = os.fspath(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     with contextlib.suppress(FileNotFoundError):
-        # Before it is opened too: fs.protected_regular has open(2) fail without a reason.
+        # Checked before it is opened too: fs.protected_regular makes open(2) fail without a reason.
         _check_regular(place, os.lstat(place))
     fd = os.open(place, flags, 0o600)
     try:
@@ -115,7 +116,7 @@ def open_lock(path: str | os.PathLike[str]) -> int:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[str]:
-    """The name of a new empty file beside ``path``, which takes its place when the context is left.
+    """Yield the name of a new empty file, which replaces ``path`` when the context is left.
 
     Readers see all of it or nothing.  Its name cannot be guessed, and it is made with O_EXCL, so
     that nothing planted is written to.  If an exception leaves the context, ``path`` stays.
@@ -136,7 +137,7 @@ def replacing(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[str]:
 
 @contextlib.contextmanager
 def writable_by_us_alone() -> Iterator[None]:
-    """Whatever is made meanwhile, programs that are run included, no other user may write."""
+    """Let no other user write the files that this process and its programs make meanwhile."""
     before = os.umask(0o022)
     try:
         os.umask(before | 0o022)
@@ -159,7 +160,7 @@ def _check_entry(path: str, status: os.stat_result, *, is_last: bool = True) -> 
     """Refuse a file, directory or link that another user owns or may write."""
     trusted = {0, os.geteuid()}
     if not is_last:
-        # Root has another number where a user namespace has no name for it, and so has "/".
+        # In a user namespace without a name for root, root has another number, as "/" shows.
         trusted.add(os.lstat("/").st_uid)
     if status.st_uid not in trusted and path != "/":
         hint = ", or sudo -H" if os.geteuid() == 0 else ""
@@ -176,7 +177,7 @@ def _check_entry(path: str, status: os.stat_result, *, is_last: bool = True) -> 
 
 
 def _is_private_group(path: str, status: os.stat_result) -> bool:
-    """True if nobody but its owner is in the group, such as useradd makes one for each user."""
+    """True if only its owner is in the group, as in the group that useradd makes for each user."""
     import grp
     import pwd
 
@@ -189,7 +190,7 @@ def _is_private_group(path: str, status: os.stat_result) -> bool:
     except OSError:
         only_member = set(group.gr_mem) <= {owner.pw_name}
         return only_member and owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name
-    return False  # with an access control list these bits are for whomever it names
+    return False  # with an access control list these bits are for the users that it names
 
 
 def _user(uid: int) -> str:

@@ -1,7 +1,7 @@
-"""How much work data may make that nobody vouches for: kernels, configurations, modules.
+"""A limit on the work that untrusted data may cause: kernels, configurations, modules.
 
-A limit on what comes out is not enough: a file can be made of parts that take long and yield
-nothing.  Whoever reads one spends from a ``Budget``: steps, which are counted and so are the same
+A limit on the output is not enough, because a file can be made of parts that take long and yield
+nothing.  The reader of such a file spends from a ``Budget``.  It counts steps, which are the same
 everywhere, and time, because one call of a C library may take much longer than another.
 """
 
@@ -16,14 +16,14 @@ MAX_STEPS = 6_000_000
 """A step is the work of about a microsecond: one sequence of LZ4, one part of a file.  The largest
 kernels that are looked into take 5 million."""
 MAX_CPU_S = 5.0
-"""Of this thread, on a machine as fast as the one that REFERENCE_S was measured on."""
+"""CPU time of this thread, on a machine as fast as the one on which REFERENCE_S was measured."""
 PATIENT_CPU_S = 60.0
-"""Of what is done once, after a download."""
+"""CPU time of work that is done once, after a download."""
 EXPLAIN_S = 3.0
-"""Of anybody's time, for what is said around a run: its person waits for the prompt."""
+"""Time on the clock for explanations around a run, because a person waits for the prompt."""
 
 LOOK_STEPS = 256
-"""The clocks are looked at after so many steps; what one call of a C library costs."""
+"""Steps between two looks at the clocks, and the cost of one call of a C library."""
 REFERENCE_S = 0.0006
 _REFERENCE_LOOPS = 20_000
 _TRIES = 3
@@ -34,7 +34,7 @@ class WorkError(PyvmmError):
 
 
 class Budget:
-    """What may still be spent.  ``spend`` raises WorkError once it is too much.
+    """The work that may still be done.  ``spend`` raises WorkError once it is too much.
 
     ``cpu_s`` and ``wall_s`` are seconds of this thread and of the clock, from now on, on the
     reference machine: a slower one, such as an emulated one, has more.  None is no limit.

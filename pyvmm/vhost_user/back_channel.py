@@ -1,4 +1,4 @@
-"""The socket over which a back end speaks first, as a front end gives it (SET_BACKEND_REQ_FD)."""
+"""The socket over which a back end speaks first, given by the front end (SET_BACKEND_REQ_FD)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pyvmm.vhost_user.vring import RefusedError
 
 
 def back_channel(fd: int, peer: str) -> Channel:
-    """A channel over a duplicate of ``fd``, which stays the caller's; nothing comes back on it.
+    """Return a channel over a duplicate of ``fd``, which stays the caller's; it only sends.
 
-    RefusedError unless it is one end of a socketpair that nothing was sent to.  With any other
-    the front end could keep a connection up that has lost its last user, and with it the disk:
-    one of its own to this export or another's, or a socket on which such a one is under way.
+    RefusedError unless ``fd`` is one end of a socketpair to which nothing was sent.  Any other
+    socket could be a connection to this export or another's, or carry one.  The front end could
+    then keep a connection up after its last user has gone, and with it the disk.
     """
     sock = _socket(fd)
     try:
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             raise RefusedError("the file descriptor is no Unix stream socket")
-        # Either end of a connection to a listening socket has that one's name.
+        # Either end of a connection to a listening socket has the listening socket's name.
         if sock.getsockname() or sock.getpeername():
             raise RefusedError("the file descriptor is no end of a socketpair")
         sock.shutdown(socket.SHUT_RD)

@@ -1,10 +1,11 @@
-"""A device served to a vhost-user front end: what the requests do, whatever their bytes are.
+"""A device served to a vhost-user front end: carry out its requests, whatever their bytes are.
 
-``Backend`` owns what the front end shares (memory, rings, eventfds) and judges it; ``session`` is
-the messages around it.  File descriptors it is given stay the caller's: it keeps duplicates.
+``ServedDevice`` owns everything that the front end shares (memory, rings, eventfds) and judges it;
+``session`` handles the messages around it.  File descriptors stay the caller's: it keeps
+duplicates.
 
-The device is synchronous: a pass over a queue answers what it takes.  So a ring that is stopped
-has nothing in flight, and the base that GET_VRING_BASE answers loses no request.
+The device is synchronous: a pass over a queue answers every request that it takes.  So a stopped
+ring has nothing in flight, and the base that GET_VRING_BASE answers loses no request.
 """
 
 from __future__ import annotations
@@ -21,35 +22,37 @@ from pyvmm.vhost_user.vring import RefusedError, Vring, check_eventfd
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.spec import Feature
 
-# vhost-user has no message that resets one ring, and a front end that passes the bit on to its
-# guest (QEMU does) would leave ours running.
+# vhost-user has no message that resets one ring.  A front end that passes the bit on to its guest
+# (QEMU does) would leave our ring running.
 _NOT_OFFERED = int(Feature.RING_RESET)
 USUAL_RING_SIZE = 128
-"""Entries of a front end's rings, unless its user says otherwise: QEMU's and cloud-hypervisor's
-default.  QEMU's own back ends advise for as many (``seg_max`` 126)."""
+"""Entries of a front end's rings, unless its user chooses: QEMU's and cloud-hypervisor's default.
+QEMU's own back ends advise as many (``seg_max`` 126)."""
 _NO_MEMORY = "none is shared (QEMU: -object memory-backend-memfd,share=on)"
 
 
-class Kicks(Protocol):
-    """Who waits for kicks, and rings for this thread."""
+class KickWatcher(Protocol):
+    """Waits for the kicks of rings, and writes eventfds, for one thread."""
 
     @property
     def bell(self) -> Bell:
-        """What eventfds of the front end are written with."""
+        """The writer of the front end's eventfds."""
 
     def watch(self, fd: int, serve: Callable[[], float | None]) -> None:
-        """Call ``serve`` soon, and again whenever the eventfd ``fd`` was written; also after as
-        many seconds as it returns, if that is not None."""
+        """Call ``serve`` soon, and again whenever the eventfd ``fd`` was written.
+
+        If ``serve`` returns a number, call it again after so many seconds, too.
+        """
 
     def unwatch(self, fd: int) -> None:
-        """``serve`` is called no more."""
+        """Stop calling ``serve``."""
 
 
 class _Calls:
     """The device's ``Interrupt``: the call eventfds of the rings.
 
-    ``stuck`` is called when a front end makes a write to an eventfd wait; from then on there are
-    no more.
+    ``stuck`` is called when a front end makes a write to an eventfd wait.  From then on nothing
+    more is written.
     """
 
     def __init__(self, vrings: Sequence[Vring], bell: Bell, stuck: Callable[[], None]) -> None:
@@ -63,36 +66,36 @@ class _Calls:
         self.tell(self._vrings[queue_index].call_fd)
 
     def tell(self, fd: int) -> None:
-        """Make the eventfd ``fd`` readable; -1 is nobody."""
+        """Make the eventfd ``fd`` readable; -1 stands for none."""
         if fd >= 0 and not self._is_stuck and not self._ring(fd):
             self._is_stuck = True
             self._stuck()
 
     def notify_config(self) -> None:
-        """Nothing: a change comes from whoever owns the disk, by ``Session.config_changed``."""
+        """Do nothing: the disk's owner announces a change by ``Session.config_changed``."""
 
 
-class Backend:
-    """``device``, the front end's own, and what that has said about memory and rings.
+class ServedDevice:
+    """``device``, made for one front end, and the memory and rings that the front end has set up.
 
-    Methods are requests, named alike; RefusedError, or UnusableRegionError of a region, for one
-    that cannot be done.  ``report`` takes a line about a ring that turns out malformed.
+    Each method is the request of that name.  RefusedError, or UnusableRegionError for a region, if
+    the request cannot be done.  ``report`` takes a line about a ring that turns out malformed.
     ``stuck`` is called if the front end has made a write to one of its eventfds wait: its
-    connection has to end.
+    connection must end.
     """
 
     def __init__(
         self,
         device: VirtioDevice,
-        kicks: Kicks,
+        kicks: KickWatcher,
         *,
         report: Callable[[str], None],
         stuck: Callable[[], None],
         trust_memory: bool = False,
     ) -> None:
         self._device = device
-        # SET_VRING_NUM comes when the driver starts; the front end has read the configuration
-        # space by then, and some read it once only.
+        # SET_VRING_NUM comes when the driver starts.  By then the front end has read the
+        # configuration space, and some read it only once.
         device.expect_rings_of(USUAL_RING_SIZE)
         self._kicks = kicks
         self._report = report
@@ -101,7 +104,7 @@ class Backend:
         self._calls = _Calls(self._vrings, kicks.bell, stuck)
 
     def close(self) -> None:
-        """Stop the rings, let go of everything the front end shared; idempotent."""
+        """Stop the rings and release everything that the front end shared; idempotent."""
         for vring in self._vrings:
             self._stop(vring)
             vring.close()
@@ -112,7 +115,7 @@ class Backend:
 
     @property
     def features(self) -> int:
-        """GET_FEATURES: what the device offers, and that there are protocol features."""
+        """GET_FEATURES: the bits that the device offers, and PROTOCOL_FEATURES."""
         return self._device.avail_features & ~_NOT_OFFERED | PROTOCOL_FEATURES
 
     @property
@@ -126,7 +129,7 @@ class Backend:
             raise RefusedError(f"bits {unoffered:#x} were not offered")
         wanted = features & ~PROTOCOL_FEATURES
         device = self._device
-        # A front end may repeat them whenever it starts; then the cache mode stays, too.
+        # A front end may repeat the features whenever it starts; then the cache mode stays, too.
         if not device.is_activated or wanted != device.acked_features:
             for vring in self._vrings:
                 if vring.is_running:
@@ -151,7 +154,7 @@ class Backend:
             vring.enabled = False
 
     def reset_device(self) -> None:
-        """RESET_DEVICE; what stays is the memory and the err eventfds."""
+        """RESET_DEVICE; only the memory and the err eventfds stay."""
         for vring in self._vrings:
             self._stop(vring)
             vring.forget()
@@ -168,8 +171,7 @@ class Backend:
     def set_config(self, offset: int, data: bytes) -> None:
         """SET_CONFIG: "MUST NOT accept SET_CONFIG for read-only configuration space fields".
 
-        A field that does not read as what was written to it is one, or the value is not one of
-        those it can have.
+        If a field does not read as it was written, it is such a field, or cannot have that value.
         """
         before = self.get_config(offset, len(data))
         self._device.write_config(offset, data)
@@ -183,8 +185,8 @@ class Backend:
         """SET_MEM_TABLE: regions and the file descriptors to map them from.
 
         "While processing the rings [...], the back-end must support changing some configuration
-        aspects on the fly": running ones go on in the new table, or all of them in the old one if
-        one of them can not, or that is no good itself.
+        aspects on the fly".  So running rings go on in the new table.  If the table is unusable, or
+        one of the rings cannot, all go on in the old one.
         """
         running = [vring for vring in self._vrings if vring.is_running]
         for vring in running:
@@ -200,13 +202,13 @@ class Backend:
         try:
             self._memory.replace(table, go_on)
         except (RefusedError, UnusableRegionError):
-            # What it has written there meanwhile is the front end's own doing.
+            # A ring can fail here only if the front end has written to it meanwhile.
             for problem in self._restart(running):
                 self._report(f"{problem}; it stopped until it is set up anew")
             raise
 
     def _restart(self, vrings: Sequence[Vring]) -> list[str]:
-        """Start each of ``vrings`` again; why those could not that could not."""
+        """Start each of ``vrings`` again; return the reasons of those that could not."""
         problems = []
         for vring in vrings:
             try:
@@ -238,7 +240,8 @@ class Backend:
         vring.size = size
 
     def set_vring_addr(self, index: int, *, descriptor: int, driver: int, device: int) -> None:
-        """SET_VRING_ADDR, of a running ring only as it is: some say it again."""
+        """SET_VRING_ADDR; for a running ring only with the same addresses: some front ends
+        repeat them."""
         vring = self._vring(index)
         addresses = (descriptor, driver, device)
         if addresses == (vring.descriptor, vring.driver, vring.device):
@@ -253,8 +256,10 @@ class Backend:
         self._resting(index).base = base
 
     def get_vring_base(self, index: int) -> int:
-        """GET_VRING_BASE: stop the ring, which has answered all it has taken, and let go of its
-        kick and call."""
+        """GET_VRING_BASE: stop the ring and close its kick and call.
+
+        It has answered every request that it has taken.
+        """
         vring = self._vring(index)
         self._stop(vring)
         vring.close_fd("kick")
@@ -274,13 +279,13 @@ class Backend:
         self._start(vring)
 
     def set_vring_call(self, index: int, fd: int) -> None:
-        """SET_VRING_CALL; without one, nobody is told."""
+        """SET_VRING_CALL; without an eventfd, used chains are not announced."""
         vring = self._vring(index)
         if fd >= 0:
             check_eventfd(fd)
         vring.keep_fd("call", fd)
         if vring.is_running:
-            # What was used before it came was told to nobody.
+            # Chains used before the eventfd came were announced to nobody.
             self._calls.tell(vring.call_fd)
 
     def set_vring_err(self, index: int, fd: int) -> None:
@@ -305,14 +310,15 @@ class Backend:
         return self._vrings[index]
 
     def _resting(self, index: int) -> Vring:
-        """Ring ``index``, which is about to be changed."""
+        """Return ring ``index``, which must not be running because it is about to be changed."""
         vring = self._vring(index)
         if vring.is_running:
             raise RefusedError(f"ring {index} runs")
         return vring
 
     def _gpa(self, vring: Vring, address: int) -> int:
-        """The GPA of the user address ``address`` of ``vring``; RefusedError if there is none."""
+        """Return the GPA of the user address ``address`` of ``vring``; RefusedError if it has
+        none."""
         gpa = self._memory.gpa_of(address)
         if gpa is None:
             none = "" if self._memory.memory.regions else f"; {_NO_MEMORY}"
@@ -345,7 +351,7 @@ class Backend:
         vring.is_running = True
 
     def _stop(self, vring: Vring) -> None:
-        """Serve ``vring`` no more, and keep no view of its memory; idempotent."""
+        """Stop serving ``vring``, and keep no view of its memory; idempotent."""
         if vring.is_running:
             vring.is_running = False
             self._kicks.unwatch(vring.kick_fd)
@@ -353,7 +359,7 @@ class Backend:
             self._device.reset_queue(vring.index)
 
     def _serve(self, vring: Vring) -> float | None:
-        """One pass over ``vring``; see ``VirtioDevice.process_queue``."""
+        """Make one pass over ``vring``; see ``VirtioDevice.process_queue``."""
         try:
             return self._device.process_queue(vring.index)
         except RingError as error:

@@ -1,9 +1,9 @@
-"""The socket that vhost-user messages travel on.
+"""The socket on which vhost-user messages travel.
 
-``Channel`` frames; what a message means is its users' matter.
+``Channel`` cuts the stream into messages.  Their meaning is the business of its users.
 
-The peer is not trusted.  Whatever it does wrong is one ``VhostUserError`` that names the socket
-and the message, and every file descriptor it had sent along is closed.
+The peer is not trusted.  Each of its mistakes is one ``VhostUserError`` that names the socket and
+the message, and every file descriptor that it had sent along is closed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyvmm.vhost_user.protocol import (
     Request,
 )
 
-# Not O_NONBLOCK alone: who has sent us the socket (SET_BACKEND_REQ_FD) can clear that again.
+# O_NONBLOCK is not enough: the sender of the socket (SET_BACKEND_REQ_FD) can clear it again.
 _SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
@@ -40,8 +40,8 @@ _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 class Message:
     """One message as it arrived.
 
-    ``request`` may be a number nobody knows; ``name`` is for people.  ``fds`` belong to the
-    message until ``take_fds``; whoever handles it calls ``close_fds`` at the end in any case.
+    ``request`` may be an unknown number; ``name`` is for people.  ``fds`` belong to the message
+    until ``take_fds``.  The handler of a message calls ``close_fds`` at the end in any case.
     """
 
     __slots__ = ("fds", "flags", "name", "payload", "request")
@@ -57,30 +57,30 @@ class Message:
 
     @property
     def is_reply(self) -> bool:
-        """Whether it answers a request."""
+        """True if the message answers a request."""
         return bool(self.flags & REPLY)
 
     @property
     def need_reply(self) -> bool:
-        """Whether its sender asks for an acknowledgement; means something with REPLY_ACK only."""
+        """True if the sender asks for an acknowledgement; counts only with REPLY_ACK."""
         return bool(self.flags & NEED_REPLY)
 
     def take_fds(self) -> tuple[int, ...]:
-        """The file descriptors, which are the caller's from now on."""
+        """Return the file descriptors, which are the caller's from now on."""
         fds, self.fds = self.fds, ()
         return fds
 
     def close_fds(self) -> None:
-        """Close every file descriptor nobody took; idempotent."""
+        """Close every file descriptor that nobody took; idempotent."""
         _close_all(self.take_fds())
 
 
 class Channel:
     """Messages over ``sock``, a connected Unix stream socket, which it owns.
 
-    ``peer`` is how errors call it, and ``who`` whoever is at its other end; ``requests`` is what
-    gives the numbers of messages their names.
-    Once something has gone wrong the channel is out of step: every later call raises the same.
+    Errors call the socket ``peer``, and the process at its other end ``who``.  ``requests`` gives
+    the numbers of messages their names.  After an error the channel is out of step: every later
+    call raises the same error.
     """
 
     def __init__(
@@ -109,34 +109,35 @@ class Channel:
 
     @property
     def is_mid_message(self) -> bool:
-        """Whether a part of a message has arrived, and the rest has not."""
+        """True if a part of a message has arrived, and the rest has not."""
         return self._header is not None or bool(self._data)
 
     def name_of(self, request: int) -> str:
-        """The name of ``request``, or its number if it has none."""
+        """Return the name of ``request``, or its number if it has none."""
         try:
             return self._requests(request).name
         except ValueError:
             return f"request {request}"
 
     def error(self, problem: str) -> VhostUserError:
-        """An error that names this peer; it changes nothing."""
+        """Return an error that names this peer; the channel goes on."""
         return VhostUserError(self.peer, problem)
 
     def fail(self, problem: str, kind: type[VhostUserError] = VhostUserError) -> VhostUserError:
-        """An error that names this peer, and is the channel's from now on."""
+        """Return an error that names this peer, and raise it at every later call."""
         self._drop_fds()
         self._failure = kind(self.peer, problem)
         return kind(self.peer, problem)  # the one that is kept has no traceback
 
     def hang_up(self, problem: str) -> None:
-        """``fail``, and make the socket readable, for whoever waits for it to hear of it."""
+        """``fail``, and make the socket readable, so that a thread waiting for it notices."""
         self.fail(problem)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def unpack(self, message: Message, layout: struct.Struct) -> tuple[Any, ...]:
-        """The payload of ``message`` as ``layout``; VhostUserError unless it has that size."""
+        """Return the payload of ``message`` as ``layout``; VhostUserError unless it has that
+        size."""
         if len(message.payload) != layout.size:
             raise self.error(
                 f"{message.name}: payload of {len(message.payload)} bytes, not {layout.size}"
@@ -156,8 +157,8 @@ class Channel:
     ) -> None:
         """Send one message whole; ``flags`` are REPLY and NEED_REPLY.
 
-        ``fds`` stay the caller's.  A peer that does not read has ``timeout_s`` to make room,
-        then it is a VhostUserError; PeerClosedError if it has hung up.
+        ``fds`` stay the caller's.  A peer that does not read has ``timeout_s`` to make room; then
+        it is a VhostUserError.  PeerClosedError if it has hung up.
         """
         self._check()
         deadline_s = time.monotonic() + timeout_s
@@ -182,9 +183,9 @@ class Channel:
     # Receiving
 
     def receive(self, timeout_s: float, *, what: str = "") -> Message:
-        """The next message, which has ``timeout_s`` to arrive whole.
+        """Return the next message, which has ``timeout_s`` to arrive whole.
 
-        VhostUserError, in which ``what`` says what was due, if it does not come or is malformed;
+        VhostUserError if it does not come or is malformed; its text names the message as ``what``.
         PeerClosedError if the peer has hung up.
         """
         began_s = time.monotonic()
@@ -197,7 +198,7 @@ class Channel:
         return message
 
     def poll(self, *, what: str = "") -> Message | None:
-        """The next message if all of it is here; never waits, and keeps what has come so far.
+        """Return the next message if all of it is here; else keep what has come, and never wait.
 
         Errors are those of ``receive``.
         """
@@ -226,9 +227,9 @@ class Channel:
         return message
 
     def _fill(self, size: int, what: str) -> bool:
-        """Whether ``size`` bytes of the arriving message are here, after a look at the socket.
+        """True if ``size`` bytes of the arriving message are here, after a look at the socket.
 
-        Never reads beyond them, because what comes next may bring file descriptors of its own.
+        It never reads beyond them, because the next message may bring file descriptors of its own.
         """
         while (missing := size - len(self._data)) > 0:
             try:
@@ -259,7 +260,7 @@ class Channel:
         return True
 
     def limit_waits(self, latest_s: float) -> None:
-        """Let no wait last beyond ``latest_s`` (time.monotonic), those under way included.
+        """Let no wait last beyond ``latest_s`` (time.monotonic), current ones included.
 
         From any thread, until ``close``.
         """
@@ -272,7 +273,7 @@ class Channel:
     # Ends
 
     def _check(self) -> None:
-        """Raise what went wrong before, once more."""
+        """Raise the earlier error once more, if there was one."""
         if self._failure is not None:
             raise type(self._failure)(self._failure.peer, self._failure.problem)
 

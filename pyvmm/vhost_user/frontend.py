@@ -1,8 +1,8 @@
 """The front end: hands virtqueues of ours to a back end that listens on a Unix socket.
 
-The back end is not trusted.  Every reply has a deadline and is checked; a back end that breaks
-the protocol or hangs up is one ``VhostUserError``, and every later call raises the same again:
-there is no way back but a new connection.  A ``RequestRefusedError`` changes nothing.
+The back end is not trusted.  Every reply has a deadline and is checked.  If the back end breaks the
+protocol or hangs up, that is one ``VhostUserError``, and every later call raises the same again:
+only a new connection helps.  A ``RequestRefusedError`` changes nothing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from pyvmm.vhost_user.protocol import (
 )
 
 TIMEOUT_S = 5.0
-"""How long a back end may take for an answer."""
-DRAIN_TIMEOUT_S = 30.0
-"""How long it may take to stop a queue: requests it has begun are finished first."""
+"""Seconds that a back end may take for an answer."""
+STOP_TIMEOUT_S = 30.0
+"""Seconds that it may take to stop a queue: it finishes the requests that it has begun."""
 HANDSHAKE_TIMEOUT_S = 30.0
-"""How long the whole handshake may take: each of its answers may come in time, and late."""
+"""Seconds for the whole handshake: each single answer might come just in time."""
 _NO_ANSWER = "is that a vhost-user back end?"
 _HUNG_UP_AT_ONCE = "most back ends serve one front end at a time: this may be in use"
 
@@ -56,14 +56,13 @@ _WANTED = (
 class Frontend:
     """A session with the back end behind ``channel``, which it owns; begins with the handshake.
 
-    VhostUserError if that fails.  May be used from several threads: one exchange at a time.
-    Every command has taken effect when its method returns: the back end acknowledged it
-    (REPLY_ACK) or has answered a later request.
+    VhostUserError if that fails.  May be used from several threads: one exchange at a time.  Every
+    command has taken effect when its method returns: the back end acknowledged it (REPLY_ACK) or
+    has answered a later request.
 
     ``features`` are the virtio feature bits on offer, ``max_queues`` and ``max_mem_regions`` the
-    most that the back end takes of each.  The whole handshake has HANDSHAKE_TIMEOUT_S, and until
-    ``latest_s`` (time.monotonic) at most, beyond which nothing is waited for until
-    ``limit_waits`` says otherwise.
+    most that the back end takes of each.  The handshake has HANDSHAKE_TIMEOUT_S, and ends at
+    ``latest_s`` (time.monotonic).  That also limits every later wait, until ``limit_waits``.
     """
 
     def __init__(
@@ -71,14 +70,14 @@ class Frontend:
         channel: Channel,
         *,
         timeout_s: float = TIMEOUT_S,
-        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
         latest_s: float = float("inf"),
     ) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
-        self._drain_timeout_s = drain_timeout_s
+        self._stop_timeout_s = stop_timeout_s
         self._lock = threading.Lock()
-        # With the file descriptor a SET_MEM_TABLE needs; ADD_MEM_REG needs it only once.
+        # With the file descriptor, if SET_MEM_TABLE needs it again; ADD_MEM_REG needs it only once.
         self._regions: dict[MemoryRegion, int | None] = {}
         try:
             channel.limit_waits(_handshake_end(latest_s))
@@ -94,10 +93,10 @@ class Frontend:
         path: str,
         *,
         timeout_s: float = TIMEOUT_S,
-        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
         latest_s: float = float("inf"),
     ) -> Frontend:
-        """A session with the back end that listens on the Unix socket ``path``.
+        """Return a session with the back end that listens on the Unix socket ``path``.
 
         VhostUserError if there is none or the handshake fails.
         """
@@ -112,12 +111,12 @@ class Frontend:
                 from error
         channel = Channel(connection, peer=path, who="the back end")
         return cls(
-            channel, timeout_s=timeout_s, drain_timeout_s=drain_timeout_s,
+            channel, timeout_s=timeout_s, stop_timeout_s=stop_timeout_s,
             latest_s=latest_s,
         )
 
     def limit_waits(self, latest_s: float) -> None:
-        """Wait for the back end until ``latest_s`` (time.monotonic) at most, whatever for.
+        """Let no wait for the back end last beyond ``latest_s`` (time.monotonic).
 
         A wait that is under way in another thread ends then, too.  From any thread.
         """
@@ -160,10 +159,10 @@ class Frontend:
     # The device
 
     def get_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of the device's configuration space from ``offset`` on (GET_CONFIG).
+        """Return ``length`` bytes of the device's configuration space from ``offset`` (GET_CONFIG).
 
-        The space is asked for from its beginning: back ends on libvhost-user ignore the offset.
-        RequestRefusedError if the back end has no such bytes.
+        The request is always for the space's beginning, because back ends on libvhost-user ignore
+        the offset.  RequestRefusedError if the back end has no such bytes.
         """
         end = offset + length
         if offset < 0 or length < 0 or end > MAX_CONFIG_BYTES:
@@ -186,7 +185,8 @@ class Frontend:
             return payload[CONFIG.size + offset :]
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """The driver writes ``data`` at ``offset`` of the configuration space (SET_CONFIG)."""
+        """Write ``data``, from the driver, at ``offset`` of the configuration space
+        (SET_CONFIG)."""
         self._need_config()
         self._command(Request.SET_CONFIG, CONFIG.pack(offset, len(data), 0) + data)
 
@@ -197,7 +197,7 @@ class Frontend:
             )
 
     def set_features(self, features: int) -> None:
-        """The driver accepts ``features``, all of which were offered (SET_FEATURES)."""
+        """Pass on that the driver accepts ``features``, which were all offered (SET_FEATURES)."""
         self._command(Request.SET_FEATURES, U64.pack(features | self._session_features))
 
     # Memory
@@ -227,7 +227,7 @@ class Frontend:
         self._regions[region] = copy
 
     def remove_region(self, region: MemoryRegion) -> None:
-        """Take back ``region``, which was added: the back end has unmapped it by the return."""
+        """Take back ``region``, which was added: once this returns the back end has unmapped it."""
         if region not in self._regions:
             raise ValueError(f"{region} is not shared")
         if self._has_mem_slots:
@@ -262,10 +262,11 @@ class Frontend:
         """Hand over queue ``index`` of ``size`` entries, and let the back end serve it.
 
         ``descriptor``, ``driver`` and ``device`` are the user addresses of its areas, in regions
-        that were added.  ``base`` is where the ring stands (SET_VRING_BASE): the next available
-        index of a split ring; of a packed one bits 0 to 14 are the next available slot, 15 its
-        wrap counter, 16 to 30 the next used slot, 31 its wrap counter, hence 0x80008000 for a
-        fresh one.  ``kick_fd`` and ``call_fd`` are eventfds and stay the caller's.
+        that were added.  ``kick_fd`` and ``call_fd`` are eventfds and stay the caller's.
+
+        ``base`` is the ring's position (SET_VRING_BASE): for a split ring the next available
+        index.  For a packed one bits 0 to 14 are the next available slot, 15 its wrap counter, 16
+        to 30 the next used slot, 31 its wrap counter.  So a fresh one has 0x80008000.
         """
         self._command(Request.SET_VRING_NUM, VRING_STATE.pack(index, size))
         self._command(Request.SET_VRING_BASE, VRING_STATE.pack(index, base))
@@ -279,15 +280,15 @@ class Frontend:
             self._command(Request.SET_VRING_ENABLE, VRING_STATE.pack(index, 1))
 
     def stop_queue(self, index: int) -> int:
-        """Take queue ``index`` back; where its ring stands now, as ``base`` of ``start_queue``.
+        """Take queue ``index`` back; return its ring's position as ``base`` of ``start_queue``.
 
-        The back end has answered what it had taken, and touches the ring no more
-        (GET_VRING_BASE).
+        By then the back end has answered every request that it had taken, and touches the ring no
+        more (GET_VRING_BASE).
         """
         with self._lock:
             self._send(Request.GET_VRING_BASE, VRING_STATE.pack(index, 0))
             stopped, base = self._reply(
-                Request.GET_VRING_BASE, VRING_STATE, self._drain_timeout_s
+                Request.GET_VRING_BASE, VRING_STATE, self._stop_timeout_s
             )
             if stopped != index:
                 raise self._channel.fail(
@@ -302,10 +303,10 @@ class Frontend:
         return self._channel.fileno()
 
     def check(self) -> None:
-        """Look whether the back end is still there, without waiting; call it from time to time,
-        or when the socket is readable.
+        """Look, without waiting, if the back end is still there.
 
-        PeerClosedError if it has hung up, VhostUserError if it says what nobody has asked for.
+        Call this from time to time, or when the socket is readable.  PeerClosedError if it has hung
+        up, VhostUserError if it sends a message that nobody has asked for.
         """
         with self._lock:
             message = self._channel.poll()
@@ -343,12 +344,12 @@ class Frontend:
                         self.peer, f"{request.name}: the back end refuses it (status {status:#x})"
                     )
             else:
-                # Messages are handled in order, so an answer to a later one says as much.
+                # Messages are handled in order: an answer to a later one tells that this one was.
                 self._send(request, payload, fds)
                 self._get(Request.GET_FEATURES)
 
     def _get(self, request: Request, *, least: int = 0) -> int:
-        """Ask for the number that ``request`` gets; the back end may not say less than that."""
+        """Return the number that ``request`` asks for; an error if it is below ``least``."""
         self._send(request)
         (value,) = self._reply(request, U64, self._timeout_s)
         if value < least:
@@ -363,7 +364,7 @@ class Frontend:
     def _reply(
         self, request: Request, layout: struct.Struct, timeout_s: float
     ) -> tuple[Any, ...]:
-        """What the back end answers to ``request``, taken apart."""
+        """Return the back end's answer to ``request``, taken apart."""
         message = self._receive(request, timeout_s)
         try:
             return self._channel.unpack(message, layout)
@@ -371,7 +372,7 @@ class Frontend:
             raise self._channel.fail(error.problem) from None
 
     def _receive(self, request: Request, timeout_s: float) -> Message:
-        """The reply to ``request``; its payload is not yet judged."""
+        """Return the reply to ``request``; its payload is not checked yet."""
         message = self._channel.receive(timeout_s, what=f"the reply to {request.name}")
         if message.fds:
             message.close_fds()

@@ -1,4 +1,4 @@
-"""What may be the matter with a socket, for the person who named it."""
+"""Likely causes of trouble with a socket, for the person who named it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def lab_hint() -> str:
-    """To be appended where a socket fails; empty outside the lab."""
-    from pyvmm.lab import INSIDE  # of no use but when something failed
+    """Return words to append to the error about a socket; empty outside the lab."""
+    from pyvmm.lab import INSIDE  # needed only after an error
 
     if os.environ.get(INSIDE) != "1":
         return ""
@@ -20,7 +20,7 @@ def lab_hint() -> str:
 
 
 def why_no_connection(path: str, error: Exception) -> str:
-    """Why ``path`` could not be connected to."""
+    """Return the reason why ``path`` could not be connected to."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError):

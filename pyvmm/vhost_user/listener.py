@@ -1,8 +1,8 @@
-"""A Unix socket to listen on, under a name others find.
+"""A Unix socket to listen on, under a name that other processes find.
 
-The socket appears under its name when it accepts connections already, and only for its owner: it
-is bound elsewhere in the same directory, then renamed.  One that is left over from a process that
-was killed is replaced; one that somebody answers on, or a file of another kind, is not.
+The socket appears under its name only when it accepts connections, and only for its owner: it is
+bound elsewhere in the same directory, then renamed.  A socket left over from a process that was
+killed is replaced.  A socket on which somebody answers is not, nor a file of another kind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BACKLOG = 16
 
 
 class Listener:
-    """Listens on ``path``; ConfigError naming it if that cannot be."""
+    """Listens on ``path``; ConfigError naming it if that fails."""
 
     def __init__(self, path: str) -> None:
         if not 0 < len(os.fsencode(path)) <= _MAX_PATH_BYTES or "\0" in path:
@@ -49,7 +49,7 @@ class Listener:
         return self.socket.fileno()
 
     def _check_free(self) -> None:
-        """ConfigError if what is at the path is in use or no socket."""
+        """Raise ConfigError if the path is a socket in use or another kind of file."""
         try:
             mode = Path(self.path).lstat().st_mode
         except FileNotFoundError:
@@ -67,8 +67,8 @@ class Listener:
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(path.parent, flags)
         temporary = f".pyvmm-{secrets.token_hex(6)}"
-        # The mode of the socket is that of the file bind makes of it; the way through the
-        # directory's descriptor leaves room for any name.
+        # The socket's mode becomes the mode of the file that bind makes.  The way through the
+        # directory's descriptor leaves room for a name of any length.
         os.fchmod(self.socket.fileno(), 0o600)
         self.socket.bind(f"/proc/self/fd/{self._directory}/{temporary}")
         try:
@@ -87,7 +87,7 @@ class Listener:
         return status.st_dev, status.st_ino
 
     def close(self) -> None:
-        """Stop listening and take the name away, unless somebody else has it now; idempotent."""
+        """Stop listening and remove the name, unless somebody else has it now; idempotent."""
         if self._directory >= 0:
             with contextlib.suppress(OSError):
                 if self._identity is not None and self._look() == self._identity:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 MAX_FDS = 8
 """File descriptors of one message: "at most 8 descriptors in each message"."""
 MAX_PAYLOAD = 4096
-"""Bytes of one payload we take.  The largest in use is under 600: a table of 8 regions, or a
+"""Bytes of one payload that we take.  The largest in use is under 600: a table of 8 regions, or a
 configuration space of 256 bytes."""
 MAX_TABLE_REGIONS = 8
 """Regions of one SET_MEM_TABLE: each brings a file descriptor."""
 MAX_CONFIG_BYTES = 256
-"""Bytes of configuration space one GET_CONFIG or SET_CONFIG can be about."""
+"""Bytes of configuration space that one GET_CONFIG or SET_CONFIG can cover."""
 PROTOCOL_FEATURES = 1 << 30
 """VHOST_USER_F_PROTOCOL_FEATURES, among the virtio feature bits: there are protocol features."""
 
@@ -36,7 +36,7 @@ VRING_NO_FD = 1 << 8
 
 
 class Request(enum.IntEnum):
-    """ "Front-end message types": what a front end asks of a back end."""
+    """ "Front-end message types": requests of a front end to a back end."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -84,7 +84,7 @@ class Request(enum.IntEnum):
 
 
 class BackendRequest(enum.IntEnum):
-    """ "Back-end message types": what a back end says of itself, over SET_BACKEND_REQ_FD."""
+    """ "Back-end message types": a back end's own messages, over SET_BACKEND_REQ_FD."""
 
     IOTLB_MSG = 1
     CONFIG_CHANGE_MSG = 2
@@ -121,8 +121,8 @@ U64 = struct.Struct("=Q")
 VRING_STATE = struct.Struct("=II")
 """Ring index, number."""
 VRING_ADDR = struct.Struct("=IIQQQQ")
-"""Ring index, flags, then user addresses: descriptor table, used ring, available ring; log.  A
-packed ring's device area stands in the place of used, its driver area in that of available."""
+"""Ring index, flags, then user addresses: descriptor table, used ring, available ring; log.  For a
+packed ring the device area takes the place of used, the driver area that of available."""
 MEM_TABLE = struct.Struct("=II")
 """SET_MEM_TABLE begins with: number of regions, padding; the regions follow."""
 MEM_REGION = struct.Struct("=QQQQ")
@@ -135,8 +135,8 @@ CONFIG = struct.Struct("=III")
 class MemoryRegion(NamedTuple):
     """``size`` bytes of memory, from ``mmap_offset`` of a file descriptor on.
 
-    They are at ``gpa`` for what descriptors say, and at ``user_address``, the front end's own
-    address of them, for what SET_VRING_ADDR says.
+    Descriptors find them at ``gpa``.  SET_VRING_ADDR finds them at ``user_address``, the front
+    end's own address of them.
     """
 
     gpa: int

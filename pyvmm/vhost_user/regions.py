@@ -1,11 +1,11 @@
-"""The memory a front end shares: regions mapped from file descriptors it sent.
+"""The memory that a front end shares: regions mapped from file descriptors that it sent.
 
-A region is known by two addresses: descriptors speak of guest physical ones (GPA), and
-SET_VRING_ADDR of user addresses, which are the front end's own virtual ones.
+A region is known by two addresses.  Descriptors have guest physical ones (GPA).  SET_VRING_ADDR has
+user addresses, which are the front end's own virtual ones.
 
-Access to a page behind the end of a file is SIGBUS, which would end this process and every other
-connection with it.  So a region has to lie in its file, and the file has to be one that can not
-shrink: a memfd with the seal F_SEAL_SHRINK.  ``trust_memory`` accepts any other, too.
+Access to a page behind the end of a file is SIGBUS, which would end this process and every
+connection of it.  So a region must lie in its file, and the file must be one that cannot shrink: a
+memfd with the seal F_SEAL_SHRINK.  ``trust_memory`` accepts any other, too.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _ADDRESS_END = 1 << 64
 
 
 class UnusableRegionError(PyvmmError):
-    """A region that cannot be mapped, or that is not there; the text says which and why."""
+    """A region that cannot be mapped, or that is not there; the text names it and the reason."""
 
 
 class _Mapping:
-    """One region, mapped; in no memory yet."""
+    """One region, mapped, but not yet part of a ``GuestMemory``."""
 
     __slots__ = ("_map", "described", "region", "view")
 
     def __init__(self, described: MemoryRegion, fd: int, *, trust: bool) -> None:
-        """UnusableRegionError if ``fd`` cannot be ``described``; it stays the caller's."""
+        """UnusableRegionError if ``fd`` cannot be ``described``; ``fd`` stays the caller's."""
         self.described = described
         self.region: Region | None = None
         gpa, size, user_address, offset = described
@@ -59,7 +59,7 @@ class _Mapping:
                     f"{named(described)}, at {offset:#x} of its file, leaves it: it has"
                     f" {status.st_size:#x} bytes"
                 )
-            # A huge page where the file is made of those.
+            # Offset and length in huge pages, if the file is made of these.
             page = max(PAGE_SIZE, status.st_blksize)
             start = offset // page * page
             end = min(-(-(offset + size) // page) * page, status.st_size)
@@ -70,7 +70,7 @@ class _Mapping:
         self.view = memoryview(self._map)[skipped : skipped + size]
 
     def overlaps(self, other: MemoryRegion) -> bool:
-        """Whether an address of either kind would belong to both."""
+        """True if both regions would contain some address of the same kind."""
         mine = self.described
         return (
             mine.gpa < other.gpa + other.size and other.gpa < mine.gpa + mine.size
@@ -81,13 +81,13 @@ class _Mapping:
 
     def close(self) -> None:
         self.view.release()
-        # With a view of it left somewhere the mapping goes when that does.
+        # If a view of it is left somewhere, the mapping goes when that view does.
         with contextlib.suppress(BufferError):
             self._map.close()
 
 
 class PeerMemory:
-    """All regions of one front end; ``memory`` is what a device sees of them."""
+    """All regions of one front end; a device sees them as ``memory``."""
 
     def __init__(self, *, trust: bool = False) -> None:
         self.memory = GuestMemory.empty()
@@ -97,7 +97,7 @@ class PeerMemory:
     def add(self, described: MemoryRegion, fd: int) -> None:
         """Map one more region from ``fd``, which stays the caller's.
 
-        UnusableRegionError, with nothing changed, if it cannot be.
+        UnusableRegionError, with nothing changed, if that fails.
         """
         self._mappings.append(self._map(described, fd, self._mappings))
         self._show()
@@ -119,11 +119,11 @@ class PeerMemory:
         regions: Sequence[tuple[MemoryRegion, int]],
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """These regions and file descriptors in place of all there are, then ``then``.
+        """Replace all regions by these with their file descriptors, then call ``then``.
 
         The caller has dropped every view of the old ones.  UnusableRegionError if one cannot be
-        mapped; after that, or if ``then`` raises (it has dropped every view, too), nothing has
-        changed.
+        mapped.  After that, or if ``then`` raises, nothing has changed; ``then`` must drop its
+        views first.
         """
         new: list[_Mapping] = []
         try:
@@ -145,7 +145,7 @@ class PeerMemory:
         self._hide(old)
 
     def gpa_of(self, user_address: int) -> int | None:
-        """The GPA of what the front end has at ``user_address``; None if that is not shared."""
+        """Return the GPA of the front end's ``user_address``; None if that is not shared."""
         for mapping in self._mappings:
             offset = user_address - mapping.described.user_address
             if 0 <= offset < mapping.described.size:
@@ -157,12 +157,12 @@ class PeerMemory:
         old, self._mappings = self._mappings, []
         self._hide(old)
 
-    def _map(self, described: MemoryRegion, fd: int, others: Sequence[_Mapping]) -> _Mapping:
-        if len(others) >= MAX_REGIONS:
+    def _map(self, described: MemoryRegion, fd: int, mapped: Sequence[_Mapping]) -> _Mapping:
+        if len(mapped) >= MAX_REGIONS:
             raise UnusableRegionError(f"{named(described)} is one more than {MAX_REGIONS}")
-        if sum(one.described.size for one in others) + described.size > MAX_BYTES:
+        if sum(one.described.size for one in mapped) + described.size > MAX_BYTES:
             raise UnusableRegionError(f"{named(described)}: all memory is over {MAX_BYTES} bytes")
-        for other in others:
+        for other in mapped:
             if other.overlaps(described):
                 raise UnusableRegionError(f"{named(described)} overlaps {named(other.described)}")
         return _Mapping(described, fd, trust=self._trust)
@@ -185,7 +185,7 @@ class PeerMemory:
 
 
 def named(region: MemoryRegion) -> str:
-    """``region`` for people."""
+    """Return a description of ``region`` for people."""
     return (
         f"the region of {region.size:#x} bytes at GPA {region.gpa:#x}"
         f" (user address {region.user_address:#x})"
@@ -193,7 +193,7 @@ def named(region: MemoryRegion) -> str:
 
 
 def _cannot_shrink(fd: int) -> bool:
-    """Whether what ``fd`` refers to keeps its size, or grows; False for what knows no seals."""
+    """True if the file of ``fd`` cannot become shorter; False if it knows no seals."""
     try:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:

@@ -1,8 +1,8 @@
 """The listening side of an export: front ends come and go, one thread serves them all.
 
-Everything is in one epoll: the listening socket, the connections and the rings' kick eventfds.
-Those are edge-triggered, so that every write to one is an event of its own, read or not: between
-a kick and the pass over its ring there is no other system call.
+One epoll has everything: the listening socket, the connections and the rings' kick eventfds.  The
+kicks are edge-triggered: every write to one is an event of its own, whether it is read or not.  So
+there is no other system call between a kick and the pass over its ring.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pyvmm.vhost_user.session import Session
 from pyvmm.virtio.device import VirtioDevice
 
 MAX_FRONTENDS = 64
-"""Connections at once to a disk that many may read."""
+"""Simultaneous connections to a disk that many may read."""
 _ACCEPT_PAUSE_S = 1.0
 _NEVER_S = float("inf")
 _CREDENTIALS = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
@@ -31,13 +31,13 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
 class Server:
     """Serves a device of ``make_device`` to every front end that connects to ``path``.
 
-    With ``exclusive`` there is one front end at a time: two that write to one disk destroy its
-    file system.  ``report`` takes lines about what a front end does wrong, ``note`` those about
-    who comes and goes.  ConfigError if ``path`` cannot be listened on.
+    With ``exclusive`` there is one front end at a time, because two that write to one disk destroy
+    its file system.  ``report`` takes lines about a front end's mistakes, ``note`` those about
+    front ends that come and go.  ConfigError if ``path`` cannot be listened on.
 
-    All work is done in ``service``, called when ``fileno`` is readable; the server and what it
-    serves belong to one thread.  A wicked front end can make it wait in a write of ``bell``, until
-    somebody who watches that ends the write, and the front end's connection with it.
+    All work is done in ``service``, called when ``fileno`` is readable.  The server and everything
+    that it serves belong to one thread.  A wicked front end can make it wait in a write of
+    ``bell``.  Another thread, which watches that, then ends the write and the connection.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Server:
         self._serve: dict[int, Callable[[], float | None]] = {}
         """By kick eventfd: the pass over its ring."""
         self._due_s: dict[int, float] = {}
-        """By kick eventfd: when that is to be called."""
+        """By kick eventfd: the time of the next pass."""
         self._unfinished: set[Session] = set()
-        """Those in the middle of a message."""
+        """Sessions in the middle of a message."""
         self._accept_at_s = _NEVER_S
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(contextlib.closing(Listener(path)))
@@ -78,16 +78,16 @@ class Server:
         return self._poller.fileno()
 
     def service(self) -> float | None:
-        """Bounded work, on the caller's thread; never waits.
+        """Do a bounded amount of work, on the caller's thread; never waits.
 
-        Returns when to call again: None once ``fileno`` is readable, else after that many
-        seconds at the latest.
+        Returns when to call again: None once ``fileno`` is readable, else after that many seconds
+        at the latest.
         """
         due_s, serve = self._due_s, self._serve
         wants_in = False
         for fd, _ in self._poller.poll(0):
-            # An event may be about a descriptor that was closed since, and even about another of
-            # the same number: then a pass finds nothing to do.
+            # An event may be about a descriptor that was closed since, or even about a new one of
+            # the same number.  In that case a pass finds nothing to do.
             if fd in serve:
                 due_s[fd] = 0.0
             elif fd in self._sessions:
@@ -110,28 +110,29 @@ class Server:
         return None
 
     def config_changed(self) -> None:
-        """The device has a new configuration space (the disk has grown): tell every front end."""
+        """Tell every front end that the device has a new configuration space: the disk has
+        grown."""
         for session in self._sessions.values():
             session.config_changed()
 
     def close(self) -> None:
-        """Hang up on everybody and take the socket away; idempotent."""
+        """Hang up on every front end and remove the socket; idempotent."""
         for session in list(self._sessions.values()):
             self._drop(session)
         if not self._poller.closed:
             self._poller.close()
         self._listener.close()
 
-    # Kicks: see ``backend.Kicks``
+    # KickWatcher: see ``backend.KickWatcher``
 
     def watch(self, fd: int, serve: Callable[[], float | None]) -> None:
-        """See ``Kicks.watch``."""
+        """See ``KickWatcher.watch``."""
         self._poller.register(fd, select.EPOLLIN | select.EPOLLET)
         self._serve[fd] = serve
-        self._due_s[fd] = 0.0  # what the ring holds already may never be announced again
+        self._due_s[fd] = 0.0  # requests already in the ring may never be announced again
 
     def unwatch(self, fd: int) -> None:
-        """See ``Kicks.unwatch``."""
+        """See ``KickWatcher.unwatch``."""
         del self._serve[fd]
         self._due_s.pop(fd, None)
         self._poller.unregister(fd)
@@ -148,8 +149,8 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            # Out of file descriptors, say: the caller stays in the queue, and would be an event
-            # again and again.
+            # For example out of file descriptors: the caller stays in the queue, and would be an
+            # event again and again.
             self._report(f"{self._listener.path}: nobody is let in for now: {error.strerror}")
             self._poller.unregister(self._listener.fileno())
             self._accept_at_s = now_s + _ACCEPT_PAUSE_S
@@ -163,14 +164,14 @@ class Server:
             return
         try:
             session = self._begin(sock, name)
-        except OSError as error:  # out of file descriptors, say
+        except OSError as error:  # for example out of file descriptors
             self._report(f"{name} is turned away: {error.strerror}")
             return
         self._sessions[session.fileno()] = session
         self._note(f"{name} connected")
 
     def _begin(self, sock: socket.socket, name: str) -> Session:
-        """A session with who is at the other end of ``sock``, which is closed by OSError."""
+        """Return a session with the peer of ``sock``; an OSError closes ``sock``."""
         with contextlib.ExitStack() as stack:
             stack.callback(sock.close)
             channel = Channel(sock, peer=name)
@@ -189,14 +190,14 @@ class Server:
         return session
 
     def _users(self) -> str:
-        """Who is connected."""
+        """Return words for the connected front ends."""
         if len(self._sessions) > 1:
             return f"{len(self._sessions)} front ends use the disk"
         (session,) = self._sessions.values()
         return f"{session.name.removeprefix(f'{self._listener.path}: ')} uses the disk"
 
     def _attempt(self, session: Session, step: Callable[[Session], None]) -> None:
-        """``step`` of ``session``; if that ends the connection, end it."""
+        """Do ``step`` of ``session``; if that ends the connection, end it."""
         try:
             step(session)
         except VhostUserError as error:
@@ -213,8 +214,10 @@ class Server:
         self._drop(session)
 
     def _drop_hung_up(self) -> None:
-        """Notice now what would be an event later: a VMM that ends and starts again must not
-        be turned away for its own sake."""
+        """Notice at once the front ends that have hung up; their events would come later.
+
+        Otherwise a VMM that ends and starts again would be turned away because of itself.
+        """
         poller = select.poll()
         for fd in self._sessions:
             poller.register(fd, select.POLLRDHUP)
@@ -240,7 +243,7 @@ class Server:
 
 
 def _pid_of(sock: socket.socket) -> int:
-    """The process that connected; 0 if it is none of this process's namespace."""
+    """Return the process that connected; 0 if it is not in this process's namespace."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid: int = _CREDENTIALS.unpack(raw)[0]
     return pid

@@ -1,9 +1,9 @@
-"""One connection of a front end: messages in, ``Backend`` asked, replies out.
+"""One connection of a front end: messages in, calls of ``ServedDevice``, replies out.
 
-What is malformed (a size, the number of file descriptors, a reply nobody asked for) raises
-``VhostUserError``, and the connection is over.  What is well-formed and still cannot be done is
-refused: by an acknowledgement that is not 0 if the front end asked for one (REPLY_ACK), else
-likewise by the end of the connection, for it would never know.
+A malformed message (a size, the number of file descriptors, a reply that nobody asked for) raises
+``VhostUserError``, and the connection is over.  A well-formed request that cannot be done is
+refused.  If the front end asked for an acknowledgement (REPLY_ACK), that is not 0.  Otherwise the
+connection ends too, because the front end would never know.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pyvmm.errors import VhostUserError
 from pyvmm.vhost_user.back_channel import back_channel
-from pyvmm.vhost_user.backend import Backend, Kicks
+from pyvmm.vhost_user.backend import KickWatcher, ServedDevice
 from pyvmm.vhost_user.channel import Channel, Message
 from pyvmm.vhost_user.protocol import (
     CONFIG,
@@ -46,26 +46,26 @@ OFFERED = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
-"""The protocol features there are."""
+"""The protocol features that this back end has."""
 HALF_MESSAGE_S = 5.0
 """Seconds that the rest of a message may take to come."""
 MESSAGES_PER_TURN = 32
-"""After so many messages of one front end it is the others' turn."""
+"""After so many messages of one front end it is the turn of the next."""
 _NEVER_S = float("inf")
 
 
 class Session:
-    """The front end at the other end of ``channel``, and the ``device`` that is its own.
+    """The front end at the other end of ``channel``, and the ``device`` made for it.
 
-    Both are the session's, ``close`` ends them.  ``report`` takes lines about what the front end
-    does wrong and survives; ``clock`` is monotonic, in seconds.
+    Both are the session's: ``close`` ends them.  ``report`` takes lines about mistakes that the
+    front end survives; ``clock`` is monotonic, in seconds.
     """
 
     def __init__(
         self,
         channel: Channel,
         device: VirtioDevice,
-        kicks: Kicks,
+        kicks: KickWatcher,
         *,
         report: Callable[[str], None],
         trust_memory: bool = False,
@@ -74,22 +74,22 @@ class Session:
         self._channel = channel
         self._report = report
         self._clock = clock
-        self._backend = Backend(
+        self._served = ServedDevice(
             device, kicks, report=self._complain, stuck=self._end_stuck, trust_memory=trust_memory
         )
         self._protocol_features = 0
         self._to_frontend: Channel | None = None
         self.deadline_s = _NEVER_S
-        """When the rest of a message that has begun must be here; infinity if there is none."""
+        """The time by which the rest of a message must be here; infinity if none has begun."""
 
     @property
     def name(self) -> str:
-        """Who is at the other end."""
+        """The peer's name."""
         return self._channel.peer
 
     @property
     def is_mid_message(self) -> bool:
-        """Whether a part of a message has arrived, and the rest has not."""
+        """True if a part of a message has arrived, and the rest has not."""
         return self._channel.is_mid_message
 
     def fileno(self) -> int:
@@ -114,15 +114,15 @@ class Session:
             self.deadline_s = self._clock() + HALF_MESSAGE_S
 
     def check_deadline(self) -> None:
-        """VhostUserError if a message has begun and its rest is overdue."""
+        """Raise VhostUserError if a message has begun and its rest is overdue."""
         if self._clock() >= self.deadline_s:
             raise self._channel.error(
                 f"half a message, and no more of it within {HALF_MESSAGE_S:g} s"
             )
 
     def config_changed(self) -> None:
-        """The device's configuration space has new contents: tell the front end, if it wants to
-        know (CONFIG_CHANGE_MSG)."""
+        """Tell the front end, if it wants to know, that the device's configuration space has
+        changed (CONFIG_CHANGE_MSG)."""
         if self._to_frontend is None or not self._protocol_features & ProtocolFeature.CONFIG:
             return
         try:
@@ -132,8 +132,8 @@ class Session:
             self._close_to_frontend()
 
     def close(self) -> None:
-        """Let go of everything the front end shared, and hang up; idempotent."""
-        self._backend.close()
+        """Release everything that the front end shared, and hang up; idempotent."""
+        self._served.close()
         self._close_to_frontend()
         self._channel.close()
 
@@ -168,7 +168,7 @@ class Session:
             self._complain(problem)
             reply = U64.pack(1)
         else:
-            # Looked at when it is done: it may be what negotiates REPLY_ACK.
+            # Checked afterwards, because this request may be the one that negotiates REPLY_ACK.
             if reply is None and self._wants_reply(message):
                 reply = U64.pack(0)
         if reply is not None:
@@ -178,7 +178,8 @@ class Session:
         return message.need_reply and bool(self._protocol_features & ProtocolFeature.REPLY_ACK)
 
     def _apply(self, rule: _Rule, message: Message) -> bytes | None:
-        """Check the shape of ``message``, then do what it asks; the reply's payload, if any."""
+        """Check the shape of ``message``, then do its request; return the reply's payload, if
+        any."""
         least, most = rule.fds
         if not least <= len(message.fds) <= most:
             wanted = str(least) if least == most else f"{least} to {most}"
@@ -195,10 +196,10 @@ class Session:
     # One message each.  Those with a reply of their own return its payload.
 
     def _get_features(self, message: Message) -> bytes:
-        return U64.pack(self._backend.features)
+        return U64.pack(self._served.features)
 
     def _set_features(self, message: Message, features: int) -> None:
-        self._backend.set_features(features)
+        self._served.set_features(features)
 
     def _get_protocol_features(self, message: Message) -> bytes:
         return U64.pack(OFFERED)
@@ -209,16 +210,16 @@ class Session:
         self._protocol_features = features
 
     def _get_queue_num(self, message: Message) -> bytes:
-        return U64.pack(self._backend.queue_num)
+        return U64.pack(self._served.queue_num)
 
     def _set_owner(self, message: Message) -> None:
-        """Nothing: the connection is the session."""
+        """Do nothing: the connection is the session."""
 
     def _reset_owner(self, message: Message) -> None:
-        self._backend.reset_owner()
+        self._served.reset_owner()
 
     def _reset_device(self, message: Message) -> None:
-        self._backend.reset_device()
+        self._served.reset_device()
 
     def _set_backend_req_fd(self, message: Message) -> None:
         channel = back_channel(message.fds[0], self.name)
@@ -236,30 +237,30 @@ class Session:
             )
         regions = MEM_REGION.iter_unpack(payload[MEM_TABLE.size :])
         table = zip((MemoryRegion(*fields) for fields in regions), message.fds, strict=True)
-        self._backend.set_mem_table(list(table))
+        self._served.set_mem_table(list(table))
 
     def _get_max_mem_slots(self, message: Message) -> bytes:
         return U64.pack(MAX_REGIONS)
 
     def _add_mem_reg(self, message: Message, *fields: int) -> None:
-        self._backend.add_mem_reg(MemoryRegion(*fields), message.fds[0])
+        self._served.add_mem_reg(MemoryRegion(*fields), message.fds[0])
 
     def _rem_mem_reg(self, message: Message, *fields: int) -> None:
-        self._backend.rem_mem_reg(MemoryRegion(*fields))
+        self._served.rem_mem_reg(MemoryRegion(*fields))
 
     def _get_config(self, message: Message) -> bytes:
         offset, size, flags, _ = self._config(message)
         try:
-            return CONFIG.pack(offset, size, flags) + self._backend.get_config(offset, size)
+            return CONFIG.pack(offset, size, flags) + self._served.get_config(offset, size)
         except RefusedError:
             return b""  # "uses zero length of payload to indicate an error"
 
     def _set_config(self, message: Message) -> None:
         offset, _, _, data = self._config(message)
-        self._backend.set_config(offset, data)
+        self._served.set_config(offset, data)
 
     def _config(self, message: Message) -> tuple[int, int, int, bytes]:
-        """Offset, size, flags and the bytes of a message about the configuration space."""
+        """Return offset, size, flags and the bytes of a message about the configuration space."""
         payload = message.payload
         if len(payload) >= CONFIG.size:
             offset, size, flags = CONFIG.unpack_from(payload)
@@ -268,7 +269,7 @@ class Session:
         raise self._malformed(message, f"a payload of {len(payload)} bytes that does not fit")
 
     def _set_vring_num(self, message: Message, index: int, size: int) -> None:
-        self._backend.set_vring_num(index, size)
+        self._served.set_vring_num(index, size)
 
     def _set_vring_addr(
         self,
@@ -280,28 +281,28 @@ class Session:
         avail: int,
         log: int,
     ) -> None:
-        self._backend.set_vring_addr(index, descriptor=descriptor, driver=avail, device=used)
+        self._served.set_vring_addr(index, descriptor=descriptor, driver=avail, device=used)
 
     def _set_vring_base(self, message: Message, index: int, base: int) -> None:
-        self._backend.set_vring_base(index, base)
+        self._served.set_vring_base(index, base)
 
     def _get_vring_base(self, message: Message, index: int, _: int) -> bytes:
-        return VRING_STATE.pack(index, self._backend.get_vring_base(index))
+        return VRING_STATE.pack(index, self._served.get_vring_base(index))
 
     def _set_vring_enable(self, message: Message, index: int, enable: int) -> None:
-        self._backend.set_vring_enable(index, enable)
+        self._served.set_vring_enable(index, enable)
 
     def _set_vring_kick(self, message: Message, word: int) -> None:
-        self._backend.set_vring_kick(word & VRING_INDEX_MASK, self._vring_fd(message, word))
+        self._served.set_vring_kick(word & VRING_INDEX_MASK, self._vring_fd(message, word))
 
     def _set_vring_call(self, message: Message, word: int) -> None:
-        self._backend.set_vring_call(word & VRING_INDEX_MASK, self._vring_fd(message, word))
+        self._served.set_vring_call(word & VRING_INDEX_MASK, self._vring_fd(message, word))
 
     def _set_vring_err(self, message: Message, word: int) -> None:
-        self._backend.set_vring_err(word & VRING_INDEX_MASK, self._vring_fd(message, word))
+        self._served.set_vring_err(word & VRING_INDEX_MASK, self._vring_fd(message, word))
 
     def _vring_fd(self, message: Message, word: int) -> int:
-        """The file descriptor that ``word`` announces; -1 if it says there is none."""
+        """Return the file descriptor that ``word`` announces; -1 if it announces none."""
         wanted = 0 if word & VRING_NO_FD else 1
         if len(message.fds) != wanted:
             raise self._malformed(message, f"{len(message.fds)} file descriptors, not {wanted}")
@@ -309,11 +310,11 @@ class Session:
 
 
 class _Rule(NamedTuple):
-    """What a request must look like and who handles it.
+    """The shape that a request must have, and its handler.
 
-    ``layout`` is its payload, None if the handler checks that; ``fds`` are the fewest and most
-    file descriptors.  ``feature`` is what must have been negotiated.  With ``replies`` it has a
-    reply of its own, so there is no acknowledgement.
+    ``layout`` is its payload, None if the handler checks that; ``fds`` are the fewest and most file
+    descriptors.  ``feature`` must have been negotiated.  With ``replies`` the request has a reply
+    of its own, so there is no acknowledgement.
     """
 
     handle: Callable[..., Any]
@@ -340,7 +341,7 @@ _RULES: dict[int, _Rule] = {
     Request.SET_VRING_ERR: _Rule(Session._set_vring_err, U64, (0, MAX_FDS)),
     Request.GET_PROTOCOL_FEATURES: _Rule(Session._get_protocol_features, replies=True),
     Request.SET_PROTOCOL_FEATURES: _Rule(Session._set_protocol_features, U64),
-    # To be "sent only when [MQ] is set in queried protocol features": offered, that is.
+    # "sent only when [MQ] is set in queried protocol features": offered is enough.
     Request.GET_QUEUE_NUM: _Rule(Session._get_queue_num, replies=True),
     Request.SET_VRING_ENABLE: _Rule(Session._set_vring_enable, VRING_STATE),
     Request.SET_BACKEND_REQ_FD: _Rule(

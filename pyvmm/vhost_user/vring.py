@@ -1,4 +1,4 @@
-"""One ring of a front end: what it has said about it so far, and the eventfds it gave."""
+"""One ring of a front end: its settings so far, and its eventfds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _HALF_BASE = 0xFFFF
 
 
 class RefusedError(PyvmmError):
-    """A well-formed request that cannot be done; the text says why."""
+    """A well-formed request that cannot be done; the text gives the reason."""
 
 
 class Vring:
     """Ring ``index``; addresses are user addresses, fds -1 while there are none.
 
-    ``is_running`` is whether the device serves it.  ``enabled`` and the rest outlast that: the
-    front end may stop a ring and start it again with a new kick alone.
+    ``is_running`` is True while the device serves it.  ``enabled`` and the rest outlast that: the
+    front end may stop a ring and start it again with only a new kick.
     """
 
     __slots__ = (
@@ -36,7 +36,7 @@ class Vring:
         self.forget()
 
     def forget(self) -> None:
-        """As before the front end said anything, but for the eventfds."""
+        """Forget everything that the front end said, but keep the eventfds."""
         self.enabled = False
         self.size = 0
         self.descriptor = self.driver = self.device = -1
@@ -44,14 +44,14 @@ class Vring:
 
     @property
     def is_set_up(self) -> bool:
-        """Whether SET_VRING_NUM and SET_VRING_ADDR have come."""
+        """True if SET_VRING_NUM and SET_VRING_ADDR have come."""
         return self.size > 0 and self.descriptor >= 0
 
     def queue_base(self, features: int) -> int:
-        """``Queue.base`` as the front end gave it, with ``features`` negotiated.
+        """Return ``Queue.base`` as the front end gave it, with ``features`` negotiated.
 
-        Of a packed ring some give the lower half only: what is available next is then also what
-        is used next.  That is so for every ring that was stopped with nothing in flight.
+        For a packed ring some front ends give only the lower half: the next available slot is then
+        also the next used one.  That is so for every ring that was stopped with nothing in flight.
         """
         if self.base is None:
             return first_base(features)
@@ -60,18 +60,20 @@ class Vring:
         return self.base
 
     def keep_fd(self, name: str, fd: int) -> None:
-        """A duplicate of ``fd``, which stays the caller's, is the ring's ``name`` ("kick",
-        "call", "err") from now on; -1 for none.  ``check_eventfd`` has been passed."""
+        """Keep a duplicate of ``fd`` as the ring's ``name`` ("kick", "call", "err"); -1 for none.
+
+        ``fd`` stays the caller's, and has passed ``check_eventfd``.
+        """
         self.close_fd(name)
         if fd >= 0:
             copy = os.dup(fd)
-            # So a front end that forgets to read does not stop us.  One that means to do it takes
-            # the flag away again: see ``peers/eventfds.py``.
+            # A front end that forgets to read then does not stop us.  A wicked one can clear the
+            # flag again: see ``peers/eventfds.py``.
             os.set_blocking(copy, False)
             setattr(self, f"{name}_fd", copy)
 
     def close_fd(self, name: str) -> None:
-        """The ring has no ``name`` any more; idempotent."""
+        """Close and forget the ring's ``name``; idempotent."""
         fd: int = getattr(self, f"{name}_fd")
         if fd >= 0:
             setattr(self, f"{name}_fd", -1)
@@ -84,8 +86,10 @@ class Vring:
 
 
 def check_eventfd(fd: int) -> None:
-    """RefusedError unless ``fd`` is an eventfd: of nothing else is it sure that to wait for it, or
-    to tell it, does not stop us."""
+    """Raise RefusedError unless ``fd`` is an eventfd.
+
+    Waiting on or writing to any other file could block us.
+    """
     try:
         kind = str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError as error:

@@ -108,7 +108,7 @@ def test_a_reply_that_never_comes(
 def test_a_queue_that_is_not_stopped_in_time(path: Path, memory: SharedMemory) -> None:
     with LiveBackend(path) as backend:
         backend.answers[Request.GET_VRING_BASE] = None
-        with VhostUserTransport(path, drain_timeout_s=0.1) as transport:
+        with VhostUserTransport(path, stop_timeout_s=0.1) as transport:
             set_up(transport, memory)
             before_s = time.monotonic()
             transport.stop()
@@ -173,7 +173,7 @@ def test_what_no_message_could_say(
 ) -> None:
     with pytest.raises(TransportError, match="configuration 1000"):
         transport.get_config(1000, 8)
-    for timeouts in ({"timeout_s": 0.0}, {"timeout_s": -1.0}, {"drain_timeout_s": 0.0}):
+    for timeouts in ({"timeout_s": 0.0}, {"timeout_s": -1.0}, {"stop_timeout_s": 0.0}):
         with pytest.raises(TransportError, match="be patient"):
             VhostUserTransport(path, **timeouts)
     with pytest.raises(TransportError, match="path is empty") as caught:

@@ -128,6 +128,6 @@ def connected(peer: ScriptedBackend, **answers: Any) -> Frontend:
     It waits TIMEOUT_S for a reply, and twice as long for a queue to stop.
     """
     peer.shake_hands(**answers)
-    frontend = Frontend(peer.channel, timeout_s=TIMEOUT_S, drain_timeout_s=2 * TIMEOUT_S)
+    frontend = Frontend(peer.channel, timeout_s=TIMEOUT_S, stop_timeout_s=2 * TIMEOUT_S)
     peer.said()
     return frontend

@@ -10,7 +10,7 @@ import pytest
 
 from pyvmm.peers.eventfds import Bell
 from pyvmm.storage.memory import MemoryBackend
-from pyvmm.vhost_user.backend import Backend
+from pyvmm.vhost_user.backend import ServedDevice
 from pyvmm.vhost_user.protocol import PROTOCOL_FEATURES, MemoryRegion
 from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.spec import Feature
@@ -37,7 +37,7 @@ def test_a_ring_that_cannot_be_waited_for_is_not_started() -> None:
     before = held()
     device = BlockDevice(BlockConfig(queue_size=16), MemoryBackend(bytearray(512)))
     kicks = FullKicks()
-    backend = Backend(device, kicks, report=print, stuck=lambda: None)
+    backend = ServedDevice(device, kicks, report=print, stuck=lambda: None)
     ram, kick = memfd(RAM_BYTES), os.eventfd(0, os.EFD_NONBLOCK)
     region = MemoryRegion(RAM_BASE, RAM_BYTES, USER_BASE, 0)
     backend.add_mem_reg(region, ram)

@@ -13,7 +13,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.run.io_loop import LAST_WAIT_S, IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import JOIN_TIMEOUT_S
-from pyvmm.vhost_user.frontend import DRAIN_TIMEOUT_S
+from pyvmm.vhost_user.frontend import STOP_TIMEOUT_S
 from pyvmm.vhost_user.protocol import Request
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import Register
@@ -209,7 +209,7 @@ def test_fault_5_a_reset_that_waits_for_a_stuck_back_end_ends_with_the_run(
     script: Script,
 ) -> None:
     """The guest has begun to wait before anybody knew that the run would end."""
-    assert LAST_WAIT_S < JOIN_TIMEOUT_S < DRAIN_TIMEOUT_S
+    assert LAST_WAIT_S < JOIN_TIMEOUT_S < STOP_TIMEOUT_S
     script.start()
     rig = Rig()
     begun = threading.Event()
