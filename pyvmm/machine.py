@@ -78,7 +78,7 @@ def build(
         console = stack.enter_context(contextlib.closing(_open_console(config)))
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
         consoles = Consoles(config, board, console, output, runner.input_room)
-        board.plug(EntropyDevice(), "entropy")
+        board.plug(EntropyDevice(), "entropy", at_exit=True)
         for name, device in devices.items():
             board.plug(device, name)
         _add_ports(board.pio, config, timer)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 from pyvmm.board.bus import Bus
 from pyvmm.board.slot import Slot, eventfd
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vm
 from pyvmm.memory import GuestMemory
-from pyvmm.report import Reporter
 from pyvmm.run.io_loop import LAST_WAIT_S, IoSource
 from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS
 from pyvmm.virtio.device import VirtioDevice
@@ -25,13 +25,13 @@ class Board:
     until KVM has freed what they left behind on its own I/O bus, 5 to 8 ms (Linux 6.18).
     ``connect`` comes after them.
 
-    ``stack`` closes all that is on the board.  ``maps_pages`` says that register pages are to be
+    ``stack`` closes all that is on the board; ``report`` takes lines for the user.  ``maps_pages`` says that register pages are to be
     mapped (``slot`` has what that means).
     """
 
     def __init__(
         self, memory: GuestMemory, stack: contextlib.ExitStack, *, maps_pages: bool,
-        report: Reporter,
+        report: Callable[[str], None],
     ) -> None:
         self.memory = memory
         self.pio, self.mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
@@ -42,12 +42,12 @@ class Board:
         self._extra_sources: list[tuple[str, IoSource]] = []
         self._is_hurried = False
 
-    def plug(self, device: VirtioDevice, name: str = "", *, at_exit: bool = True) -> Slot:
+    def plug(self, device: VirtioDevice, name: str = "", *, at_exit: bool = False) -> Slot:
         """Give ``device`` the next slot, which owns it from now on, and return the slot.
 
         ``name`` is that of its thread and of its lines to the user, "virtio" and the slot's number
-        unless given.  ``at_exit`` has its notifications served by the vCPU that writes them, where
-        that is quick; else the device's thread serves them.
+        unless given.  With ``at_exit`` the vCPU that writes a notification serves it, which is for
+        devices that never wait; else the device's thread does.
 
         ConfigError if there is no interrupt line left, ValueError if ``name`` is taken.
         """

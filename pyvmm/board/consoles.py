@@ -52,7 +52,7 @@ class Consoles:
                 output.write, on_room, terminal_size=lambda: console.size,
                 is_chosen=config.console_is_virtio,
             )
-            self._slot = board.plug(hvc0.device, THREAD)
+            self._slot = board.plug(hvc0.device, THREAD, at_exit=True)
             self.show_serial = hvc0.show_serial
 
     def add_serial_port(

@@ -17,10 +17,10 @@ import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 
 from pyvmm.kvm.handles import Vm
 from pyvmm.memory import PAGE_SIZE, GuestMemory
-from pyvmm.report import Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.mmio import MmioTransport
@@ -53,7 +53,7 @@ class Slot:
         *,
         keep_used: bool,
         at_exit: bool,
-        report: Reporter,
+        report: Callable[[str], None],
     ) -> None:
         self.index = index
         self.device = device
