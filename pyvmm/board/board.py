@@ -25,8 +25,8 @@ class Board:
     until KVM has freed what they left behind on its own I/O bus, 5 to 8 ms (Linux 6.18).
     ``connect`` comes after them.
 
-    ``stack`` closes all that is on the board; ``report`` takes lines for the user.  ``maps_pages`` says that register pages are to be
-    mapped (``slot`` has what that means).
+    ``stack`` closes all that is on the board; ``report`` takes lines for the user.
+    ``maps_pages`` asks for register pages that are mapped (``slot`` has what that means).
     """
 
     def __init__(
