@@ -53,7 +53,7 @@ class CountingDevice(RingDevice):
 
     def plug(self, slot: Plug) -> Sequence[IoSource]:
         super().plug(slot)
-        return [IoSource(self.drain, self._take, drain=False)]
+        return [IoSource(self.drain, self._take, edge_triggered=False)]
 
     def _take(self) -> None:
         """The tank's source: tell the driver, and answer what waits in queue 1."""
@@ -154,8 +154,7 @@ class Window:
 @contextlib.contextmanager
 def serving(board: Board) -> Iterator[None]:
     """The threads of ``board``, as the runner starts them."""
-    stop_fd = os.eventfd(0, os.EFD_NONBLOCK)
-    loops = [(name, IoLoop(sources, stop_fd)) for name, sources in board.workers]
+    loops = [(name, IoLoop(sources)) for name, sources in board.workers]
     threads = [threading.Thread(target=loop.run, name=name) for name, loop in loops]
     for thread in threads:
         thread.start()
@@ -164,10 +163,8 @@ def serving(board: Board) -> Iterator[None]:
     finally:
         for _, loop in loops:
             loop.stop()
-        os.eventfd_write(stop_fd, 1)
         for thread in threads:
             thread.join()
-        os.close(stop_fd)
 
 
 def interrupted(fd: int) -> bool:
