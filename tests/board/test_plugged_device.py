@@ -3,6 +3,8 @@ do.  Nothing in pyvmm knows of the devices here."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -52,6 +54,26 @@ class BackwardsDevice(RingDevice):
         self.is_closed = True
 
 
+class LateDevice(BackwardsDevice):
+    """Answers once it has looked at the host, which it is asked for by SIGUSR1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_ready = False
+
+    def process_queue(self, index: int) -> float | None:
+        if self.is_ready:
+            return super().process_queue(index)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return None
+
+    def refresh(self) -> bool:
+        self.threads.add(threading.current_thread().name)
+        self.is_ready = True
+        self._slot.serve(0)
+        return False
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     """A machine whose guest asks the last device it is told of."""
@@ -84,6 +106,13 @@ def test_a_guest_finds_rings_and_is_answered_by_a_device_of_a_test(
     # The guest has to be left for set-up and for the UART, not for what it asks.
     assert machine.exits.mmio > 0
     assert open_fds() == before
+
+
+def test_sigusr1_has_a_device_look_at_the_host_on_its_own_thread(config: RunConfig) -> None:
+    device = LateDevice()
+    outcome, said, _ = run(config, {"late": device})
+    assert (outcome, said) == (Outcome(Kind.GUEST_STATUS, 2), b"olleh")
+    assert device.threads == {"late"}
 
 
 def test_one_more_entropy_device_is_announced_served_and_has_its_own_interrupt(
