@@ -97,6 +97,10 @@ class FakeFrontend:
         self.features = _OFFERED & ~source.bits(64) | int(Feature.VERSION_1)
         self.max_queues = source.number(1, 4)
 
+    def fileno(self) -> int:
+        """See ``Frontend.fileno``: nobody waits for it here."""
+        return -1
+
     def get_config(self, offset: int, length: int) -> bytes:
         """See ``Frontend.get_config``."""
         self._act()

@@ -52,7 +52,7 @@ def build(
     report: Callable[[str], None],
     devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
 ) -> Machine:
-    """A machine ready to run.
+    """Return a machine that is ready to run.
 
     ``devices`` are virtio devices of the caller's own, by name; the guest finds them behind
     pyvmm's.  They belong to the machine from now on, which closes them.
@@ -76,7 +76,7 @@ def build(
         console = stack.enter_context(contextlib.closing(_open_console(config)))
         output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
         consoles = Consoles(config, board, console, output, runner.input_room)
-        board.plug(EntropyDevice(), "entropy")
+        board.plug(EntropyDevice(), "entropy", at_exit=True)
         for name, device in devices.items():
             board.plug(device, name)
         _add_ports(board.pio, config, timer)
@@ -93,11 +93,7 @@ def build(
         vm.create_pit2()
         board.connect(vm)
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
-        # ``watch`` must know which vCPU sent a byte, and what KVM gathers does not say.
-        is_uniprocessor = config.cpus == 1
-        ring = vcpus[0].coalesced_ring(kvm.ring_page) if is_uniprocessor else None
-        show = consoles.show_serial if is_uniprocessor else watch.tap(consoles.show_serial)
-        consoles.add_serial_port(show, vm, ring, stack)
+        consoles.add_serial_port(vm, vcpus, kvm.ring_page, watch, stack)
         loops = _make_loops(config, kvm, vm, vcpus, board, runner, consoles)
         # The others wait, in the kernel, for the first one's INIT and SIPI.
         cpu.setup_boot(memory, vcpus[0], kernel)
@@ -109,7 +105,7 @@ def build(
 
 
 def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:
-    """The guest's RAM; a file that can be mapped if another process serves a device."""
+    """Return the guest's RAM: memory that can be shared if another process serves a device."""
     shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
     shared = shared or any(device.is_served_elsewhere for device in devices)
     return GuestMemory(layout.ram_ranges(config.memory_bytes), shared=shared)
@@ -124,7 +120,7 @@ def _make_loops(
     runner: Runner,
     consoles: Consoles,
 ) -> list[VcpuLoop]:
-    """Set up what ``vcpus`` are and make what runs each of them."""
+    """Give each of ``vcpus`` its CPUID; return what runs them."""
     tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
     loops: list[VcpuLoop] = []
     for index, vcpu in enumerate(vcpus):
@@ -197,7 +193,7 @@ def _add_endings(pio: Bus, verdict: Verdict, report: Callable[[str], None]) -> N
 
 
 def _can_map_pages(config: RunConfig, kvm: Kvm, report: Callable[[str], None]) -> bool:
-    """True if KVM can map register pages; it says so if ``config`` wants it and KVM cannot."""
+    """True if KVM can map register pages; a line says so if ``config`` asks for more."""
     can = bool(kvm.check_extension(KVM_CAP_READONLY_MEM))
     if config.mmio == "mapped" and not can:
         report("this KVM has no read-only memory (KVM_CAP_READONLY_MEM): registers are trapped")

@@ -25,8 +25,8 @@ class Board:
     until KVM has freed what they left behind on its own I/O bus, 5 to 8 ms (Linux 6.18).
     ``connect`` comes after them.
 
-    ``stack`` closes all that is on the board.  ``maps_pages`` says that register pages are to be
-    mapped (``slot`` has what that means).
+    ``stack`` closes all that is on the board; ``report`` takes lines for the user.
+    ``maps_pages`` asks for register pages that are mapped (``slot`` has what that means).
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Board:
         self._extra_sources: list[tuple[str, IoSource]] = []
         self._is_hurried = False
 
-    def plug(self, device: VirtioDevice, name: str = "", *, at_exit: bool = True) -> Slot:
+    def plug(self, device: VirtioDevice, name: str = "", *, at_exit: bool = False) -> Slot:
         """Give ``device`` the next slot, which owns it from now on, and return the slot.
 
         ``name`` is that of its thread and of its lines to the user, "virtio" and the slot's number
-        unless given.  ``at_exit`` has its notifications served by the vCPU that writes them, where
-        that is quick; else the device's thread serves them.
+        unless given.  With ``at_exit`` the vCPU that writes a notification serves it, which is for
+        devices that never wait; else the device's thread does.
 
         ConfigError if there is no interrupt line left, ValueError if ``name`` is taken.
         """

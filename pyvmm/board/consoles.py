@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyvmm.board.board import Board
 from pyvmm.board.polled_uart import PolledUart
@@ -13,9 +13,9 @@ from pyvmm.board.slot import eventfd
 from pyvmm.config import RunConfig
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
+from pyvmm.console.watch import ConsoleWatch
 from pyvmm.devices.serial import Serial
-from pyvmm.kvm.exits import CoalescedRing
-from pyvmm.kvm.handles import Vm
+from pyvmm.kvm.handles import Vcpu, Vm
 from pyvmm.run.io_loop import IoSource
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.x86 import layout
@@ -44,7 +44,7 @@ class Consoles:
         self._on_room = on_room
         self._is_virtio = config.console_is_virtio
         self._hvc0: Hvc0 | None = None
-        self.show_serial = output.write
+        self._show_serial = output.write
         if config.has_virtio_console:
             from pyvmm.board.hvc0 import Hvc0
 
@@ -52,20 +52,23 @@ class Consoles:
                 output.write, on_room, terminal_size=lambda: console.size,
                 is_chosen=config.console_is_virtio,
             )
-            self._slot = board.plug(hvc0.device, THREAD)
-            self.show_serial = hvc0.show_serial
+            self._slot = board.plug(hvc0.device, THREAD, at_exit=True)
+            self._show_serial = hvc0.show_serial
 
     def add_serial_port(
         self,
-        show: Callable[[bytes], None],
         vm: Vm,
-        ring: CoalescedRing | None,
+        vcpus: Sequence[Vcpu],
+        ring_page: int,
+        watch: ConsoleWatch,
         stack: contextlib.ExitStack,
     ) -> None:
-        """Add ``ttyS0``, whose output goes to ``show``.
+        """Add ``ttyS0``, for which KVM gathers bytes in the page ``ring_page`` of a lone vCPU.
 
-        ``ring`` is where KVM gathers what a driver that polls sends, None if it cannot.
+        Of several vCPUs ``watch`` must know which one sent a byte, and KVM does not say.
         """
+        ring = vcpus[0].coalesced_ring(ring_page) if len(vcpus) == 1 else None
+        show = self._show_serial if len(vcpus) == 1 else watch.tap(self._show_serial)
         serial = Serial(show, functools.partial(vm.irq_line, layout.SERIAL_IRQ), self._on_room)
         polled_fd = eventfd(stack)
         self._uart = PolledUart(
