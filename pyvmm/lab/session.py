@@ -1,7 +1,7 @@
-"""One run of the lab's machine, from power on to exit status: a single loop around poll(2).
+"""One run of the lab's machine, from power on to exit status: a single loop, and no threads.
 
 The lab has its own signal handling because it is a program of its own (it shares no process with
-a virtual machine of pyvmm's), and no threads.
+a virtual machine of pyvmm's).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import enum
 import functools
 import os
-import select
 import signal
 import socket
 import time
@@ -22,6 +21,7 @@ from pyvmm.errors import HostError
 from pyvmm.lab.streams import Input, Keyboard, Lines, Output, Signals, Source, Tail, describe
 from pyvmm.numerals import shown, whole_number
 from pyvmm.report import echo
+from pyvmm.run.io_loop import Deadline, IoLoop, IoSource
 
 BEAT_S = 1.0
 BOOT_LIMIT_S = 180.0
@@ -82,8 +82,8 @@ class Session:
         self._timeout_s = timeout_s
         self._stdin_fd = stdin_fd
         self._phase = Phase.BOOT
-        self._started_s = self._last_beat_s = time.monotonic()
-        self._deadline_s: float | None = self._started_s + BOOT_LIMIT_S
+        self._started_s = time.monotonic()
+        self._deadline: Deadline | None = None
         self._interrupts = 0
         self._status: int | None = None
         self._verdict: int | None = None
@@ -111,16 +111,23 @@ class Session:
         self._sources: list[Source] = [
             self._commands, *self._outputs, self._console, self._messages
         ]
+        self._loop: IoLoop
+        """Made by ``run``, which closes it."""
+        self._plugged: dict[Source, IoSource] = {}
+        """What the loop waits for, for each source that waits."""
 
     def run(self) -> int:
         """CMD's exit status, or ours: 124 timeout, 128+n signal.  HostError if the lab failed."""
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sources.append(Signals(read_fd, self._on_signal))
         try:
-            with _signals_to(write_fd):
+            self._loop = IoLoop()
+            with contextlib.closing(self._loop), _signals_to(write_fd):
                 self._tell("hello")
-                while not self._finished():
-                    self._turn()
+                self._enter(Phase.BOOT, BOOT_LIMIT_S)
+                self._loop.call_in(BEAT_S, self._beat)
+                self._proceed()
+                self._loop.run()
         finally:
             self._restore_terminal()
             os.close(read_fd)
@@ -138,40 +145,47 @@ class Session:
         over = self._status is not None or self._commands.ended
         return over and all(output.complete for output in self._outputs)
 
-    def _turn(self) -> None:
-        """Wait for one thing or the deadline, and serve all that is ready."""
-        poller = select.poll()
-        waits = [(source, wait) for source in self._sources if (wait := source.waiting_for())]
-        events_by_fd: dict[int, int] = {}
-        for _, (fd, events) in waits:
-            events_by_fd[fd] = events_by_fd.get(fd, 0) | events
-        for fd, events in events_by_fd.items():
-            poller.register(fd, events)
-        wait_s = BEAT_S
-        if self._deadline_s is not None:
-            wait_s = min(wait_s, max(0.0, self._deadline_s - time.monotonic()))
-        ready = dict(poller.poll(wait_s * 1000 + 1))
-        self._beat()
-        errors = select.POLLERR | select.POLLHUP | select.POLLNVAL
-        for source, (fd, events) in waits:
-            if ready.get(fd, 0) & (events | errors):
-                source.step()
-                if self._phase is Phase.DRAINING and source in self._outputs:
-                    self._deadline_s = time.monotonic() + DRAIN_S
-        if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
-            self._expire()
+    def _proceed(self) -> None:
+        """After anything that happened: wait for what each source needs next, or end."""
+        if self._finished():
+            self._loop.stop()
+            return
+        for source in self._sources:
+            wanted, plugged = source.waiting_for(), self._plugged.get(source)
+            if plugged is not None:
+                if wanted == (plugged.fd, plugged.is_output):
+                    continue
+                self._loop.remove(self._plugged.pop(source))
+            if wanted is not None:
+                step = functools.partial(self._step, source)
+                plugged = self._plugged[source] = IoSource(
+                    wanted[0], step, edge_triggered=False, is_output=wanted[1]
+                )
+                self._loop.add(plugged)
+
+    def _step(self, source: Source) -> None:
+        source.step()
+        if self._phase is Phase.DRAINING and source in self._outputs:
+            self._limit(DRAIN_S)
+        self._proceed()
 
     def _beat(self) -> None:
         """Wake the machine now and then: under emulation a timer interrupt is lost once in many
         minutes, and a CPU that halted without one would sleep for ever."""
-        now_s = time.monotonic()
-        if self._phase is not Phase.BOOT and now_s - self._last_beat_s >= BEAT_S:
-            self._last_beat_s = now_s
+        if self._phase is not Phase.BOOT:
             self._tell("beat")
+        self._loop.call_in(BEAT_S, self._beat)
+        self._proceed()  # the terminal may be ours again
 
     def _enter(self, phase: Phase, limit_s: float | None) -> None:
         self._phase = phase
-        self._deadline_s = None if limit_s is None else time.monotonic() + limit_s
+        self._limit(limit_s)
+
+    def _limit(self, limit_s: float | None) -> None:
+        """Give the phase ``limit_s`` seconds from now, in place of what it had; None: no limit."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if limit_s is None else self._loop.call_in(limit_s, self._expire)
 
     def _expire(self) -> None:
         """The deadline of the phase has passed."""
@@ -188,9 +202,10 @@ class Session:
                 self._enter(Phase.KILLING, GRACE_S)
             case Phase.DRAINING if any(output.pending for output in self._outputs):
                 # It is the reader of our output who is slow, not the lab.
-                self._deadline_s = time.monotonic() + DRAIN_S
+                self._limit(DRAIN_S)
             case Phase.KILLING | Phase.DRAINING:
                 self._stop()
+        self._proceed()
 
     def _on_control(self, line: str) -> None:
         verb, _, rest = line.partition(" ")

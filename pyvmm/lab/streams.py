@@ -28,9 +28,9 @@ class Source:
         self.fd = fd
         self.ended = False
 
-    def waiting_for(self) -> tuple[int, int] | None:
-        """The file descriptor and poll(2) events that the next ``step`` needs; None: nothing."""
-        return None if self.ended else (self.fd, select.POLLIN)
+    def waiting_for(self) -> tuple[int, bool] | None:
+        """The file descriptor that the next ``step`` needs, and whether to write; None: nothing."""
+        return None if self.ended else (self.fd, False)
 
     def step(self) -> None:
         """Read once."""
@@ -115,10 +115,10 @@ class Pump(Source):
         """Gets what the sink has taken."""
         self._sink_fd = sink_fd
 
-    def waiting_for(self) -> tuple[int, int] | None:
+    def waiting_for(self) -> tuple[int, bool] | None:
         """The sink while bytes are pending, then the source."""
         if self.pending:
-            return self._sink_fd, select.POLLOUT
+            return self._sink_fd, True
         return super().waiting_for()
 
     def step(self) -> None:
@@ -226,7 +226,7 @@ class Keyboard(Pump):
         self._may_read = may_read
         self._presses = 0
 
-    def waiting_for(self) -> tuple[int, int] | None:
+    def waiting_for(self) -> tuple[int, bool] | None:
         """As any pump, but for a terminal that is somebody else's now."""
         return super().waiting_for() if self.pending or self._may_read() else None
 

@@ -219,6 +219,8 @@ class IoLoop:
         """Release what the loop made for itself; idempotent.  ``run`` does it at its end."""
         with self._lock:
             self._poller.close()
+            for kept in (self._sources, self._by_fd, self._due_s, self._always_ready):
+                kept.clear()
             if self._owns_wake_fd and self._wake_fd >= 0:
                 os.close(self._wake_fd)
             self._wake_fd = -1

@@ -57,6 +57,8 @@ class Runner:
         """Whether typed bytes wait for room in the guest; whoever holds them sets it."""
         self.is_quiesced = False
         """Whether ``quiesce`` was asked for and not taken back."""
+        # Re-entrant: a handler of a signal that arrives under it may call resume().
+        self._quiesce_lock = threading.RLock()
         self._has_begun = threading.Lock()
         self._is_over = threading.Event()
         # Appending is atomic, so also safe in a signal handler that interrupts an append.
@@ -162,11 +164,12 @@ class Runner:
         """
         self._refuse_own_threads("quiesce()")
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        self.is_quiesced = True  # before the loops are asked: one that is made meanwhile asks it
-        self._vcpus.begin_pause()
-        loops = list(self._io_loops)
-        for loop in loops:
-            loop.begin_park()
+        with self._quiesce_lock:
+            self.is_quiesced = True
+            self._vcpus.begin_pause()
+            loops = list(self._io_loops)
+            for loop in loops:
+                loop.begin_park()
         return (
             self._vcpus.wait_until_parked(_left_s(until_s))
             and all(loop.wait_until_parked(_left_s(until_s)) for loop in loops)
@@ -177,12 +180,13 @@ class Runner:
 
     def resume(self) -> None:
         """Let a paused or quiesced guest go on; nothing if it is neither.  Once is enough."""
-        was_quiesced, self.is_quiesced = self.is_quiesced, False
-        for loop in list(self._io_loops) if was_quiesced else ():
-            loop.resume()
-        self._vcpus.resume()
+        with self._quiesce_lock:
+            was_quiesced, self.is_quiesced = self.is_quiesced, False
+            for loop in self._io_loops:
+                loop.resume()
+            self._vcpus.resume()
         if was_quiesced:
-            self.loop.wake()
+            self.loop.wake()  # for typed bytes that wait
 
     @property
     def is_paused(self) -> bool:
@@ -319,9 +323,10 @@ class Runner:
             self._spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
         for name, sources in workers:
             loop = IoLoop(sources, self._workers_wake_fd)
-            self._io_loops.append(loop)
-            if self.is_quiesced:
-                loop.begin_park()
+            with self._quiesce_lock:
+                self._io_loops.append(loop)
+                if self.is_quiesced:
+                    loop.begin_park()
             self._spawn(name, loop.run)
 
     def _spawn(self, name: str, body: Callable[[], None]) -> None:
@@ -355,6 +360,7 @@ class Runner:
                 self.report(f"--console {self._console.name}: nobody has read this FIFO")
         finally:
             self._house = None
+            self._looks.clear()  # no cycle of references keeps the machine's parts
             self._is_over.set()
 
     def _stop_threads(self) -> None:

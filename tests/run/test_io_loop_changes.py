@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -238,6 +239,22 @@ def test_a_file_is_ready_at_any_time_and_starves_nobody(bell: Doorbell, tmp_path
 def test_a_descriptor_that_is_none_is_refused_if_nothing_reads_it() -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         IoLoop([IoSource(9999, lambda: None)])
+
+
+def test_a_loop_that_has_ended_keeps_nothing_alive(bell: Doorbell) -> None:
+    """A service holds a disk, and the disk its memory."""
+    class Disk:
+        def service(self) -> None:
+            loop.stop()
+
+    disk = Disk()
+    gone = weakref.ref(disk)
+    loop = IoLoop([IoSource(bell.fd, disk.service)])
+    loop.call_at(float("inf"), disk.service)
+    bell.ring()
+    loop.run()
+    del disk
+    assert gone() is None
 
 
 # Times

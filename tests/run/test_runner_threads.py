@@ -64,6 +64,12 @@ def started() -> Iterator[Started]:
     made.close()
 
 
+def threads_of(started: Started) -> list[str]:
+    own = started.runner._own_house
+    threads = [*started.runner._threads, *([own] if own else [])]
+    return sorted(thread.name for thread in threads if thread.is_alive())
+
+
 def kick_handler() -> int | None:
     """The C handler of the kick signal, which Python's own table does not know."""
     import ctypes
@@ -77,9 +83,9 @@ def kick_handler() -> int | None:
 def test_a_run_is_waited_for_as_long_as_one_likes_and_stopped(started: Started) -> None:
     started.start()
     assert started.runner.wait(0.01) is None
-    is_stopped = started.runner.stopped
-    assert not is_stopped
+    assert threads_of(started) == ["disk", "house", "vcpu0"]
     assert started.runner.stop(Outcome(Kind.QUIT)) == Outcome(Kind.QUIT)
+    assert threads_of(started) == []
     assert started.runner.stopped
     assert started.runner.wait(0.0) == Outcome(Kind.QUIT)
     assert started.runner.stop(END) == Outcome(Kind.QUIT), "the first outcome stands"
