@@ -144,8 +144,10 @@ def _run(
     """Build and run the machine of ``config``; see ``run_main``."""
     from pyvmm.machine import build
 
-    report = Reporter(sys.stderr)
-    with build(config, report=report) as machine:
+    with (
+        contextlib.closing(Reporter(sys.stderr)) as report,
+        build(config, report=report) as machine,
+    ):
         _warn(config, machine, report)
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
@@ -157,7 +159,6 @@ def _run(
         end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         missing = bundle.left_out()
     gc.unfreeze()
-    report.close()
     if not machine.console_line_ended:
         end_line()
     lines = []

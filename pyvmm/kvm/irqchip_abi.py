@@ -1,6 +1,6 @@
 """The numbers and structures of <linux/kvm.h> for reading the interrupt chips, as in ``abi.py``.
 
-Apart from it, for only a look at a halted guest needs them (``nmi.py``) and the boot path does not.
+Apart from it, because only a look at a halted guest needs them (``nmi.py``).
 ``tests/kvm/test_abi.py`` checks them in the same way.
 """
 

@@ -4,8 +4,6 @@ With every vCPU halted no other sends an IPI.  What is left is a line of the IOA
 KVM lets its ticks go to LINT0 of every local APIC where that is an NMI.  Nothing drives LINT1,
 which Linux leaves as an NMI on its boot CPU, a local APIC's timer has no delivery mode, and
 performance counters stand still in a halted guest.
-
-Imported when a guest seems to have halted, not before.
 """
 
 from __future__ import annotations
