@@ -177,8 +177,10 @@ def _run(
         say(line)
     # Last, for it may take seconds, and who waits no longer has seen the rest.
     if machine.evidence.wants_explanation(outcome):
-        for line in _explain(config, outcome, machine):
-            say(line)
+        # The outcome stands, though there be no descriptor left to read a remedy with.
+        with contextlib.suppress(OSError, ImportError):
+            for line in _explain(config, outcome, machine):
+                say(line)
     bundle.update(missing)
     return outcome.exit_status
 
