@@ -28,6 +28,7 @@ from tests.support.tiny_guests import (
     REPORT_7,
     SPIN,
     TRIPLE_FAULT,
+    out,
     prints,
     write_guest,
 )
@@ -37,11 +38,6 @@ pytestmark = pytest.mark.bare
 ROOT = Path(__file__).resolve().parents[2]
 STRICT_RUN = ROOT / "tests" / "support" / "strict_run.py"
 HELLO = prints(b"hello\n")
-
-
-def out(port: int, value: int) -> bytes:
-    """Code that writes a byte to a port."""
-    return b"\x66\xba" + port.to_bytes(2, "little") + b"\xb0" + bytes([value]) + b"\xee"
 
 
 POWER_OFF = out(
