@@ -74,7 +74,10 @@ def build(
         board = Board(memory, stack, maps_pages=config.mmio == "mapped", report=report)
         made = plug_disks(board, config, runner, stack, report)
         console = stack.enter_context(contextlib.closing(_open_console(config)))
-        output = OutputBuffer(console.output_fd, runner.wake, watch.feed)
+        output = OutputBuffer(
+            console.output_fd, runner.wake, watch.feed,
+            write=console.outlet.write if console.outlet else None,
+        )
         consoles = Consoles(config, board, console, output, runner.input_room)
         board.plug(EntropyDevice(), "entropy", at_exit=True)
         for name, device in devices.items():

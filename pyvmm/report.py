@@ -12,6 +12,8 @@ reads it: whoever has a line to say has guests to serve.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import select
 import stat
@@ -116,6 +118,10 @@ class Reporter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream if stream is not None else sys.stderr
+        self._outlet: Outlet | None = None
+        if (fd := _fd_of(self._stream)) is not None:
+            with contextlib.suppress(OSError):
+                self._outlet = Outlet(fd)
         self._burst = burst
         self._period_s = period_s
         self._clock = clock
@@ -140,9 +146,12 @@ class Reporter:
                 self._dropped += 1
 
     def close(self) -> None:
-        """Say how many lines were left out, if any were."""
+        """Say how many lines were left out, if any were; idempotent.  Lines may follow."""
         with self._lock:
             self._say_dropped()
+            outlet, self._outlet = self._outlet, None
+            if outlet is not None:
+                outlet.close()
 
     def _say_dropped(self) -> None:
         if self._dropped and self._print(f"({self._dropped} more lines like these were left out)"):
@@ -152,7 +161,10 @@ class Reporter:
         """Whether ``line`` was said, or nobody will ever hear one again."""
         text = "\n" * self._is_cut + f"pyvmm: {escape(line)[:MAX_LINE]}\n"
         try:
-            missing = write_text_now(self._stream, text)
+            if self._outlet is None:
+                missing = write_text_now(self._stream, text)
+            else:
+                missing = _write_text(self._outlet, self._stream, text)
         except BlockingIOError:
             return False
         except (OSError, ValueError):
@@ -164,43 +176,87 @@ class Reporter:
 
 def write_text_now(stream: TextIO, text: str) -> int:
     """Write ``text`` without waiting; how many bytes could not be.  BlockingIOError if none."""
-    try:
-        fd = stream.fileno()
-    except (OSError, ValueError):  # a stream in memory
+    fd = _fd_of(stream)
+    if fd is None:
         stream.write(text)
         stream.flush()
         return 0
-    data = text.encode(stream.encoding or "utf-8", "backslashreplace")
-    return len(data) - write_now(fd, data)
+    with Outlet(fd) as outlet:
+        return _write_text(outlet, stream, text)
 
 
 def write_now(fd: int, data: bytes) -> int:
-    """write(2) that does not wait: the number of bytes written, BlockingIOError if none.
+    """Write ``data`` without waiting: see ``Outlet.write``.  Not while a guest runs."""
+    with Outlet(fd) as outlet:
+        return outlet.write(data)
 
-    O_NONBLOCK cannot just be set: ``fd`` is shared with the shell and everything else it started.
+
+def _fd_of(stream: TextIO) -> int | None:
+    """Return the descriptor behind ``stream``; None if it is in memory, or closed."""
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
+
+
+def _write_text(outlet: Outlet, stream: TextIO, text: str) -> int:
+    data = text.encode(stream.encoding or "utf-8", "backslashreplace")
+    return len(data) - outlet.write(data)
+
+
+class Outlet:
+    """Writes to the descriptor ``fd`` and never waits for its reader.
+
+    O_NONBLOCK cannot just be set: the shell, and everything else it started, shares ``fd``.  So
+    whatever a write needs in its place is imported and opened when the outlet is made: nothing is
+    while a guest runs.  ``is_ours`` says that ``fd`` is non-blocking, and that nobody shares it.
     """
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISSOCK(mode):
-        import socket
 
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            return sock.send(data, socket.MSG_DONTWAIT)
-    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        return os.write(fd, data)
-    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    try:
-        own = os.open(f"/proc/self/fd/{fd}", flags)
-    except OSError:
-        # Somebody else's terminal, say.
-        return _write_where_there_is_room(fd, data, 1 if stat.S_ISCHR(mode) else len(data))
-    try:
-        return os.write(own, data)
-    finally:
-        os.close(own)
+    def __init__(self, fd: int, *, is_ours: bool = False) -> None:
+        self._close: Callable[[], None] | None = None
+        self.write: Callable[[bytes], int]
+        """Write some of the bytes: returns how many, BlockingIOError if none, OSError."""
+        mode = os.fstat(fd).st_mode
+        self.write = functools.partial(os.write, fd)
+        if stat.S_ISSOCK(mode):
+            import socket
+
+            own = socket.socket(fileno=os.dup(fd))
+            self._close = own.close
+            self.write = lambda data: own.send(data, socket.MSG_DONTWAIT)
+        elif not is_ours and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            try:
+                again = os.open(f"/proc/self/fd/{fd}", flags)
+            except OSError:  # somebody else's terminal, say, or no descriptors are left
+                is_character = stat.S_ISCHR(mode)
+                self.write = lambda data: _write_where_there_is_room(
+                    fd, data, 1 if is_character else len(data)
+                )
+            else:
+                self._close = functools.partial(os.close, again)
+                self.write = functools.partial(os.write, again)
+
+    def close(self) -> None:
+        """Close what was opened, not ``fd``; idempotent.  ``write`` is an OSError from then on."""
+        close, self._close = self._close, None
+        self.write = _write_after_close
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Outlet:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+def _write_after_close(_data: bytes) -> int:
+    raise OSError(errno.EBADF, "this outlet is closed")
 
 
 def _write_where_there_is_room(fd: int, data: bytes, room: int) -> int:
-    """``write_now`` by asking first: a descriptor that polls writable takes ``room`` bytes."""
+    """Write by asking first: a descriptor that polls writable takes ``room`` bytes."""
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     done = 0

@@ -14,7 +14,7 @@ from typing import TextIO
 
 import pytest
 
-from pyvmm.report import MAX_LINE, REPEAT_S, Reporter, Seldom
+from pyvmm.report import MAX_LINE, REPEAT_S, Outlet, Reporter, Seldom
 
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
@@ -78,7 +78,14 @@ class Listener:
     def __init__(self, stack: contextlib.ExitStack, reader: int, writer: int) -> None:
         stack.callback(os.close, reader)
         self._reader = reader
+        self._stack = stack
         self.stream: TextIO = stack.enter_context(os.fdopen(writer, "w"))
+
+    def reporter(self) -> Reporter:
+        """One that speaks to it."""
+        return self._stack.enter_context(
+            contextlib.closing(Reporter(self.stream, burst=100_000))
+        )
 
     def read(self) -> str:
         """All that can be read now."""
@@ -111,7 +118,7 @@ def listener(request: pytest.FixtureRequest) -> Iterator[Listener]:
 
 
 def test_nobody_waits_for_a_listener_who_does_not_read(listener: Listener) -> None:
-    report = Reporter(listener.stream, burst=100_000)
+    report = listener.reporter()
     lines = [f"line {number} {'x' * 90}" for number in range(10_000)]
     for line in lines:
         report(line)  # would hang here
@@ -130,7 +137,7 @@ def test_nobody_waits_for_a_listener_who_does_not_read(listener: Listener) -> No
 
 
 def test_what_is_left_out_is_said_at_the_end(listener: Listener) -> None:
-    report = Reporter(listener.stream, burst=100_000)
+    report = listener.reporter()
     for _ in range(10_000):
         report("x" * 90)
     report.close()
@@ -149,7 +156,7 @@ def test_a_terminal_that_cannot_be_opened_again(
         raise PermissionError
 
     monkeypatch.setattr(os, "open", refuse)
-    report = Reporter(listener.stream, burst=100_000)
+    report = listener.reporter()
     report("first")
     for _ in range(40):
         report("x" * 4000)
@@ -157,7 +164,7 @@ def test_a_terminal_that_cannot_be_opened_again(
 
 
 def test_an_endless_line_is_cut(listener: Listener) -> None:
-    Reporter(listener.stream)("\N{SNOWMAN}" * 4000)
+    listener.reporter()("\N{SNOWMAN}" * 4000)
     heard = listener.read()
     assert heard == "pyvmm: " + "\N{SNOWMAN}" * MAX_LINE + "\n"
 
@@ -169,3 +176,27 @@ def test_a_listener_who_has_gone() -> None:
         report = Reporter(stream)
         report("nobody hears")
         report.close()
+
+
+@pytest.mark.parametrize("make", [pipe, pty.openpty, sockets])
+def test_fault_40_an_outlet_writes_without_opening_anything(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[int, int]]
+) -> None:
+    reader, writer = make()
+    before = sorted(os.listdir("/proc/self/fd"))
+    outlet = Outlet(writer)
+    with monkeypatch.context() as patch:
+        for name in ("open", "dup", "fstat"):
+            patch.setattr(os, name, None)
+        assert outlet.write(b"hello\n") == 6
+        with contextlib.suppress(BlockingIOError):
+            while outlet.write(b"x" * 1000):
+                pass  # would hang here
+    outlet.close()
+    outlet.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(OSError, match="closed"):
+        outlet.write(b"x")
+    assert os.get_blocking(writer)
+    os.close(reader)
+    os.close(writer)

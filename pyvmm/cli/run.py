@@ -145,8 +145,10 @@ def _run(
     from pyvmm.cli.session import run_at_terminal
     from pyvmm.machine import build
 
-    report = Reporter(sys.stderr)
-    with build(config, report=report) as machine:
+    with (
+        contextlib.closing(Reporter(sys.stderr)) as report,
+        build(config, report=report) as machine,
+    ):
         _warn(config, machine, report)
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
@@ -158,7 +160,6 @@ def _run(
         end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         missing = bundle.left_out()
     gc.unfreeze()
-    report.close()
     if not machine.console_line_ended:
         end_line()
     lines = []
@@ -177,8 +178,10 @@ def _run(
         say(line)
     # Last, for it may take seconds, and who waits no longer has seen the rest.
     if machine.evidence.wants_explanation(outcome):
-        for line in _explain(config, outcome, machine):
-            say(line)
+        # The outcome stands, though there be no descriptor left to read a remedy with.
+        with contextlib.suppress(OSError, ImportError):
+            for line in _explain(config, outcome, machine):
+                say(line)
     bundle.update(missing)
     return outcome.exit_status
 

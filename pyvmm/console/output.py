@@ -30,15 +30,21 @@ class OutputBuffer:
     ``wake`` is called, from the writer's thread, when the first byte comes and when a whole chunk
     waits; in between the drainer may let bytes gather (a wake-up a byte would cost more than the
     exits that bring them).  ``observe`` sees every byte once, in order, from the draining thread.
+    ``write`` writes to ``fd`` as ``report.Outlet.write`` does.
     """
 
     LIMIT = 64 * 1024
     CHUNK = 4096
 
     def __init__(
-        self, fd: int | None, wake: Callable[[], None], observe: Callable[[bytes], None]
+        self,
+        fd: int | None,
+        wake: Callable[[], None],
+        observe: Callable[[bytes], None],
+        write: Callable[[bytes], int] | None = None,
     ) -> None:
         self.fd = fd
+        self._write = write
         self._wake = wake
         self._observe = observe
         # The lock is taken once a character: directly, not through the slower Condition.
@@ -96,7 +102,7 @@ class OutputBuffer:
             if self.fd is not None:
                 with contextlib.suppress(BlockingIOError):
                     done = 0
-                    done = write_now(self.fd, shown)
+                    done = self._write(shown) if self._write else write_now(self.fd, shown)
         except OSError:
             done = len(chunk)
             raise

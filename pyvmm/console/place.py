@@ -12,6 +12,7 @@ import sys
 
 from pyvmm.console.terminal import Screen, is_behind
 from pyvmm.errors import ConfigError
+from pyvmm.report import Outlet
 
 _DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/", f"/proc/{os.getpid()}/fd/")
 
@@ -33,6 +34,8 @@ class Console:
     ) -> None:
         self.input_fd = input_fd
         self.output_fd = output_fd
+        self.outlet = None if output_fd is None else Outlet(output_fd, is_ours=is_emptied)
+        """Writes to ``output_fd``."""
         self.name = name
         self.screen = Screen.behind(output_fd)
         """The terminal where the output ends; None if there is none."""
@@ -98,7 +101,11 @@ class Console:
                 os.ftruncate(self.output_fd, 0)
 
     def close(self) -> None:
-        """Close a file opened by ``open``; idempotent."""
+        """Close a file opened by ``open``, and what was opened to write to it; idempotent."""
+        if self.outlet is not None:
+            self.outlet.close()
+        if self.screen is not None:
+            self.screen.close()
         if self._owns_output and self.output_fd is not None:
             os.close(self.output_fd)
             self.output_fd = None

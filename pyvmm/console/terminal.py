@@ -12,7 +12,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 
-from pyvmm.report import write_now
+from pyvmm.report import Outlet
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -151,8 +151,16 @@ class Screen:
 
         self._output_fd = output_fd
         self._reports_off = REPORTS_OFF
-        with self._opened() as fd:
-            self.queries = QueryWatch(utf8=bool(termios.tcgetattr(fd)[0] & _IUTF8))
+        # Opened now, because nothing is while a guest runs.
+        self._own_fd = _open_controlling_terminal() if output_fd is None else -1
+        self._fd = self._own_fd if output_fd is None else output_fd
+        self._outlet = Outlet(self._fd, is_ours=output_fd is None)
+        try:
+            is_utf8 = bool(termios.tcgetattr(self._fd)[0] & _IUTF8)
+        except termios.error:
+            self.close()
+            raise
+        self.queries = QueryWatch(utf8=is_utf8)
         """To be fed all output."""
         self._is_quiet = False
 
@@ -181,9 +189,8 @@ class Screen:
         reports = bool(queries.reports or queries.may_report)
         if not (queries.asked_s or reports):
             return
-        with (
-            contextlib.suppress(OSError, termios.error), _not_stopped_for_it(), self._opened() as fd
-        ):
+        fd = self._fd
+        with contextlib.suppress(OSError, termios.error), _not_stopped_for_it():
             if not is_in_front(fd):
                 return
             last_s = queries.asked_s
@@ -192,7 +199,7 @@ class Screen:
                     time.sleep(READER_S)
                 self._is_quiet = True
                 with contextlib.suppress(BlockingIOError):
-                    write_now(fd, self._reports_off)
+                    self._outlet.write(self._reports_off)
                 last_s = time.monotonic()  # a report may be on its way, as an answer may
             time.sleep(max(0.0, last_s + ANSWER_S - time.monotonic()))
             if not is_in_front(fd):
@@ -206,19 +213,19 @@ class Screen:
         was_quiet, self._is_quiet = self._is_quiet, False
         modes = b"".join(b"\x1b[?%dh" % mode for mode in sorted(self.queries.reports))
         if was_quiet and modes:
-            with contextlib.suppress(OSError), self._opened() as fd:
-                write_now(fd, modes)
+            with contextlib.suppress(OSError):
+                self._outlet.write(modes)
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
-        if self._output_fd is not None:
-            yield self._output_fd
-            return
-        fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            yield fd
-        finally:
+    def close(self) -> None:
+        """Close what was opened for it; idempotent."""
+        self._outlet.close()
+        fd, self._own_fd = self._own_fd, -1
+        if fd >= 0:
             os.close(fd)
+
+
+def _open_controlling_terminal() -> int:
+    return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _queued_bytes(fd: int) -> int:

@@ -20,6 +20,7 @@ from pyvmm.kvm import abi, cpuid_entry
 from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import CoalescedRing, RunPage
 from pyvmm.kvm.ioctl import ioctl, vcpu_entry
+from pyvmm.kvm.nmi import ioapic_can_wake, pit_can_wake
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096
@@ -208,8 +209,6 @@ class Vm(_Handle):
 
     def can_wake(self) -> bool:
         """True if a line of the IOAPIC may wake a vCPU that has interrupts off (``nmi.py``)."""
-        from pyvmm.kvm.nmi import ioapic_can_wake  # rare: not on the boot path
-
         return ioapic_can_wake(self.fd)
 
     def save(self) -> dict[str, object]:
@@ -343,8 +342,6 @@ class Vcpu(_Handle):
 
     def pit_can_wake(self) -> bool:
         """True if the PIT may wake the vCPU though it has interrupts off (``nmi.py``)."""
-        from pyvmm.kvm.nmi import pit_can_wake  # rare: not on the boot path
-
         return pit_can_wake(self.fd)
 
     def coalesced_ring(self, page: int) -> CoalescedRing | None:

@@ -54,9 +54,14 @@ def ioctl(fd: int, request: abi.Ioctl, argument: ctypes.Structure | bytearray | 
 def _name(request: abi.Ioctl) -> str:
     if request in abi.IOCTL_NAMES:
         return abi.IOCTL_NAMES[request]
-    from pyvmm.kvm import irqchip_abi, state_abi  # not on the boot path
+    # Whoever uses one of these has imported its module: nothing is while a guest runs.
+    from pyvmm.kvm import irqchip_abi
 
-    return (irqchip_abi.IOCTL_NAMES | state_abi.IOCTL_NAMES)[request]
+    if request in irqchip_abi.IOCTL_NAMES:
+        return irqchip_abi.IOCTL_NAMES[request]
+    from pyvmm.kvm import state_abi
+
+    return state_abi.IOCTL_NAMES[request]
 
 
 def _libc() -> ctypes.CDLL:

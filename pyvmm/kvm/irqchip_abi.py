@@ -1,7 +1,7 @@
 """The numbers and structures of <linux/kvm.h> for reading the interrupt chips, as in ``abi.py``.
 
-Apart from it because only a look at a halted guest (``nmi.py``) and a saved state need them, and
-the boot path does not.  ``tests/kvm/test_abi.py`` checks them in the same way.
+Apart from it because only a look at a halted guest (``nmi.py``) and a saved state need them.
+``tests/kvm/test_abi.py`` checks them in the same way.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ NMIs.
 
 Three cannot wake it.  Nothing drives LINT1, which Linux leaves as an NMI on its boot CPU.  A local
 APIC's timer has no delivery mode.  Performance counters stand still in a halted guest.
-
-This module is imported only when a guest seems to have halted.
 """
 
 from __future__ import annotations

@@ -267,8 +267,10 @@ class Session:
             self._tell(f"winsize {rows} {columns}")
 
     def _restore_terminal(self) -> None:
-        if self._screen is not None and self._host_terminal.active:
-            self._screen.settle()
+        if self._screen is not None:
+            if self._host_terminal.active:
+                self._screen.settle()
+            self._screen.close()
         self._host_terminal.give_back()
 
     def _tell(self, line: str) -> None:

@@ -348,7 +348,7 @@ def test_fault_25_how_many_open_files_a_run_needs_is_said_and_enough(
         )  # fmt: skip
 
     enough = 0
-    for limit in (10, 14, 17):
+    for limit in (10, 14, 16):
         done = run(limit)
         assert done.returncode == 125
         match = re.fullmatch(

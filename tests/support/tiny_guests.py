@@ -23,6 +23,11 @@ def _dx(port: int) -> bytes:
     return b"\x66\xba" + port.to_bytes(2, "little")
 
 
+def out(port: int, value: int) -> bytes:
+    """Code that writes a byte to a port."""
+    return _dx(port) + b"\xb0" + bytes([value]) + b"\xee"
+
+
 def prints(text: bytes) -> bytes:
     """Code that sends ``text``, as fast as it can, and goes on behind it."""
     size = len(text).to_bytes(4, "little")

@@ -103,6 +103,7 @@ def test_a_kernel_that_prints_nothing_is_told_which_console_to_use() -> None:
         "--cmdline", "console=tty1 reboot=k panic=-1 root=/dev/vda init=/missing",
     )
     assert run.console == ""
+    assert run.status == 121, run.messages
     assert "the kernel printed nothing: its consoles are console=tty1" in run.messages
     assert "console=ttyS0 is the serial port" in run.messages
 
@@ -119,3 +120,40 @@ def test_timing_says_how_long_each_stage_took() -> None:
     parts_s = sum(times_s[name] for name, _ in stages[:5])
     assert parts_s == pytest.approx(times_s["total"], abs=0.01)
     assert times_s["kernel"] > 0
+
+
+def test_fault_36_a_broken_kernel_is_not_green(tmp_path: Path) -> None:
+    """4 KiB in the middle of what the kernel unpacks itself from are not what they were."""
+    kernel = tmp_path / "bzImage"
+    image = bytearray(KERNEL.read_bytes())
+    middle = len(image) // 2
+    image[middle : middle + 4096] = b"\xff" * 4096
+    kernel.write_bytes(image)
+    run = boot("--disk", f"{IMAGE},snapshot", append="earlyprintk=ttyS0", kernel=kernel)
+    assert " -- System halted" in run.console
+    assert run.status == 121, run.messages
+    assert "pyvmm: the boot gave up early: Decoding failed\n" in run.messages
+    assert f"pyvmm: {kernel}: the code in front of the kernel gave up" in run.messages
+
+
+@pytest.mark.parametrize("end", ["reboot -f", "halt -f", "poweroff -f"])
+@pytest.mark.parametrize("console", ["", "loglevel=0", "console=tty1"])
+def test_fault_36_a_program_may_end_the_guest_as_it_likes(end: str, console: str) -> None:
+    """``boot`` says "quiet", which hides that an init was started.  Linux's last words are
+    emergencies, shown all the same; without them the context of the vCPU tells of a program."""
+    run = boot(
+        "--disk", f"{IMAGE},snapshot",
+        "--cmdline", f"console=ttyS0 reboot=k panic=-1 root=/dev/vda {console}",
+        append=run_in_guest(end),
+    )
+    assert run.status == 0, run.console + run.messages
+
+
+def test_fault_36_a_kernel_that_dies_without_a_word_before_an_init_has_not_succeeded() -> None:
+    """Its panic is shown nowhere, and then it reboots."""
+    run = boot(
+        "--disk", f"{IMAGE},snapshot", "--cmdline",
+        "console=tty1 reboot=k panic=-1 root=/dev/vdz initcall_blacklist=pvpanic_mmio_init",
+    )
+    assert run.console == ""
+    assert run.status == 121, run.messages
