@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from pyvmm.cli.parse import parse_cpus, parse_disk, parse_seconds, parse_size
+from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
@@ -16,6 +16,7 @@ from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
 from pyvmm.startup.options import Command, Option, parse_options
 from pyvmm.startup.types import TYPE_CHECKING, cache_path, configuration_paths
+from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import parse_cpu_option
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         initrd=args.initrd,
         cmdline=args.cmdline,
         append=" ".join(args.append),
-        memory_bytes=parse_size("--memory", args.memory),
+        memory_bytes=parse_memory(
+            "--memory", args.memory, layout.MIN_MEMORY, layout.MAX_MEMORY
+        ),
         cpu=parse_cpu_option(args.cpu),
         cpus=parse_cpus(args.cpus),
         timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout is not None else None,
