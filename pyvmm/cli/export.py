@@ -21,7 +21,8 @@ from pyvmm.peers.eventfds import Bell
 from pyvmm.report import Reporter, Seldom
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
-from pyvmm.startup.options import Command, Option, parse_options
+from pyvmm.startup.commands import Command, Option
+from pyvmm.startup.options import parse_options
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
 from pyvmm.virtio.block.config import MAX_QUEUE_SIZE

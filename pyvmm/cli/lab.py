@@ -21,7 +21,8 @@ from pyvmm.lab import (
 )
 from pyvmm.numerals import shown, whole_number
 from pyvmm.report import say
-from pyvmm.startup.options import Command, Option, Word, parse_options
+from pyvmm.startup.commands import Command, Option, Word
+from pyvmm.startup.options import parse_options
 from pyvmm.storage.raw import RawBackend
 
 LAB_FAILED_STATUS = 125

@@ -47,13 +47,8 @@ class SignalsAsTheyAre:
 _AS_THEY_ARE = SignalsAsTheyAre()
 
 
-def main(argv: list[str] | None = None, *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
-    """Run ``pyvmm`` with ``argv``; the exit status.  Without ``argv`` as the process's program."""
-    if argv is None:  # a script of pip's that is older than pyvmm.__main__.main
-        from pyvmm.__main__ import main as program
-
-        return program()
-    args = argv
+def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
+    """Run ``pyvmm`` with ``args``; the exit status."""
     open_standard_descriptors()
     command = args[0] if args else ""
     rest = args[1:]

@@ -2,8 +2,8 @@
 
 To unpack a kernel takes seconds, and a start has none to spare.  So whoever has had a reason to do
 it (``pyvmm kernel inspect``, a run that failed) leaves what it found in the cache: an entry, a
-small text file of the options that ``requirements`` knows.  ``cli.run.remembered_path`` names it
-after the kernel file's identity, so that a kernel built anew is another one.
+small text file of the options that ``requirements`` knows.  ``cli.first_look.remembered_path``
+names it after the kernel file's identity, so that a kernel built anew is another one.
 
 The cache may hold anything: an entry that is not understood is none, nor is one that another user
 could have written.

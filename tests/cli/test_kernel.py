@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.cli.first_look import remembered_path
 from pyvmm.cli.main import main
-from pyvmm.cli.run import remembered_path
 from pyvmm.linux import debian
 from pyvmm.linux.cache import Say
 from pyvmm.linux.debian import StockKernel

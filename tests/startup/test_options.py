@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import doctor, export, kernel, lab, run
 from pyvmm.errors import ConfigError
-from pyvmm.startup.options import Command, parse_options
+from pyvmm.startup.commands import Command
+from pyvmm.startup.options import parse_options
 from pyvmm.startup.usage import argument_parser
 
 COMMANDS = [
