@@ -15,7 +15,8 @@ def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
     """Return the groups of modules of which each imports all others, if by way of some."""
     reached: dict[str, set[str]] = {}
     for module in imports:
-        found, todo = set(), [module]
+        found: set[str] = set()
+        todo = [module]
         while todo:
             new = imports[todo.pop()] - found
             found |= new
