@@ -1,4 +1,4 @@
-"""The package as pip builds it: everything that is needed, nothing in build/, nothing deprecated."""
+"""The package as pip builds it: all that is needed, nothing in build/, nothing deprecated."""
 
 from __future__ import annotations
 
