@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pyvmm.cli import doctor, export, kernel, lab, run
+from pyvmm.startup.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 TOUR = ROOT / "docs" / "tour.md"
@@ -83,3 +87,29 @@ def test_a_broken_link_is_found(text: str, found: list[str], tmp_path: Path) -> 
     page = tmp_path / "p.md"
     page.write_text(f"# One, more\n{text}\n")
     assert list(broken(page, tmp_path)) == found
+
+
+TABLES = {table.name: table for table in (
+    run.COMMAND, export.COMMAND, doctor.COMMAND, kernel.COMMAND, lab.COMMAND
+)}
+HELP = "\n".join(table.epilog for table in TABLES.values()).replace("\n  pyvmm", "\n$ pyvmm")
+TEXTS = {"help": HELP, **{str(page.relative_to(ROOT)): page.read_text() for page in PAGES}}
+_SHOWN = re.compile(r"^\$ pyvmm ((?:'[^']*'|\\\n|[^'\n#])*)(?:#.*)?$", re.MULTILINE)
+_COMMANDS = {name: _SHOWN.findall(text) for name, text in TEXTS.items()}
+
+
+def arguments(line: str) -> list[str]:
+    """The words of the first command in ``line``."""
+    lexer = shlex.shlex(
+        re.sub(r"\$\([^)]*\)", "x", line.replace("\\\n", " ")), posix=True, punctuation_chars=True
+    )
+    lexer.whitespace_split = True
+    words = list(lexer)
+    return words[: next((at for at, word in enumerate(words) if word[0] in ";&|>"), None)]
+
+
+@pytest.mark.parametrize("name", [name for name, found in _COMMANDS.items() if found])
+def test_fault_39_every_command_that_is_shown_is_well_formed(name: str) -> None:
+    for line in _COMMANDS[name]:
+        command, *rest = arguments(line)
+        parse_options(TABLES[command], rest)

@@ -52,7 +52,7 @@ examples:
   pyvmm export --disk root.img --socket /run/user/1000/root.sock
   pyvmm export --disk base.img,overlay=today.ovl,queues=4 --socket s
   pyvmm export --disk root.img,faults=script --socket s
-  pyvmm run --kernel bzImage --disk vhost-user=s
+  pyvmm run --kernel build/bzImage --disk vhost-user=s
   qemu-system-x86_64 -m 512 -object memory-backend-memfd,id=m,size=512M,share=on \\
     -machine q35,memory-backend=m -chardev socket,id=c,path=s \\
     -device vhost-user-blk-pci,chardev=c ...

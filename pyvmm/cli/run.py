@@ -41,9 +41,9 @@ keys, when standard input is a terminal:
   others go to the guest.
 
 examples:
-  pyvmm run --kernel bzImage --disk root.img
-  pyvmm run --kernel bzImage --disk root.img --append pyvmm.run='uname -a' --timeout 60
-  pyvmm run --kernel vmlinux --disk root.img,ro --disk data.img,serial=data --console boot.log
+  pyvmm run --kernel build/bzImage --disk build/root.img
+  pyvmm run --kernel build/bzImage --disk build/root.img --append pyvmm.run='uname -a' --timeout 60
+  pyvmm run --kernel build/vmlinux --disk root.img,ro --disk data.img,serial=d --console log
 """
 
 
