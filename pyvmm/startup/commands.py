@@ -76,6 +76,11 @@ class Command(Record):
         """The last word of its name."""
         return self.name.rpartition(" ")[2]
 
+    @property
+    def takes_rest(self) -> bool:
+        """True if all from its first word on is another command's."""
+        return bool(self.words) and self.words[-1].takes_rest
+
 
 class Mistake(Exception):  # noqa: N818 - not raised beyond parse_options
     """The first mistake in a command line: ``at`` is the index of the word, ``option`` whose."""

@@ -34,13 +34,23 @@ def parse_options(command: Command, argv: Sequence[str]) -> SimpleNamespace:
             raise Mistake("no verb")
         return _read(command, argv)
     except Mistake as mistake:
-        if any(word in HELP for word in argv[mistake.at :]):
+        if _asks_for_help(command, argv[mistake.at :]):
             from pyvmm.startup.usage import show_help
 
             show_help(command)
         from pyvmm.startup.mistakes import explain
 
         raise explain(command, argv, mistake) from None
+
+
+def _asks_for_help(command: Command, words: Sequence[str]) -> bool:
+    """True if ``words``, from the first mistake on, ask for help with ``command`` itself."""
+    for word in words:
+        if word in HELP:
+            return True
+        if word == "--" or command.takes_rest:
+            break  # another command's, maybe
+    return False
 
 
 def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
@@ -50,14 +60,13 @@ def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
     values: dict[str, Any] = {option.attribute: option.absent for option in command.options}
     given = set()
     words: list[str] = []
-    takes_rest = bool(command.words) and command.words[-1].takes_rest
     at, end = 0, len(argv)
     while at < end:
         word = argv[at]
         name, has_value, value = word.partition("=")
         option = by_name.get(name)
         if option is None and not looks_like_option(word, by_name):
-            if takes_rest:
+            if command.takes_rest:
                 words += argv[at:]
                 break
             words.append(word)
