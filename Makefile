@@ -121,7 +121,8 @@ lint: dev ## ruff, mypy --strict, import-linter
 FAST := not slow and not bare and not kvm and not lab and not power_cut
 
 check: lint ## lint and the fast unit tests, in under a minute: before every commit
-	@$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
+	@$(call need,$(TEST_PACKAGES))
+	$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
 
 slow-tests: dev kernel image build/tools.img ## measure which tests are slow, on a quiet machine: writes tests/slow.txt
 	@PYVMM_MEASURE_TESTS=1 $(BIN)/python -m pytest -q -m "not bare and not kvm and not lab and not power_cut"

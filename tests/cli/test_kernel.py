@@ -81,6 +81,7 @@ def test_a_kernel_that_can(kernel: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not re.search(r"^(missing|module)", out, re.MULTILINE)
 
 
+@pytest.mark.slow  # and needs build/bzImage
 def test_our_own_kernel_can_and_has_its_configuration_inside(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
