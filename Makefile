@@ -54,7 +54,8 @@ if ! $(BIN)/pyvmm doctor --quiet; then
 fi
 endef
 
-.PHONY: help run run-packages shell test test-packages test-kernels lint needs unit unit-tests vm-test power-cuts soak fuzz kernel stock debian
+.PHONY: help run run-packages shell test test-packages test-kernels lint check slow-tests needs unit unit-tests vm-test
+.PHONY: power-cuts soak fuzz kernel stock debian
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -64,9 +65,11 @@ run: run-packages venv kernel image ## boot build/root.img; ARGS='...' adds opti
 	@$(call choose_host,--lock build/root.img)
 	$$host $(BIN)/pyvmm run --kernel build/bzImage --disk build/root.img -v $(ARGS)
 
-# All that is missing in one line, rather than a group at a time.
+# All that is missing in one line, rather than a group at a time.  The doctor needs no .venv, and
+# fails too if this Python is too old to run it.
 run-packages:
-	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES))
+	@lab=; $(PYTHON) -m pyvmm doctor --quiet 2>/dev/null || lab="$(LAB_PACKAGES)"
+	$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES) $$lab)
 
 test-packages:
 	@$(call need,$(VENV_PACKAGES) $(KERNEL_PACKAGES) $(IMAGE_PACKAGES) $(LAB_PACKAGES) $(TEST_PACKAGES) $(TOOL_PACKAGES) $(DEBIAN_PACKAGES) $(BENCH_PACKAGES))
@@ -113,6 +116,16 @@ lint: dev ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy || status=1
 	$(BIN)/lint-imports || status=1
 	exit $$status
+
+# Neither kernel nor image: some seconds after an edit.
+FAST := not slow and not bare and not kvm and not lab and not power_cut
+
+check: lint ## lint and the fast unit tests, in under a minute: before every commit
+	@$(call need,$(TEST_PACKAGES))
+	$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
+
+slow-tests: dev kernel image build/tools.img ## measure which tests are slow, on a quiet machine: writes tests/slow.txt
+	@PYVMM_MEASURE_TESTS=1 $(BIN)/python -m pytest -q -m "not bare and not kvm and not lab and not power_cut"
 
 needs: dev kernel image build/tools.img build/roots-gpt.img build/acpi/bzImage stock debian
 	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES) $(BENCH_PACKAGES))

@@ -12,10 +12,13 @@ from fuzz.campaign import Campaign, table
 from fuzz.target import about, is_target, load_target, target_names
 from fuzz.watch import Watch, minimise
 from fuzz.worker import coverage_guide
+from pyvmm.numerals import decimal_number, whole_number
 
 FOUND = 1
 OUT = Path("build/fuzz")
 _MINIMISE_S = 60.0
+_MAX_S = 366 * 86400.0
+_MAX_COUNT = 1_000_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("words", nargs="*", metavar="TARGET|FILE",
                         help="all targets if there is none")
-    parser.add_argument("--seconds", type=float, default=60.0,
+    parser.add_argument("--seconds", type=_seconds, default=60.0,
                         help="for all targets together (default: 60)")
-    parser.add_argument("--runs", type=int, help="stop a target after so many cases")
+    parser.add_argument("--runs", type=_count, help="stop a target after so many cases")
     parser.add_argument("--seed", type=int, help="of the random numbers (default: another one)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
+    parser.add_argument("--jobs", type=_count, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--plain", action="store_true", help="do not use atheris")
     parser.add_argument("--out", type=Path, default=OUT, help=f"default: {OUT}")
     parser.add_argument("--minimise", action="store_true",
@@ -61,6 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in found:
         print(f"found: {path} ({path}.txt)")
     return FOUND if found else 0
+
+
+def _seconds(text: str) -> float:
+    """Return ``text`` as a time, for argparse: above 0, at most a year."""
+    seconds = decimal_number(text, 0, _MAX_S)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return seconds
+
+
+def _count(text: str) -> int:
+    """Return ``text`` as a number of things, for argparse: 1 at least."""
+    count = whole_number(text, 1, _MAX_COUNT)
+    if count is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {_MAX_COUNT}")
+    return count
 
 
 def _repeat(name: str, files: Sequence[Path], *, minimised: bool) -> int:

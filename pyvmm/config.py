@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.errors import ConfigError
 from pyvmm.linux.command_line import consoles_of, words_of
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
@@ -165,9 +167,13 @@ class RunConfig(Record):
     discovery: str = "both"
 
     def __post_init__(self) -> None:
-        for option, path in (("--kernel", self.kernel), ("--initrd", self.initrd)):
-            if path == "":
+        for option, path in (
+            ("--kernel", self.kernel), ("--initrd", self.initrd), ("--console", self.console),
+        ):
+            if path == "" and option != "--console":
                 raise ConfigError(option, "names no file")
+            if path is not None and "\0" in os.fspath(path):
+                raise ConfigError(f"{option} {path!r}", "is no file name: it has a NUL")
         if not self.console:
             raise ConfigError("--console", "names no file; write stdio, none or a file's name")
         for option, text in (("--cmdline", self.cmdline or ""), ("--append", self.append)):
@@ -186,11 +192,10 @@ class RunConfig(Record):
         if not 1 <= self.cpus <= MAX_CPUS:
             raise ConfigError(f"--cpus {self.cpus}", f"must be from 1 to {MAX_CPUS}")
         if not layout.MIN_MEMORY <= self.memory_bytes <= layout.MAX_MEMORY:
-            hint = " (without a unit it counts bytes)" if self.memory_bytes < layout.MIB else ""
             raise ConfigError(
                 f"--memory {format_size(self.memory_bytes)}",
-                f"must be between {format_size(layout.MIN_MEMORY)} "
-                f"and {format_size(layout.MAX_MEMORY)}{hint}",
+                f"must be from {format_size(layout.MIN_MEMORY)} "
+                f"to {format_size(layout.MAX_MEMORY)}",
             )
         if self.memory_bytes % layout.MIB:
             raise ConfigError(
@@ -206,11 +211,27 @@ class RunConfig(Record):
                 raise ConfigError(
                     f"--disk {disk.location}", f"is given twice; {disk.how_to_share}"
                 )
+        self._check_overlays()
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
                 f"--timeout {self.timeout_s:g}",
                 f"must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}",
             )
+
+    def _check_overlays(self) -> None:
+        """ConfigError if the overlay of one disk is another disk, or another's overlay."""
+        used: dict[str, str] = {}
+        for disk in self.disks:
+            overlay = disk.source.overlay if isinstance(disk, DiskConfig) else ""
+            for path, role in ((disk.location, "a disk"), (overlay, "an overlay")):
+                real = os.path.realpath(path) if path else ""
+                if real in used and "an overlay" in (role, used[real]):
+                    raise ConfigError(
+                        f"--disk {disk.location}", f"{path} is {role} here, and {used[real]} of "
+                        "this run already; each needs a file of its own"
+                    )
+                if path:
+                    used[real] = role
 
     @property
     def has_virtio_console(self) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.support import slow
 from tests.support.patience import patient
 
 # A shell's background job starts with these ignored, and pyvmm leaves ignored what was: the tests
@@ -47,8 +49,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = 2 * patient(float(limit))
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests that tests/slow.txt lists, which ``make check`` leaves out."""
+    if slow.function_of(item.nodeid) in slow.listed():
+        item.add_marker(pytest.mark.slow)
+
+
+def _measure(reports: list[pytest.TestReport]) -> None:
+    """Write tests/slow.txt anew from how long the tests of ``reports`` took."""
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        seconds[slow.function_of(report.nodeid)] += report.duration  # type: ignore[assignment]
+    slow.write_list(seconds)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Leave to ``make test`` how many tests passed, and which did not."""
+    if os.environ.get(slow.MEASURE):
+        _measure([found for group in terminalreporter.stats.values() for found in group
+                  if isinstance(found, pytest.TestReport)])
     path = os.environ.get(REPORT)
     if not path:
         return

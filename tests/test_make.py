@@ -1,4 +1,4 @@
-"""``make test``: every stage runs, and the last lines say what became of each."""
+"""``make test`` runs every stage and says what became of each; ``make run`` asks once for all."""
 
 from __future__ import annotations
 
@@ -116,3 +116,29 @@ def test_parts_are_all_of_the_tests(parts: int, tmp_path: Path) -> None:
         )
         ran += re.findall(r"ran (\d)", done.stdout)
     assert sorted(ran) == list("0123456")
+
+
+NEEDED = ("linux-source-6.1", "busybox-static", "e2fsprogs", "flex")
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_fault_39_what_make_run_lacks_is_one_line(tmp_path: Path, is_complete: bool) -> None:
+    """A user's, on a host without any of the packages, with a KVM that is complete or is not."""
+    programs = {
+        "dpkg-query": "exit 1", "id": "echo 1000", "apt-get": "exit 99",
+        "python": f'case "$*" in *doctor*) exit {int(not is_complete)};; '
+                  "*) exit 1;; esac",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["make", "run", f"PYTHON={tmp_path / 'python'}"], cwd=ROOT, text=True, check=False,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MAKEFLAGS": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 2
+    (line,) = (line for line in done.stdout.splitlines() if "apt-get" in line)
+    assert line.startswith("  sudo apt-get install --no-install-recommends python3-venv ")
+    assert set(NEEDED) <= set(line.split())
+    assert ("qemu-system-x86" in line.split()) != is_complete

@@ -8,7 +8,8 @@ from pyvmm.kvm import probe
 from pyvmm.kvm.handles import Kvm
 from pyvmm.kvm.probe import Check, Host
 from pyvmm.report import show
-from pyvmm.startup.options import Command, Option, parse_options
+from pyvmm.startup.commands import Command, Option
+from pyvmm.startup.options import parse_options
 from pyvmm.x86 import trial
 
 DESCRIPTION = """\

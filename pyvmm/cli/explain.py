@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from pyvmm.cli.run import remembered_path
+from pyvmm.cli.first_look import remembered_path
 from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.linux.file_systems import HEAD_BYTES
 from pyvmm.linux.guest import Boot, describe

@@ -21,7 +21,8 @@ from pyvmm.peers.eventfds import Bell
 from pyvmm.report import Reporter, Seldom
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
-from pyvmm.startup.options import Command, Option, parse_options
+from pyvmm.startup.commands import Command, Option
+from pyvmm.startup.options import parse_options
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
 from pyvmm.virtio.block.config import MAX_QUEUE_SIZE
@@ -51,7 +52,7 @@ examples:
   pyvmm export --disk root.img --socket /run/user/1000/root.sock
   pyvmm export --disk base.img,overlay=today.ovl,queues=4 --socket s
   pyvmm export --disk root.img,faults=script --socket s
-  pyvmm run --kernel bzImage --disk vhost-user=s
+  pyvmm run --kernel build/bzImage --disk vhost-user=s
   qemu-system-x86_64 -m 512 -object memory-backend-memfd,id=m,size=512M,share=on \\
     -machine q35,memory-backend=m -chardev socket,id=c,path=s \\
     -device vhost-user-blk-pci,chardev=c ...

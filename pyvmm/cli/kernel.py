@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from pyvmm.cli.run import remembered_path
+from pyvmm.cli.first_look import remembered_path
 from pyvmm.linux import config as linux_config
 from pyvmm.linux import debian
 from pyvmm.linux.cache import cache_directory
@@ -23,7 +23,8 @@ from pyvmm.linux.requirements import (
     problems,
 )
 from pyvmm.report import say, show
-from pyvmm.startup.options import Command, Option, Word, parse_options
+from pyvmm.startup.commands import Command, Option, Word
+from pyvmm.startup.options import parse_options
 from pyvmm.x86.image import dotted
 from pyvmm.x86.inspect import Inspection, inspect
 

@@ -8,12 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pyvmm.cli.descriptors import open_standard_descriptors
-from pyvmm.cli.parse import parse_seconds, parse_size
+from pyvmm.cli.parse import parse_memory, parse_seconds
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.lab import MAX_CPUS, CommandError, LabConfig, default_writable, run
+from pyvmm.lab import (
+    MAX_CPUS,
+    MAX_MEMORY_BYTES,
+    MIN_MEMORY_BYTES,
+    CommandError,
+    LabConfig,
+    default_writable,
+    run,
+)
 from pyvmm.numerals import shown, whole_number
 from pyvmm.report import say
-from pyvmm.startup.options import Command, Option, Word, parse_options
+from pyvmm.startup.commands import Command, Option, Word
+from pyvmm.startup.options import parse_options
 from pyvmm.storage.raw import RawBackend
 
 LAB_FAILED_STATUS = 125
@@ -91,7 +100,7 @@ def config_from(args: SimpleNamespace) -> LabConfig:
         environment=dict(os.environb),
         writable=tuple(resolved),
         cpus=_cpus(args.cpus),
-        memory_bytes=parse_size("--memory", args.memory),
+        memory_bytes=parse_memory("--memory", args.memory, MIN_MEMORY_BYTES, MAX_MEMORY_BYTES),
         timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout is not None else None,
         verbose=args.verbose > 0,
     )

@@ -22,8 +22,8 @@ usage: pyvmm COMMAND [OPTIONS]
 pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 
 commands:
-  run      boot a kernel:  pyvmm run --kernel bzImage --disk root.img
-  export   serve a disk to another VMM:  pyvmm export --disk root.img --socket S
+  run      boot a kernel:  pyvmm run --kernel build/bzImage --disk build/root.img
+  export   serve a disk to another VMM:  pyvmm export --disk build/root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
   kernel   say whether a kernel file can boot here, or fetch Debian's:  pyvmm kernel inspect FILE
   lab      run a command on an emulated host whose KVM is complete:  pyvmm lab -- CMD...
@@ -47,13 +47,8 @@ class SignalsAsTheyAre:
 _AS_THEY_ARE = SignalsAsTheyAre()
 
 
-def main(argv: list[str] | None = None, *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
-    """Run ``pyvmm`` with ``argv``; the exit status.  Without ``argv`` as the process's program."""
-    if argv is None:  # a script of pip's that is older than pyvmm.__main__.main
-        from pyvmm.__main__ import main as program
-
-        return program()
-    args = argv
+def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
+    """Run ``pyvmm`` with ``args``; the exit status."""
     open_standard_descriptors()
     command = args[0] if args else ""
     rest = args[1:]

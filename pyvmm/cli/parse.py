@@ -51,6 +51,28 @@ def parse_size(option: str, text: str) -> int:
     return count * SIZE_UNITS[unit]
 
 
+def parse_memory(option: str, text: str, least_bytes: int, most_bytes: int) -> int:
+    """Return the bytes of RAM that ``text`` asks for; ConfigError naming ``option`` and limits.
+
+    A number alone would count bytes, and QEMU's users mean MiB: it is refused, with both said.
+    """
+    limits = f"from {format_size(least_bytes)} to {format_size(most_bytes)}"
+    try:
+        size_bytes = parse_size(option, text)
+    except ConfigError:
+        raise ConfigError(
+            f"{option} {shown(text)}", f"is not a size {limits}; write 256M or 1G"
+        ) from None
+    if least_bytes <= size_bytes <= most_bytes:
+        return size_bytes
+    hint = ""
+    if text.isdigit() and size_bytes:
+        units = [unit for unit in "MG" if size_bytes * SIZE_UNITS[unit] <= most_bytes]
+        likely = next((u for u in units if size_bytes * SIZE_UNITS[u] >= least_bytes), "")
+        hint = f"; a number alone counts bytes: write {text}{likely}" if likely else ""
+    raise ConfigError(f"{option} {shown(text)}", f"must be {limits}{hint}")
+
+
 def parse_cpus(text: str) -> int:
     """``4`` -> 4; ConfigError if it is no number.  The range is RunConfig's."""
     count = whole_number(text, 0, 999_999)
@@ -100,6 +122,7 @@ def parse_disk(text: str) -> AnyDiskConfig:
         if has_value and not value:
             raise ConfigError(option, f"{name}= wants a value: {name}={_DISK_VALUES[name]}")
         given[name] = value
+    _check_scheme(option, location)
     if location.startswith(VHOST_USER):
         return _vhost_user_disk(option, location.removeprefix(VHOST_USER), given)
     if "ro" in given and not given.keys().isdisjoint({"snapshot", "overlay"}):
@@ -120,6 +143,20 @@ def parse_disk(text: str) -> AnyDiskConfig:
         queues=_disk_queues(option, given.get("queues", "1")),
         writeback=_disk_writeback(option, given.get("writeback", "on")),
         rate_limit=_disk_rate_limit(option, given.get("iops", ""), given.get("bps", "")),
+    )
+
+
+def _check_scheme(option: str, location: str) -> None:
+    """ConfigError if ``location`` is a URI of a kind that no disk has."""
+    scheme, separator, rest = location.partition("://")
+    if not separator or not scheme.isalnum() or scheme.lower() in ("nbd", "nbds"):
+        return
+    if scheme.lower() == "file":
+        raise ConfigError(option, f"is written as a path: --disk {rest}")
+    raise ConfigError(
+        option,
+        f"{scheme}:// is not supported; a disk is a file, a block device, nbd://HOST/EXPORT or "
+        "vhost-user=SOCKET (a file of that name: ./NAME)",
     )
 
 

@@ -8,14 +8,17 @@ import os
 import sys
 import time
 
-from pyvmm.cli.parse import parse_cpus, parse_disk, parse_seconds, parse_size
+from pyvmm.cli.first_look import has_known_configuration, root_is_special
+from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
 from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
-from pyvmm.startup.options import Command, Option, parse_options
-from pyvmm.startup.types import TYPE_CHECKING, cache_path, configuration_paths
+from pyvmm.startup.commands import Command, Option
+from pyvmm.startup.options import parse_options
+from pyvmm.startup.types import TYPE_CHECKING
+from pyvmm.x86 import layout
 from pyvmm.x86.cpu_model import parse_cpu_option
 
 if TYPE_CHECKING:
@@ -39,9 +42,9 @@ keys, when standard input is a terminal:
   others go to the guest.
 
 examples:
-  pyvmm run --kernel bzImage --disk root.img
-  pyvmm run --kernel bzImage --disk root.img --append pyvmm.run='uname -a' --timeout 60
-  pyvmm run --kernel vmlinux --disk root.img,ro --disk data.img,serial=data --console boot.log
+  pyvmm run --kernel build/bzImage --disk build/root.img
+  pyvmm run --kernel build/bzImage --disk build/root.img --append pyvmm.run='uname -a' --timeout 60
+  pyvmm run --kernel build/vmlinux --disk root.img,ro --disk data.img,serial=d --console log
 """
 
 
@@ -107,7 +110,9 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         initrd=args.initrd,
         cmdline=args.cmdline,
         append=" ".join(args.append),
-        memory_bytes=parse_size("--memory", args.memory),
+        memory_bytes=parse_memory(
+            "--memory", args.memory, layout.MIN_MEMORY, layout.MAX_MEMORY
+        ),
         cpu=parse_cpu_option(args.cpu),
         cpus=parse_cpus(args.cpus),
         timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout is not None else None,
@@ -210,7 +215,7 @@ def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
     if kernel.is_linux and not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
     is_known = has_known_configuration(config.kernel, kernel.version)
-    if is_known or (kernel.is_linux and _root_is_special(config)):
+    if is_known or (kernel.is_linux and root_is_special(config)):
         from pyvmm.cli import explain
 
         for line in explain.before(config, kernel.version, is_known=is_known):
@@ -221,47 +226,6 @@ def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
             f"--memory {format_size(config.memory_bytes)} is more than this host has "
             f"({host_bytes >> 20}M): it may be killed when the guest uses it"
         )
-
-
-def _root_is_special(config: RunConfig) -> bool:
-    """True unless the root is the first disk as a whole, and an ext4 that any Linux mounts.
-
-    Asked at every start, like ``has_known_configuration``: one small read, and no import.
-    """
-    if "root=" in f"{config.cmdline or ''} {config.append}":
-        return True
-    if not config.disks or config.initrd is not None:
-        return False
-    head = b""
-    with contextlib.suppress(OSError, ValueError):
-        fd = os.open(config.disks[0].location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            head = os.pread(fd, 2048, 0)
-        finally:
-            os.close(fd)
-    has_small_blocks = head[0x438:0x43A] == b"\x53\xef" and head[0x418] <= 2
-    return bool(head) and not (has_small_blocks and head[510:512] != b"\x55\xaa")
-
-
-def has_known_configuration(kernel: str | os.PathLike[str], version: str) -> bool:
-    """Whether ``explain`` can know without unpacking it what ``kernel``, whose own text is
-    ``version``, was built with.
-
-    Asked at every start, so that those of which nothing is known import nothing for it.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        return os.path.exists(remembered_path(kernel)) or any(
-            os.path.isfile(path) for path in configuration_paths(kernel, version)
-        )
-    return False
-
-
-def remembered_path(kernel: str | os.PathLike[str]) -> str:
-    """Where ``linux.remembered`` keeps what is known of the file ``kernel``, under its identity;
-    OSError if it cannot be looked at."""
-    status = os.stat(kernel)
-    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return os.path.join(cache_path(), "configs", "-".join(f"{part:x}" for part in identity))
 
 
 def _process_start_s() -> float:

@@ -19,7 +19,7 @@ from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi, cpuid_entry
 from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import CoalescedRing, RunPage
-from pyvmm.kvm.ioctl import ioctl, vcpu_entry
+from pyvmm.kvm.ioctl import ioctl, msr_buffer, vcpu_entry
 from pyvmm.kvm.nmi import ioapic_can_wake, pit_can_wake
 
 DEFAULT_PATH = "/dev/kvm"
@@ -382,10 +382,3 @@ class Vcpu(_Handle):
         self.page.release()
         self._map.close()
         super().close()
-
-
-def msr_buffer(msrs: Mapping[int, int]) -> bytearray:
-    """Return ``msrs``, values by index, behind the header that counts them."""
-    head = bytes(abi.kvm_msrs(nmsrs=len(msrs)))
-    entries = (bytes(abi.kvm_msr_entry(index=i, data=value)) for i, value in msrs.items())
-    return bytearray(head + b"".join(entries))

@@ -13,7 +13,7 @@ import fcntl
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pyvmm.errors import KvmError
 from pyvmm.kvm import abi
@@ -94,3 +94,10 @@ def entry_by_libc(fd: int) -> Callable[[], object]:
 
 vcpu_entry = entry_by_fcntl if sys.version_info < (3, 14) else entry_by_libc
 """Return a function that enters the vCPU ``fd``."""
+
+
+def msr_buffer(msrs: Mapping[int, int]) -> bytearray:
+    """Return ``msrs``, values by index, behind the header that counts them."""
+    head = bytes(abi.kvm_msrs(nmsrs=len(msrs)))
+    entries = (bytes(abi.kvm_msr_entry(index=i, data=value)) for i, value in msrs.items())
+    return bytearray(head + b"".join(entries))

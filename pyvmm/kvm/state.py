@@ -22,9 +22,12 @@ import errno
 
 from pyvmm.errors import HostError, KvmError, StateError
 from pyvmm.kvm import abi, irqchip_abi, state_abi
-from pyvmm.kvm.handles import Kvm, Vcpu, Vm, msr_buffer
-from pyvmm.kvm.ioctl import ioctl
+from pyvmm.kvm.ioctl import ioctl, msr_buffer
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.state import Fields
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 
 _MSR_TSC, _MSR_TSC_DEADLINE = 0x10, 0x6E0
 LAST_MSRS = (_MSR_TSC, _MSR_TSC_DEADLINE)

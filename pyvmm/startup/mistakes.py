@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import MappingProxyType
 
 from pyvmm.errors import ConfigError
-from pyvmm.startup.options import Command, Mistake, Option, looks_like_option
+from pyvmm.startup.commands import Command, Mistake, Option, looks_like_option
 
 OTHER_NAMES = MappingProxyType({
     "-m": "--memory", "--mem": "--memory", "--ram": "--memory", "-smp": "--cpus",

@@ -1,4 +1,4 @@
-"""Commands as tables of options and words, and the one reader of command lines.
+"""The one reader of command lines: a command's table and the words it was given -> values.
 
 A command line without a mistake needs nothing but this file.  ``--help`` imports ``usage``, which
 is argparse built from the same table; a mistake imports ``mistakes``, which says what is wrong and
@@ -9,88 +9,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from pyvmm.startup.types import TYPE_CHECKING, Record
+from pyvmm.startup.commands import HELP, Mistake, looks_like_option
+from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-HELP = ("--help", "-h")
-
-
-class Option(Record):
-    """``name`` with a value shown as ``metavar``; without ``metavar`` a flag, which is counted.
-
-    ``many`` collects the values in a list; any other value may be given once, and ``twice`` says
-    what to do instead.  ``short`` is a flag's other name, as ``-v``.
-    """
-
-    name: str
-    help: str
-    metavar: str = ""
-    default: str | None = None
-    short: str = ""
-    required: bool = False
-    many: bool = False
-    twice: str = ""
-
-    @property
-    def attribute(self) -> str:
-        """What the result calls it."""
-        return self.name.removeprefix("--").replace("-", "_")
-
-    @property
-    def absent(self) -> Any:
-        """Its value if it is not given."""
-        if not self.metavar:
-            return 0
-        return [] if self.many else self.default
-
-
-class Word(Record):
-    """An argument that is no option and must be there.
-
-    The result calls it ``name``.  ``choices`` are the only ones there are, if any.  ``takes_rest``
-    makes it the list of all words from the first one that is no option, which may be none.
-    """
-
-    name: str
-    metavar: str
-    help: str
-    choices: tuple[str, ...] = ()
-    takes_rest: bool = False
-
-
-class Command(Record):
-    """A subcommand of ``pyvmm``: its options and words, and what ``--help`` says around them.
-
-    With ``verbs`` it has neither: its first word is one of theirs, as ``kernel inspect``.
-    ``meant`` names the options that words without one are likely meant for, in order.
-    """
-
-    name: str
-    description: str
-    epilog: str = ""
-    usage: str = ""
-    options: tuple[Option, ...] = ()
-    words: tuple[Word, ...] = ()
-    verbs: tuple[Command, ...] = ()
-    meant: tuple[str, ...] = ()
-
-    @property
-    def verb(self) -> str:
-        """The last word of its name."""
-        return self.name.rpartition(" ")[2]
-
-
-class Mistake(Exception):  # noqa: N818 - not raised beyond parse_options
-    """The first mistake in a command line: ``at`` is the index of the word, ``option`` whose."""
-
-    def __init__(self, kind: str, at: int = 0, option: Option | None = None) -> None:
-        super().__init__(kind)
-        self.kind = kind
-        self.at = at
-        self.option = option
+    from pyvmm.startup.commands import Command
 
 
 def parse_options(command: Command, argv: Sequence[str]) -> SimpleNamespace:
@@ -108,13 +34,23 @@ def parse_options(command: Command, argv: Sequence[str]) -> SimpleNamespace:
             raise Mistake("no verb")
         return _read(command, argv)
     except Mistake as mistake:
-        if any(word in HELP for word in argv[mistake.at :]):
+        if _asks_for_help(command, argv[mistake.at :]):
             from pyvmm.startup.usage import show_help
 
             show_help(command)
         from pyvmm.startup.mistakes import explain
 
         raise explain(command, argv, mistake) from None
+
+
+def _asks_for_help(command: Command, words: Sequence[str]) -> bool:
+    """True if ``words``, from the first mistake on, ask for help with ``command`` itself."""
+    for word in words:
+        if word in HELP:
+            return True
+        if word == "--" or command.takes_rest:
+            break  # another command's, maybe
+    return False
 
 
 def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
@@ -124,14 +60,13 @@ def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
     values: dict[str, Any] = {option.attribute: option.absent for option in command.options}
     given = set()
     words: list[str] = []
-    takes_rest = bool(command.words) and command.words[-1].takes_rest
     at, end = 0, len(argv)
     while at < end:
         word = argv[at]
         name, has_value, value = word.partition("=")
         option = by_name.get(name)
         if option is None and not looks_like_option(word, by_name):
-            if takes_rest:
+            if command.takes_rest:
                 words += argv[at:]
                 break
             words.append(word)
@@ -184,13 +119,3 @@ def _named(command: Command, words: list[str], argv: Sequence[str]) -> dict[str,
     if len(words) > len(command.words):
         raise Mistake("too many words", argv.index(words[len(command.words)]))
     return found
-
-
-def looks_like_option(word: str, names: dict[str, Option]) -> bool:
-    """True unless ``word`` may be a value or a word: those begin with no dash, are one, are a
-    number or have a space, as argparse has it too."""
-    if not word.startswith("-") or word == "-":
-        return False
-    digits = word[1:].replace(".", "", 1)
-    is_number = digits.isascii() and digits.isdigit() and not word.endswith(".")
-    return not is_number and (" " not in word or word.partition("=")[0] in names)

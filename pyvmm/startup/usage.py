@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pyvmm.startup.options import Command
+from pyvmm.startup.commands import Command
 
 
 def show_help(command: Command) -> None:

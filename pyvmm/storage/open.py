@@ -61,6 +61,11 @@ class DiskSource(Record):
             raise ConfigError(self.location, "is either read-only or a snapshot, not both")
         if self.overlay and not self.snapshot:
             raise ConfigError(self.location, "has an overlay only as a snapshot")
+        if self.overlay and os.path.realpath(self.overlay) == os.path.realpath(self.location):
+            raise ConfigError(
+                self.location, "overlay= names the disk itself; it must be another file, which "
+                "takes what the guest writes"
+            )
 
 
 def open_backend(
@@ -310,7 +315,8 @@ def _read_script(path: str) -> str:
                 raise ConfigError(path, "is not a regular file, as a fault script is")
             script = file.read(_MAX_SCRIPT_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(path, f"cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(path, f"the fault script cannot be read: {reason}") from error
     if len(script) > _MAX_SCRIPT_BYTES:
         raise ConfigError(path, f"is longer than a script may be, {_MAX_SCRIPT_BYTES} bytes")
     return script.decode("utf-8", "replace")

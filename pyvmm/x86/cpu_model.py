@@ -13,21 +13,9 @@ from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
 from pyvmm.startup.types import Record
 from pyvmm.x86.cpu_features import POSITIONS, WORDS, Word, with_dependents
+from pyvmm.x86.cpu_mask import OPTION, RegisterMask
 
-OPTION = "--cpu"
 _TEMPLATE_SUFFIX = ".json"
-_ALL_BITS = 0xFFFF_FFFF
-
-
-class RegisterMask(Record):
-    """A register of CPUID: the bits of ``keep`` stay as the host has them, all others are cleared.
-
-    The host must have set the bits of ``demand``, a part of ``keep``.
-    """
-
-    word: Word
-    keep: int
-    demand: int = 0
 
 
 class CpuModel(Record):
@@ -81,8 +69,13 @@ def _parse_changes(changes: list[str]) -> tuple[frozenset[str], frozenset[str]]:
         if sign not in chosen:
             raise ConfigError(OPTION, f"{change!r} is neither '-feature' nor '+feature'")
         if name not in POSITIONS:
-            known = " ".join(sorted(POSITIONS))
-            raise ConfigError(OPTION, f"unknown feature {name!r}; known are: {known}")
+            from pyvmm.startup.mistakes import did_you_mean
+
+            raise ConfigError(
+                OPTION,
+                f"unknown feature {name!r}{did_you_mean(name, sorted(POSITIONS))} (names are those "
+                "of /proc/cpuinfo; docs/cpu-models.md)",
+            )
         chosen[sign].add(name)
     both = with_dependents(chosen["-"]) & chosen["+"]
     if both:

@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_SIGNATURE
-from pyvmm.x86.cpu_model import OPTION, RegisterMask
+from pyvmm.x86.cpu_mask import OPTION, RegisterMask
 
 MAX_BYTES = 1 << 20
 _MAX_REGISTER = 0xFFFF_FFFF

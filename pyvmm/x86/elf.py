@@ -38,6 +38,11 @@ PT_LOAD, PT_NOTE = 1, 4
 # Segments of an operating system's program, which no kernel has: a linker, libraries, threads.
 _PROGRAM_ONLY = {2: "PT_DYNAMIC", 3: "PT_INTERP", 7: "PT_TLS"}
 
+# e_type of what is no kernel.
+_NO_KERNELS = {
+    1: "an object file or a kernel module", 3: "a program or shared library", 4: "a core dump",
+}
+
 # An ELF header has neither of these.  Every x86-64 Linux has these values in its setup header
 # (COMMAND_LINE_SIZE - 1, and initrd_addr_max in arch/x86/boot/header.S).
 CMDLINE_LIMIT = 2047
@@ -119,6 +124,10 @@ def _read_header(image: ImageFile, head: bytes) -> tuple[int, int, int]:
         ("e_version", version, EV_CURRENT, "current"),
         ("e_phentsize", entry_size, PROGRAM_HEADER.size, "Elf64_Phdr"),
     ):
+        if name == "e_type" and value in _NO_KERNELS:
+            raise image.error(
+                f"ELF header: e_type is {value}, {_NO_KERNELS[value]}; a vmlinux has {wanted}"
+            )
         if value != wanted:
             raise image.error(f"ELF header: {name} is {value}, must be {wanted} ({meaning})")
     if table_length == 0:

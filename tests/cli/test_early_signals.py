@@ -151,16 +151,6 @@ def test_fault_24_who_has_sigint_ignored_keeps_it_so(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
-def test_fault_24_a_script_made_before_the_program_was_there(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pyvmm.cli.main import main; sys.argv[1:] = ['--version']; status = main()"
-        "\nimport os, signal; os.kill(os.getpid(), signal.SIGUSR1); sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), check=False,
-                          capture_output=True)
-    assert (done.returncode, done.stdout[:6]) == (0, b"pyvmm ")
-
-
 def until(holds: Callable[[], bool]) -> None:
     until_s = time.monotonic() + patient(60)
     while not holds():

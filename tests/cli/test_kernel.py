@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.cli.first_look import remembered_path
 from pyvmm.cli.main import main
-from pyvmm.cli.run import remembered_path
 from pyvmm.linux import debian
 from pyvmm.linux.cache import Say
 from pyvmm.linux.debian import StockKernel
@@ -81,6 +81,7 @@ def test_a_kernel_that_can(kernel: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not re.search(r"^(missing|module)", out, re.MULTILINE)
 
 
+@pytest.mark.slow  # and needs build/bzImage
 def test_our_own_kernel_can_and_has_its_configuration_inside(
     capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,7 @@ def test_the_root_directory_is_not_written_back() -> None:
         (["--"], "no command given"),
         (["--cpus", "0", "x"], "--cpus 0: must be a number from 1 to 64"),
         (["--cpus", "many", "x"], "--cpus many: must be a number from 1 to 64"),
-        (["--memory", "64M", "x"], "--memory 64M: too small"),
+        (["--memory", "64M", "x"], "--memory 64M: must be from 512M to 1T"),
         (["--memory", "much", "x"], "--memory much: is not a size"),
         (["--timeout", "0", "x"], "--timeout 0: must be a number of seconds above 0"),
         (["--timeout", "inf", "x"], "--timeout inf: must be a number"),

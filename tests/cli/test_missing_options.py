@@ -268,6 +268,7 @@ def test_a_kernel_that_lacks_nothing_is_not_warned_of(rig: Rig, options: Argumen
     assert not re.search("^missing", rig.inspect(), re.MULTILINE)
 
 
+@pytest.mark.slow  # and needs build/bzImage
 @pytest.mark.parametrize("options", [
     PLAIN, (*PLAIN, "--append", "console=hvc0"), (*PLAIN, *NO_ACPI), (*PLAIN, "--cpus", "8"),
     (*PLAIN, "--append", "acpi=off"), (*PLAIN, "--cpus", "4", *NO_ACPI, "--append", "console=hvc0"),

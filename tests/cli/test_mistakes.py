@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm.cli import doctor, export, kernel, lab, run
 from pyvmm.cli.main import COMMANDS, main
-from pyvmm.startup.options import Command
+from pyvmm.startup.commands import Command
 
 TABLES = [run.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs]
 PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "run": ["--kernel", "k"],

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import doctor, export, kernel, lab, run
 from pyvmm.errors import ConfigError
-from pyvmm.startup.options import Command, parse_options
+from pyvmm.startup.commands import Command
+from pyvmm.startup.options import parse_options
 from pyvmm.startup.usage import argument_parser
 
 COMMANDS = [
@@ -101,3 +102,15 @@ def test_the_rest_is_taken_as_it_is(argv: list[str]) -> None:
 def test_help_is_given_behind_a_mistake() -> None:
     with pytest.raises(SystemExit):
         parse_options(run.COMMAND, ["--kernal", "k", "--help"])
+
+
+@pytest.mark.parametrize(("command", "argv"), [
+    (lab.COMMAND, ["--cpu", "2", "--", "prog", "--help"]),
+    (lab.COMMAND, ["--cpu", "2", "prog", "-h"]),
+    (run.COMMAND, ["--kernal", "k", "--", "--help"]),
+])
+def test_what_another_command_is_asked_is_no_answer_to_a_mistake(
+    command: Command, argv: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="is no option of"):
+        parse_options(command, argv)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvmm.errors import ConfigError
-from pyvmm.x86.cpu_model import RegisterMask, parse_cpu_option
+from pyvmm.x86.cpu_mask import RegisterMask
+from pyvmm.x86.cpu_model import parse_cpu_option
 from pyvmm.x86.cpu_template import MAX_BYTES
 
 LEAF_OF = '{"cpuid_modifiers": [{"leaf": %s, "modifiers": []}]}'
