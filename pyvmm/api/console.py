@@ -13,7 +13,7 @@ from pyvmm.errors import PyvmmError
 MAX_KEPT_BYTES = 16 << 20
 """Of what the guest printed, the last so many bytes are kept."""
 MAX_MATCH_BYTES = 64 << 10
-"""What ``expect`` finds is at most so long, so that a long wait costs the same at every byte."""
+"""The longest match that ``expect`` finds: so a long wait costs the same at every byte."""
 MAX_TYPED_BYTES = 1 << 20
 SHOWN_BYTES = 400
 """So much of the console's end is quoted where an expectation failed."""

@@ -1,4 +1,4 @@
-"""What a CPU model and a CPU template are made of: masks over the registers of CPUID."""
+"""Masks over the registers of CPUID: CPU models and CPU templates are made of them."""
 
 from __future__ import annotations
 
