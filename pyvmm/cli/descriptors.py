@@ -11,6 +11,8 @@ from pyvmm.startup.types import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyvmm.config import DiskConfig, RunConfig
 
+MANY_FILES = 64
+"""Open files enough for a command that is not asked about it."""
 _EMFILE = 24
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from pyvmm.cli.descriptors import open_standard_descriptors
+from pyvmm.cli.descriptors import MANY_FILES, open_standard_descriptors, shortage
 from pyvmm.cli.parse import parse_memory, parse_seconds
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.lab import (
@@ -128,7 +128,7 @@ def lab_main(argv: list[str]) -> int:
     except PyvmmError as error:
         if tracebacks:
             raise
-        say(str(error))
+        say(str(shortage(error, MANY_FILES, "pyvmm lab") or error))
         return error.exit_status if isinstance(error, CommandError) else LAB_FAILED_STATUS
     except KeyboardInterrupt:
         return 128 + 2

@@ -11,8 +11,6 @@ from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.errors import PyvmmError
 
 HOST_ERROR_STATUS = 125
-_MANY_FILES = 64
-"""Open files enough for a command that is not asked about it."""
 _SIGINT, _SIGPIPE = 2, 13  # what `signal` calls so; most of what it imports can come later, faster
 
 COMMANDS = ("run", "export", "doctor", "kernel", "lab")
@@ -134,9 +132,9 @@ def _shortage(command: str, error: Exception) -> PyvmmError | None:
     """What to say of a want of open files; nothing of a command that has said it itself."""
     if command in ("run", "export"):
         return None
-    from pyvmm.cli.descriptors import shortage
+    from pyvmm.cli.descriptors import MANY_FILES, shortage
 
-    return shortage(error, _MANY_FILES, f"pyvmm {command}")
+    return shortage(error, MANY_FILES, f"pyvmm {command}")
 
 
 def output_failed(error: OSError) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.cli.session import run_at_terminal
 from pyvmm.config import RunConfig
 from pyvmm.errors import ConfigError
 from pyvmm.machine import Machine, build
@@ -88,7 +89,7 @@ def config(tmp_path: Path) -> RunConfig:
 def run(config: RunConfig, devices: dict[str, VirtioDevice]) -> tuple[Outcome, bytes, Machine]:
     """The outcome, the console and the machine of a run with ``devices``."""
     with build(config, report=Reporter(), devices=devices) as machine:
-        outcome = machine.run()
+        outcome = run_at_terminal(machine)
     return outcome, Path(config.console).read_bytes(), machine
 
 
