@@ -6,6 +6,7 @@ import os
 
 from pyvmm.errors import ConfigError
 from pyvmm.linux.command_line import consoles_of, words_of
+from pyvmm.numerals import SIZE_UNITS
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
@@ -34,7 +35,6 @@ DEFAULT_CMDLINE = f"{DEFAULT_CONSOLE} reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
 MAX_SIZE_BYTES = 1 << 60
 """Of any size in a text; more than any option takes."""
-SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class Source(Protocol):

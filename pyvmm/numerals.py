@@ -1,13 +1,15 @@
 """Numbers in texts that people and files give: each has a form and a limit.
 
 ``int`` and ``float`` take much that nobody means ("1_0", "٣", " 7 ", "inf", "nan").  They also
-refuse numbers of over 4300 digits with an error of their own.  These two functions read the decimal
+refuse numbers of over 4300 digits with an error of their own.  These functions read the decimal
 numbers of options and files: nothing may stand around one, and no sign in front.
 """
 
 from __future__ import annotations
 
 _MAX_CHARACTERS = 40
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE_LETTERS = "BIKMGTbikmgt"
 _DECIMAL = frozenset("0123456789.eE+-")
 
 
@@ -30,6 +32,17 @@ def decimal_number(text: str, lowest: float, highest: float) -> float | None:
     except ValueError:
         return None
     return number if lowest <= number <= highest else None
+
+
+def size_in_bytes(text: str, highest: int) -> int | None:
+    """Return ``256M``, ``1GiB`` or ``1048576`` in bytes; None unless a size up to ``highest``."""
+    digits = text.rstrip(_SIZE_LETTERS)
+    suffix = text[len(digits) :].upper()
+    unit = suffix.removesuffix("IB" if len(suffix) > 2 else "B")
+    if unit not in SIZE_UNITS:
+        return None
+    count = whole_number(digits, 0, highest // SIZE_UNITS[unit])
+    return None if count is None else count * SIZE_UNITS[unit]
 
 
 def shown(text: str) -> str:

@@ -34,6 +34,10 @@ class Disk(Protocol):
     def read_only(self) -> bool:
         """True if the guest cannot write."""
 
+    @property
+    def is_shared(self) -> bool:
+        """True if others may use the same bytes, because no guest writes them."""
+
     def open(
         self, *, report: Callable[[str], None], until_s: float | None, made: contextlib.ExitStack
     ) -> BlockBackend:
@@ -56,6 +60,11 @@ class _File:
     def read_only(self) -> bool:
         """See ``Disk.read_only``."""
         return self._source.read_only
+
+    @property
+    def is_shared(self) -> bool:
+        """See ``Disk.is_shared``."""
+        return self._source.is_shared
 
     def open(
         self, *, report: Callable[[str], None], until_s: float | None = None,
@@ -101,15 +110,14 @@ class MemoryDisk:
     machine finds what the first one wrote.  The size is a multiple of 512 bytes.
     """
 
-    name = "a MemoryDisk"
-
     def __init__(self, content: bytes | bytearray | int, *, read_only: bool = False) -> None:
         size = content if isinstance(content, int) else len(content)
         if isinstance(content, bool) or not 512 <= size <= MAX_MEMORY_DISK_BYTES or size % 512:
             raise ConfigError(
                 "MemoryDisk", f"has {size} bytes; it takes a multiple of 512 up to 1T"
             )
-        self.read_only = read_only
+        self.read_only = self.is_shared = read_only
+        self.name = f"MemoryDisk at {id(self):#x}"
         self.data = bytearray(content)
 
     def open(
@@ -131,6 +139,7 @@ class Overlay:
     """
 
     read_only = False
+    is_shared = True
 
     def __init__(
         self, base: str | PathLike[str] | Disk, path: str | PathLike[str] | None = None
@@ -184,6 +193,11 @@ class FaultyDisk:
     def read_only(self) -> bool:
         """See ``Disk.read_only``."""
         return self._disk.read_only
+
+    @property
+    def is_shared(self) -> bool:
+        """See ``Disk.is_shared``."""
+        return self._disk.is_shared
 
     def open(
         self, *, report: Callable[[str], None], until_s: float | None = None,
@@ -295,7 +309,9 @@ class OwnBackend:
     @property
     def name(self) -> str:
         """See ``Disk.name``."""
-        return f"a {type(self._backend).__name__}"
+        return f"{type(self._backend).__name__} at {id(self._backend):#x}"
+
+    is_shared = False
 
     @property
     def read_only(self) -> bool:

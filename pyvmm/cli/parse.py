@@ -8,7 +8,6 @@ from pyvmm.config import (
     MAX_SIZE_BYTES,
     MAX_TIMEOUT_S,
     SERIAL_MAX_BYTES,
-    SIZE_UNITS,
     VHOST_USER,
     AnyDiskConfig,
     DiskConfig,
@@ -16,7 +15,7 @@ from pyvmm.config import (
     format_size,
 )
 from pyvmm.errors import ConfigError
-from pyvmm.numerals import decimal_number, shown, whole_number
+from pyvmm.numerals import SIZE_UNITS, decimal_number, shown, size_in_bytes, whole_number
 from pyvmm.virtio.rate_limit import RateLimit
 
 _NEARLY_VHOST_USER = ("vhostuser=", "vhostuser:", "vhostuserblk=", "vhostuserblk:")
@@ -31,24 +30,18 @@ _DISK_VALUES = {
     "faults": "FILE",
     "format": "raw",
 }
-_SIZE_LETTERS = "BIKMGTbikmgt"
 _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VALUES.items())])
 
 
 def parse_size(option: str, text: str) -> int:
     """``256M``, ``1GiB``, ``1048576`` -> bytes; ConfigError naming ``option``."""
-    digits = text.rstrip(_SIZE_LETTERS)
-    suffix = text[len(digits) :].upper()
-    unit = suffix.removesuffix("IB" if len(suffix) > 2 else "B")
-    count = None
-    if unit in SIZE_UNITS:
-        count = whole_number(digits, 0, MAX_SIZE_BYTES // SIZE_UNITS[unit])
-    if count is None:
+    size_bytes = size_in_bytes(text, MAX_SIZE_BYTES)
+    if size_bytes is None:
         raise ConfigError(
             f"{option} {shown(text)}",
             f"is not a size up to {format_size(MAX_SIZE_BYTES)}; write 256M or 1G",
         )
-    return count * SIZE_UNITS[unit]
+    return size_bytes
 
 
 def parse_memory(option: str, text: str, least_bytes: int, most_bytes: int) -> int:

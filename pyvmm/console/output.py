@@ -60,6 +60,16 @@ class OutputBuffer:
         self.line_ended = True
         """Whether the last byte shown ended a line."""
 
+    def add_observer(self, observe: Callable[[bytes], None]) -> None:
+        """Have ``observe`` see every byte, too; before the run."""
+        first = self._observe
+
+        def both(data: bytes) -> None:
+            first(data)
+            observe(data)
+
+        self._observe = both
+
     def write(self, data: bytes) -> None:
         """Add ``data`` of the guest's; waits while the buffer is full, unless it was shut."""
         with self._lock:
@@ -159,18 +169,19 @@ class OutputPump:
     def fd_to_write(self) -> int | None:
         """What to wait for, to call ``write`` when it is writable; None if it is not time yet."""
         output = self._output
-        if output.fd is None:
-            # Nobody takes the bytes: a panic among them is to be seen all the same.
-            while output.pending:
-                output.drain()
-            self._due_s = None
         if not output.pending:
+            self._due_s = None
             return None
         now_s = time.monotonic()
         if self._due_s is None:
             streams = now_s < self._shown_s + 2 * STREAM_GATHER_S
             self._due_s = now_s + (STREAM_GATHER_S if streams else GATHER_S)
         if not output.has_chunk and now_s < self._due_s:
+            return None
+        if output.fd is None:
+            # Nobody takes the bytes, but those who observe them see a panic all the same.
+            output.give_up()
+            self._due_s, self._shown_s = None, now_s
             return None
         if self._offered_s is None:
             self._offered_s = now_s

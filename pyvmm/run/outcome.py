@@ -17,6 +17,7 @@ class Kind(StrEnum):
     EARLY_RESET = "guest rebooted before it started an init"
     GAVE_UP = "the boot gave up early"
     QUIT = "quit at the console"
+    STOPPED = "stopped by the script"
     PANIC = "kernel panic"
     TRIPLE_FAULT = "triple fault"
     INTERNAL_ERROR = "KVM internal error"
@@ -37,6 +38,7 @@ _FIXED_STATUS = {
     Kind.SHUTDOWN: 0,
     Kind.POWER_OFF: 0,
     Kind.QUIT: 0,
+    Kind.STOPPED: 0,
     Kind.PANIC: 121,
     Kind.SILENT_HALT: 121,
     Kind.EARLY_HALT: 121,

@@ -29,7 +29,7 @@ from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
 
 JOIN_TIMEOUT_S = 5.0
-ASKED_FOR = (Kind.QUIT, Kind.TIMEOUT, Kind.SIGNAL)
+ASKED_FOR = (Kind.QUIT, Kind.STOPPED, Kind.TIMEOUT, Kind.SIGNAL)
 """Ends that somebody outside asked for, who does not wait for a reader of the console."""
 
 
@@ -48,6 +48,7 @@ class Runner:
         self.report = report
         self._workers_wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._looks: list[Callable[[], None]] = []
+        self._at_over: list[Callable[[], None]] = []
         try:
             self.loop = IoLoop(woken=self._look)
         except OSError:
@@ -94,7 +95,7 @@ class Runner:
     def wait(self, timeout_s: float | None = None) -> Outcome | None:
         """Return the outcome once the run is over and every thread of it was stopped; None after
         ``timeout_s`` seconds."""
-        self._refuse_own_threads("wait()")
+        self.refuse_own_threads("wait()")
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._is_over.wait(timeout_s):
             return None
@@ -109,7 +110,7 @@ class Runner:
 
         None if the run never began; it will end at once if it does.
         """
-        self._refuse_own_threads("stop()")
+        self.refuse_own_threads("stop()")
         self.finish(outcome)
         return self.wait() if self._has_begun.locked() else None
 
@@ -127,6 +128,10 @@ class Runner:
     def on_wake(self, look: Callable[[], None]) -> None:
         """Have ``look`` called in the thread that keeps house, at the start and after ``wake``."""
         self._looks.append(look)
+
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Have ``tell`` called once every thread of the run was stopped; before the run."""
+        self._at_over.append(tell)
 
     # Pausing
 
@@ -150,7 +155,7 @@ class Runner:
         interrupts, as those of the timers in KVM, wait for the guest.  kvm-clock tells it of the
         pause, so that its watchdogs see no lock-up.
         """
-        self._refuse_own_threads("pause()")
+        self.refuse_own_threads("pause()")
         self._vcpus.begin_pause()
         return self._vcpus.wait_until_parked(timeout_s)
 
@@ -162,7 +167,7 @@ class Runner:
         deadlines end the run.  False, timeouts and errors are as for ``pause``; a device thread
         parks when its pass is done.
         """
-        self._refuse_own_threads("quiesce()")
+        self.refuse_own_threads("quiesce()")
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._quiesce_lock:
             self.is_quiesced = True
@@ -362,6 +367,9 @@ class Runner:
             self._house = None
             self._looks.clear()  # no cycle of references keeps the machine's parts
             self._is_over.set()
+            for tell in self._at_over:
+                tell()
+            self._at_over.clear()
 
     def _stop_threads(self) -> None:
         for io_loop in self._io_loops:
@@ -377,7 +385,8 @@ class Runner:
         else:
             KickHandler.end()
 
-    def _refuse_own_threads(self, call: str) -> None:
+    def refuse_own_threads(self, call: str) -> None:
+        """RuntimeError if the calling thread belongs to the run: ``call`` would wait for itself."""
         if threading.current_thread() in (self._house, *self._threads):
             raise RuntimeError(f"{call} in a thread of the run would wait for ever: use another")
 

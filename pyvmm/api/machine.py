@@ -1,0 +1,178 @@
+"""``pyvmm.Machine``: a virtual machine for scripts and tests, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from pyvmm import machine as built
+from pyvmm.api.config import MachineConfig
+from pyvmm.api.console import ConsoleHandle
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.vcpu_loop import Exits
+from pyvmm.startup.types import TYPE_CHECKING
+from pyvmm.virtio.device import VirtioDevice
+
+if TYPE_CHECKING:
+    from pyvmm.run.verdict import Evidence
+
+
+class Machine:
+    """A machine made of ``config``: ``run()`` it, or ``start()`` and ``wait()``; once.
+
+    A context manager: leaving it stops the machine and frees all that it has.  All methods may be
+    called from any thread, several machines may run at once, and none touches the process's
+    signals (but for the handler of one real-time signal while vCPUs run, which does nothing),
+    terminal, ``gc``, switch interval or working directory.
+
+    ``report`` is called with lines about what is odd, from any thread; by default they go to the
+    logger ``pyvmm`` as warnings.  ``devices`` are virtio devices of your own, by name
+    (docs/devices.md).
+
+    ConfigError for files and options that cannot work, HostError for a host that cannot.
+    RuntimeError for a second start, for use after ``close``, and for a call that would wait for
+    its own thread, as ``wait`` in a hook would.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        *,
+        report: Callable[[str], None] | None = None,
+        devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
+    ) -> None:
+        if not isinstance(config, MachineConfig):
+            raise TypeError(f"Machine takes a MachineConfig, not {type(config).__name__}")
+        self._machine = built.build(
+            config.run_config(), report=report or _log, devices=devices
+        )
+        self._is_closed = False
+        self._has_begun = False
+        runner = self._machine.runner
+        self.console = ConsoleHandle(
+            refuse_own_threads=runner.refuse_own_threads, wake=runner.wake,
+            run_hook=self._run_hook,
+        )
+        """What the guest prints, and a keyboard: see ``ConsoleHandle``."""
+        self._machine.output.add_observer(self.console.feed)
+        runner.on_wake(self._hand_over)
+        runner.when_over(self.console.end)
+
+    # Running
+
+    def start(self) -> None:
+        """Start the guest in threads of its own, and return at once."""
+        self._check_open("start()")
+        self._machine.start()
+        self._has_begun = True
+
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
+        """Return the outcome once the run is over; None if it is not after ``timeout_s`` seconds.
+        """
+        self._check_open("wait()")
+        if not self._has_begun:
+            raise RuntimeError("wait(): the machine was not started")
+        return self._machine.wait(timeout_s)
+
+    def run(self) -> Outcome:
+        """Start the guest, wait for its end and return the outcome."""
+        self.start()
+        outcome = self.wait()
+        assert outcome is not None  # without a limit of time
+        return outcome
+
+    def stop(self) -> Outcome | None:
+        """End the run if it has not ended, and return its outcome; None if it never began."""
+        self._check_open("stop()")
+        return self._machine.stop(Outcome(Kind.STOPPED)) if self._has_begun else None
+
+    def pause(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest: True once every vCPU is out of it; see ``Runner.pause``."""
+        self._check_open("pause()")
+        return self._machine.pause(timeout_s)
+
+    def quiesce(self, timeout_s: float | None = None) -> bool:
+        """Pause the guest and its devices, so that nothing of the machine moves."""
+        self._check_open("quiesce()")
+        return self._machine.quiesce(timeout_s)
+
+    def resume(self) -> None:
+        """Let a paused or quiesced guest go on."""
+        self._check_open("resume()")
+        self._machine.resume()
+
+    def refresh_disks(self) -> None:
+        """Have the disks look how large their files are, and tell the guest if one has grown."""
+        self._check_open("refresh_disks()")
+        self._machine.board.refresh()
+
+    def close(self) -> None:
+        """Stop the machine and free all that it has; idempotent."""
+        if self._is_closed:
+            return
+        if self._has_begun:
+            self._machine.stop(Outcome(Kind.STOPPED))
+        self._is_closed = True
+        self._machine.close()
+        self.console.end()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # What is known
+
+    @property
+    def is_paused(self) -> bool:
+        """True if a pause was asked for and not taken back."""
+        return self._machine.is_paused
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The outcome, None before the end."""
+        return self._machine.wait(0.0) if self._has_begun else None
+
+    @property
+    def exits(self) -> Exits:
+        """How often the guest was left for this process, by reason; once it has run."""
+        return self._machine.exits
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the console and pvpanic have told so far: a panic, an init that started."""
+        return self._machine.evidence
+
+    # Parts
+
+    def _hand_over(self) -> None:
+        """Offer typed bytes to the guest, in the thread that keeps house."""
+        runner = self._machine.runner
+        if not runner.is_quiesced:
+            # Set before asking: room that comes after the answer makes another wake-up.
+            runner.input_waits = True
+            runner.input_waits = self.console.hand_over(self._machine.consoles.receive)
+
+    def _run_hook(self, name: str, hook: Callable[[str], object], value: str) -> None:
+        """Call ``hook``; one that raises ends the run."""
+        try:
+            hook(value)
+        except Exception as error:
+            import traceback
+
+            told = "".join(traceback.format_exception(error)).rstrip()
+            what = getattr(hook, "__qualname__", repr(hook))
+            self._machine.runner.finish(
+                Outcome(Kind.HOST_ERROR, detail=f"hook {what} of {name} failed:\n{told}")
+            )
+
+    def _check_open(self, call: str) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"{call}: the machine was closed")
+
+
+def _log(line: str) -> None:
+    import logging
+
+    logging.getLogger("pyvmm").warning(line)
