@@ -307,17 +307,17 @@ class Machine:
 
     @property
     def is_paused(self) -> bool:
-        """Whether a pause was asked for and not taken back."""
+        """True if a pause was asked for and not taken back."""
         return self.runner.is_paused
 
     @property
     def evidence(self) -> Evidence:
-        """What is known of the guest: how far it came, what it said of its end."""
+        """All that is known of the guest: how far it came, what it said of its end."""
         return self._verdict.evidence
 
     @property
     def marks(self) -> tuple[Mark, ...]:
-        """What the guest wrote to the boot timer."""
+        """The bytes that the guest wrote to the boot timer, and when."""
         return self._timer.marks
 
     @property
@@ -327,7 +327,7 @@ class Machine:
 
     @property
     def console_line_ended(self) -> bool:
-        """Whether the console's last byte ended a line, so that ours may follow."""
+        """True if the console's last byte ended a line, so that ours may follow."""
         return self.output.line_ended
 
     def close(self) -> None:

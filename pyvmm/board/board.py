@@ -83,7 +83,11 @@ class Board:
         return list(threads.items())
 
     def map_memory(self, vm: Vm, *, can_map_pages: bool) -> None:
-        """Give ``vm`` all memory: RAM, and the register pages if they are to be mapped."""
+        """Give ``vm`` all memory: RAM, and the register pages if they are to be mapped.
+
+        Without ``can_map_pages`` every access to a register is an exit.  The used buffer bits stay
+        set all the same, which costs a driver nothing.
+        """
         self._maps_pages = self._maps_pages and can_map_pages
         for number, region in enumerate(self.memory.regions):
             vm.set_user_memory_region(number, region.gpa, region.length, region.host_address)

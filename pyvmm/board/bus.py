@@ -1,7 +1,7 @@
 """The two address spaces a guest reaches devices through: port I/O (PIO) and MMIO.
 
-A bus maps addresses to devices.  What no device claims behaves as on a PC: reads give all ones,
-writes vanish.
+A bus maps addresses to devices.  An address that no device has behaves as on a PC: reads give all
+ones, writes vanish.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Bus:
             self._table[key] = (base, base + length, device)
 
     def read(self, address: int, size: int) -> int:
-        """What the guest reads; all ones where the access is not inside one device."""
+        """Return what the guest reads; all ones unless the access is inside one device."""
         entry = self._table.get(address >> self._bits)
         if entry is None or address + size > entry[1]:
             return (1 << 8 * size) - 1
         return entry[2].read(address - entry[0], size)
 
     def write(self, address: int, size: int, value: int) -> None:
-        """What the guest writes; nothing where the access is not inside one device."""
+        """Take what the guest writes; ignore it unless the access is inside one device."""
         entry = self._table.get(address >> self._bits)
         if entry is not None and address + size <= entry[1]:
             entry[2].write(address - entry[0], size, value)

@@ -1,4 +1,4 @@
-"""What the guest is told of its machine before it runs, all of it read off the board.
+"""Telling the guest of its machine, before it runs, from what is on the board.
 
 A device that is plugged in is announced; nothing else is.  The MP table alone does not depend on
 the devices: it gives every interrupt line, because it has no way to say whose a line is.
@@ -28,7 +28,7 @@ def describe(
     cmdline = config.kernel_command_line(places, limit=kernel.cmdline_limit)
     write_mp_table(board.memory, cpus=config.cpus)
     rsdp = 0
-    # A kernel with ACPI knows interrupt lines by it alone: without it is without all of it.
+    # A kernel with ACPI knows interrupt lines by it only, so it gets all of ACPI or nothing.
     if config.discovery != "cmdline":
         rsdp = write_acpi_tables(
             board.memory, vcpu_count=config.cpus,

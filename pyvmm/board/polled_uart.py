@@ -66,7 +66,7 @@ class PolledUart:
     def write(self, offset: int, size: int, value: int) -> None:
         """BusDevice: write registers."""
         if self._gathers:
-            # What was gathered comes first, so also while a tick ends the gathering.
+            # Gathered bytes come first, so also while a tick ends the gathering.
             with self._lock:
                 self._take()
                 self._uart.write(offset, size, value)
@@ -138,7 +138,7 @@ class PolledUart:
             self._can_gather = False
 
     def _take(self) -> bool:
-        """Whether there was anything."""
+        """Send what the ring holds; True if there was anything."""
         data = b"".join(data for _, data in self._ring.take()) if self._ring is not None else b""
         self._uart.send(data)
         return bool(data)

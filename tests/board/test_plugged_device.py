@@ -111,8 +111,10 @@ def test_a_guest_finds_rings_and_is_answered_by_a_device_of_a_test(
 
 def test_sigusr1_has_a_device_look_at_the_host_on_its_own_thread(config: RunConfig) -> None:
     device = LateDevice()
-    outcome, said, _ = run(config, {"late": device})
-    assert (outcome, said) == (Outcome(Kind.GUEST_STATUS, 2), b"olleh")
+    with build(config, report=Reporter(), devices={"late": device}) as machine:
+        outcome = run_at_terminal(machine)  # it takes the process's signals
+    assert outcome == Outcome(Kind.GUEST_STATUS, 2)
+    assert Path(config.console).read_bytes() == b"olleh"
     assert device.threads == {"late"}
 
 
