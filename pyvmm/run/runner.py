@@ -6,7 +6,7 @@ one of the run's own.  The first ``finish()`` decides the outcome; every thread 
 stopped and joined.
 
 A run touches neither the process's signals (but for the handler of KICK_SIGNAL, which does
-nothing) nor its terminal: those of a person at a command line are in ``session.py``.
+nothing) nor its terminal: those of a person at a command line are in ``cli/session.py``.
 """
 
 from __future__ import annotations
