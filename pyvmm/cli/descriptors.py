@@ -51,7 +51,7 @@ def needed_descriptors(config: RunConfig) -> int:
     """Return how many open files a run of ``config`` needs, a few to spare included."""
     from pyvmm.config import DiskConfig
 
-    needed = 25 + 2 * (config.cpus - 1)
+    needed = 28 + 2 * (config.cpus - 1)
     for disk in config.disks:
         # The disk itself; to look again, to interrupt, to wait; a doorbell a queue.
         needed += 4 + disk.queues

@@ -10,7 +10,8 @@ from pyvmm.run.outcome import Kind, Outcome
 @pytest.mark.parametrize(("kind", "status"), [
     (Kind.RESET, 0), (Kind.SHUTDOWN, 0), (Kind.QUIT, 0), (Kind.PANIC, 121),
     (Kind.TRIPLE_FAULT, 122), (Kind.INTERNAL_ERROR, 123), (Kind.TIMEOUT, 124),
-    (Kind.HOST_ERROR, 125),
+    (Kind.HOST_ERROR, 125), (Kind.GAVE_UP, 121), (Kind.EARLY_HALT, 121), (Kind.EARLY_RESET, 121),
+    (Kind.SILENT_HALT, 121), (Kind.POWER_OFF, 0),
 ])
 def test_status_by_kind(kind: Kind, status: int) -> None:
     assert Outcome(kind).exit_status == status

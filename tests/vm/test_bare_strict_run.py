@@ -51,23 +51,23 @@ GAVE_UP = prints(b"\n\nDecoding failed\n\n -- System halted") + HALT
 
 
 class StrictRun:
-    """One ``strict_run.py``, with ``fd`` for its standard streams, or pipes if that is -1.
+    """One ``strict_run.py``, which prints to ``fd``, or to pipes if that is -1.
 
-    ``is_terminal`` makes ``fd`` its controlling terminal, and its input.
+    ``terminal`` is its controlling terminal, and its input.
     """
 
     def __init__(self, folder: Path, *code: bytes, options: tuple[str, ...] = (), fd: int = -1,
-                 is_terminal: bool = False) -> None:
+                 terminal: int = -1) -> None:
         self._report = folder / "report"
         kernel = write_guest(folder / "guest", *code)
         self._process = subprocess.Popen(
             [sys.executable, "-I", STRICT_RUN, ROOT, self._report, *options, "--kernel", kernel,
              *(() if "--timeout" in options else ("--timeout", str(patient(30))))],
-            stdin=fd if is_terminal else subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if terminal < 0 else terminal,
             stdout=subprocess.PIPE if fd < 0 else fd, stderr=subprocess.PIPE if fd < 0 else fd,
             start_new_session=True,
-            preexec_fn=functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)
-            if is_terminal else None,
+            preexec_fn=None if terminal < 0
+            else functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
 
     def kill(self, number: int) -> None:
@@ -154,19 +154,28 @@ def test_fault_40_nor_does_a_console(tmp_path: Path, where: str) -> None:
         assert said.replace(ours, b"") == b"hello\n" * 3000
 
 
-def test_fault_40_nor_does_a_terminal(tmp_path: Path) -> None:
-    """One that the guest asks a question, and that a person leaves by Ctrl-A x."""
+@pytest.mark.parametrize("is_shown_by_another", [False, True])
+def test_fault_40_nor_does_a_terminal(tmp_path: Path, is_shown_by_another: bool) -> None:
+    """One that the guest asks a question, and that a person leaves by Ctrl-A x.
+
+    Another process may show there what comes through a pipe.
+    """
     ours, theirs = pty.openpty()
-    run = StrictRun(tmp_path, prints(b"hello\x1b[6n\n"), REPORTS_A_LINE, SPIN,
-                    fd=theirs, is_terminal=True)
-    os.close(theirs)
-    wait_for(lambda: os.read(ours, 100), b"takes over")
+    read_end, write_end = os.pipe() if is_shown_by_another else (ours, theirs)
+    run = StrictRun(tmp_path, prints(b"hello\x1b[6n\x1b[?1000h\n"), REPORTS_A_LINE, SPIN,
+                    fd=write_end, terminal=theirs)
+    for fd in {write_end, theirs}:
+        os.close(fd)
+    wait_for(lambda: os.read(read_end, 100), b"takes over")
     os.write(ours, b"\x01x")
-    reader = threading.Thread(target=wait_for_end, args=(ours,))
-    reader.start()
+    readers = [threading.Thread(target=wait_for_end, args=(fd,)) for fd in {read_end, ours}]
+    for reader in readers:
+        reader.start()
     assert run.finish() == (0, [])
-    reader.join()
-    os.close(ours)
+    for reader in readers:
+        reader.join()
+    for fd in {read_end, ours}:
+        os.close(fd)
 
 
 def wait_for_end(fd: int) -> None:
