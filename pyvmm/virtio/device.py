@@ -18,18 +18,19 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from pyvmm.errors import ActivateError, GuestError, RingError
+from pyvmm.errors import ActivateError, GuestError, RingError, StateError
 from pyvmm.memory import GuestMemory
-from pyvmm.startup.types import TYPE_CHECKING, Protocol
+from pyvmm.startup.types import TYPE_CHECKING, Protocol, name_of
 from pyvmm.virtio.ring.queue import DESCRIPTOR_WORK, Chain, Queue, Ring
 from pyvmm.virtio.ring.rings import make_ring
-from pyvmm.virtio.spec import Feature
+from pyvmm.virtio.spec import DeviceType, Feature
 
 if TYPE_CHECKING:
     from typing import ClassVar
 
     from pyvmm.run.io_loop import IoSource
 
+_MAX_FEATURES = (1 << 64) - 1
 MAX_CHAIN_BYTES = 256 << 20
 """Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""
 PASS_BYTES = 64 << 20
@@ -190,6 +191,84 @@ class VirtioDevice(abc.ABC):
         self._rings = []
         for queue in self.queues:
             queue.reset()
+
+    @property
+    def name(self) -> str:
+        """The device in messages, such as "virtio block device"."""
+        number = self.device_type
+        kind = name_of(DeviceType, number).lower() or f"type {number}"
+        return f"virtio {kind} device"
+
+    def save(self) -> dict[str, object]:
+        """Return what the driver chose, and where the rings stand (docs/architecture.md, "State").
+
+        Chains that were taken and not yet served are available again in the state.
+        """
+        rings = self._rings or [None] * len(self.queues)
+        return {
+            "features": self._acked_features,
+            "active": self.is_activated,
+            "queues": [
+                {"registers": queue.save(), "ring": ring.save() if ring and queue.ready else None}
+                for queue, ring in zip(self.queues, rings, strict=True)
+            ],
+        }
+
+    def restore(self, data: object, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """Take what ``save`` returned; StateError.
+
+        The device must be fresh or reset; if ``data`` is refused, it is reset.  A device that was
+        active is active again, with ``memory`` and ``interrupt`` as ``activate`` gets them: each
+        of its queues must be served once, because a doorbell may have been lost.
+        """
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields(self.name, data)
+        features, is_active = fields.integer("features", 0, _MAX_FEATURES), fields.boolean("active")
+        queues = fields.take("queues")
+        fields.end()
+        if self.is_activated:
+            raise StateError(self.name, "it is active: a state needs a device that was reset")
+        if features & ~self.avail_features or (features and not features & Feature.VERSION_1):
+            raise fields.error("features", f"{features:#x} are not some of those offered")
+        if is_active and not features:
+            raise fields.error("active", "is true, but no features were accepted")
+        if not isinstance(queues, list) or len(queues) != len(self.queues):
+            raise fields.error("queues", f"is not a list of {len(self.queues)}")
+        self._acked_features = features
+        try:
+            rings = [self._restore_queue(*each, memory, is_active) for each in enumerate(queues)]
+        except StateError:
+            VirtioDevice.reset(self)
+            raise
+        if is_active:
+            self._memory, self._interrupt, self._rings = memory, interrupt, rings
+
+    def _restore_queue(
+        self, index: int, data: object, memory: GuestMemory, is_active: bool
+    ) -> Ring | None:
+        """Set the registers of queue ``index``; return its ring if it is served.  StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        name, queue = f"{self.name}, queue {index}", self.queues[index]
+        fields = Fields(name, data)
+        registers, ring_state = fields.take("registers"), fields.take("ring")
+        fields.end()
+        try:
+            queue.restore(registers)
+            if not (is_active and queue.ready):
+                if ring_state is not None:
+                    raise fields.error("ring", "is not None, and the queue is not served")
+                return None
+            ring = self._make_ring(queue, memory)
+            ring.restore(ring_state)
+        except RingError as error:
+            raise StateError(name, str(error)) from error
+        except StateError as error:
+            if error.part == name:
+                raise
+            raise StateError(f"{name}: {error.part}", error.problem) from error
+        return ring
 
     def stop_queue(self, index: int) -> int:
         """Serve queue ``index`` no more; the ``Queue.base`` with which it could go on.

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, StateError
 from pyvmm.startup.types import Record
 
 MIN_TURN_S = 0.001
@@ -26,6 +26,8 @@ MAX_WAIT_S = 0.25
 MAX_RATE = 1 << 50
 """Per second, and at once; bytes of a disk faster than any (1024T)."""
 
+_MAX_DEBT = 1 << 63
+"""Tokens; no request is larger."""
 _ENOUGH = 1e-6
 """Tokens that may be missing: a wait of exactly the time asked for must be the last."""
 
@@ -72,6 +74,7 @@ class RateLimiter:
         self._clock = clock
         self._lock = threading.Lock()
         now_s = clock()
+        self._limit = limit
         self._ops = _Bucket(limit.ops_per_s, limit.ops_burst, now_s)
         self._bytes = _Bucket(limit.bytes_per_s, limit.bytes_burst, now_s)
         self._line: dict[Hashable, int] = {}
@@ -108,8 +111,46 @@ class RateLimiter:
         so is a debt."""
         with self._lock:
             now_s = self._clock()
+            self._limit = limit
             self._ops.change(limit.ops_per_s, limit.ops_burst, now_s)
             self._bytes.change(limit.bytes_per_s, limit.bytes_burst, now_s)
+
+    def save(self) -> dict[str, object]:
+        """Return the limit and the tokens left (docs/architecture.md, "State").
+
+        The line is no part of it: a queue that goes on takes its place anew.
+        """
+        with self._lock:
+            now_s, limit = self._clock(), self._limit
+            return {
+                "ops_per_s": limit.ops_per_s, "ops_burst": limit.ops_burst,
+                "bytes_per_s": limit.bytes_per_s, "bytes_burst": limit.bytes_burst,
+                "ops_level": self._ops.save(now_s), "bytes_level": self._bytes.save(now_s),
+            }
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError.  Time that has passed fills no bucket."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("rate limit", data)
+        rates = {
+            name: fields.integer(name, 0, MAX_RATE)
+            for name in ("ops_per_s", "ops_burst", "bytes_per_s", "bytes_burst")
+        }
+        ops_level, bytes_level = fields.take("ops_level"), fields.take("bytes_level")
+        fields.end()
+        try:
+            limit = RateLimit(**rates)
+        except ConfigError as error:
+            raise StateError("rate limit", error.problem) from error
+        now_s = self._clock()
+        ops = _Bucket(limit.ops_per_s, limit.ops_burst, now_s)
+        ops.restore("ops_level", ops_level)
+        many_bytes = _Bucket(limit.bytes_per_s, limit.bytes_burst, now_s)
+        many_bytes.restore("bytes_level", bytes_level)
+        with self._lock:
+            self._limit, self._ops, self._bytes = limit, ops, many_bytes
+            self._line.clear()
 
 
 class _Bucket:
@@ -146,6 +187,26 @@ class _Bucket:
     def take(self, cost: int) -> None:
         if self._rate:
             self._level -= cost
+
+    def save(self, now_s: float) -> str | None:
+        """Return the level, as text that keeps every bit; None if there is no limit."""
+        if not self._rate:
+            return None
+        self._fill(now_s)
+        return float(self._level).hex()
+
+    def restore(self, name: str, level: object) -> None:
+        """Take the level that ``save`` returned; StateError."""
+        if not self._rate and level is None:
+            return
+        try:
+            value = float.fromhex(level) if self._rate and isinstance(level, str) else None
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not -_MAX_DEBT <= value <= self._burst:
+            limit = f"a number up to {self._burst} (float.hex)" if self._rate else "None"
+            raise StateError("rate limit", f"{name} is not {limit}")
+        self._level = value
 
     def _fill(self, now_s: float) -> None:
         gained = (now_s - self._filled_at_s) * self._rate

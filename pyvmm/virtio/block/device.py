@@ -15,9 +15,6 @@ from pyvmm.errors import GuestError
 from pyvmm.memory import GuestMemory
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio.block.config import (
-    MAX_DISCARD_SECTORS,
-    MAX_SEGMENTS,
-    MAX_WRITE_ZEROES_SECTORS,
     WRITEBACK_OFFSET,
     BlockConfig,
     config_space,
@@ -26,6 +23,7 @@ from pyvmm.virtio.block.config import (
 from pyvmm.virtio.block.fast.make import make_fast_ring
 from pyvmm.virtio.block.fast.path import FastPath
 from pyvmm.virtio.block.fast.ring import FastRing
+from pyvmm.virtio.block.ranges import discard, write_zeroes
 from pyvmm.virtio.block.request import (
     HEADER_SIZE,
     STATUS_SIZE,
@@ -36,8 +34,13 @@ from pyvmm.virtio.block.request import (
     data_views,
     status_of,
 )
-from pyvmm.virtio.block.segments import SEGMENT_SIZE, Segment, parse_segments
-from pyvmm.virtio.device import CALL_WORK, MAX_CHAIN_BYTES, RingDevice, for_one_pass
+from pyvmm.virtio.device import (
+    CALL_WORK,
+    MAX_CHAIN_BYTES,
+    Interrupt,
+    RingDevice,
+    for_one_pass,
+)
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.ring.queue import Buffer, Chain, Queue, Ring
 from pyvmm.virtio.spec import (
@@ -58,13 +61,10 @@ _DISCARD = int(BlockRequestType.DISCARD)
 _WRITE_ZEROES = int(BlockRequestType.WRITE_ZEROES)
 _OK = int(BlockStatus.OK)
 
+_MAX_SECTORS = (1 << 64) // SECTOR_SIZE - 1
 _MAX_DATA = MAX_CHAIN_BYTES - 4096
 """Bytes of one request.  No driver that keeps to SEG_MAX and SIZE_MAX reaches it, whatever the
 queue size: 254 segments of 1 MiB, or 1022 of 256 KiB, are less."""
-_DISCARDED_PER_MOVED = 16
-"""Bytes that are discarded, out of the page cache too, while one is moved."""
-_RANGE_WORK = 16 << 10
-"""What judging a range of a discard or write-zeroes request counts for, done or not."""
 _EXTRA_CALL_WORK = 16 << 10
 """What each of a backend's ``extra_calls`` counts for; its bytes are counted anyway."""
 
@@ -175,6 +175,35 @@ class BlockDevice(RingDevice):
         self._fast_paths.pop(index, None)
         return super().stop_queue(index)
 
+    def save(self) -> dict[str, object]:
+        """See ``VirtioDevice.save``; the disk's bytes are not in it, only its size."""
+        return {
+            "common": super().save(),
+            "capacity_sectors": self.capacity_sectors,
+            "writeback": self._writeback,
+            "rate_limit": self._limiter.save() if self._limiter else None,
+        }
+
+    def restore(self, data: object, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """See ``VirtioDevice.restore``; StateError too for a disk of another size."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields(self.name, data)
+        common, limit = fields.take("common"), fields.take("rate_limit")
+        capacity_sectors = fields.integer("capacity_sectors", 0, _MAX_SECTORS)
+        writeback = fields.boolean("writeback")
+        fields.end()
+        if capacity_sectors != self.capacity_sectors:
+            raise fields.error(
+                "capacity_sectors", f"is {capacity_sectors}, the disk has {self.capacity_sectors}"
+            )
+        limiter = None
+        if limit is not None:
+            limiter = self._limiter or RateLimiter(RateLimit(), clock=self._clock)
+            limiter.restore(limit)
+        super().restore(common, memory, interrupt)
+        self._limiter, self._writeback = limiter, writeback
+
     # The rate limit
 
     def set_rate_limit(self, limit: RateLimit) -> None:
@@ -284,9 +313,13 @@ class BlockDevice(RingDevice):
         if request.type == _GET_ID:
             return self._write_id(request, memory)
         if request.type == _DISCARD and self.acked_features & BlockFeature.DISCARD:
-            return self._discard(request, memory)
+            discard(request, memory, self._backend, self._add_extra_work)
+            return 0
         if request.type == _WRITE_ZEROES and self.acked_features & BlockFeature.WRITE_ZEROES:
-            return self._write_zeroes(request, memory)
+            write_zeroes(request, memory, self._backend, self._add_extra_work)
+            if not self._writeback:
+                self._backend.flush()  # what a durable write is to the data it writes
+            return 0
         raise UnsupportedRequestError(f"request type {request.type}")
 
     def _read(self, request: Request, memory: GuestMemory) -> int:
@@ -333,26 +366,6 @@ class BlockDevice(RingDevice):
             rest = rest[len(piece) :]
         return BLOCK_ID_SIZE - len(rest)
 
-    def _discard(self, request: Request, memory: GuestMemory) -> int:
-        for one in self._segments(
-            request, memory, may_unmap=False, max_sectors=MAX_DISCARD_SECTORS
-        ):
-            self._backend.discard(one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE)
-            self._extra_work += CALL_WORK + one.sectors * SECTOR_SIZE // _DISCARDED_PER_MOVED
-        return 0
-
-    def _write_zeroes(self, request: Request, memory: GuestMemory) -> int:
-        for one in self._segments(
-            request, memory, may_unmap=True, max_sectors=MAX_WRITE_ZEROES_SECTORS
-        ):
-            self._backend.write_zeroes(
-                one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE, unmap=one.unmap
-            )
-            self._extra_work += CALL_WORK + one.sectors * SECTOR_SIZE
-        if not self._writeback:
-            self._backend.flush()  # what a durable write is to the data it writes
-        return 0
-
     def _take_extra_work(self) -> int:
         """See ``RingDevice._take_extra_work``: ranges, flushes, bytes that do not move, and
         what a transfer falls into."""
@@ -362,19 +375,5 @@ class BlockDevice(RingDevice):
         self._calls_counted = calls
         return work
 
-    def _segments(
-        self, request: Request, memory: GuestMemory, *, may_unmap: bool, max_sectors: int
-    ) -> list[Segment]:
-        """The ranges to discard or zero, judged.  Neither is offered for a read-only disk."""
-        if request.writable:
-            raise BadRequestError("discard or write-zeroes request with device-writable data")
-        length = sum(buffer_length for _, buffer_length in request.readable)
-        self._extra_work += min(length // SEGMENT_SIZE, MAX_SEGMENTS) * _RANGE_WORK
-        return parse_segments(
-            request.readable,
-            memory,
-            may_unmap=may_unmap,
-            max_segments=MAX_SEGMENTS,
-            max_sectors=max_sectors,
-            capacity_sectors=self.capacity_sectors,
-        )
+    def _add_extra_work(self, work: int) -> None:
+        self._extra_work += work

@@ -134,6 +134,38 @@ class ConsoleDevice(RingDevice):
         self._slot.refresh()
         self._slot.serve(RECEIVE_QUEUE)
 
+    def save(self) -> dict[str, object]:
+        """See ``VirtioDevice.save``."""
+        columns, rows = self._size
+        held_ms = round((self._open_s - self._clock()) * 1000) if self.is_activated else 0
+        with self._lock:
+            return {
+                "common": super().save(), "columns": columns & 0xFFFF, "rows": rows & 0xFFFF,
+                "must_tell_size": self._must_tell_size, "typed": bytes(self._typed),
+                "has_sent": self._has_sent, "input_held_ms": max(0, held_ms),
+            }
+
+    def restore(self, data: object, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """See ``VirtioDevice.restore``.
+
+        The size is the one that the driver knows: ``refresh`` tells it of the terminal's own.
+        """
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields(self.name, data)
+        common, typed = fields.take("common"), fields.octets("typed", 0, MAX_TYPED_BYTES)
+        size = fields.integer("columns", 0, 0xFFFF), fields.integer("rows", 0, 0xFFFF)
+        must_tell_size, has_sent = fields.boolean("must_tell_size"), fields.boolean("has_sent")
+        held_ms = fields.integer("input_held_ms", 0, int(MAX_HOLD_S * 1000))
+        fields.end()
+        super().restore(common, memory, interrupt)
+        with self._lock:
+            self._typed[:] = typed
+        self._size, self._must_tell_size, self._has_sent = size, must_tell_size, has_sent
+        self._open_s = self._clock() + held_ms / 1000
+        if self.is_activated:
+            self._on_room()
+
     def process_queue(self, index: int) -> float | None:
         """See ``VirtioDevice.process_queue``; empty buffers to receive into are no work."""
         if index == RECEIVE_QUEUE:
