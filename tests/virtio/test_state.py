@@ -308,7 +308,7 @@ def test_a_disk_of_another_size_is_refused(new_saved: MakeSaved) -> None:
     state = saved.transport.save()
     with saved.rig.path.open("ab") as file:
         file.write(bytes(512))
-    saved.device.refresh_capacity()
+    saved.device.refresh()
     with pytest.raises(StateError, match="capacity_sectors is 64, the disk has 65"):
         saved.transport.restore(state)
 
