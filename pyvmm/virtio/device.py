@@ -37,7 +37,7 @@ PASS_BYTES = 64 << 20
 """After so much work a pass takes no further chain.  Work is bytes moved, and anything else that
 takes as long (``chain_work``, CALL_WORK).  The transport's lock is then held for some 20 ms."""
 CALL_WORK = 64 << 10
-"""Bytes that a call to the host counts for in that if it moves none: a discard, a flush."""
+"""The work of a call to the host that moves no bytes: a discard, a flush."""
 
 
 class Interrupt(Protocol):
@@ -96,7 +96,7 @@ class VirtioDevice(abc.ABC):
         self.avail_features = int(avail_features)
         self.queue_max_sizes = queue_max_sizes
         self.queues = [Queue(max_size) for max_size in queue_max_sizes]
-        # What the device advises can be done in a ring of so many entries.
+        # The device's advice to the driver suits a ring of so many entries.
         self._advised_ring_size = min(queue_max_sizes)
         self._acked_features = 0
         self._memory: GuestMemory | None = None
@@ -158,15 +158,16 @@ class VirtioDevice(abc.ABC):
 
     @abc.abstractmethod
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of configuration space from ``offset``; zeros behind its end."""
+        """Return ``length`` bytes of configuration space from ``offset``; zeros behind its end."""
 
     @abc.abstractmethod
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver writes ``data`` at ``offset``; whatever is not writable is ignored."""
+        """Take ``data``, which the driver writes at ``offset``; ignore bytes that are not
+        writable."""
 
     @property
     def is_activated(self) -> bool:
-        """Whether the device runs: from ``activate`` to ``reset``."""
+        """True while the device runs: from ``activate`` to ``reset``."""
         return self._memory is not None
 
     def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
@@ -184,7 +185,7 @@ class VirtioDevice(abc.ABC):
         self._interrupt = interrupt
 
     def reset(self) -> None:
-        """Back to the state before any driver; drops every view of guest memory."""
+        """Go back to the state before any driver; drop every view of guest memory."""
         self._acked_features = 0
         self._memory = None
         self._interrupt = None
@@ -271,9 +272,9 @@ class VirtioDevice(abc.ABC):
         return ring
 
     def stop_queue(self, index: int) -> int:
-        """Serve queue ``index`` no more; the ``Queue.base`` with which it could go on.
+        """Serve queue ``index`` no more; return the ``Queue.base`` with which it could go on.
 
-        What was taken from it and not yet served is available again; all else is answered.
+        Chains that were taken and not yet served are available again; all others are answered.
         """
         queue = self.queues[index]
         queue.ready = False
@@ -284,16 +285,17 @@ class VirtioDevice(abc.ABC):
         return queue.base or 0
 
     def reset_queue(self, index: int) -> None:
-        """2.6.1 "Virtqueue Reset": forget queue ``index`` alone; nothing of it is touched
-        afterwards."""
+        """Forget queue ``index`` alone, and touch nothing of it afterwards (2.6.1 "Virtqueue
+        Reset")."""
         self.stop_queue(index)
         if self._rings:
             self._rings[index] = None
         self.queues[index].reset()
 
     def start_queue(self, index: int) -> None:
-        """2.6.1.2 "Virtqueue Re-enable": serve queue ``index``, which the driver has set up
-        anew after ``reset_queue``, in a device that is active.  RingError if malformed."""
+        """Serve queue ``index``, which the driver has set up anew after ``reset_queue``.
+
+        2.6.1.2 "Virtqueue Re-enable"; only in a device that is active.  RingError if malformed."""
         if self._memory is None:
             return
         queue = self.queues[index]
@@ -307,12 +309,13 @@ class VirtioDevice(abc.ABC):
 
     @abc.abstractmethod
     def process_queue(self, index: int) -> float | None:
-        """One pass: serve what waits in queue ``index``, at most a queue's length of chains and
-        about PASS_BYTES of work, then publish them all and interrupt once.  Never sleeps.
+        """Make one pass: serve the waiting chains of queue ``index``, publish them all, interrupt
+        once.  Never sleep.
 
-        Returns when to call again: None once nothing is left (the next notification says
-        when), 0.0 if more is waiting, else the seconds a rate limit asks to wait.  A queue that
-        is not ready, or a device that is not active, has no work.  RingError where the ring is
+        A pass is at most a queue's length of chains and about PASS_BYTES of work.  Return the
+        seconds after which to call again: 0.0 if more is waiting, more if a rate limit says so,
+        None if the next notification is soon enough.  A queue that is not ready, or a device that
+        is not active, has no work.  RingError where the ring is
         malformed; the chains served before that point have been published.
         """
 
@@ -322,8 +325,9 @@ class RingDevice(VirtioDevice):
 
     @abc.abstractmethod
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Do what ``chain`` asks; the number of bytes written into it.  Never raises for what
-        the guest or the host did wrong: that is answered inside the chain."""
+        """Do what ``chain`` asks; return the number of bytes written into it.
+
+        Faults of the guest or the host are answered inside the chain and never raised."""
 
     def process_queue(self, index: int) -> float | None:
         """See ``VirtioDevice.process_queue``."""

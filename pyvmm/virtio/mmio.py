@@ -72,7 +72,7 @@ class MmioTransport:
         self._lock = threading.Lock()
         self._queue_count = len(device.queues)
         self._reset_queues: set[int] = set()
-        # Whether the device is to serve its queues: what the status register says, at hand.
+        # True while the status register says that the device serves its queues.
         self._is_running = False
         self._words = self._page.words
         self._interrupt = InterruptLine(self._words, raise_irq, keep_used=keep_used)
@@ -99,13 +99,13 @@ class MmioTransport:
     # The faces: the bus calls read and write, an I/O thread calls service.
 
     def read(self, offset: int, size: int) -> int:
-        """``size`` bytes of the page at ``offset``, little-endian; ones outside the page."""
+        """Return ``size`` bytes of the page at ``offset``, little-endian; ones outside it."""
         if offset < 0 or offset + size > PAGE_SIZE:
             return (1 << 8 * size) - 1
         return int.from_bytes(self.page[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """The driver writes the ``size`` low bytes of ``value`` at ``offset``.
+        """Take the ``size`` low bytes of ``value``, which the driver writes at ``offset``.
 
         "The driver MUST only use 32 bit wide and aligned reads and writes to access the control
         registers": other writes to them are ignored, and so are writes to what is read-only.
@@ -128,10 +128,10 @@ class MmioTransport:
                 self._writers[offset](value)
 
     def service(self, queue_index: int) -> float | None:
-        """One bounded pass over queue ``queue_index``, on the caller's thread; never sleeps.
+        """Make one bounded pass over queue ``queue_index``, on the caller's thread; never sleep.
 
-        Returns when to call again: None after the next notification, 0.0 at once because more
-        is waiting, else in so many seconds because of a rate limit.  Notifications for a queue
+        Return the seconds after which to call again: 0.0 if more is waiting, more if a rate limit
+        says so, None if the next notification is soon enough.  Notifications for a queue
         that does not exist or is not set up, or that come before DRIVER_OK, do nothing.
         """
         with self._lock:
@@ -144,7 +144,7 @@ class MmioTransport:
                 return None
 
     def config_changed(self) -> None:
-        """The device's configuration space has new contents: show them, tell the driver."""
+        """Show the new contents of the device's configuration space, and tell the driver."""
         with self._lock:
             self._show_config()
             if self._status & Status.DRIVER_OK:
@@ -257,7 +257,7 @@ class MmioTransport:
                 self._activate()
 
     def _negotiate(self) -> bool:
-        """Whether the device accepts what the driver wrote into DriverFeatures."""
+        """True if the device accepts the features that the driver wrote into DriverFeatures."""
         try:
             self._device.set_acked_features(self._driver_features)
         except GuestError as error:
@@ -282,7 +282,7 @@ class MmioTransport:
         self._report(f"{self._device.name}: stopped until the guest resets it: {reason}")
 
     def _reset(self) -> None:
-        """2.4 "Device Reset".  The lock is held, so no pass is under way."""
+        """Reset the device (2.4 "Device Reset").  The lock is held, so no pass is under way."""
         self._device.reset()
         self._show_config()
         self._driver_features = 0
@@ -306,7 +306,7 @@ class MmioTransport:
         self._driver_features_sel = word
 
     def _write_driver_features(self, value: int) -> None:
-        """32 of the driver's feature bits; frozen once FEATURES_OK is set (3.1.1 step 5)."""
+        """Take 32 of the driver's feature bits, until FEATURES_OK is set (3.1.1 step 5)."""
         word = min(self._driver_features_sel, 2)  # bits from 64 on are none that were offered
         if not self._status & Status.FEATURES_OK:
             shift = 32 * word
@@ -323,7 +323,7 @@ class MmioTransport:
 
     @property
     def _open_queue(self) -> Queue | None:
-        """The selected queue while its registers may be written: "When QueueReady is not zero,
+        """Return the selected queue if its registers may be written: "When QueueReady is not zero,
         the driver MUST NOT access" them, and after DRIVER_OK the set-up is over, except for a
         queue that was reset (2.6.1.2 "Virtqueue Re-enable")."""
         queue = self._queue
@@ -338,7 +338,7 @@ class MmioTransport:
             queue.size = value
 
     def _address_writer(self, area: str, shift: int) -> Callable[[int], None]:
-        """A writer of 32 bits, from bit ``shift``, of the queue address called ``area``."""
+        """Return a writer of 32 bits, from bit ``shift``, of the queue address ``area``."""
 
         def write(value: int) -> None:
             if queue := self._open_queue:
@@ -348,8 +348,9 @@ class MmioTransport:
         return write
 
     def _write_queue_ready(self, value: int) -> None:
-        """1 hands the queue to the device, which checks it; 0 stops the queue, and because the
-        lock is held, nothing of it is touched afterwards."""
+        """Hand the queue to the device, which checks it, on 1; stop it on 0.
+
+        The lock is held, so nothing of a stopped queue is touched afterwards."""
         if value == 0 and self._queue:
             self._device.stop_queue(self._queue_index)
             self._show(Register.QUEUE_READY, 0)
@@ -368,7 +369,7 @@ class MmioTransport:
             self._show(Register.QUEUE_READY, 1)
 
     def _write_queue_reset(self, value: int) -> None:
-        """1 resets the selected queue alone (2.6.1.1 "Virtqueue Reset").
+        """Reset the selected queue alone, on 1 (2.6.1.1 "Virtqueue Reset").
 
         The lock is held, so the reset is over before the driver can look: "The device MUST
         present 0 in both QueueReset and QueueReady when queue reset has completed", and nothing

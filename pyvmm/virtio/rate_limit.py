@@ -1,10 +1,10 @@
 """Token buckets: how many operations and bytes a second a disk may do, and how many at once.
 
 A bucket holds up to a burst of tokens and gains its rate every second.  A request that finds
-enough takes them and goes; one that does not is told how long to wait and takes nothing, so it
-may be asked about again at any time.  A request larger than the burst would never find enough: it
-waits for a full bucket and borrows the rest, which the requests after it pay back.  Over any time
-t a bucket lets through at most ``burst + rate * t`` tokens, and what the last request borrowed.
+enough takes them and goes.  A request that does not is told how long to wait and takes nothing, so
+it may ask again at any time.  A request larger than the burst would never find enough: it waits
+for a full bucket and borrows the rest, which the requests after it pay back.  Over any time t a
+bucket lets through at most ``burst + rate * t`` tokens, and the debt of the last request.
 
 Nothing here sleeps or calls anybody: the device tells its caller when to come back.
 """
@@ -19,7 +19,7 @@ from pyvmm.errors import ConfigError, StateError
 from pyvmm.startup.types import Record
 
 MIN_TURN_S = 0.001
-"""What a queue waits at least while another is before it in the line."""
+"""The least wait of a queue while another is before it in the line."""
 MAX_WAIT_S = 0.25
 """No wait is longer, however deep the debt: a changed limit is felt this soon."""
 
@@ -33,9 +33,9 @@ _ENOUGH = 1e-6
 
 
 class RateLimit(Record):
-    """What a disk may do; a rate of 0 is no limit.
+    """The most a disk may do; a rate of 0 is no limit.
 
-    Rates are per second.  A burst is what may go at once after a pause; 0 stands for a tenth of
+    Rates are per second.  A burst may go at once after a pause; 0 stands for a tenth of
     a second's worth, at least 1.
     """
 
@@ -62,7 +62,7 @@ class RateLimit(Record):
                 raise ConfigError("rate limit", f"{name} burst {burst} without a rate")
 
     def __bool__(self) -> bool:
-        """Whether anything is limited."""
+        """True if anything is limited."""
         return bool(self.ops_per_s or self.bytes_per_s)
 
 
@@ -83,8 +83,8 @@ class RateLimiter:
     def admit(self, byte_count: int, who: Hashable = 0) -> float:
         """Ask, as ``who`` (a device's queue), to do one operation that moves ``byte_count`` bytes.
 
-        0.0: it may go now, and both buckets are charged.  Otherwise the seconds after which it
-        is worth asking again; nothing is charged, and ``who`` keeps its place in the line: small
+        Return 0.0 if it may go now: both buckets are charged.  Otherwise return the seconds after
+        which to ask again: nothing is charged, and ``who`` keeps its place in the line.  So small
         requests do not keep the buckets empty for ever in front of a large one.
         """
         with self._lock:
@@ -102,7 +102,7 @@ class RateLimiter:
             return 0.0
 
     def leave(self, who: Hashable) -> None:
-        """``who`` waits no more: its request was dropped."""
+        """Take ``who`` out of the line: its request was dropped."""
         with self._lock:
             self._line.pop(who, None)
 
@@ -176,8 +176,9 @@ class _Bucket:
         self._filled_at_s = now_s
 
     def wait_s(self, cost: int, now_s: float) -> float:
-        """Seconds until ``cost`` tokens may be taken, 0.0 for now.  What costs nothing never
-        waits, be the bucket in debt or not."""
+        """Return the seconds until ``cost`` tokens may be taken, 0.0 for now.
+
+        An operation without cost never waits, be the bucket in debt or not."""
         if not self._rate or not cost:
             return 0.0
         self._fill(now_s)

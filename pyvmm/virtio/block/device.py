@@ -1,4 +1,4 @@
-"""The block device: what a request does to the disk (virtio 1.2, 5.2 "Block Device").
+"""The block device: the effect of a request on the disk (virtio 1.2, 5.2 "Block Device").
 
 The rules of the disk are enforced here, whatever the backend would do: whole sectors, nothing
 outside the capacity, no write to a read-only disk, buffers of the right direction.
@@ -66,14 +66,14 @@ _MAX_DATA = MAX_CHAIN_BYTES - 4096
 """Bytes of one request.  No driver that keeps to SEG_MAX and SIZE_MAX reaches it, whatever the
 queue size: 254 segments of 1 MiB, or 1022 of 256 KiB, are less."""
 _EXTRA_CALL_WORK = 16 << 10
-"""What each of a backend's ``extra_calls`` counts for; its bytes are counted anyway."""
+"""The work of each of a backend's ``extra_calls``, besides its bytes."""
 
 
 class BlockDevice(RingDevice):
     """A disk of whole sectors over ``backend``, which belongs to the caller.
 
-    ``clock`` is what the rate limiter reads, in seconds.  ``limiter`` is one that several devices
-    of one disk share; without, the device has its own.
+    The rate limiter reads ``clock``, in seconds.  Several devices of one disk share ``limiter``;
+    without it the device has its own.
     """
 
     device_type = DeviceType.BLOCK
@@ -127,7 +127,7 @@ class BlockDevice(RingDevice):
         self._backend.hurry(until_s)
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of configuration space from ``offset``; zeros behind its end."""
+        """Return ``length`` bytes of configuration space from ``offset``; zeros behind its end."""
         space = config_space(
             self._config, self._backend, self.avail_features,
             writeback=self._writeback, ring_size=self._advised_ring_size,
@@ -135,8 +135,8 @@ class BlockDevice(RingDevice):
         return space[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver chooses the cache mode in ``writeback``, if it negotiated CONFIG_WCE: 0 or
-        1.  Everything else is not writable and ignored."""
+        """Take the driver's choice of the cache mode, 0 or 1 in ``writeback``, if it negotiated
+        CONFIG_WCE.  All other bytes are not writable and ignored."""
         place = WRITEBACK_OFFSET - offset
         if not (self.acked_features & BlockFeature.CONFIG_WCE and 0 <= place < len(data)):
             return
@@ -197,12 +197,17 @@ class BlockDevice(RingDevice):
             raise fields.error(
                 "capacity_sectors", f"is {capacity_sectors}, the disk has {self.capacity_sectors}"
             )
-        limiter = None
+        limiter = RateLimiter(RateLimit(), clock=self._clock)
         if limit is not None:
-            limiter = self._limiter or RateLimiter(RateLimit(), clock=self._clock)
             limiter.restore(limit)
         super().restore(common, memory, interrupt)
-        self._limiter, self._writeback = limiter, writeback
+        self._writeback = writeback
+        if limit is None:
+            self._limiter = None
+        elif self._limiter is None:
+            self._limiter = limiter
+        else:  # several devices may share it
+            self._limiter.restore(limit)
 
     # The rate limit
 
@@ -278,8 +283,9 @@ class BlockDevice(RingDevice):
         return 0.0
 
     def _cost(self, chain: Chain) -> int:
-        """The bytes ``chain`` can move: what it has room for besides header and status, but not
-        more than there are on the disk, or one absurd length would stop the disk for hours."""
+        """Return the bytes that ``chain`` can move: its buffers without header and status.
+
+        Never more than the disk has, or one absurd length would stop the disk for hours."""
         length = sum(buffer_length for _, buffer_length in chain.readable)
         length += sum(buffer_length for _, buffer_length in chain.writable)
         return min(max(0, length - HEADER_SIZE - STATUS_SIZE), self._backend.size_bytes)
@@ -287,7 +293,7 @@ class BlockDevice(RingDevice):
     # Requests
 
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Serve one request; bytes written: data and status, or 0 if there is no status."""
+        """Serve one request; return the bytes written: data and status, or 0 without a status."""
         try:
             request = Request.parse(chain, memory)
         except UnusableChainError:
@@ -301,7 +307,8 @@ class BlockDevice(RingDevice):
         return written + STATUS_SIZE
 
     def _execute(self, request: Request, memory: GuestMemory) -> int:
-        """Do it; the bytes of data written into RAM.  OSError from the backend."""
+        """Do what ``request`` asks; return the bytes of data written into RAM.  OSError from the
+        backend."""
         if request.type == _IN:
             return self._read(request, memory)
         if request.type == _OUT:
@@ -345,7 +352,8 @@ class BlockDevice(RingDevice):
         return 0
 
     def _check_range(self, sector: int, buffers: list[Buffer]) -> int:
-        """The bytes in ``buffers``; BadRequestError unless they are whole sectors of the disk."""
+        """Return the bytes in ``buffers``; BadRequestError unless they are whole sectors of the
+        disk."""
         length = 0
         for _, buffer_length in buffers:
             length += buffer_length
@@ -356,7 +364,7 @@ class BlockDevice(RingDevice):
         return length
 
     def _write_id(self, request: Request, memory: GuestMemory) -> int:
-        """As much of the ID as there is room for, over as many buffers as it takes."""
+        """Write as much of the ID as there is room for; return its bytes."""
         if request.readable:
             raise BadRequestError("ID request with device-readable data")
         rest = self._id
@@ -367,8 +375,8 @@ class BlockDevice(RingDevice):
         return BLOCK_ID_SIZE - len(rest)
 
     def _take_extra_work(self) -> int:
-        """See ``RingDevice._take_extra_work``: ranges, flushes, bytes that do not move, and
-        what a transfer falls into."""
+        """See ``RingDevice._take_extra_work``: ranges, flushes, bytes that do not move, and the
+        calls that a transfer falls into."""
         work, self._extra_work = self._extra_work, 0
         calls = self._backend.extra_calls
         work += (calls - self._calls_counted) * _EXTRA_CALL_WORK

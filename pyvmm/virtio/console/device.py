@@ -82,7 +82,7 @@ class ConsoleDevice(RingDevice):
         self._open_s = 0.0  # when the driver may have input
 
     def receive(self, data: bytes) -> int:
-        """Take typed bytes, as many as there is room for; how many.
+        """Take typed bytes, as many as there is room for; return how many.
 
         From any thread.  Nothing is taken before the driver runs.
         """
@@ -112,7 +112,8 @@ class ConsoleDevice(RingDevice):
         return space[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """5.3.4 "Emergency write": a character without any queue, even before DRIVER_OK."""
+        """Show one character without any queue, even before DRIVER_OK (5.3.4 "Emergency
+        write")."""
         if offset == _EMERG_WR_OFFSET:
             self._transmit(data[:1])
 
@@ -124,7 +125,7 @@ class ConsoleDevice(RingDevice):
     def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
         """See ``VirtioDevice.activate``; from now on input is taken.
 
-        What no earlier driver has read, before a reset, is for this one.
+        Bytes that no earlier driver has read, before a reset, are for this one.
         """
         super().activate(memory, interrupt)
         self._has_sent = False
@@ -197,7 +198,7 @@ class ConsoleDevice(RingDevice):
         return shown_bytes * _SHOWN_WORK
 
     def _fill(self, chain: Chain, memory: GuestMemory) -> int:
-        """Put typed bytes into ``chain``; how many."""
+        """Put typed bytes into ``chain``; return how many."""
         written = 0
         for gpa, length in chain.writable:
             with self._lock:
@@ -213,8 +214,9 @@ class ConsoleDevice(RingDevice):
         return written
 
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Show what a chain of the transmit queue holds, all at once: to show a byte costs as much
-        as to show many.  Nothing is written into it."""
+        """Show the bytes of a chain of the transmit queue, all at once, and write none into it.
+
+        Showing one byte costs as much as showing many."""
         data = bytearray()
         for gpa, length in chain.readable:
             try:
