@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pyvmm"
 OPEN = frozenset({
-    "virtio", "run", "cli", "startup", "config.py", "report.py",
+    "run", "cli", "startup", "config.py", "report.py",
     "__main__.py",
     "vhost_user/block.py", "lab", "console",
 })  # fmt: skip

@@ -21,6 +21,7 @@ from pyvmm.errors import (
     GuestError,
     RequestRefusedError,
     RingError,
+    StateError,
     VhostUserError,
 )
 from pyvmm.memory import GuestMemory
@@ -34,6 +35,8 @@ from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
 
 QUEUE_SIZE = 256
 """The most entries of a queue; a back end has no way of saying what it takes."""
+
+_NO_STATE = "another process serves it (vhost-user), whose state cannot be saved or restored"
 
 _PASSED_ON = int(
     Feature.INDIRECT_DESC
@@ -208,6 +211,14 @@ class VhostUserBlock(VirtioDevice):
             self._take_back(index)
             self.queues[index].ready = False
             raise RingError(str(error)) from error
+
+    def save(self) -> dict[str, object]:
+        """Raise StateError: the back end has the rings, requests on their way and the disk."""
+        raise StateError(self.name, _NO_STATE)
+
+    def restore(self, data: object, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """Raise StateError; see ``save``."""
+        raise StateError(self.name, _NO_STATE)
 
     def process_queue(self, index: int) -> float | None:
         """A notification that KVM did not deliver itself: pass it on.  No work is left here."""

@@ -18,25 +18,26 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from pyvmm.errors import ActivateError, GuestError, RingError
+from pyvmm.errors import ActivateError, GuestError, RingError, StateError
 from pyvmm.memory import GuestMemory
-from pyvmm.startup.types import TYPE_CHECKING, Protocol
+from pyvmm.startup.types import TYPE_CHECKING, Protocol, name_of
 from pyvmm.virtio.ring.queue import DESCRIPTOR_WORK, Chain, Queue, Ring
 from pyvmm.virtio.ring.rings import make_ring
-from pyvmm.virtio.spec import Feature
+from pyvmm.virtio.spec import DeviceType, Feature
 
 if TYPE_CHECKING:
     from typing import ClassVar
 
     from pyvmm.run.io_loop import IoSource
 
+_MAX_FEATURES = (1 << 64) - 1
 MAX_CHAIN_BYTES = 256 << 20
 """Bytes in the buffers of a chain that a device need consider: a bound on a single one's time."""
 PASS_BYTES = 64 << 20
 """After so much work a pass takes no further chain.  Work is bytes moved, and anything else that
 takes as long (``chain_work``, CALL_WORK).  The transport's lock is then held for some 20 ms."""
 CALL_WORK = 64 << 10
-"""Bytes that a call to the host counts for in that if it moves none: a discard, a flush."""
+"""The work of a call to the host that moves no bytes: a discard, a flush."""
 
 
 class Interrupt(Protocol):
@@ -95,7 +96,7 @@ class VirtioDevice(abc.ABC):
         self.avail_features = int(avail_features)
         self.queue_max_sizes = queue_max_sizes
         self.queues = [Queue(max_size) for max_size in queue_max_sizes]
-        # What the device advises can be done in a ring of so many entries.
+        # The device's advice to the driver suits a ring of so many entries.
         self._advised_ring_size = min(queue_max_sizes)
         self._acked_features = 0
         self._memory: GuestMemory | None = None
@@ -157,15 +158,16 @@ class VirtioDevice(abc.ABC):
 
     @abc.abstractmethod
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of configuration space from ``offset``; zeros behind its end."""
+        """Return ``length`` bytes of configuration space from ``offset``; zeros behind its end."""
 
     @abc.abstractmethod
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver writes ``data`` at ``offset``; whatever is not writable is ignored."""
+        """Take ``data``, which the driver writes at ``offset``; ignore bytes that are not
+        writable."""
 
     @property
     def is_activated(self) -> bool:
-        """Whether the device runs: from ``activate`` to ``reset``."""
+        """True while the device runs: from ``activate`` to ``reset``."""
         return self._memory is not None
 
     def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
@@ -183,7 +185,7 @@ class VirtioDevice(abc.ABC):
         self._interrupt = interrupt
 
     def reset(self) -> None:
-        """Back to the state before any driver; drops every view of guest memory."""
+        """Go back to the state before any driver; drop every view of guest memory."""
         self._acked_features = 0
         self._memory = None
         self._interrupt = None
@@ -191,10 +193,88 @@ class VirtioDevice(abc.ABC):
         for queue in self.queues:
             queue.reset()
 
-    def stop_queue(self, index: int) -> int:
-        """Serve queue ``index`` no more; the ``Queue.base`` with which it could go on.
+    @property
+    def name(self) -> str:
+        """The device in messages, such as "virtio block device"."""
+        number = self.device_type
+        kind = name_of(DeviceType, number).lower() or f"type {number}"
+        return f"virtio {kind} device"
 
-        What was taken from it and not yet served is available again; all else is answered.
+    def save(self) -> dict[str, object]:
+        """Return what the driver chose, and where the rings stand (docs/architecture.md, "State").
+
+        Chains that were taken and not yet served are available again in the state.
+        """
+        rings = self._rings or [None] * len(self.queues)
+        return {
+            "features": self._acked_features,
+            "active": self.is_activated,
+            "queues": [
+                {"registers": queue.save(), "ring": ring.save() if ring and queue.ready else None}
+                for queue, ring in zip(self.queues, rings, strict=True)
+            ],
+        }
+
+    def restore(self, data: object, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """Take what ``save`` returned; StateError.
+
+        The device must be fresh or reset; if ``data`` is refused, it is reset.  A device that was
+        active is active again, with ``memory`` and ``interrupt`` as ``activate`` gets them: each
+        of its queues must be served once, because a doorbell may have been lost.
+        """
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields(self.name, data)
+        features, is_active = fields.integer("features", 0, _MAX_FEATURES), fields.boolean("active")
+        queues = fields.take("queues")
+        fields.end()
+        if self.is_activated:
+            raise StateError(self.name, "it is active: a state needs a device that was reset")
+        if features & ~self.avail_features or (features and not features & Feature.VERSION_1):
+            raise fields.error("features", f"{features:#x} are not some of those offered")
+        if is_active and not features:
+            raise fields.error("active", "is true, but no features were accepted")
+        if not isinstance(queues, list) or len(queues) != len(self.queues):
+            raise fields.error("queues", f"is not a list of {len(self.queues)}")
+        self._acked_features = features
+        try:
+            rings = [self._restore_queue(*each, memory, is_active) for each in enumerate(queues)]
+        except StateError:
+            VirtioDevice.reset(self)
+            raise
+        if is_active:
+            self._memory, self._interrupt, self._rings = memory, interrupt, rings
+
+    def _restore_queue(
+        self, index: int, data: object, memory: GuestMemory, is_active: bool
+    ) -> Ring | None:
+        """Set the registers of queue ``index``; return its ring if it is served.  StateError."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        name, queue = f"{self.name}, queue {index}", self.queues[index]
+        fields = Fields(name, data)
+        registers, ring_state = fields.take("registers"), fields.take("ring")
+        fields.end()
+        try:
+            queue.restore(registers)
+            if not (is_active and queue.ready):
+                if ring_state is not None:
+                    raise fields.error("ring", "is not None, and the queue is not served")
+                return None
+            ring = self._make_ring(queue, memory)
+            ring.restore(ring_state)
+        except RingError as error:
+            raise StateError(name, str(error)) from error
+        except StateError as error:
+            if error.part == name:
+                raise
+            raise StateError(f"{name}: {error.part}", error.problem) from error
+        return ring
+
+    def stop_queue(self, index: int) -> int:
+        """Serve queue ``index`` no more; return the ``Queue.base`` with which it could go on.
+
+        Chains that were taken and not yet served are available again; all others are answered.
         """
         queue = self.queues[index]
         queue.ready = False
@@ -205,16 +285,17 @@ class VirtioDevice(abc.ABC):
         return queue.base or 0
 
     def reset_queue(self, index: int) -> None:
-        """2.6.1 "Virtqueue Reset": forget queue ``index`` alone; nothing of it is touched
-        afterwards."""
+        """Forget queue ``index`` alone, and touch nothing of it afterwards (2.6.1 "Virtqueue
+        Reset")."""
         self.stop_queue(index)
         if self._rings:
             self._rings[index] = None
         self.queues[index].reset()
 
     def start_queue(self, index: int) -> None:
-        """2.6.1.2 "Virtqueue Re-enable": serve queue ``index``, which the driver has set up
-        anew after ``reset_queue``, in a device that is active.  RingError if malformed."""
+        """Serve queue ``index``, which the driver has set up anew after ``reset_queue``.
+
+        2.6.1.2 "Virtqueue Re-enable"; only in a device that is active.  RingError if malformed."""
         if self._memory is None:
             return
         queue = self.queues[index]
@@ -228,12 +309,13 @@ class VirtioDevice(abc.ABC):
 
     @abc.abstractmethod
     def process_queue(self, index: int) -> float | None:
-        """One pass: serve what waits in queue ``index``, at most a queue's length of chains and
-        about PASS_BYTES of work, then publish them all and interrupt once.  Never sleeps.
+        """Make one pass: serve the waiting chains of queue ``index``, publish them all, interrupt
+        once.  Never sleep.
 
-        Returns when to call again: None once nothing is left (the next notification says
-        when), 0.0 if more is waiting, else the seconds a rate limit asks to wait.  A queue that
-        is not ready, or a device that is not active, has no work.  RingError where the ring is
+        A pass is at most a queue's length of chains and about PASS_BYTES of work.  Return the
+        seconds after which to call again: 0.0 if more is waiting, more if a rate limit says so,
+        None if the next notification is soon enough.  A queue that is not ready, or a device that
+        is not active, has no work.  RingError where the ring is
         malformed; the chains served before that point have been published.
         """
 
@@ -243,8 +325,9 @@ class RingDevice(VirtioDevice):
 
     @abc.abstractmethod
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Do what ``chain`` asks; the number of bytes written into it.  Never raises for what
-        the guest or the host did wrong: that is answered inside the chain."""
+        """Do what ``chain`` asks; return the number of bytes written into it.
+
+        Faults of the guest or the host are answered inside the chain and never raised."""
 
     def process_queue(self, index: int) -> float | None:
         """See ``VirtioDevice.process_queue``."""

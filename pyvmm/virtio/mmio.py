@@ -12,51 +12,31 @@ interrupt never waits for a disk.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable
 
-from pyvmm.errors import ActivateError, GuestError, RingError
-from pyvmm.memory import PAGE_SIZE, GuestMemory, replace_page
-from pyvmm.startup.types import name_of
+from pyvmm.errors import ActivateError, GuestError, RingError, StateError
+from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.interrupt import InterruptLine
+from pyvmm.virtio.register_page import CONFIG, CONFIG_BYTES, RegisterPage
 from pyvmm.virtio.ring.queue import Queue
 from pyvmm.virtio.ring.rings import make_ring
-from pyvmm.virtio.spec import MAGIC, MMIO_VERSION, DeviceType, Feature, Register, Status
-
-VENDOR_ID = int.from_bytes(b"PVMM", "little")
+from pyvmm.virtio.spec import Feature, Register, Status
+from pyvmm.virtio.status import (
+    FAILED,
+    NEEDS_RESET,
+    NEGOTIATED,
+    RUNNING,
+    STEPS,
+    STOPPED,
+    TRANSITIONS,
+)
 
 # Plain integers: to look a member of an enumeration up costs more than what is done with it.
 _QUEUE_NOTIFY = int(Register.QUEUE_NOTIFY)
-_CONFIG = int(Register.CONFIG)
-_CONFIG_BYTES = PAGE_SIZE - _CONFIG
-_GENERATION = int(Register.CONFIG_GENERATION)
 _WORD = 0xFFFF_FFFF
 _REGISTER_SIZE = 4
-
-# Plain integers: the driver may write anything, and the complement of an IntFlag drops the bits
-# that have no name.
-_ACKNOWLEDGED = int(Status.ACKNOWLEDGE)
-_DRIVEN = _ACKNOWLEDGED | int(Status.DRIVER)
-_NEGOTIATED = _DRIVEN | int(Status.FEATURES_OK)
-_RUNNING = _NEGOTIATED | int(Status.DRIVER_OK)
-_NEEDS_RESET = int(Status.DEVICE_NEEDS_RESET)
-_FAILED = int(Status.FAILED)
-_STOPPED = _NEEDS_RESET | _FAILED
-
-# 3.1.1 "Driver Requirements: Device Initialization": the one way up, as (status, written).
-# Besides these: 0 resets from anywhere, FAILED may be added anywhere, and after FAILED or
-# DEVICE_NEEDS_RESET only a reset helps.  Every other write is ignored: "The driver MUST NOT clear
-# a device status bit" (2.1.1), nor skip a step.
-_TRANSITIONS = frozenset(
-    {
-        (0, _ACKNOWLEDGED),
-        (_ACKNOWLEDGED, _DRIVEN),
-        (_DRIVEN, _NEGOTIATED),
-        (_NEGOTIATED, _RUNNING),
-    }
-)
 
 
 class MmioTransport:
@@ -83,16 +63,18 @@ class MmioTransport:
         defer: Callable[[int], None] | None = None,
         keep_used: bool = False,
     ) -> None:
-        self.page = mmap.mmap(-1, PAGE_SIZE)
+        self._page = RegisterPage(device.device_type)
+        self.page = self._page.bytes
         self._device = device
         self._memory = memory
         self._report = report
         self._defer = defer
         self._lock = threading.Lock()
         self._queue_count = len(device.queues)
-        # Whether the device is to serve its queues: what the status register says, at hand.
+        self._reset_queues: set[int] = set()
+        # True while the status register says that the device serves its queues.
         self._is_running = False
-        self._words = memoryview(self.page).cast("I")
+        self._words = self._page.words
         self._interrupt = InterruptLine(self._words, raise_irq, keep_used=keep_used)
         self._writers: dict[int, Callable[[int], None]] = {
             Register.DEVICE_FEATURES_SEL: self._select_device_features,
@@ -110,40 +92,28 @@ class MmioTransport:
             Register.QUEUE_RESET: self._write_queue_reset,
             Register.STATUS: self._write_status,
         }
-        self._show(Register.MAGIC_VALUE, MAGIC)
-        self._show(Register.VERSION, MMIO_VERSION)
-        self._show(Register.DEVICE_ID, device.device_type)
-        self._show(Register.VENDOR_ID, VENDOR_ID)
-        # No shared memory regions: "Reading from a non-existent region [...] results in a length
-        # of -1", and in the same base address.
-        for register in (
-            Register.SHM_LEN_LOW,
-            Register.SHM_LEN_HIGH,
-            Register.SHM_BASE_LOW,
-            Register.SHM_BASE_HIGH,
-        ):
-            self._show(register, _WORD)
-        self.page[_CONFIG:] = device.read_config(0, _CONFIG_BYTES)  # nobody reads it yet
+        # Nobody reads it yet.
+        self._page.set_space(device.read_config(0, CONFIG_BYTES), 0)
         self._reset()
 
     # The faces: the bus calls read and write, an I/O thread calls service.
 
     def read(self, offset: int, size: int) -> int:
-        """``size`` bytes of the page at ``offset``, little-endian; ones outside the page."""
+        """Return ``size`` bytes of the page at ``offset``, little-endian; ones outside it."""
         if offset < 0 or offset + size > PAGE_SIZE:
             return (1 << 8 * size) - 1
         return int.from_bytes(self.page[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """The driver writes the ``size`` low bytes of ``value`` at ``offset``.
+        """Take the ``size`` low bytes of ``value``, which the driver writes at ``offset``.
 
         "The driver MUST only use 32 bit wide and aligned reads and writes to access the control
         registers": other writes to them are ignored, and so are writes to what is read-only.
         A QueueNotify that arrives here gets its pass before the call returns.
         """
-        if offset >= _CONFIG:
+        if offset >= CONFIG:
             if offset + size <= PAGE_SIZE:
-                self._write_config(offset - _CONFIG, size, value)
+                self._write_config(offset - CONFIG, size, value)
             return
         if size != _REGISTER_SIZE:
             return
@@ -158,10 +128,10 @@ class MmioTransport:
                 self._writers[offset](value)
 
     def service(self, queue_index: int) -> float | None:
-        """One bounded pass over queue ``queue_index``, on the caller's thread; never sleeps.
+        """Make one bounded pass over queue ``queue_index``, on the caller's thread; never sleep.
 
-        Returns when to call again: None after the next notification, 0.0 at once because more
-        is waiting, else in so many seconds because of a rate limit.  Notifications for a queue
+        Return the seconds after which to call again: 0.0 if more is waiting, more if a rate limit
+        says so, None if the next notification is soon enough.  Notifications for a queue
         that does not exist or is not set up, or that come before DRIVER_OK, do nothing.
         """
         with self._lock:
@@ -174,11 +144,80 @@ class MmioTransport:
                 return None
 
     def config_changed(self) -> None:
-        """The device's configuration space has new contents: show them, tell the driver."""
+        """Show the new contents of the device's configuration space, and tell the driver."""
         with self._lock:
             self._show_config()
             if self._status & Status.DRIVER_OK:
                 self._interrupt.notify_config()
+
+    def save(self) -> dict[str, object]:
+        """Return the registers and the device's state (docs/architecture.md, "State")."""
+        with self._lock:
+            return {
+                "status": self._status,
+                "device_features_sel": self._device_features_sel,
+                "driver_features_sel": self._driver_features_sel,
+                "driver_features": self._driver_features,
+                "queue_sel": self._queue_index,
+                "reset_queues": sorted(self._reset_queues),
+                "config_generation": self._page.generation,
+                "interrupt": self._interrupt.save(),
+                "device": self._device.save(),
+            }
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned, in place of all that a driver did; StateError.
+
+        If ``data`` is refused, the device is reset.  If it is accepted and the device is active,
+        the caller must ``service`` each queue and pulse the line once: a doorbell or an interrupt
+        that was on its way is in no state.
+        """
+        with self._lock:
+            self._reset()
+            try:
+                self._restore(data)
+            except StateError:
+                self._reset()
+                raise
+
+    def _restore(self, data: object) -> None:
+        from pyvmm.state import Fields  # not on the boot path
+
+        device = self._device
+        fields = Fields(f"{device.name}, transport", data)
+        status = fields.integer("status", 0, 0xFF)
+        device_features_sel = fields.integer("device_features_sel", 0, _WORD)
+        driver_features_sel = fields.integer("driver_features_sel", 0, _WORD)
+        driver_features = fields.integer("driver_features", 0, (1 << 96) - 1)
+        queue_index = fields.integer("queue_sel", 0, _WORD)
+        generation = fields.integer("config_generation", 0, _WORD)
+        resets, line = fields.take("reset_queues"), fields.take("interrupt")
+        device_state = fields.take("device")
+        fields.end()
+        if status & ~STOPPED not in STEPS:
+            raise fields.error("status", f"{status:#x} is none that a driver can reach")
+        last = self._queue_count - 1
+        if not isinstance(resets, list) or not all(
+            type(index) is int and 0 <= index <= last for index in resets
+        ):
+            raise fields.error("reset_queues", f"is not a list of integers from 0 to {last}")
+        self._interrupt.restore(line)
+        device.restore(device_state, self._memory, self._interrupt)
+        if bool(status & Status.FEATURES_OK) != bool(device.acked_features):
+            raise fields.error("status", f"{status:#x} does not fit the features accepted")
+        is_running = bool(status & Status.DRIVER_OK)
+        if self._interrupt.is_running != is_running:
+            raise fields.error("status", f"{status:#x} does not fit the interrupt line")
+        if device.is_activated != is_running and (device.is_activated or not status & NEEDS_RESET):
+            raise fields.error("status", f"{status:#x} does not fit an active device or none")
+        if any(device.queues[index].ready for index in resets):
+            raise fields.error("reset_queues", "has a queue that is ready")
+        self._page.set_space(device.read_config(0, CONFIG_BYTES), generation)
+        self._select_device_features(device_features_sel)
+        self._driver_features_sel, self._driver_features = driver_features_sel, driver_features
+        self._reset_queues = set(resets)
+        self._select_queue(queue_index)
+        self._show_status(status)
 
     def close(self) -> None:
         """Let the pass under way end, stop the device and free the page; idempotent.
@@ -190,8 +229,7 @@ class MmioTransport:
                 return
             self._device.reset()
             self._is_running = False
-            self._words.release()
-            self.page.close()
+            self._page.close()
 
     # Status
 
@@ -201,29 +239,29 @@ class MmioTransport:
 
     def _show_status(self, status: int) -> None:
         self._show(Register.STATUS, status)
-        self._is_running = status & (_RUNNING | _STOPPED) == _RUNNING
+        self._is_running = status & (RUNNING | STOPPED) == RUNNING
 
     def _write_status(self, value: int) -> None:
         status = self._status
         if value == 0:
             self._reset()
             return
-        value &= ~_NEEDS_RESET  # the device's bit; drivers write back what they read
-        if value == status & ~_NEEDS_RESET | _FAILED:
-            self._show_status(status | _FAILED)
-        elif (status, value) in _TRANSITIONS:
-            if value == _NEGOTIATED and not self._negotiate():
+        value &= ~NEEDS_RESET  # the device's bit; drivers write back what they read
+        if value == status & ~NEEDS_RESET | FAILED:
+            self._show_status(status | FAILED)
+        elif (status, value) in TRANSITIONS:
+            if value == NEGOTIATED and not self._negotiate():
                 return
             self._show_status(value)
-            if value == _RUNNING:
+            if value == RUNNING:
                 self._activate()
 
     def _negotiate(self) -> bool:
-        """Whether the device accepts what the driver wrote into DriverFeatures."""
+        """True if the device accepts the features that the driver wrote into DriverFeatures."""
         try:
             self._device.set_acked_features(self._driver_features)
         except GuestError as error:
-            self._report(f"{self._name}: FEATURES_OK refused: {error}")
+            self._report(f"{self._device.name}: FEATURES_OK refused: {error}")
             return False
         self._show_config()  # what a field says may depend on the features
         return True
@@ -239,19 +277,19 @@ class MmioTransport:
     def _need_reset(self, reason: str) -> None:
         """Stop until the driver resets: "the device MUST send a device configuration change
         notification" (2.1.2 "Device Requirements: Device Status Field")."""
-        self._show_status(self._status | _NEEDS_RESET)
+        self._show_status(self._status | NEEDS_RESET)
         self._interrupt.notify_config()
-        self._report(f"{self._name}: stopped until the guest resets it: {reason}")
+        self._report(f"{self._device.name}: stopped until the guest resets it: {reason}")
 
     def _reset(self) -> None:
-        """2.4 "Device Reset".  The lock is held, so no pass is under way."""
+        """Reset the device (2.4 "Device Reset").  The lock is held, so no pass is under way."""
         self._device.reset()
         self._show_config()
         self._driver_features = 0
         self._driver_features_sel = 0
         self._queue_index = 0
         self._queue: Queue | None = None
-        self._reset_queues: set[int] = set()
+        self._reset_queues.clear()
         self._select_device_features(0)
         self._select_queue(0)
         self._interrupt.reset()
@@ -260,6 +298,7 @@ class MmioTransport:
     # Features
 
     def _select_device_features(self, word: int) -> None:
+        self._device_features_sel = word
         features = self._device.avail_features >> 32 * word if word < 2 else 0
         self._show(Register.DEVICE_FEATURES, features & _WORD)
 
@@ -267,7 +306,7 @@ class MmioTransport:
         self._driver_features_sel = word
 
     def _write_driver_features(self, value: int) -> None:
-        """32 of the driver's feature bits; frozen once FEATURES_OK is set (3.1.1 step 5)."""
+        """Take 32 of the driver's feature bits, until FEATURES_OK is set (3.1.1 step 5)."""
         word = min(self._driver_features_sel, 2)  # bits from 64 on are none that were offered
         if not self._status & Status.FEATURES_OK:
             shift = 32 * word
@@ -284,11 +323,11 @@ class MmioTransport:
 
     @property
     def _open_queue(self) -> Queue | None:
-        """The selected queue while its registers may be written: "When QueueReady is not zero,
+        """Return the selected queue if its registers may be written: "When QueueReady is not zero,
         the driver MUST NOT access" them, and after DRIVER_OK the set-up is over, except for a
         queue that was reset (2.6.1.2 "Virtqueue Re-enable")."""
         queue = self._queue
-        if queue is None or queue.ready or self._status & _STOPPED:
+        if queue is None or queue.ready or self._status & STOPPED:
             return None
         if self._status & Status.DRIVER_OK and self._queue_index not in self._reset_queues:
             return None
@@ -299,7 +338,7 @@ class MmioTransport:
             queue.size = value
 
     def _address_writer(self, area: str, shift: int) -> Callable[[int], None]:
-        """A writer of 32 bits, from bit ``shift``, of the queue address called ``area``."""
+        """Return a writer of 32 bits, from bit ``shift``, of the queue address ``area``."""
 
         def write(value: int) -> None:
             if queue := self._open_queue:
@@ -309,8 +348,9 @@ class MmioTransport:
         return write
 
     def _write_queue_ready(self, value: int) -> None:
-        """1 hands the queue to the device, which checks it; 0 stops the queue, and because the
-        lock is held, nothing of it is touched afterwards."""
+        """Hand the queue to the device, which checks it, on 1; stop it on 0.
+
+        The lock is held, so nothing of a stopped queue is touched afterwards."""
         if value == 0 and self._queue:
             self._device.stop_queue(self._queue_index)
             self._show(Register.QUEUE_READY, 0)
@@ -329,7 +369,7 @@ class MmioTransport:
             self._show(Register.QUEUE_READY, 1)
 
     def _write_queue_reset(self, value: int) -> None:
-        """1 resets the selected queue alone (2.6.1.1 "Virtqueue Reset").
+        """Reset the selected queue alone, on 1 (2.6.1.1 "Virtqueue Reset").
 
         The lock is held, so the reset is over before the driver can look: "The device MUST
         present 0 in both QueueReset and QueueReady when queue reset has completed", and nothing
@@ -351,32 +391,9 @@ class MmioTransport:
             self._show_config()
 
     def _show_config(self) -> None:
-        """Whatever is new in the configuration space appears together with a new generation.
-
-        Not in any order of stores: a driver reads a mapped page at any time, and between the one
-        that changes the space and the one that changes the generation it would find the same
-        generation twice, and half of what it reads is old (2.5.1 "Driver Requirements: Device
-        Configuration Space" has it compare the two).
-        """
-        space = self._device.read_config(0, _CONFIG_BYTES)
-        if self.page[_CONFIG:] == space:
-            return
-        with self._interrupt.lock:
-            page = bytearray(self.page)
-            page[_CONFIG:] = space
-            generation = self._words[_GENERATION // 4] + 1 & _WORD
-            page[_GENERATION : _GENERATION + 4] = generation.to_bytes(4, "little")
-            try:
-                replace_page(self.page, bytes(page))
-            except OSError:  # then the driver hears of it by an interrupt, and reads again
-                self.page[_CONFIG:] = space
-                self._words[_GENERATION // 4] = generation
+        """Show the configuration space as it is now, with a new generation if it has changed."""
+        space = self._device.read_config(0, CONFIG_BYTES)
+        self._page.change_space(space, self._interrupt.lock)
 
     def _show(self, register: Register, value: int) -> None:
         self._words[register // 4] = value
-
-    @property
-    def _name(self) -> str:
-        number = self._device.device_type
-        kind = name_of(DeviceType, number).lower() or f"type {number}"
-        return f"virtio {kind} device"

@@ -109,7 +109,7 @@ class EventFlags(IntEnum):
 
 
 AVAIL_F_NO_INTERRUPT = 1
-"""2.7.6 "The Virtqueue Available Ring": the driver wants no interrupt for used buffers."""
+"""2.7.6 "The Virtqueue Available Ring": the driver needs no interrupt for used buffers."""
 USED_F_NO_NOTIFY = 1
 """2.7.8 "The Virtqueue Used Ring": the device needs no notification of available buffers."""
 MAX_QUEUE_SIZE = 32768

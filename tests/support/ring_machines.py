@@ -7,6 +7,7 @@ as by an I/O thread, unless ``notify`` is told to have it served at once.
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import random
@@ -147,6 +148,19 @@ class Machine(Protocol):
     def close(self) -> None: ...
 
 
+class _Forward:
+    """The registers of the machine's transport, whichever it is now."""
+
+    def __init__(self, machine: MmioMachine) -> None:
+        self._machine = machine
+
+    def read(self, offset: int, size: int) -> int:
+        return self._machine._transport.read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._machine._transport.write(offset, size, value)
+
+
 class MmioMachine:
     """The device behind the registers of virtio-mmio."""
 
@@ -164,17 +178,40 @@ class MmioMachine:
         self.see: Callable[[], None] = lambda: None
         self.memory = GuestMemory.over(bytearray(REGION_BYTES), RAM_BASE)
         self.memory.add(FAR_BASE, bytearray(REGION_BYTES))
-        self._device = device_type(config, backend, clock=lambda: self.now_s)
+        self._device_type, self._config, self._backend = device_type, config, backend
         self._due_s: dict[int, float] = {}
         self._irqs = 0
         self._seen_irqs = [0] * config.queues
         self._reports: list[str] = []
+        self._build()
+        self.registers: Registers = _Forward(self)
+        self.interruptions: Sequence[Callable[[BlockDriver], None]] = (self._save_and_restore,)
+
+    def _build(self) -> None:
+        self._device = self._device_type(
+            self._config, self._backend, clock=lambda: self.now_s
+        )
         self._transport = MmioTransport(
             self._device, self.memory, self._interrupt, report=self._reports.append,
             defer=self._defer,
         )  # fmt: skip
-        self.registers: Registers = self._transport
-        self.interruptions: Sequence[Callable[[BlockDriver], None]] = ()
+
+    def _save_and_restore(self, driver: BlockDriver) -> None:
+        """Save the device, build another, have it take the state and go on."""
+        state, page = self._transport.save(), bytes(self._transport.page)
+        ram = [bytes(region.view) for region in self.memory.regions]
+        self._transport.close()
+        self._due_s.clear()
+        irqs = self._irqs
+        self._build()
+        self._transport.restore(ast.literal_eval(repr(state)))  # plain data, or this fails
+        assert self._transport.save() == state
+        assert bytes(self._transport.page) == page
+        assert [bytes(region.view) for region in self.memory.regions] == ram
+        assert self._irqs == irqs
+        assert not self._due_s
+        for index in range(self._config.queues):  # a doorbell rung before may be lost
+            self._defer(index)
 
     def _interrupt(self) -> None:
         self._irqs += 1

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from pyvmm.errors import VhostUserError
+from pyvmm.errors import StateError, VhostUserError
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.protocol import CONFIG, VRING_STATE, MemoryRegion, Request
 from pyvmm.virtio.spec import BlockFeature, Feature, Register
@@ -244,3 +244,17 @@ def test_a_disk_that_grows(script: Script) -> None:
     assert not script.device.refresh()
     assert script.device.capacity_sectors == 128
     assert script.reasons == []
+
+
+# State
+
+
+def test_its_state_is_in_another_process_and_refused() -> None:
+    with scripted() as script:
+        script.driver.start(FEATURES)
+        for act in (script.transport.save, lambda: script.transport.restore({})):
+            with pytest.raises(StateError) as caught:
+                act()
+            assert "virtio block device" in str(caught.value)
+        with pytest.raises(StateError, match="another process serves it"):
+            script.transport.save()

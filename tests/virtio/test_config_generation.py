@@ -169,7 +169,7 @@ def test_a_host_that_refuses_a_new_page_shows_the_change_all_the_same(
     def refuse(_page: object, _content: bytes) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("pyvmm.virtio.mmio.replace_page", refuse)
+    monkeypatch.setattr("pyvmm.virtio.register_page.replace_page", refuse)
     rig.resize(NEW)
     with rig.looking():
         rig.transport.config_changed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.virtio.mmio import VENDOR_ID
+from pyvmm.virtio.register_page import VENDOR_ID
 from pyvmm.virtio.spec import Feature, InterruptBit, Register, Status
 from tests.support.echo_device import EchoRig
 from tests.support.rig import Hooked, Rig

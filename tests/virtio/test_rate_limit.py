@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.virtio.rate_limit import MAX_WAIT_S, RateLimit, RateLimiter
+from pyvmm.virtio.rate_limit import MAX_RATE, MAX_WAIT_S, RateLimit, RateLimiter
 
 
 class Clock:
@@ -182,3 +182,40 @@ def test_who_has_left_the_line_holds_up_nobody(clock: Clock) -> None:
     assert limiter.admit(0, 2) > 0.0, "1 is first"
     limiter.leave(1)
     assert limiter.admit(0, 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        RateLimit(),
+        RateLimit(ops_per_s=7, ops_burst=3),
+        RateLimit(bytes_per_s=MAX_RATE, bytes_burst=MAX_RATE),
+        RateLimit(ops_per_s=3, bytes_per_s=1000, bytes_burst=10),
+    ],
+)
+def test_tokens_and_debts_go_along_with_a_state_and_time_does_not(
+    clock: Clock, limit: RateLimit
+) -> None:
+    first, second = (RateLimiter(limit, clock=clock) for _ in range(2))
+    for byte_count in (1, 100_000, 3):
+        first.admit(byte_count)
+        clock.now_s += 1 / 7
+    state = first.save()
+    clock.now_s += 3600
+    restored = RateLimiter(RateLimit(ops_per_s=1), clock=clock)
+    restored.restore(state)
+    assert restored.save() == state
+    clock.now_s -= 3600
+    second.restore(state)
+    for byte_count in (0, 1, 5000):
+        assert first.admit(byte_count) == second.admit(byte_count)
+
+
+def test_who_waited_waits_no_more_after_a_restore(clock: Clock) -> None:
+    """Or a queue that is gone would keep its place for ever."""
+    limiter = RateLimiter(RateLimit(ops_per_s=10, ops_burst=1), clock=clock)
+    assert limiter.admit(0, "first") == 0.0
+    assert limiter.admit(0, "gone") > 0.0
+    limiter.restore(limiter.save())
+    clock.now_s += 0.1
+    assert limiter.admit(0, "other") == 0.0

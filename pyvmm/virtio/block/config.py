@@ -1,5 +1,5 @@
-"""What a user can choose about a block device, what it therefore offers, and how its
-configuration space shows that."""
+"""The choices a user has about a block device, the features it therefore offers, and its
+configuration space."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _ALWAYS = int(
 # max_write_zeroes_sectors; le32 max_write_zeroes_seg; u8 write_zeroes_may_unmap; u8 unused1[3];
 _CONFIG_SPACE = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
 WRITEBACK_OFFSET = 32
-"""Where the one field that a driver may write is."""
+"""Offset of the one field that a driver may write."""
 _PLAIN_END, _WRITE_ZEROES_END, _SECURE_ERASE_END = 36, 57, 72
 
 
@@ -137,7 +137,8 @@ def _check_power_of_2(name: str, value: int, least: int, most: int) -> None:
 
 
 def offered_features(config: BlockConfig, backend: BlockBackend) -> int:
-    """What a device of ``config`` over ``backend`` can serve and was not told to hide."""
+    """Return the features that a device of ``config`` over ``backend`` can serve, without those
+    that ``config`` hides."""
     features = _ALWAYS
     if config.read_only or backend.read_only:
         features |= BlockFeature.RO
@@ -157,9 +158,10 @@ def offered_features(config: BlockConfig, backend: BlockBackend) -> int:
 def config_space(
     config: BlockConfig, backend: BlockBackend, features: int, *, writeback: bool, ring_size: int
 ) -> bytes:
-    """The configuration space (5.2.4 "Device configuration layout") of a device that offers
-    ``features``; fields of other features are 0.  What it advises suits rings of ``ring_size``
-    entries and more."""
+    """Return the configuration space of a device that offers ``features``.
+
+    5.2.4 "Device configuration layout"; fields of other features are 0.  Its advice suits rings
+    of ``ring_size`` entries and more."""
 
     def of(feature: BlockFeature, value: int) -> int:
         return value if features & feature else 0
@@ -188,8 +190,9 @@ def config_space(
 
 
 def config_space_length(features: int) -> int:
-    """Bytes of configuration space that any device with ``features`` has at least; more than it
-    has a vhost-user back end may refuse to show."""
+    """Return the bytes of configuration space that every device with ``features`` has.
+
+    A vhost-user back end may refuse to show more than it has."""
     if features & BlockFeature.SECURE_ERASE:
         return _SECURE_ERASE_END
     if features & (BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES):

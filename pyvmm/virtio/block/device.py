@@ -1,4 +1,4 @@
-"""The block device: what a request does to the disk (virtio 1.2, 5.2 "Block Device").
+"""The block device: the effect of a request on the disk (virtio 1.2, 5.2 "Block Device").
 
 The rules of the disk are enforced here, whatever the backend would do: whole sectors, nothing
 outside the capacity, no write to a read-only disk, buffers of the right direction.
@@ -15,9 +15,6 @@ from pyvmm.errors import GuestError
 from pyvmm.memory import GuestMemory
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio.block.config import (
-    MAX_DISCARD_SECTORS,
-    MAX_SEGMENTS,
-    MAX_WRITE_ZEROES_SECTORS,
     WRITEBACK_OFFSET,
     BlockConfig,
     config_space,
@@ -26,6 +23,7 @@ from pyvmm.virtio.block.config import (
 from pyvmm.virtio.block.fast.make import make_fast_ring
 from pyvmm.virtio.block.fast.path import FastPath
 from pyvmm.virtio.block.fast.ring import FastRing
+from pyvmm.virtio.block.ranges import discard, write_zeroes
 from pyvmm.virtio.block.request import (
     HEADER_SIZE,
     STATUS_SIZE,
@@ -36,8 +34,13 @@ from pyvmm.virtio.block.request import (
     data_views,
     status_of,
 )
-from pyvmm.virtio.block.segments import SEGMENT_SIZE, Segment, parse_segments
-from pyvmm.virtio.device import CALL_WORK, MAX_CHAIN_BYTES, RingDevice, for_one_pass
+from pyvmm.virtio.device import (
+    CALL_WORK,
+    MAX_CHAIN_BYTES,
+    Interrupt,
+    RingDevice,
+    for_one_pass,
+)
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.ring.queue import Buffer, Chain, Queue, Ring
 from pyvmm.virtio.spec import (
@@ -58,22 +61,19 @@ _DISCARD = int(BlockRequestType.DISCARD)
 _WRITE_ZEROES = int(BlockRequestType.WRITE_ZEROES)
 _OK = int(BlockStatus.OK)
 
+_MAX_SECTORS = (1 << 64) // SECTOR_SIZE - 1
 _MAX_DATA = MAX_CHAIN_BYTES - 4096
 """Bytes of one request.  No driver that keeps to SEG_MAX and SIZE_MAX reaches it, whatever the
 queue size: 254 segments of 1 MiB, or 1022 of 256 KiB, are less."""
-_DISCARDED_PER_MOVED = 16
-"""Bytes that are discarded, out of the page cache too, while one is moved."""
-_RANGE_WORK = 16 << 10
-"""What judging a range of a discard or write-zeroes request counts for, done or not."""
 _EXTRA_CALL_WORK = 16 << 10
-"""What each of a backend's ``extra_calls`` counts for; its bytes are counted anyway."""
+"""The work of each of a backend's ``extra_calls``, besides its bytes."""
 
 
 class BlockDevice(RingDevice):
     """A disk of whole sectors over ``backend``, which belongs to the caller.
 
-    ``clock`` is what the rate limiter reads, in seconds.  ``limiter`` is one that several devices
-    of one disk share; without, the device has its own.
+    The rate limiter reads ``clock``, in seconds.  Several devices of one disk share ``limiter``;
+    without it the device has its own.
     """
 
     device_type = DeviceType.BLOCK
@@ -127,7 +127,7 @@ class BlockDevice(RingDevice):
         self._backend.hurry(until_s)
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of configuration space from ``offset``; zeros behind its end."""
+        """Return ``length`` bytes of configuration space from ``offset``; zeros behind its end."""
         space = config_space(
             self._config, self._backend, self.avail_features,
             writeback=self._writeback, ring_size=self._advised_ring_size,
@@ -135,8 +135,8 @@ class BlockDevice(RingDevice):
         return space[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver chooses the cache mode in ``writeback``, if it negotiated CONFIG_WCE: 0 or
-        1.  Everything else is not writable and ignored."""
+        """Take the driver's choice of the cache mode, 0 or 1 in ``writeback``, if it negotiated
+        CONFIG_WCE.  All other bytes are not writable and ignored."""
         place = WRITEBACK_OFFSET - offset
         if not (self.acked_features & BlockFeature.CONFIG_WCE and 0 <= place < len(data)):
             return
@@ -174,6 +174,40 @@ class BlockDevice(RingDevice):
         self._drop_held(index)
         self._fast_paths.pop(index, None)
         return super().stop_queue(index)
+
+    def save(self) -> dict[str, object]:
+        """See ``VirtioDevice.save``; the disk's bytes are not in it, only its size."""
+        return {
+            "common": super().save(),
+            "capacity_sectors": self.capacity_sectors,
+            "writeback": self._writeback,
+            "rate_limit": self._limiter.save() if self._limiter else None,
+        }
+
+    def restore(self, data: object, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """See ``VirtioDevice.restore``; StateError too for a disk of another size."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields(self.name, data)
+        common, limit = fields.take("common"), fields.take("rate_limit")
+        capacity_sectors = fields.integer("capacity_sectors", 0, _MAX_SECTORS)
+        writeback = fields.boolean("writeback")
+        fields.end()
+        if capacity_sectors != self.capacity_sectors:
+            raise fields.error(
+                "capacity_sectors", f"is {capacity_sectors}, the disk has {self.capacity_sectors}"
+            )
+        limiter = RateLimiter(RateLimit(), clock=self._clock)
+        if limit is not None:
+            limiter.restore(limit)
+        super().restore(common, memory, interrupt)
+        self._writeback = writeback
+        if limit is None:
+            self._limiter = None
+        elif self._limiter is None:
+            self._limiter = limiter
+        else:  # several devices may share it
+            self._limiter.restore(limit)
 
     # The rate limit
 
@@ -249,8 +283,9 @@ class BlockDevice(RingDevice):
         return 0.0
 
     def _cost(self, chain: Chain) -> int:
-        """The bytes ``chain`` can move: what it has room for besides header and status, but not
-        more than there are on the disk, or one absurd length would stop the disk for hours."""
+        """Return the bytes that ``chain`` can move: its buffers without header and status.
+
+        Never more than the disk has, or one absurd length would stop the disk for hours."""
         length = sum(buffer_length for _, buffer_length in chain.readable)
         length += sum(buffer_length for _, buffer_length in chain.writable)
         return min(max(0, length - HEADER_SIZE - STATUS_SIZE), self._backend.size_bytes)
@@ -258,7 +293,7 @@ class BlockDevice(RingDevice):
     # Requests
 
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Serve one request; bytes written: data and status, or 0 if there is no status."""
+        """Serve one request; return the bytes written: data and status, or 0 without a status."""
         try:
             request = Request.parse(chain, memory)
         except UnusableChainError:
@@ -272,7 +307,8 @@ class BlockDevice(RingDevice):
         return written + STATUS_SIZE
 
     def _execute(self, request: Request, memory: GuestMemory) -> int:
-        """Do it; the bytes of data written into RAM.  OSError from the backend."""
+        """Do what ``request`` asks; return the bytes of data written into RAM.  OSError from the
+        backend."""
         if request.type == _IN:
             return self._read(request, memory)
         if request.type == _OUT:
@@ -284,9 +320,13 @@ class BlockDevice(RingDevice):
         if request.type == _GET_ID:
             return self._write_id(request, memory)
         if request.type == _DISCARD and self.acked_features & BlockFeature.DISCARD:
-            return self._discard(request, memory)
+            discard(request, memory, self._backend, self._add_extra_work)
+            return 0
         if request.type == _WRITE_ZEROES and self.acked_features & BlockFeature.WRITE_ZEROES:
-            return self._write_zeroes(request, memory)
+            write_zeroes(request, memory, self._backend, self._add_extra_work)
+            if not self._writeback:
+                self._backend.flush()  # what a durable write is to the data it writes
+            return 0
         raise UnsupportedRequestError(f"request type {request.type}")
 
     def _read(self, request: Request, memory: GuestMemory) -> int:
@@ -312,7 +352,8 @@ class BlockDevice(RingDevice):
         return 0
 
     def _check_range(self, sector: int, buffers: list[Buffer]) -> int:
-        """The bytes in ``buffers``; BadRequestError unless they are whole sectors of the disk."""
+        """Return the bytes in ``buffers``; BadRequestError unless they are whole sectors of the
+        disk."""
         length = 0
         for _, buffer_length in buffers:
             length += buffer_length
@@ -323,7 +364,7 @@ class BlockDevice(RingDevice):
         return length
 
     def _write_id(self, request: Request, memory: GuestMemory) -> int:
-        """As much of the ID as there is room for, over as many buffers as it takes."""
+        """Write as much of the ID as there is room for; return its bytes."""
         if request.readable:
             raise BadRequestError("ID request with device-readable data")
         rest = self._id
@@ -333,48 +374,14 @@ class BlockDevice(RingDevice):
             rest = rest[len(piece) :]
         return BLOCK_ID_SIZE - len(rest)
 
-    def _discard(self, request: Request, memory: GuestMemory) -> int:
-        for one in self._segments(
-            request, memory, may_unmap=False, max_sectors=MAX_DISCARD_SECTORS
-        ):
-            self._backend.discard(one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE)
-            self._extra_work += CALL_WORK + one.sectors * SECTOR_SIZE // _DISCARDED_PER_MOVED
-        return 0
-
-    def _write_zeroes(self, request: Request, memory: GuestMemory) -> int:
-        for one in self._segments(
-            request, memory, may_unmap=True, max_sectors=MAX_WRITE_ZEROES_SECTORS
-        ):
-            self._backend.write_zeroes(
-                one.sector * SECTOR_SIZE, one.sectors * SECTOR_SIZE, unmap=one.unmap
-            )
-            self._extra_work += CALL_WORK + one.sectors * SECTOR_SIZE
-        if not self._writeback:
-            self._backend.flush()  # what a durable write is to the data it writes
-        return 0
-
     def _take_extra_work(self) -> int:
-        """See ``RingDevice._take_extra_work``: ranges, flushes, bytes that do not move, and
-        what a transfer falls into."""
+        """See ``RingDevice._take_extra_work``: ranges, flushes, bytes that do not move, and the
+        calls that a transfer falls into."""
         work, self._extra_work = self._extra_work, 0
         calls = self._backend.extra_calls
         work += (calls - self._calls_counted) * _EXTRA_CALL_WORK
         self._calls_counted = calls
         return work
 
-    def _segments(
-        self, request: Request, memory: GuestMemory, *, may_unmap: bool, max_sectors: int
-    ) -> list[Segment]:
-        """The ranges to discard or zero, judged.  Neither is offered for a read-only disk."""
-        if request.writable:
-            raise BadRequestError("discard or write-zeroes request with device-writable data")
-        length = sum(buffer_length for _, buffer_length in request.readable)
-        self._extra_work += min(length // SEGMENT_SIZE, MAX_SEGMENTS) * _RANGE_WORK
-        return parse_segments(
-            request.readable,
-            memory,
-            may_unmap=may_unmap,
-            max_segments=MAX_SEGMENTS,
-            max_sectors=max_sectors,
-            capacity_sectors=self.capacity_sectors,
-        )
+    def _add_extra_work(self, work: int) -> None:
+        self._extra_work += work

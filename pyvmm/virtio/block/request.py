@@ -1,4 +1,4 @@
-"""One block request: from a descriptor chain to what is asked (5.2.6 "Device Operation").
+"""One block request, parsed from a descriptor chain (5.2.6 "Device Operation").
 
 Nothing is assumed about framing (2.7.4 "Message Framing"): the header is the first 16 readable
 bytes, the status the last writable byte, wherever descriptors begin and end.
@@ -32,7 +32,7 @@ class BadRequestError(GuestError):
 
 
 def status_of(error: OSError | GuestError) -> BlockStatus:
-    """The status byte that tells the driver about ``error``."""
+    """Return the status byte that tells the driver about ``error``."""
     if isinstance(error, UnsupportedRequestError):
         return BlockStatus.UNSUPP
     return BlockStatus.IOERR
@@ -82,14 +82,14 @@ class Request:
 
 
 def data_views(buffers: list[Buffer], memory: GuestMemory) -> list[memoryview]:
-    """RAM itself, as views of ``buffers``; GuestMemoryError if any of it is not RAM."""
+    """Return views of RAM for ``buffers``; GuestMemoryError if any of it is not RAM."""
     return [memory.view(gpa, length) for gpa, length in buffers]
 
 
 def _gather_header(
     buffers: list[Buffer], memory: GuestMemory
 ) -> tuple[tuple[int, int, int], list[Buffer]]:
-    """The header in the first 16 bytes of ``buffers``, and the buffers behind them."""
+    """Return the header in the first 16 bytes of ``buffers``, and the buffers behind them."""
     header = bytearray()
     for index, (gpa, length) in enumerate(buffers):
         taken = min(length, HEADER_SIZE - len(header))
@@ -101,7 +101,7 @@ def _gather_header(
 
 
 def _split_status(buffers: list[Buffer], memory: GuestMemory) -> tuple[memoryview, list[Buffer]]:
-    """A view of the last byte, and the buffers in front of it."""
+    """Return a view of the last byte, and the buffers in front of it."""
     if not buffers:
         raise UnusableChainError("no room for a status")
     gpa, length = buffers[-1]

@@ -34,7 +34,7 @@ def parse_segments(
     max_sectors: int,
     capacity_sectors: int,
 ) -> list[Segment]:
-    """The ranges in ``buffers``, all of them judged before anything is done to the disk.
+    """Return the ranges in ``buffers``, all judged before anything is done to the disk.
 
     UnsupportedRequestError for a flag that is unknown, or for ``unmap`` where it may not be (in
     a discard).  BadRequestError unless there are 1 to ``max_segments``, each of 1 to

@@ -82,7 +82,7 @@ class ConsoleDevice(RingDevice):
         self._open_s = 0.0  # when the driver may have input
 
     def receive(self, data: bytes) -> int:
-        """Take typed bytes, as many as there is room for; how many.
+        """Take typed bytes, as many as there is room for; return how many.
 
         From any thread.  Nothing is taken before the driver runs.
         """
@@ -112,7 +112,8 @@ class ConsoleDevice(RingDevice):
         return space[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """5.3.4 "Emergency write": a character without any queue, even before DRIVER_OK."""
+        """Show one character without any queue, even before DRIVER_OK (5.3.4 "Emergency
+        write")."""
         if offset == _EMERG_WR_OFFSET:
             self._transmit(data[:1])
 
@@ -124,7 +125,7 @@ class ConsoleDevice(RingDevice):
     def activate(self, memory: GuestMemory, interrupt: Interrupt) -> None:
         """See ``VirtioDevice.activate``; from now on input is taken.
 
-        What no earlier driver has read, before a reset, is for this one.
+        Bytes that no earlier driver has read, before a reset, are for this one.
         """
         super().activate(memory, interrupt)
         self._has_sent = False
@@ -133,6 +134,38 @@ class ConsoleDevice(RingDevice):
         self._must_tell_size = True
         self._slot.refresh()
         self._slot.serve(RECEIVE_QUEUE)
+
+    def save(self) -> dict[str, object]:
+        """See ``VirtioDevice.save``."""
+        columns, rows = self._size
+        held_ms = round((self._open_s - self._clock()) * 1000) if self.is_activated else 0
+        with self._lock:
+            return {
+                "common": super().save(), "columns": columns & 0xFFFF, "rows": rows & 0xFFFF,
+                "must_tell_size": self._must_tell_size, "typed": bytes(self._typed),
+                "has_sent": self._has_sent, "input_held_ms": max(0, held_ms),
+            }
+
+    def restore(self, data: object, memory: GuestMemory, interrupt: Interrupt) -> None:
+        """See ``VirtioDevice.restore``.
+
+        The size is the one that the driver knows: ``refresh`` tells it of the terminal's own.
+        """
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields(self.name, data)
+        common, typed = fields.take("common"), fields.octets("typed", 0, MAX_TYPED_BYTES)
+        size = fields.integer("columns", 0, 0xFFFF), fields.integer("rows", 0, 0xFFFF)
+        must_tell_size, has_sent = fields.boolean("must_tell_size"), fields.boolean("has_sent")
+        held_ms = fields.integer("input_held_ms", 0, int(MAX_HOLD_S * 1000))
+        fields.end()
+        super().restore(common, memory, interrupt)
+        with self._lock:
+            self._typed[:] = typed
+        self._size, self._must_tell_size, self._has_sent = size, must_tell_size, has_sent
+        self._open_s = self._clock() + held_ms / 1000
+        if self.is_activated:
+            self._on_room()
 
     def process_queue(self, index: int) -> float | None:
         """See ``VirtioDevice.process_queue``; empty buffers to receive into are no work."""
@@ -165,7 +198,7 @@ class ConsoleDevice(RingDevice):
         return shown_bytes * _SHOWN_WORK
 
     def _fill(self, chain: Chain, memory: GuestMemory) -> int:
-        """Put typed bytes into ``chain``; how many."""
+        """Put typed bytes into ``chain``; return how many."""
         written = 0
         for gpa, length in chain.writable:
             with self._lock:
@@ -181,8 +214,9 @@ class ConsoleDevice(RingDevice):
         return written
 
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Show what a chain of the transmit queue holds, all at once: to show a byte costs as much
-        as to show many.  Nothing is written into it."""
+        """Show the bytes of a chain of the transmit queue, all at once, and write none into it.
+
+        Showing one byte costs as much as showing many."""
         data = bytearray()
         for gpa, length in chain.readable:
             try:

@@ -25,14 +25,14 @@ class EntropyDevice(RingDevice):
         super().__init__(avail_features=features, queue_max_sizes=(QUEUE_SIZE,))
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """See ``VirtioDevice.read_config``: there is nothing."""
+        """See ``VirtioDevice.read_config``: all of it is 0."""
         return bytes(length)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """See ``VirtioDevice.write_config``: nothing can be written."""
 
     def _serve(self, chain: Chain, memory: GuestMemory) -> int:
-        """Fill ``chain``; the number of bytes."""
+        """Fill ``chain``; return the number of bytes."""
         written = 0
         for gpa, length in chain.writable:
             piece = os.urandom(min(length, MAX_CHAIN_BYTES - written))

@@ -1,4 +1,4 @@
-"""What split and packed rings share in turning descriptors into chains."""
+"""Descriptors made into chains: the code that split and packed rings share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INDIRECT = int(DescriptorFlag.INDIRECT)
 
 
 def check_size(queue: Queue) -> int:
-    """The queue's size in entries; RingError unless the device allows it."""
+    """Return the queue's size in entries; RingError unless the device allows it."""
     if not 0 < queue.size <= min(queue.max_size, MAX_QUEUE_SIZE):
         raise RingError(f"queue size {queue.size} is not within 1 to {queue.max_size}")
     return queue.size
@@ -33,7 +33,7 @@ def check_size(queue: Queue) -> int:
 def ring_area(
     memory: GuestMemory, name: str, gpa: int | None, length: int, alignment: int
 ) -> memoryview:
-    """A view of one part of the virtqueue; RingError unless set, aligned and all in RAM."""
+    """Return a view of one part of the virtqueue; RingError unless set, aligned, all in RAM."""
     if gpa is None:
         raise RingError(f"the {name} has no address")
     if gpa % alignment:
@@ -88,7 +88,7 @@ class IndirectTables:
         self.longest = longest
 
     def at(self, gpa: int, length: int) -> memoryview:
-        """The table of ``length`` bytes at ``gpa``; RingError unless it may be one."""
+        """Return the table of ``length`` bytes at ``gpa``; RingError if there can be none."""
         if not self._allowed:
             raise RingError("indirect descriptor, but INDIRECT_DESC was not negotiated")
         if not length or length % DESCRIPTOR_SIZE:

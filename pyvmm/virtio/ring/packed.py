@@ -118,7 +118,7 @@ class PackedRing:
         self._lost = self._taken()
 
     def _taken(self) -> int:
-        """Slots that were taken and whose chains have not been published."""
+        """Return the number of slots whose chains were taken and have not been published."""
         taken = self._avail_slot - self._used_slot
         if (self._available == AVAIL) != (self._used == AVAIL | _USED):
             taken += self._size
@@ -126,7 +126,7 @@ class PackedRing:
 
     @property
     def base(self) -> int:
-        """Both positions and their wrap counters; see ``Ring.base``."""
+        """Return both positions and their wrap counters; see ``Ring.base``."""
         avail = self._avail_slot | (_BASE_WRAP if self._available == AVAIL else 0)
         used = self._used_slot | (_BASE_WRAP if self._used else 0)
         return avail | used << _BASE_USED_SHIFT
@@ -167,7 +167,7 @@ class PackedRing:
         )
 
     def untake(self) -> None:
-        """Back to the first slot that was not pushed; see ``Ring.untake``.
+        """Go back to the first slot that was not pushed; see ``Ring.untake``.
 
         Chains are pushed in the order they were taken, so those are the last slots.
         """

@@ -139,7 +139,7 @@ class Ring(Protocol):
 
     @property
     def base(self) -> int:
-        """The ring's position after a pass: another ring with this ``Queue.base`` goes on there.
+        """Return the ring's position after a pass: a ring with this ``Queue.base`` goes on there.
 
         The numbers are those of SET_VRING_BASE (vhost-user).  Split: the available index, 16
         bits; the used ring has the used index.  Packed: the next available slot in bits 0 to 14,

@@ -83,7 +83,7 @@ class SplitRing:
         self._full_fence = FullFence()
 
     def _resume(self, base: int) -> None:
-        """Go on at ``base``; how far used chains are is in the used ring."""
+        """Go on at ``base``; the used ring has the used index."""
         used = self._used_header[IDX]
         if not base <= 0xFFFF or (base - used) & 0xFFFF > self._size:
             raise RingError(
@@ -95,7 +95,7 @@ class SplitRing:
 
     @property
     def base(self) -> int:
-        """The available index; see ``Ring.base``."""
+        """Return the available index; see ``Ring.base``."""
         return self._next_avail
 
     def save(self) -> dict[str, object]:
@@ -119,7 +119,7 @@ class SplitRing:
         self._heads, self._held = [], []
 
     def untake(self) -> None:
-        """Back to the first entry that was not pushed; see ``Ring.untake``.
+        """Go back to the first entry that was not pushed; see ``Ring.untake``.
 
         Chains are pushed in the order they were taken, so those are the last ones.
         """

@@ -50,3 +50,21 @@ def test_there_is_no_configuration(driver: VirtioDriver) -> None:
     driver.registers.write(Register.CONFIG, 4, 1)
     assert driver.reg(Register.CONFIG) == 0
     assert driver.reg(Register.DEVICE_ID) == 4
+
+
+def test_a_chain_that_waits_is_filled_by_the_next_device(driver: VirtioDriver) -> None:
+    first, memory = driver.registers, driver.memory
+    assert isinstance(first, MmioTransport)
+    assert isinstance(memory, GuestMemory)
+    driver.submit([writable(driver.alloc(8), 8)])
+    assert driver.reap() == [Used(0, 8)]
+    gpa = driver.alloc(16)
+    driver.place([writable(gpa, 16)])
+    state = first.save()
+    second = MmioTransport(EntropyDevice(), memory, lambda: None, report=print)
+    second.restore(state)
+    assert second.save() == state
+    assert not any(memory.read(gpa, 16)), "nothing is served before it is asked for"
+    assert second.service(0) is None
+    assert driver.reap() == [Used(0, 16)]
+    assert any(memory.read(gpa, 16))

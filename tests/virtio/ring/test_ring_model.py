@@ -5,8 +5,9 @@ Rings are split and packed, of 2 to 256 entries, with and without EVENT_IDX, IND
 IN_ORDER.  Chains have 1 to 7 descriptors and some have 60, cut anywhere, direct, indirect or both,
 in tables that may be longer than the ring.  Requests come alone or in crowds, some of them
 write-zeroes that are more than a pass serves.  Meanwhile the rate limit changes, sectors go bad,
-rings are stopped and go on where they were, front ends and exports come again, and queues and
-devices are reset.  The fast path, and the general path alone.
+rings are stopped and go on where they were, devices are saved and others take their state, front
+ends and exports come again, and queues and devices are reset.  The fast path, and the general path
+alone.
 
 Every request must be answered once, in order, with its own data, the status and the length of the
 model; the disk must in the end be the model's; and nothing of RAM may change that was not asked

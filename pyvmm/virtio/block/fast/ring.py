@@ -9,9 +9,9 @@ from pyvmm.virtio.ring.queue import Chain, Ring
 
 
 class FastRing(Ring, abc.ABC):
-    """What ``FastPath`` needs of a ring besides the methods of every ``Ring``.
+    """The methods that ``FastPath`` needs of a ring besides those of every ``Ring``.
 
-    Use it where many requests of one shape come at once.  A pass is: ``begin_pass``, then
+    Use them where many requests of one shape come at once.  A pass is: ``begin_pass``, then
     ``take_plain`` and ``take_next`` in turn until nothing is left, ``publish``,
     ``enable_notifications``.  For a driver that waits for each request before it makes the next
     there is a shorter pass: ``take_lone``, ``answer_lone``, ``enable_notifications``.
