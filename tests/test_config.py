@@ -89,7 +89,7 @@ def test_disks_of_other_processes(text: str, config: VhostUserDiskConfig) -> Non
     ("", "names no file"), (",ro", "names no file"), ("d,rw", "'rw'"), ("d,serial=", "serial"),
     ("d,serial=123456789012345678901", "limit is 20"), ("d,serial=\x07", "printable"),
     ("d,ro=1", "'ro=1'"), ("d,", "''"), ("d,snapshot=on", "'snapshot=on'"),
-    ("d,queues", "'queues'"),
+    ("d,queues", "queues= wants a value"),
     ("d,ro,ro", "ro twice"), ("d,serial=a,serial=b", "serial twice"),
     ("d,ro,snapshot", "either ro or a snapshot"), ("d,overlay=o,ro", "either ro or a snapshot"),
     ("d,overlay=", "overlay=FILE"), ("d,faults=", "faults=FILE"),

@@ -103,16 +103,20 @@ def parse_disk(text: str) -> AnyDiskConfig:
     given: dict[str, str] = {}
     for part in rest:
         name, has_value, value = part.partition("=")
-        if not (name in _DISK_VALUES if has_value else name in _DISK_FLAGS):
+        if not (name in _DISK_VALUES if has_value else name in (*_DISK_FLAGS, *_DISK_VALUES)):
+            from pyvmm.startup.mistakes import nearest
+
+            likely = nearest(name, (*_DISK_FLAGS, *_DISK_VALUES))
+            hint = f" ({likely[0]}?)" if likely and likely[0] != name else ""
             raise ConfigError(
                 option,
-                f"does not know {part!r}; the options are {_DISK_OPTIONS} "
+                f"does not know {part!r}{hint}; the options are {_DISK_OPTIONS} "
                 "(a comma in the file's name is written ,,; another process's disk is "
                 "vhost-user=SOCKET)",
             )
         if name in given:
             raise ConfigError(option, f"says {name} twice")
-        if has_value and not value:
+        if name in _DISK_VALUES and not value:
             raise ConfigError(option, f"{name}= wants a value: {name}={_DISK_VALUES[name]}")
         given[name] = value
     _check_scheme(option, location)

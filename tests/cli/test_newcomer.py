@@ -63,6 +63,8 @@ def test_fault_39_the_labs_memory_too(capsys: pytest.CaptureFixture[str]) -> Non
     ("HTTPS://host/x.img", "HTTPS:// is not supported"),
     ("iscsi://host/x", "iscsi:// is not supported"),
     ("file:///tmp/d", "is written as a path: --disk /tmp/d"),
+    ("d,snapsot", "does not know 'snapsot' (snapshot?); the options are ro, "),
+    ("d,serial", "serial= wants a value: serial=ID"),
 ])
 @pytest.mark.parametrize("command", ["run", "export"])
 def test_fault_39_a_disk_that_is_none(
