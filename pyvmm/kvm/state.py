@@ -8,8 +8,8 @@ interrupted: until then KVM may owe it the end of a port or memory access.  Ever
 before any vCPU runs: first the vCPUs in their order, then the VM.  KVM then gives each later vCPU
 the TSC of vCPU 0, because its own, read some microseconds later, is that close.
 
-Two saves of one state differ only in what goes on counting: the TSC and Hyper-V's two clocks among
-the MSRs, kvm-clock, a running local APIC timer, and the load times of the PIT.
+Two saves of one state differ only in clocks that go on: among the MSRs the TSC and Hyper-V's two,
+and besides kvm-clock, a running local APIC timer, and the load times of the PIT.
 
 Line levels and eventfds are in no saved state: whoever restores a machine drives the lines and
 rings the doorbells again.
