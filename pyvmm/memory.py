@@ -1,7 +1,7 @@
 """Guest RAM: host mappings, reached only through bounds-checked guest physical addresses.
 
-Python slices silently shorten and ``struct.pack_into`` accepts negative offsets, so every access
-checks start, length, sign and wrap here (compare vm-memory's ``bytes.rs``) and raises
+Python slices silently shorten, and ``struct.pack_into`` accepts negative offsets.  So every access
+checks start, length, sign and wrap here (compare vm-memory's ``bytes.rs``).  A bad one raises
 ``GuestMemoryError(gpa, length)``.
 """
 
@@ -108,14 +108,14 @@ class GuestMemory:
         GuestMemoryError if it is empty, ends above 2^64 or overlaps another region.
         """
         region = Region(gpa, memoryview(buffer).cast("B"))
-        others = self.regions
+        existing = self.regions
         if (
             not region.length or gpa < 0 or region.end > 1 << 64
-            or any(gpa < other.end and other.gpa < region.end for other in others)
+            or any(gpa < other.end and other.gpa < region.end for other in existing)
         ):
             region.view.release()
             raise GuestMemoryError(gpa, len(buffer))
-        self.regions = tuple(sorted((*others, region), key=lambda one: one.gpa))
+        self.regions = tuple(sorted((*existing, region), key=lambda one: one.gpa))
         return region
 
     def remove(self, region: Region) -> None:

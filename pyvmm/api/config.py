@@ -1,4 +1,4 @@
-"""What a script asks for: a machine in words of Python, not of the command line."""
+"""A machine as a script asks for it: in words of Python, not of the command line."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Machine:
             refuse_own_threads=runner.refuse_own_threads, wake=runner.wake,
             run_hook=self._run_hook,
         )
-        """What the guest prints, and a keyboard: see ``ConsoleHandle``."""
+        """The guest's output and a keyboard: see ``ConsoleHandle``."""
         self._machine.output.add_observer(self.console.feed)
         runner.on_wake(self._hand_over)
         runner.when_over(self.console.end)
@@ -122,7 +122,7 @@ class Machine:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    # What is known
+    # Facts
 
     @property
     def is_paused(self) -> bool:
@@ -141,7 +141,7 @@ class Machine:
 
     @property
     def evidence(self) -> Evidence:
-        """What the console and pvpanic have told so far: a panic, an init that started."""
+        """The evidence so far, of the console and pvpanic: a panic, an init that started."""
         return self._machine.evidence
 
     # Parts

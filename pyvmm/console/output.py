@@ -1,8 +1,8 @@
-"""What the guest prints, on its way to the host.
+"""The guest's output on its way to the host.
 
-Guest output is written by vCPU threads into a bounded buffer and moved to the host by the main
-thread, so that a terminal that is slow or stopped never makes a run unstoppable; a full buffer
-makes the vCPU wait, so that no byte is lost.
+vCPU threads write it into a bounded buffer, and the main thread moves it to the host.  So a
+terminal that is slow or stopped never makes a run unstoppable.  A full buffer makes the vCPU wait,
+so no byte is lost.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from collections.abc import Callable
 from pyvmm.report import write_now
 
 GATHER_S, STREAM_GATHER_S = 0.01, 0.05
-"""How long console bytes may gather before they are shown."""
+"""Seconds that console bytes may gather before they are shown."""
 DRAIN_TIMEOUT_S = 2.0
 READER_S = 0.1
-"""How often a FIFO that nobody reads is looked at."""
+"""Seconds between two looks at a FIFO that nobody reads."""
 STALL_S = 0.3
-"""Who has taken nothing for so long does not read: who stops a run does not wait for that."""
+"""A reader that takes nothing for so many seconds does not read: the end of a run does not wait."""
 
 
 class OutputBuffer:
     """Bytes on their way from the guest to a host file descriptor (None: nowhere).
 
     ``wake`` is called, from the writer's thread, when the first byte comes and when a whole chunk
-    waits; in between the drainer may let bytes gather (a wake-up a byte would cost more than the
-    exits that bring them).  ``observe`` sees every byte once, in order, from the draining thread.
-    ``write`` writes to ``fd`` as ``report.Outlet.write`` does.
+    waits.  In between the draining thread may let bytes gather, because a wake-up for each byte
+    would cost more than the exits that bring them.  ``observe`` sees every byte once, in order,
+    from the draining thread.  ``write`` writes to ``fd`` as ``report.Outlet.write`` does.
     """
 
     LIMIT = 64 * 1024
@@ -54,11 +54,12 @@ class OutputBuffer:
         self._ours = bytearray()
         self._open = True
         self.as_shown: Callable[[bytes], bytes] = bytes
-        """Makes of the guest's bytes those that are written, as many; the observer has its own."""
+        """Turns the guest's bytes into those that are written, as many; ``observe`` gets the
+        guest's."""
         self.taken_bytes = 0
-        """Those that the host has taken so far, ours among them."""
+        """The number of bytes that the host has taken so far, our own lines among them."""
         self.line_ended = True
-        """Whether the last byte shown ended a line."""
+        """True if the last byte shown ended a line."""
 
     def add_observer(self, observe: Callable[[bytes], None]) -> None:
         """Have ``observe`` see every byte, too; before the run."""
@@ -71,7 +72,7 @@ class OutputBuffer:
         self._observe = both
 
     def write(self, data: bytes) -> None:
-        """Add ``data`` of the guest's; waits while the buffer is full, unless it was shut."""
+        """Add the guest's ``data``; waits while the buffer is full, unless it was shut."""
         with self._lock:
             while len(self._data) >= self.LIMIT and self._open:
                 self._room.wait()
@@ -81,23 +82,23 @@ class OutputBuffer:
             self._wake()
 
     def say(self, text: str) -> None:
-        """Show ``text`` of ours, ahead of what waits; the observer does not see it."""
+        """Show our own ``text`` ahead of the waiting bytes; the observer does not see it."""
         with self._lock:
             self._ours += text.encode()
         self._wake()
 
     @property
     def pending(self) -> bool:
-        """Whether bytes wait to be drained."""
+        """True if bytes wait to be drained."""
         return bool(self._data or self._ours)
 
     @property
     def has_chunk(self) -> bool:
-        """Whether so many wait that waiting for more makes no sense."""
+        """True if so many bytes wait that gathering more makes no sense."""
         return len(self._data) >= self.CHUNK
 
     def drain(self) -> bytes:
-        """Write what the host takes now of one chunk; the guest's bytes of it, as shown.
+        """Write as much of one chunk as the host takes; return the guest's bytes of it, as shown.
 
         OSError if the host refuses (they are dropped).
         """
@@ -128,26 +129,26 @@ class OutputBuffer:
         return shown[:done] if waiting is self._data else b""
 
     def give_up(self) -> None:
-        """The host takes no more: show what waits to the observer only."""
+        """Show the waiting bytes to the observer only, because the host takes no more."""
         self.fd = None
         while self.pending:
             self.drain()
 
     def shut(self) -> None:
-        """Let writers through from now on: the run is over and what comes is the last of it."""
+        """Let writers through from now on: the run is over, and these are its last bytes."""
         with self._lock:
             self._open = False
             self._room.notify_all()
 
 
 class OutputPump:
-    """Shows what an OutputBuffer holds, for the thread that has to wait for other things too.
+    """Shows the bytes of an OutputBuffer, for the thread that has to wait for other things too.
 
-    Bytes gather until there is a chunk of them, or for GATHER_S, so that an echo is prompt; for
-    STREAM_GATHER_S while they keep coming, so that showing them costs little.  ``lost`` is called
-    with the error when the host refuses some for good; what comes later goes to the observer only.
-    ``shown`` gets the guest's bytes that the host has taken.  Nothing is written, and so refused,
-    as long as not ``has_reader()``.
+    Bytes gather until there is a chunk of them, or for GATHER_S, so that an echo is prompt.  While
+    they keep coming they gather for STREAM_GATHER_S, so that showing them costs little.  ``lost``
+    is called with the error when the host refuses bytes for good; later bytes go only to the
+    observer.  ``shown`` gets the guest's bytes that the host has taken.  Nothing is written, and so
+    refused, until ``has_reader()``.
     """
 
     def __init__(
@@ -164,10 +165,10 @@ class OutputPump:
         self._due_s: float | None = None
         self._shown_s = 0.0
         self._offered_s: float | None = None
-        """Since when the host has taken nothing of what waits for it."""
+        """The time since when the host has taken nothing of the waiting bytes."""
 
     def fd_to_write(self) -> int | None:
-        """What to wait for, to call ``write`` when it is writable; None if it is not time yet."""
+        """Return the fd that must be writable for ``write``; None if it is not time yet."""
         output = self._output
         if not output.pending:
             self._due_s = None
@@ -192,11 +193,11 @@ class OutputPump:
 
     @property
     def due_s(self) -> float | None:
-        """When it will be time, if nothing else comes; None if nothing waits."""
+        """Return when it will be time, if nothing else comes; None if nothing waits."""
         return self._due_s
 
     def write(self) -> None:
-        """Show what the host takes now."""
+        """Show as much as the host takes now."""
         taken_bytes = self._output.taken_bytes
         try:
             data = self._output.drain()
@@ -210,10 +211,10 @@ class OutputPump:
             self._offered_s = None
 
     def finish(self, patience_s: float) -> bool:
-        """Show the last of the output, for DRAIN_TIMEOUT_S at most; whether all was taken.
+        """Show the last of the output, for DRAIN_TIMEOUT_S at most; True if all was taken.
 
-        It is given up before if the host has taken nothing for ``patience_s``, be it since before
-        the end.
+        It is given up earlier if the host has taken nothing for ``patience_s``, which may have
+        begun before the end.
         """
         output = self._output
         until_s = time.monotonic() + DRAIN_TIMEOUT_S

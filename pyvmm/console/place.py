@@ -1,4 +1,4 @@
-"""Where the console goes, as ``--console`` names it."""
+"""The place of the console, as ``--console`` names it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/", f"/proc/{
 
 
 class Console:
-    """Where the guest's console goes: ``input_fd`` (None: no input) and ``output_fd``.
+    """The place of the guest's console: ``input_fd`` (None: no input) and ``output_fd``.
 
-    ``name`` is how the user calls it.
+    The user calls it ``name``.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Console:
 
     @classmethod
     def open(cls, where: str) -> Console:
-        """``stdio``, ``none``, or a file to (over)write; ConfigError if it cannot be.
+        """Open ``stdio``, ``none``, or a file to (over)write; ConfigError if that fails.
 
-        What is our standard output or error already, or a descriptor we were started with, goes
-        on where that is: appending, if that does.  Never waits.
+        The file may be our standard output or error already, or a descriptor with which we were
+        started.  Then output goes on there, and appends if that does.  Never waits.
         """
         if where == "none":
             return cls(None, None)
@@ -68,7 +68,7 @@ class Console:
         return cls(None, fd, name=where, owns_output=True, is_emptied=True)
 
     def has_reader(self) -> bool:
-        """False as long as it is a FIFO that nobody has begun to read."""
+        """Return False as long as the place is a FIFO that nobody has begun to read."""
         if self._awaits_reader and self.output_fd is not None:
             poller = select.poll()
             poller.register(self.output_fd, select.POLLOUT)
@@ -77,15 +77,18 @@ class Console:
         return not self._awaits_reader
 
     def as_shown(self, data: bytes) -> bytes:
-        """Return ``data`` of the guest's as it may be shown: in the background without control
-        sequences, because the shell would read what the terminal answers."""
+        """Return the guest's ``data`` as it may be shown.
+
+        In the background it has no control sequences, because the shell would read the terminal's
+        answers.
+        """
         if self.screen is None or self.output_fd is None or not is_behind(self.output_fd):
             return data
         return self.screen.queries.defused(data)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and rows of the terminal; (0, 0) if there is none."""
+        """The terminal's columns and rows; (0, 0) without a terminal."""
         if self.output_fd is None:
             return (0, 0)
         try:
@@ -97,7 +100,7 @@ class Console:
     def begin(self) -> None:
         """Empty the file for a run that is about to start; a refused run leaves it as it was."""
         if self._is_emptied and self.output_fd is not None:
-            with contextlib.suppress(OSError):  # what has no length: a device, a FIFO
+            with contextlib.suppress(OSError):  # a device or a FIFO has no length
                 os.ftruncate(self.output_fd, 0)
 
     def close(self) -> None:
@@ -120,8 +123,11 @@ def _is_open(fd: int) -> bool:
 
 
 def _own_descriptor(where: str) -> int | None:
-    """The descriptor that ``where`` is another name of: our standard output or error, or one we
-    were started with; None if there is none that can be written."""
+    """Return the descriptor of ours that ``where`` is another name of.
+
+    That is standard output or error, or a descriptor with which we were started; None if there is
+    none that can be written.
+    """
     numbered = []
     for prefix in _DESCRIPTORS:
         number = where.removeprefix(prefix)
@@ -138,9 +144,9 @@ def _own_descriptor(where: str) -> int | None:
 
 
 def _open_for_writing(where: str) -> int:
-    """A descriptor of ``where``, made if it is not there.
+    """Return a descriptor of ``where``, made if it is not there.
 
-    Nobody is waited for: not for a FIFO's reader, who may come later, nor for a modem.
+    It waits for nobody: not for a FIFO's reader, who may come later, nor for a modem.
     """
     flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
@@ -148,7 +154,7 @@ def _open_for_writing(where: str) -> int:
     except OSError as error:
         if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(where).st_mode):
             raise
-    # fifo(7): opened both ways it is open at once, and then there is somebody to open it for.
+    # fifo(7): opened for both it is open at once, and then has a reader for the next open.
     both = os.open(where, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return os.open(f"/proc/self/fd/{both}", flags)

@@ -1,8 +1,7 @@
-"""Finds, in what is shown on a terminal, what the terminal will answer to (ECMA-48; xterm's
-"Control Sequences").
+"""Find queries in the output to a terminal: sequences that the terminal answers.
 
-Rather once too often: a sequence of an unknown kind counts as a query.  That costs the end of a
-run a second, and a query that is missed types into somebody's shell.
+ECMA-48; xterm's "Control Sequences".  A sequence of an unknown kind counts as a query.  That costs
+the end of a run a second, while a missed query types into somebody's shell.
 """
 
 from __future__ import annotations
@@ -11,34 +10,37 @@ import time
 
 _ENQ = 0x05
 _MAX_BYTES = 256
-"""Of a sequence that has no end yet; what is longer counts as a query."""
+"""Bytes of a sequence that has no end yet; a longer one counts as a query."""
 _CONTROLS = bytes(range(0x20)) + b"\x7f"  # they take effect inside a sequence, and do not end it
 _EIGHT_BIT = {
     0x90: b"\x1bP", 0x9A: b"\x1bZ", 0x9B: b"\x1b[", 0x9C: b"\x1b\\", 0x9D: b"\x1b]", 0x9F: b"\x1b_"
 }
-"""C1 controls, and what they are in seven bits."""
+"""C1 controls, and their seven-bit forms."""
 _SILENT = b"@ABCDEFGHIJKLMPXZ`abdefghklmrsuST"
-"""Final bytes of control sequences that have no answer, if there is no private mark: they move the
+"""Final bytes of control sequences that have no answer, if there is no private mark.  They move the
 cursor, erase, insert, delete, scroll, set modes, colours and margins."""
 _REPORTING = frozenset({9, 1000, 1001, 1002, 1003, 1004, 2031, 2048, 5522, 9001})
-"""Modes in which a terminal tells of the mouse, the focus, its colours, its size, pasted data and
+"""Modes in which a terminal reports the mouse, the focus, its colours, its size, pasted data and
 released keys unasked."""
 REPORTS_OFF = b"".join(b"\x1b[?%dl" % mode for mode in sorted(_REPORTING))
-"""Switches all of them off."""
+"""Switches all of these modes off."""
 _MOST = 65535
 """Terminals keep a parameter in 16 bits: some cut a larger one off, some count on."""
 _SILENT_COMMANDS = frozenset({0, 1, 2, 7, 8, 9, 133, 777, 3008})
 """Operating system commands that have no answer: titles, directories, links, notices, marks."""
 _SETTING_COMMANDS = frozenset({4, 5, *range(10, 20), 22, 52, 104, 105, 106, *range(110, 120)})
-"""Those that have one only if there is a ``?`` among the values to set."""
+"""Commands that have an answer only if there is a ``?`` among the values to set."""
 
 
 class QueryWatch:
-    """``asked_s`` is when the last query was shown, on the monotonic clock; 0.0: none was.
+    """Watches output for queries.
 
-    ``reports`` are the modes that are switched on, of those that make a terminal report;
-    ``may_report``: it may be in others too.  A terminal of ``utf8`` takes a C1 control as a
-    character only, until it is told to leave UTF-8: the byte may be part of another.
+    ``asked_s`` is the time of the last query on the monotonic clock; 0.0 if there was none.
+    ``reports`` are the reporting modes that are switched on.  ``may_report`` is True if the
+    terminal may be in other reporting modes too.
+
+    A terminal of ``utf8`` takes a C1 control only as a character, because the byte may be part of
+    another.  That ends when it is told to leave UTF-8.
     """
 
     def __init__(self, *, utf8: bool) -> None:
@@ -48,7 +50,7 @@ class QueryWatch:
         self._take_controls(utf8=utf8)
         self.asked_s = 0.0
         self.bytes_since = 0
-        """How many bytes were shown behind the last query, at least."""
+        """The number of bytes shown behind the last query, at least."""
         self.reports: set[int] = set()
         self.may_report = False
         self._partial = b""
@@ -66,7 +68,7 @@ class QueryWatch:
         return data.translate(self._defused)
 
     def feed(self, data: bytes) -> None:
-        """These bytes were shown, behind those before."""
+        """Take bytes that were shown, behind those before."""
         self.bytes_since += len(data)
         data = self._partial + data
         was_utf8 = self._is_utf8
@@ -78,7 +80,7 @@ class QueryWatch:
             self.asked_s, self.bytes_since = time.monotonic(), 0
 
     def _look_through(self, data: bytes) -> bool:
-        """Whether there is a query in ``data``; the beginning of one is kept."""
+        """True if there is a query in ``data``; the beginning of one is kept."""
         self._partial = b""
         asked = _ENQ in data
         for introducer, sequence in self._introducers:
@@ -98,7 +100,7 @@ class QueryWatch:
         return asked
 
     def _judge(self, part: bytes, *, is_last: bool) -> bool | None:
-        """Whether ``part``, which follows an ESC, is a query; None if it has no end yet."""
+        """True if ``part``, which follows an ESC, is a query; None if it has no end yet."""
         body = part.translate(None, _CONTROLS)
         kind = body[:1]
         if kind in (b"P", b"_", b"Z"):  # DCS, APC, DECID
@@ -121,7 +123,7 @@ class QueryWatch:
         return None
 
     def _judge_control(self, parameters: bytes, final: int, *, is_clean: bool) -> bool:
-        """Whether CSI ``parameters`` ``final`` is a query; note modes that make reports."""
+        """True if CSI ``parameters`` ``final`` is a query; note modes that make reports."""
         if final in b"hlrs" and b"?" in parameters:
             for number in parameters.replace(b"?", b"").split(b";"):
                 self._note_mode(number, final, is_clean=is_clean)
@@ -136,7 +138,7 @@ class QueryWatch:
         return not (is_plain and final in _SILENT)
 
     def _note_mode(self, number: bytes, final: int, *, is_clean: bool) -> None:
-        """Mode ``number`` is set (h), reset (l), saved (s) or restored (r)."""
+        """Note that mode ``number`` is set (h), reset (l), saved (s) or restored (r)."""
         mode = _small(number)
         if final in b"hr":
             if mode in _REPORTING:
@@ -147,7 +149,7 @@ class QueryWatch:
 
 
 def _small(number: bytes) -> int | None:
-    """The parameter ``number``; None if it is none, or terminals differ about it."""
+    """Return the parameter ``number``; None if it is none, or terminals differ about it."""
     digits = number.lstrip(b"0") or number[-1:]
     if not digits.isdigit() or len(digits) > 5 or int(digits) > _MOST:
         return None
@@ -155,7 +157,7 @@ def _small(number: bytes) -> int | None:
 
 
 def _judge_command(text: bytes, *, is_whole: bool) -> bool | None:
-    """Whether the operating system command ``text`` is a query; None if that is open yet."""
+    """True if the operating system command ``text`` is a query; None if that is open yet."""
     number, semicolon, values = text.partition(b";")
     if not is_whole and not semicolon and not text.translate(None, b"0123456789"):
         return None

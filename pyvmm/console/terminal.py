@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 _IUTF8 = 0x4000  # asm-generic/termbits-common.h
 
 LOOK_S = 0.25
-"""How often a run in the background looks whether it is in the foreground again: ``fg`` sends no
-SIGCONT to a job that runs (bash)."""
+"""Seconds between two looks of a background run for the foreground.  ``fg`` sends no SIGCONT to a
+job that runs (bash)."""
 ANSWER_S = 1.0
-"""How long after a query a terminal's answer may be on its way, over a slow line too."""
+"""Seconds that a terminal's answer may take after a query, over a slow line too."""
 READER_S = 0.2
-"""How long a pipe's reader may take to show what it reads."""
+"""Seconds that a pipe's reader may take to show the bytes it reads."""
 MOST_QUEUED_BYTES = 1 << 17
 """More than Linux queues of a terminal's output."""
 
@@ -34,12 +34,12 @@ MOST_QUEUED_BYTES = 1 << 17
 class RawTerminal:
     """The terminal ``fd`` in raw mode for as long as the context lasts: each byte is the guest's.
 
-    Only the foreground process group touches a terminal: in the background it is left alone until
+    Only the foreground process group touches a terminal.  In the background it is left alone until
     ``look`` finds the run in front (again).  ``fd`` may be no terminal; None: nothing.
 
-    Without ``cooks_output`` what is shown is as raw as what is typed: another terminal's output.
-    With it lines of ours and of others on the same terminal stay lines.  ``screen`` is where the
-    output ends, None if on no terminal.
+    Without ``cooks_output`` output is as raw as input: it goes to another terminal.  With it, our
+    lines and other programs' on the same terminal stay lines.  The output ends at ``screen``, None
+    if on no terminal.
     """
 
     def __init__(
@@ -59,18 +59,19 @@ class RawTerminal:
 
     @property
     def active(self) -> bool:
-        """Whether the terminal is in raw mode because of us."""
+        """True if the terminal is in raw mode because of us."""
         return self._saved is not None and self._is_in_front
 
     @property
     def look_s(self) -> float | None:
-        """In how many seconds to ``look`` again at the latest; None: there is no need."""
+        """Seconds until the next ``look`` at the latest; None: there is no need."""
         return LOOK_S if self._is_terminal and not self._is_in_front else None
 
     def look(self) -> bool:
-        """Whether a read takes nothing away from others, nor stops us: no terminal, or in front.
+        """True if we may read: it is no terminal, or we are in front.
 
-        Who has come to the front makes the terminal raw.
+        Otherwise a read would take input away from other programs, or stop us.  If the run has come
+        to the front, make the terminal raw.
         """
         if not self._is_terminal:
             return True
@@ -82,7 +83,9 @@ class RawTerminal:
         return self._is_in_front
 
     def forget(self) -> None:
-        """Somebody else may have had the terminal meanwhile, as a shell does while we are stopped:
+        """Note that another program may have had the terminal, such as a shell while we are
+        stopped.
+
         ``look`` then takes it anew."""
         self._is_in_front = False
 
@@ -104,9 +107,10 @@ class RawTerminal:
             self._saved, self._raw = now, termios.tcgetattr(self.fd)
 
     def give_back(self) -> None:
-        """Restore the modes, and forget what was typed for the guest and is not read.
+        """Restore the modes, and discard input for the guest that is not read.
 
-        In the background only modes that are still ours are undone: others may have set theirs.
+        In the background only modes that are still ours are undone: another program may have set
+        its own.
         """
         saved, self._saved = self._saved, None
         if saved is None:
@@ -121,9 +125,10 @@ class RawTerminal:
                 termios.tcsetattr(self.fd, termios.TCSANOW, saved)
 
     def stop_with_shell(self, is_off: Callable[[], bool] = lambda: False) -> None:
-        """What SIGTSTP does, from outside: stopped, with the terminal as the shell needs it.
+        """Stop as by SIGTSTP from outside, with the terminal as the shell needs it.
 
-        Not if ``is_off()`` once answers have come, which take a second: SIGCONT came meanwhile.
+        Do not stop if ``is_off()`` is true after the wait for answers, up to a second: a SIGCONT
+        came meanwhile.
         """
         if self._screen is not None:
             self._screen.settle()
@@ -142,9 +147,11 @@ class RawTerminal:
 
 
 class Screen:
-    """The terminal where console output ends, and where the guest's queries are answered as if
-    somebody typed: ``output_fd``, or for None our controlling terminal, where the reader of a pipe
-    may show the output."""
+    """The terminal where console output ends and where the guest's queries are answered as if
+    typed.
+
+    It is behind ``output_fd``.  None means our controlling terminal, where the reader of a pipe may
+    show the output."""
 
     def __init__(self, output_fd: int | None) -> None:
         from pyvmm.console.queries import REPORTS_OFF, QueryWatch
@@ -161,7 +168,7 @@ class Screen:
             self.close()
             raise
         self.queries = QueryWatch(utf8=is_utf8)
-        """To be fed all output."""
+        """Must be fed all output."""
         self._is_quiet = False
 
     @classmethod
@@ -178,12 +185,12 @@ class Screen:
             return None
 
     def settle(self) -> None:
-        """Leave the shell nothing to read of what the terminal answers or reports.
+        """Leave the shell no answer or report of the terminal to read.
 
-        Waits for answers on their way, ANSWER_S after the last query at most.  What was typed
-        meanwhile is forgotten with them, and a query that the terminal has not read by then is
-        taken back, with all output that waits: what it has not read of a pseudo terminal is not
-        known otherwise.
+        Waits for answers on their way, ANSWER_S after the last query at most, and discards them
+        with everything typed meanwhile.  A query that the terminal has not read by then is taken
+        back, with all output that waits.  For a pseudo terminal there is no other way to tell what
+        it has read.
         """
         queries = self.queries
         reports = bool(queries.reports or queries.may_report)
@@ -200,7 +207,7 @@ class Screen:
                 self._is_quiet = True
                 with contextlib.suppress(BlockingIOError):
                     self._outlet.write(self._reports_off)
-                last_s = time.monotonic()  # a report may be on its way, as an answer may
+                last_s = time.monotonic()  # a report may be on its way, like an answer
             time.sleep(max(0.0, last_s + ANSWER_S - time.monotonic()))
             if not is_in_front(fd):
                 return
@@ -229,12 +236,12 @@ def _open_controlling_terminal() -> int:
 
 
 def _queued_bytes(fd: int) -> int:
-    """How many bytes wait for a serial line; 0 for a pseudo terminal, whatever waits there."""
+    """Return the number of bytes that wait for a serial line; 0 for any pseudo terminal."""
     return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def is_in_front(fd: int) -> bool:
-    """Whether ``fd`` is our controlling terminal, and we are its foreground process group."""
+    """True if ``fd`` is our controlling terminal, and we are its foreground process group."""
     try:
         return os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
@@ -242,7 +249,7 @@ def is_in_front(fd: int) -> bool:
 
 
 def is_behind(fd: int) -> bool:
-    """Whether ``fd`` is our controlling terminal, and we are in the background there."""
+    """True if ``fd`` is our controlling terminal, and we are in the background there."""
     try:
         return os.tcgetpgrp(fd) != os.getpgrp()
     except OSError:
@@ -258,8 +265,10 @@ def _is_terminal(fd: int) -> bool:
 
 @contextlib.contextmanager
 def _not_stopped_for_it() -> Iterator[None]:
-    """Let the calling thread change a terminal's modes without SIGTTOU, should another process
-    group have come to the front a moment ago."""
+    """Let the calling thread change a terminal's modes without SIGTTOU.
+
+    That signal would come if another process group had come to the front a moment ago.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is typed at the console, on its way to the guest."""
+"""Typed input on its way from the console to the guest."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TypedInput:
     """Bytes that wait until the guest takes them.
 
     A pipe or file is not read on while LIMIT bytes wait, so none is lost.  A terminal must be read
-    for its escapes: of what comes while TERMINAL_LIMIT bytes wait, all else is dropped, and
-    ``say`` gets a line about it, once.
+    for its escapes.  While TERMINAL_LIMIT bytes wait, all other input from it is dropped, and
+    ``say`` gets a line about that, once.
     """
 
     LIMIT = 4096
@@ -32,11 +32,11 @@ class TypedInput:
 
     @property
     def has_room(self) -> bool:
-        """Whether there is room for what can be left unread as well."""
+        """True if there is room for input that can also be left unread."""
         return len(self._waiting) < self.LIMIT
 
     def add(self, data: bytes, *, from_terminal: bool) -> None:
-        """``data`` was read, from a terminal or elsewhere."""
+        """Take ``data`` that was read, from a terminal or elsewhere."""
         if not from_terminal:
             self._waiting += data
             return
@@ -51,7 +51,7 @@ class TypedInput:
             )
 
     def hand_over(self, receive: Callable[[bytes], int]) -> bool:
-        """Give ``receive`` what it takes; whether some waits on."""
+        """Give ``receive`` as much as it takes; return True if bytes still wait."""
         while self._waiting:
             piece = bytes(self._waiting[: self.LIMIT])
             taken = receive(piece)
@@ -65,7 +65,7 @@ class TypedInput:
 
 
 class EscapeFilter:
-    """Takes Ctrl-A sequences out of what is typed; the rest is the guest's."""
+    """Takes Ctrl-A sequences out of typed input; the rest is the guest's."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class EscapeFilter:
         self._escaped = False
 
     def feed(self, data: bytes) -> bytes:
-        """The bytes of ``data`` that are for the guest."""
+        """Return the bytes of ``data`` that are for the guest."""
         out = bytearray()
         for byte in data:
             if not self._escaped:

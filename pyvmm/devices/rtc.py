@@ -6,7 +6,8 @@ never the host's.
 
 A reader must not see half an update.  The chip promises 244 us after a clear UIP.  That is too
 little here, because every register takes two exits.  So the registers hold still for ``HOLD_NS``
-from the read of status A that found UIP clear, or else from the first read of a time register.
+from the read of status A that found UIP clear.  Without one, they do so from the first read of a
+time register.
 """
 
 from __future__ import annotations

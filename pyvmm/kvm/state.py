@@ -5,14 +5,14 @@ KVM gave.  KVM checks them itself when it takes them back, and a refusal is a St
 
 The order of the ioctls matters; it is Firecracker's.  A vCPU is saved only after KVM_RUN was
 interrupted: until then KVM may owe it the end of a port or memory access.  Everything is restored
-before any vCPU runs: first each vCPU, then the VM.
+before any vCPU runs: first the vCPUs in their order, then the VM.  KVM then gives each later vCPU
+the TSC of vCPU 0, because its own, read some microseconds later, is that close.
 
-Two saves of one state differ only in what goes on counting: the TSC and Hyper-V's two clocks among
-the MSRs, kvm-clock, a running local APIC timer, and the load times of the PIT.
+Two saves of one state differ only in clocks that go on: among the MSRs the TSC and Hyper-V's two,
+and besides kvm-clock, a running local APIC timer, and the load times of the PIT.
 
-Two things are left to the caller.  The TSCs of several vCPUs are read one after the other, so they
-differ by some microseconds.  Line levels and eventfds are in no saved state: the caller drives the
-lines and rings the doorbells again.
+Line levels and eventfds are in no saved state: whoever restores a machine drives the lines and
+rings the doorbells again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _MSR_TSC, _MSR_TSC_DEADLINE = 0x10, 0x6E0
 LAST_MSRS = (_MSR_TSC, _MSR_TSC_DEADLINE)
 """Restored in this order, after all others: KVM compares a deadline with the TSC at once."""
+_FAR_TICKS, _MASK = 1 << 43, (1 << 64) - 1
+"""Much more than a second of any TSC."""
 _UNLISTED_MSRS = (
     *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF,
 )  # fmt: skip
@@ -113,6 +115,10 @@ def restore_vcpu(vcpu: Vcpu, data: object) -> None:
     put("debugregs", state_abi.KVM_SET_DEBUGREGS, debugregs)
     if lapic is not None:  # before the MSRs: without it a TSC_DEADLINE is lost silently
         put("lapic", state_abi.KVM_SET_LAPIC, lapic)
+    if vcpu.index == 0 and _MSR_TSC in msrs:
+        # A TSC within a second of KVM's own counts as an attempt to synchronise vCPUs, and KVM
+        # keeps its own: Linux before 6.7 does so even for a VM's first write.  So lead it away.
+        _set_msrs(vcpu, {_MSR_TSC: (msrs[_MSR_TSC] + _FAR_TICKS) & _MASK}, fields)
     _set_msrs(vcpu, msrs, fields)
     put("events", state_abi.KVM_SET_VCPU_EVENTS, events)
 

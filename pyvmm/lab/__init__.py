@@ -1,7 +1,7 @@
 """The lab: a Linux host with a genuine kvm_amd, under emulated hardware, for hosts without one.
 
-``run`` executes a command in it.  The command sees the host's whole file system, may change all
-of it, and changes nothing but the directories named as writable; its output, input and exit
+``run`` executes a command in it.  The command sees the host's whole file system and may change all
+of it, but only changes in the directories named as writable last.  Its output, input and exit
 status are those of a command run on the host.  There is no network but 127.0.0.1, and 9p cannot
 make named pipes or sockets in a writable directory (/tmp takes them).
 """
@@ -36,7 +36,7 @@ _MAX_GIT_SETTINGS = 1 << 20
 
 
 class CommandError(ConfigError):
-    """CMD cannot be run; ``exit_status`` is what a shell would give, 126 or 127."""
+    """CMD cannot be run; ``exit_status`` is a shell's for that, 126 or 127."""
 
     def __init__(self, command: str, problem: str, exit_status: int) -> None:
         super().__init__(command, problem)
@@ -47,7 +47,7 @@ class CommandError(ConfigError):
 class LabConfig:
     """One command to run in the lab.
 
-    ``writable`` directories are written back to the host; all else that CMD writes is dropped.
+    ``writable`` directories are written back to the host; other writes of CMD are dropped.
     ``timeout_s`` counts from the start of CMD; None means no limit.
     """
 
@@ -88,7 +88,7 @@ class LabConfig:
 
 
 def default_writable(cwd: Path) -> tuple[Path, ...]:
-    """The git checkout around ``cwd``, else ``cwd`` itself; never the host's root."""
+    """Return the git checkout around ``cwd``, else ``cwd`` itself; never the host's root."""
     checkout = next((path for path in (cwd, *cwd.parents) if (path / ".git").exists()), cwd)
     return () if checkout == Path("/") else (checkout,)
 
@@ -96,9 +96,9 @@ def default_writable(cwd: Path) -> tuple[Path, ...]:
 def resolve_command(
     command: Sequence[str], cwd: Path, environment: Mapping[bytes, bytes]
 ) -> tuple[str, ...]:
-    """``command`` with its program found on ``PATH``, as the lab shares the host's files.
+    """Return ``command`` with its program found on ``PATH``, because the lab has the host's files.
 
-    CommandError tells a missing program before a machine is started for it.
+    CommandError tells of a missing program before a machine is started for it.
     """
     program = command[0]
     search = os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath)))
@@ -111,7 +111,7 @@ def resolve_command(
 
 
 def lab_environment(environment: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """The host's environment, the mark that this is the lab, and git's leave.
+    """Return the host's environment with the mark of the lab and git's permission.
 
     git refuses a checkout whose owner is not the user, and in the lab everyone is root.
     """
@@ -127,11 +127,11 @@ def lab_environment(environment: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
 
 
 def run(config: LabConfig, say: Callable[[str], None]) -> int:
-    """Run ``config.command`` in the lab; its exit status, 124 on timeout, 128+n on signal n.
+    """Run ``config.command`` in the lab; return its status, 124 on timeout, 128+n on signal n.
 
-    To be called on the main thread (it handles signals) with file descriptors 0, 1 and 2 open.
-    ``say`` gets lines about progress.  CommandError for a command that cannot be run, HostError
-    when the lab fails.
+    Call it on the main thread (it handles signals) with file descriptors 0, 1 and 2 open.  ``say``
+    gets lines about progress.  CommandError for a command that cannot be run, HostError when the
+    lab fails.
     """
     if os.environ.get(INSIDE):
         raise HostError(f"lab: this already is the lab ({INSIDE} is set); run the command directly")
@@ -169,7 +169,7 @@ def run(config: LabConfig, say: Callable[[str], None]) -> int:
 def _machine(
     config: LabConfig, vmlinux: Path, archive: bytes, ports: Sequence[str]
 ) -> Iterator[tuple[Wiring, subprocess.Popen[bytes]]]:
-    """A running QEMU and our ends of its ``ports``; it is dead when the context is left.
+    """Yield a running QEMU and our ends of its ``ports``; it is dead when the context is left.
 
     It leaves no file behind: the initramfs is a memory file, the ports are unnamed sockets.
     """
@@ -191,7 +191,7 @@ def _machine(
             quiet=not config.verbose,
         )
         try:
-            # Its own session: the terminal's Ctrl-C is for us to pass on, not for QEMU to die of.
+            # A session of its own: we pass the terminal's Ctrl-C on, and QEMU must not die of it.
             process = subprocess.Popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
@@ -204,7 +204,7 @@ def _machine(
             raise HostError(f"lab: cannot start {arguments[0]}: {error.strerror}") from error
         stack.callback(process.wait)
         stack.callback(process.kill)
-        # QEMU must hold the only copies, or its death would not be the end of our streams.
+        # QEMU must hold the only copies, or our streams would not end with it.
         for sock in theirs.values():
             sock.close()
         console_end.close()
@@ -218,7 +218,7 @@ def _machine(
 def _socket_pairs(
     stack: contextlib.ExitStack, names: Sequence[str]
 ) -> tuple[dict[str, socket.socket], dict[str, socket.socket]]:
-    """Connected sockets by name: ours, which do not block, and QEMU's."""
+    """Return connected sockets by name: ours, which do not block, and QEMU's."""
     ours, theirs = {}, {}
     for name in names:
         mine, other = socket.socketpair()
@@ -228,7 +228,7 @@ def _socket_pairs(
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
-    """A pipe's reading and writing end."""
+    """Return a pipe's reading and writing end."""
     read_fd, write_fd = os.pipe()
     return (
         stack.enter_context(os.fdopen(read_fd, "rb", buffering=0)),
@@ -237,7 +237,7 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
 
 
 def _in_foreground() -> bool:
-    """Whether standard input is a terminal and we may read it without being stopped."""
+    """True if standard input is a terminal and we may read it without being stopped."""
     try:
         return os.tcgetpgrp(0) == os.getpgrp()
     except OSError:

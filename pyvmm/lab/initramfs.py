@@ -21,17 +21,17 @@ APPLETS = (
     "cat", "chmod", "chroot", "cp", "hostname", "ifconfig", "insmod", "ln", "mkdir", "mkfifo",
     "mount", "poweroff", "setsid", "sleep", "stty", "sync",
 )  # fmt: skip
-"""The commands of ``init.sh`` that its shell has not built in."""
+"""The commands of ``init.sh`` that are not built into its shell."""
 BUSYBOX_IN_HOST = "/run/lab/busybox"
-"""Where ``init.sh`` puts busybox in the file system that CMD sees."""
+"""The place to which ``init.sh`` copies busybox in the file system that CMD sees."""
 
 
 def command_script(
     command: Sequence[str], cwd: Path, environment: Mapping[bytes, bytes]
 ) -> bytes:
-    """The shell script that turns its process into ``command``, there in ``cwd``.
+    """Return the shell script that turns its process into ``command``, there in ``cwd``.
 
-    It leaves its process id, which is CMD's, where ``/init`` finds it to send signals.  ``env``
+    It writes its process id, which is CMD's, to a file: ``/init`` sends signals to it.  ``env``
     takes any bytes for a name, as an exported bash function has; shell assignments do not.
     """
     pairs = [os.fsdecode(name + b"=" + value) for name, value in environment.items()]
@@ -49,7 +49,7 @@ def run_settings(
     writable: Sequence[Path], end_mark: str, terminal: tuple[int, int] | None,
     stderr_on_terminal: bool,
 ) -> bytes:
-    """The shell fragment that ``/init`` sources; ``terminal`` is its size, (rows, columns)."""
+    """Return the shell fragment that ``/init`` sources; ``terminal`` is (rows, columns)."""
     rows, columns = terminal or (0, 0)
     mounts = [f"mount_writable w{i} {shlex.quote(str(path))}" for i, path in enumerate(writable)]
     lines = (
@@ -67,7 +67,7 @@ def run_settings(
 def pack_initramfs(
     busybox: Path, modules: Sequence[Path], settings: bytes, script: bytes
 ) -> bytes:
-    """The whole archive for one run."""
+    """Return the whole archive for one run."""
     init = resources.files("pyvmm.lab").joinpath("init.sh").read_bytes()
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in DIRECTORIES]
     entries += [(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in APPLETS]

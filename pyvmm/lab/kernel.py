@@ -1,7 +1,8 @@
 """The lab's Linux: Debian's generic kernel, unpacked once into the cache, never installed.
 
-What is kept of the 400 MB package is an uncompressed ``vmlinux`` (entered by PVH, so that nothing
-is decompressed under emulation) and the few modules that the lab loads, in load order.
+Two parts of the 400 MB package are kept: an uncompressed ``vmlinux``, and the few modules that the
+lab loads, in load order.  ``vmlinux`` is entered by PVH, so nothing is decompressed under
+emulation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pyvmm.linux.packages import Package
 
 META_PACKAGE = "linux-image-amd64"
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "kvm_amd")
-"""What the lab loads; their dependencies are found in the modules themselves."""
+"""The modules that the lab loads.  The modules themselves name their dependencies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +32,10 @@ class Kernel:
 
 
 def obtain(cache: Path, say: Say, build: Callable[[Path, Say], str] | None = None) -> Kernel:
-    """The cached kernel, built first if this version of the source never built one.
+    """Return the cached kernel, built first if this version of the source never built one.
 
-    ``build`` fills an empty directory and returns the version that names it.  Safe against other
-    processes doing the same: one builds, the others wait for it.  HostError if it cannot be built.
+    ``build`` fills an empty directory and returns the version that names it.  Several processes may
+    do the same: one builds, the rest wait for it.  HostError if it cannot be built.
     """
     prefix = f"lab-{source_key(__file__, modules.__file__, payload.__file__)}-"
     try:
@@ -45,8 +46,10 @@ def obtain(cache: Path, say: Say, build: Callable[[Path, Say], str] | None = Non
 
 
 def build_from_debian(work: Path, say: Say, wanted: Sequence[str] = MODULES) -> str:
-    """Download and unpack Debian's kernel, leaving ``vmlinux`` and ``modules/``, those ``wanted``
-    and what they need, in ``work``."""
+    """Download and unpack Debian's kernel, and leave ``vmlinux`` and ``modules/`` in ``work``.
+
+    The modules are those ``wanted`` and their dependencies.
+    """
     apt = packages.host_apt()
 
     def attempt() -> tuple[Package, Path]:

@@ -1,7 +1,7 @@
 """The lab's hardware: QEMU in pure emulation, an AMD machine with SVM.
 
-The flags are measured choices: PVH entry needs no firmware; ``nokaslr`` and ``norandmaps`` let
-QEMU reuse translations; mitigations, page clearing and cipher self-tests only cost time here.
+The flags are measured choices.  PVH entry needs no firmware.  With ``nokaslr`` and ``norandmaps``
+QEMU can reuse translations.  Mitigations, page clearing and cipher self-tests only cost time here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ CPU = (
     "max,+svm,-la57,-cx16,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-fma,-f16c,-vaes,"
     "-vpclmulqdq,-mpx,-pku"
 )
-"""Four-level paging is cheaper to emulate.  Without xsave: QEMU's SVM does not intercept XSETBV, so
-a guest's guest would change state that its KVM does not know of (Linux there warns of it).  QEMU
-leaves in what rests on xsave, and Linux would use it: take that away by name."""
+"""Four-level paging is cheaper to emulate.  xsave is left out because QEMU's SVM does not intercept
+XSETBV: a guest's guest would change state that its KVM does not know of, and Linux there warns of
+it.  QEMU keeps the features that depend on xsave, and Linux would use these, so they are removed by
+name."""
 
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 panic=-1 tsc=reliable nokaslr norandmaps mitigations=off init_on_alloc=0 "
@@ -32,7 +33,7 @@ KERNEL_COMMAND_LINE = (
 
 
 def find_busybox() -> Path:
-    """The static busybox; HostError, with the one command that helps, if a package is missing."""
+    """Return the static busybox; HostError, with the one remedy, if a package is missing."""
     busybox = static_busybox()
     missing = []
     if shutil.which(BINARY) is None:
@@ -57,9 +58,9 @@ def command_line(
     ports: Mapping[str, int],
     quiet: bool,
 ) -> list[str]:
-    """QEMU's arguments; ``ports`` are the connected sockets it inherits, by name.
+    """Return QEMU's arguments; ``ports`` are the connected sockets that it inherits, by name.
 
-    The console is its standard output: a pipe, where a socket loses bytes written one by one.
+    The console is its standard output, a pipe: a socket would lose bytes written one by one.
     """
     append = KERNEL_COMMAND_LINE + (" quiet loglevel=4" if quiet else "")
     # setpriv: QEMU dies with us even when we are killed by SIGKILL.
@@ -76,7 +77,7 @@ def command_line(
     ]  # fmt: skip
     for index, directory in enumerate(writable):
         arguments += _shared_directory(f"w{index}", directory, read_only=False)
-    # In ascending order: /init takes the last port's connection as proof of the others'.
+    # In ascending order: once the last port is connected, /init knows that all are.
     for name in sorted(ports, key=PORT_NUMBERS.__getitem__):
         kind = "virtconsole" if name == "terminal" else "virtserialport"
         arguments += [

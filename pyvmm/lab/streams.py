@@ -1,7 +1,7 @@
-"""Moving bytes between host file descriptors and the lab's ports, one small step at a time.
+"""Move bytes between host file descriptors and the lab's ports, one small step at a time.
 
-A pump waits for exactly one thing: its source to have bytes, or, holding some, its sink to take
-them.  So nothing here blocks, and a slow reader of CMD's output slows CMD, not the lab.
+A pump waits for exactly one thing: bytes from its source, or, while it holds some, room in its
+sink.  So nothing here blocks, and a slow reader of CMD's output slows CMD, not the lab.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable
 
 READ_BYTES = 1 << 16
 WRITE_BYTES = select.PIPE_BUF
-"""A pipe that polls writable takes this much without blocking."""
+"""A pipe that polls writable takes so many bytes without blocking."""
 
 ESCAPE_KEY = 0x1D  # Ctrl-]
 ESCAPE_PRESSES = 3
 
 
 class Source:
-    """The reading half: ``take`` gets what arrives; ``ended`` when there will be no more."""
+    """The reading half: ``take`` gets the bytes that arrive; ``ended`` is True after the last."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -47,11 +47,11 @@ class Source:
             self.end()
 
     def take(self, data: bytes) -> None:
-        """``data`` arrived; never empty."""
+        """Handle ``data`` that arrived; never empty."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """The source has nothing more."""
+        """Handle the end of the source."""
         self.ended = True
 
 
@@ -64,7 +64,7 @@ class Lines(Source):
         self._part = b""
 
     def take(self, data: bytes) -> None:
-        """Split; what follows the last newline waits for the next read."""
+        """Split into lines; bytes after the last newline wait for the next read."""
         *lines, self._part = (self._part + data).split(b"\n")
         for line in lines:
             self._handle(line.decode("utf-8", "replace"))
@@ -78,7 +78,7 @@ class Signals(Source):
         self._handle = handle
 
     def take(self, data: bytes) -> None:
-        """One byte is one signal."""
+        """Handle the signals, one a byte."""
         for number in data:
             self._handle(number)
 
@@ -100,19 +100,19 @@ class Tail(Source):
             self._echo(data)
 
     def lines(self, count: int) -> list[str]:
-        """The last ``count`` lines that are not blank."""
+        """Return the last ``count`` lines that are not blank."""
         text = self._kept.decode("utf-8", "replace").replace("\r", "")
         return [line for line in text.split("\n") if line.strip()][-count:]
 
 
 class Pump(Source):
-    """Source to sink, in order, holding at most one read's worth of bytes."""
+    """Moves bytes from source to sink, in order, and holds at most one read's worth of them."""
 
     def __init__(self, fd: int, sink_fd: int) -> None:
         super().__init__(fd)
         self.pending = b""
         self.shown: Callable[[bytes], None] | None = None
-        """Gets what the sink has taken."""
+        """Gets the bytes that the sink has taken."""
         self._sink_fd = sink_fd
 
     def waiting_for(self) -> tuple[int, bool] | None:
@@ -144,13 +144,13 @@ class Pump(Source):
         self.pending = data
 
     def sink_failed(self, error: OSError) -> None:
-        """The sink takes no more; the pump has ended."""
+        """Handle a sink that takes no more; the pump has ended."""
 
 
 class Output(Pump):
-    """A port of the lab to a host descriptor, until ``end_mark`` comes by.
+    """Copies a port of the lab to a host descriptor, until ``end_mark`` comes by.
 
-    ``hangup`` is called if the host side will take no more.
+    ``hangup`` is called if the host side takes no more.
     """
 
     def __init__(
@@ -164,17 +164,17 @@ class Output(Pump):
 
     @property
     def complete(self) -> bool:
-        """All there is was delivered, or nobody wants it."""
+        """True if everything was delivered, or nobody wants it."""
         return self.ended and not self.pending
 
     def take(self, data: bytes) -> None:
-        """Hold what is certainly not (the beginning of) the end mark."""
+        """Hold the bytes that are certainly not (the beginning of) the end mark."""
         self.pending, self._held, at_end = split_at_mark(self._held + data, self._end_mark)
         if at_end:
             self.ended = True
 
     def end(self) -> None:
-        """The lab died: what looked like a mark was none."""
+        """Handle the lab's death: bytes that looked like a mark were none."""
         super().end()
         self.pending, self._held = self._held, b""
 
@@ -184,7 +184,7 @@ class Output(Pump):
 
 
 def split_at_mark(data: bytes, mark: bytes) -> tuple[bytes, bytes, bool]:
-    """``(before, held, found)``: bytes in front of ``mark``; a tail that may be its beginning."""
+    """Return ``(before, held, found)``: bytes in front of ``mark``; a tail that may begin it."""
     before, found, _ = data.partition(mark)
     if found:
         return before, b"", True
@@ -195,23 +195,23 @@ def split_at_mark(data: bytes, mark: bytes) -> tuple[bytes, bytes, bool]:
 
 
 class Input(Pump):
-    """Standard input to a port; the end of the one becomes the end of the other."""
+    """Copies standard input to a port, and passes its end on."""
 
     def __init__(self, fd: int, port: socket.socket) -> None:
         super().__init__(fd, port.fileno())
         self._port = port
 
     def end(self) -> None:
-        """Nothing is pending when a read finds the end, so it can be passed on at once."""
+        """Pass the end on at once: nothing is pending when a read finds it."""
         super().end()
         with contextlib.suppress(OSError):
             self._port.shutdown(socket.SHUT_WR)
 
 
 class Keyboard(Pump):
-    """A raw terminal to the lab's terminal; Ctrl-] three times in a row calls ``escape``.
+    """Copies a raw terminal to the lab's terminal; Ctrl-] three times in a row calls ``escape``.
 
-    It is read while ``may_read()``: in the background it is the shell's.
+    It is read only while ``may_read()``: in the background it is the shell's.
     """
 
     def __init__(
@@ -227,16 +227,16 @@ class Keyboard(Pump):
         self._presses = 0
 
     def waiting_for(self) -> tuple[int, bool] | None:
-        """As any pump, but for a terminal that is somebody else's now."""
+        """See ``Pump.waiting_for``; None while the terminal is somebody else's."""
         return super().waiting_for() if self.pending or self._may_read() else None
 
     def step(self) -> None:
-        """As any pump, but for a terminal that has become somebody else's."""
+        """See ``Pump.step``; nothing while the terminal is somebody else's."""
         if self.pending or self._may_read():
             super().step()
 
     def take(self, data: bytes) -> None:
-        """Count, and pass on: one Ctrl-] alone belongs to CMD."""
+        """Count, and pass on: a single Ctrl-] belongs to CMD."""
         super().take(data)
         for byte in data:
             self._presses = self._presses + 1 if byte == ESCAPE_KEY else 0
@@ -245,5 +245,5 @@ class Keyboard(Pump):
 
 
 def describe(error: OSError) -> str | None:
-    """What to tell the user about a sink that failed; None for a reader that simply left."""
+    """Return words for the user about a sink that failed; None for a reader that simply left."""
     return None if error.errno == errno.EPIPE else error.strerror

@@ -36,8 +36,9 @@ class WorkError(PyvmmError):
 class Budget:
     """The work that may still be done.  ``spend`` raises WorkError once it is too much.
 
-    ``cpu_s`` and ``wall_s`` are seconds of this thread and of the clock, from now on, on the
-    reference machine: a slower one, such as an emulated one, has more.  None is no limit.
+    ``cpu_s`` and ``wall_s`` are seconds of this thread and of the clock, from now on.  They
+    count on the reference machine: a slower one, such as an emulated one, has more.  None is no
+    limit.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The front end: hands virtqueues of ours to a back end that listens on a Unix socket.
 
-The back end is not trusted.  Every reply has a deadline and is checked.  If the back end breaks the
-protocol or hangs up, that is one ``VhostUserError``, and every later call raises the same again:
-only a new connection helps.  A ``RequestRefusedError`` changes nothing.
+The back end is not trusted.  Every reply has a deadline and is checked.  If the back end breaks
+the protocol or hangs up, that is one ``VhostUserError``, and every later call raises it again.
+Only a new connection helps.  A ``RequestRefusedError`` changes nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """vhost-user messages: numbers and layouts (QEMU's docs/interop/vhost-user.rst).
 
-A message is a header of three 32-bit words (request, flags, size of the payload), a payload and
-up to 8 file descriptors as ancillary data, all in the machine's byte order.  Names are the
+A message has a header of three 32-bit words (request, flags, size of the payload) and a payload.
+Up to 8 file descriptors come as ancillary data.  All is in the machine's byte order.  Names are the
 document's without VHOST_USER_.
 """
 

@@ -160,6 +160,25 @@ def test_a_vcpu_is_restored_in_the_order_that_kvm_needs(rig: Rig) -> None:
     assert cr8 == 0x5A5A_5A5A_5A5A_5A5A, "for a VM without a local APIC"
 
 
+def test_the_first_vcpus_tsc_is_set_twice_so_that_kvm_takes_it(rig: Rig) -> None:
+    """Else Linux before 6.7 keeps its own TSC, if that is less than a second away."""
+    state = rig.vcpu.save()
+    for index, times in ((3, 1), (0, 2)):
+        rig.vcpu.index = index
+        rig.kernel.calls.clear()
+        rig.vcpu.restore(state)
+        written = [
+            struct.unpack_from("<Q", data, 16 + 16 * at)[0]
+            for name, data in rig.kernel.calls
+            if name == "KVM_SET_MSRS" and isinstance(data, bytes)
+            for at in range((len(data) - 8) // 16)
+            if struct.unpack_from("<I", data, 8 + 16 * at)[0] == 0x10
+        ]
+        assert len(written) == times
+        assert written[-1] == 0x11
+        assert all(abs(tsc - 0x11) > 1 << 40 for tsc in written[:-1])
+
+
 def test_an_old_kvm_is_asked_for_what_it_has(old: Rig) -> None:
     state = old.vcpu.save()
     assert old.names() == [

@@ -168,6 +168,20 @@ def test_a_vcpu_that_waits_for_sipi_still_does(tmp_path: Path) -> None:
                 fresh.restore(state | {"mp_state": 5})
 
 
+def test_the_tscs_of_all_vcpus_go_on_together(tmp_path: Path) -> None:
+    with bare_machine(chips=True) as first, bare_machine(chips=True) as second:
+        _start(first, tmp_path, chips=True)
+        with first.vm.create_vcpu(1) as other, second.vm.create_vcpu(1) as fresh:
+            states = [first.vcpu.save(), other.save()]
+            for vcpu, state in zip((second.vcpu, fresh), states, strict=True):
+                vcpu.restore(state)
+            for _ in range(10):
+                before, between, after = (
+                    vcpu.get_msrs([TSC])[TSC] for vcpu in (second.vcpu, fresh, second.vcpu)
+                )
+                assert _msrs(states[0])[TSC] <= before <= between <= after
+
+
 def test_kvm_clock_goes_on_from_the_save(tmp_path: Path) -> None:
     with bare_machine(chips=True) as first, bare_machine(chips=True) as second:
         _start(first, tmp_path, chips=True)
