@@ -120,9 +120,16 @@ lint: dev ## ruff, mypy --strict, import-linter
 # Neither kernel nor image: some seconds after an edit.
 FAST := not slow and not bare and not kvm and not lab and not power_cut
 
-check: lint ## lint and the fast unit tests, in under a minute: before every commit
+check: dev ## lint and the fast unit tests, in under a minute: before every commit
 	@$(call need,$(TEST_PACKAGES))
-	$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
+	# Side by side; what the linters say comes last.
+	said=$$(mktemp); trap 'rm -f "$$said"' EXIT
+	$(MAKE) lint >"$$said" 2>&1 & linters=$$!
+	status=0
+	$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS) || status=1
+	wait $$linters || status=1
+	cat "$$said"
+	exit $$status
 
 slow-tests: dev kernel image build/tools.img ## measure which tests are slow, on a quiet machine: writes tests/slow.txt
 	@PYVMM_MEASURE_TESTS=1 $(BIN)/python -m pytest -q -m "not bare and not kvm and not lab and not power_cut"

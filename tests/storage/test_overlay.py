@@ -310,8 +310,11 @@ def test_what_is_no_overlay_is_refused_and_left_alone(image: Path, tmp_path: Pat
     assert "No such file" in refused(image, tmp_path / "none" / "o")
 
 
-def test_the_base_cannot_be_its_own_overlay(image: Path) -> None:
-    assert "locked" in refused(image, image)
+def test_the_base_cannot_be_its_own_overlay(image: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names the disk itself"):
+        refused(image, image)
+    (tmp_path / "other-name").hardlink_to(image)
+    assert "locked" in refused(image, tmp_path / "other-name")
 
 
 def test_an_empty_file_becomes_an_overlay(image: Path, tmp_path: Path) -> None:
