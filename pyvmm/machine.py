@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from pyvmm.board.board import Board
-from pyvmm.board.bus import Bus
 from pyvmm.board.consoles import Consoles
 from pyvmm.board.describe import describe
 from pyvmm.board.disks import plug_disks
@@ -82,8 +81,8 @@ def build(
         board.plug(EntropyDevice(), "entropy", at_exit=True)
         for name, device in devices.items():
             board.plug(device, name)
-        _add_ports(board.pio, config, timer)
-        _add_endings(board.pio, verdict, report)
+        _add_ports(board, config, timer)
+        _add_endings(board, verdict, report)
         describe(board, config, kernel, initrd)
 
         kvm = stack.enter_context(Kvm())
@@ -101,9 +100,9 @@ def build(
         # The others wait, in the kernel, for the first one's INIT and SIPI.
         cpu.setup_boot(memory, vcpus[0], kernel)
         return Machine(
-            config=config, kernel=kernel, board=board, runner=runner, loops=loops, timer=timer,
-            watch=watch, verdict=verdict, console=console, output=output, consoles=consoles,
-            made=made, resources=stack.pop_all(),
+            config=config, kernel=kernel, board=board, vm=vm, runner=runner, loops=loops,
+            timer=timer, watch=watch, verdict=verdict, console=console, output=output,
+            consoles=consoles, made=made, resources=stack.pop_all(),
         )
 
 
@@ -166,33 +165,35 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
-def _add_ports(pio: Bus, config: RunConfig, timer: BootTimer) -> None:
+def _add_ports(board: Board, config: RunConfig, timer: BootTimer) -> None:
     """Add the ports that only answer."""
-    pio.add(layout.BOOT_TIMER_PORT, BootTimer.LENGTH, timer)
-    pio.add(layout.PCI_PORT, PciHost.LENGTH, PciHost())
+    board.add_port("boot timer", layout.BOOT_TIMER_PORT, timer)
+    board.add_port("PCI host bridge", layout.PCI_PORT, PciHost())
     if config.rtc == "utc":
-        pio.add(layout.RTC_INDEX, Rtc.LENGTH, Rtc())
+        board.add_port("RTC", layout.RTC_INDEX, Rtc())
 
 
-def _add_endings(pio: Bus, verdict: Verdict, report: Callable[[str], None]) -> None:
+def _add_endings(board: Board, verdict: Verdict, report: Callable[[str], None]) -> None:
     """Add the ports by which a guest ends the run, or says why it is about to."""
     def ends_in(kind: Kind) -> Callable[[], None]:
         return lambda: verdict.end(kind)
 
+    board.add_part("verdict", verdict)
     keyboard = I8042(ends_in(Kind.RESET))
-    pio.add(layout.I8042_DATA, 1, keyboard.data_port)
-    pio.add(layout.I8042_COMMAND, 1, keyboard.command_port)
+    board.add_part("i8042", keyboard)
+    board.pio.add(layout.I8042_DATA, 1, keyboard.data_port)
+    board.pio.add(layout.I8042_COMMAND, 1, keyboard.command_port)
     power = Power(
         s5_sleep_type=S5_SLEEP_TYPE, reset_value=RESET_VALUE,
         on_power_off=ends_in(Kind.POWER_OFF), on_reset=ends_in(Kind.RESET),
     )
-    pio.add(layout.SLEEP_CONTROL_PORT, Power.LENGTH, power)
-    pio.add(layout.PVPANIC_PORT, PvPanic.LENGTH, PvPanic(
+    board.add_port("power", layout.SLEEP_CONTROL_PORT, power)
+    board.add_port("pvpanic", layout.PVPANIC_PORT, PvPanic(
         verdict.panic_reported,
         lambda: report("the guest has panicked; its crash kernel takes over"),
     ))
     debug_exit = DebugExit(lambda byte: verdict.end(Kind.GUEST_STATUS, byte))
-    pio.add(layout.DEBUG_EXIT_PORT, DebugExit.LENGTH, debug_exit)
+    board.add_port("debug exit", layout.DEBUG_EXIT_PORT, debug_exit)
 
 
 def _can_map_pages(config: RunConfig, kvm: Kvm, report: Callable[[str], None]) -> bool:
@@ -212,6 +213,7 @@ class Machine:
         config: RunConfig,
         kernel: Kernel,
         board: Board,
+        vm: Vm,
         runner: Runner,
         loops: Sequence[VcpuLoop],
         timer: BootTimer,
@@ -225,6 +227,7 @@ class Machine:
     ) -> None:
         self.kernel = kernel
         self.board = board
+        self._vm = vm
         self._config = config
         self.runner = runner
         self.loops = loops
@@ -239,6 +242,7 @@ class Machine:
         self._has_begun = threading.Lock()  # taken once, never released
         self._judging = threading.Lock()
         self._outcome: Outcome | None = None
+        self._is_restored = self._is_half_restored = False
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
@@ -281,6 +285,8 @@ class Machine:
         return None if self.runner.stop(outcome) is None else self.wait()
 
     def _begin(self) -> None:
+        if self._is_half_restored:
+            raise RuntimeError("restore() has failed: give the machine another state first")
         if not self._has_begun.acquire(blocking=False):
             raise RuntimeError("a machine runs once: build another one")
         self._made.pop_all()
@@ -288,6 +294,10 @@ class Machine:
         if self._config.timeout_s is not None:
             self.runner.finish_after(self._config.timeout_s, Outcome(Kind.TIMEOUT))
         self._verdict.doubt_silence(self.runner.report)
+        if self._is_restored:
+            from pyvmm.board.state import catch_up
+
+            catch_up([loop.vcpu for loop in self.loops], self.board, self.consoles)
 
     def _runs_program(self) -> bool:
         vcpus = (loop.vcpu for loop in self.loops)
@@ -304,6 +314,41 @@ class Machine:
     def resume(self) -> None:
         """Let a paused or quiesced guest go on, from any thread: see ``Runner.resume``."""
         self.runner.resume()
+
+    def save(self) -> dict[str, object]:
+        """Return the state of all but RAM (docs/architecture.md, "State"); StateError.
+
+        RuntimeError unless the machine is quiesced, or has not started; it must remain so until
+        this returns.
+        """
+        from pyvmm.board.state import save_machine
+
+        self._refuse_if_moving("save()")
+        state = save_machine([loop.vcpu for loop in self.loops], self._vm, self.board)
+        self._refuse_if_moving("save()")
+        return state
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` of a machine of the same configuration returned; StateError.
+
+        RAM is the caller's to copy.  RuntimeError once the machine has started.  A machine whose
+        state was refused does not start, but may be given another one.
+        """
+        from pyvmm.board.state import restore_machine
+
+        if self._has_begun.locked():
+            raise RuntimeError("restore() comes before start() and run()")
+        self._refuse_if_moving("restore()")
+        self._is_half_restored = True
+        restore_machine([loop.vcpu for loop in self.loops], self._vm, self.board, data)
+        self._is_restored, self._is_half_restored = True, False
+
+    def _refuse_if_moving(self, call: str) -> None:
+        """RuntimeError if the machine is closed, or runs and is not quiesced."""
+        if self._vm.fd < 0:
+            raise RuntimeError(f"{call} needs an open machine: this one was closed")
+        if self._has_begun.locked() and not self.runner.is_still:
+            raise RuntimeError(f"{call} needs a machine that is quiesced, or has not started")
 
     @property
     def is_paused(self) -> bool:

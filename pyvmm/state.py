@@ -61,6 +61,13 @@ class Fields:
             return None
         return self.octets(name, length, length)
 
+    def optional_text(self, name: str, most: int) -> str | None:
+        """Return a text of up to ``most`` characters, or None."""
+        value = self.take(name)
+        if value is not None and (not isinstance(value, str) or len(value) > most):
+            raise self.error(name, f"is not None or a text of at most {most} characters")
+        return value
+
     def pairs(self, name: str, most: int, limits: tuple[int, int]) -> list[tuple[int, int]]:
         """Return up to ``most`` pairs of integers from 0 to ``limits``, each a list of two."""
         value = self.take(name)

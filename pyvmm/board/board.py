@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from pyvmm.board.bus import Bus
+from pyvmm.board.bus import Bus, Chip, Part
 from pyvmm.board.slot import Slot, eventfd
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vm
@@ -19,6 +19,8 @@ from pyvmm.x86 import layout
 
 class Board:
     """``pio``, ``mmio`` and ``slots``, in the order in which the guest finds them.
+
+    ``parts`` are all others that have a state, by name.
 
     Devices are plugged in first; no KVM is needed for that.  Then ``describe`` tells the guest of
     them.  ``map_memory`` comes before KVM's interrupt chips: afterwards each change of memory waits
@@ -36,6 +38,7 @@ class Board:
         self.memory = memory
         self.pio, self.mmio = Bus("PIO", 0), Bus("MMIO", MMIO_GRANULE_BITS)
         self.slots: list[Slot] = []
+        self.parts: dict[str, Part] = {}
         self._stack = stack
         self._maps_pages = maps_pages
         self._report = report
@@ -74,6 +77,20 @@ class Board:
         """Have the thread called ``thread``, a slot's or one of its own, serve ``source`` too."""
         self._extra_sources.append((thread, source))
 
+    def add_port(self, name: str, base: int, chip: Chip) -> None:
+        """Give ``chip`` its ports from ``base``; its state is saved as ``name``.
+
+        ValueError if the name or one of the ports is taken.
+        """
+        self.add_part(name, chip)
+        self.pio.add(base, chip.LENGTH, chip)
+
+    def add_part(self, name: str, part: Part) -> None:
+        """Have the state of ``part`` saved as ``name``; ValueError if that is taken."""
+        if name in self.parts:
+            raise ValueError(f"two parts are named {name!r}: each needs a name of its own")
+        self.parts[name] = part
+
     @property
     def workers(self) -> list[tuple[str, list[IoSource]]]:
         """The threads by name, each with what it has to serve."""
@@ -105,6 +122,27 @@ class Board:
         """Have every device look at the host again, on its own thread; from any thread."""
         for slot in self.slots:
             slot.refresh()
+
+    def save(self) -> dict[str, object]:
+        """Return the states of all parts and slots (docs/architecture.md, "State"); StateError."""
+        return {
+            "parts": {name: part.save() for name, part in self.parts.items()},
+            "slots": {slot.name: slot.save() for slot in self.slots},
+        }
+
+    def restore(self, data: object) -> None:
+        """Give each part and slot its state, by name; StateError.
+
+        If ``data`` is refused, some of them may have taken theirs.
+        """
+        from pyvmm.board.state import restore_named  # not on the boot path
+        from pyvmm.state import Fields
+
+        fields = Fields("board", data)
+        parts, slots = fields.take("parts"), fields.take("slots")
+        fields.end()
+        restore_named("parts", self.parts, parts)
+        restore_named("slots", {slot.name: slot for slot in self.slots}, slots)
 
     def hurry(self) -> None:
         """Give all who serve devices, together, LAST_WAIT_S from the first call on.

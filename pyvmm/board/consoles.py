@@ -53,6 +53,7 @@ class Consoles:
                 is_chosen=config.console_is_virtio,
             )
             self._slot = board.plug(hvc0.device, THREAD, at_exit=True)
+            board.add_part("hvc0", hvc0)
             self._show_serial = hvc0.show_serial
 
     def add_serial_port(
@@ -77,6 +78,7 @@ class Consoles:
             begin=functools.partial(os.eventfd_write, polled_fd, 1),
         )
         self._board.pio.add(layout.SERIAL_PORT, Serial.LENGTH, self._uart)
+        self._board.add_part("serial", self._uart)
         self._board.add_source(THREAD, IoSource(polled_fd, self._uart.tick))
         self.receive = serial.receive
         if self._hvc0 is not None and self._is_virtio:
@@ -86,6 +88,10 @@ class Consoles:
         """The terminal may have another size: have ``hvc0`` look."""
         if self._hvc0 is not None:
             self._slot.refresh()
+
+    def drive_line(self) -> None:
+        """Set the level of the serial port's line again, in a machine that was restored."""
+        self._uart.drive_line()
 
     def finish(self) -> None:
         """The guest has ended: show what was held back."""

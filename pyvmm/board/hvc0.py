@@ -51,6 +51,24 @@ class Hvc0:
         if not self._is_chosen or not self._is_shown:
             self._show(data)
 
+    def save(self) -> dict[str, object]:
+        """Return what is shown, and what is held back (docs/architecture.md, "State")."""
+        return {
+            "is_shown": self._is_shown, "serial_is_silent": self._serial_is_silent,
+            "held": bytes(self._held),
+        }
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError.  Held bytes wait for SILENCE_S anew."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("hvc0", data)
+        is_shown, serial_is_silent = fields.boolean("is_shown"), fields.boolean("serial_is_silent")
+        held = fields.octets("held", 0, MAX_HELD_BYTES)
+        fields.end()
+        self._is_shown, self._serial_is_silent = is_shown, serial_is_silent
+        self._held, self._held_since_s = bytearray(held), time.monotonic()
+
     def finish(self) -> None:
         """The guest has ended: show what was held back, if there is nothing else."""
         if self._serial_is_silent and not self._is_chosen:

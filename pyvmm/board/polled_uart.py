@@ -96,6 +96,10 @@ class PolledUart:
         """Take what ``save`` returned; StateError."""
         self._uart.restore(data)
 
+    def drive_line(self) -> None:
+        """See ``Serial.drive_line``."""
+        self._uart.drive_line()
+
     def flush(self) -> None:
         """Send what KVM has gathered."""
         with self._lock:

@@ -194,6 +194,15 @@ class Runner:
             self.loop.wake()  # for typed bytes that wait
 
     @property
+    def is_still(self) -> bool:
+        """True while the guest is quiesced: each vCPU and each thread of a device is parked."""
+        return (
+            self.is_quiesced
+            and self._vcpus.wait_until_parked(0.0)
+            and all(loop.wait_until_parked(0.0) for loop in self._io_loops)
+        )
+
+    @property
     def is_paused(self) -> bool:
         """Whether a pause was asked for and not taken back."""
         return self._vcpus.is_paused

@@ -32,6 +32,11 @@ _EXPLAINED_BY_GIVING_UP = (Kind.SHUTDOWN, Kind.RESET, Kind.TIMEOUT)
 _TOO_EARLY = {Kind.SHUTDOWN: Kind.EARLY_HALT, Kind.RESET: Kind.EARLY_RESET}
 """The same ends, of a Linux that was not yet through with its boot."""
 
+_SIGNS = ("has_printed", "waits_for_root", "reached_init", "is_panic_reported")
+_TEXTS = ("panic", "mount_error", "gave_up")
+MAX_TEXT = 1 << 16
+"""The longest line of evidence that a saved state may have, in characters."""
+
 
 class Run(Protocol):
     """What Verdict needs of the Runner."""
@@ -101,6 +106,30 @@ class Verdict:
         self.evidence = Evidence()
         self._run = run
         self._is_linux = is_linux
+
+    def save(self) -> dict[str, object]:
+        """Return the evidence so far (docs/architecture.md, "State"), without its time."""
+        seen = self.evidence
+        return {name: getattr(seen, name) for name in (*_SIGNS, *_TEXTS)}
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError.
+
+        A guest that had panicked or given up ends as it would have.
+        """
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("verdict", data)
+        signs = {name: fields.boolean(name) for name in _SIGNS}
+        texts = {name: fields.optional_text(name, MAX_TEXT) for name in _TEXTS}
+        texts["mount_error"] = texts["mount_error"] or ""
+        fields.end()
+        for name, value in (signs | texts).items():
+            setattr(self.evidence, name, value)
+        if self.evidence.has_panicked:
+            self._finish_soon()
+        if self.evidence.gave_up is not None:
+            self._run.watch_for_halt()
 
     def end(self, kind: Kind, value: int = 0) -> None:
         """End the run: the guest has asked for it at one of its ports."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from tests.support.bare import (
     assemble,
     bare_machine,
 )
+from tests.support.kvm_states import comparable_chips, comparable_vcpu
 from tests.support.patience import patient
 from tests.support.states import Part, is_plain, spoilt
 
@@ -36,8 +35,6 @@ pytestmark = pytest.mark.bare
 
 TSC, TSC_DEADLINE, SYSTEM_TIME = 0x10, 0x6E0, 0x4B56_4D01
 MTRR_DEF_TYPE = 0x2FF
-MAY_DIFFER = {TSC, 0x4000_0010, 0x4000_0020}
-"""MSRs that go on counting: the TSC, and Hyper-V's VP run time and reference time."""
 TRACES = [0x5F80, 0x89AB_CDEF, 0x5566_7788, 0x12_3456]
 """MXCSR, ST0, XMM7 and DR0, as guest/bare/state.S set them."""
 TRACES_OF_CHIPS = [0xCD, 0x20, 0x1_0033]
@@ -94,30 +91,6 @@ def _copy_memory(source: BareMachine, target: BareMachine) -> None:
     target.memory.write(0, source.memory.read(0, MEMORY_BYTES))
 
 
-def _comparable(state: dict[str, object]) -> dict[str, object]:
-    """``state`` of a vCPU without what goes on counting."""
-    state = copy.deepcopy(state)
-    msrs = state["msrs"]
-    assert isinstance(msrs, list)
-    del state["msrs"]
-    return state | {
-        f"MSR {index:#x}": hex(value) for index, value in msrs if index not in MAY_DIFFER
-    }
-
-
-def _comparable_chips(state: dict[str, object]) -> dict[str, object]:
-    """``state`` of the chips without the PIT's load times and the clock's time."""
-    state = dict(state)
-    pit2 = state["pit2"]
-    if isinstance(pit2, bytes):
-        pit = bytearray(pit2)
-        for channel in range(3):
-            struct.pack_into("<q", pit, 24 * channel + 16, 0)
-        state["pit2"] = bytes(pit)
-    del state["clock"]
-    return state
-
-
 def _msrs(state: dict[str, object]) -> dict[int, int]:
     msrs = state["msrs"]
     assert isinstance(msrs, list)
@@ -137,8 +110,8 @@ def test_a_guest_goes_on_in_another_vm_where_it_was(tmp_path: Path, chips: bool)
         second.vm.restore(vm)
 
         vcpu2, vm2 = second.vcpu.save(), second.vm.save()
-        assert _comparable(vcpu2) == _comparable(vcpu)
-        assert _comparable_chips(vm2) == _comparable_chips(vm)
+        assert comparable_vcpu(vcpu2) == comparable_vcpu(vcpu)
+        assert comparable_chips(vm2) == comparable_chips(vm)
         assert _msrs(vcpu2)[TSC] >= _msrs(vcpu)[TSC]
         assert _msrs(vcpu)[MTRR_DEF_TYPE] != 0
         if chips:
@@ -163,7 +136,7 @@ def test_a_vcpu_that_waits_for_sipi_still_does(tmp_path: Path) -> None:
             assert state["mp_state"] == abi.KVM_MP_STATE_UNINITIALIZED
             fresh.set_regs(abi.kvm_regs(rip=0x1000, rflags=2))
             fresh.restore(state)
-            assert _comparable(fresh.save()) == _comparable(state)
+            assert comparable_vcpu(fresh.save()) == comparable_vcpu(state)
             with pytest.raises(StateError, match=r"^vcpu1: mp_state is not an integer of 0 to 4"):
                 fresh.restore(state | {"mp_state": 5})
 

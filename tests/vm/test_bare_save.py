@@ -1,0 +1,350 @@
+"""A whole machine saved while its guest drives a disk, and another one that goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyvmm.config import DiskConfig, RunConfig
+from pyvmm.errors import StateError
+from pyvmm.kvm.handles import Vcpu, Vm
+from pyvmm.machine import Machine
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.virtio.rate_limit import RateLimit
+from pyvmm.x86 import layout
+from tests.support.disk_guest import (
+    built,
+    disk_machine,
+    expected_disk,
+    read_memory,
+    rounds_done,
+    wait_for_rounds,
+    write_memory,
+)
+from tests.support.kvm_states import comparable_chips, comparable_vcpu
+from tests.support.patience import patient
+from tests.support.vhost_user_peers import open_fds
+from tests.support.virtio_states import assert_plain, junk, replaced, walk, without
+
+pytestmark = pytest.mark.bare
+
+ROUNDS, STOPS = 300, (20, 90, 170, 250)
+AVAIL_IDX, USED_IDX = 0x401002, 0x402002  # of drive_disk.S's split ring
+STOPPED = Outcome(Kind.STOPPED)
+DONE = Outcome(Kind.GUEST_STATUS, 0)
+WAIT_S = 30.0
+
+
+def comparable(state: dict[str, object]) -> dict[str, object]:
+    """``state`` without what the documentation says goes on: TSC, kvm-clock, PIT load times."""
+    vcpus, chips = state["vcpus"], state["chips"]
+    assert isinstance(vcpus, dict)
+    assert isinstance(chips, dict)
+    return state | {
+        "vcpus": {name: comparable_vcpu(one) for name, one in vcpus.items()},
+        "chips": comparable_chips(chips),
+    }
+
+
+def stop_and_save(machine: Machine) -> tuple[dict[str, object], list[bytes]]:
+    """Quiesce ``machine``, save it with its RAM, and end it."""
+    assert machine.quiesce(patient(WAIT_S))
+    state, memory = machine.save(), read_memory(machine)
+    assert machine.stop(STOPPED) == STOPPED
+    return state, memory
+
+
+@pytest.mark.parametrize("mmio", ["mapped", "trapped"])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_machine_goes_on_in_another_one_again_and_again(
+    tmp_path: Path, cpus: int, packed: bool, mmio: str
+) -> None:
+    config = disk_machine(tmp_path, rounds=ROUNDS, packed=packed, cpus=cpus, mmio=mmio)
+    with built(config) as machine:
+        machine.start()
+        wait_for_rounds(machine, STOPS[0])
+        assert machine.consoles.receive(b"typed") == 5  # into the FIFO: the line goes up
+        state, memory = stop_and_save(machine)
+    for stop_at in STOPS[1:]:
+        assert_plain(state)
+        with built(config) as machine:
+            write_memory(machine, memory)
+            machine.restore(state)
+            assert comparable(machine.save()) == comparable(state)
+            assert read_memory(machine) == memory, "RAM is the caller's"
+            machine.start()
+            wait_for_rounds(machine, stop_at)
+            state, memory = stop_and_save(machine)
+    with built(config) as machine:
+        write_memory(machine, memory)
+        machine.restore(state)
+        machine.start()
+        assert machine.wait(patient(WAIT_S)) == DONE
+    assert Path(config.console).read_bytes() == b"typed"
+    assert (tmp_path / "disk.img").read_bytes() == expected_disk(ROUNDS)
+
+
+def test_a_machine_that_was_saved_goes_on_itself(tmp_path: Path) -> None:
+    config = disk_machine(tmp_path, rounds=ROUNDS)
+    with built(config) as machine:
+        machine.start()
+        for stop_at in STOPS:
+            wait_for_rounds(machine, stop_at)
+            assert machine.quiesce(patient(WAIT_S))
+            machine.save()
+            machine.resume()
+        wait_for_rounds(machine, ROUNDS)
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
+    assert (tmp_path / "disk.img").read_bytes() == expected_disk(ROUNDS)
+
+
+def test_a_machine_that_has_not_started_is_saved_too(tmp_path: Path) -> None:
+    config = disk_machine(tmp_path, rounds=2)
+    with built(config) as machine:
+        state, memory = machine.save(), read_memory(machine)
+    with built(config) as machine:
+        write_memory(machine, memory)
+        machine.restore(state)
+        machine.start()
+        wait_for_rounds(machine, 2)
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
+
+
+def finish_in_another(
+    config: RunConfig, state: dict[str, object], memory: list[bytes], rounds: int
+) -> None:
+    """Have another machine do the rest of its rounds."""
+    with built(config) as machine:
+        write_memory(machine, memory)
+        machine.restore(state)
+        machine.start()
+        wait_for_rounds(machine, rounds)
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
+
+
+def test_a_request_that_a_rate_limit_held_is_served_after_the_restore(tmp_path: Path) -> None:
+    """Its doorbell was rung before the save, and nobody's state has that."""
+    config = disk_machine(tmp_path, rounds=6)
+    disk = config.disks[0]
+    assert isinstance(disk, DiskConfig)
+    config = config.replace(disks=(disk.replace(rate_limit=RateLimit(ops_per_s=5)),))
+    with built(config) as machine:
+        machine.start()
+        wait_for_rounds(machine, 1)
+        ram = machine.board.memory
+        assert machine.quiesce(patient(WAIT_S))
+        while ram.read_int(AVAIL_IDX, 2) == ram.read_int(USED_IDX, 2):
+            machine.resume()
+            time.sleep(0.01)
+            assert machine.quiesce(patient(WAIT_S))
+        state, memory = stop_and_save(machine)
+    finish_in_another(config, state, memory, 6)
+
+
+def test_an_interrupt_that_is_in_nobodys_state_is_sent_after_the_restore(tmp_path: Path) -> None:
+    config = disk_machine(tmp_path, rounds=ROUNDS)
+    with built(config) as machine:
+        machine.start()
+        wait_for_rounds(machine, STOPS[0])
+        slot = machine.board.slots[0]
+        # From here on an interrupt gets no further than the eventfd.
+        machine._vm.irqfd(slot.irq_fd, slot.gsi, deassign=True)
+        before = -1
+        while rounds_done(machine) != before:
+            before = rounds_done(machine)
+            time.sleep(0.2)
+        assert before < ROUNDS
+        state, memory = stop_and_save(machine)
+    finish_in_another(config, state, memory, ROUNDS)
+
+
+def test_a_restored_guest_is_told_of_its_pause_and_its_uarts_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = disk_machine(tmp_path, rounds=ROUNDS, cpus=2)
+    with built(config) as machine:
+        machine.start()
+        wait_for_rounds(machine, STOPS[0])
+        assert machine.consoles.receive(b"typed") == 5
+        state, memory = stop_and_save(machine)
+    lines: list[tuple[int, bool]] = []
+    paused: list[int] = []
+    monkeypatch.setattr(Vm, "irq_line", lambda _vm, gsi, level: lines.append((gsi, level)))
+    monkeypatch.setattr(Vcpu, "note_pause", lambda vcpu: paused.append(vcpu.index))
+    with built(config) as machine:
+        write_memory(machine, memory)
+        machine.restore(state)
+        assert (lines, paused) == ([], []), "nothing happens in the guest before the start"
+        machine.start()
+        assert lines[0] == (layout.SERIAL_IRQ, True)
+        assert paused[:2] == [0, 1]
+        machine.stop(STOPPED)
+
+
+def test_what_the_guest_has_shown_of_itself_comes_along(tmp_path: Path) -> None:
+    config = disk_machine(tmp_path, rounds=ROUNDS)
+    with built(config) as first:
+        first.evidence.reached_init = first.evidence.has_printed = True
+        first.evidence.mount_error = "no such disk"
+        state = first.save()
+    with built(config) as second:
+        second.restore(state)
+        assert vars(second.evidence) == vars(first.evidence)
+
+
+def test_every_device_on_a_bus_that_has_a_state_is_saved(tmp_path: Path) -> None:
+    with built(disk_machine(tmp_path, rounds=1)) as machine:
+        board = machine.board
+        saved = [*board.parts.values(), *(slot.transport for slot in board.slots)]
+        found = [
+            device for bus in (board.pio, board.mmio) for _, _, device in bus._table.values()
+            if hasattr(device, "save")
+        ]
+        assert len(found) > 8
+        assert [device for device in found if device not in saved] == []
+        state = machine.save()
+    assert sorted(state) == ["board", "chips", "vcpus"]
+    on_board = state["board"]
+    assert isinstance(on_board, dict)
+    assert list(on_board["slots"]) == ["virtio0", "console", "entropy"]
+    assert sorted(on_board["parts"]) == [
+        "PCI host bridge", "RTC", "boot timer", "debug exit", "hvc0", "i8042", "power", "pvpanic",
+        "serial", "verdict",
+    ]
+
+
+# Bad input
+
+
+def test_a_machine_that_moves_is_not_saved(tmp_path: Path) -> None:
+    with built(disk_machine(tmp_path, rounds=ROUNDS)) as machine:
+        machine.start()
+        with pytest.raises(RuntimeError, match=r"^save\(\) needs a machine that is quiesced"):
+            machine.save()
+        assert machine.pause(patient(WAIT_S))
+        with pytest.raises(RuntimeError, match=r"^save\(\) needs a machine that is quiesced"):
+            machine.save()  # its disk's thread goes on
+        assert machine.quiesce(patient(WAIT_S))
+        state = machine.save()
+        with pytest.raises(RuntimeError, match=r"^restore\(\) comes before start\(\) and run\(\)"):
+            machine.restore(state)
+        machine.stop(STOPPED)
+        with pytest.raises(RuntimeError, match=r"^save\(\) needs a machine that is quiesced"):
+            machine.save()
+    for use in (machine.save, lambda: machine.restore(state)):
+        with pytest.raises(RuntimeError, match=r"closed|comes before"):
+            use()
+
+
+def test_a_closed_machine_takes_no_state(tmp_path: Path) -> None:
+    before = open_fds()
+    with built(disk_machine(tmp_path, rounds=1)) as machine:
+        state = machine.save()
+    with pytest.raises(RuntimeError, match=r"^save\(\) needs an open machine: this one was closed"):
+        machine.save()
+    with pytest.raises(RuntimeError, match=r"^restore\(\) needs an open machine"):
+        machine.restore(state)
+    assert open_fds() == before
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, object], Machine]]:
+    """The state of a machine in the midst of its work, and another that takes bad ones."""
+    config = disk_machine(tmp_path_factory.mktemp("saved"), rounds=ROUNDS, cpus=2)
+    with built(config) as machine:
+        machine.start()
+        wait_for_rounds(machine, STOPS[0])
+        state, memory = stop_and_save(machine)
+    with built(config) as machine:
+        write_memory(machine, memory)
+        yield state, machine
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        (("vcpus", "vcpu1"), r"^vcpus: vcpu1 is missing$"),
+        (("chips",), r"^machine: chips is missing$"),
+        (("board", "parts"), r"^board: parts is missing$"),
+        (("board", "parts", "i8042"), r"^parts: i8042 is missing$"),
+        (("board", "slots", "virtio0"), r"^slots: virtio0 is missing$"),
+        (("board", "slots", "virtio0", "gsi"), r"^slot virtio0: gsi is missing$"),
+    ],
+)
+def test_a_missing_name_is_one_state_error(
+    saved: tuple[dict[str, object], Machine], path: tuple[str, ...], problem: str
+) -> None:
+    state, machine = saved
+    with pytest.raises(StateError, match=problem):
+        machine.restore(without(state, path))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ((), [], r"^machine: the state is no dict with text keys$"),
+        (("ram",), b"", r"^machine: has no field 'ram'$"),
+        (("vcpus", "vcpu2"), {}, r"^vcpus: has no field 'vcpu2'$"),
+        (("board", "parts", "floppy"), {}, r"^parts: has no field 'floppy'$"),
+        (("board", "slots", "virtio1"), {}, r"^slots: has no field 'virtio1'$"),
+        (("board", "slots", "virtio0", "base"), 0xD000_1000, r"^slot virtio0: base is not 0xd0000"),
+        (("board", "parts", "verdict", "panic"), 5, r"^verdict: panic is not None or a text"),
+        (("board", "parts", "hvc0", "held"), "", r"^hvc0: held is not 0 to 65536 bytes$"),
+        (("board", "slots", "virtio0", "transport", "status"), 999,
+         r"^virtio block device, transport: status is not an integer of 0 to 255$"),
+    ],
+)
+def test_a_name_or_a_value_too_many_is_one_state_error(
+    saved: tuple[dict[str, object], Machine], path: tuple[str, ...], value: object, problem: str
+) -> None:
+    state, machine = saved
+    with pytest.raises(StateError, match=problem):
+        machine.restore(replaced(state, path, value))
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_a_spoilt_state_is_a_state_error_or_accepted(
+    saved: tuple[dict[str, object], Machine], data: st.DataObject
+) -> None:
+    state, machine = saved
+    path = data.draw(st.sampled_from([path for path, _ in walk(state)]), "path")
+    if data.draw(st.booleans(), "removed"):
+        spoilt = without(state, path)
+    else:
+        spoilt = replaced(state, path, data.draw(junk, "junk"))
+    with contextlib.suppress(StateError):
+        machine.restore(spoilt)
+
+
+def test_a_machine_whose_state_was_refused_does_not_start_until_it_has_a_good_one(
+    tmp_path: Path,
+) -> None:
+    config = disk_machine(tmp_path, rounds=ROUNDS)
+    with built(config) as machine:
+        machine.start()
+        wait_for_rounds(machine, STOPS[0])
+        state, memory = stop_and_save(machine)
+    with built(config) as machine:
+        write_memory(machine, memory)
+        with pytest.raises(StateError):
+            machine.restore(without(state, ("board", "slots", "entropy")))
+        for start in (machine.start, machine.run):
+            with pytest.raises(RuntimeError, match=r"^restore\(\) has failed: give the machine"):
+                start()
+        machine.restore(state)
+        machine.start()
+        wait_for_rounds(machine, ROUNDS)
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
+    assert (tmp_path / "disk.img").read_bytes() == expected_disk(ROUNDS)
