@@ -155,8 +155,9 @@ endef
 # $(call vm_tests,OPTIONS)
 define vm_tests
 $(call choose_host,--timeout 3600 --memory 3G)
-select=kvm; [ -r /dev/kvm -a -w /dev/kvm ] || select="kvm or bare"
-$$host $(BIN)/python -m pytest -q -m "$$select" $(1) tests/vm $(PYTEST_ARGS)
+select=kvm rooms="tests/vm tests/docs"
+[ -r /dev/kvm -a -w /dev/kvm ] || { select="kvm or bare"; rooms="$$rooms tests/api tests/board"; }
+$$host $(BIN)/python -m pytest -q -m "$$select" $(1) $$rooms $(PYTEST_ARGS)
 endef
 
 vm-test: needs ## Linux guests; in the lab where this host's KVM cannot
