@@ -298,6 +298,7 @@ class Machine:
             from pyvmm.board.state import catch_up
 
             catch_up(self.loops, self.board, self.consoles)
+            self._verdict.go_on()
 
     def _runs_program(self) -> bool:
         vcpus = (loop.vcpu for loop in self.loops)
@@ -329,8 +330,8 @@ class Machine:
     def restore(self, data: object) -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
 
-        RAM is the caller's to copy, before this.  RuntimeError once the machine has started.  A machine whose
-        state was refused does not start, but may be given another one.
+        RAM is the caller's to copy, before this.  RuntimeError once the machine has started.  A
+        machine whose state was refused does not start, but may be given another one.
         """
         from pyvmm.board.state import restore_machine
 

@@ -107,8 +107,9 @@ def restore_board(board: Board, data: object) -> None:
     fields = Fields("board", data)
     parts, slots = fields.take("parts"), fields.take("slots")
     fields.end()
-    restore_named("parts", board.parts, parts)
+    # The slots first: a device resets before it takes its state, and a part may follow that.
     restore_named("slots", {slot.name: slot for slot in board.slots}, slots)
+    restore_named("parts", board.parts, parts)
 
 
 def save_slot(slot: Slot) -> dict[str, object]:

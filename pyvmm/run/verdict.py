@@ -108,13 +108,13 @@ class Verdict:
         return {k: v for k, v in vars(self.evidence).items() if k != "user_space_seen_s"}
 
     def restore(self, data: object) -> None:
-        """Take what ``save`` returned; StateError.
-
-        A guest that had panicked or given up ends as it would have.
-        """
+        """Take what ``save`` returned; StateError."""
         from pyvmm.run.verdict_state import restore_evidence  # not on the boot path
 
         restore_evidence(self.evidence, data)
+
+    def go_on(self) -> None:
+        """Have a guest end that had panicked or given up when it was saved."""
         if self.evidence.has_panicked:
             self._finish_soon()
         if self.evidence.gave_up is not None:
