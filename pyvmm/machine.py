@@ -242,7 +242,7 @@ class Machine:
         self._has_begun = threading.Lock()  # taken once, never released
         self._judging = threading.Lock()
         self._outcome: Outcome | None = None
-        self._is_restored = self._is_half_restored = False
+        self._is_restored: bool | None = False  # None: not all parts took their states
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
@@ -285,7 +285,7 @@ class Machine:
         return None if self.runner.stop(outcome) is None else self.wait()
 
     def _begin(self) -> None:
-        if self._is_half_restored:
+        if self._is_restored is None:
             raise RuntimeError("restore() has failed: give the machine another state first")
         if not self._has_begun.acquire(blocking=False):
             raise RuntimeError("a machine runs once: build another one")
@@ -297,7 +297,8 @@ class Machine:
         if self._is_restored:
             from pyvmm.board.state import catch_up
 
-            catch_up([loop.vcpu for loop in self.loops], self.board, self.consoles)
+            catch_up(self.loops, self.board, self.consoles)
+            self._verdict.go_on()
 
     def _runs_program(self) -> bool:
         vcpus = (loop.vcpu for loop in self.loops)
@@ -323,32 +324,20 @@ class Machine:
         """
         from pyvmm.board.state import save_machine
 
-        self._refuse_if_moving("save()")
-        state = save_machine([loop.vcpu for loop in self.loops], self._vm, self.board)
-        self._refuse_if_moving("save()")
-        return state
+        runner = self.runner if self._has_begun.locked() else None
+        return save_machine(self.loops, self._vm, self.board, runner)
 
     def restore(self, data: object) -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
 
-        RAM is the caller's to copy.  RuntimeError once the machine has started.  A machine whose
-        state was refused does not start, but may be given another one.
+        RAM is the caller's to copy, before this.  RuntimeError once the machine has started.  A
+        machine whose state was refused does not start, but may be given another one.
         """
         from pyvmm.board.state import restore_machine
 
-        if self._has_begun.locked():
-            raise RuntimeError("restore() comes before start() and run()")
-        self._refuse_if_moving("restore()")
-        self._is_half_restored = True
-        restore_machine([loop.vcpu for loop in self.loops], self._vm, self.board, data)
-        self._is_restored, self._is_half_restored = True, False
-
-    def _refuse_if_moving(self, call: str) -> None:
-        """RuntimeError if the machine is closed, or runs and is not quiesced."""
-        if self._vm.fd < 0:
-            raise RuntimeError(f"{call} needs an open machine: this one was closed")
-        if self._has_begun.locked() and not self.runner.is_still:
-            raise RuntimeError(f"{call} needs a machine that is quiesced, or has not started")
+        self._is_restored = None
+        restore_machine(self.loops, self._vm, self.board, self._has_begun.locked(), data)
+        self._is_restored = True
 
     @property
     def is_paused(self) -> bool:

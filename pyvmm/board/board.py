@@ -6,15 +6,19 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from pyvmm.board.bus import Bus, Chip, Part
+from pyvmm.board.bus import Bus
 from pyvmm.board.slot import Slot, eventfd
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.run.io_loop import LAST_WAIT_S, IoSource
 from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.x86 import layout
+
+if TYPE_CHECKING:
+    from pyvmm.board.state import Chip, Part
 
 
 class Board:
@@ -125,24 +129,18 @@ class Board:
 
     def save(self) -> dict[str, object]:
         """Return the states of all parts and slots (docs/architecture.md, "State"); StateError."""
-        return {
-            "parts": {name: part.save() for name, part in self.parts.items()},
-            "slots": {slot.name: slot.save() for slot in self.slots},
-        }
+        from pyvmm.board import state  # not on the boot path
+
+        return state.save_board(self)
 
     def restore(self, data: object) -> None:
         """Give each part and slot its state, by name; StateError.
 
         If ``data`` is refused, some of them may have taken theirs.
         """
-        from pyvmm.board.state import restore_named  # not on the boot path
-        from pyvmm.state import Fields
+        from pyvmm.board import state
 
-        fields = Fields("board", data)
-        parts, slots = fields.take("parts"), fields.take("slots")
-        fields.end()
-        restore_named("parts", self.parts, parts)
-        restore_named("slots", {slot.name: slot for slot in self.slots}, slots)
+        state.restore_board(self, data)
 
     def hurry(self) -> None:
         """Give all who serve devices, together, LAST_WAIT_S from the first call on.

@@ -21,22 +21,6 @@ class BusDevice(Protocol):
         """Take ``value``, ``size`` bytes wide, at ``offset``."""
 
 
-class Part(Protocol):
-    """A part of a machine with a state of its own (docs/architecture.md, "State")."""
-
-    def save(self) -> dict[str, object]:
-        """Return the state as plain data; StateError if there is none to give."""
-
-    def restore(self, data: object) -> None:
-        """Take what ``save`` of such a part returned; StateError."""
-
-
-class Chip(BusDevice, Part, Protocol):
-    """A device with ``LENGTH`` ports, and a state."""
-
-    LENGTH: int
-
-
 class Bus:
     """Dispatch by a table of granules of ``1 << granule_bits`` addresses.
 

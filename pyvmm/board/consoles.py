@@ -31,10 +31,12 @@ class Consoles:
     """Both consoles, which show on ``output`` and tell ``on_room`` that there is room for input.
 
     ``hvc0`` gets the board's next slot; ``add_serial_port`` adds ``ttyS0``, once there is a VM.
-    Then ``receive`` takes typed bytes for the one that is chosen and says how many it took.
+    That is ``uart``.  Then ``receive`` takes typed bytes for the one that is chosen and says how
+    many it took.
     """
 
     receive: Callable[[bytes], int]
+    uart: PolledUart
 
     def __init__(
         self, config: RunConfig, board: Board, console: Console, output: OutputBuffer,
@@ -72,14 +74,14 @@ class Consoles:
         show = self._show_serial if len(vcpus) == 1 else watch.tap(self._show_serial)
         serial = Serial(show, functools.partial(vm.irq_line, layout.SERIAL_IRQ), self._on_room)
         polled_fd = eventfd(stack)
-        self._uart = PolledUart(
+        self.uart = PolledUart(
             serial, ring=ring,
             gather=functools.partial(vm.gather_port, layout.SERIAL_PORT),
             begin=functools.partial(os.eventfd_write, polled_fd, 1),
         )
-        self._board.pio.add(layout.SERIAL_PORT, Serial.LENGTH, self._uart)
-        self._board.add_part("serial", self._uart)
-        self._board.add_source(THREAD, IoSource(polled_fd, self._uart.tick))
+        self._board.pio.add(layout.SERIAL_PORT, Serial.LENGTH, self.uart)
+        self._board.add_part("serial", self.uart)
+        self._board.add_source(THREAD, IoSource(polled_fd, self.uart.tick))
         self.receive = serial.receive
         if self._hvc0 is not None and self._is_virtio:
             self.receive = self._hvc0.device.receive
@@ -89,12 +91,8 @@ class Consoles:
         if self._hvc0 is not None:
             self._slot.refresh()
 
-    def drive_line(self) -> None:
-        """Set the level of the serial port's line again, in a machine that was restored."""
-        self._uart.drive_line()
-
     def finish(self) -> None:
         """The guest has ended: show what was held back."""
-        self._uart.flush()
+        self.uart.flush()
         if self._hvc0 is not None:
             self._hvc0.finish()

@@ -103,31 +103,15 @@ class Slot:
 
     def save(self) -> dict[str, object]:
         """Return the slot's place and its transport's state; StateError."""
-        return {"base": self.base, "gsi": self.gsi, "transport": self.transport.save()}
+        from pyvmm.board import state  # not on the boot path
+
+        return state.save_slot(self)
 
     def restore(self, data: object) -> None:
-        """Take what ``save`` returned; StateError.  ``catch_up`` comes when the guest goes on."""
-        from pyvmm.state import Fields  # not on the boot path
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.board import state
 
-        fields = Fields(f"slot {self.name}", data)
-        for name, own in ("base", self.base), ("gsi", self.gsi):
-            if fields.take(name) != own:
-                raise fields.error(name, f"is not {own:#x}: here the device has another place")
-        transport = fields.take("transport")
-        fields.end()
-        self.transport.restore(transport)
-
-    def catch_up(self) -> None:
-        """Make up for the eventfds, of which no state has anything.
-
-        An active device serves each queue once, and its driver gets one interrupt.  Every
-        device looks at the host.
-        """
-        if self.device.is_activated:
-            for queue in range(len(self.doorbells)):
-                self.serve(queue)
-            os.eventfd_write(self.irq_fd, 1)
-        self.refresh()
+        state.restore_slot(self, data)
 
     # The slot as KVM sees it
 

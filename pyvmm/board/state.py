@@ -5,41 +5,127 @@ Loaded only where a machine is saved or restored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from pyvmm.board.board import Board
-from pyvmm.board.bus import Part
+from pyvmm.board.bus import BusDevice
 from pyvmm.board.consoles import Consoles
-from pyvmm.kvm.handles import Vcpu, Vm
+from pyvmm.board.slot import Slot
+from pyvmm.kvm.handles import Vm
+from pyvmm.run.runner import Runner
+from pyvmm.run.vcpu_loop import VcpuLoop
+from pyvmm.startup.types import Protocol
 from pyvmm.state import Fields
 
 
-def save_machine(vcpus: Sequence[Vcpu], vm: Vm, board: Board) -> dict[str, object]:
-    """Return the state of a machine in which nothing moves; StateError, HostError.
+class Part(Protocol):
+    """A part of a machine with a state of its own (docs/architecture.md, "State")."""
 
-    The board comes first: the UART takes what KVM has gathered for it, which may drive its line.
+    def save(self) -> dict[str, object]:
+        """Return the state as plain data; StateError if there is none to give."""
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` of such a part returned; StateError."""
+
+
+class Chip(BusDevice, Part, Protocol):
+    """A device with ``LENGTH`` ports, and a state."""
+
+    LENGTH: int
+
+
+def save_machine(
+    loops: Sequence[VcpuLoop], vm: Vm, board: Board, runner: Runner | None
+) -> dict[str, object]:
+    """Return the state of a machine, which ``runner`` runs if it has started.
+
+    StateError; RuntimeError if it is closed, or something moves in it.  The board comes first: the
+    UART takes what KVM has gathered for it, which may drive its line.
     """
+    _refuse_if_closed(vm, "save()")
+    _refuse_if_moving(runner)
     on_board = board.save()
-    return {
+    state = {
         "board": on_board,
-        "vcpus": {_name(vcpu): vcpu.save() for vcpu in vcpus},
+        "vcpus": {name: vcpu.save() for name, vcpu in _vcpus(loops).items()},
         "chips": vm.save(),
     }
+    _refuse_if_moving(runner)
+    return state
 
 
-def restore_machine(vcpus: Sequence[Vcpu], vm: Vm, board: Board, data: object) -> None:
-    """Give a machine that has not started the state ``data``; StateError.
+def restore_machine(
+    loops: Sequence[VcpuLoop], vm: Vm, board: Board, has_begun: bool, data: object
+) -> None:
+    """Give a machine the state ``data``; StateError, RuntimeError if it is closed or has started.
 
     Nothing happens in the guest until ``catch_up``.  If ``data`` is refused, some parts may have
     taken theirs: the machine must not start, but may be given another state.
     """
+    _refuse_if_closed(vm, "restore()")
+    if has_begun:
+        raise RuntimeError("restore() comes before start() and run()")
     fields = Fields("machine", data)
-    of_vcpus, of_chips, of_board = (fields.take(name) for name in ("vcpus", "chips", "board"))
+    vcpus, chips, on_board = (fields.take(name) for name in ("vcpus", "chips", "board"))
     fields.end()
     # In this order: KVM gives each later vCPU the TSC of the first.
-    restore_named("vcpus", {_name(vcpu): vcpu for vcpu in vcpus}, of_vcpus)
-    vm.restore(of_chips)
-    board.restore(of_board)
+    restore_named("vcpus", _vcpus(loops), vcpus)
+    vm.restore(chips)
+    board.restore(on_board)
+
+
+def catch_up(loops: Sequence[VcpuLoop], board: Board, consoles: Consoles) -> None:
+    """Do what no state has, after ``restore_machine`` and right before the guest goes on.
+
+    Otherwise a doorbell that was rung before the save, an interrupt on its way through an eventfd
+    and the level of the UART's line would be lost.  So each queue of an active device is served
+    once, its driver gets one interrupt, and each device looks at the host.  kvm-clock tells the
+    guest that it was paused.
+    """
+    consoles.uart.drive_line()
+    for slot in board.slots:
+        if slot.device.is_activated:
+            for queue in range(len(slot.doorbells)):
+                slot.serve(queue)
+            os.eventfd_write(slot.irq_fd, 1)
+        slot.refresh()
+    for loop in loops:
+        loop.vcpu.note_pause()
+
+
+def save_board(board: Board) -> dict[str, object]:
+    """See ``Board.save``."""
+    return {
+        "parts": {name: part.save() for name, part in board.parts.items()},
+        "slots": {slot.name: slot.save() for slot in board.slots},
+    }
+
+
+def restore_board(board: Board, data: object) -> None:
+    """See ``Board.restore``."""
+    fields = Fields("board", data)
+    parts, slots = fields.take("parts"), fields.take("slots")
+    fields.end()
+    # The slots first: a device resets before it takes its state, and a part may follow that.
+    restore_named("slots", {slot.name: slot for slot in board.slots}, slots)
+    restore_named("parts", board.parts, parts)
+
+
+def save_slot(slot: Slot) -> dict[str, object]:
+    """See ``Slot.save``."""
+    return {"base": slot.base, "gsi": slot.gsi, "transport": slot.transport.save()}
+
+
+def restore_slot(slot: Slot, data: object) -> None:
+    """See ``Slot.restore``."""
+    fields = Fields(f"slot {slot.name}", data)
+    for name, own in ("base", slot.base), ("gsi", slot.gsi):
+        if fields.take(name) != own:
+            raise fields.error(name, f"is not {own:#x}: here the device has another place")
+    transport = fields.take("transport")
+    fields.end()
+    slot.transport.restore(transport)
 
 
 def restore_named(what: str, parts: Mapping[str, Part], data: object) -> None:
@@ -54,18 +140,15 @@ def restore_named(what: str, parts: Mapping[str, Part], data: object) -> None:
         part.restore(state)
 
 
-def catch_up(vcpus: Sequence[Vcpu], board: Board, consoles: Consoles) -> None:
-    """Do what no state has, after ``restore_machine`` and right before the guest goes on.
-
-    A doorbell that was rung before the save, an interrupt on its way through an eventfd and the
-    level of the UART's line would be lost.  kvm-clock tells the guest that it was paused.
-    """
-    consoles.drive_line()
-    for slot in board.slots:
-        slot.catch_up()
-    for vcpu in vcpus:
-        vcpu.note_pause()
+def _vcpus(loops: Sequence[VcpuLoop]) -> dict[str, Part]:
+    return {f"vcpu{loop.vcpu.index}": loop.vcpu for loop in loops}
 
 
-def _name(vcpu: Vcpu) -> str:
-    return f"vcpu{vcpu.index}"
+def _refuse_if_closed(vm: Vm, call: str) -> None:
+    if vm.fd < 0:
+        raise RuntimeError(f"{call} needs an open machine: this one was closed")
+
+
+def _refuse_if_moving(runner: Runner | None) -> None:
+    if runner is not None and not runner.is_still:
+        raise RuntimeError("save() needs a machine that is quiesced, or has not started")

@@ -32,10 +32,6 @@ _EXPLAINED_BY_GIVING_UP = (Kind.SHUTDOWN, Kind.RESET, Kind.TIMEOUT)
 _TOO_EARLY = {Kind.SHUTDOWN: Kind.EARLY_HALT, Kind.RESET: Kind.EARLY_RESET}
 """The same ends, of a Linux that was not yet through with its boot."""
 
-_SIGNS = ("has_printed", "waits_for_root", "reached_init", "is_panic_reported")
-_TEXTS = ("panic", "mount_error", "gave_up")
-MAX_TEXT = 1 << 16
-"""The longest line of evidence that a saved state may have, in characters."""
 
 
 class Run(Protocol):
@@ -109,23 +105,16 @@ class Verdict:
 
     def save(self) -> dict[str, object]:
         """Return the evidence so far (docs/architecture.md, "State"), without its time."""
-        seen = self.evidence
-        return {name: getattr(seen, name) for name in (*_SIGNS, *_TEXTS)}
+        return {k: v for k, v in vars(self.evidence).items() if k != "user_space_seen_s"}
 
     def restore(self, data: object) -> None:
-        """Take what ``save`` returned; StateError.
+        """Take what ``save`` returned; StateError."""
+        from pyvmm.run.verdict_state import restore_evidence  # not on the boot path
 
-        A guest that had panicked or given up ends as it would have.
-        """
-        from pyvmm.state import Fields  # not on the boot path
+        restore_evidence(self.evidence, data)
 
-        fields = Fields("verdict", data)
-        signs = {name: fields.boolean(name) for name in _SIGNS}
-        texts = {name: fields.optional_text(name, MAX_TEXT) for name in _TEXTS}
-        texts["mount_error"] = texts["mount_error"] or ""
-        fields.end()
-        for name, value in (signs | texts).items():
-            setattr(self.evidence, name, value)
+    def go_on(self) -> None:
+        """Have a guest end that had panicked or given up when it was saved."""
         if self.evidence.has_panicked:
             self._finish_soon()
         if self.evidence.gave_up is not None:

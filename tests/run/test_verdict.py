@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyvmm.console.watch import ConsoleWatch, Finding, Sign
+from pyvmm.errors import StateError
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import HltExit, InternalErrorExit, ShutdownExit, SystemEventExit, UnknownExit
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.verdict import SILENCE_S, Verdict, outcome_of_exit, outcome_of_halt
+from tests.support.states import is_plain, spoilt
 
 PANIC = Finding(Sign.PANIC, "VFS: Unable to mount root fs")
 HALT = outcome_of_halt()
@@ -262,3 +267,43 @@ def test_an_internal_error_says_what_kvm_says() -> None:
     outcome = outcome_of_exit(InternalErrorExit(1, ()), registers)
     assert outcome.kind is Kind.INTERNAL_ERROR
     assert outcome.detail == "KVM cannot emulate an instruction (suberror 1)\nrip 0x10"
+
+
+def test_evidence_is_saved_and_restored() -> None:
+    first = Verdict(FakeRun(), is_linux=True)
+    for finding in (
+        Finding(Sign.FIRST_OUTPUT), Finding(Sign.WAITS_FOR_ROOT), Finding(Sign.USER_SPACE),
+        Finding(Sign.NO_ROOT, "no such disk"),
+    ):
+        first.hear(finding)
+    state, run = first.save(), FakeRun()
+    assert is_plain(state)
+    second = Verdict(run, is_linux=True)
+    second.restore(state)
+    assert second.save() == state
+    assert second.evidence.user_space_seen_s is None, "the time of another run"
+    second.go_on()
+    assert (run.later, run.halt_watches) == ([], 0)
+    assert second.judge(HALT) == HALT, "it has reached an init"
+
+
+def test_a_guest_that_was_saved_in_its_panic_ends_by_it(run: FakeRun, verdict: Verdict) -> None:
+    verdict.hear(PANIC)
+    verdict.hear(Finding(Sign.GAVE_UP, "no room"))
+    other_run = FakeRun()
+    other = Verdict(other_run, is_linux=True)
+    other.restore(verdict.save())
+    assert (other_run.later, other_run.halt_watches) == ([], 0), "not before it goes on"
+    other.go_on()
+    assert (other_run.later, other_run.halt_watches) == (run.later, 1)
+
+
+@given(st.data())
+def test_junk_for_evidence_is_a_state_error(data: st.DataObject) -> None:
+    verdict = Verdict(FakeRun(), is_linux=True)
+    good = verdict.save()
+    with contextlib.suppress(StateError):
+        verdict.restore(data.draw(spoilt(good)))
+        assert is_plain(verdict.save())
+        return
+    assert verdict.save() == good

@@ -205,7 +205,7 @@ def test_what_the_guest_has_shown_of_itself_comes_along(tmp_path: Path) -> None:
 def test_every_device_on_a_bus_that_has_a_state_is_saved(tmp_path: Path) -> None:
     with built(disk_machine(tmp_path, rounds=1)) as machine:
         board = machine.board
-        saved = [*board.parts.values(), *(slot.transport for slot in board.slots)]
+        saved: list[object] = [*board.parts.values(), *(slot.transport for slot in board.slots)]
         found = [
             device for bus in (board.pio, board.mmio) for _, _, device in bus._table.values()
             if hasattr(device, "save")
