@@ -128,6 +128,11 @@ class GuestMemory:
         """The size of all RAM in bytes."""
         return sum(region.length for region in self.regions)
 
+    @property
+    def is_closed(self) -> bool:
+        """True after ``close``: no access works any more."""
+        return self._closed
+
     def contains(self, gpa: int, length: int) -> bool:
         """True if all ``length`` bytes at ``gpa`` lie in one region of RAM."""
         if length < 0:

@@ -6,7 +6,7 @@ ones, writes vanish.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pyvmm.startup.types import Protocol
 
@@ -54,6 +54,18 @@ class Bus:
                 )
         for key in keys:
             self._table[key] = (base, base + length, device)
+
+    def put_before(
+        self, granules: Iterable[int],
+        make: Callable[[tuple[int, int, BusDevice] | None], BusDevice],
+    ) -> None:
+        """Have each granule of ``granules`` served by ``make(entry)``; at any time.
+
+        ``entry`` is that of ``find``.  The device gets addresses, not offsets, also of accesses
+        that leave the granule.
+        """
+        for key in granules:
+            self._table[key] = (0, 1 << 65, make(self._table.get(key)))
 
     def read(self, address: int, size: int) -> int:
         """Return what the guest reads; all ones unless the access is inside one device."""

@@ -100,6 +100,13 @@ class PolledUart:
         """See ``Serial.drive_line``."""
         self._uart.drive_line()
 
+    def stop_gathering(self) -> None:
+        """Have every write make an exit from now on, for whoever wants to see them; any thread."""
+        with self._lock:
+            self._can_gather = False
+            if self._gathers:
+                self._stop()
+
     def flush(self) -> None:
         """Send what KVM has gathered."""
         with self._lock:

@@ -137,6 +137,10 @@ class RunPage:
             raise ValueError(f"run page has no {length} bytes at {offset}")
         return bytes(self._view[offset : offset + length])
 
+    def written(self, offset: int, length: int) -> bytes:
+        """Return a copy of as many of ``length`` bytes at ``offset`` as the page has."""
+        return bytes(self._view[offset : offset + length])
+
     def union(self, length: int) -> bytes:
         """Return a copy of the exit union's first ``length`` bytes."""
         return self.read(_UNION, length)
@@ -187,13 +191,17 @@ class CoalescedRing:
 
 
 class IoExit(Record, kw_only=False):
-    """IN or OUT: ``count`` items of ``size`` bytes at ``data_offset`` of the run page."""
+    """IN or OUT: ``count`` items of ``size`` bytes at ``data_offset`` of the run page.
+
+    ``data`` are the bytes of all items that OUT writes; empty for IN.
+    """
 
     direction: Direction
     size: int
     port: int
     count: int
     data_offset: int
+    data: bytes = b""
 
 
 class MmioExit(Record, kw_only=False):
@@ -304,7 +312,8 @@ def decode(page: RunPage) -> Exit:
     reason = page.exit_reason
     if reason == ExitReason.IO:
         direction, size, port, count, data_offset = page.io()
-        return IoExit(Direction(direction), size, port, count, data_offset)
+        written = page.written(data_offset, size * count) if direction == Direction.OUT else b""
+        return IoExit(Direction(direction), size, port, count, data_offset, written)
     if reason == ExitReason.MMIO:
         address, data, length, is_write = page.mmio()
         return MmioExit(address, length, bool(is_write), data.to_bytes(8, "little")[:length])

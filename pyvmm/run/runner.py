@@ -207,6 +207,20 @@ class Runner:
         """Whether a pause was asked for and not taken back."""
         return self._vcpus.is_paused
 
+    @property
+    def has_begun(self) -> bool:
+        """True once the run was asked for, and after its end."""
+        return self._has_begun.locked()
+
+    @property
+    def has_resting_vcpus(self) -> bool:
+        """True while no vCPU can be in the guest: before the run, in a pause, and afterwards."""
+        if not self.has_begun:
+            return True
+        if self._is_over.is_set():
+            return not any(thread.is_alive() for thread in self._threads)
+        return self._vcpus.wait_until_parked(0.0)
+
     # Running
 
     def start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 from pyvmm.errors import KvmError
@@ -83,6 +84,12 @@ class VcpuLoop:
         can_be_woken: Callable[[], bool] = lambda: False,
     ) -> None:
         self.vcpu = vcpu
+        self.enter = vcpu.enter
+        """KVM_RUN.  A hook may put a function of its own before it, until ``run`` is called."""
+        self.answered_io = self.answered_mmio = 0
+        """Exits that such a function has answered: ``run`` saw another reason."""
+        self.thread_ident = 0
+        """The thread in ``run``; 0 before."""
         self.stopping = False
         self.inspect = False
         self.wait_while_paused: Callable[[], bool] = lambda: False
@@ -102,10 +109,11 @@ class VcpuLoop:
         """Enter the guest again and again."""
         # Every name of the loop is bound here: what it looks up, it looks up at every exit.
         vcpu, page, pio, mmio = self.vcpu, self.vcpu.page, self._pio, self._mmio
-        enter, access, answer, masks = vcpu.enter, page.access, page.set_mmio_data, _MASKS
+        enter, access, answer, masks = self.enter, page.access, page.set_mmio_data, _MASKS
         reason_io, reason_mmio = int(ExitReason.IO), int(ExitReason.MMIO)
         read_mmio, find = mmio.read, mmio.find
         every = ios = mmios = 0
+        self.thread_ident = threading.get_ident()
         try:
             while not self.stopping:
                 every += 1
@@ -147,6 +155,7 @@ class VcpuLoop:
                     return
         finally:
             self._at_end()
+            ios, mmios = ios + self.answered_io, mmios + self.answered_mmio
             self.exits = Exits(mmio=mmios, io=ios, other=every - mmios - ios)
 
     def _rare_exit(self, reason: int) -> bool:

@@ -39,8 +39,11 @@ def test_io_is_read_where_the_kernel_puts_it() -> None:
     page, run = _page(ExitReason.IO)
     run.io.direction, run.io.size, run.io.port, run.io.count = 1, 2, 0x3F8, 3
     run.io.data_offset = 4096
+    page.set_int(4096, 6, 0x636261)
     assert page.io() == (Direction.OUT, 2, 0x3F8, 3, 4096)
-    assert decode(page) == IoExit(Direction.OUT, 2, 0x3F8, 3, 4096)
+    assert decode(page) == IoExit(Direction.OUT, 2, 0x3F8, 3, 4096, b"abc\0\0\0")
+    run.io.direction = 0
+    assert decode(page) == IoExit(Direction.IN, 2, 0x3F8, 3, 4096)
 
 
 def test_mmio_is_read_where_the_kernel_puts_it() -> None:

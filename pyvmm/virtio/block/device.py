@@ -106,6 +106,16 @@ class BlockDevice(RingDevice):
         if limiter is None:
             self.set_rate_limit(config.rate_limit)
 
+    def put_before_backend(self, wrap: Callable[[BlockBackend], BlockBackend]) -> None:
+        """Send every request to ``wrap(backend)`` from now on; before the driver starts.
+
+        It has the size, block size and abilities of ``backend``.  RuntimeError afterwards.
+        """
+        if self._memory is not None:
+            raise RuntimeError("the driver has started this disk already")
+        self._backend = wrap(self._backend)
+        self._calls_counted = self._backend.extra_calls
+
     # The disk as the driver sees it
 
     @property
