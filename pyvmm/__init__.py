@@ -13,6 +13,7 @@ bottom.  docs/tour.md tells a boot file by file.
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.api.bare import bare
     from pyvmm.api.config import MachineConfig, disk
     from pyvmm.api.console import ExpectError
     from pyvmm.api.disks import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         Overlay,
         RawDisk,
     )
+    from pyvmm.api.hook_calls import REFUSE
     from pyvmm.api.machine import Machine
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
     from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -33,9 +35,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlockBackend", "ConfigError", "DiskWrapper", "ExpectError", "FaultyDisk", "HostError", "Kind",
-    "Machine", "MachineConfig", "MemoryDisk", "NbdDisk", "Outcome", "Overlay", "PyvmmError",
-    "RateLimit", "RawDisk", "VhostUserDisk", "__version__", "disk",
+    "REFUSE",
+    "BlockBackend",
+    "ConfigError",
+    "DiskWrapper",
+    "ExpectError",
+    "FaultyDisk",
+    "HostError",
+    "Kind",
+    "Machine",
+    "MachineConfig",
+    "MemoryDisk",
+    "NbdDisk",
+    "Outcome",
+    "Overlay",
+    "PyvmmError",
+    "RateLimit",
+    "RawDisk",
+    "VhostUserDisk",
+    "__version__",
+    "bare",
+    "disk",
 ]
 
 _PLACES = {
@@ -53,9 +73,11 @@ _PLACES = {
     "Outcome": "pyvmm.run.outcome",
     "Overlay": "pyvmm.api.disks",
     "PyvmmError": "pyvmm.errors",
+    "REFUSE": "pyvmm.api.hook_calls",
     "RateLimit": "pyvmm.virtio.rate_limit",
     "RawDisk": "pyvmm.api.disks",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
+    "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
 }
 

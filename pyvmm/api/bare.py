@@ -13,7 +13,7 @@ from pyvmm.api.hooks import Hooks
 from pyvmm.api.memory import MemoryHandle
 from pyvmm.api.vcpus import Registers, VcpuHandle
 from pyvmm.board.board import Board
-from pyvmm.config import SIZE_UNITS, format_size
+from pyvmm.config import format_size
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.errors import ConfigError
@@ -21,7 +21,7 @@ from pyvmm.kvm.abi import kvm_regs
 from pyvmm.kvm.exits import Exit
 from pyvmm.kvm.handles import Kvm, Vcpu
 from pyvmm.memory import PAGE_SIZE, GuestMemory
-from pyvmm.numerals import shown, whole_number
+from pyvmm.numerals import shown, size_in_bytes
 from pyvmm.report import Reporter
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
@@ -247,9 +247,7 @@ def _memory_bytes(memory: int | str) -> int:
     """Return the bytes that ``memory`` asks for; ConfigError."""
     count: int | None = None
     if isinstance(memory, str):
-        digits, unit = memory.rstrip("KMG"), memory[-1:] if memory[-1:] in "KMG" else ""
-        number = whole_number(digits, 0, MAX_MEMORY_BYTES)
-        count = None if number is None else number * SIZE_UNITS[unit]
+        count = size_in_bytes(memory, MAX_MEMORY_BYTES)
     elif isinstance(memory, int) and not isinstance(memory, bool):
         count = memory
     if count is None or not PAGE_SIZE <= count <= MAX_MEMORY_BYTES or count % PAGE_SIZE:

@@ -8,12 +8,19 @@ from types import MappingProxyType
 from pyvmm import machine as built
 from pyvmm.api.config import MachineConfig
 from pyvmm.api.console import ConsoleHandle
+from pyvmm.api.hooks import Hooks
+from pyvmm.api.memory import MemoryHandle
+from pyvmm.api.vcpus import VcpuHandle
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.vcpu_loop import Exits
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
+    from pyvmm.api.hook_calls import Refusal
+    from pyvmm.api.hooked_bus import Access
+    from pyvmm.api.hooked_disk import DiskRequest
+    from pyvmm.kvm.exits import Exit
     from pyvmm.run.verdict import Evidence
 
 
@@ -49,9 +56,14 @@ class Machine:
         self._is_closed = False
         self._has_begun = False
         runner = self._machine.runner
+        self._hooks = Hooks(self._machine)
+        self.memory = MemoryHandle(self._machine.board.memory)
+        """The guest's RAM: see ``MemoryHandle``."""
+        self.vcpus = tuple(VcpuHandle(loop, runner) for loop in self._machine.loops)
+        """The vCPUs, whose registers can be read and set while the machine is paused."""
         self.console = ConsoleHandle(
             refuse_own_threads=runner.refuse_own_threads, wake=runner.wake,
-            run_hook=self._run_hook,
+            run_hook=self._hooks.run_hook,
         )
         """The guest's output and a keyboard: see ``ConsoleHandle``."""
         self._machine.output.add_observer(self.console.feed)
@@ -122,6 +134,33 @@ class Machine:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    # Hooks
+
+    def on_port(self, ports: int | range, hook: Callable[[Access], int | Refusal | None]) -> None:
+        """Have ``hook`` watch, answer or refuse accesses to ``ports``: see ``Hooks.on_port``."""
+        self._check_open("on_port()")
+        self._hooks.on_port(ports, hook)
+
+    def on_mmio(
+        self, addresses: int | range, hook: Callable[[Access], int | Refusal | None]
+    ) -> None:
+        """Have ``hook`` watch, answer or refuse accesses to ``addresses``: see ``Hooks.on_mmio``.
+        """
+        self._check_open("on_mmio()")
+        self._hooks.on_mmio(addresses, hook)
+
+    def on_exit(self, hook: Callable[[int, Exit], int | Refusal | None]) -> None:
+        """Have ``hook`` asked at every exit of every vCPU: see ``Hooks.on_exit``."""
+        self._check_open("on_exit()")
+        self._hooks.on_exit(hook)
+
+    def on_request(
+        self, disk: int | str, hook: Callable[[DiskRequest], bytes | Refusal | None]
+    ) -> None:
+        """Have ``hook`` asked about each request to ``disk``: see ``Hooks.on_request``."""
+        self._check_open("on_request()")
+        self._hooks.on_request(disk, hook)
+
     # Facts
 
     @property
@@ -153,19 +192,6 @@ class Machine:
             # Set before asking: room that comes after the answer makes another wake-up.
             runner.input_waits = True
             runner.input_waits = self.console.hand_over(self._machine.consoles.receive)
-
-    def _run_hook(self, name: str, hook: Callable[[str], object], value: str) -> None:
-        """Call ``hook``; one that raises ends the run."""
-        try:
-            hook(value)
-        except Exception as error:
-            import traceback
-
-            told = "".join(traceback.format_exception(error)).rstrip()
-            what = getattr(hook, "__qualname__", repr(hook))
-            self._machine.runner.finish(
-                Outcome(Kind.HOST_ERROR, detail=f"hook {what} of {name} failed:\n{told}")
-            )
 
     def _check_open(self, call: str) -> None:
         if self._is_closed:

@@ -149,8 +149,27 @@ def test_a_callback_that_raises_ends_the_run_and_is_shown(config: MakeConfig) ->
         machine.console.on_line(broken)
         outcome = machine.run()
     assert outcome.kind is pyvmm.Kind.HOST_ERROR
-    assert "broken of console.on_line failed:\nTraceback" in outcome.detail
+    assert "the console.on_line hook" in outcome.detail
+    assert "broken" in outcome.detail
+    assert "Traceback" in outcome.detail
     assert outcome.detail.endswith("ValueError: cannot read 'hi'")
+
+
+def test_hooks_registers_and_memory_of_a_machine(config: MakeConfig) -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    def on_port(access: Any) -> int | None:
+        seen.append((access.address, access.value))
+        return 9 if access.value == 7 else None
+
+    with pyvmm.Machine(config(PRINT_HI + STATUS_7)) as machine:
+        machine.on_port(range(0xF0, 0x100), on_port)
+        entry = machine.vcpus[0].registers.rip
+        assert machine.memory.read(entry, 4) == PRINT_HI[:4]
+        assert machine.run() == pyvmm.Outcome(pyvmm.Kind.GUEST_STATUS, 9)
+    assert seen == [(0xF4, 7)]
+    with pytest.raises(RuntimeError, match="closed"):
+        machine.on_port(0x80, on_port)
 
 
 @pytest.mark.parametrize("call", ["wait", "stop", "pause", "quiesce", "close"])
