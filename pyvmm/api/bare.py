@@ -13,7 +13,7 @@ from pyvmm.api.hooks import Hooks
 from pyvmm.api.memory import MemoryHandle
 from pyvmm.api.vcpus import Registers, VcpuHandle
 from pyvmm.board.board import Board
-from pyvmm.config import SIZE_UNITS, format_size
+from pyvmm.config import format_size
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.errors import ConfigError
@@ -21,7 +21,7 @@ from pyvmm.kvm.abi import kvm_regs
 from pyvmm.kvm.exits import Exit
 from pyvmm.kvm.handles import Kvm, Vcpu
 from pyvmm.memory import PAGE_SIZE, GuestMemory
-from pyvmm.numerals import shown, whole_number
+from pyvmm.numerals import SIZE_UNITS, shown, whole_number
 from pyvmm.report import Reporter
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
