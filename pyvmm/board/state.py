@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from pyvmm.board.board import Board
 from pyvmm.board.bus import BusDevice
-from pyvmm.board.consoles import Consoles
-from pyvmm.board.slot import Slot
 from pyvmm.kvm.handles import Vm
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
-from pyvmm.startup.types import Protocol
+from pyvmm.startup.types import TYPE_CHECKING, Protocol
 from pyvmm.state import Fields
+
+if TYPE_CHECKING:
+    from pyvmm.board.board import Board
+    from pyvmm.board.consoles import Consoles
+    from pyvmm.board.slot import Slot
 
 
 class Part(Protocol):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pyvmm.run.verdict import Evidence
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.state import Fields
+
+if TYPE_CHECKING:
+    from pyvmm.run.verdict import Evidence
 
 _SIGNS = ("has_printed", "waits_for_root", "reached_init", "is_panic_reported")
 _TEXTS = ("panic", "mount_error", "gave_up")
