@@ -14,10 +14,11 @@ from tests.support.patience import patient
 
 TESTS = Path(__file__).parent
 NUMBER = r"(?:\d+\.?\d*|[A-Z_]+_S)\b"
-# What must come within a time.  "not x.wait(0.05)" and "x.wait(0.05) is None" look whether something
-# that must not comes; 0.0 waits for nothing.
+# What must come within a time.  "not x.wait(0.05)" and "x.wait(0.05) is None" look whether
+# something that must not comes; 0.0 waits for nothing.
 DEADLINES = re.compile(
-    rf"(?<![\w.])(?<!not )[\w.]+\.(?:wait|join|settimeout)\((?!0\.0\)){NUMBER}\)(?! is None)|(?<![_-])timeout={NUMBER}"
+    rf"(?<![\w.])(?<!not )[\w.]+\.(?:wait|join|settimeout)\((?!0\.0\)){NUMBER}\)(?! is None)"
+    rf"|(?<![_-])timeout={NUMBER}"
     rf"|monotonic\(\) \+ {NUMBER}|(?:monotonic\(\) - \w+|\btook_s(?:\[\d\])?) <=? {NUMBER}"
 )
 PATIENT_THEMSELVES = {"support/patience.py", "test_patience.py"}
