@@ -21,6 +21,8 @@ from pyvmm.state import Fields
         (bytearray(2), lambda f: f.octets("x", 2, 2), "x is not 2 bytes"),
         (b"abc", lambda f: f.octets("x", 0, 2), "x is not 0 to 2 bytes"),
         (b"abc", lambda f: f.optional_octets("x", 2), "x is not 2 bytes"),
+        ("abc", lambda f: f.optional_text("x", 2), "x is not None or a text of at most 2"),
+        (b"ab", lambda f: f.optional_text("x", 2), "x is not None or a text of at most 2"),
         ((), lambda f: f.pairs("x", 1, (1, 1)), "x is not a list of at most 1 pairs"),
         ([[0, 0]] * 2, lambda f: f.pairs("x", 1, (1, 1)), "x is not a list of at most 1 pairs"),
         ([[0]], lambda f: f.pairs("x", 1, (1, 1)), "is not a list of two integers"),
@@ -48,7 +50,9 @@ def test_a_state_that_is_no_dict_of_texts_is_refused(data: object) -> None:
 
 
 def test_good_fields_are_given_as_they_are() -> None:
-    data = {"a": 1, "b": None, "c": b"\0", "d": None, "e": True, "f": [[1, 2]]}
+    data = {
+        "a": 1, "b": None, "c": b"\0", "d": None, "e": True, "f": [[1, 2]], "g": "ab", "h": None
+    }
     fields = Fields("chip", data)
     assert fields.integer("a", 0, 1) == 1
     assert fields.optional_integer("b", 0, 1) is None
@@ -56,8 +60,10 @@ def test_good_fields_are_given_as_they_are() -> None:
     assert fields.optional_octets("d", 1) is None
     assert fields.boolean("e") is True
     assert fields.pairs("f", 1, (1, 2)) == [(1, 2)]
+    assert fields.optional_text("g", 2) == "ab"
+    assert fields.optional_text("h", 2) is None
     fields.end()
-    assert len(data) == 6, "the caller's dict is left alone"
+    assert len(data) == 8, "the caller's dict is left alone"
 
 
 def test_the_name_of_an_unknown_field_is_not_repeated_at_length() -> None:

@@ -298,8 +298,10 @@ def test_a_quiesced_run_serves_nothing_until_it_is_resumed(started: Started) -> 
         while passes[0] == before:
             time.sleep(0.0005)
         assert started.runner.pause(patient(DEADLINE_S))
+        still = [started.runner.is_still]
         assert started.runner.quiesce(patient(DEADLINE_S)), "a paused guest's devices go on"
         assert started.runner.is_paused
+        assert [*still, started.runner.is_still] == [False, True]
         quiet = passes[0]
         time.sleep(0.005)
         assert passes[0] == quiet
@@ -307,6 +309,7 @@ def test_a_quiesced_run_serves_nothing_until_it_is_resumed(started: Started) -> 
         assert not started.runner.is_paused
     started.runner.stop(END)
     assert not started.runner.quiesce(0.0), "the run is over"
+    assert not started.runner.is_still
 
 
 def test_a_run_quiesced_before_it_begins_begins_so(started: Started) -> None:
