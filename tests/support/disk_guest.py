@@ -9,6 +9,7 @@ from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.machine import Machine, build
 from pyvmm.report import Reporter
 from pyvmm.storage.open import DiskSource
+from pyvmm.virtio.device import VirtioDevice
 from tests.support.bare import LONG_MODE_ENTRY, assemble
 from tests.support.kernels import ElfSegment, elf
 from tests.support.patience import patient
@@ -20,12 +21,7 @@ WAIT_S = 30.0
 
 
 def disk_machine(
-    folder: Path,
-    *,
-    rounds: int,
-    packed: bool = False,
-    cpus: int = 1,
-    mmio: str = "mapped",
+    folder: Path, *, rounds: int, packed: bool = False, cpus: int = 1, mmio: str = "mapped"
 ) -> RunConfig:
     """The configuration of a machine whose guest does ``rounds`` rounds on its disk."""
     code = assemble("drive_disk", LONG_MODE_ENTRY, folder)[:-12] + b"".join(
@@ -73,6 +69,6 @@ def write_memory(machine: Machine, content: list[bytes]) -> None:
         region.view[:] = data
 
 
-def built(config: RunConfig) -> Machine:
-    """A machine of ``config``, not started."""
-    return build(config, report=Reporter())
+def built(config: RunConfig, **devices: VirtioDevice) -> Machine:
+    """A machine of ``config``, not started; ``devices`` are in its last slots."""
+    return build(config, report=Reporter(), devices=devices)

@@ -16,6 +16,7 @@ from pyvmm.errors import StateError
 from pyvmm.kvm.handles import Vcpu, Vm
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
 from tests.support.disk_guest import (
@@ -221,6 +222,25 @@ def test_every_device_on_a_bus_that_has_a_state_is_saved(tmp_path: Path) -> None
         "PCI host bridge", "RTC", "boot timer", "debug exit", "hvc0", "i8042", "power", "pvpanic",
         "serial", "verdict",
     ]
+
+
+def test_a_device_of_ones_own_is_saved_by_its_name(tmp_path: Path) -> None:
+    config = disk_machine(tmp_path, rounds=2)
+    with built(config, chance=EntropyDevice()) as machine:
+        machine.start()
+        wait_for_rounds(machine, 2)
+        state, memory = stop_and_save(machine)
+    with (
+        built(config) as machine,
+        pytest.raises(StateError, match=r"^slots: has no field 'chance'$"),
+    ):
+        machine.restore(state)
+    with built(config, chance=EntropyDevice()) as machine:
+        write_memory(machine, memory)
+        machine.restore(state)
+        machine.start()
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
 
 
 # Bad input
