@@ -11,6 +11,7 @@ from pyvmm.api.console import ConsoleHandle
 from pyvmm.api.hooks import Hooks
 from pyvmm.api.memory import MemoryHandle
 from pyvmm.api.vcpus import VcpuHandle
+from pyvmm.report import escape
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.vcpu_loop import Exits
 from pyvmm.startup.types import TYPE_CHECKING
@@ -201,4 +202,4 @@ class Machine:
 def _log(line: str) -> None:
     import logging
 
-    logging.getLogger("pyvmm").warning(line)
+    logging.getLogger("pyvmm").warning("%s", escape(line))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from pyvmm.console.output import LineWatch
+from pyvmm.report import escape
 from pyvmm.startup.types import Record, StrEnum
 
 SENT_LIMIT = 32 * 1024
@@ -187,7 +188,8 @@ def _panic_reason(message: bytes) -> str:
 
 
 def _text(line: bytes) -> str:
-    return line.decode("ascii", "replace").strip()
+    # Escaped here, because a script may print an outcome as it is.
+    return escape(line.decode("ascii", "replace").strip())
 
 
 def _is_early_halt(line: bytes) -> bool:

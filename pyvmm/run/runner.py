@@ -25,6 +25,7 @@ from pyvmm.run.halts import HaltWatch
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.signals import KICK_SIGNAL, KickHandler
+from pyvmm.run.threads import RunThreads, left_s, place_of
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
 
@@ -66,7 +67,7 @@ class Runner:
         self._outcomes: list[Outcome] = []
         self._halts = HaltWatch(time.monotonic())
         self._next_halt_check = self.loop.call_at(self._halts.due_s, self._check_halts)
-        self._threads: list[threading.Thread] = []
+        self._threads = RunThreads(self._fail_in)
         self._house: threading.Thread | None = None
         """The thread that keeps house, while it does."""
         self._own_house: threading.Thread | None = None
@@ -100,7 +101,7 @@ class Runner:
         if not self._is_over.wait(timeout_s):
             return None
         if self._own_house is not None:
-            self._own_house.join(_left_s(until_s))
+            self._own_house.join(left_s(until_s))
             if self._own_house.is_alive():
                 return None
         return self._outcomes[0]
@@ -176,10 +177,10 @@ class Runner:
             for loop in loops:
                 loop.begin_park()
         return (
-            self._vcpus.wait_until_parked(_left_s(until_s))
-            and all(loop.wait_until_parked(_left_s(until_s)) for loop in loops)
+            self._vcpus.wait_until_parked(left_s(until_s))
+            and all(loop.wait_until_parked(left_s(until_s)) for loop in loops)
             # A byte that was being handed over when this began.
-            and self.loop.wait_for_pass(_left_s(until_s))
+            and self.loop.wait_for_pass(left_s(until_s))
             and self._vcpus.wait_until_parked(0.0)
         )
 
@@ -218,7 +219,7 @@ class Runner:
         if not self.has_begun:
             return True
         if self._is_over.is_set():
-            return not any(thread.is_alive() for thread in self._threads)
+            return not self._threads.are_alive
         return self._vcpus.wait_until_parked(0.0)
 
     # Running
@@ -294,8 +295,7 @@ class Runner:
     def stopped(self) -> bool:
         """Whether no thread of the run is left; only then may what they use be closed."""
         own = self._own_house
-        threads = self._threads if own is None else [*self._threads, own]
-        return not any(thread.is_alive() for thread in threads)
+        return not (self._threads.are_alive or (own is not None and own.is_alive()))
 
     # Keeping house
 
@@ -348,31 +348,19 @@ class Runner:
         # The guest first: what it rings for before the others are there waits in an eventfd.
         self._vcpus.begin(vcpus)
         for index, vcpu in enumerate(vcpus):
-            self._spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
+            self._threads.spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
         for name, sources in workers:
             loop = IoLoop(sources, self._workers_wake_fd)
             with self._quiesce_lock:
                 self._io_loops.append(loop)
                 if self.is_quiesced:
                     loop.begin_park()
-            self._spawn(name, loop.run)
-
-    def _spawn(self, name: str, body: Callable[[], None]) -> None:
-        def guarded() -> None:
-            try:
-                body()
-            except Exception as error:  # a defect of ours: it ends the run, and says so
-                self._fail_in(name, error)
-
-        # Daemon: a thread stuck in a dead disk's system call must not keep the process alive.
-        thread = threading.Thread(target=guarded, name=name, daemon=True)
-        self._threads.append(thread)  # before it can ask whether it is one of them
-        thread.start()
+            self._threads.spawn(name, loop.run)
 
     def _fail_in(self, name: str, error: BaseException) -> None:
         self.finish(Outcome(
             Kind.HOST_ERROR,
-            detail=f"internal error in {name}: {type(error).__name__}: {error} ({_place(error)})",
+            detail=f"internal error in {name}: {type(error).__name__}: {error} ({place_of(error)})",
         ))
 
     def _end(self) -> None:
@@ -397,12 +385,8 @@ class Runner:
     def _stop_threads(self) -> None:
         for io_loop in self._io_loops:
             io_loop.stop()
-        until_s = time.monotonic() + JOIN_TIMEOUT_S
         self._vcpus.stop()
-        for thread in self._threads:
-            if thread.is_alive():  # one that could not be started cannot be joined
-                thread.join(max(0.0, until_s - time.monotonic()))
-        stuck = [thread.name for thread in self._threads if thread.is_alive()]
+        stuck = self._threads.join(JOIN_TIMEOUT_S)
         if stuck:
             self.report(f"{', '.join(stuck)} did not stop within {JOIN_TIMEOUT_S:g} s")
         else:
@@ -412,16 +396,3 @@ class Runner:
         """RuntimeError if the calling thread belongs to the run: ``call`` would wait for itself."""
         if threading.current_thread() in (self._house, *self._threads):
             raise RuntimeError(f"{call} in a thread of the run would wait for ever: use another")
-
-
-def _left_s(until_s: float | None) -> float | None:
-    """Seconds until ``until_s`` (time.monotonic), at least 0; None if there is no limit."""
-    return None if until_s is None else max(0.0, until_s - time.monotonic())
-
-
-def _place(error: BaseException) -> str:
-    """Where ``error`` was raised, ``file:line``."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "nowhere"

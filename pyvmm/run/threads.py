@@ -1,0 +1,59 @@
+"""The threads of one run: started, known by themselves, and joined within a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+
+class RunThreads:
+    """Daemon threads, because one that a dead disk's system call holds must not keep the process.
+
+    ``failed(name, error)`` is called in a thread whose body raises: a defect of ours.
+    """
+
+    def __init__(self, failed: Callable[[str, Exception], None]) -> None:
+        self._failed = failed
+        self._threads: list[threading.Thread] = []
+
+    def spawn(self, name: str, body: Callable[[], None]) -> None:
+        """Run ``body`` in a new thread called ``name``."""
+        def guarded() -> None:
+            try:
+                body()
+            except Exception as error:
+                self._failed(name, error)
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self._threads.append(thread)  # before it can ask whether it is one of them
+        thread.start()
+
+    def join(self, timeout_s: float) -> list[str]:
+        """Wait for all, ``timeout_s`` seconds at most; return the names of those still alive."""
+        until_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.is_alive():  # one that could not be started cannot be joined
+                thread.join(max(0.0, until_s - time.monotonic()))
+        return [thread.name for thread in self._threads if thread.is_alive()]
+
+    @property
+    def are_alive(self) -> bool:
+        """True if any of them is."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def __iter__(self) -> Iterator[threading.Thread]:
+        return iter(list(self._threads))
+
+
+def place_of(error: BaseException) -> str:
+    """Return where ``error`` was raised, ``file:line``."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "nowhere"
+
+
+def left_s(until_s: float | None) -> float | None:
+    """Return the seconds until ``until_s`` (time.monotonic), at least 0; None for no limit."""
+    return None if until_s is None else max(0.0, until_s - time.monotonic())
