@@ -25,6 +25,14 @@ bundle.update(missing)
 loaders = {name: type(module.__loader__).__name__ for name, module in sys.modules.items()}
 print(sum(kind == "_Loader" for kind in loaders.values()), loaders["pyvmm.config"])
 print(pyvmm.config.__file__, getattr(pyvmm.config, "ADDED", None), pyvmm.virtio.__path__)
+for name, module in sys.modules.items():
+    if name.startswith("pyvmm."):
+        parent, _, own_name = name.rpartition(".")
+        assert getattr(sys.modules[parent], own_name) is module, name
+        spec = module.__spec__
+        assert (spec.name, spec.loader) == (name, module.__loader__) and module.__name__ == name
+        assert module.__package__ == (name if hasattr(module, "__path__") else parent), name
+print(*sorted(sys.modules))
 """
 
 
@@ -43,9 +51,9 @@ def run(tree: Path, *options: str) -> tuple[int, str, str]:
         [sys.executable, "-I", "-S", *options, "-c", RUN, str(tree)],
         capture_output=True, text=True, check=True,
     )
-    first, second = done.stdout.splitlines()
+    first, second, modules = done.stdout.splitlines()
     count, loader = first.split()
-    return int(count), loader, second
+    return int(count), loader, f"{second} {modules}"
 
 
 def files(tree: Path) -> list[Path]:
