@@ -244,9 +244,9 @@ def test_a_dead_nbd_server_is_an_error_for_the_guest_and_a_line_on_the_host(
 def test_a_rate_limit_is_kept_and_other_disks_run_on(tmp_path: Path) -> None:
     slow, fast = sparse(tmp_path / "slow.img", 64), sparse(tmp_path / "fast.img", 64)
     run = guest(
-        f"{slow},bps=1M:1M",
+        f"{slow},bps=512K:512K",  # 5 s
         "(dd if=/dev/vdb of=/dev/null bs=64k count=48 iflag=direct; echo slow done) &"
-        " dd if=/dev/vdc of=/dev/null bs=64k count=512 iflag=direct; echo fast done;"
+        " dd if=/dev/vdc of=/dev/null bs=64k count=96 iflag=direct; echo fast done;"
         " wait; tail -n 2 /proc/uptime",
         "--disk", str(fast),
     )
