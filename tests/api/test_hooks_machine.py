@@ -18,7 +18,7 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.virtio.spec import Register
 from pyvmm.x86 import layout
 from tests.support.bare import LONG_MODE_ENTRY, assemble
-from tests.support.disk_guest import built, disk_machine, expected_disk
+from tests.support.disk_guest import built, disk_machine, expected_disk, wait_for_rounds
 from tests.support.kernels import ElfSegment, elf
 from tests.support.patience import patient
 
@@ -31,8 +31,12 @@ DONE = Outcome(Kind.GUEST_STATUS, 0)
 
 def run(machine: Machine) -> Outcome:
     """Run a guest of drive_disk.S, which ends once it was sent a byte."""
-    assert machine.consoles.receive(b"x") == 1
-    return machine.run()
+    machine.start()
+    wait_for_rounds(machine, 1)
+    assert machine.consoles.receive(b"!") == 1
+    outcome = machine.wait(patient(30))
+    assert outcome is not None
+    return outcome
 
 
 @pytest.mark.parametrize("method", ["on_port", "on_exit"])
@@ -87,7 +91,7 @@ def test_requests_of_a_guest_are_seen_one_by_one(tmp_path: Path) -> None:
 def test_a_request_hook_that_waits_for_its_machine_ends_the_run(tmp_path: Path) -> None:
     with built(disk_machine(tmp_path, rounds=ROUNDS)) as machine:
         Hooks(machine).on_request(0, lambda request: machine.pause())  # type: ignore[arg-type,return-value]
-        outcome = run(machine)
+        outcome = machine.run()
     assert outcome.kind is Kind.HOST_ERROR
     assert "the on_request hook" in outcome.detail
     assert "RuntimeError: pause() in a thread of the run would wait for ever" in outcome.detail
