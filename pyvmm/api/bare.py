@@ -146,7 +146,7 @@ class BareGuest:
         """Run the guest to its end and return how it ended; instead of ``start``.
 
         SHUTDOWN after HLT, TRIPLE_FAULT, INTERNAL_ERROR, TIMEOUT, HOST_ERROR after a hook that
-        raised, QUIT after ``stop``.  ``detail`` has the registers of a guest that did not halt.
+        raised, STOPPED after ``stop``.  ``detail`` has the registers of a guest that did not halt.
         """
         self._begin()
         self.runner.run(
@@ -182,7 +182,7 @@ class BareGuest:
     def stop(self) -> Outcome | None:
         """End the run unless it has ended, wait, and return how it ended; None if it never began.
         """
-        stopped = self.runner.stop(Outcome(Kind.QUIT, detail="stopped by stop()"))
+        stopped = self.runner.stop(Outcome(Kind.STOPPED))
         return None if stopped is None else self.wait()
 
     def close(self) -> None:

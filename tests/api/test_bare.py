@@ -164,7 +164,7 @@ def test_a_guest_is_started_paused_resumed_and_stopped_from_another_thread() -> 
             time.sleep(0.01)
         outcome = guest.stop()
         assert outcome is not None
-        assert outcome.kind is Kind.QUIT
+        assert outcome.kind is Kind.STOPPED
         assert guest.wait() == outcome
     assert len(seen) > count
     assert seen[:3] == [0, 1, 2]
