@@ -51,6 +51,7 @@ class PolledUart:
         self._lock = threading.Lock()
         self._gathers = False
         self._can_gather = ring is not None
+        self._is_watched = False
         self._may_send = 0  # bytes, after a look at LSR
         self._polled = 0  # bytes sent by polling
         self._quiet_ticks = 0
@@ -71,7 +72,7 @@ class PolledUart:
                 self._take()
                 self._uart.write(offset, size, value)
                 self._quiet_ticks = 0
-                if self._uart.interrupts_when_empty:
+                if self._uart.interrupts_when_empty or self._is_watched:
                     self._stop()
             return
         if offset == Register.DATA:
@@ -101,11 +102,18 @@ class PolledUart:
         self._uart.drive_line()
 
     def stop_gathering(self) -> None:
-        """Have every write make an exit from now on, for whoever wants to see them; any thread."""
-        with self._lock:
-            self._can_gather = False
-            if self._gathers:
-                self._stop()
+        """Have every write make an exit, for whoever wants to see them; any thread, does not wait.
+
+        From now on, but while the UART is being used from the next tick on.  Its user may wait for
+        room in a console that the caller empties.
+        """
+        self._is_watched = True
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._gathers:
+                    self._stop()
+            finally:
+                self._lock.release()
 
     def flush(self) -> None:
         """Send what KVM has gathered."""
@@ -121,7 +129,7 @@ class PolledUart:
             if self._take():
                 self._quiet_ticks = 0
             self._quiet_ticks += 1
-            if self._quiet_ticks <= QUIET_TICKS:
+            if self._quiet_ticks <= QUIET_TICKS and not self._is_watched:
                 return TICK_S
             self._stop()
             return None
@@ -129,7 +137,8 @@ class PolledUart:
     def _start(self) -> None:
         with self._lock:
             self._polled = 0
-            if self._can_gather and not self._uart.interrupts_when_empty:
+            is_wanted = self._can_gather and not self._is_watched
+            if is_wanted and not self._uart.interrupts_when_empty:
                 self._quiet_ticks = 0
                 self._ask(True)
                 self._gathers = self._can_gather

@@ -303,3 +303,26 @@ def test_no_junk_is_taken_for_a_state(steps: list[tuple[str, int]], data: st.Dat
     with contextlib.suppress(StateError):
         copy.uart.restore(data.draw(spoilt(kvm.uart.save())))
     _do(copy, steps)
+
+
+def test_a_uart_that_is_watched_gathers_no_more() -> None:
+    kvm = Kvm().polls()
+    kvm.write(Register.DATA, 0x21)
+    kvm.uart.stop_gathering()
+    assert not kvm.gathers
+    assert kvm.sent.endswith(b"!"), "what was gathered is not lost"
+    kvm.poll_out(bytes(3 * POLLED_BYTES))
+    assert not kvm.gathers
+
+
+def test_who_watches_a_uart_does_not_wait_for_its_user() -> None:
+    """Its user may wait for a full console, and the watcher may be the one who empties it."""
+    kvm = Kvm().polls()
+    with kvm.uart._lock:
+        kvm.uart.stop_gathering()
+        still_gathers = kvm.gathers
+    assert still_gathers
+    assert kvm.uart.tick() is None
+    assert not kvm.gathers
+    kvm.poll_out(bytes(3 * POLLED_BYTES))
+    assert not kvm.gathers
