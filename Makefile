@@ -155,7 +155,7 @@ endef
 # $(call vm_tests,OPTIONS)
 define vm_tests
 $(call choose_host,--timeout 3600 --memory 3G)
-select=kvm rooms="tests/vm tests/docs"
+select=kvm rooms="tests/vm tests/docs tests/examples"
 [ -r /dev/kvm -a -w /dev/kvm ] || { select="kvm or bare"; rooms="$$rooms tests/api tests/board"; }
 $$host $(BIN)/python -m pytest -q -m "$$select" $(1) $$rooms $(PYTEST_ARGS)
 endef
