@@ -104,7 +104,10 @@ def test_a_boot_loads_no_more_code_of_ours_than_it_may(tmp_path: Path, disk: Pat
     lowers it, so that it does not creep."""
     ours, _ = modules_of_a_run(tmp_path, "--disk", f"{disk},ro")
     size = code_bytes(ours)
-    assert size <= CODE_BYTES * HEADROOM, f"{size} bytes in {len(ours)} modules"
+    assert size <= CODE_BYTES * HEADROOM, (
+        f"a start loads {size} bytes of code in {len(ours)} modules: if all of it is needed, "
+        f"raise CODE_BYTES ({CODE_BYTES}) in this commit"
+    )
     assert size >= CODE_BYTES / HEADROOM, f"{size} bytes: lower CODE_BYTES"
 
 

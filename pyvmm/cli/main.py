@@ -116,9 +116,11 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
 def _no_such_command(args: list[str]) -> str:
     """What is wrong with ``args``, the first of which names no command."""
-    from pyvmm.startup.mistakes import did_you_mean
+    from pyvmm.startup.mistakes import did_you_mean, nearest
 
     word = args[0]
+    if meant := nearest(f"--{word.lstrip('-')}", ("--version", "--help")):
+        return f"{word}: is unknown; did you mean pyvmm {meant[0]}? (pyvmm --help)"
     if word.startswith("-"):
         hint = "; options come behind the command, as in pyvmm run --kernel FILE"
     elif os.path.isfile(word):

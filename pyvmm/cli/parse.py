@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.config import (
     MAX_CPUS,
     MAX_QUEUES,
@@ -74,6 +76,19 @@ def parse_cpus(text: str) -> int:
     return count
 
 
+def parse_console(text: str) -> str:
+    """Return ``text``; ConfigError if it looks like ``stdio`` or ``none`` misspelt, not a file."""
+    if text in ("stdio", "none") or "." in text or "/" in text or os.path.exists(text):
+        return text
+    from pyvmm.startup.mistakes import console_meant
+
+    if meant := console_meant(text):
+        raise ConfigError(
+            f"--console {text}", f"is no file yet; did you mean {meant}? (a new file: ./{text})"
+        )
+    return text
+
+
 def parse_seconds(option: str, text: str) -> float:
     """``2.5`` -> seconds; ConfigError naming ``option``."""
     seconds = decimal_number(text, 0, MAX_TIMEOUT_S)
@@ -104,10 +119,9 @@ def parse_disk(text: str) -> AnyDiskConfig:
     for part in rest:
         name, has_value, value = part.partition("=")
         if not (name in _DISK_VALUES if has_value else name in (*_DISK_FLAGS, *_DISK_VALUES)):
-            from pyvmm.startup.mistakes import nearest
+            from pyvmm.startup.mistakes import disk_option_meant
 
-            likely = nearest(name, (*_DISK_FLAGS, *_DISK_VALUES))
-            hint = f" ({likely[0]}?)" if likely and likely[0] != name else ""
+            hint = disk_option_meant(part, tuple(_DISK_FLAGS), tuple(_DISK_VALUES))
             raise ConfigError(
                 option,
                 f"does not know {part!r}{hint}; the options are {_DISK_OPTIONS} "

@@ -9,7 +9,7 @@ import sys
 import time
 
 from pyvmm.cli.first_look import has_known_configuration, root_is_special
-from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
+from pyvmm.cli.parse import parse_console, parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
 from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
@@ -116,7 +116,7 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         cpu=parse_cpu_option(args.cpu),
         cpus=parse_cpus(args.cpus),
         timeout_s=parse_seconds("--timeout", args.timeout) if args.timeout is not None else None,
-        console=args.console,
+        console=parse_console(args.console),
         mmio=args.mmio,
         serve=args.serve,
         rtc=args.rtc,

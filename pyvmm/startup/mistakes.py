@@ -14,12 +14,21 @@ from pyvmm.errors import ConfigError
 from pyvmm.startup.commands import Command, Mistake, Option, looks_like_option
 
 OTHER_NAMES = MappingProxyType({
-    "-m": "--memory", "--mem": "--memory", "--ram": "--memory", "-smp": "--cpus",
-    "--vcpus": "--cpus", "-hda": "--disk", "-drive": "--disk", "--drive": "--disk",
-    "--image": "--disk", "--root": "--disk", "--rootfs": "--disk", "--initramfs": "--initrd",
-    "--args": "--append", "--bios": "--kernel",
+    "-k": "--kernel", "-m": "--memory", "--mem": "--memory", "--ram": "--memory", "-smp": "--cpus",
+    "--smp": "--cpus", "--vcpus": "--cpus", "-hda": "--disk", "-drive": "--disk",
+    "--drive": "--disk", "--image": "--disk", "--root": "--disk", "--rootfs": "--disk",
+    "--initramfs": "--initrd", "--args": "--append", "--bios": "--kernel",
 })
 """What other hypervisors call an option of ours."""
+OTHER_DISK_NAMES = MappingProxyType({
+    "readonly": "ro", "read-only": "ro", "read_only": "ro", "rdonly": "ro",
+})
+"""What other hypervisors call an option of our ``--disk``."""
+OTHER_CONSOLES = MappingProxyType({
+    "-": "stdio", "stdout": "stdio", "tty": "stdio", "terminal": "stdio", "null": "none",
+    "off": "none", "no": "none",
+})
+"""What other programs call one of our consoles."""
 _TEXTS = ("--append", "--cmdline")
 """Options whose values often have spaces, which a shell splits unless they are quoted."""
 
@@ -43,6 +52,22 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return ``; did you mean NAME?``, or nothing if none of ``names`` is like ``word``."""
     found = nearest(word, names)
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def disk_option_meant(part: str, flags: Sequence[str], values: Sequence[str]) -> str:
+    """Return a remark on ``part``, which is no option of ``--disk``; "" if none is like it."""
+    name, has_value, _ = part.partition("=")
+    if has_value and name in flags:
+        return f" ({name} takes no value)"
+    names = (*flags, *values)
+    likely = OTHER_DISK_NAMES.get(name) or next(iter(nearest(name, names)), name)
+    return f" ({likely}?)" if likely != name else ""
+
+
+def console_meant(name: str) -> str:
+    """Return the console that ``name``, a file that is not there, may be meant for; else ""."""
+    found = difflib.get_close_matches(name.lower(), ("stdio", "none"), 1, 0.75)
+    return OTHER_CONSOLES.get(name.lower()) or next(iter(found), "")
 
 
 def _said(command: Command, argv: Sequence[str], mistake: Mistake) -> tuple[str, str]:

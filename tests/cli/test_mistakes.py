@@ -11,6 +11,7 @@ import pytest
 
 from pyvmm.cli import doctor, export, kernel, lab, run
 from pyvmm.cli.main import COMMANDS, main
+from pyvmm.cli.parse import parse_console
 from pyvmm.startup.commands import Command
 
 TABLES = [run.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs]
@@ -117,6 +118,16 @@ MEANT = [
     ("run -m 1G", "did you mean --memory?"),
     ("run -kernel k", "did you mean --kernel?"),
     ("run -smp 2", "did you mean --cpus?"),
+    ("run --smp 2", "did you mean --cpus?"),
+    ("run -k bzImage", "did you mean --kernel?"),
+    ("run --kernel k --disk d,readonly", "does not know 'readonly' (ro?);"),
+    ("run --kernel k --disk d,snapshto", "does not know 'snapshto' (snapshot?);"),
+    ("run --kernel k --disk d,ro=on", "does not know 'ro=on' (ro takes no value);"),
+    ("run --kernel k --console sdtio", "did you mean stdio? (a new file: ./sdtio)"),
+    ("run --kernel k --console -", "did you mean stdio? (a new file: ./-)"),
+    ("run --kernel k --console off", "did you mean none?"),
+    ("--verison", "did you mean pyvmm --version?"),
+    ("version", "did you mean pyvmm --version?"),
     ("export --sockets s", "did you mean --socket?"),
     ("export --trust_memory", "did you mean --trust-memory?"),
     ("doctor --quite", "did you mean --quiet?"),
@@ -158,6 +169,15 @@ def test_fault_39_a_kernel_for_a_command(
 ) -> None:
     (tmp_path / "bzImage").touch()
     assert "pyvmm run --kernel FILE" in refusal(capsys, str(tmp_path / "bzImage"))
+
+
+@pytest.mark.parametrize("name", ["./sdtio", "sdtio.log", "log", "here"])
+def test_a_console_that_is_a_file_is_taken_as_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    assert parse_console(name) == name
 
 
 @pytest.mark.parametrize(("argv", "is_wrong"), [
