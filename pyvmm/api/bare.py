@@ -112,16 +112,19 @@ class BareGuest:
         self, ports: int | range, hook: Callable[[Access], int | Refusal | None]
     ) -> None:
         """Have ``hook`` asked at each access to one of ``ports``: see ``Hooks.on_port``."""
+        self._check_open("on_port()")
         self._hooks.on_port(ports, hook)
 
     def on_mmio(
         self, addresses: int | range, hook: Callable[[Access], int | Refusal | None]
     ) -> None:
         """Have ``hook`` asked at each access to one of ``addresses``: see ``Hooks.on_mmio``."""
+        self._check_open("on_mmio()")
         self._hooks.on_mmio(addresses, hook)
 
     def on_exit(self, hook: Callable[[int, Exit], int | Refusal | None]) -> None:
         """Have ``hook(0, exit)`` asked at each exit: see ``Hooks.on_exit``."""
+        self._check_open("on_exit()")
         self._hooks.on_exit(hook)
 
     # The vCPU
@@ -164,7 +167,12 @@ class BareGuest:
         )
 
     def wait(self, timeout_s: float | None = None) -> Outcome | None:
-        """Return how the run ended, None after ``timeout_s`` seconds."""
+        """Return how the run ended, None after ``timeout_s`` seconds.
+
+        RuntimeError if it never began: nothing would end the wait.
+        """
+        if not self.runner.has_begun:
+            raise RuntimeError("wait(): the guest was not started")
         outcome = self.runner.wait(timeout_s)
         if outcome is not None and outcome.kind is Kind.TIMEOUT and not self._is_closed:
             registers = cpu.describe_vcpu(self.board.memory, self.loops[0].vcpu)
@@ -173,10 +181,12 @@ class BareGuest:
 
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest: see ``Runner.pause``."""
+        self._check_open("pause()")
         return self.runner.pause(timeout_s)
 
     def resume(self) -> None:
         """Let a paused guest go on."""
+        self._check_open("resume()")
         self.runner.resume()
 
     def stop(self) -> Outcome | None:
@@ -197,9 +207,13 @@ class BareGuest:
     def _is_closed(self) -> bool:
         return self.board.memory.is_closed
 
+    def _check_open(self, call: str) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"{call}: the guest was closed")
+
     def _begin(self) -> None:
         if self._is_closed:
-            raise RuntimeError("this guest is closed: make another")
+            raise RuntimeError("this guest was closed: make another")
         if self.runner.has_begun:
             raise RuntimeError("a bare guest runs once: make another")
         if self._timeout_s is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 from pyvmm.api.disks import Disk, as_disk
 from pyvmm.config import (
@@ -21,7 +22,6 @@ from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86.cpu_model import parse_cpu_option
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from os import PathLike
 
     from pyvmm.storage.backend import BlockBackend
@@ -58,12 +58,18 @@ class MachineConfig(Record):
 
     def run_config(self) -> RunConfig:
         """Return the same as the command line's configuration; ConfigError, TypeError."""
-        if isinstance(self.disks, (str, bytes)):
-            raise TypeError("disks is a list of disks, not one of them: write disks=[...]")
-        for name, kinds in (("append", str), ("cpus", int), ("cpu", str)):
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise TypeError(f"{name} must be {kinds.__name__}, not {type(value).__name__}")
+        if isinstance(self.disks, (str, bytes)) or not isinstance(self.disks, Sequence):
+            raise TypeError(
+                f"disks is a list of disks, not {type(self.disks).__name__}: write disks=[...]"
+            )
+        path, number = (str, os.PathLike), (int, float)
+        check_type("kernel", self.kernel, path, "a path")
+        check_type("initrd", self.initrd, (*path, type(None)), "a path or None")
+        check_type("cpus", self.cpus, int, "int")
+        check_type("cpu", self.cpu, str, "str")
+        check_type("append", self.append, str, "str")
+        check_type("cmdline", self.cmdline, (str, type(None)), "str or None")
+        check_type("timeout_s", self.timeout_s, (*number, type(None)), "seconds or None")
         return RunConfig(
             kernel=self.kernel,
             disks=tuple(as_disk_config(one) for one in self.disks),
@@ -97,6 +103,11 @@ def disk(
     """
     if isinstance(what, (DiskConfig, VhostUserDiskConfig)):
         raise TypeError("disk() takes a disk without options")
+    check_type("disk(): serial", serial, str, "str")
+    check_type("disk(): queues", queues, int, "int")
+    if not isinstance(writeback, bool):
+        raise TypeError(f"disk(): writeback must be True or False, not {writeback!r}")
+    check_type("disk(): rate_limit", rate_limit, (RateLimit, type(None)), "RateLimit or None")
     source = _Source(as_disk(what))
     return DiskConfig(
         source=source, serial=serial, queues=queues, writeback=writeback,
@@ -131,6 +142,12 @@ class _Source:
         return self._disk.open(report=report, until_s=until_s, made=made)
 
 
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raise TypeError that calls it ``name`` unless ``value``, no bool, is one of ``kinds``."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
+
+
 def _memory_bytes(memory: str | int) -> int:
     if isinstance(memory, int) and not isinstance(memory, bool):
         return memory
@@ -142,4 +159,6 @@ def _memory_bytes(memory: str | int) -> int:
             f"memory {shown(memory)!r}",
             f"is not a size up to {format_size(MAX_SIZE_BYTES)}; write 256M or 1G",
         )
+    if memory.isdecimal():
+        raise ConfigError(f"memory {memory!r}", f"has no unit: write '{memory}M', or bytes as int")
     return size

@@ -27,7 +27,8 @@ class ConsoleHandle:
     """``Machine.console``.  All methods may be called from any thread.
 
     ``refuse_own_threads`` raises RuntimeError in a thread that must not wait; ``wake`` has the
-    thread that keeps house look for typed bytes; ``run_hook`` calls a user's function.
+    thread that keeps house look for typed bytes; ``run_hook`` calls a user's function;
+    ``has_begun`` returns True once the machine was started.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class ConsoleHandle:
         refuse_own_threads: Callable[[str], None],
         wake: Callable[[], None],
         run_hook: Callable[[str, Callable[[str], object], str], None],
+        has_begun: Callable[[], bool],
     ) -> None:
         self._refuse_own_threads = refuse_own_threads
         self._wake = wake
         self._run_hook = run_hook
+        self._has_begun = has_begun
         self._news = threading.Condition()
         self._kept = bytearray()
         self._kept_from = 0
@@ -91,6 +94,8 @@ class ConsoleHandle:
         """
         self._refuse_own_threads("console.expect()")
         wanted = re.compile(pattern, re.MULTILINE) if isinstance(pattern, str) else pattern
+        if not isinstance(wanted, re.Pattern) or not isinstance(wanted.pattern, str):
+            raise TypeError(f"console.expect takes a text or a pattern of text, not {pattern!r}")
         until_s = time.monotonic() + timeout_s
         searched_to = 0
         with self._news:
@@ -108,6 +113,8 @@ class ConsoleHandle:
                 left_s = until_s - time.monotonic()
                 if self._is_over or left_s <= 0:
                     why = "the run has ended" if self._is_over else f"{timeout_s:g} s have passed"
+                    if not self._has_begun():
+                        why += ", and the machine was not started"
                     raise ExpectError(
                         f"{wanted.pattern!r} did not come: {why}; the console ends with "
                         f"{self._tail()!r}"

@@ -111,8 +111,12 @@ class MemoryDisk:
     """
 
     def __init__(self, content: bytes | bytearray | int, *, read_only: bool = False) -> None:
+        if isinstance(content, bool) or not isinstance(content, (bytes, bytearray, int)):
+            raise TypeError(
+                f"MemoryDisk takes bytes, or its size as an int, not {type(content).__name__}"
+            )
         size = content if isinstance(content, int) else len(content)
-        if isinstance(content, bool) or not 512 <= size <= MAX_MEMORY_DISK_BYTES or size % 512:
+        if not 512 <= size <= MAX_MEMORY_DISK_BYTES or size % 512:
             raise ConfigError(
                 "MemoryDisk", f"has {size} bytes; it takes a multiple of 512 up to 1T"
             )
@@ -299,10 +303,15 @@ class OwnBackend:
 
     def __init__(self, backend: BlockBackend) -> None:
         missing = [name for name in _BACKEND_NAMES if not hasattr(backend, name)]
+        if isinstance(backend, type):
+            raise TypeError(
+                f"a disk is the class {backend.__name__}: make an object of it, with ()"
+            )
         if missing:
-            raise ConfigError(
-                f"a disk of type {type(backend).__name__}",
-                f"is no path, no disk of pyvmm, and no BlockBackend: it lacks {', '.join(missing)}",
+            lacks = f": it lacks {', '.join(missing)}" if missing != [*_BACKEND_NAMES] else ""
+            raise TypeError(
+                f"a disk of type {type(backend).__name__} is no path, no disk of pyvmm, and no "
+                f"BlockBackend{lacks}"
             )
         self._backend = backend
 
@@ -339,7 +348,7 @@ _BACKEND_NAMES = (
 def as_disk(what: object, *, read_only: bool = False) -> Disk:
     """Return ``what`` as a description: a path, a description or a ``BlockBackend``.
 
-    A path is opened ``read_only``.  ConfigError if it is none of these.
+    A path is opened ``read_only``.  TypeError if it is none of these.
     """
     if isinstance(what, (str, os.PathLike)):
         return RawDisk(what, read_only=read_only)
@@ -352,7 +361,7 @@ def as_disk(what: object, *, read_only: bool = False) -> Disk:
 
 def _path(kind: str, path: object) -> str:
     if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"{kind}({path!r})", f"is a {type(path).__name__}; it takes a path")
+        raise TypeError(f"{kind} takes a path, not {type(path).__name__}")
     text = os.fspath(path)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError(f"{kind}({text!r})", "names no file")

@@ -51,6 +51,9 @@ class Machine:
     ) -> None:
         if not isinstance(config, MachineConfig):
             raise TypeError(f"Machine takes a MachineConfig, not {type(config).__name__}")
+        if report is not None and not callable(report):
+            raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
+        _check_devices(devices)
         self._machine = built.build(
             config.run_config(), report=report or _log, devices=devices
         )
@@ -65,6 +68,7 @@ class Machine:
         self.console = ConsoleHandle(
             refuse_own_threads=runner.refuse_own_threads, wake=runner.wake,
             run_hook=self._hooks.run_hook,
+            has_begun=lambda: self._has_begun,
         )
         """The guest's output and a keyboard: see ``ConsoleHandle``."""
         self._machine.output.add_observer(self.console.feed)
@@ -197,6 +201,23 @@ class Machine:
     def _check_open(self, call: str) -> None:
         if self._is_closed:
             raise RuntimeError(f"{call}: the machine was closed")
+
+
+def _check_devices(devices: object) -> None:
+    """Raise TypeError unless ``devices`` are virtio devices by name."""
+    if not isinstance(devices, Mapping):
+        raise TypeError(
+            f"devices are virtio devices by name, {{\"echo\": EchoDevice()}}, "
+            f"not {type(devices).__name__}"
+        )
+    for name, device in devices.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a device must be str, not {type(name).__name__}")
+        if not isinstance(device, VirtioDevice):
+            what = f"the class {device.__name__}" if isinstance(device, type) else (
+                type(device).__name__
+            )
+            raise TypeError(f"device {name}: must be a VirtioDevice, not {what}")
 
 
 def _log(line: str) -> None:

@@ -117,15 +117,19 @@ class Record(metaclass=_RecordType):
         kind = type(self)
         if by_position:
             if kind._kw_only or len(by_position) > len(kind._fields):
-                raise TypeError(f"{kind.__name__}: too many arguments without a name")
+                first = "" if not kind._fields else f": write {kind._fields[0]}=..."
+                raise TypeError(f"{kind.__name__}: too many arguments without a name{first}")
             for name, value in zip(kind._fields, by_position, strict=False):
                 if name in values:
                     raise TypeError(f"{kind.__name__}: {name} is given twice")
                 values[name] = value
         given = {**kind._defaults, **values}
         if given.keys() != set(kind._fields):
-            wrong = ", ".join(sorted(given.keys() ^ set(kind._fields)))
-            raise TypeError(f"{kind.__name__}: missing or unknown: {wrong}")
+            if unknown := ", ".join(sorted(given.keys() - set(kind._fields))):
+                known = ", ".join(kind._fields)
+                raise TypeError(f"{kind.__name__}: unknown: {unknown}; there are {known}")
+            missing = ", ".join(sorted(set(kind._fields) - given.keys()))
+            raise TypeError(f"{kind.__name__}: missing: {missing}")
         for name, value in given.items():
             object.__setattr__(self, name, value)
         self.__post_init__()

@@ -219,8 +219,15 @@ def test_a_hook_that_raises_ends_the_run() -> None:
 def test_a_guest_runs_once_and_not_after_close() -> None:
     with bare(HLT) as guest:
         assert guest.stop() is None
-    for call in (guest.run, guest.start):
-        with pytest.raises(RuntimeError, match="this guest is closed"):
+        with pytest.raises(RuntimeError, match=r"wait\(\): the guest was not started"):
+            guest.wait()
+    for call in (
+        guest.run, guest.start, guest.pause, guest.resume,
+        lambda: guest.on_port(0, lambda access: None),
+        lambda: guest.on_mmio(1 << 31, lambda access: None),
+        lambda: guest.on_exit(lambda vcpu, left: None),
+    ):
+        with pytest.raises(RuntimeError, match="guest was closed"):
             call()
     guest.close()
     with bare(HLT, timeout_s=patient(LIMIT_S)) as guest:

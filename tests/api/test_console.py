@@ -19,8 +19,10 @@ class Machine:
     def __init__(self) -> None:
         self.woken = 0
         self.refused = False
+        self.has_begun = True
         self.console = ConsoleHandle(
-            refuse_own_threads=self.refuse, wake=self.wake, run_hook=self.run_hook
+            refuse_own_threads=self.refuse, wake=self.wake, run_hook=self.run_hook,
+            has_begun=lambda: self.has_begun,
         )
 
     def refuse(self, what: str) -> None:
@@ -85,6 +87,12 @@ def test_a_guest_that_prints_for_ever_costs_no_more(machine: Machine) -> None:
     machine.console.feed(b"end")
     assert MAX_KEPT_BYTES <= len(machine.console.text) <= MAX_KEPT_BYTES + (1 << 20)
     assert machine.console.expect("xend", 0)
+
+
+@pytest.mark.parametrize("pattern", [3, b"login", re.compile(b"login")])
+def test_only_text_can_be_expected(machine: Machine, pattern: object) -> None:
+    with pytest.raises(TypeError, match="takes a text or a pattern of text, not"):
+        machine.console.expect(pattern, 0)  # type: ignore[arg-type]
 
 
 def test_lines_come_whole_and_once(machine: Machine) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pyvmm.api.config import disk
 from pyvmm.api.disks import (
     Disk,
     DiskWrapper,
@@ -146,20 +147,41 @@ def test_a_wrapper_passes_on_all_that_it_does_not_override(path: Path) -> None:
     [
         (lambda: RawDisk(""), "names no file"),
         (lambda: RawDisk("a\0b"), "names no file"),
-        (lambda: RawDisk(any_object(3)), "is a int; it takes a path"),
         (lambda: MemoryDisk(0), "a multiple of 512 up to 1T"),
         (lambda: MemoryDisk(b"x"), "has 1 bytes"),
         (lambda: MemoryDisk(1 << 41), "up to 1T"),
-        (lambda: MemoryDisk(True), "a multiple of 512"),
         (lambda: NbdDisk("disk.img"), "is no nbd://"),
         (lambda: FaultyDisk(MemoryDisk(512), "read sometimes"), "FaultyDisk's script"),
-        (lambda: as_disk(None), "it lacks size_bytes, read_only"),
-        (lambda: as_disk(b"disk.img"), "is no path, no disk of pyvmm, and no BlockBackend"),
-        (lambda: Overlay(any_object(None)), "it lacks size_bytes"),
     ],
 )
 def test_a_mistake_is_one_clear_error(make: object, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
+        make()  # type: ignore[operator]
+
+
+class HalfABackend:
+    size_bytes, read_only = 512, False
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: RawDisk(any_object(3)), "RawDisk takes a path, not int"),
+        (lambda: MemoryDisk(any_object("1M")), "takes bytes, or its size as an int, not str"),
+        (lambda: MemoryDisk(True), "not bool"),
+        (lambda: as_disk(None), "NoneType is no path, no disk of pyvmm, and no BlockBackend$"),
+        (lambda: as_disk(b"disk.img"), "bytes is no path, no disk of pyvmm, and no BlockBackend$"),
+        (lambda: as_disk(HalfABackend()), "no BlockBackend: it lacks block_size, can_discard"),
+        (lambda: as_disk(MemoryDisk), "is the class MemoryDisk: make an object of it"),
+        (lambda: Overlay(any_object(None)), "NoneType is no path"),
+        (lambda: disk("f", serial=any_object(3)), "serial must be str, not int"),
+        (lambda: disk("f", queues=any_object("2")), "queues must be int, not str"),
+        (lambda: disk("f", writeback=any_object("on")), "must be True or False, not 'on'"),
+        (lambda: disk("f", rate_limit=any_object(5)), "must be RateLimit or None, not int"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_type_error(make: object, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
         make()  # type: ignore[operator]
 
 

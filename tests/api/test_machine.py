@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import pyvmm
+from pyvmm.virtio.entropy.device import EntropyDevice
 from tests.support.kernels import ElfSegment, elf
 from tests.support.patience import patient
 from tests.support.vhost_user_peers import open_fds
@@ -43,7 +44,9 @@ def config(tmp_path: Path) -> MakeConfig:
     def make(code: bytes, **more: Any) -> pyvmm.MachineConfig:
         kernel = tmp_path / f"guest-{len(os.listdir(tmp_path))}.elf"
         kernel.write_bytes(elf(ElfSegment(data=code, p_memsz=4096)))
-        return pyvmm.MachineConfig(kernel=kernel, **{"timeout_s": patient(30), **more})
+        return pyvmm.MachineConfig(
+            **{"kernel": kernel, "timeout_s": patient(30), **more}
+        )
 
     return make
 
@@ -103,11 +106,22 @@ def test_a_time_limit_is_an_outcome(config: MakeConfig) -> None:
 def test_misuse_is_one_clear_exception(config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="takes a MachineConfig, not str"):
         pyvmm.Machine("bzImage")  # type: ignore[arg-type]
+    for devices, said in (
+        ([EntropyDevice()], "are virtio devices by name"), ({3: EntropyDevice()}, "must be str"),
+        ({"own": object()}, "device own: must be a VirtioDevice, not object"),
+        ({"own": EntropyDevice}, "not the class EntropyDevice"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            pyvmm.Machine(config(STATUS_7), devices=devices)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="report must be a function of a text, not str"):
+        pyvmm.Machine(config(STATUS_7), report="log")  # type: ignore[arg-type]
     with pytest.raises(pyvmm.ConfigError, match="missing"):
         pyvmm.Machine(pyvmm.MachineConfig(kernel=tmp_path / "missing"))
     machine = pyvmm.Machine(config(STATUS_7))
     with pytest.raises(RuntimeError, match=r"wait\(\): the machine was not started"):
         machine.wait()
+    with pytest.raises(pyvmm.ExpectError, match="0 s have passed, and the machine was not started"):
+        machine.console.expect("login: ", 0)
     assert machine.stop() is None
     machine.run()
     with pytest.raises(RuntimeError, match="runs once"):
@@ -129,7 +143,13 @@ def test_misuse_is_one_clear_exception(config: MakeConfig, tmp_path: Path) -> No
         ({"cpus": "2"}, TypeError, "cpus must be int, not str"),
         ({"cpus": 99}, pyvmm.ConfigError, "must be from 1 to"),
         ({"disks": "root.img"}, TypeError, "disks is a list"),
-        ({"disks": [None]}, pyvmm.ConfigError, "is no path, no disk of pyvmm"),
+        ({"disks": {"root": "root.img"}}, TypeError, "disks is a list"),
+        ({"disks": [None]}, TypeError, "is no path, no disk of pyvmm"),
+        ({"kernel": None}, TypeError, "kernel must be a path, not NoneType"),
+        ({"initrd": 3}, TypeError, "initrd must be a path or None, not int"),
+        ({"memory": "256"}, pyvmm.ConfigError, "memory '256': has no unit: write '256M'"),
+        ({"cmdline": 3}, TypeError, "cmdline must be str or None, not int"),
+        ({"timeout_s": "3"}, TypeError, "timeout_s must be seconds or None, not str"),
         ({"append": None}, TypeError, "append must be str"),
         ({"cpu": "z80"}, pyvmm.ConfigError, "unknown model"),
     ],
