@@ -1,4 +1,5 @@
-"""docs/api.md: every example runs as it stands, and every name of the face is told of."""
+"""docs/api.md and README.md: every example runs as it stands; the page has every name of the face.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from tests.support.patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README + TEXT, re.MULTILINE | re.DOTALL)
 LINUX = [example for example in EXAMPLES if "build/bzImage" in example]
 BARE = [example for example in EXAMPLES if "build/bzImage" not in example]
 
