@@ -97,6 +97,24 @@ class _RecordType(type):
         }
         return super().__new__(mcs, name, bases, namespace)
 
+    @property
+    def __signature__(cls) -> object:
+        """Return the fields as ``inspect.Signature``: ``help`` and editors show it."""
+        from inspect import Parameter, Signature, get_annotations
+
+        fields, annotations = cls.__dict__["_fields"], get_annotations(cls)
+        defaults = cls.__dict__["_defaults"]
+        kind = Parameter.KEYWORD_ONLY if cls.__dict__["_kw_only"] else (
+            Parameter.POSITIONAL_OR_KEYWORD
+        )
+        return Signature([
+            Parameter(
+                field, kind, default=defaults.get(field, Parameter.empty),
+                annotation=annotations[field],
+            )
+            for field in fields
+        ])
+
 
 class Record(metaclass=_RecordType):
     """Base of immutable values: a class's annotated names are its fields, given by keyword.

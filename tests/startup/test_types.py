@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pydoc
 from typing import Any, ClassVar
 
 import pytest
@@ -32,6 +34,13 @@ def test_fields_come_by_keyword_and_have_defaults() -> None:
     with pytest.raises(TypeError, match=r"without a name: write x=\.\.\."):
         Point(1)  # type: ignore[call-arg]
     assert Pair(1) == Pair(1, 2) == Pair(first=1, second=2)
+
+
+def test_help_shows_the_fields() -> None:
+    assert str(inspect.signature(Point)) == "(*, x: 'int', y: 'int' = 0)"
+    assert str(inspect.signature(Pair)) == "(first: 'int', second: 'int' = 2)"
+    assert "(*, x: 'int', y: 'int' = 0)" in pydoc.render_doc(Point)
+    assert not hasattr(Point(x=1), "__signature__")
 
 
 @pytest.mark.parametrize(("fields", "said"), [
