@@ -195,6 +195,11 @@ class BareGuest:
         stopped = self.runner.stop(Outcome(Kind.STOPPED))
         return None if stopped is None else self.wait()
 
+    def finish(self) -> None:
+        """Have the run end, without waiting for it: also in a hook."""
+        self._check_open("finish()")
+        self.runner.finish(Outcome(Kind.STOPPED))
+
     def close(self) -> None:
         """Stop the guest and free what it has; idempotent."""
         if self._is_closed:

@@ -79,9 +79,11 @@ class HookCalls:
         else:
             # The first place is in this file.
             place = error.__traceback__.tb_next if error.__traceback__ else None
-            lines = traceback.format_exception(type(error), error, place)
             said = traceback.format_exception_only(type(error), error)[-1].strip()
-            detail = f"the {name} hook {_place(hook)} raised {said}\n{''.join(lines).rstrip()}"
+            detail = f"the {name} hook {_place(hook)} raised {said}"
+            if place is not None:
+                lines = traceback.format_exception(type(error), error, place)
+                detail += f"\n{''.join(lines).rstrip()}"
         self._finish(Outcome(Kind.HOST_ERROR, detail=detail))
 
 

@@ -141,8 +141,8 @@ class Hooks:
     ) -> None:
         """Have ``hook`` asked about each request of the guest to ``disk``.
 
-        ``disk`` is the index of a disk, or its name: the first is 0 or ``virtio0``.  None goes on
-        as if there were no hook.  Bytes are the answer of a read, or are written instead: as many
+        ``disk`` is the index of a disk, or its name: the first is 0, ``virtio0`` or ``vda``.  None
+        goes on as if there were no hook.  Bytes are the answer of a read, or are written instead: as many
         as ``request.length``.  REFUSE, or an OSError that the hook raises, gives the guest an I/O
         error.  Requests are no longer merged then, so that each is seen.
 
@@ -186,7 +186,7 @@ class Hooks:
                 f"on_request takes a disk's index or name, not {type(disk).__name__}"
             )
         for index, slot in enumerate(slots):
-            if disk in (index, slot.name):
+            if disk in (index, slot.name, f"vd{chr(ord('a') + index)}"):
                 return slot.name, slot.device
         names = ", ".join(f"{index} ({slot.name})" for index, slot in enumerate(slots))
         raise ValueError(f"on_request: there is no disk {disk!r}; there are: {names or 'none'}")

@@ -23,7 +23,7 @@ SILENCE_S = 3.0
 """How long a kernel may print nothing on a KVM that is known to be incomplete."""
 INCOMPLETE_KVM = "/sys/module/kvm_pvm"
 """Is there if this host's KVM emulates ring 0, without what every stock kernel needs."""
-_IN_THE_LAB = "`pyvmm lab -- pyvmm run ...`, with the options of this run,"
+_IN_THE_LAB = "the same command behind `pyvmm lab --`"
 _EXPLAINED_BY_PANIC = (
     Kind.PANIC, Kind.RESET, Kind.SHUTDOWN, Kind.TRIPLE_FAULT, Kind.TIMEOUT
 )
@@ -210,7 +210,7 @@ class Verdict:
         if kind is Kind.INTERNAL_ERROR:
             hint = (
                 "\nif this happens with every kernel, this host's KVM is not complete: `pyvmm"
-                f" doctor` says so, and {_IN_THE_LAB} runs the same where KVM is"
+                f" doctor` says so, and {_IN_THE_LAB} runs where it is"
             )
             return outcome.replace(detail=outcome.detail + hint)
         return outcome

@@ -305,3 +305,21 @@ def test_the_face_is_lazy_and_complete() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "module 'pyvmm' has no attribute 'Machin'\n"
+
+
+def test_a_hook_ends_the_run(config: MakeConfig) -> None:
+    with pyvmm.Machine(config(PRINT_HI + SPIN)) as machine:
+        machine.console.on_line(lambda _line: machine.finish())
+        assert machine.run() == pyvmm.Outcome(pyvmm.Kind.STOPPED)
+    with pyvmm.bare(bytes.fromhex("e651 ebfe")) as guest:
+        guest.on_port(0x51, lambda _access: guest.finish())
+        assert guest.run() == pyvmm.Outcome(pyvmm.Kind.STOPPED)
+    with pytest.raises(RuntimeError, match="closed"):
+        guest.finish()
+
+
+def test_a_disk_is_called_by_the_guests_name_too(config: MakeConfig) -> None:
+    with pyvmm.Machine(config(STATUS_7, disks=[pyvmm.MemoryDisk(512)])) as machine:
+        machine.on_request("vda", lambda _request: None)
+        with pytest.raises(ValueError, match="no disk 'vdb'"):
+            machine.on_request("vdb", lambda _request: None)

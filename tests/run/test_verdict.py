@@ -135,7 +135,7 @@ def test_an_internal_error_points_to_the_doctor_and_the_lab(verdict: Verdict) ->
     detail = verdict.judge(Outcome(Kind.INTERNAL_ERROR, detail="suberror 17")).detail
     assert "suberror 17" in detail
     assert "pyvmm doctor" in detail
-    assert "pyvmm lab -- pyvmm run" in detail
+    assert "behind `pyvmm lab --` runs where it is" in detail
 
 
 EARLY = [
@@ -227,7 +227,7 @@ def test_fault_37_silence_on_an_incomplete_kvm_is_reported(
     look()
     (line,) = lines
     assert f"this host's KVM is {tmp_path.name}, which cannot run a stock Linux" in line
-    assert "`pyvmm lab -- pyvmm run ...`, with the options of this run" in line
+    assert "the same command behind `pyvmm lab --`" in line
     verdict.hear(Finding(Sign.FIRST_OUTPUT))
     look()
     assert len(lines) == 1, "it speaks"
