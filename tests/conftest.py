@@ -12,12 +12,13 @@ import pytest
 from tests.support import slow
 from tests.support.patience import patient
 
-# A shell's background job starts with these ignored, and pyvmm leaves ignored what was: the tests
-# that send one would wait for ever (`make test &`, some CI runners).
+# A shell's background job starts with these ignored, and so does one under nohup.  pyvmm leaves
+# ignored what was: the tests that send one would wait for ever (`make test &`, some CI runners).
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+for number in (signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 REPORT = "PYVMM_TEST_REPORT"
 """The environment variable that names the file from which ``make test`` makes its last lines."""
