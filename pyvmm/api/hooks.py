@@ -143,8 +143,8 @@ class Hooks:
 
         ``disk`` is the index of a disk, or its name: the first is 0, ``virtio0`` or ``vda``.  None
         goes on as if there were no hook.  Bytes are the answer of a read, or are written instead:
-        as many as ``request.length``.  REFUSE, or an OSError that the hook raises, gives the guest an I/O
-        error.  Requests are no longer merged then, so that each is seen.
+        as many as ``request.length``.  REFUSE, or an OSError that the hook raises, gives the guest
+        an I/O error.  Requests are no longer merged then, so that each is seen.
 
         RuntimeError once the machine has started.  ConfigError for a disk that another process
         serves: its requests never come here.
