@@ -151,5 +151,6 @@ class Board:
             return
         self._is_hurried = True
         until_s = time.monotonic() + LAST_WAIT_S
-        for slot in self.slots:
-            slot.device.hurry(until_s)
+        with contextlib.ExitStack() as stack:  # each is told, whatever another raises
+            for slot in reversed(self.slots):
+                stack.callback(slot.device.hurry, until_s)

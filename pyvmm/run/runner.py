@@ -25,7 +25,7 @@ from pyvmm.run.halts import HaltWatch
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.signals import KICK_SIGNAL, KickHandler
-from pyvmm.run.threads import RunThreads, left_s, place_of
+from pyvmm.run.threads import RunThreads, do_all, left_s, place_of
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
 
@@ -243,7 +243,7 @@ class Runner:
             self._house = threading.current_thread()
             try:
                 self.loop.run()
-            except Exception as error:
+            except BaseException as error:
                 self._fail_in("the house's thread", error)
             self._end()
 
@@ -367,8 +367,7 @@ class Runner:
         """Stop and join every thread, and show the last of the output."""
         try:
             self._output.shut()
-            for prepare in self._at_end:
-                prepare()
+            do_all(self._at_end, self.report)
             self._stop_threads()
             is_hurried = self._outcomes[0].kind in ASKED_FOR
             is_all = self._pump.finish(STALL_S if is_hurried else DRAIN_TIMEOUT_S)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 
 class RunThreads:
     """Daemon threads, because one that a dead disk's system call holds must not keep the process.
 
-    ``failed(name, error)`` is called in a thread whose body raises: a defect of ours.
+    ``failed(name, error)`` is called in a thread whose body raises: a defect of ours, or anything
+    that a script's own disk or device lets out, SystemExit too.
     """
 
-    def __init__(self, failed: Callable[[str, Exception], None]) -> None:
+    def __init__(self, failed: Callable[[str, BaseException], None]) -> None:
         self._failed = failed
         self._threads: list[threading.Thread] = []
 
@@ -22,7 +23,7 @@ class RunThreads:
         def guarded() -> None:
             try:
                 body()
-            except Exception as error:
+            except BaseException as error:
                 self._failed(name, error)
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
@@ -44,6 +45,15 @@ class RunThreads:
 
     def __iter__(self) -> Iterator[threading.Thread]:
         return iter(list(self._threads))
+
+
+def do_all(actions: Sequence[Callable[[], None]], report: Callable[[str], None]) -> None:
+    """Do all of ``actions`` at the end of a run, and report those that raise."""
+    for action in actions:
+        try:
+            action()
+        except BaseException as error:  # the threads must be stopped all the same
+            report(f"at the end of the run: {type(error).__name__}: {error}")
 
 
 def place_of(error: BaseException) -> str:

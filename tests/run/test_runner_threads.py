@@ -33,10 +33,12 @@ class Started:
     """A runner in threads of its own, with one vCPU and one doorbell."""
 
     def __init__(self, vcpu: FakeVcpu | None = None) -> None:
-        self.runner = Runner(Reporter(io.StringIO()))
+        self.said = io.StringIO()
+        self.runner = Runner(Reporter(self.said))
         self.vcpu = vcpu or FakeVcpu(idle)
         self.doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.service: Callable[[], float | None] = lambda: None
+        self.at_end: list[Callable[[], None]] = []
         self.printed = bytearray()
         self.output = OutputBuffer(None, self.runner.wake, self.printed.extend)
 
@@ -47,7 +49,7 @@ class Started:
         )
         self.runner.start(
             vcpus=[loop], workers=[("disk", [IoSource(self.doorbell, lambda: self.service())])],
-            console=Console(None, None), output=self.output,
+            console=Console(None, None), output=self.output, at_end=self.at_end,
         )
 
     def close(self) -> None:
@@ -353,3 +355,47 @@ def test_whatever_ends_a_run_ends_a_quiesced_one(started: Started, end: str) -> 
         started.runner.finish_after(0.01, END)
     assert started.runner.wait(patient(DEADLINE_S)) == END
     assert started.runner.stopped
+
+
+class Gone(BaseException):
+    """Stands for SystemExit, which threading swallows without a word."""
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, Gone])
+@pytest.mark.parametrize("where", ["vcpu", "disk", "house"])
+def test_whatever_a_thread_raises_ends_the_run(
+    started: Started, where: str, error: type[BaseException]
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise error("oops")
+
+    started.service = fail
+    if where == "vcpu":
+        started.vcpu.enter = fail  # type: ignore[method-assign]
+    started.start()
+    if where == "house":
+        started.runner.loop.call_soon(fail)
+    elif where == "disk":
+        os.eventfd_write(started.doorbell, 1)
+    outcome = started.runner.wait(patient(DEADLINE_S))
+    assert outcome is not None
+    assert outcome.kind is Kind.HOST_ERROR
+    assert where in outcome.detail
+    assert f"{error.__name__}: oops" in outcome.detail
+    assert started.runner.stopped
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_part_that_fails_at_the_end_does_not_keep_the_threads(
+    started: Started, error: type[BaseException]
+) -> None:
+    def fail() -> None:
+        raise error("oops")
+
+    done: list[str] = []
+    started.at_end = [fail, lambda: done.append("the next one")]
+    started.start()
+    assert started.runner.stop(Outcome(Kind.STOPPED)) == Outcome(Kind.STOPPED)
+    assert started.runner.stopped
+    assert done == ["the next one"]
+    assert f"at the end of the run: {error.__name__}: oops" in started.said.getvalue()
