@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 
 from pyvmm.api.hooks import Hooks
+from pyvmm.api.lifetime import Lifetime
 from pyvmm.api.memory import MemoryHandle
 from pyvmm.api.vcpus import Registers, VcpuHandle
 from pyvmm.board.board import Board
@@ -91,6 +93,8 @@ class BareGuest:
         self, code: bytes, bits: int, memory_bytes: int, address: int, timeout_s: float | None
     ) -> None:
         self._timeout_s = timeout_s
+        self._judging = threading.Lock()
+        self._registers_at_end = ""
         with contextlib.ExitStack() as stack:
             memory = stack.enter_context(GuestMemory([(0, memory_bytes)]))
             memory.write(address, code)
@@ -102,6 +106,7 @@ class BareGuest:
         self._console = Console(None, None)
         self._output = OutputBuffer(None, self.runner.wake, lambda data: None)
         self._hooks = Hooks(self)
+        self._lifetime = Lifetime(self.runner, "the guest")
         self._vcpu = VcpuHandle(self.loops[0], self.runner)
         self.memory = MemoryHandle(memory)
         """The guest's RAM."""
@@ -112,19 +117,19 @@ class BareGuest:
         self, ports: int | range, hook: Callable[[Access], int | Refusal | None]
     ) -> None:
         """Have ``hook`` asked at each access to one of ``ports``: see ``Hooks.on_port``."""
-        self._check_open("on_port()")
+        self._lifetime.check_open("on_port()")
         self._hooks.on_port(ports, hook)
 
     def on_mmio(
         self, addresses: int | range, hook: Callable[[Access], int | Refusal | None]
     ) -> None:
         """Have ``hook`` asked at each access to one of ``addresses``: see ``Hooks.on_mmio``."""
-        self._check_open("on_mmio()")
+        self._lifetime.check_open("on_mmio()")
         self._hooks.on_mmio(addresses, hook)
 
     def on_exit(self, hook: Callable[[int, Exit], int | Refusal | None]) -> None:
         """Have ``hook(0, exit)`` asked at each exit: see ``Hooks.on_exit``."""
-        self._check_open("on_exit()")
+        self._lifetime.check_open("on_exit()")
         self._hooks.on_exit(hook)
 
     # The vCPU
@@ -146,83 +151,74 @@ class BareGuest:
     # Running
 
     def run(self) -> Outcome:
-        """Run the guest to its end and return how it ended; instead of ``start``.
+        """Start the guest, wait for its end and return how it ended.
 
         SHUTDOWN after HLT, TRIPLE_FAULT, INTERNAL_ERROR, TIMEOUT, HOST_ERROR after a hook that
         raised, STOPPED after ``stop``.  ``detail`` has the registers of a guest that did not halt.
         """
-        self._begin()
-        self.runner.run(
-            vcpus=self.loops, workers=(), console=self._console, output=self._output
-        )
+        self.start()
         outcome = self.wait()
         assert outcome is not None  # without a limit of time
         return outcome
 
     def start(self) -> None:
         """Start the guest in threads of its own; once."""
-        self._begin()
-        self.runner.start(
-            vcpus=self.loops, workers=(), console=self._console, output=self._output
-        )
+        with self._lifetime.starting():
+            if self.runner.has_begun:
+                raise RuntimeError("a bare guest runs once: make another")
+            if self._timeout_s is not None:
+                self.runner.finish_after(self._timeout_s, Outcome(Kind.TIMEOUT))
+            self.runner.start(
+                vcpus=self.loops, workers=(), console=self._console, output=self._output
+            )
 
     def wait(self, timeout_s: float | None = None) -> Outcome | None:
-        """Return how the run ended, None after ``timeout_s`` seconds.
-
-        RuntimeError if it never began: nothing would end the wait.
-        """
+        """Return how the run ended, None after ``timeout_s`` seconds."""
+        self._lifetime.check_open("wait()")
         if not self.runner.has_begun:
             raise RuntimeError("wait(): the guest was not started")
         outcome = self.runner.wait(timeout_s)
-        if outcome is not None and outcome.kind is Kind.TIMEOUT and not self._is_closed:
-            registers = cpu.describe_vcpu(self.board.memory, self.loops[0].vcpu)
-            return outcome.replace(detail=f"after {self._timeout_s:g} s\n{registers}")
-        return outcome
+        if outcome is None or outcome.kind is not Kind.TIMEOUT:
+            return outcome
+        with self._judging:  # whoever closes the guest waits here, too, before the vCPU is gone
+            if not self._registers_at_end:
+                self._registers_at_end = cpu.describe_vcpu(self.board.memory, self.loops[0].vcpu)
+        return outcome.replace(
+            detail=f"after {self._timeout_s:g} s\n{self._registers_at_end}"
+        )
 
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest: see ``Runner.pause``."""
-        self._check_open("pause()")
+        self._lifetime.check_open("pause()")
         return self.runner.pause(timeout_s)
 
     def resume(self) -> None:
         """Let a paused guest go on."""
-        self._check_open("resume()")
+        self._lifetime.check_open("resume()")
         self.runner.resume()
 
     def stop(self) -> Outcome | None:
         """End the run unless it has ended, wait, and return how it ended; None if it never began.
         """
-        stopped = self.runner.stop(Outcome(Kind.STOPPED))
-        return None if stopped is None else self.wait()
+        self._lifetime.check_open("stop()")
+        return self._end() if self._lifetime.has_begun("stop()") else None
 
     def finish(self) -> None:
         """Have the run end, without waiting for it: also in a hook."""
-        self._check_open("finish()")
+        self._lifetime.check_open("finish()")
         self.runner.finish(Outcome(Kind.STOPPED))
 
     def close(self) -> None:
         """Stop the guest and free what it has; idempotent."""
-        if self._is_closed:
-            return
-        self.stop()
-        if self.runner.stopped:
+        self._lifetime.close(self._end, self._free)
+
+    def _end(self) -> Outcome | None:
+        self.runner.stop(Outcome(Kind.STOPPED))
+        return self.wait()
+
+    def _free(self) -> None:
+        if self.runner.stopped:  # a thread that is stuck still uses them
             self._resources.close()
-
-    @property
-    def _is_closed(self) -> bool:
-        return self.board.memory.is_closed
-
-    def _check_open(self, call: str) -> None:
-        if self._is_closed:
-            raise RuntimeError(f"{call}: the guest was closed")
-
-    def _begin(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("this guest was closed: make another")
-        if self.runner.has_begun:
-            raise RuntimeError("a bare guest runs once: make another")
-        if self._timeout_s is not None:
-            self.runner.finish_after(self._timeout_s, Outcome(Kind.TIMEOUT))
 
     def __enter__(self) -> BareGuest:
         return self

@@ -9,6 +9,7 @@ from pyvmm import machine as built
 from pyvmm.api.config import MachineConfig
 from pyvmm.api.console import ConsoleHandle
 from pyvmm.api.hooks import Hooks
+from pyvmm.api.lifetime import Lifetime
 from pyvmm.api.memory import MemoryHandle
 from pyvmm.api.vcpus import VcpuHandle
 from pyvmm.report import escape
@@ -57,9 +58,8 @@ class Machine:
         self._machine = built.build(
             config.run_config(), report=report or _log, devices=devices
         )
-        self._is_closed = False
-        self._has_begun = False
         runner = self._machine.runner
+        self._lifetime = Lifetime(runner, "the machine")
         self._hooks = Hooks(self._machine)
         self.memory = MemoryHandle(self._machine.board.memory)
         """The guest's RAM: see ``MemoryHandle``."""
@@ -79,15 +79,14 @@ class Machine:
 
     def start(self) -> None:
         """Start the guest in threads of its own, and return at once."""
-        self._check_open("start()")
-        self._machine.start()
-        self._has_begun = True
+        with self._lifetime.starting():
+            self._machine.start()
 
     def wait(self, timeout_s: float | None = None) -> Outcome | None:
         """Return the outcome once the run is over; None if it is not after ``timeout_s`` seconds.
         """
-        self._check_open("wait()")
-        if not self._has_begun:
+        self._lifetime.check_open("wait()")
+        if not self._machine.runner.has_begun:
             raise RuntimeError("wait(): the machine was not started")
         return self._machine.wait(timeout_s)
 
@@ -100,8 +99,8 @@ class Machine:
 
     def stop(self) -> Outcome | None:
         """End the run if it has not ended, and return its outcome; None if it never began."""
-        self._check_open("stop()")
-        return self._machine.stop(Outcome(Kind.STOPPED)) if self._has_begun else None
+        self._lifetime.check_open("stop()")
+        return self._end() if self._lifetime.has_begun("stop()") else None
 
     def finish(self) -> None:
         """Have the run end, without waiting for it: also in a hook."""
@@ -110,32 +109,27 @@ class Machine:
 
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest: True once every vCPU is out of it; see ``Runner.pause``."""
-        self._check_open("pause()")
+        self._lifetime.check_open("pause()")
         return self._machine.pause(timeout_s)
 
     def quiesce(self, timeout_s: float | None = None) -> bool:
         """Pause the guest and its devices, so that nothing of the machine moves."""
-        self._check_open("quiesce()")
+        self._lifetime.check_open("quiesce()")
         return self._machine.quiesce(timeout_s)
 
     def resume(self) -> None:
         """Let a paused or quiesced guest go on."""
-        self._check_open("resume()")
+        self._lifetime.check_open("resume()")
         self._machine.resume()
 
     def refresh_disks(self) -> None:
         """Have the disks look how large their files are, and tell the guest if one has grown."""
-        self._check_open("refresh_disks()")
+        self._lifetime.check_open("refresh_disks()")
         self._machine.board.refresh()
 
     def close(self) -> None:
         """Stop the machine and free all that it has; idempotent."""
-        if self._is_closed:
-            return
-        if self._has_begun:
-            self._machine.stop(Outcome(Kind.STOPPED))
-        self._is_closed = True
-        self._machine.close()
+        self._lifetime.close(self._end, self._machine.close)
         self.console.end()
 
     def __enter__(self) -> Machine:
@@ -148,7 +142,7 @@ class Machine:
 
     def on_port(self, ports: int | range, hook: Callable[[Access], int | Refusal | None]) -> None:
         """Have ``hook`` watch, answer or refuse accesses to ``ports``: see ``Hooks.on_port``."""
-        self._check_open("on_port()")
+        self._lifetime.check_open("on_port()")
         self._hooks.on_port(ports, hook)
 
     def on_mmio(
@@ -156,19 +150,19 @@ class Machine:
     ) -> None:
         """Have ``hook`` watch, answer or refuse accesses to ``addresses``: see ``Hooks.on_mmio``.
         """
-        self._check_open("on_mmio()")
+        self._lifetime.check_open("on_mmio()")
         self._hooks.on_mmio(addresses, hook)
 
     def on_exit(self, hook: Callable[[int, Exit], int | Refusal | None]) -> None:
         """Have ``hook`` asked at every exit of every vCPU: see ``Hooks.on_exit``."""
-        self._check_open("on_exit()")
+        self._lifetime.check_open("on_exit()")
         self._hooks.on_exit(hook)
 
     def on_request(
         self, disk: int | str, hook: Callable[[DiskRequest], bytes | Refusal | None]
     ) -> None:
         """Have ``hook`` asked about each request to ``disk``: see ``Hooks.on_request``."""
-        self._check_open("on_request()")
+        self._lifetime.check_open("on_request()")
         self._hooks.on_request(disk, hook)
 
     # Facts
@@ -181,7 +175,7 @@ class Machine:
     @property
     def outcome(self) -> Outcome | None:
         """The outcome, None before the end."""
-        return self._machine.wait(0.0) if self._has_begun else None
+        return self._machine.wait(0.0) if self._machine.runner.has_begun else None
 
     @property
     def exits(self) -> Exits:
@@ -203,9 +197,8 @@ class Machine:
             runner.input_waits = True
             runner.input_waits = self.console.hand_over(self._machine.consoles.receive)
 
-    def _check_open(self, call: str) -> None:
-        if self._is_closed:
-            raise RuntimeError(f"{call}: the machine was closed")
+    def _end(self) -> Outcome | None:
+        return self._machine.stop(Outcome(Kind.STOPPED))
 
 
 def _check_devices(devices: object) -> None:

@@ -371,7 +371,7 @@ def test_whatever_a_thread_raises_ends_the_run(
 
     started.service = fail
     if where == "vcpu":
-        started.vcpu.enter = fail  # type: ignore[method-assign]
+        started.vcpu.enter = fail
     started.start()
     if where == "house":
         started.runner.loop.call_soon(fail)
