@@ -60,8 +60,7 @@ def build(
     before any vCPU has run, and with everything opened so far closed again.
     """
     with contextlib.ExitStack() as stack:
-        for device in devices.values():
-            stack.callback(device.close)
+        _own(devices, stack)
         memory = stack.enter_context(_make_memory(config, devices.values()))
         kernel = load_kernel(memory, config.kernel)
         initrd = load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
@@ -104,6 +103,22 @@ def build(
             timer=timer, watch=watch, verdict=verdict, console=console, output=output,
             consoles=consoles, made=made, resources=stack.pop_all(),
         )
+
+
+def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> None:
+    """Have ``stack`` close ``devices``; TypeError or ValueError if they cannot be a machine's."""
+    if not isinstance(devices, Mapping):
+        raise TypeError(f"devices are devices by name, not a {type(devices).__name__}")
+    for name, device in devices.items():
+        if not isinstance(name, str) or not isinstance(device, VirtioDevice):
+            raise TypeError(
+                f"devices has a {type(device).__name__} as {name!r:.40}; it takes VirtioDevices "
+                "by name"
+            )
+        if device.is_plugged or sum(other is device for other in devices.values()) > 1:
+            raise ValueError(f"device {name!r} is plugged in already: make another one")
+    for device in devices.values():
+        stack.callback(device.close)
 
 
 def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:

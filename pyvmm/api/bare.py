@@ -220,6 +220,10 @@ class BareGuest:
         if self.runner.stopped:  # a thread that is stuck still uses them
             self._resources.close()
 
+    def __del__(self) -> None:
+        if "_lifetime" in self.__dict__:
+            self._lifetime.forget(self.close)
+
     def __enter__(self) -> BareGuest:
         return self
 

@@ -49,7 +49,7 @@ class ConsoleHandle:
         """The position, in all that was printed, of the first byte that is kept."""
         self._expected_to = 0
         """The position behind the last match of ``expect``."""
-        self._is_over = False
+        self._is_over = self._is_closed = False
         self._typed = bytearray()
         self._watchers: list[Callable[[str], object]] = []
         self._lines = LineWatch(self._on_line)
@@ -76,6 +76,7 @@ class ConsoleHandle:
         elif not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"console.write takes str or bytes, not {type(data).__name__}")
         with self._news:
+            self._check_open("console.write()")
             if len(self._typed) + len(data) > MAX_TYPED_BYTES:
                 raise PyvmmError(
                     f"console.write: the guest has not read {len(self._typed)} bytes yet; at most "
@@ -87,12 +88,14 @@ class ConsoleHandle:
     def expect(self, pattern: str | re.Pattern[str], timeout_s: float = 60.0) -> re.Match[str]:
         """Wait until ``pattern`` matches behind the last match, and return the match.
 
-        A match is at most MAX_MATCH_BYTES long.  ``^`` and ``$`` match at every line.  Lines end
+        A match is at most MAX_MATCH_BYTES long.  ``^`` and ``$`` match at every line,
+        and ``$`` at the end of what has come so far: write ``\\n`` for a whole line.  Lines end
         with ``\\n``; the ``\\r`` that a serial port sends before it is left out.  ExpectError after
         ``timeout_s`` seconds, or if the run ends first; it quotes the end of the console.
         RuntimeError in a hook, which would wait for itself.
         """
         self._refuse_own_threads("console.expect()")
+        self._check_open("console.expect()")
         wanted = re.compile(pattern, re.MULTILINE) if isinstance(pattern, str) else pattern
         if not isinstance(wanted, re.Pattern) or not isinstance(wanted.pattern, str):
             raise TypeError(f"console.expect takes a text or a pattern of text, not {pattern!r}")
@@ -129,6 +132,7 @@ class ConsoleHandle:
         """
         if not callable(callback):
             raise TypeError(f"on_line takes a function, not {type(callback).__name__}")
+        self._check_open("console.on_line()")
         self._watchers.append(callback)
 
     # For the machine
@@ -160,6 +164,15 @@ class ConsoleHandle:
         with self._news:
             self._is_over = True
             self._news.notify_all()
+
+    def close(self) -> None:
+        """The machine is closed: nothing is typed any more, ``text`` stays."""
+        self.end()
+        self._is_closed = True
+
+    def _check_open(self, call: str) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"{call}: the machine was closed")
 
     def _on_line(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace")

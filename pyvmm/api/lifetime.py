@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 
 from pyvmm.run.runner import Runner
@@ -22,12 +24,14 @@ class Lifetime:
         # Re-entrant, so that a handler of a signal that calls stop() inside start() is told so.
         self._lock = threading.RLock()
         self._is_starting = False
+        self._pid = os.getpid()
         self.is_closed = False
 
     def check_open(self, call: str) -> None:
         """RuntimeError once the machine is closed."""
         if self.is_closed:
             raise RuntimeError(f"{call}: {self._what} was closed")
+        self._check_process(call)
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
@@ -45,6 +49,7 @@ class Lifetime:
 
         RuntimeError in a thread that would wait for itself.
         """
+        self._check_process(call)
         self._runner.refuse_own_threads(call)
         with self._lock:
             if self._is_starting:
@@ -53,6 +58,7 @@ class Lifetime:
 
     def close(self, stop: Callable[[], object], free: Callable[[], None]) -> None:
         """Call ``stop`` if the run has begun, then ``free``; once."""
+        self._check_process("close()")
         self._runner.refuse_own_threads("close()")  # not under the lock, which a close may hold
         with self._lock:
             has_begun = self.has_begun("close()")
@@ -61,3 +67,15 @@ class Lifetime:
                     stop()
                 self.is_closed = True
                 free()
+
+    def forget(self, close: Callable[[], None]) -> None:
+        """Close a machine that nobody holds any more; a ResourceWarning says that nobody did."""
+        if self.is_closed or os.getpid() != self._pid:
+            return
+        close()
+        warnings.warn(f"{self._what} was never closed", ResourceWarning, stacklevel=2)
+
+    def _check_process(self, call: str) -> None:
+        """RuntimeError in a child process, which has none of the machine's threads."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"{call}: {self._what} belongs to process {self._pid}")

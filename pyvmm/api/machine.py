@@ -55,12 +55,13 @@ class Machine:
         if report is not None and not callable(report):
             raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
         _check_devices(devices)
-        self._machine = built.build(
-            config.run_config(), report=report or _log, devices=devices
-        )
+        self._report = report or _log
+        self._is_built = False
+        self._machine = built.build(config.run_config(), report=self._tell, devices=devices)
         runner = self._machine.runner
         self._lifetime = Lifetime(runner, "the machine")
         self._hooks = Hooks(self._machine)
+        self._is_built = True
         self.memory = MemoryHandle(self._machine.board.memory)
         """The guest's RAM: see ``MemoryHandle``."""
         self.vcpus = tuple(VcpuHandle(loop, runner) for loop in self._machine.loops)
@@ -104,7 +105,7 @@ class Machine:
 
     def finish(self) -> None:
         """Have the run end, without waiting for it: also in a hook."""
-        self._check_open("finish()")
+        self._lifetime.check_open("finish()")
         self._machine.runner.finish(Outcome(Kind.STOPPED))
 
     def pause(self, timeout_s: float | None = None) -> bool:
@@ -130,7 +131,11 @@ class Machine:
     def close(self) -> None:
         """Stop the machine and free all that it has; idempotent."""
         self._lifetime.close(self._end, self._machine.close)
-        self.console.end()
+        self.console.close()
+
+    def __del__(self) -> None:
+        if "_lifetime" in self.__dict__:
+            self._lifetime.forget(self.close)
 
     def __enter__(self) -> Machine:
         return self
@@ -196,6 +201,12 @@ class Machine:
             # Set before asking: room that comes after the answer makes another wake-up.
             runner.input_waits = True
             runner.input_waits = self.console.hand_over(self._machine.consoles.receive)
+
+    def _tell(self, line: str) -> None:
+        if self._is_built:
+            self._hooks.run_hook("report", self._report, line)
+        else:
+            self._report(line)
 
     def _end(self) -> Outcome | None:
         return self._machine.stop(Outcome(Kind.STOPPED))

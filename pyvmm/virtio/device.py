@@ -23,7 +23,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, name_of
 from pyvmm.virtio.ring.queue import DESCRIPTOR_WORK, Chain, Queue, Ring
 from pyvmm.virtio.ring.rings import make_ring
-from pyvmm.virtio.spec import DeviceType, Feature
+from pyvmm.virtio.spec import MAX_QUEUE_SIZE, DeviceType, Feature
 
 if TYPE_CHECKING:
     from typing import ClassVar
@@ -92,6 +92,11 @@ class VirtioDevice(abc.ABC):
     writes the slot's ``irq_fd``; guest RAM is memory that it can map."""
 
     def __init__(self, *, avail_features: int, queue_max_sizes: tuple[int, ...]) -> None:
+        if not queue_max_sizes or not all(0 < size <= MAX_QUEUE_SIZE for size in queue_max_sizes):
+            raise ValueError(
+                f"{type(self).__name__}: queue_max_sizes {queue_max_sizes!r:.80}: a virtio device "
+                f"has queues of 1 to {MAX_QUEUE_SIZE} entries, one at least"
+            )
         self._slot: Plug = NoSlot()
         self.avail_features = int(avail_features)
         self.queue_max_sizes = queue_max_sizes
@@ -102,6 +107,11 @@ class VirtioDevice(abc.ABC):
         self._memory: GuestMemory | None = None
         self._interrupt: Interrupt | None = None
         self._rings: list[Ring | None] = []
+
+    @property
+    def is_plugged(self) -> bool:
+        """True once the device has had a slot; a machine's device serves no other."""
+        return not isinstance(self._slot, NoSlot)
 
     def plug(self, slot: Plug) -> Sequence[IoSource]:
         """Take ``slot`` as the device's own; return the sources of the device's own descriptors.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import os
 import threading
 from collections.abc import Callable
 
@@ -118,3 +120,31 @@ def test_use_before_the_start_and_after_the_close_is_refused() -> None:
     for call in calls:
         with pytest.raises(RuntimeError, match="the guest was closed"):
             call()
+
+
+def drop(machines: list[pyvmm.Machine | BareGuest]) -> None:
+    machines.clear()
+    gc.collect()
+
+
+def test_a_machine_that_nobody_closed_is_closed_with_a_warning(make: Make) -> None:
+    before = open_fds()
+    for _ in range(3):
+        forgotten = [make()]
+        with pytest.warns(ResourceWarning, match="was never closed"):
+            drop(forgotten)
+    assert open_fds() == before
+
+
+def test_a_child_process_is_told_that_the_machine_is_not_its_own(make: Make) -> None:
+    with make() as machine:
+        machine.start()
+        for call in ("close", "stop", "pause"):
+            child = os.fork()
+            if child == 0:
+                try:
+                    getattr(machine, call)()
+                except RuntimeError as error:
+                    os._exit(7 if "belongs to process" in str(error) else 1)
+                os._exit(2)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -132,6 +132,36 @@ def test_misuse_is_one_clear_exception(config: MakeConfig, tmp_path: Path) -> No
                  machine.resume, machine.quiesce, machine.refresh_disks):
         with pytest.raises(RuntimeError, match="the machine was closed"):
             call()
+    for use in (
+        lambda: machine.console.write("x"), lambda: machine.console.expect("x"),
+        lambda: machine.console.on_line(print),
+    ):
+        with pytest.raises(RuntimeError, match="the machine was closed"):
+            use()
+    assert machine.console.text == ""
+    with pytest.raises(TypeError, match="report is a function"):
+        pyvmm.Machine(config(STATUS_7), report=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pattern", [5, b"x", None])
+def test_an_expectation_is_text(config: MakeConfig, pattern: Any) -> None:
+    with (
+        pyvmm.Machine(config(STATUS_7)) as machine,
+        pytest.raises(TypeError, match=r"console\.expect takes a str"),
+    ):
+        machine.console.expect(pattern)
+
+
+def test_a_report_that_raises_ends_the_run_and_is_named(config: MakeConfig) -> None:
+    def report(line: str) -> None:
+        raise SystemExit(line)
+
+    with pyvmm.Machine(config(SPIN), report=report) as machine:
+        machine._machine.runner.loop.call_soon(lambda: machine._machine.runner.report("odd"))
+        outcome = machine.run()
+    assert outcome.kind is pyvmm.Kind.HOST_ERROR
+    assert "the report hook" in outcome.detail
+    assert "SystemExit: odd" in outcome.detail
 
 
 @pytest.mark.parametrize(
@@ -151,6 +181,12 @@ def test_misuse_is_one_clear_exception(config: MakeConfig, tmp_path: Path) -> No
         ({"cmdline": 3}, TypeError, "cmdline must be str or None, not int"),
         ({"timeout_s": "3"}, TypeError, "timeout_s must be seconds or None, not str"),
         ({"append": None}, TypeError, "append must be str"),
+        ({"cmdline": 5}, TypeError, "cmdline must be str or None, not int"),
+        ({"timeout_s": "5"}, TypeError, "timeout_s must be int or float or None, not str"),
+        ({"timeout_s": True}, TypeError, "timeout_s must be"),
+        ({"initrd": 5}, TypeError, "initrd must be"),
+        ({"disks": 5}, TypeError, "disks is a list of disks, not a int"),
+        ({"disks": None}, TypeError, "disks is a list"),
         ({"cpu": "z80"}, pyvmm.ConfigError, "unknown model"),
     ],
 )

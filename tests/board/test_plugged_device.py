@@ -154,6 +154,48 @@ def test_a_machine_that_cannot_be_built_closes_the_devices_it_was_given(
     assert open_fds() == before
 
 
+def test_a_device_is_plugged_in_once(config: RunConfig) -> None:
+    device = BackwardsDevice()
+    with pytest.raises(ValueError, match="device 'one' is plugged in already: make another"):
+        build(config, report=Reporter(), devices={"one": device, "two": device})
+    with build(config, report=Reporter(), devices={"one": device}) as machine:
+        with pytest.raises(ValueError, match="device 'own' is plugged in already"):
+            build(config, report=Reporter(), devices={"own": device})
+        assert not device.is_closed, "it is another machine's"
+        run_at_terminal(machine)
+    with pytest.raises(ValueError, match="plugged in already"):
+        build(config, report=Reporter(), devices={"again": device})
+
+
+@pytest.mark.parametrize(
+    "devices", [[BackwardsDevice], {"a": object()}, {"a": BackwardsDevice}, {1: EntropyDevice()}]
+)
+def test_devices_are_virtio_devices_by_name(config: RunConfig, devices: object) -> None:
+    with pytest.raises(TypeError, match="devices"):
+        build(config, report=Reporter(), devices=devices)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (65536,), (8, -1)])
+def test_a_device_has_queues_of_a_size_that_can_be(sizes: tuple[int, ...]) -> None:
+    class Odd(BackwardsDevice):
+        def __init__(self) -> None:
+            VirtioDevice.__init__(self, avail_features=Feature.VERSION_1, queue_max_sizes=sizes)
+
+    with pytest.raises(ValueError, match=r"Odd: queue_max_sizes .* has queues of 1 to 32768"):
+        Odd()
+
+
+def test_a_device_that_fails_at_the_end_keeps_nothing(config: RunConfig) -> None:
+    class Failing(BackwardsDevice):
+        def hurry(self, until_s: float) -> None:
+            raise SystemExit("no")
+
+    before = open_fds(), threading.active_count()
+    outcome, said, _ = run(config, {"failing": Failing()})
+    assert (outcome, said) == (Outcome(Kind.GUEST_STATUS, 2), b"olleh")
+    assert (open_fds(), threading.active_count()) == before
+
+
 def test_more_devices_than_lines_are_one_config_error(config: RunConfig) -> None:
     before = open_fds()
     devices = {f"own{index}": BackwardsDevice() for index in range(16)}
