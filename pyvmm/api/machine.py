@@ -69,7 +69,7 @@ class Machine:
         self.console = ConsoleHandle(
             refuse_own_threads=runner.refuse_own_threads, wake=runner.wake,
             run_hook=self._hooks.run_hook,
-            has_begun=lambda: self._has_begun,
+            has_begun=lambda: runner.has_begun,
         )
         """The guest's output and a keyboard: see ``ConsoleHandle``."""
         self._machine.output.add_observer(self.console.feed)

@@ -62,6 +62,10 @@ class Outcome(Record, kw_only=False):
     value: int = 0
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        # The member itself: the code compares with `is`, and a pickled kind is another text.
+        object.__setattr__(self, "kind", Kind(self.kind))
+
     @property
     def exit_status(self) -> int:
         """The process's exit status: 0-119 from the guest, 121-125 by kind, 128+n by signal."""

@@ -16,6 +16,7 @@ their members are what they were set to, plain integers and texts: members have 
 
 from __future__ import annotations
 
+import functools
 import os
 
 TYPE_CHECKING = False
@@ -158,6 +159,10 @@ class Record(metaclass=_RecordType):
     def replace(self, **changes: Any) -> Self:
         """A copy in which the fields named in ``changes`` have those values."""
         return type(self)(**{**self._values(), **changes})
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        # To be copied and pickled by: a copy's fields are set as those of any other record.
+        return functools.partial(type(self), **self._values()), ()
 
     def _values(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self._fields}

@@ -167,14 +167,6 @@ def test_a_device_is_plugged_in_once(config: RunConfig) -> None:
         build(config, report=Reporter(), devices={"again": device})
 
 
-@pytest.mark.parametrize(
-    "devices", [[BackwardsDevice], {"a": object()}, {"a": BackwardsDevice}, {1: EntropyDevice()}]
-)
-def test_devices_are_virtio_devices_by_name(config: RunConfig, devices: object) -> None:
-    with pytest.raises(TypeError, match="devices"):
-        build(config, report=Reporter(), devices=devices)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("sizes", [(), (0,), (65536,), (8, -1)])
 def test_a_device_has_queues_of_a_size_that_can_be(sizes: tuple[int, ...]) -> None:
     class Odd(BackwardsDevice):

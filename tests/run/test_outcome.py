@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 from pyvmm.run.outcome import Kind, Outcome
@@ -30,3 +33,17 @@ def test_every_kind_has_a_status_and_a_text() -> None:
     for kind in Kind:
         assert 0 <= Outcome(kind).exit_status <= 255
         assert str(Outcome(kind, detail="why")).endswith("why")
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_fault_41_an_outcome_that_was_copied_or_pickled_is_as_good(kind: Kind) -> None:
+    """As by multiprocessing.  It could be neither, and its kind was no member afterwards."""
+    outcome = Outcome(kind, 7, "because")
+    for made in (
+        pickle.loads(pickle.dumps(outcome)), copy.copy(outcome), copy.deepcopy(outcome),
+        Outcome(Kind("".join(kind)), 7, "because"), outcome.replace(kind="".join(kind)),
+    ):
+        assert made == outcome
+        assert hash(made) == hash(outcome)
+        assert made.kind is kind
+        assert (made.exit_status, str(made)) == (outcome.exit_status, str(outcome))
