@@ -139,17 +139,8 @@ def test_misuse_is_one_clear_exception(config: MakeConfig, tmp_path: Path) -> No
         with pytest.raises(RuntimeError, match="the machine was closed"):
             use()
     assert machine.console.text == ""
-    with pytest.raises(TypeError, match="report is a function"):
+    with pytest.raises(TypeError, match="report must be a function"):
         pyvmm.Machine(config(STATUS_7), report=5)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("pattern", [5, b"x", None])
-def test_an_expectation_is_text(config: MakeConfig, pattern: Any) -> None:
-    with (
-        pyvmm.Machine(config(STATUS_7)) as machine,
-        pytest.raises(TypeError, match=r"console\.expect takes a str"),
-    ):
-        machine.console.expect(pattern)
 
 
 def test_a_report_that_raises_ends_the_run_and_is_named(config: MakeConfig) -> None:
@@ -182,10 +173,8 @@ def test_a_report_that_raises_ends_the_run_and_is_named(config: MakeConfig) -> N
         ({"timeout_s": "3"}, TypeError, "timeout_s must be seconds or None, not str"),
         ({"append": None}, TypeError, "append must be str"),
         ({"cmdline": 5}, TypeError, "cmdline must be str or None, not int"),
-        ({"timeout_s": "5"}, TypeError, "timeout_s must be int or float or None, not str"),
         ({"timeout_s": True}, TypeError, "timeout_s must be"),
         ({"initrd": 5}, TypeError, "initrd must be"),
-        ({"disks": 5}, TypeError, "disks is a list of disks, not a int"),
         ({"disks": None}, TypeError, "disks is a list"),
         ({"cpu": "z80"}, pyvmm.ConfigError, "unknown model"),
     ],
