@@ -74,13 +74,13 @@ def end_line() -> None:
             write_text_now(sys.stdout, "\n")
 
 
-class Seldom:
-    """Callable that passes a line on to ``report``, unless that had it less than REPEAT_S ago.
+class RepeatFilter:
+    """Callable that passes a line to ``report`` unless the same line went there under REPEAT_S ago.
 
-    For what a peer complains of that does the same again and again: a VMM that reconnects.
+    For complaints about a peer that repeats itself, such as a VMM that keeps reconnecting.
     """
 
-    _MOST = 100  # lines that are remembered
+    _MOST = 100  # lines whose time is kept
 
     def __init__(
         self, report: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
@@ -90,7 +90,7 @@ class Seldom:
         self._said_s: dict[str, float] = {}
 
     def __call__(self, line: str) -> None:
-        """Pass ``line`` on, or not."""
+        """Pass ``line`` to ``report``, unless it is a repetition."""
         now_s = self._clock()
         said_s = self._said_s.get(line)
         if said_s is None or now_s - said_s >= REPEAT_S:

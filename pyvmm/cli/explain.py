@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 
-from pyvmm.cli.first_look import remembered_path
+from pyvmm.cli.first_look import config_cache_path
 from pyvmm.config import DiskConfig, RunConfig
+from pyvmm.linux.config_cache import covers, recall, remember
 from pyvmm.linux.file_systems import HEAD_BYTES
 from pyvmm.linux.guest import Boot, describe
-from pyvmm.linux.remembered import covers, recall, remember
 from pyvmm.linux.requirements import notes, problems
 from pyvmm.run.outcome import MAYBE_SILENT, Kind, Outcome
 from pyvmm.run.verdict import Evidence
@@ -125,7 +125,7 @@ def _configuration(
 ) -> KernelConfig | None:
     """What ``kernel`` was built with: as remembered, else read and, from now on, remembered."""
     try:
-        entry = remembered_path(kernel)
+        entry = config_cache_path(kernel)
     except (OSError, ValueError):
         return None
     found = recall(entry)

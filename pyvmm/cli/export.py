@@ -17,8 +17,8 @@ from pyvmm.cli.descriptors import (
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.peers.eventfds import Bell
-from pyvmm.report import Reporter, Seldom
+from pyvmm.peers.eventfds import EventfdWriter
+from pyvmm.report import RepeatFilter, Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
 from pyvmm.startup.commands import Command, Option
@@ -98,7 +98,7 @@ def export_main(argv: list[str]) -> int:
 
 def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
     """Serve ``disk``, which takes ``needed`` open files; see ``export_main``."""
-    report, bell = Reporter(sys.stderr), Bell()
+    report, eventfd_writer = Reporter(sys.stderr), EventfdWriter()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
         made = contextlib.ExitStack()
@@ -118,10 +118,10 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
                 args.socket,
                 lambda: BlockDevice(block, backend, limiter=limiter),
                 exclusive=not (disk.read_only or backend.read_only),
-                report=Seldom(report),
+                report=RepeatFilter(report),
                 note=report if args.verbose else lambda line: None,
                 trust_memory=args.trust_memory,
-                bell=bell,
+                eventfd_writer=eventfd_writer,
             )
             servers.append(stack.enter_context(contextlib.closing(server)))
             return [IoSource(server.fileno(), server.service, edge_triggered=False)]
@@ -145,6 +145,6 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
                     server.config_changed()
 
         number = serve(
-            start, begun=begun, refresh=refresh, hurry=backend.hurry, bell=bell
+            start, begun=begun, refresh=refresh, hurry=backend.hurry, eventfd_writer=eventfd_writer
         )
     return 0 if number in _ENDINGS else 128 + number

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from pyvmm.cli.first_look import remembered_path
+from pyvmm.cli.first_look import config_cache_path
 from pyvmm.linux import config as linux_config
 from pyvmm.linux import debian
 from pyvmm.linux.cache import cache_directory
 from pyvmm.linux.compression import Compression, UnpackError
 from pyvmm.linux.config import KernelConfig
+from pyvmm.linux.config_cache import remember
 from pyvmm.linux.file_systems import SQUASHFS_COMPRESSORS
 from pyvmm.linux.guest import Guest
-from pyvmm.linux.remembered import remember
 from pyvmm.linux.requirements import (
     FILE_SYSTEMS,
     Finding,
@@ -124,7 +124,7 @@ def _fetch(backports: bool, version: str | None) -> int:
         found = linux_config.read(kernel.config)
         for path in (kernel.vmlinuz, kernel.vmlinux):
             if found is not None:
-                remember(remembered_path(path), found)
+                remember(config_cache_path(path), found)
     show(f"version    {kernel.version} (Linux {kernel.release})")
     show(f"kernel     {kernel.vmlinuz}")
     show(f"vmlinux    {kernel.vmlinux}")
@@ -142,7 +142,7 @@ def _inspect(path: str, config_file: str | None) -> int:
         return 0
     if config_file is None:
         with contextlib.suppress(OSError):
-            remember(remembered_path(path), found.config)
+            remember(config_cache_path(path), found.config)
     for title, findings in _findings(found.config):
         show()
         if title:

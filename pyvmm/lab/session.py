@@ -28,7 +28,7 @@ BOOT_LIMIT_S = 180.0
 """A loaded host may need ten times the usual two seconds; a hung machine is told all the same."""
 GRACE_S = 5.0
 """Between SIGTERM and SIGKILL after a timeout, and between SIGKILL and pulling the plug."""
-DRAIN_S = 5.0
+LAST_OUTPUT_S = 5.0
 """How long the last output may take to arrive after CMD's status."""
 
 TIMEOUT_STATUS = 124
@@ -42,7 +42,7 @@ class Phase(enum.Enum):
     RUNNING = enum.auto()
     TERMINATING = enum.auto()
     KILLING = enum.auto()
-    DRAINING = enum.auto()
+    LAST_OUTPUT = enum.auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +165,8 @@ class Session:
 
     def _step(self, source: Source) -> None:
         source.step()
-        if self._phase is Phase.DRAINING and source in self._outputs:
-            self._limit(DRAIN_S)
+        if self._phase is Phase.LAST_OUTPUT and source in self._outputs:
+            self._limit(LAST_OUTPUT_S)
         self._proceed()
 
     def _beat(self) -> None:
@@ -200,10 +200,10 @@ class Session:
             case Phase.TERMINATING:
                 self._tell("signal KILL")
                 self._enter(Phase.KILLING, GRACE_S)
-            case Phase.DRAINING if any(output.pending for output in self._outputs):
+            case Phase.LAST_OUTPUT if any(output.pending for output in self._outputs):
                 # It is the reader of our output who is slow, not the lab.
-                self._limit(DRAIN_S)
-            case Phase.KILLING | Phase.DRAINING:
+                self._limit(LAST_OUTPUT_S)
+            case Phase.KILLING | Phase.LAST_OUTPUT:
                 self._stop()
         self._proceed()
 
@@ -221,7 +221,7 @@ class Session:
                 self._fail(f"it gave no exit status, but {shown(rest)!r}")
                 return
             self._status = status
-            self._enter(Phase.DRAINING, DRAIN_S)
+            self._enter(Phase.LAST_OUTPUT, LAST_OUTPUT_S)
         elif verb == "fail":
             self._fail(rest)
 
