@@ -1,4 +1,4 @@
-"""Serving without a machine: one loop on the main thread, until a signal ends it."""
+"""Serve without a machine: one loop on the main thread, until a signal ends it."""
 
 from __future__ import annotations
 
