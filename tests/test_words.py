@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pyvmm"
 OPEN = frozenset({
-    "cli", "startup", "config.py", "report.py",
+    "startup", "config.py", "report.py",
     "__main__.py",
     "vhost_user/block.py", "lab/session.py", "console/watch.py",
 })  # fmt: skip

@@ -29,7 +29,7 @@ from pyvmm.virtio.block.config import MAX_QUEUE_SIZE
 from pyvmm.virtio.rate_limit import RateLimiter
 
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
-"""Signals that end an export as meant: status 0."""
+"""Signals that end an export as intended, with status 0."""
 
 _ONE_DISK = "start one export for each disk"
 
@@ -81,12 +81,12 @@ COMMAND = Command(
 
 
 def export_main(argv: list[str]) -> int:
-    """Serve one disk until a signal; the exit status."""
+    """Serve one disk until a signal; return the exit status."""
     args = parse_options(COMMAND, argv)
     disk = parse_disk(args.disk)
     if not isinstance(disk, DiskConfig):
         raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
-    # Regions and eventfds of many front ends: none must keep another from what it needs.
+    # Regions and eventfds of many front ends: none must starve another of descriptors.
     allow_many_descriptors()
     needed = needed_for_export(disk)
     try:
@@ -97,7 +97,7 @@ def export_main(argv: list[str]) -> int:
 
 
 def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
-    """Serve ``disk``, which takes ``needed`` open files; see ``export_main``."""
+    """Serve ``disk``, which needs ``needed`` open files; see ``export_main``."""
     report, eventfd_writer = Reporter(sys.stderr), EventfdWriter()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
@@ -110,7 +110,7 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
         # A front end cannot ask what size of ring it may choose: any that QEMU has will do.
         block = disk.block.replace(queue_size=MAX_QUEUE_SIZE)
         limit = block.rate_limit
-        # The disk's, not a connection's: a front end that reconnects gets no fresh burst.
+        # One for the disk, not per connection: a front end that reconnects gets no fresh burst.
         limiter = RateLimiter(limit) if limit else None
 
         def start() -> list[IoSource]:

@@ -30,9 +30,9 @@ from pyvmm.x86.inspect import Inspection, inspect
 
 CANNOT_BOOT_STATUS = 1
 
-_ALONE = Guest()
+_WITHOUT_INITRD = Guest()
 _WITH_INITRD = Guest(initrd_compression=Compression.GZIP)
-# What some runs ask for beside that, and others do not.
+# Needs of some runs beyond those of every run.
 _SPECIAL = (
     ("with an initramfs", (
         *(Guest(initrd_compression=kind) for kind in Compression),
@@ -111,7 +111,7 @@ COMMAND = Command(
 
 
 def kernel_main(argv: list[str]) -> int:
-    """Run one of the verbs; its exit status."""
+    """Run one of the verbs; return its exit status."""
     args = parse_options(COMMAND, argv)
     if args.verb == "fetch":
         return _fetch(args.backports > 0, args.version)
@@ -152,7 +152,7 @@ def _inspect(path: str, config_file: str | None) -> int:
     verdict, can_boot = _verdict(found.config)
     show()
     show(f"{'boots here':<15}{verdict}")
-    for note in notes(found.config, _ALONE):
+    for note in notes(found.config, _WITHOUT_INITRD):
         show(f"{'note':<15}{note}")
     return 0 if can_boot else CANNOT_BOOT_STATUS
 
@@ -186,9 +186,9 @@ def _why_unknown(found: Inspection) -> str:
 
 
 def _findings(config: KernelConfig) -> Iterator[tuple[str, list[Finding]]]:
-    """What every guest needs, under no title, then what others need beside it, by titles."""
+    """Yield the needs of every guest under no title, then the further needs of some, by title."""
     seen: set[tuple[str, tuple[str, ...]]] = set()
-    for title, guests in (("", (_ALONE,)), *_SPECIAL):
+    for title, guests in (("", (_WITHOUT_INITRD,)), *_SPECIAL):
         found = []
         for guest in guests:
             for finding in judge(config, guest):
@@ -200,22 +200,22 @@ def _findings(config: KernelConfig) -> Iterator[tuple[str, list[Finding]]]:
 
 
 def _verdict(config: KernelConfig) -> tuple[str, bool]:
-    """Whether a guest with a disk of ext4 boots, in words and as an answer."""
-    alone = problems(config, _ALONE)
-    if not alone:
+    """Say in words if a guest with a disk of ext4 boots, and return True if it does."""
+    bare = problems(config, _WITHOUT_INITRD)
+    if not bare:
         return "yes, from a disk of ext4, without an initramfs", True
     helped = problems(config, _WITH_INITRD)
     if not helped:
         modules = [
             option
-            for finding in judge(config, _ALONE)
+            for finding in judge(config, _WITHOUT_INITRD)
             if finding.state is State.MODULE
             for option, value in finding.settings
             if value == "m"
         ]
         names = f" that loads the modules of {', '.join(modules)}" if modules else ""
         return f"yes, with an initramfs{names}", True
-    return "no: " + "; ".join(str(problem) for problem in min(alone, helped, key=len)), False
+    return "no: " + "; ".join(str(problem) for problem in min(bare, helped, key=len)), False
 
 
 def _size(size_bytes: int) -> str:
