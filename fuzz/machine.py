@@ -224,7 +224,7 @@ class Machine:
         taken_s = time.thread_time() - begun_s
         assert taken_s < PASS_CPU_S, f"a pass took {taken_s * 1000:.0f} ms"
 
-    def drain(self, index: int) -> None:
+    def serve_all(self, index: int) -> None:
         """Serve queue ``index`` until nothing is left; time passes where a rate limit wants it."""
         for _ in range(_MOST_TURNS):
             delay_s = self.service(index)
@@ -283,7 +283,7 @@ class Machine:
         shown = self.shown_bytes
         buffer = plain.put(bytes(64))
         plain.submit([readable(buffer, 64) if index else writable(buffer, 64)])
-        self.drain(index)
+        self.serve_all(index)
         (used,) = plain.reap()
         assert used.length == (0 if index else 64), used
         assert self.shown_bytes - shown == (64 if index else 0)
@@ -293,7 +293,7 @@ class Machine:
         status, buffer = driver.status_byte(), driver.alloc(512, 1)
         driver.submit([readable(driver.header(0, 1), 16), writable(buffer, 512),
                        writable(status, 1)])
-        self.drain(0)
+        self.serve_all(0)
         (used,) = driver.reap()
         return self.memory.read_int(status, 1), used.length, self.memory.read(buffer, 512)
 

@@ -1,13 +1,13 @@
-"""The program: what the ``pyvmm`` script and ``python -m pyvmm`` run.
+"""The program, which the ``pyvmm`` script and ``python -m pyvmm`` run.
 
-To import it takes the process's signals, before a start's other imports: a notice must not kill a
-run that is about to take it, and an interrupt needs no traceback.  (Python itself has started by
-then; what comes before is its own.)
+Importing this module takes the process's signals, before the other imports of a start.  So a notice
+does not kill a run that is about to take notices, and an interrupt prints no traceback.  (Signals
+that come earlier, while Python starts, are Python's.)
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # what of `signal` is there without an import
+import _signal  # type: ignore[import-not-found]  # the part of `signal` that needs no file
 import os
 import sys
 
@@ -16,7 +16,7 @@ _HELD = (_signal.SIGUSR1, _signal.SIGWINCH)
 
 
 def _interrupted(number: int, _frame: object) -> None:
-    # No exception: imports, which are most of a start, swallow one here and there and print it.
+    # Raise no exception: imports, which are most of a start, print some exceptions and go on.
     os._exit(128 + number)
 
 
@@ -25,7 +25,7 @@ if _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:  # else it 
     _signal.signal(_signal.SIGINT, _interrupted)
 
 
-# What follows is not needed before the signals are taken.
+# Nothing below is needed before the signals are taken.
 from pyvmm.cli.main import (  # noqa: E402
     HOST_ERROR_STATUS,
     SignalsAsTheyAre,
@@ -37,7 +37,7 @@ from pyvmm.cli.main import main as run_command  # noqa: E402
 
 
 class _SignalsLetIn(SignalsAsTheyAre):
-    """What is started meanwhile inherits no mask, notices do nothing, SIGINT is an exception."""
+    """Programs started meanwhile inherit no mask, notices do nothing, SIGINT is an exception."""
 
     def __enter__(self) -> None:
         for number in _HELD:
@@ -55,16 +55,16 @@ class _SignalsLetIn(SignalsAsTheyAre):
 
 
 def main() -> int:
-    """Run ``pyvmm`` with the process's arguments; the exit status, with all output out.
+    """Run ``pyvmm`` with the process's arguments, flush its output and return the exit status.
 
-    Errors of any kind are lines of ours.
+    Print errors of any kind as lines of ours.
     """
     try:
         status = run_command(sys.argv[1:], signals=_SignalsLetIn())
         sys.stdout.flush()
     except OSError as error:
         return output_failed(error)
-    except Exception as error:  # a defect of ours; what it quotes may be anybody's
+    except Exception as error:  # a defect of ours; its text may quote anybody
         show_traceback(["-vv"])
         say_error(f"internal error: {type(error).__name__}: {error}")
         return HOST_ERROR_STATUS

@@ -1,4 +1,4 @@
-"""What the user asked for: frozen, validated once, each error naming option, value and limit."""
+"""The user's choices: frozen, validated once, each error naming option, value and limit."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ MMIO_MODES = ("mapped", "trapped")
 RTC_KINDS = ("utc", "none")
 DISCOVERY_WAYS = ("both", "acpi", "cmdline")
 SERVE_PLACES = ("thread", "exit")
-VHOST_USER = "vhost-user="  # what a disk's location then begins with
+VHOST_USER = "vhost-user="  # the start of such a disk's location
 MAX_DISKS = 8
 DEFAULT_CONSOLE = "console=ttyS0"
 DEFAULT_CMDLINE = f"{DEFAULT_CONSOLE} reboot=k panic=-1"
 MAX_TIMEOUT_S = 10 * 365 * 86400.0
 MAX_SIZE_BYTES = 1 << 60
-"""Of any size in a text; more than any option takes."""
+"""The limit of any size in a text, above the limit of any option."""
 
 
 class Source(Protocol):
-    """Where a disk's bytes are: ``storage.open.DiskSource``, or an object of a script's."""
+    """The bytes of a disk: ``storage.open.DiskSource``, or an object from a script."""
 
     @property
     def location(self) -> str:
@@ -50,15 +50,15 @@ class Source(Protocol):
 
     @property
     def snapshot(self) -> bool:
-        """True if what the guest writes goes elsewhere."""
+        """True if the guest's writes go elsewhere."""
 
     @property
     def overlay(self) -> str:
-        """The file it goes to then; "" for one without a name."""
+        """The file for those writes; "" for a file without a name."""
 
     @property
     def is_shared(self) -> bool:
-        """True if others may use it too, because nothing here writes it."""
+        """True if other disks may use the source too, because nothing here writes it."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -86,22 +86,22 @@ class DiskConfig(Record):
 
     @property
     def read_only(self) -> bool:
-        """Whether the guest cannot write."""
+        """True if the guest cannot write."""
         return self.source.read_only
 
     @property
     def location(self) -> str:
-        """Where the disk is, as the user wrote it."""
+        """The disk's path, URI or socket, as the user wrote it."""
         return self.source.location
 
     @property
     def is_shared(self) -> bool:
-        """Whether there may be two of it."""
+        """True if two disks may share the source."""
         return self.source.is_shared
 
     @property
     def block(self) -> BlockConfig:
-        """What the block device is to be, whatever its backend."""
+        """The configuration of the block device, whatever its backend."""
         from pyvmm.virtio.block.config import BlockConfig
 
         return BlockConfig(
@@ -118,8 +118,11 @@ class DiskConfig(Record):
 
 
 class VhostUserDiskConfig(Record):
-    """One ``--disk vhost-user=SOCKET``: served by the vhost-user-blk back end that listens on
-    the Unix socket ``socket``, which decides all but the number of ``queues``."""
+    """One ``--disk vhost-user=SOCKET``.
+
+    The vhost-user-blk back end that listens on the Unix socket ``socket`` serves the disk, and
+    decides all but the number of ``queues``.
+    """
 
     socket: str
     queues: int = 1
@@ -129,12 +132,12 @@ class VhostUserDiskConfig(Record):
 
     @property
     def location(self) -> str:
-        """Where the disk is, as the user wrote it."""
+        """The disk's path, URI or socket, as the user wrote it."""
         return f"{VHOST_USER}{self.socket}"
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The one path there is."""
+        """The one path of the disk: its socket."""
         return (self.socket,)
 
 
@@ -146,8 +149,8 @@ class RunConfig(Record):
 
     ``cmdline`` replaces the default command line, ``append`` is added behind it.  ``timeout_s``
     None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
-    among MMIO_MODES and SERVE_PLACES (``pyvmm.board.slot`` explains them); ``discovery``, among
-    DISCOVERY_WAYS, is how the guest is told of its virtio devices: ``cmdline`` means no ACPI.
+    among MMIO_MODES and SERVE_PLACES (``pyvmm.board.slot`` explains them).  ``discovery``, among
+    DISCOVERY_WAYS, tells the guest of its virtio devices: ``cmdline`` means no ACPI.
     """
 
     kernel: str | PathLike[str]
@@ -219,7 +222,7 @@ class RunConfig(Record):
             )
 
     def _check_overlays(self) -> None:
-        """ConfigError if the overlay of one disk is another disk, or another's overlay."""
+        """Raise ConfigError if the overlay of one disk is another disk, or another's overlay."""
         used: dict[str, str] = {}
         for disk in self.disks:
             overlay = disk.source.overlay if isinstance(disk, DiskConfig) else ""
@@ -237,23 +240,23 @@ class RunConfig(Record):
     def has_virtio_console(self) -> bool:
         """True if the command line names hvc0.
 
-        Else the device is not there: systemd starts a login on every hvc0 it finds.
+        Otherwise the machine has no such device: systemd starts a login on every hvc0 it finds.
         """
         return "hvc0" in consoles_of(words_of(self._guest_words))
 
     @property
     def console_is_virtio(self) -> bool:
-        """Whether the guest's console is the virtio one: the last of ours is hvc0."""
+        """True if the guest's console is the virtio one: hvc0 is the last of our consoles named."""
         return consoles_of(words_of(self._guest_words))[-1:] == ["hvc0"]
 
     def kernel_command_line(
         self, places: Sequence[tuple[int, int]] = (), limit: int | None = None
     ) -> str:
-        """The whole command line: devices, the base (default or ``cmdline``), then ``append``.
+        """Return the whole command line: devices, base (default or ``cmdline``), ``append``.
 
-        ``places`` are ``(base address, GSI)`` of the virtio-mmio devices that there are.  They come
-        first because what is behind ``pyvmm.run=`` or ``--`` belongs to the guest.
-        ConfigError, naming the longer option, if it has more than ``limit`` bytes.
+        ``places`` are ``(base address, GSI)`` of the virtio-mmio devices.  Devices come first
+        because words behind ``pyvmm.run=`` or ``--`` belong to the guest.  ConfigError, naming the
+        longer option, if the line has more than ``limit`` bytes.
         """
         parts = []
         if self.timing:
@@ -290,7 +293,7 @@ class RunConfig(Record):
 
 
 def format_size(size_bytes: int) -> str:
-    """Bytes -> the largest unit that divides them: ``256M``."""
+    """Return bytes in the largest unit that divides them: ``256M``."""
     for unit in ("T", "G", "M", "K"):
         if size_bytes and size_bytes % SIZE_UNITS[unit] == 0:
             return f"{size_bytes // SIZE_UNITS[unit]}{unit}"

@@ -1,12 +1,12 @@
-"""The one way out for every line that pyvmm prints, and it escapes.
+"""The one way out for every line that pyvmm prints: here lines are escaped.
 
 A line may quote a guest, a server, a kernel or a file name.  On a terminal their control
 characters would be obeyed, and their line ends would begin lines that look like ours.
 tests/test_one_way_out.py finds other ways out.
 
 A ``Reporter`` is for lines about a guest that runs, at a bounded rate: a guest may make a device
-complain as often as it likes; the log must not grow with it.  Nor may anybody wait because nobody
-reads it: whoever has a line to say has guests to serve.
+complain as often as it likes, and the log must not grow with it.  No thread may wait for a reader
+of the log, because the thread has guests to serve.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ REPEAT_S = 60.0
 
 
 def escape(text: str) -> str:
-    """Return ``text`` on one line, with what is not printable spelled out: control characters, line
-    ends, marks that reorder text, halves of characters."""
+    """Return ``text`` on one line, with unprintable characters spelled out: control characters,
+    line ends, marks that reorder text, halves of characters."""
     return text if text.isprintable() else "".join(
         character if character.isprintable() else repr(character)[1:-1] for character in text
     )
 
 
 def say(line: str, *, who: str = "pyvmm", end: str = "\n") -> None:
-    """Print ``who: line`` on standard error, if there is one that takes it now."""
+    """Print ``who: line`` on standard error, if that takes it now."""
     complain(f"{who}: {line}", end=end)
 
 
 def complain(line: str, *, end: str = "\n") -> None:
-    """Print ``line`` on standard error as it is, if there is one that takes it now."""
+    """Print ``line`` on standard error without a prefix, if that takes it now."""
     with contextlib.suppress(OSError, ValueError):
         write_text_now(sys.stderr, escape(line) + end)
 
@@ -61,7 +61,7 @@ def show(line: str = "") -> None:
 
 
 def echo(data: bytes, *, end: str = "\n") -> None:
-    """Print on standard error the lines of a console that somebody else has; ``end`` ends one."""
+    """Print lines of another program's console on standard error; ``end`` ends each line."""
     text = data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
     with contextlib.suppress(OSError, ValueError):
         write_text_now(sys.stderr, end.join(map(escape, text.split("\n"))))
@@ -74,13 +74,13 @@ def end_line() -> None:
             write_text_now(sys.stdout, "\n")
 
 
-class Seldom:
-    """Callable that passes a line on to ``report``, unless that had it less than REPEAT_S ago.
+class RepeatFilter:
+    """Callable that passes a line to ``report`` unless the same line went there under REPEAT_S ago.
 
-    For what a peer complains of that does the same again and again: a VMM that reconnects.
+    For complaints about a peer that repeats itself, such as a VMM that keeps reconnecting.
     """
 
-    _MOST = 100  # lines that are remembered
+    _MOST = 100  # lines whose time is kept
 
     def __init__(
         self, report: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
@@ -90,7 +90,7 @@ class Seldom:
         self._said_s: dict[str, float] = {}
 
     def __call__(self, line: str) -> None:
-        """Pass ``line`` on, or not."""
+        """Pass ``line`` to ``report``, unless it is a repetition."""
         now_s = self._clock()
         said_s = self._said_s.get(line)
         if said_s is None or now_s - said_s >= REPEAT_S:
@@ -104,9 +104,9 @@ class Seldom:
 class Reporter:
     """Callable that prints ``pyvmm: <line>``; at most ``burst`` lines in ``period_s`` seconds.
 
-    Lines over the limit, and those that whoever reads them has no room for at once, are counted;
-    the count is said with the next line that passes, or by ``close()``.  Control characters are
-    escaped, as a line may quote bytes the guest chose; it ends after MAX_LINE characters.
+    Lines over the limit, and lines for which the reader has no room at once, are counted.  The
+    next line that passes, or ``close()``, tells the count.  Control characters are escaped, because
+    a line may quote bytes that the guest chose; a line ends after MAX_LINE characters.
     """
 
     def __init__(
@@ -129,10 +129,10 @@ class Reporter:
         self._window_start = clock()
         self._in_window = 0
         self._dropped = 0
-        self._is_cut = False  # the last line, so that it has no end
+        self._is_cut = False  # True if the last line was cut and has no line end
 
     def __call__(self, line: str) -> None:
-        """Print ``line``, or count it when too many came before it."""
+        """Print ``line``, or count it after too many lines."""
         with self._lock:
             now = self._clock()
             if now - self._window_start >= self._period_s:
@@ -158,7 +158,7 @@ class Reporter:
             self._dropped = 0
 
     def _print(self, line: str) -> bool:
-        """Whether ``line`` was said, or nobody will ever hear one again."""
+        """Return True if ``line`` was printed, or if no later line ever can be."""
         text = "\n" * self._is_cut + f"pyvmm: {escape(line)[:MAX_LINE]}\n"
         try:
             if self._outlet is None:
@@ -175,7 +175,7 @@ class Reporter:
 
 
 def write_text_now(stream: TextIO, text: str) -> int:
-    """Write ``text`` without waiting; how many bytes could not be.  BlockingIOError if none."""
+    """Write ``text`` without waiting; return how many bytes are left.  BlockingIOError for all."""
     fd = _fd_of(stream)
     if fd is None:
         stream.write(text)
@@ -186,7 +186,7 @@ def write_text_now(stream: TextIO, text: str) -> int:
 
 
 def write_now(fd: int, data: bytes) -> int:
-    """Write ``data`` without waiting: see ``Outlet.write``.  Not while a guest runs."""
+    """Write ``data`` without waiting: see ``Outlet.write``.  Do not call it while a guest runs."""
     with Outlet(fd) as outlet:
         return outlet.write(data)
 
@@ -207,15 +207,16 @@ def _write_text(outlet: Outlet, stream: TextIO, text: str) -> int:
 class Outlet:
     """Writes to the descriptor ``fd`` and never waits for its reader.
 
-    O_NONBLOCK cannot just be set: the shell, and everything else it started, shares ``fd``.  So
-    whatever a write needs in its place is imported and opened when the outlet is made: nothing is
-    while a guest runs.  ``is_ours`` says that ``fd`` is non-blocking, and that nobody shares it.
+    O_NONBLOCK cannot just be set, because ``fd`` is shared with the shell and the programs that it
+    started.  So the constructor imports and opens whatever a write needs instead: nothing is
+    imported or opened while a guest runs.  With ``is_ours``, ``fd`` is non-blocking already and
+    nobody shares it.
     """
 
     def __init__(self, fd: int, *, is_ours: bool = False) -> None:
         self._close: Callable[[], None] | None = None
         self.write: Callable[[bytes], int]
-        """Write some of the bytes: returns how many, BlockingIOError if none, OSError."""
+        """Write some of the bytes and return how many; BlockingIOError if none, OSError."""
         mode = os.fstat(fd).st_mode
         self.write = functools.partial(os.write, fd)
         if stat.S_ISSOCK(mode):
@@ -238,7 +239,7 @@ class Outlet:
                 self.write = functools.partial(os.write, again)
 
     def close(self) -> None:
-        """Close what was opened, not ``fd``; idempotent.  ``write`` is an OSError from then on."""
+        """Close what the outlet opened, not ``fd``; idempotent.  ``write`` then raises OSError."""
         close, self._close = self._close, None
         self.write = _write_after_close
         if close is not None:
@@ -256,7 +257,7 @@ def _write_after_close(_data: bytes) -> int:
 
 
 def _write_where_there_is_room(fd: int, data: bytes, room: int) -> int:
-    """Write by asking first: a descriptor that polls writable takes ``room`` bytes."""
+    """Poll before each write: a descriptor that polls writable takes ``room`` bytes."""
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     done = 0

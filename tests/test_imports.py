@@ -177,8 +177,8 @@ def test_a_kernel_that_is_remembered_costs_a_start_little(tmp_path: Path, disk: 
     assert others - allowed == set()
     assert sorted(name for name in found if name.startswith("pyvmm.linux.")) == [
         f"pyvmm.linux.{name}" for name in (
-            "command_line", "file_systems", "formats", "guest", "options", "partitions",
-            "remembered", "requirements", "root", "trust",
+            "command_line", "config_cache", "file_systems", "formats", "guest", "options",
+            "partitions", "requirements", "root", "trust",
         )
     ]
 

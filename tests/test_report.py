@@ -14,7 +14,7 @@ from typing import TextIO
 
 import pytest
 
-from pyvmm.report import MAX_LINE, REPEAT_S, Outlet, Reporter, Seldom
+from pyvmm.report import MAX_LINE, REPEAT_S, Outlet, RepeatFilter, Reporter
 
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
@@ -55,7 +55,7 @@ def test_a_closed_stream_is_survived() -> None:
 def test_what_is_said_again_and_again_is_said_seldom() -> None:
     now_s = [0.0]
     said: list[str] = []
-    report = Seldom(said.append, clock=lambda: now_s[0])
+    report = RepeatFilter(said.append, clock=lambda: now_s[0])
     for _ in range(3):
         report("a")
         report("b")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fuzz.files import MemoryFile
 from fuzz.source import Source
 from fuzz.target import Target
-from pyvmm.linux import config, remembered
+from pyvmm.linux import config, config_cache
 from pyvmm.linux.guest import Guest
 from pyvmm.linux.requirements import every_guest, judge, notes, problems
 from pyvmm.linux.scan import Scan, scan
@@ -50,9 +50,9 @@ class ConfigTarget(Target):
                 judge(found, guest)
                 problems(found, guest)
                 notes(found, guest)
-        old = remembered.recall(self._file.put(kernel))
+        old = config_cache.recall(self._file.put(kernel))
         if old is not None:
-            remembered.covers(old, self._guests[0])
+            config_cache.covers(old, self._guests[0])
 
     def close(self) -> None:
         """See ``Target.close``."""

@@ -140,7 +140,7 @@ class _Case:
         driver.notify()
         if source.chance(20):
             return self._reset_midway()
-        self._machine.drain(driver.index)
+        self._machine.serve_all(driver.index)
         if mask is not None:
             self._check_untouched(before, mask)
         if not is_legal:
@@ -294,7 +294,7 @@ class _Case:
         disk = bytes(self._machine.disk)
         driver.notify()
         self._machine.now_s += 1.0
-        self._machine.drain(driver.index)
+        self._machine.serve_all(driver.index)
         assert self._memory.read(RAM_BASE, RAM_BYTES) == before, "RAM written after a reset"
         assert self._machine.disk == disk, "the disk was written after a reset"
         if driver.status and not driver.needs_reset:

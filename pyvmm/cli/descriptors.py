@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from pyvmm.config import DiskConfig, RunConfig
 
 MANY_FILES = 64
-"""Open files enough for a command that is not asked about it."""
+"""Enough open files for a command that does not count its own."""
 _EMFILE = 24
 
 
 def open_standard_descriptors() -> None:
-    """Put /dev/null where a standard descriptor is closed.
+    """Open /dev/null for each standard descriptor that is closed.
 
-    Otherwise the next file opened, a disk image say, would take its number, and what is meant for
-    standard output would go there.
+    Otherwise the next file opened, a disk image say, would take the number, and text for standard
+    output would go into that file.
     """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    # What Python found closed when it started, it has set to None.
+    # Python has set to None each stream whose descriptor was closed at its start.
     if sys.stdout is None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stderr is None:
@@ -37,9 +37,9 @@ def open_standard_descriptors() -> None:
 def allow_many_descriptors() -> None:
     """Raise the soft limit of open files to the hard one.
 
-    It is low, 1024 mostly, for the sake of select(2) alone, which nothing here uses.
+    The soft limit is low, mostly 1024, only because of select(2), which nothing here uses.
     """
-    import contextlib  # pyvmm run starts without these two
+    import contextlib  # pyvmm run starts without both
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -53,10 +53,10 @@ def needed_descriptors(config: RunConfig) -> int:
 
     needed = 28 + 2 * (config.cpus - 1)
     for disk in config.disks:
-        # The disk itself; to look again, to interrupt, to wait; a doorbell a queue.
+        # The disk itself; looking again, interrupting, waiting; one doorbell per queue.
         needed += 4 + disk.queues
         if not isinstance(disk, DiskConfig):
-            needed += 2  # to wait for its back end, and RAM that both can map
+            needed += 2  # waiting for its back end, and RAM that both can map
         elif disk.source.snapshot:
             needed += 1
     return needed
@@ -64,13 +64,15 @@ def needed_descriptors(config: RunConfig) -> int:
 
 def needed_for_export(disk: DiskConfig) -> int:
     """Return how many open files an export of ``disk`` needs while a front end uses it."""
-    # Itself, the disk, a connection and one back, 8 regions of memory, 8 that are on their way.
+    # Itself, the disk, a connection each way, 8 regions of memory, 8 that are on their way.
     return 40 + 3 * disk.queues + disk.source.snapshot
 
 
 def shortage(error: BaseException, needed: int, who: str) -> HostError | None:
-    """Return what to say if ``error`` comes of too few open files, of which ``who`` needs so many;
-    else None."""
+    """Return the error to report if too few open files caused ``error``; else None.
+
+    ``who`` needs ``needed`` open files.
+    """
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "errno", None) != _EMFILE:
         cause = cause.__cause__ or cause.__context__
@@ -80,16 +82,16 @@ def shortage(error: BaseException, needed: int, who: str) -> HostError | None:
 
 
 def refuse_shortage(error: BaseException, needed: int, who: str) -> None:
-    """Raise ``shortage`` of these, if it is one.
+    """Raise the error that ``shortage`` returns, if any.
 
-    No local keeps the exception: with its traceback it would keep the caller's buffers, too.
+    No local keeps the exception, because its traceback would keep the caller's buffers alive.
     """
     if shortage(error, needed, who) is not None:
         raise HostError(too_few(max(needed, descriptor_limit() + 1), who)) from error
 
 
 def too_few(needed: int, who: str) -> str:
-    """Return the line that says so."""
+    """Return the line that says that ``who`` needs more open files than the limit."""
     return (
         f"too few open files: the limit is {descriptor_limit()}, {who} needs {needed}; "
         f"raise it with `ulimit -n {needed}`"

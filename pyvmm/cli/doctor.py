@@ -1,4 +1,4 @@
-"""``pyvmm doctor``: what this host's KVM can do, line by line, and how to mend what it cannot."""
+"""``pyvmm doctor``: report the abilities of this host's KVM, with a remedy for each failure."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ COMMAND = Command(
 
 
 def doctor_main(argv: list[str], host: Host | None = None) -> int:
-    """Print the report (``--quiet``: nothing); 0 if a stock kernel can run here, else 1.
+    """Print the report (``--quiet``: nothing); return 0 if a stock kernel can run here, else 1.
 
-    ``host`` says where to look instead of /dev/kvm, /proc and /sys.
+    ``host`` names the files to examine instead of /dev/kvm, /proc and /sys.
     """
     options = parse_options(COMMAND, argv)
     place = host or Host()
@@ -57,7 +57,7 @@ def doctor_main(argv: list[str], host: Host | None = None) -> int:
 
 
 def examine(host: Host) -> Iterator[Check]:
-    """Every check, in an order in which the first failure explains the others."""
+    """Yield every check, in an order in which the first failure explains later ones."""
     kvm, check = probe.open_device(host)
     yield check
     if kvm is None:

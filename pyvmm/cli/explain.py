@@ -1,8 +1,8 @@
-"""Why a kernel will not boot here, or has not: what its configuration says, in lines for a person.
+"""Explain, in lines for a person, why a kernel will not boot here or has not booted.
 
-Imported only where there is something to explain: before a boot if a configuration lies beside the
-kernel or is remembered from an earlier look, and after a boot that failed.  What judges imports
-little (``linux.requirements``); what reads and unpacks kernels is imported when it is needed.
+Imported only if there is something to explain: before a boot, if a configuration lies beside the
+kernel or in the cache, and after a boot that failed.  Judging imports little
+(``linux.requirements``).  The code that reads and unpacks kernels is imported only when needed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 
-from pyvmm.cli.first_look import remembered_path
+from pyvmm.cli.first_look import config_cache_path
 from pyvmm.config import DiskConfig, RunConfig
+from pyvmm.linux.config_cache import covers, recall, remember
 from pyvmm.linux.file_systems import HEAD_BYTES
 from pyvmm.linux.guest import Boot, describe
-from pyvmm.linux.remembered import covers, recall, remember
 from pyvmm.linux.requirements import notes, problems
 from pyvmm.run.outcome import MAYBE_SILENT, Kind, Outcome
 from pyvmm.run.verdict import Evidence
@@ -36,9 +36,10 @@ _NO_ROOT = ("Unable to mount root", "cannot mount the root", "No working init fo
 
 
 def before(config: RunConfig, version: str = "", *, is_known: bool = True) -> list[str]:
-    """What is known against booting this kernel, whose own text is ``version``, so; [] if nothing.
+    """Return the lines that speak against this boot; [] if nothing does.
 
-    Nothing is unpacked for it, and no configuration looked for unless there is one (``is_known``).
+    ``version`` is the kernel's own text.  Unpack nothing, and look for a configuration only if
+    ``is_known``.
     """
     boot = _boot(config, version)
     kernel_config = _configuration(config.kernel, boot, unpack=False) if is_known else None
@@ -80,7 +81,7 @@ def after(
     found = []
     if is_linux or has_no_root or kernel_config is not None:
         found = _lines(config, boot, kernel_config)
-    # They are of what comes once the root is mounted.
+    # Notes are about the boot after the root is mounted.
     is_mounted = not has_no_root or "No working init found" in outcome.detail
     if kernel_config is not None and is_mounted:
         remarks = notes(kernel_config, describe(boot, kernel_config))
@@ -123,13 +124,13 @@ def _lines(config: RunConfig, boot: Boot, kernel_config: KernelConfig | None) ->
 def _configuration(
     kernel: str | PathLike[str], boot: Boot, *, unpack: bool
 ) -> KernelConfig | None:
-    """What ``kernel`` was built with: as remembered, else read and, from now on, remembered."""
+    """Return the configuration of ``kernel`` from the cache; else read it and put it there."""
     try:
-        entry = remembered_path(kernel)
+        entry = config_cache_path(kernel)
     except (OSError, ValueError):
         return None
     found = recall(entry)
-    # What the kernel has inside is the truth; a file beside it may be another kernel's.
+    # The configuration inside the kernel is the truth; a file beside it may be another kernel's.
     is_final = found is not None and not (unpack and os.path.isabs(found.source))
     if found is not None and is_final and covers(found, describe(boot, found)):
         return found
@@ -147,11 +148,11 @@ def _boot(config: RunConfig, version: str) -> Boot:
 
     def read_disk(index: int, offset: int) -> bytes:
         disk = config.disks[index]
-        # What an overlay has of the disk, its base does not show.
+        # The base does not show the blocks that an overlay holds.
         is_all = isinstance(disk, DiskConfig) and not disk.source.overlay
         return _read(disk.location, offset) if is_all else b""
 
-    # There always is a device; what matters here is whether the command line announces any.
+    # There always is a device: one shows whether the command line announces any.
     command_line = config.kernel_command_line([layout.virtio_slot(0)])
     return Boot(
         command_line=command_line, version=version, cpus=config.cpus, disks=len(config.disks),
@@ -160,8 +161,11 @@ def _boot(config: RunConfig, version: str) -> Boot:
 
 
 def _read(path: str, offset: int) -> bytes:
-    """The start of a file or disk; nothing if it is none, may not be looked into, or has sectors of
-    another size than tables and file systems are read with here."""
+    """Return the start of a file or disk.
+
+    b"" if ``path`` is neither or may not be read, or if its sectors have another size than the
+    one with which tables and file systems are read here.
+    """
     with contextlib.suppress(OSError, ValueError, OverflowError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:

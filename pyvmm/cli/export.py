@@ -17,8 +17,8 @@ from pyvmm.cli.descriptors import (
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.peers.eventfds import Bell
-from pyvmm.report import Reporter, Seldom
+from pyvmm.peers.eventfds import EventfdWriter
+from pyvmm.report import RepeatFilter, Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
 from pyvmm.startup.commands import Command, Option
@@ -29,7 +29,7 @@ from pyvmm.virtio.block.config import MAX_QUEUE_SIZE
 from pyvmm.virtio.rate_limit import RateLimiter
 
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
-"""Signals that end an export as meant: status 0."""
+"""Signals that end an export as intended, with status 0."""
 
 _ONE_DISK = "start one export for each disk"
 
@@ -81,12 +81,12 @@ COMMAND = Command(
 
 
 def export_main(argv: list[str]) -> int:
-    """Serve one disk until a signal; the exit status."""
+    """Serve one disk until a signal; return the exit status."""
     args = parse_options(COMMAND, argv)
     disk = parse_disk(args.disk)
     if not isinstance(disk, DiskConfig):
         raise ConfigError(f"--disk {args.disk}", "is served already; export a file or nbd:// URI")
-    # Regions and eventfds of many front ends: none must keep another from what it needs.
+    # Regions and eventfds of many front ends: none must starve another of descriptors.
     allow_many_descriptors()
     needed = needed_for_export(disk)
     try:
@@ -97,8 +97,8 @@ def export_main(argv: list[str]) -> int:
 
 
 def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
-    """Serve ``disk``, which takes ``needed`` open files; see ``export_main``."""
-    report, bell = Reporter(sys.stderr), Bell()
+    """Serve ``disk``, which needs ``needed`` open files; see ``export_main``."""
+    report, eventfd_writer = Reporter(sys.stderr), EventfdWriter()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
         made = contextlib.ExitStack()
@@ -110,7 +110,7 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
         # A front end cannot ask what size of ring it may choose: any that QEMU has will do.
         block = disk.block.replace(queue_size=MAX_QUEUE_SIZE)
         limit = block.rate_limit
-        # The disk's, not a connection's: a front end that reconnects gets no fresh burst.
+        # One for the disk, not per connection: a front end that reconnects gets no fresh burst.
         limiter = RateLimiter(limit) if limit else None
 
         def start() -> list[IoSource]:
@@ -118,10 +118,10 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
                 args.socket,
                 lambda: BlockDevice(block, backend, limiter=limiter),
                 exclusive=not (disk.read_only or backend.read_only),
-                report=Seldom(report),
+                report=RepeatFilter(report),
                 note=report if args.verbose else lambda line: None,
                 trust_memory=args.trust_memory,
-                bell=bell,
+                eventfd_writer=eventfd_writer,
             )
             servers.append(stack.enter_context(contextlib.closing(server)))
             return [IoSource(server.fileno(), server.service, edge_triggered=False)]
@@ -145,6 +145,6 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
                     server.config_changed()
 
         number = serve(
-            start, begun=begun, refresh=refresh, hurry=backend.hurry, bell=bell
+            start, begun=begun, refresh=refresh, hurry=backend.hurry, eventfd_writer=eventfd_writer
         )
     return 0 if number in _ENDINGS else 128 + number

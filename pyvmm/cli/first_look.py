@@ -1,7 +1,7 @@
 """Every start asks here whether anything about its kernel or its root is worth explaining.
 
-A start that has nothing to explain pays one look at a directory and one small read, and imports
-nothing for it; ``explain`` has the explanations.
+If nothing is, a start pays one look at a directory and one small read, and imports nothing.
+``explain`` has the explanations.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ def root_is_special(config: RunConfig) -> bool:
 
 
 def has_known_configuration(kernel: str | os.PathLike[str], version: str) -> bool:
-    """Return True if the configuration of ``kernel``, whose own text is ``version``, is known
-    without unpacking it: it lies beside the file, or is remembered."""
+    """Return True if the configuration of ``kernel`` is available without unpacking the kernel:
+    beside the file, or in the cache.  ``version`` is the kernel's own text."""
     with contextlib.suppress(OSError, ValueError):
-        return os.path.exists(remembered_path(kernel)) or any(
+        return os.path.exists(config_cache_path(kernel)) or any(
             os.path.isfile(path) for path in configuration_paths(kernel, version)
         )
     return False
 
 
-def remembered_path(kernel: str | os.PathLike[str]) -> str:
-    """Return the path under which ``linux.remembered`` keeps what is known of the file ``kernel``;
-    OSError if it cannot be looked at."""
+def config_cache_path(kernel: str | os.PathLike[str]) -> str:
+    """Return the path of the entry of ``linux.config_cache`` for the file ``kernel``.
+
+    OSError if the file cannot be looked at.
+    """
     status = os.stat(kernel)
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     return os.path.join(cache_path(), "configs", "-".join(f"{part:x}" for part in identity))

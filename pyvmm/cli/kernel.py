@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from pyvmm.cli.first_look import remembered_path
+from pyvmm.cli.first_look import config_cache_path
 from pyvmm.linux import config as linux_config
 from pyvmm.linux import debian
 from pyvmm.linux.cache import cache_directory
 from pyvmm.linux.compression import Compression, UnpackError
 from pyvmm.linux.config import KernelConfig
+from pyvmm.linux.config_cache import remember
 from pyvmm.linux.file_systems import SQUASHFS_COMPRESSORS
 from pyvmm.linux.guest import Guest
-from pyvmm.linux.remembered import remember
 from pyvmm.linux.requirements import (
     FILE_SYSTEMS,
     Finding,
@@ -30,9 +30,9 @@ from pyvmm.x86.inspect import Inspection, inspect
 
 CANNOT_BOOT_STATUS = 1
 
-_ALONE = Guest()
+_WITHOUT_INITRD = Guest()
 _WITH_INITRD = Guest(initrd_compression=Compression.GZIP)
-# What some runs ask for beside that, and others do not.
+# Needs of some runs beyond those of every run.
 _SPECIAL = (
     ("with an initramfs", (
         *(Guest(initrd_compression=kind) for kind in Compression),
@@ -111,7 +111,7 @@ COMMAND = Command(
 
 
 def kernel_main(argv: list[str]) -> int:
-    """Run one of the verbs; its exit status."""
+    """Run one of the verbs; return its exit status."""
     args = parse_options(COMMAND, argv)
     if args.verb == "fetch":
         return _fetch(args.backports > 0, args.version)
@@ -124,7 +124,7 @@ def _fetch(backports: bool, version: str | None) -> int:
         found = linux_config.read(kernel.config)
         for path in (kernel.vmlinuz, kernel.vmlinux):
             if found is not None:
-                remember(remembered_path(path), found)
+                remember(config_cache_path(path), found)
     show(f"version    {kernel.version} (Linux {kernel.release})")
     show(f"kernel     {kernel.vmlinuz}")
     show(f"vmlinux    {kernel.vmlinux}")
@@ -142,7 +142,7 @@ def _inspect(path: str, config_file: str | None) -> int:
         return 0
     if config_file is None:
         with contextlib.suppress(OSError):
-            remember(remembered_path(path), found.config)
+            remember(config_cache_path(path), found.config)
     for title, findings in _findings(found.config):
         show()
         if title:
@@ -152,7 +152,7 @@ def _inspect(path: str, config_file: str | None) -> int:
     verdict, can_boot = _verdict(found.config)
     show()
     show(f"{'boots here':<15}{verdict}")
-    for note in notes(found.config, _ALONE):
+    for note in notes(found.config, _WITHOUT_INITRD):
         show(f"{'note':<15}{note}")
     return 0 if can_boot else CANNOT_BOOT_STATUS
 
@@ -186,9 +186,9 @@ def _why_unknown(found: Inspection) -> str:
 
 
 def _findings(config: KernelConfig) -> Iterator[tuple[str, list[Finding]]]:
-    """What every guest needs, under no title, then what others need beside it, by titles."""
+    """Yield the needs of every guest under no title, then the further needs of some, by title."""
     seen: set[tuple[str, tuple[str, ...]]] = set()
-    for title, guests in (("", (_ALONE,)), *_SPECIAL):
+    for title, guests in (("", (_WITHOUT_INITRD,)), *_SPECIAL):
         found = []
         for guest in guests:
             for finding in judge(config, guest):
@@ -200,22 +200,22 @@ def _findings(config: KernelConfig) -> Iterator[tuple[str, list[Finding]]]:
 
 
 def _verdict(config: KernelConfig) -> tuple[str, bool]:
-    """Whether a guest with a disk of ext4 boots, in words and as an answer."""
-    alone = problems(config, _ALONE)
-    if not alone:
+    """Say in words if a guest with a disk of ext4 boots, and return True if it does."""
+    bare = problems(config, _WITHOUT_INITRD)
+    if not bare:
         return "yes, from a disk of ext4, without an initramfs", True
     helped = problems(config, _WITH_INITRD)
     if not helped:
         modules = [
             option
-            for finding in judge(config, _ALONE)
+            for finding in judge(config, _WITHOUT_INITRD)
             if finding.state is State.MODULE
             for option, value in finding.settings
             if value == "m"
         ]
         names = f" that loads the modules of {', '.join(modules)}" if modules else ""
         return f"yes, with an initramfs{names}", True
-    return "no: " + "; ".join(str(problem) for problem in min(alone, helped, key=len)), False
+    return "no: " + "; ".join(str(problem) for problem in min(bare, helped, key=len)), False
 
 
 def _size(size_bytes: int) -> str:

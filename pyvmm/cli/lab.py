@@ -86,7 +86,7 @@ COMMAND = Command(
 
 
 def config_from(args: SimpleNamespace) -> LabConfig:
-    """Parsed options -> a validated LabConfig; ConfigError names the option."""
+    """Return the validated LabConfig of the parsed options; ConfigError names the option."""
     try:
         cwd = Path.cwd()
     except FileNotFoundError as error:
@@ -114,7 +114,7 @@ def _cpus(text: str) -> int:
 
 
 def lab_main(argv: list[str]) -> int:
-    """Run one command in the lab; its exit status, or 125 and one line when the lab failed."""
+    """Run one command in the lab; return its exit status, or 125 if the lab failed."""
     open_standard_descriptors()
     tracebacks = False
     try:

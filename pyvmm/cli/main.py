@@ -11,7 +11,7 @@ from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.errors import PyvmmError
 
 HOST_ERROR_STATUS = 125
-_SIGINT, _SIGPIPE = 2, 13  # what `signal` calls so; most of what it imports can come later, faster
+_SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
 COMMANDS = ("run", "export", "doctor", "kernel", "lab")
 USAGE = """\
@@ -32,29 +32,29 @@ commands:
 
 
 class SignalsAsTheyAre:
-    """The context of a command that starts other programs, and may have something to clear away
-    after an interrupt: here signals are the caller's."""
+    """The context of a command that starts other programs and may have to clean up after an
+    interrupt.  This one leaves signals as the caller has them."""
 
     def __enter__(self) -> None:
-        """Nothing changes."""
+        """Change nothing."""
 
     def __exit__(self, *_exc: object) -> None:
-        """Nothing has changed."""
+        """Restore nothing."""
 
 
 _AS_THEY_ARE = SignalsAsTheyAre()
 
 
 def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
-    """Run ``pyvmm`` with ``args``; the exit status."""
+    """Run ``pyvmm`` with ``args``; return the exit status."""
     open_standard_descriptors()
     command = args[0] if args else ""
     rest = args[1:]
     try:
         match command:
             case "run":
-                # What is made until the guest runs lives as long as the process: to look for
-                # garbage in it takes 1 ms of 20.  run_main switches it on again.
+                # Objects made until the guest runs live as long as the process: looking for
+                # garbage among them takes 1 ms of 20.  run_main enables the collector again.
                 gc.disable()
                 from pyvmm.startup.bundle import Bundle, default_path
 
@@ -105,7 +105,7 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
         if isinstance(error, BrokenPipeError):
             return output_failed(error)
         show_traceback(rest)
-        # Nothing of the guest's or the user's: no descriptors, threads or room left on this host.
+        # Neither the guest's fault nor the user's: this host lacks descriptors, threads or room.
         say_error(str(_shortage(command, error) or f"this host: {error}"))
         return HOST_ERROR_STATUS
     except KeyboardInterrupt:
@@ -115,7 +115,7 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
 
 def _no_such_command(args: list[str]) -> str:
-    """What is wrong with ``args``, the first of which names no command."""
+    """Return the complaint about ``args``, whose first word names no command."""
     from pyvmm.startup.mistakes import did_you_mean, nearest
 
     word = args[0]
@@ -131,7 +131,7 @@ def _no_such_command(args: list[str]) -> str:
 
 
 def _shortage(command: str, error: Exception) -> PyvmmError | None:
-    """What to say of a want of open files; nothing of a command that has said it itself."""
+    """Return the error for too few open files; None if ``command`` reports that itself."""
     if command in ("run", "export"):
         return None
     from pyvmm.cli.descriptors import MANY_FILES, shortage
@@ -140,21 +140,21 @@ def _shortage(command: str, error: Exception) -> PyvmmError | None:
 
 
 def output_failed(error: OSError) -> int:
-    """The exit status, once standard output takes no more; what is left of it goes nowhere."""
+    """Discard further standard output, which takes no more, and return the exit status."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if isinstance(error, BrokenPipeError):
-        return 128 + _SIGPIPE  # its reader has gone: there is nobody left to tell
+        return 128 + _SIGPIPE  # the reader has gone: there is nobody left to tell
     say_error(f"standard output: {error.strerror}")
     return HOST_ERROR_STATUS
 
 
 def show_traceback(args: list[str]) -> None:
-    """Where the error under way comes from, if -vv asks for it."""
+    """Print the traceback of the present error, if ``args`` have -vv."""
     if "-vv" in args or args.count("-v") + args.count("--verbose") > 1:
         import traceback
 
         for part in traceback.format_exception(*sys.exc_info()):
-            # Frames have two lines; an error's text is one, whatever is in it.
+            # A frame has two lines; an error's text is one line, whatever is in it.
             _complain(*(part.splitlines() if part.startswith("  ") else [part.strip("\n")]))
 
 
@@ -166,7 +166,7 @@ def _complain(*lines: str) -> None:
 
 
 def say_error(line: str) -> None:
-    """One line on standard error, if there is one."""
+    """Print one line on standard error, if there is one."""
     from pyvmm.report import say
 
     say(line)

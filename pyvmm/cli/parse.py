@@ -1,4 +1,4 @@
-"""Texts of the command line -> the values of a configuration; a mistake names its option."""
+"""Turn texts of the command line into a configuration's values; a mistake names its option."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DISK_OPTIONS = ", ".join([*_DISK_FLAGS, *(f"{name}={v}" for name, v in _DISK_VA
 
 
 def parse_size(option: str, text: str) -> int:
-    """``256M``, ``1GiB``, ``1048576`` -> bytes; ConfigError naming ``option``."""
+    """Return the bytes of ``256M``, ``1GiB`` or ``1048576``; ConfigError naming ``option``."""
     size_bytes = size_in_bytes(text, MAX_SIZE_BYTES)
     if size_bytes is None:
         raise ConfigError(
@@ -49,7 +49,8 @@ def parse_size(option: str, text: str) -> int:
 def parse_memory(option: str, text: str, least_bytes: int, most_bytes: int) -> int:
     """Return the bytes of RAM that ``text`` asks for; ConfigError naming ``option`` and limits.
 
-    A number alone would count bytes, and QEMU's users mean MiB: it is refused, with both said.
+    A number without a unit counts bytes, but QEMU's users mean MiB: the error for one that is too
+    small says so.
     """
     limits = f"from {format_size(least_bytes)} to {format_size(most_bytes)}"
     try:
@@ -69,7 +70,7 @@ def parse_memory(option: str, text: str, least_bytes: int, most_bytes: int) -> i
 
 
 def parse_cpus(text: str) -> int:
-    """``4`` -> 4; ConfigError if it is no number.  The range is RunConfig's."""
+    """Return 4 for ``4``; ConfigError if it is no number.  RunConfig checks the range."""
     count = whole_number(text, 0, 999_999)
     if count is None:
         raise ConfigError(f"--cpus {shown(text)}", f"is not a number from 1 to {MAX_CPUS}")
@@ -90,7 +91,7 @@ def parse_console(text: str) -> str:
 
 
 def parse_seconds(option: str, text: str) -> float:
-    """``2.5`` -> seconds; ConfigError naming ``option``."""
+    """Return the seconds of ``2.5``; ConfigError naming ``option``."""
     seconds = decimal_number(text, 0, MAX_TIMEOUT_S)
     if not seconds:
         raise ConfigError(
@@ -101,10 +102,11 @@ def parse_seconds(option: str, text: str) -> float:
 
 
 def parse_disk(text: str) -> AnyDiskConfig:
-    """``FILE[,option...]``, ``nbd://...[,option...]`` or ``vhost-user=SOCKET[,queues=N]`` as a
-    configuration (docs/disks.md).
+    """Return the configuration of one ``--disk`` (docs/disks.md).
 
-    A comma in a name is written twice.  ConfigError quotes ``text``.
+    ``text`` is ``FILE[,option...]``, ``nbd://...[,option...]`` or
+    ``vhost-user=SOCKET[,queues=N]``; a comma in a name is written twice.  ConfigError quotes
+    ``text``.
     """
     option = f"--disk {text}"
     bare = text.lower().replace("-", "").replace("_", "")
@@ -158,7 +160,7 @@ def parse_disk(text: str) -> AnyDiskConfig:
 
 
 def _check_scheme(option: str, location: str) -> None:
-    """ConfigError if ``location`` is a URI of a kind that no disk has."""
+    """Raise ConfigError if ``location`` is a URI of a kind that no disk has."""
     scheme, separator, rest = location.partition("://")
     if not separator or not scheme.isalnum() or scheme.lower() in ("nbd", "nbds"):
         return
@@ -219,7 +221,7 @@ def _disk_rate_limit(option: str, iops: str, bps: str) -> RateLimit:
 
 
 def _rate(option: str, name: str, value: str) -> tuple[int, int]:
-    """``RATE[:BURST]`` as sizes are written; 0 for what is not there."""
+    """Return rate and burst of ``RATE[:BURST]``, both written as sizes; 0 for a missing one."""
     if not value:
         return 0, 0
     numbers = [parse_size(f"{option}: {name}", part) for part in value.split(":")]

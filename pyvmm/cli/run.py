@@ -103,7 +103,7 @@ COMMAND = Command(
 
 
 def config_from(args: SimpleNamespace) -> RunConfig:
-    """Parsed options -> a validated RunConfig; ConfigError names the option."""
+    """Return the validated RunConfig of the parsed options; ConfigError names the option."""
     return RunConfig(
         kernel=args.kernel,
         disks=tuple(parse_disk(text) for text in args.disk),
@@ -126,9 +126,9 @@ def config_from(args: SimpleNamespace) -> RunConfig:
 
 
 def run_main(argv: list[str], bundle: Bundle) -> int:
-    """Run one machine to its end; the exit status of its outcome.
+    """Run one machine to its end; return the exit status of its outcome.
 
-    ``bundle`` is where modules come from until the guest runs.
+    Modules come from ``bundle`` until the guest runs.
     """
     started_s = _process_start_s()
     args = parse_options(COMMAND, argv)
@@ -159,8 +159,8 @@ def _run(
             report(f"{config.kernel}: {machine.kernel.describe()}")
         guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         bundle.__exit__()
-        gc.freeze()  # what is there stays: no collection need look at it
-        gc.enable()  # pyvmm.cli.main says why it is not
+        gc.freeze()  # the present objects stay: no collection need look at them
+        gc.enable()  # cli.main disabled the collector, and says why
         outcome = run_at_terminal(machine)
         end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         missing = bundle.left_out()
@@ -181,9 +181,9 @@ def _run(
         lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
     for line in lines:
         say(line)
-    # Last, for it may take seconds, and who waits no longer has seen the rest.
+    # Last, because explaining may take seconds: whoever does not wait has seen the rest.
     if machine.evidence.wants_explanation(outcome):
-        # The outcome stands, though there be no descriptor left to read a remedy with.
+        # The outcome stands, even if no descriptor is left to read a remedy with.
         with contextlib.suppress(OSError, ImportError):
             for line in _explain(config, outcome, machine):
                 say(line)
@@ -192,9 +192,9 @@ def _run(
 
 
 def _lines_of(outcome: Outcome) -> list[str]:
-    """The lines that tell of ``outcome``: several where its detail is registers, which are ours."""
+    """Return the lines that tell of ``outcome``: several if its detail is registers."""
     text = str(outcome)
-    if outcome.kind in (Kind.TRIPLE_FAULT, Kind.INTERNAL_ERROR):
+    if outcome.kind in (Kind.TRIPLE_FAULT, Kind.INTERNAL_ERROR):  # our own line ends
         return text.split("\n")
     return [text]
 
@@ -210,7 +210,7 @@ def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]
 
 
 def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
-    """Say what may be meant, but seldom is."""
+    """Report each choice that is allowed but probably a mistake."""
     kernel = machine.kernel
     if kernel.is_linux and not config.disks and config.initrd is None:
         report("neither --disk nor --initrd: a kernel without either has no root to mount")
@@ -229,7 +229,7 @@ def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
 
 
 def _process_start_s() -> float:
-    """When this process was started (before the interpreter was), on CLOCK_BOOTTIME."""
+    """Return when this process was started (before the interpreter was), on CLOCK_BOOTTIME."""
     try:
         fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
         try:

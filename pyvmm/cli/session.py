@@ -1,7 +1,7 @@
 """A run at a command line: signals, the terminal and the keys of the person who started it.
 
-It owns the process's main thread until the run is over, and gives back what it has changed.  All
-of it plugs into the loop of a ``Runner``, which knows nothing of it.
+The session owns the process's main thread until the run is over, and then restores the signals and
+the terminal.  It plugs into the loop of a ``Runner``, which knows nothing of it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_session(
 
 
 class _Session:
-    """The sources and the state of ``run_session``; but for ``on_signal``, in the loop's thread."""
+    """The sources and state of ``run_session``; all but ``on_signal`` runs in the loop's thread."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class _Session:
         self._receive = receive
         self._notices = notices
         self._noticed: set[int] = set()
-        """The signals that came since the last look and do not end the run."""
+        """Signals that came since the last look and do not end the run."""
         self.terminal = RawTerminal(console.input_fd, screen=console.screen)
         escapes = EscapeFilter(
             on_quit=lambda: runner.finish(Outcome(Kind.QUIT)),
@@ -99,7 +99,7 @@ class _Session:
         if console.input_fd is not None:
             self._input = IoSource(console.input_fd, self._read, edge_triggered=False)
         self._is_read = False
-        """Whether the loop waits for the input."""
+        """True while the loop waits for the input."""
         self._next_look: Deadline | None = None
 
     def plug(self, signal_fd: int) -> None:
@@ -118,7 +118,7 @@ class _Session:
     # Signals
 
     def _take_signals(self, fd: int) -> None:
-        """Do what the signals ask for that came since the last time."""
+        """Act on the signals that came since the last time."""
         os.read(fd, 4096)  # the handlers have run by now
         if signal.SIGCONT in self._noticed:
             self._noticed.discard(signal.SIGTSTP)  # as the kernel does with one not delivered yet
@@ -128,7 +128,7 @@ class _Session:
                 self.terminal.stop_with_shell(lambda: signal.SIGCONT in self._noticed)
             elif number == signal.SIGCONT:
                 self.terminal.forget()
-            # While it was stopped, the terminal may have got another size.
+            # The terminal may have changed its size while the process was stopped.
             number = RESIZE_SIGNAL if number in JOB_SIGNALS else number
             if notice := self._notices.get(number):
                 notice()
@@ -137,7 +137,7 @@ class _Session:
     # Typed bytes
 
     def _look(self) -> None:
-        """Hand over what is typed, and read on if there is room and the terminal is ours."""
+        """Hand over typed bytes, and read on if there is room and the terminal is ours."""
         self._hand_over()
         if self._input is None:
             return
@@ -173,7 +173,7 @@ class _Session:
     # Keys
 
     def _toggle_pause(self) -> None:
-        # Not waiting for it: a vCPU may have to wait for this thread.
+        # Do not wait for the pause: a vCPU may have to wait for this thread.
         if self._runner.is_paused:
             self._runner.resume()
         else:
@@ -182,7 +182,7 @@ class _Session:
 
 
 def _read_input(fd: int) -> bytes | None:
-    """What was typed; None at the end of the input."""
+    """Return the bytes that were typed; None at the end of the input."""
     try:
         return os.read(fd, 1024) or None
     except BlockingIOError:

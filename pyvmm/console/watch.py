@@ -13,11 +13,11 @@ from pyvmm.report import escape
 from pyvmm.startup.types import Record, StrEnum
 
 SENT_LIMIT = 32 * 1024
-"""Most bytes that are kept of one vCPU's output; at least half of it is."""
+"""The most bytes kept of one vCPU's output; at least the last half of so many is kept."""
 
 
 class Sign(StrEnum):
-    """What a line of the console may mean."""
+    """The meaning of a line of the console."""
 
     FIRST_OUTPUT = "the guest has printed something"
     GAVE_UP = "an early stage of the boot gave up"
@@ -63,7 +63,7 @@ _EARLY_ENDS = (
 
 
 class ConsoleWatch:
-    """Calls ``on_finding`` for what the guest's console says, in the order in which it does.
+    """Calls ``on_finding`` for each finding on the guest's console, in order.
 
     ``feed`` and ``end`` belong to one thread.
     """

@@ -25,24 +25,24 @@ from pyvmm.run.io_loop import Deadline, IoLoop, IoSource
 
 BEAT_S = 1.0
 BOOT_LIMIT_S = 180.0
-"""A loaded host may need ten times the usual two seconds; a hung machine is told all the same."""
+"""A loaded host may need ten times the usual two seconds; a hung machine is still noticed."""
 GRACE_S = 5.0
 """Between SIGTERM and SIGKILL after a timeout, and between SIGKILL and pulling the plug."""
-DRAIN_S = 5.0
-"""How long the last output may take to arrive after CMD's status."""
+LAST_OUTPUT_S = 5.0
+"""Seconds that the last output may take to arrive after CMD's status."""
 
 TIMEOUT_STATUS = 124
 LAB_FAILED_STATUS = 125
 
 
 class Phase(enum.Enum):
-    """Where the run is; each phase has one deadline."""
+    """The phases of a run; each has one deadline."""
 
     BOOT = enum.auto()
     RUNNING = enum.auto()
     TERMINATING = enum.auto()
     KILLING = enum.auto()
-    DRAINING = enum.auto()
+    LAST_OUTPUT = enum.auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class Session:
         self._interrupts = 0
         self._status: int | None = None
         self._verdict: int | None = None
-        """Ours, not CMD's: overrides ``_status``."""
+        """Our own exit status, which overrides ``_status``, CMD's."""
         self._failure = ""
         self._stopped = False
 
@@ -114,10 +114,13 @@ class Session:
         self._loop: IoLoop
         """Made by ``run``, which closes it."""
         self._plugged: dict[Source, IoSource] = {}
-        """What the loop waits for, for each source that waits."""
+        """The loop's ``IoSource`` of each source that waits."""
 
     def run(self) -> int:
-        """CMD's exit status, or ours: 124 timeout, 128+n signal.  HostError if the lab failed."""
+        """Serve to the end; return CMD's exit status, or ours: 124 timeout, 128+n signal.
+
+        HostError if the lab failed.
+        """
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sources.append(Signals(read_fd, self._on_signal))
         try:
@@ -146,7 +149,7 @@ class Session:
         return over and all(output.complete for output in self._outputs)
 
     def _proceed(self) -> None:
-        """After anything that happened: wait for what each source needs next, or end."""
+        """Have the loop wait for each source's next event, or end; call it after every event."""
         if self._finished():
             self._loop.stop()
             return
@@ -165,13 +168,16 @@ class Session:
 
     def _step(self, source: Source) -> None:
         source.step()
-        if self._phase is Phase.DRAINING and source in self._outputs:
-            self._limit(DRAIN_S)
+        if self._phase is Phase.LAST_OUTPUT and source in self._outputs:
+            self._limit(LAST_OUTPUT_S)
         self._proceed()
 
     def _beat(self) -> None:
-        """Wake the machine now and then: under emulation a timer interrupt is lost once in many
-        minutes, and a CPU that halted without one would sleep for ever."""
+        """Wake the machine every BEAT_S.
+
+        Under emulation a timer interrupt is lost once in many minutes, and a CPU that halted would
+        then sleep for ever.
+        """
         if self._phase is not Phase.BOOT:
             self._tell("beat")
         self._loop.call_in(BEAT_S, self._beat)
@@ -182,13 +188,13 @@ class Session:
         self._limit(limit_s)
 
     def _limit(self, limit_s: float | None) -> None:
-        """Give the phase ``limit_s`` seconds from now, in place of what it had; None: no limit."""
+        """End the phase in ``limit_s`` seconds, in place of its old deadline; None: no limit."""
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = None if limit_s is None else self._loop.call_in(limit_s, self._expire)
 
     def _expire(self) -> None:
-        """The deadline of the phase has passed."""
+        """Act on the passed deadline of the phase."""
         match self._phase:
             case Phase.BOOT:
                 self._fail(f"its machine did not start within {BOOT_LIMIT_S:g} s")
@@ -200,10 +206,10 @@ class Session:
             case Phase.TERMINATING:
                 self._tell("signal KILL")
                 self._enter(Phase.KILLING, GRACE_S)
-            case Phase.DRAINING if any(output.pending for output in self._outputs):
-                # It is the reader of our output who is slow, not the lab.
-                self._limit(DRAIN_S)
-            case Phase.KILLING | Phase.DRAINING:
+            case Phase.LAST_OUTPUT if any(output.pending for output in self._outputs):
+                # The reader of our output is slow, not the lab.
+                self._limit(LAST_OUTPUT_S)
+            case Phase.KILLING | Phase.LAST_OUTPUT:
                 self._stop()
         self._proceed()
 
@@ -221,7 +227,7 @@ class Session:
                 self._fail(f"it gave no exit status, but {shown(rest)!r}")
                 return
             self._status = status
-            self._enter(Phase.DRAINING, DRAIN_S)
+            self._enter(Phase.LAST_OUTPUT, LAST_OUTPUT_S)
         elif verb == "fail":
             self._fail(rest)
 
@@ -274,7 +280,7 @@ class Session:
         self._host_terminal.give_back()
 
     def _tell(self, line: str) -> None:
-        """Send a control line; a dead machine is noticed elsewhere."""
+        """Send a control line; other code notices a dead machine."""
         with contextlib.suppress(OSError):
             self._control.send(line.encode() + b"\n")
 
@@ -287,7 +293,7 @@ class Session:
         self._stopped = True
 
     def _explain(self) -> None:
-        """What the machine and QEMU said last, for whoever has to mend it."""
+        """Say the last lines of the machine and of QEMU, for whoever has to mend the lab."""
         while any(tail.waiting_for() for tail in (self._console, self._messages)):
             for tail in (self._console, self._messages):
                 if not tail.ended:

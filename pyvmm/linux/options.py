@@ -1,4 +1,4 @@
-"""The options with which a kernel was built, wherever read (``config``, ``remembered``)."""
+"""The options with which a kernel was built, wherever read (``config``, ``config_cache``)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Ringing an eventfd that somebody who is not trusted has, too.
+"""Writing to an eventfd that somebody who is not trusted has, too.
 
-A write to an eventfd whose counter is full waits for a reader, unless O_NONBLOCK is set.  That is
-a flag of the open file description: whoever was sent the eventfd can clear it and fill the counter
-at any moment, also between a look at it and a write.  Linux has no write that would not wait then
-(RWF_NOWAIT is not supported, the file can not be opened anew).  So the write is made where a
-signal can end it: ``Bell`` counts its writes, and another thread, which need not be told more, sees
-one that lasts (``run/serving.py``).
+A write to an eventfd whose counter is full waits for a reader, unless O_NONBLOCK is set.  That flag
+belongs to the open file description.  So whoever was sent the eventfd can clear the flag and fill
+the counter at any moment, also between our look at the flag and our write.  Linux has no write that
+would not wait then: RWF_NOWAIT is not supported, and the file cannot be opened anew.
+
+So a signal must be able to end the write.  ``EventfdWriter`` counts its writes; another thread
+watches the count and ends a write that lasts (``run/serving.py``).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import os
 from collections.abc import Callable
 
 
-class Bell:
-    """Rings eventfds, for one thread.
+class EventfdWriter:
+    """Writes to eventfds, for one thread.
 
     ``turn`` grows by one when a write begins and by one when it ends: it is odd for as long as a
-    write is under way.  A watcher that wants to sleep puts into ``wake`` what wakes it up, then
-    looks at ``turn`` once more: the next write calls it, once.
+    write is under way.  Before a watcher sleeps, it sets ``wake`` to the function that wakes it,
+    then looks at ``turn`` once more.  The next write calls the function, once.
     """
 
     __slots__ = ("turn", "wake")
@@ -28,10 +29,10 @@ class Bell:
         self.turn = 0
         self.wake: Callable[[], None] | None = None
 
-    def ring(self, fd: int) -> bool:
-        """Make the eventfd ``fd`` readable, which it also is if it is full.
+    def signal(self, fd: int) -> bool:
+        """Make the eventfd ``fd`` readable; a full one is readable already.
 
-        False if a signal had to end the write: somebody has made it wait.
+        Return False if a signal had to end the write, because somebody has made it wait.
         """
         self.turn += 1
         if self.wake is not None:

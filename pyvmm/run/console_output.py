@@ -1,4 +1,4 @@
-"""The output half of a run's console, as a part of the loop that keeps house."""
+"""The output half of a run's console, plugged into the loop that keeps house."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pyvmm.run.io_loop import Deadline, IoLoop, IoSource
 
 
 class PluggedOutput:
-    """Has ``loop`` show what ``pump`` holds: when the time has come and the host has room.
+    """Has ``loop`` show the bytes in ``pump``, once they are due and the host has room.
 
     Call ``look`` in the loop's thread whenever there may be more to show.
     """
@@ -21,7 +21,7 @@ class PluggedOutput:
         self._next_look_s: float | None = None
 
     def look(self) -> None:
-        """Wait for room to write, or for the time at which there is something to write."""
+        """Have the loop wait for room to write, or for the time at which bytes are due."""
         fd = self._pump.fd_to_write()
         if self._source is not None and self._source.fd != fd:
             self._loop.remove(self._source)

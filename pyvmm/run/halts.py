@@ -8,40 +8,45 @@ FIRST_WINDOW_S, LONGEST_WINDOW_S = 2.0, 8.0
 QUIET_SHARE = 0.01
 """A guest that uses less of one CPU than this, over a whole window, may have halted."""
 REGULAR_S = 30.0
-"""How long one that uses more is left alone: it may have halted with a timer of its left on."""
+"""Seconds between inspections of a busier guest, which may have halted with a timer left on."""
 
 
 class HaltWatch:
     """Says when to inspect whether the guest has halted for good.  Times are CLOCK_MONOTONIC.
 
-    An inspection kicks every vCPU, and a guest that is kicked again and again gets nowhere.  So it
-    is worth one in three cases only.  For a while after the guest has announced that it halts.
-    When its vCPUs have used next to no CPU time for a whole window: it is idle, or has halted
-    without a word.  Each such window is twice as long as the one before, for most guests are idle;
-    each that has seen the guest work halves the next.  And when there was none for REGULAR_S: a
-    kick so seldom disturbs nobody.
+    An inspection kicks every vCPU, and a guest that is kicked again and again gets nowhere.  So
+    only three cases are worth an inspection:
+
+    * The guest has announced that it halts: for a while afterwards.
+    * The vCPUs have used next to no CPU time for a whole window: the guest is idle, or has halted
+      without a word.  A quiet window doubles the next one, because most guests are idle; a window
+      in which the guest works halves the next one.
+    * There was no inspection for REGULAR_S: so rare a kick disturbs nobody.
     """
 
     def __init__(self, now_s: float) -> None:
         self._announced_until_s = now_s
         self.due_s = now_s
-        """When to ask the next time."""
+        """When to call ``is_worth_it`` next."""
         self.start_anew(now_s, 0.0)
 
     def start_anew(self, now_s: float, cpu_time_s: float) -> None:
-        """Nothing can be said of the guest's last while: it is paused, say."""
+        """Begin a new window: the last one says nothing, because the guest is paused, say."""
         self._window_s = FIRST_WINDOW_S
         self._since_s, self._used_s = now_s, cpu_time_s
         self._inspected_s = now_s
         self.due_s = now_s + FIRST_WINDOW_S
 
     def announce(self, now_s: float) -> None:
-        """The guest says that it halts."""
+        """Expect a halt: the guest says that it halts."""
         self._announced_until_s = now_s + ANNOUNCED_S
         self.due_s = now_s
 
     def is_worth_it(self, now_s: float, cpu_time_s: float) -> bool:
-        """Whether to inspect now, when it is due; ``cpu_time_s`` is what all vCPUs have used."""
+        """Return True to inspect now; call it at ``due_s``, which it moves.
+
+        ``cpu_time_s`` is the CPU time that all vCPUs have used.
+        """
         if now_s < self._announced_until_s:
             self.due_s = now_s + ANNOUNCED_POLL_S
             self._inspected_s = now_s

@@ -1,8 +1,8 @@
 """The loop of every thread that waits for file descriptors: doorbells, consoles, signals, times.
 
 ``IoLoop.run`` serves in its caller's thread.  One epoll waits for all sources, and each source that
-is ready gets one bounded pass.  Requests of other threads arrive through one eventfd, which is a
-source like any other: so they cost a pass nothing.
+is ready gets one bounded pass.  Requests of other threads arrive through one eventfd, a source like
+any other.  So they cost a pass nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     Service = Callable[[], float | None]
 
 LAST_WAIT_S = 2.0
-"""How long all that serve disks, together, may still take once a run or an export ends."""
+"""Seconds that all sources of disks together may still take once a run or an export ends."""
 EVENTS_A_WAIT = 16
-"""How many ready descriptors one wait returns; epoll lets the others go first the next time."""
+"""Ready descriptors that one wait returns; epoll returns the rest first the next time."""
 LONGEST_WAIT_S = 86400.0
 """epoll_wait takes a C int of milliseconds: 24 days."""
 _ALWAYS_READY = (errno.EPERM, errno.EBADF)
@@ -86,7 +86,7 @@ class IoLoop:
         # Re-entrant: a signal's handler may stop a loop whose own thread holds the lock.
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
-        """The loop has parked, may go on, or has done what was asked of it."""
+        """The loop has parked, may go on, or has answered a request."""
         self._sources: dict[tuple[int, bool], IoSource] = {}
         """By descriptor and ``is_output``."""
         self._by_fd: dict[int, Service] = {}
@@ -99,7 +99,7 @@ class IoLoop:
         """The thread in ``run``; 0 before and afterwards."""
         self._stopping = False
         self._may_stay = False
-        """Whether a lone source with more to do may be served on without a wait in between."""
+        """True if a lone source with more to do may be served on without a wait in between."""
         self._park_is_wanted = self._is_parked = False
         self._poller = select.epoll()
         self._wake_fd, self._owns_wake_fd = wake_fd, wake_fd < 0
@@ -140,8 +140,8 @@ class IoLoop:
     def remove(self, source: IoSource) -> None:
         """Wait for ``source`` no more; nothing if it is not waited for.
 
-        When this returns, no pass of it is under way, but for the caller's own.  So a call from
-        another thread waits for the end of the pass that the loop is at.
+        When this returns, no pass of ``source`` is under way, but for the caller's own.  So a call
+        from another thread waits for the end of the loop's present pass.
         """
         self._do_between_passes(lambda: self._forget_source(source), None)
 
@@ -172,7 +172,7 @@ class IoLoop:
         self._add_request(lambda: None)
 
     def wait_until_parked(self, timeout_s: float | None) -> bool:
-        """Wait until no pass is under way and none will be; True if that is so.
+        """Wait until no pass is under way and none will begin; return True then.
 
         A loop that is not in ``run`` counts as parked: it will park before its first pass.  False
         after ``timeout_s`` seconds, or if somebody resumes it.  RuntimeError in its own thread.
@@ -274,7 +274,7 @@ class IoLoop:
             now_s = now()
             for service in [service for service, at_s in due_s.items() if at_s <= now_s]:
                 if service not in due_s:
-                    continue  # one of the others has cancelled or removed it
+                    continue  # a service before this one has cancelled or removed it
                 delay_s = service()
                 if service not in due_s:
                     continue  # it has removed itself
@@ -293,7 +293,7 @@ class IoLoop:
                 self._due_s[source.service] = 0.0
 
     def _look(self) -> None:
-        """Do what other threads have asked for, and park if one of them wants that."""
+        """Answer the requests of other threads, and park if a park was asked for."""
         with self._lock:
             # Before the requests: one that comes later has its own event, and clears it again.
             self._may_stay = len(self._sources) <= 2
@@ -317,9 +317,9 @@ class IoLoop:
     # Helpers
 
     def _do_between_passes(self, action: Callable[[], None], timeout_s: float | None) -> bool:
-        """Have ``action`` done in the loop's thread and wait; True once it was.
+        """Have ``action`` done in the loop's thread and wait; return True once it was.
 
-        It is done at once in that very thread, or if there is none.
+        In that very thread, or if no thread runs the loop, do ``action`` at once.
         """
         done: list[bool] = []
 
@@ -351,7 +351,7 @@ class IoLoop:
             self._news.notify_all()
 
     def _register(self, fd: int, *, is_new: bool) -> None:
-        """Have epoll wait for what the sources of ``fd`` want; under the lock."""
+        """Have epoll wait for the events that the sources of ``fd`` need; under the lock."""
         found = [
             source for is_output in (False, True)
             if (source := self._sources.get((fd, is_output))) is not None
@@ -379,7 +379,7 @@ class IoLoop:
             self._poller.modify(fd, mask)
 
     def _forget_source(self, source: IoSource) -> None:
-        """In the loop's thread, or when there is none."""
+        """Stop waiting for ``source``; in the loop's thread, or while no thread runs the loop."""
         with self._lock:
             if self._sources.get((source.fd, source.is_output)) is not source:
                 return

@@ -30,8 +30,8 @@ MAYBE_SILENT = (
     Kind.PANIC, Kind.TIMEOUT, Kind.TRIPLE_FAULT, Kind.SILENT_HALT, Kind.SHUTDOWN, Kind.RESET,
     Kind.EARLY_HALT, Kind.EARLY_RESET, Kind.GAVE_UP, Kind.QUIT, Kind.SIGNAL,
 )
-"""Ends that need an explanation if the guest printed nothing, some of them in any case:
-see ``verdict.Evidence.wants_explanation``."""
+"""Ends that need an explanation if the guest printed nothing, and some of them in any case.
+``verdict.Evidence.wants_explanation`` decides."""
 MAX_GUEST_STATUS = 119
 _FIXED_STATUS = {
     Kind.RESET: 0,
@@ -68,7 +68,7 @@ class Outcome(Record, kw_only=False):
 
     @property
     def exit_status(self) -> int:
-        """The process's exit status: 0-119 from the guest, 121-125 by kind, 128+n by signal."""
+        """Return the exit status: 0-119 from the guest, 121-125 by kind, 128+n by signal."""
         if self.kind is Kind.GUEST_STATUS:
             return min(self.value, MAX_GUEST_STATUS)
         if self.kind is Kind.SIGNAL:

@@ -1,12 +1,12 @@
 """Running a machine: its threads, its deadlines, and its end.
 
-One thread a vCPU sits in KVM_RUN, one thread an I/O worker waits for its devices' ioeventfds, and
-one thread keeps house: it moves console bytes and watches the clock.  That may be the caller's or
-one of the run's own.  The first ``finish()`` decides the outcome; every thread is then kicked,
-stopped and joined.
+Each vCPU has a thread that sits in KVM_RUN, and each I/O worker has a thread that waits for its
+devices' ioeventfds.  One more thread keeps house: it moves console bytes and watches the clock.
+The house's thread may be the caller's or one of the run's own.  The first ``finish()`` decides the
+outcome; every thread is then kicked, stopped and joined.
 
 A run touches neither the process's signals (but for the handler of KICK_SIGNAL, which does
-nothing) nor its terminal: those of a person at a command line are in ``cli/session.py``.
+nothing) nor its terminal.  ``cli/session.py`` does that for a person at a command line.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from pyvmm.run.vcpus import Vcpus
 
 JOIN_TIMEOUT_S = 5.0
 ASKED_FOR = (Kind.QUIT, Kind.STOPPED, Kind.TIMEOUT, Kind.SIGNAL)
-"""Ends that somebody outside asked for, who does not wait for a reader of the console."""
+"""Ends that somebody outside asked for: nobody then waits for a reader of the console."""
 
 
 class Runner:
     """Runs vCPUs, I/O workers and the console until somebody calls ``finish``; once.
 
     Either ``run`` in the thread that keeps house, or ``start`` and ``wait``.  All methods may be
-    called from any thread; those that wait refuse the run's own with a RuntimeError, because they
-    would wait for themselves.
+    called from any thread.  A method that waits raises RuntimeError in the run's own threads,
+    because such a thread would wait for itself.
 
-    ``loop`` is where the house is kept.  A part that plugs a source into it is served in that
-    thread; ``on_wake`` adds a call for every ``wake``.
+    ``loop`` runs in the thread that keeps house and serves there any source that a part plugs in.
+    ``on_wake`` adds a call for every ``wake``.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -56,9 +56,9 @@ class Runner:
             os.close(self._workers_wake_fd)
             raise
         self.input_waits = False
-        """Whether typed bytes wait for room in the guest; whoever holds them sets it."""
+        """True if typed bytes wait for room in the guest; whoever holds the bytes sets it."""
         self.is_quiesced = False
-        """Whether ``quiesce`` was asked for and not taken back."""
+        """True if ``quiesce`` was asked for and not taken back."""
         # Re-entrant: a handler of a signal that arrives under it may call resume().
         self._quiesce_lock = threading.RLock()
         self._has_begun = threading.Lock()
@@ -90,7 +90,7 @@ class Runner:
         self.loop.call_at(time.monotonic() + delay_s, callback)
 
     def watch_for_halt(self) -> None:
-        """The guest said that it halts: end the run once all vCPUs have, with interrupts off."""
+        """End the run once all vCPUs halt with interrupts off: the guest said that it halts."""
         self.loop.call_soon(self._announce_halt)
 
     def wait(self, timeout_s: float | None = None) -> Outcome | None:
@@ -107,9 +107,9 @@ class Runner:
         return self._outcomes[0]
 
     def stop(self, outcome: Outcome) -> Outcome | None:
-        """End the run with ``outcome``, wait for the end, and return what it came to.
+        """End the run with ``outcome``, wait for the end, and return the outcome of the run.
 
-        None if the run never began; it will end at once if it does.
+        None if the run never began; should it begin later, it ends at once.
         """
         self.refuse_own_threads("stop()")
         self.finish(outcome)
@@ -118,11 +118,11 @@ class Runner:
     # The console
 
     def wake(self) -> None:
-        """Have the house look again: console bytes to move, room for input."""
+        """Have the house look again for console bytes to move and for room for input."""
         self.loop.wake()
 
     def input_room(self) -> None:
-        """The guest has room for typed bytes again: go on if some are waiting."""
+        """Hand over waiting typed bytes, if any: the guest has room again."""
         if self.input_waits:
             self.loop.wake()
 
@@ -143,18 +143,19 @@ class Runner:
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest: True once every vCPU has left KVM_RUN and waits for ``resume``.
 
-        Before the run it is True at once, and the guest will start paused.  False, without a
-        pause, if the run is over or ends meanwhile, be it by a vCPU that fails, or if another
-        thread resumes the guest.  False too after ``timeout_s`` seconds (None: wait for as long as
-        it takes): a vCPU at a device, say one that waits for a full console, parks only when it is
-        done there.  The pause stays asked for then, and no vCPU enters the guest.
+        Before the run, return True at once: the guest will start paused.  False, without a pause,
+        if the run is over or ends meanwhile, even by a vCPU that fails, or if another thread
+        resumes the guest.  False too after ``timeout_s`` seconds (None: no limit): a vCPU at a
+        device, say at a full console, parks only when its access is done.  Then the pause stays
+        asked for, and no vCPU enters the guest.
 
-        RuntimeError in a thread of the run: it would wait for itself, or for one that needs it.
+        RuntimeError in a thread of the run: it would wait for itself, or for a thread that needs
+        it.
 
         Time goes on: the host's clock, the guest's, ``finish_after``.  Whatever ends a run ends a
-        paused one.  The threads of the devices go on too: they serve what is in the rings, and
-        interrupts, as those of the timers in KVM, wait for the guest.  kvm-clock tells it of the
-        pause, so that its watchdogs see no lock-up.
+        paused one.  The threads of the devices go on too and serve the requests in the rings.
+        Interrupts, those of the timers in KVM too, wait for the guest.  kvm-clock tells the guest
+        of the pause, so that its watchdogs see no lock-up.
         """
         self.refuse_own_threads("pause()")
         self._vcpus.begin_pause()
@@ -179,7 +180,7 @@ class Runner:
         return (
             self._vcpus.wait_until_parked(left_s(until_s))
             and all(loop.wait_until_parked(left_s(until_s)) for loop in loops)
-            # A byte that was being handed over when this began.
+            # The house may have been handing over a byte when this began.
             and self.loop.wait_for_pass(left_s(until_s))
             and self._vcpus.wait_until_parked(0.0)
         )
@@ -205,7 +206,7 @@ class Runner:
 
     @property
     def is_paused(self) -> bool:
-        """Whether a pause was asked for and not taken back."""
+        """True if a pause was asked for and not taken back."""
         return self._vcpus.is_paused
 
     @property
@@ -269,8 +270,8 @@ class Runner:
         """Run to the end and keep house in the calling thread; every thread is stopped then.
 
         ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
-        never holds up another.  Those of ``at_end`` are called before the threads are waited for,
-        which may wait for a peer themselves.
+        never holds up another.  The calls in ``at_end`` are made before the threads are joined,
+        because a thread may be waiting for a peer.
         """
         self._begin(console, output, at_end)
         self._house = threading.current_thread()
@@ -293,7 +294,7 @@ class Runner:
 
     @property
     def stopped(self) -> bool:
-        """Whether no thread of the run is left; only then may what they use be closed."""
+        """True if no thread of the run is left; only then may its parts be closed."""
         own = self._own_house
         return not (self._threads.are_alive or (own is not None and own.is_alive()))
 
@@ -345,7 +346,7 @@ class Runner:
     def _start_threads(
         self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
     ) -> None:
-        # The guest first: what it rings for before the others are there waits in an eventfd.
+        # The guest first: a doorbell that it rings before the workers start waits in an eventfd.
         self._vcpus.begin(vcpus)
         for index, vcpu in enumerate(vcpus):
             self._threads.spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
@@ -392,6 +393,6 @@ class Runner:
             KickHandler.end()
 
     def refuse_own_threads(self, call: str) -> None:
-        """RuntimeError if the calling thread belongs to the run: ``call`` would wait for itself."""
+        """Raise RuntimeError in a thread of the run, where ``call`` would wait for itself."""
         if threading.current_thread() in (self._house, *self._threads):
             raise RuntimeError(f"{call} in a thread of the run would wait for ever: use another")

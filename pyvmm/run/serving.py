@@ -1,4 +1,4 @@
-"""Serving without a machine: one loop on the main thread, until a signal ends it."""
+"""Serve without a machine: one loop on the main thread, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pyvmm.peers.eventfds import Bell
+from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.run.io_loop import LAST_WAIT_S, IoLoop, IoSource
 from pyvmm.run.signals import (
     KICK_SIGNAL,
@@ -19,7 +19,7 @@ from pyvmm.run.signals import (
 )
 
 WATCH_S = 0.05
-"""How often a write that may wait is looked at; it is ended after one to two of these."""
+"""Seconds between two looks at a write; a write that waits is ended after one to two looks."""
 
 
 def serve(
@@ -28,17 +28,17 @@ def serve(
     begun: Callable[[], None] = lambda: None,
     refresh: Callable[[], None],
     hurry: Callable[[float], None],
-    bell: Bell,
+    eventfd_writer: EventfdWriter,
 ) -> int:
-    """Serve what ``start`` gives on the calling thread, the main one, until a stop signal; its
-    number.
+    """Serve the sources from ``start`` until a stop signal; return the signal's number.
 
-    ``start`` is called once signals are taken: whoever sees what it makes may send one.  ``begun``
-    is called when nothing can go wrong any more.
-    ``refresh`` is called after every REFRESH_SIGNAL.  At the first stop signal ``hurry`` is told
-    the time (time.monotonic) until which a source may still wait: from the signal's handler, for
-    this thread may be what waits.  A write of ``bell``, which rings for the sources, is ended if it
-    waits.
+    Call it in the main thread, which serves.  ``start`` is called once signals are taken, because
+    whoever sees the socket it makes may send one.  ``begun`` is called when nothing can go wrong
+    any more, ``refresh`` after every REFRESH_SIGNAL.
+
+    The first stop signal calls ``hurry`` with the time (time.monotonic) until which a source may
+    still wait.  The signal's handler makes that call, because the main thread may be waiting in a
+    source.  The sources write their eventfds by ``eventfd_writer``; a write that waits is ended.
     """
     taken: list[int] = []
     stops: list[int] = []
@@ -50,7 +50,7 @@ def serve(
             if len(stops) == 1:
                 hurry(time.monotonic() + LAST_WAIT_S)
 
-    with Signals(take, job_control=False) as signals, _BellWatch(bell):
+    with Signals(take, job_control=False) as signals, _WriteWatch(eventfd_writer):
 
         def look() -> None:
             os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
@@ -68,33 +68,33 @@ def serve(
     return taken[0]
 
 
-class _BellWatch:
-    """Ends what ``bell`` writes for the calling thread, by a signal, if it lasts.
+class _WriteWatch:
+    """Ends, by a signal, a write of ``eventfd_writer`` in the calling thread that lasts.
 
-    A thread of its own looks, and sleeps for as long as nothing is written.  The signal
-    goes only to a write that was under way at two looks: elsewhere it would be for nothing.
+    A thread of its own watches, and sleeps for as long as nothing is written.  The thread sends the
+    signal only if the same write was under way at two looks.
     """
 
-    def __init__(self, bell: Bell) -> None:
-        self._bell = bell
-        self._writer = threading.get_ident()
+    def __init__(self, eventfd_writer: EventfdWriter) -> None:
+        self._eventfd_writer = eventfd_writer
+        self._writing_thread = threading.get_ident()
         self._stopping = False
         self._woken = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="eventfd watch", daemon=True)
 
     def _run(self) -> None:
-        bell, seen = self._bell, -1
+        eventfd_writer, seen = self._eventfd_writer, -1
         while not self._stopping:
-            turn = bell.turn
+            turn = eventfd_writer.turn
             if turn != seen or turn % 2:
                 if turn == seen:
-                    signal.pthread_kill(self._writer, KICK_SIGNAL)
+                    signal.pthread_kill(self._writing_thread, KICK_SIGNAL)
                 seen = turn
                 time.sleep(WATCH_S)
                 continue
             self._woken.clear()
-            bell.wake = self._woken.set
-            if bell.turn == seen and not self._stopping:
+            eventfd_writer.wake = self._woken.set
+            if eventfd_writer.turn == seen and not self._stopping:
                 self._woken.wait()
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""The signals of a run: which there are, and their handlers.
+"""The signals of a run, and their handlers.
 
 ``KickHandler`` is for every run, in any thread.  ``Signals`` is for a run at a command line, which
 owns the process and its main thread.
@@ -19,7 +19,7 @@ RESIZE_SIGNAL = signal.SIGWINCH
 """The terminal has another size."""
 NOTICE_SIGNALS = (REFRESH_SIGNAL, RESIZE_SIGNAL)
 JOB_SIGNALS = (signal.SIGTSTP, signal.SIGCONT)
-"""The shell's, or a person's: stop, and go on."""
+"""Stop, and go on: from the shell, or from a person."""
 STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
 )
@@ -29,8 +29,8 @@ class KickHandler:
     """Makes KICK_SIGNAL end a system call and nothing else, while anybody needs that.
 
     A handler belongs to the whole process, so its users are counted for the whole process: the
-    first one installs it, the last one puts back what was there.  Any thread may do either;
-    ``signal.signal`` works in the main thread alone.
+    first user installs the handler, the last one restores the previous handler.  Any thread may do
+    either; ``signal.signal`` would work only in the main thread.
     """
 
     _lock = threading.Lock()
@@ -91,18 +91,18 @@ class Signals:
         )
         job_signals = JOB_SIGNALS if self._job_control else ()
         for number in (*STOP_SIGNALS, *NOTICE_SIGNALS, *job_signals):
-            # What was ignored stays ignored (nohup, a shell's background job).
+            # An ignored signal stays ignored (nohup, a shell's background job).
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._saved[number] = signal.signal(number, lambda n, _f: self._on_signal(n))
-        # Those that came during the start were held for us: pyvmm.cli.main.
+        # Let in the notices that came during the start: pyvmm.__main__ has blocked them.
         self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
         return self
 
     def __exit__(self, *_exc: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
         for number, handler in self._saved.items():
-            # A thread that was joined may still be ending, with no signal blocked: what this thread
-            # holds back must not meet the default there, which kills.
+            # A thread that was joined may still be ending, with no signal blocked.  A signal that
+            # this thread blocks must not meet the default action there, which kills.
             if number in self._previous_mask and handler == signal.SIG_DFL:
                 handler = _do_nothing
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class RunThreads:
-    """Daemon threads, because one that a dead disk's system call holds must not keep the process.
+    """Daemon threads: a thread stuck in a dead disk's system call must not keep the process.
 
     ``failed(name, error)`` is called in a thread whose body raises: a defect of ours, or anything
     that a script's own disk or device lets out, SystemExit too.
@@ -31,16 +31,16 @@ class RunThreads:
         thread.start()
 
     def join(self, timeout_s: float) -> list[str]:
-        """Wait for all, ``timeout_s`` seconds at most; return the names of those still alive."""
+        """Join all, within ``timeout_s`` seconds; return the names of the threads still alive."""
         until_s = time.monotonic() + timeout_s
         for thread in self._threads:
-            if thread.is_alive():  # one that could not be started cannot be joined
+            if thread.is_alive():  # a thread that could not be started cannot be joined
                 thread.join(max(0.0, until_s - time.monotonic()))
         return [thread.name for thread in self._threads if thread.is_alive()]
 
     @property
     def are_alive(self) -> bool:
-        """True if any of them is."""
+        """True if any thread is alive."""
         return any(thread.is_alive() for thread in self._threads)
 
     def __iter__(self) -> Iterator[threading.Thread]:

@@ -1,4 +1,4 @@
-"""What happens between two KVM_RUNs: port and memory accesses to devices, and how a vCPU ends."""
+"""One vCPU between two KVM_RUNs: port and memory accesses to devices, and how a vCPU ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyvmm.startup.types import Protocol, Record
 RFLAGS_IF = 1 << 9
 MMIO_GRANULE_BITS = 12
 _NOT_STARTED = (abi.KVM_MP_STATE_UNINITIALIZED, abi.KVM_MP_STATE_INIT_RECEIVED)
-"""Only another vCPU ends these, by INIT or SIPI."""
+"""Only another vCPU ends these states, by INIT or SIPI."""
 _MASKS = tuple((1 << 8 * length) - 1 for length in range(9))
 
 
@@ -31,7 +31,7 @@ class Answers(Protocol):
 
 
 class AddressSpace(Protocol):
-    """What this loop needs of a ``board.bus.Bus``."""
+    """The part of ``board.bus.Bus`` that this loop needs."""
 
     find: Callable[[int], tuple[int, int, Answers] | None]
 
@@ -43,7 +43,7 @@ class AddressSpace(Protocol):
 
 
 class Exits(Record):
-    """Returns from KVM_RUN, by what they were for; ``other`` has those for a kick or the end."""
+    """Returns from KVM_RUN, counted by reason; ``other`` counts kicks and the end."""
 
     mmio: int = 0
     io: int = 0
@@ -63,12 +63,14 @@ class VcpuLoop:
 
     ``mmio`` has granules of ``1 << MMIO_GRANULE_BITS`` addresses.  ``describe`` gives the vCPU's
     registers as text for an outcome's detail; ``finish`` takes the outcome if this vCPU decides it.
-    Another thread stops the loop by setting ``stopping`` and then kicking the vCPU; with
-    ``inspect`` set a kick makes it look whether the guest has halted.  After every kick
-    ``wait_while_paused`` is called, which says whether there was a pause.  ``machine`` has the
-    loops of all vCPUs, when they run; ``can_be_woken`` says whether a device may wake one that has
-    interrupts off.  ``vcpus.py`` does all that.  ``at_end`` is called in the vCPU's thread when it
-    has run for the last time.
+    Another thread stops the loop by setting ``stopping`` and then kicking the vCPU.  With
+    ``inspect`` set, a kick makes the vCPU look whether the guest has halted.  After every kick the
+    loop calls ``wait_while_paused``, which returns True if there was a pause.  ``vcpus.py`` does
+    all that.
+
+    ``machine`` has the loops of all vCPUs, once they run.  ``can_be_woken`` returns True if a
+    device may wake a vCPU that has interrupts off.  ``at_end`` is called in the vCPU's thread when
+    the vCPU has run for the last time.
     """
 
     def __init__(
@@ -87,14 +89,14 @@ class VcpuLoop:
         self.enter = vcpu.enter
         """KVM_RUN.  A hook may put a function of its own before it, until ``run`` is called."""
         self.answered_io = self.answered_mmio = 0
-        """Exits that such a function has answered: ``run`` saw another reason."""
+        """Exits that a hook's function has answered: ``run`` saw another reason."""
         self.thread_ident = 0
         """The thread in ``run``; 0 before."""
         self.stopping = False
         self.inspect = False
         self.wait_while_paused: Callable[[], bool] = lambda: False
         self.is_halted = False
-        """What the last look found: nothing in this vCPU will wake it."""
+        """True if the last look found that nothing in this vCPU will wake it."""
         self._machine = (self,) if machine is None else machine
         self._pio = pio
         self._mmio = mmio
@@ -107,7 +109,7 @@ class VcpuLoop:
 
     def run(self) -> None:
         """Enter the guest again and again."""
-        # Every name of the loop is bound here: what it looks up, it looks up at every exit.
+        # Bind every name of the loop here: an attribute would be looked up at every exit.
         vcpu, page, pio, mmio = self.vcpu, self.vcpu.page, self._pio, self._mmio
         enter, access, answer, masks = self.enter, page.access, page.set_mmio_data, _MASKS
         reason_io, reason_mmio = int(ExitReason.IO), int(ExitReason.MMIO)
@@ -159,7 +161,7 @@ class VcpuLoop:
             self.exits = Exits(mmio=mmios, io=ios, other=every - mmios - ios)
 
     def _rare_exit(self, reason: int) -> bool:
-        """Whether the vCPU may be entered again."""
+        """Return True if the vCPU may be entered again; else end the run."""
         if reason in (ExitReason.INTR, ExitReason.IRQ_WINDOW_OPEN):
             return True
         self._finish(outcome_of_exit(decode(self.vcpu.page), self._registers))
@@ -175,9 +177,12 @@ class VcpuLoop:
             return f"no registers: {error}"
 
     def _finish_if_halted(self) -> None:
-        """End the run if every vCPU sits in HLT with interrupts off, or was never started: nothing
-        will wake them, unless a device or the PIT sends NMIs.  One alone may be about to be, or be
-        what Linux leaves behind while the last of its CPUs powers off."""
+        """End the run if every vCPU sits in HLT with interrupts off, or was never started.
+
+        Nothing will wake such vCPUs, unless a device or the PIT sends NMIs.  A single one proves
+        nothing: another vCPU may be about to wake it, or Linux has left it behind while the last
+        of its CPUs powers off.
+        """
         state = self.vcpu.get_mp_state()
         self.is_halted = state in _NOT_STARTED or (
             state == abi.KVM_MP_STATE_HALTED

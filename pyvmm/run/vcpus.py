@@ -1,8 +1,8 @@
 """All vCPUs of a run together: stopping, pausing and inspecting them.
 
-A vCPU is reached by a flag, then ``immediate_exit`` in its run page, then a signal to its thread:
-whichever side of KVM_RUN the thread is on, it comes out and looks at its flags.  So what is here
-costs an exit nothing.
+To reach a vCPU, set a flag, then ``immediate_exit`` in its run page, then signal its thread.  On
+whichever side of KVM_RUN the thread is, it comes out and looks at its flags.  So an exit pays
+nothing for what this file offers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Vcpus:
         # Re-entrant: a handler of a signal that arrives under it may call resume().
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
-        """One more is parked, or there is nothing to wait for any more."""
+        """One more vCPU is parked, or there is nothing to wait for any more."""
         self._gate = threading.Condition(self._lock)
-        """The parked may go."""
+        """Parked vCPUs may go on."""
         self._loops: list[VcpuLoop] = []
         # Of each thread that is in ``run``, by its ident.  A thread enters itself and takes itself
         # out, under the lock: it can be signalled there, and its clock read.
@@ -36,10 +36,10 @@ class Vcpus:
         self._parked = 0
         self._is_over = False
         self.is_paused = False
-        """Whether a pause was asked for; ``wait_until_parked`` says when it holds."""
+        """True if a pause was asked for; ``wait_until_parked`` says when it holds."""
 
     def begin(self, loops: Sequence[VcpuLoop]) -> None:
-        """These are the vCPUs; if a pause was asked for before, they park before they run."""
+        """Take the vCPUs; if a pause was asked for before, they park before they run."""
         with self._lock:
             self._loops += loops
             for loop in loops:
@@ -76,7 +76,7 @@ class Vcpus:
                 self._kick()
 
     def wait_until_parked(self, timeout_s: float | None) -> bool:
-        """Wait until every vCPU is parked, if there are any yet; whether they are.
+        """Wait until every vCPU is parked, if there are any yet; return True then.
 
         False after ``timeout_s`` seconds, once the run is over, and if somebody resumes it.
         """
@@ -85,7 +85,7 @@ class Vcpus:
             return self.is_paused and self._are_parked()
 
     def resume(self) -> None:
-        """Let every parked vCPU go on; nothing if none is."""
+        """Let every parked vCPU go on; do nothing if none is parked."""
         with self._lock:
             self.is_paused = False
             self._news.notify_all()
@@ -93,7 +93,7 @@ class Vcpus:
 
     def inspect(self) -> None:
         """Make every vCPU look whether it has halted for good; the last one ends the run if all
-        have.  Not while they are paused."""
+        have.  Do not call it while they are paused."""
         with self._lock:
             for loop in self._loops:
                 loop.is_halted = False
@@ -101,7 +101,7 @@ class Vcpus:
             self._kick()
 
     def cpu_time_s(self) -> float:
-        """CPU time that the vCPUs under way have used, their guests' included."""
+        """Return the CPU time that the running vCPUs have used, the guest's included."""
         with self._lock:
             return sum(map(time.clock_gettime, self._cpu_clocks.values()))
 
@@ -118,7 +118,7 @@ class Vcpus:
         return self._parked == len(self._loops)
 
     def _wait_while_paused(self) -> bool:
-        """Park the calling vCPU's thread; whether there was a pause."""
+        """Park the calling vCPU's thread while paused; return True if there was a pause."""
         with self._lock:
             if not self.is_paused:
                 return False

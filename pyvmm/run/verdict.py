@@ -1,4 +1,4 @@
-"""The one place that turns evidence into an outcome: how the run ended, and what that was.
+"""The one place that turns evidence into an outcome: how the run ended, and why.
 
 Evidence comes from the console (``console/watch.py``), pvpanic, the ports that reset or power off,
 and KVM's exits.  ``Verdict`` collects it, ends the run where that is due, and judges at the end.
@@ -18,11 +18,11 @@ from pyvmm.run.outcome import MAYBE_SILENT, Kind, Outcome
 from pyvmm.startup.types import Protocol
 
 PANIC_GRACE_S = 2.0
-"""How long after a panic's first line the guest may go on printing, if it does not reboot."""
+"""Seconds after a panic's first line in which the guest may go on printing or reboot."""
 SILENCE_S = 3.0
-"""How long a kernel may print nothing on a KVM that is known to be incomplete."""
+"""Seconds that a kernel may print nothing on a KVM that is known to be incomplete."""
 INCOMPLETE_KVM = "/sys/module/kvm_pvm"
-"""Is there if this host's KVM emulates ring 0, without what every stock kernel needs."""
+"""Exists if this host's KVM emulates ring 0 and lacks something that every stock kernel needs."""
 _IN_THE_LAB = "the same command behind `pyvmm lab --`"
 _EXPLAINED_BY_PANIC = (
     Kind.PANIC, Kind.RESET, Kind.SHUTDOWN, Kind.TRIPLE_FAULT, Kind.TIMEOUT
@@ -30,12 +30,11 @@ _EXPLAINED_BY_PANIC = (
 """Ends that a panic brings about."""
 _EXPLAINED_BY_GIVING_UP = (Kind.SHUTDOWN, Kind.RESET, Kind.TIMEOUT)
 _TOO_EARLY = {Kind.SHUTDOWN: Kind.EARLY_HALT, Kind.RESET: Kind.EARLY_RESET}
-"""The same ends, of a Linux that was not yet through with its boot."""
-
+"""The same ends, of a Linux that had not finished its boot."""
 
 
 class Run(Protocol):
-    """What Verdict needs of the Runner."""
+    """The part of the Runner that Verdict needs."""
 
     def finish(self, outcome: Outcome) -> None:
         """See ``Runner.finish``."""
@@ -51,17 +50,17 @@ class Run(Protocol):
 
 
 class Evidence:
-    """What is known of the guest so far, for the verdict and for whoever explains it."""
+    """Facts about the guest so far, for the verdict and for whoever explains it."""
 
     def __init__(self) -> None:
         self.has_printed = False
         self.waits_for_root = False
         """The kernel said that it waits for its root (``rootwait``)."""
         self.reached_init = False
-        """The kernel said that it starts an init, our init that it runs, or user space has had the
-        kernel end: no boot ends so by itself."""
+        """The kernel said that it starts an init, our init said that it runs, or user space had
+        the kernel end: no boot ends so by itself."""
         self.user_space_seen_s: float | None = None
-        """When our init said that it runs, on CLOCK_BOOTTIME."""
+        """The time at which our init said that it runs, on CLOCK_BOOTTIME."""
         self.panic: str | None = None
         """The reason of the first panic on the console."""
         self.is_panic_reported = False
@@ -78,7 +77,7 @@ class Evidence:
 
     @property
     def panic_reason(self) -> str:
-        """The panic's first line, and what our initramfs had to say before."""
+        """Return the panic's first line, and the mount error that our initramfs printed before."""
         reason = "reported through pvpanic" if self.panic is None else self.panic
         return f"{reason} ({self.mount_error})" if self.mount_error else reason
 
@@ -114,7 +113,7 @@ class Verdict:
         restore_evidence(self.evidence, data)
 
     def go_on(self) -> None:
-        """Have a guest end that had panicked or given up when it was saved."""
+        """End a restored guest that had panicked or given up when it was saved."""
         if self.evidence.has_panicked:
             self._finish_soon()
         if self.evidence.gave_up is not None:
@@ -125,7 +124,7 @@ class Verdict:
         self._run.finish(Outcome(kind, value))
 
     def hear(self, finding: Finding) -> None:
-        """Take what the console said."""
+        """Take ``finding`` from the console as evidence."""
         seen = self.evidence
         match finding.sign:
             case Sign.FIRST_OUTPUT:
@@ -157,12 +156,12 @@ class Verdict:
                 self._run.watch_for_halt()
 
     def panic_reported(self) -> None:
-        """The guest told pvpanic that it panicked: what it printed before says why."""
+        """Note that the guest told pvpanic of a panic: its output before says why."""
         self.evidence.is_panic_reported = True
         self._finish_soon()
 
     def _finish_soon(self) -> None:
-        """End the run in a while, in which the guest may reboot or print more."""
+        """End the run after PANIC_GRACE_S, in which the guest may reboot or print more."""
         self._run.finish_after(
             PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self.evidence.panic_reason)
         )
@@ -170,7 +169,7 @@ class Verdict:
     def doubt_silence(
         self, report: Callable[[str], None], incomplete_kvm: str = INCOMPLETE_KVM
     ) -> None:
-        """Have a Linux that prints nothing for SILENCE_S reported, if this KVM is incomplete."""
+        """Report a Linux that prints nothing for SILENCE_S, if this KVM is incomplete."""
 
         def look() -> None:
             if not self.evidence.has_printed and os.path.exists(incomplete_kvm):
@@ -186,11 +185,11 @@ class Verdict:
     def judge(
         self, outcome: Outcome, runs_program: Callable[[], bool] = lambda: False
     ) -> Outcome:
-        """Return what ``outcome``, by which the run ended, was in truth.
+        """Return the true outcome of a run that ended by ``outcome``.
 
-        Call it once all threads of the run are done, and the console's last words are heard.
-        ``runs_program`` says if a vCPU was in the context of a program, when it ran for the last
-        time; asked only if all other evidence leaves open how far a Linux came.
+        Call it once all threads of the run are done and the console's last words are heard.
+        ``runs_program`` returns True if a vCPU was in the context of a program when it ran for
+        the last time.  It is called only if all other evidence leaves open how far a Linux came.
         """
         seen, kind = self.evidence, outcome.kind
         if kind in _EXPLAINED_BY_PANIC and seen.has_panicked:
@@ -217,7 +216,7 @@ class Verdict:
 
 
 def outcome_of_exit(seen: Exit, registers: Callable[[], str]) -> Outcome:
-    """Return how a run ends by an exit from KVM that no device answers."""
+    """Return the outcome of an exit from KVM that no device answers."""
     match seen:
         case ShutdownExit():
             return Outcome(Kind.TRIPLE_FAULT, detail=registers())
@@ -236,10 +235,10 @@ def outcome_of_exit(seen: Exit, registers: Callable[[], str]) -> Outcome:
 
 
 def outcome_of_failure(what: str, registers: Callable[[], str]) -> Outcome:
-    """Return how a run ends because KVM cannot go on."""
+    """Return the outcome of a run that KVM cannot continue."""
     return Outcome(Kind.INTERNAL_ERROR, detail=f"{what}\n{registers()}")
 
 
 def outcome_of_halt() -> Outcome:
-    """Return how a run ends in which every vCPU halts, and nothing will wake one."""
+    """Return the outcome of a run in which every vCPU halts and nothing will wake one."""
     return Outcome(Kind.SHUTDOWN, detail="halted with interrupts off")

@@ -15,7 +15,7 @@ MAX_TEXT = 1 << 16
 
 
 def restore_evidence(evidence: Evidence, data: object) -> None:
-    """Give ``evidence`` what ``Verdict.save`` returned; StateError."""
+    """Set the fields of ``evidence`` to ``data`` from ``Verdict.save``; StateError."""
     fields = Fields("verdict", data)
     signs = {name: fields.boolean(name) for name in _SIGNS}
     texts = {name: fields.optional_text(name, MAX_TEXT) for name in _TEXTS}

@@ -1,1 +1,1 @@
-"""What only a quick start needs (docs/architecture.md, "What the boot path may import")."""
+"""Code that only a quick start needs (docs/architecture.md, "What the boot path may import")."""

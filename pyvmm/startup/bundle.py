@@ -1,19 +1,21 @@
 """The compiled code of a run's modules in one file, so that Python need not look for 140 of them.
 
-For every module Python asks for half a dozen names in as many system calls, then opens, examines
-and reads a ``.pyc``, with a page of Python code in between: more work than to run what most of ours
-have to say, and where files are far (the lab has its over 9p) 3 ms a module.  So the first run
-leaves ``__pycache__/run.<tag>.bundle`` behind, and the next ones take from it what they import.
+For every module Python asks for half a dozen names in as many system calls.  Then Python opens,
+examines and reads a ``.pyc``, with a page of Python code in between.  That is more work than the
+top level of most of our modules; where files are far (over 9p in the lab) it is 3 ms a module.
+So the first run leaves ``__pycache__/run.<tag>.bundle`` behind, and later runs import from it.
 
-Half of what is left is Python's import machinery, 80 us a module.  So each of our modules first has
-those of ours made that its ``import`` statements name at the left edge.  The statements then find
-them in ``sys.modules``.  (The standard library has circles, which need the machinery.)
+Half of the remaining time is Python's import machinery, 80 us a module.  So the loader of one of
+our modules first makes our modules that the ``import`` statements at its left edge name.  The
+statements then find these in ``sys.modules``.  (The standard library has circles, which need the
+machinery.)
 
-It is a ``.pyc`` in all but number.  It lies beside the code; one that belongs to a user other than
-root, the code's owner and ours, or that others may write, is not read.  A module whose source has
-another size or modification time than it had then is not taken from it, nor anything at all by
-another Python; without the right to write there is none; ``PYTHONDONTWRITEBYTECODE`` or ``-B``
-keeps it from being written.
+The bundle is a ``.pyc`` in all but number, and lies beside the code:
+
+* A bundle is not read if its owner is neither root, nor the code's owner, nor our user, or if
+  other users may write it.  Another Python does not use it.
+* A module is not taken from the bundle if its source has another size or modification time now.
+* A run without the right to write, with ``PYTHONDONTWRITEBYTECODE`` or with ``-B`` writes none.
 """
 
 from __future__ import annotations
@@ -32,25 +34,26 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any, Self
 
-    # File, whether it is a package, st_mtime_ns and st_size of the file, the modules it needs,
+    # File, True for a package, st_mtime_ns and st_size of the file, the modules it needs,
     # marshalled code.
     Entry = tuple[str, bool, int, int, tuple[str, ...], bytes | memoryview]
 
 WORTH_WRITING = 8
-"""So many modules that are not in it yet; one or two more options of a run are not."""
+"""Write the bundle anew for so many new modules; one or two more options of a run bring fewer."""
 _OURS = os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
 
 
 def default_path() -> str:
-    """Where the bundle of this Python and this copy of pyvmm is, or would be."""
+    """Return the path at which this Python and this copy of pyvmm have their bundle, if any."""
     tag = f"{sys.implementation.cache_tag}-{sys.hexversion:x}-O{sys.flags.optimize}"
     return os.path.join(_OURS, "__pycache__", f"run.{tag}.bundle")
 
 
 class Bundle:
-    """A finder of modules (``sys.meta_path``) while it is entered; one that knows none if there
-    is no good file at ``path``.
+    """A finder of modules (``sys.meta_path``) while it is entered.
+
+    The finder knows no module if there is no good file at ``path``.
     """
 
     def __init__(self, path: str) -> None:
@@ -64,14 +67,17 @@ class Bundle:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """No longer find modules."""
+        """Find modules no longer."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(
         self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """``importlib.abc.MetaPathFinder``: a module of the bundle, if its source is the same."""
+        """Return the spec of module ``name``, if the bundle has it and its source is unchanged.
+
+        This is ``importlib.abc.MetaPathFinder``'s.
+        """
         entry = self._entries.get(name)
         if entry is None:
             return None
@@ -89,9 +95,9 @@ class Bundle:
         return spec
 
     def make(self, name: str) -> None:
-        """Import module ``name`` as Python would, if it is in the bundle as it should be.
+        """Import module ``name`` as Python would, if ``find_spec`` finds it.
 
-        Else do nothing: an ``import`` statement looks elsewhere.
+        Else do nothing: the ``import`` statement looks elsewhere.
         """
         parent, _, own_name = name.rpartition(".")
         if parent and parent not in sys.modules:
@@ -115,7 +121,7 @@ class Bundle:
             setattr(sys.modules[parent], own_name, module)
 
     def left_out(self) -> set[str]:
-        """Modules imported since it was entered that it could not, but might, have had."""
+        """Return the modules imported since ``__enter__`` that the bundle lacked but could hold."""
         return {
             name for name in set(sys.modules) - self._known
             if not isinstance(getattr(sys.modules[name], "__loader__", None), _Loader)
@@ -125,7 +131,7 @@ class Bundle:
     def update(self, names: Iterable[str]) -> None:
         """Write the file anew with the modules ``names`` too, if that is worth it and allowed.
 
-        Atomic, and silent: to have no bundle only costs time.
+        The write is atomic, and errors are ignored: a missing bundle only costs time.
         """
         added = set(names)
         if len(added) < WORTH_WRITING or sys.dont_write_bytecode:
@@ -138,7 +144,7 @@ class Bundle:
         temporary = f"{self._path}.{os.urandom(8).hex()}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o644)  # no umask has others write it
+            fd = os.open(temporary, flags, 0o644)  # no umask lets other users write it
             try:
                 written = os.write(fd, data)
             finally:
@@ -163,10 +169,10 @@ class _Loader:
         self._file = file
 
     def create_module(self, _spec: ModuleSpec) -> None:
-        """An ordinary module will do."""
+        """Return None: an ordinary module will do."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill ``module``."""
+        """Import the modules that ``module`` needs, then run its code."""
         module.__file__ = self._file
         for name in self._needs:
             if name not in sys.modules:
@@ -200,7 +206,7 @@ def _read(path: str) -> dict[str, Entry]:
             ours = status.st_uid in (0, os.geteuid()) or status.st_uid == os.stat(__file__).st_uid
             if not ours or status.st_mode & 0o170022 != 0o100000:  # S_IFREG, nobody else writes
                 return {}
-            # Mapped, it is neither copied nor read where nobody looks.
+            # A mapping copies nothing, and reads only the pages that are looked at.
             data = memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
         finally:
             os.close(fd)
@@ -209,7 +215,7 @@ def _read(path: str) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         ours, standard, index = marshal.loads(data[_HEAD.size : at])
         if (ours, standard) != (_OURS, _STANDARD):
-            return {}  # a copied tree: its code would call its files by the names of the other's
+            return {}  # a copied tree: the code would name files of the original tree
         for name, file, is_package, mtime_ns, size, needs, length in index:
             entries[name] = file, is_package, mtime_ns, size, needs, data[at : at + length]
             at += length
@@ -228,7 +234,7 @@ def _encode(entries: dict[str, Entry]) -> bytes:
 
 
 def _source(name: str) -> str:
-    """The source file of a loaded module of ours or of the standard library; "" if none."""
+    """Return the source file of loaded module ``name``; "" if neither ours nor standard."""
     file = getattr(sys.modules[name], "__file__", None) or ""
     ours = file.startswith(f"{_OURS}/") and name.partition(".")[0] == "pyvmm"
     is_ours_or_standard = ours or os.path.dirname(file) in (
@@ -238,7 +244,7 @@ def _source(name: str) -> str:
 
 
 def _entry(name: str) -> Entry | None:
-    """A loaded module as an entry; None if its code cannot be had."""
+    """Return the entry of loaded module ``name``; None if its code is not available."""
     spec = sys.modules[name].__spec__
     file = _source(name)
     try:
@@ -252,9 +258,9 @@ def _entry(name: str) -> Entry | None:
 
 
 def _needs(file: str) -> Iterator[str]:
-    """The loaded modules of ours that the ``import`` statements at the left edge of ``file`` name.
+    """Yield our loaded modules that the ``import`` statements at the left edge of ``file`` name.
 
-    Not so those in functions, and under ``if TYPE_CHECKING:`` or ``try:``.
+    Statements in functions, and under ``if TYPE_CHECKING:`` or ``try:``, do not count.
     """
     with open(file, encoding="utf-8") as source:  # noqa: PTH123 - pathlib takes 8 ms
         lines = source.read().split("\n")

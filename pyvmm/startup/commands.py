@@ -1,6 +1,8 @@
-"""A command as a table of its options and words, from which all else about it is made:
-the reader of command lines (``options``), ``--help`` (``usage``), what mistakes are told
-(``mistakes``)."""
+"""A command as a table of its options and words.
+
+All else about a command is made from its table: the reader of command lines (``options``),
+``--help`` (``usage``) and the error for a mistake (``mistakes``).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ HELP = ("--help", "-h")
 class Option(Record):
     """``name`` with a value shown as ``metavar``; without ``metavar`` a flag, which is counted.
 
-    ``many`` collects the values in a list; any other value may be given once, and ``twice`` says
-    what to do instead.  ``short`` is a flag's other name, as ``-v``.
+    ``many`` collects the values in a list.  Without ``many`` a value may be given once, and
+    ``twice`` advises whoever gives two.  ``short`` is a flag's other name, as ``-v``.
     """
 
     name: str
@@ -30,12 +32,12 @@ class Option(Record):
 
     @property
     def attribute(self) -> str:
-        """What the result calls it."""
+        """The option's attribute in the result of ``parse_options``."""
         return self.name.removeprefix("--").replace("-", "_")
 
     @property
     def absent(self) -> Any:
-        """Its value if it is not given."""
+        """The option's value if it is not given."""
         if not self.metavar:
             return 0
         return [] if self.many else self.default
@@ -44,8 +46,9 @@ class Option(Record):
 class Word(Record):
     """An argument that is no option and must be there.
 
-    The result calls it ``name``.  ``choices`` are the only ones there are, if any.  ``takes_rest``
-    makes it the list of all words from the first one that is no option, which may be none.
+    ``name`` is its attribute in the result.  With ``choices`` only these are allowed.  With
+    ``takes_rest`` its value is the list of all words from the first that is no option; the list may
+    be empty.
     """
 
     name: str
@@ -56,10 +59,10 @@ class Word(Record):
 
 
 class Command(Record):
-    """A subcommand of ``pyvmm``: its options and words, and what ``--help`` says around them.
+    """A subcommand of ``pyvmm``: its options and words, and the text of ``--help`` around them.
 
-    With ``verbs`` it has neither: its first word is one of theirs, as ``kernel inspect``.
-    ``meant`` names the options that words without one are likely meant for, in order.
+    A command with ``verbs`` has neither: its first word is a verb, as in ``kernel inspect``.
+    ``meant`` names, in order, the options for which a word without an option is likely meant.
     """
 
     name: str
@@ -73,17 +76,17 @@ class Command(Record):
 
     @property
     def verb(self) -> str:
-        """The last word of its name."""
+        """The last word of the command's name."""
         return self.name.rpartition(" ")[2]
 
     @property
     def takes_rest(self) -> bool:
-        """True if all from its first word on is another command's."""
+        """True if the first word begins another command, which takes all the rest."""
         return bool(self.words) and self.words[-1].takes_rest
 
 
 class Mistake(Exception):  # noqa: N818 - not raised beyond parse_options
-    """The first mistake in a command line: ``at`` is the index of the word, ``option`` whose."""
+    """The first mistake in a command line: at the word of index ``at``, about ``option``."""
 
     def __init__(self, kind: str, at: int = 0, option: Option | None = None) -> None:
         super().__init__(kind)
@@ -93,8 +96,10 @@ class Mistake(Exception):  # noqa: N818 - not raised beyond parse_options
 
 
 def looks_like_option(word: str, names: dict[str, Option]) -> bool:
-    """True unless ``word`` may be a value or a word: those begin with no dash, are one, are a
-    number or have a space, as argparse has it too."""
+    """Return False if ``word`` may be a value or a word, as argparse would.
+
+    Such a word begins with no dash, is a dash, is a number or has a space.
+    """
     if not word.startswith("-") or word == "-":
         return False
     digits = word[1:].replace(".", "", 1)

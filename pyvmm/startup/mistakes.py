@@ -1,6 +1,6 @@
-"""A mistake in a command line -> one line: the word, what is wrong, and what may be meant.
+"""Turn a mistake in a command line into one line: the word, the fault and the likely meaning.
 
-Imported only when there is one.
+Imported only when there is a mistake.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ OTHER_NAMES = MappingProxyType({
     "--drive": "--disk", "--image": "--disk", "--root": "--disk", "--rootfs": "--disk",
     "--initramfs": "--initrd", "--args": "--append", "--bios": "--kernel",
 })
-"""What other hypervisors call an option of ours."""
+"""Options as other hypervisors call them, and their names here."""
 OTHER_DISK_NAMES = MappingProxyType({
     "readonly": "ro", "read-only": "ro", "read_only": "ro", "rdonly": "ro",
 })
-"""What other hypervisors call an option of our ``--disk``."""
+"""Options of ``--disk`` as other hypervisors call them, and their names here."""
 OTHER_CONSOLES = MappingProxyType({
     "-": "stdio", "stdout": "stdio", "tty": "stdio", "terminal": "stdio", "null": "none",
     "off": "none", "no": "none",
 })
-"""What other programs call one of our consoles."""
+"""Consoles as other programs call them, and their names here."""
 _TEXTS = ("--append", "--cmdline")
 """Options whose values often have spaces, which a shell splits unless they are quoted."""
 
 
 def explain(command: Command, argv: Sequence[str], mistake: Mistake) -> ConfigError:
-    """Return the error that says what ``mistake``, made in ``argv``, is."""
+    """Return the error that explains ``mistake``, which was found in ``argv``."""
     subject, problem = _said(command, argv, mistake)
     return ConfigError(subject, f"{problem} (pyvmm {command.name} --help)")
 
 
 def nearest(word: str, names: Iterable[str]) -> list[str]:
-    """Return which of ``names`` may be meant by ``word``: the one most like it, and one that it
-    begins."""
+    """Return the names among ``names`` that ``word`` may mean: the name most like it, and a name
+    that it begins."""
     known = list(names)
     alike = difflib.get_close_matches(word.lower().replace("_", "-"), known, 1)
     begun = [name for name in known if len(word.strip("-")) > 1 and name.startswith(word)]
@@ -71,7 +71,7 @@ def console_meant(name: str) -> str:
 
 
 def _said(command: Command, argv: Sequence[str], mistake: Mistake) -> tuple[str, str]:
-    """The subject and the problem."""
+    """Return the subject and the problem of the error."""
     option, word = mistake.option, argv[mistake.at] if mistake.at < len(argv) else ""
     if command.verbs:
         return _no_verb(command, argv)
@@ -124,7 +124,7 @@ def _no_verb(command: Command, argv: Sequence[str]) -> tuple[str, str]:
 
 
 def _too_many(command: Command, argv: Sequence[str], at: int) -> tuple[str, str]:
-    """A word too many: part of a text that was not quoted, or the value of an option unsaid."""
+    """Explain a word too many: part of a text without quotes, or a value without its option."""
     names = {option.name: option for option in command.options}
     if at > 1 and argv[at - 2] in _TEXTS and argv[at - 2] in names:
         text = shlex.quote(" ".join(_text_from(argv, at - 1, names)))
@@ -135,7 +135,7 @@ def _too_many(command: Command, argv: Sequence[str], at: int) -> tuple[str, str]
 
 
 def _text_from(argv: Sequence[str], at: int, names: dict[str, Option]) -> Iterator[str]:
-    """The words of a text that begins at ``at``."""
+    """Yield the words of a text that begins at ``at``."""
     for word in argv[at:]:
         if looks_like_option(word, names):
             return
@@ -143,7 +143,7 @@ def _text_from(argv: Sequence[str], at: int, names: dict[str, Option]) -> Iterat
 
 
 def _meant(command: Command, argv: Sequence[str], at: int) -> Iterator[str]:
-    """The words from ``at`` on, each behind the option it may be meant for."""
+    """Yield the words from ``at`` on, each behind the option for which it may be meant."""
     options = {option.name: option for option in command.options}
     free = [
         name for name in command.meant

@@ -1,8 +1,8 @@
-"""The one reader of command lines: a command's table and the words it was given -> values.
+"""The one reader of command lines: a command's table and its given words -> values.
 
 A command line without a mistake needs nothing but this file.  ``--help`` imports ``usage``, which
-is argparse built from the same table; a mistake imports ``mistakes``, which says what is wrong and
-what may be meant.  Whatever is read here, argparse reads the same (tests/startup/test_options.py).
+is argparse built from the same table.  A mistake imports ``mistakes``, which explains it.  argparse
+reads every command line as this file does (tests/startup/test_options.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def parse_options(command: Command, argv: Sequence[str]) -> SimpleNamespace:
-    """Return the options and words in ``argv`` as attributes, and as ``verb`` which verb it is.
+    """Return the options and words in ``argv`` as attributes; ``verb`` is the verb, if any.
 
-    ConfigError for a mistake; ``--help`` prints it and exits.
+    ConfigError for a mistake; ``--help`` prints the help and exits.
     """
     for verb in command.verbs:
         if argv and argv[0] == verb.verb:
@@ -49,12 +49,12 @@ def _asks_for_help(command: Command, words: Sequence[str]) -> bool:
         if word in HELP:
             return True
         if word == "--" or command.takes_rest:
-            break  # another command's, maybe
+            break  # further words may be another command's
     return False
 
 
 def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
-    """Do what ``parse_options`` does, without verbs; Mistake for what is wrong or asks for help."""
+    """Read ``argv`` for a ``command`` without verbs; Mistake if it is wrong or asks for help."""
     by_name = {option.name: option for option in command.options}
     by_name |= {option.short: option for option in command.options if option.short}
     values: dict[str, Any] = {option.attribute: option.absent for option in command.options}
@@ -106,7 +106,7 @@ def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
 
 
 def _named(command: Command, words: list[str], argv: Sequence[str]) -> dict[str, Any]:
-    """``words``, which are of ``argv``, by the names that ``command`` has for them."""
+    """Return ``words``, a part of ``argv``, by the names in the table of ``command``."""
     found: dict[str, Any] = {}
     for place, expected in enumerate(command.words):
         if expected.takes_rest:

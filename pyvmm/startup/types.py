@@ -1,17 +1,17 @@
-"""What the boot path has in place of ``typing``, ``dataclasses``, ``enum`` and ``pathlib``.
+"""The boot path's substitutes for ``typing``, ``dataclasses``, ``enum`` and ``pathlib``.
 
-The first two, with what they import and the code that ``@dataclass`` writes and compiles at every
-start, were a third of the time to the first guest instruction; to make the classes of 25
-enumerations, another tenth.  docs/architecture.md, "What the boot path may import", has the rule;
-tests/test_imports.py holds the code to it.
+``typing`` and ``dataclasses``, with their imports and the code that ``@dataclass`` writes and
+compiles at every start, took a third of the time to the first guest instruction.  Making the
+classes of 25 enumerations took another tenth.  docs/architecture.md, "What the boot path may
+import", has the rule; tests/test_imports.py holds the code to it.
 
-``TYPE_CHECKING`` is false, and taken for true, by its name, by type checkers: names that only
-annotations use are imported under it.  They also see the real ``Protocol``, and that a ``Record``
-has the constructor and the immutability of a frozen keyword-only dataclass.
+``TYPE_CHECKING`` is false, but type checkers take it for true because of its name.  Names that only
+annotations use are imported under it.  Type checkers also see the real ``Protocol``, and give a
+``Record`` the constructor and the immutability of a frozen keyword-only dataclass.
 
-``IntEnum``, ``IntFlag`` and ``StrEnum`` are the standard library's to type checkers.  At run time
-their members are what they were set to, plain integers and texts: members have no ``name`` and no
-``value`` of their own (``name_of`` finds a name), and say nothing of their class.
+Type checkers take ``IntEnum``, ``IntFlag`` and ``StrEnum`` for the standard library's.  At run time
+a member is the plain integer or text to which it was set.  It does not know its class, and has no
+``name`` and no ``value`` of its own (``name_of`` finds a name).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ else:
     Protocol = object
 
     class _Enumeration(type):
-        """A class used as an enumeration is: called, iterated over and asked by name."""
+        """A class used as an enumeration: called, iterated over and indexed by name."""
 
         def __call__(cls, value):
-            # The member itself, since the code compares with `is`.
+            # Return the member itself, because the code compares with `is`.
             for member in cls:
                 if member == value:
                     return member
@@ -57,7 +57,7 @@ else:
         _any_bits = False
 
     class IntFlag(metaclass=_Enumeration):
-        """Bits with names; any of them together are good."""
+        """Bits with names; any combination is valid."""
 
         _any_bits = True
 
@@ -67,19 +67,19 @@ else:
         _any_bits = False
 
     def dataclass_transform(**_options):
-        """Says something to type checkers, and does nothing."""
+        """Return a decorator that does nothing: only type checkers heed it."""
         return lambda kind: kind
 
 
 def name_of(kind: type[Enum], value: object) -> str:
-    """The name of the member of ``kind`` that is ``value``; "" when none is."""
+    """Return the name of the member of ``kind`` that equals ``value``; "" if none does."""
     names = (name for name in vars(kind) if name[0] != "_" and kind[name] == value)
     return next(names, "")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class _RecordType(type):
-    """Makes the annotated names of a class its slots, and what they are set to their defaults."""
+    """Makes the annotated names of a class its slots, and their values in it the defaults."""
 
     def __new__(
         mcs,
@@ -120,12 +120,12 @@ class _RecordType(type):
 class Record(metaclass=_RecordType):
     """Base of immutable values: a class's annotated names are its fields, given by keyword.
 
-    In a class made with ``kw_only=False`` they may be given by position too.  Defaults are
-    shared, so they must be immutable as well.  ``__post_init__`` may refuse values; it runs last.
-    Records are equal if they are of one class and their fields are.  A class that inherits fields
-    cannot be constructed: put one record into another instead.
+    In a class made with ``kw_only=False`` fields may be given by position too.  Defaults are
+    shared, so they must be immutable as well.  ``__post_init__`` runs last and may refuse values.
+    Records are equal if their class is the same and their fields are equal.  A class that inherits
+    fields cannot be constructed: put one record into another instead.
 
-    Made for a few hundred objects, not for one each request: 2 us each.
+    A record takes 2 us to make: fine for a few hundred objects, not for one per request.
     """
 
     _fields: ClassVar[tuple[str, ...]]
@@ -154,10 +154,10 @@ class Record(metaclass=_RecordType):
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        """Where a class checks its fields."""
+        """Check the fields; a class may override this and raise."""
 
     def replace(self, **changes: Any) -> Self:
-        """A copy in which the fields named in ``changes`` have those values."""
+        """Return a copy with ``changes``, new values by the names of fields."""
         return type(self)(**{**self._values(), **changes})
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
@@ -187,8 +187,11 @@ class Record(metaclass=_RecordType):
 
 
 def cache_path() -> str:
-    """The cache directory: ``$PYVMM_CACHE``, else ``$XDG_CACHE_HOME/pyvmm``, else
-    ``~/.cache/pyvmm``.  It may not be there, and may be another user's (``linux.trust``)."""
+    """Return the cache directory: ``$PYVMM_CACHE``, else ``$XDG_CACHE_HOME/pyvmm``, else
+    ``~/.cache/pyvmm``.
+
+    The directory need not exist, and may be another user's (``linux.trust``).
+    """
     if chosen := os.environ.get("PYVMM_CACHE"):
         return os.path.abspath(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(_own_home(), ".cache")
@@ -196,9 +199,9 @@ def cache_path() -> str:
 
 
 def _own_home() -> str:
-    """``$HOME``; but if that is another user's, as under ``sudo -E``, the home of our own account.
+    """Return ``$HOME``; if that is another user's, as under ``sudo -E``, our own account's home.
 
-    Root must not run what lies in a user's cache, nor leave there what the user cannot remove.
+    Root must not run files from a user's cache, nor leave files there that the user cannot remove.
     """
     home = os.environ.get("HOME", "")
     try:
@@ -216,9 +219,9 @@ def _own_home() -> str:
 
 
 def configuration_paths(kernel: str | os.PathLike[str], version: str) -> list[str]:
-    """Where the configuration of the file ``kernel`` may lie, absolute, in the order to look.
+    """Return the absolute paths at which to look, in order, for the configuration of ``kernel``.
 
-    That is ``config-VERSION`` in the kernel's directory, as distributions have it, with VERSION
+    They are ``config-VERSION`` in the kernel's directory, as distributions have it, with VERSION
     from the kernel's name or from the kernel itself; and ``.config`` of the source tree in which
     the kernel was built.  ``version`` is the kernel's own text, "" if unknown.
     """

@@ -1,4 +1,4 @@
-"""``--help`` of a command: argparse, built from its table, prints it.  Imported only for that."""
+"""``--help`` of a command, by argparse built from its table; imported only for ``--help``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def show_help(command: Command) -> None:
 
 
 def argument_parser(command: Command) -> argparse.ArgumentParser:
-    """Return the argparse parser of ``command``, which has no verbs but shows them."""
+    """Return the argparse parser of ``command``; it shows verbs but knows no options of theirs."""
     parser = argparse.ArgumentParser(
         prog=f"pyvmm {command.name}",
         usage=command.usage or None,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pyvmm.errors import GuestError, RingError
-from pyvmm.peers.eventfds import Bell
+from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.vhost_user.protocol import MAX_CONFIG_BYTES, PROTOCOL_FEATURES, MemoryRegion
 from pyvmm.vhost_user.regions import PeerMemory, UnusableRegionError
 from pyvmm.vhost_user.vring import RefusedError, Vring, check_eventfd
@@ -35,8 +35,8 @@ class KickWatcher(Protocol):
     """Waits for the kicks of rings, and writes eventfds, for one thread."""
 
     @property
-    def bell(self) -> Bell:
-        """The writer of the front end's eventfds."""
+    def eventfd_writer(self) -> EventfdWriter:
+        """Writes the front end's eventfds."""
 
     def watch(self, fd: int, serve: Callable[[], float | None]) -> None:
         """Call ``serve`` soon, and again whenever the eventfd ``fd`` was written.
@@ -55,9 +55,11 @@ class _Calls:
     more is written.
     """
 
-    def __init__(self, vrings: Sequence[Vring], bell: Bell, stuck: Callable[[], None]) -> None:
+    def __init__(
+        self, vrings: Sequence[Vring], eventfd_writer: EventfdWriter, stuck: Callable[[], None]
+    ) -> None:
         self._vrings = vrings
-        self._ring = bell.ring
+        self._signal = eventfd_writer.signal
         self._stuck = stuck
         self._is_stuck = False
 
@@ -67,7 +69,7 @@ class _Calls:
 
     def tell(self, fd: int) -> None:
         """Make the eventfd ``fd`` readable; -1 stands for none."""
-        if fd >= 0 and not self._is_stuck and not self._ring(fd):
+        if fd >= 0 and not self._is_stuck and not self._signal(fd):
             self._is_stuck = True
             self._stuck()
 
@@ -101,7 +103,7 @@ class ServedDevice:
         self._report = report
         self._memory = PeerMemory(trust=trust_memory)
         self._vrings = [Vring(index) for index in range(len(device.queues))]
-        self._calls = _Calls(self._vrings, kicks.bell, stuck)
+        self._calls = _Calls(self._vrings, kicks.eventfd_writer, stuck)
 
     def close(self) -> None:
         """Stop the rings and release everything that the front end shared; idempotent."""

@@ -1,11 +1,11 @@
 """A disk that another process serves: the guest's queues go to a vhost-user-blk back end.
 
-The back end sees the guest's RAM, hears the driver's notifications from the very eventfds KVM
-signals, and interrupts the guest by the one KVM waits on.  What remains here is set-up and
-configuration space: the device behind virtio-mmio of which ``process_queue`` does no work.
+The back end maps the guest's RAM.  It waits on the eventfds that KVM signals for the driver's
+notifications, and interrupts the guest by the eventfd on which KVM waits.  Only set-up and
+configuration space remain here, in a device whose ``process_queue`` does no work.
 
 Whatever the back end does, no method raises for it: the guest's reset must go through.  A back
-end that breaks the protocol, stops answering or hangs up is lost, which is said once.
+end that breaks the protocol, stops answering or hangs up is lost, which is reported once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import BlockFeature, DeviceType, Feature
 
 QUEUE_SIZE = 256
-"""The most entries of a queue; a back end has no way of saying what it takes."""
+"""The most entries of a queue; a back end has no way of telling its own limit."""
 
 _NO_STATE = "another process serves it (vhost-user), whose state cannot be saved or restored"
 
@@ -59,8 +59,11 @@ _PASSED_ON = int(
     | BlockFeature.LIFETIME
     | BlockFeature.SECURE_ERASE
 )
-"""What may be offered to the guest if the back end does: everything of the block device, and of
-the transport what needs no more than a kick and rings in RAM (so no IOMMU, no data in a kick)."""
+"""Features that are offered to the guest if the back end offers them.
+
+All features of the block device, and those of the transport that need only a kick and rings in RAM:
+no IOMMU, no data in a kick.
+"""
 
 # struct virtio_blk_config (5.2.4 "Device configuration layout"): where fields are.
 _CAPACITY = struct.Struct("<Q")
@@ -72,10 +75,10 @@ _NUM_QUEUES, _NUM_QUEUES_OFFSET = struct.Struct("<H"), 34
 class VhostUserBlock(VirtioDevice):
     """The disk that ``frontend``'s back end serves; ``frontend`` belongs to the caller.
 
-    It has ``max_queues`` queues, or as many as the back end has if those are fewer.  The back end
-    gets the slot's doorbells and its ``irq_fd``.  ``lost`` is called once, on the thread that
-    finds out, with what happened to the back end: from then on every request of the guest waits
-    for ever.  VhostUserError if the back end is not a disk that can be handed on.
+    The device has ``max_queues`` queues, or as many as the back end if that has fewer.  The back
+    end gets the slot's doorbells and its ``irq_fd``.  ``lost`` is called once, on the thread that
+    notices the loss, with its cause.  From then on every request of the guest waits for ever.
+    VhostUserError if the back end is not a disk that can be handed on.
     """
 
     device_type = DeviceType.BLOCK
@@ -128,10 +131,10 @@ class VhostUserBlock(VirtioDevice):
         return self.capacity_sectors != before
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of configuration space from ``offset``; zeros behind its end.
+        """Return ``length`` bytes of configuration space from ``offset``; zeros behind its end.
 
-        The back end's, but for what it can not know: how many of its queues the driver has, and
-        that a chain is no longer than a queue.
+        The bytes are the back end's, but for two facts it cannot know: how many of its queues the
+        driver has, and that a chain is no longer than a queue.
         """
         space = bytearray(self._config)
         if self.avail_features & BlockFeature.MQ:
@@ -144,8 +147,10 @@ class VhostUserBlock(VirtioDevice):
         return bytes(space[offset : offset + length]).ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver chooses the cache mode in ``writeback``, if it negotiated CONFIG_WCE.
-        Everything else is not writable and ignored, as is what the back end refuses."""
+        """Set the cache mode from ``writeback``, if the driver negotiated CONFIG_WCE.
+
+        Ignore other fields, which are not writable, and a mode that the back end refuses.
+        """
         place = WRITEBACK_OFFSET - offset
         if not (self.acked_features & BlockFeature.CONFIG_WCE and 0 <= place < len(data)):
             return
@@ -195,7 +200,7 @@ class VhostUserBlock(VirtioDevice):
         super().reset()
 
     def stop_queue(self, index: int) -> int:
-        """See ``VirtioDevice.stop_queue``; where it began, if the back end is lost."""
+        """See ``VirtioDevice.stop_queue``; return the queue's start if the back end is lost."""
         stands, begun = self._take_back(index), super().stop_queue(index)
         return begun if stands is None else stands
 
@@ -221,17 +226,17 @@ class VhostUserBlock(VirtioDevice):
         raise StateError(self.name, _NO_STATE)
 
     def process_queue(self, index: int) -> float | None:
-        """A notification that KVM did not deliver itself: pass it on.  No work is left here."""
+        """Pass on a notification that KVM did not deliver itself.  No work is left here."""
         if index in self._started:
-            # A counter at its limit says already that there is something to do.  A back end may
-            # make a write wait for it to be read (``peers.eventfds``), which stops its own guest:
-            # the end of the run interrupts that.
+            # A counter at its limit says already that there is work.  A back end may make our
+            # write wait until it reads (``peers.eventfds``), and so stop its own guest: the end of
+            # the run interrupts the write.
             with contextlib.suppress(BlockingIOError, InterruptedError):
                 os.eventfd_write(self._slot.doorbells[index], 1)
         return None
 
     def _share(self, memory: GuestMemory) -> None:
-        """Let the back end map ``memory``, once; it keeps it, whatever the driver resets."""
+        """Let the back end map ``memory``, once: a mapping survives every reset by the driver."""
         if memory.fd is None:
             raise ActivateError("guest RAM is private memory, which no other process can map")
         for part in memory.regions:
@@ -240,13 +245,13 @@ class VhostUserBlock(VirtioDevice):
                 try:
                     self._frontend.add_region(region, memory.fd)
                 except RequestRefusedError as error:
-                    # Nothing a driver could do about; without RAM there is no disk.
+                    # A driver cannot help it; without RAM there is no disk.
                     raise VhostUserError(error.peer, error.problem) from error
                 self._shared.add(region)
 
     def _hand_over(self, index: int, memory: GuestMemory) -> None:
         queue = self.queues[index]
-        # One that is refused half-way may have begun all the same.
+        # A queue that is refused half-way may have begun all the same.
         self._started.add(index)
         self._frontend.start_queue(
             index,
@@ -260,7 +265,7 @@ class VhostUserBlock(VirtioDevice):
         )
 
     def _take_back(self, index: int) -> int | None:
-        """Stop queue ``index`` if it runs: where its ring then stands, or None."""
+        """Stop queue ``index`` if it runs; return the position of its ring, or None."""
         if index in self._started:
             self._started.discard(index)
             with self._noticing_loss():
@@ -270,28 +275,30 @@ class VhostUserBlock(VirtioDevice):
     # The back end
 
     def fileno(self) -> int:
-        """The back end's socket: readable when there is news of it, and for good once it has
-        gone.  Then ``look``."""
+        """Return the back end's socket, readable at news and for good once the back end has gone.
+
+        Call ``look`` when it is readable.
+        """
         return self._frontend.fileno()
 
     def plug(self, slot: Plug) -> Sequence[IoSource]:
         """See ``VirtioDevice.plug``: the device's thread waits for news of the back end."""
         super().plug(slot)
-        # Edge-triggered: a socket whose peer has gone would be an event again and again.
+        # Edge-triggered, because a socket whose peer has gone stays readable.
         return (IoSource(self.fileno(), self.look),)
 
     def hurry(self, until_s: float) -> None:
-        """See ``VirtioDevice.hurry``: a vCPU that waits for the back end, in a reset, goes on."""
+        """See ``VirtioDevice.hurry``: limit the wait of a vCPU for the back end in a reset."""
         self._frontend.limit_waits(until_s)
 
     def look(self) -> None:
-        """See whether the back end is still there, without asking it; from any thread."""
+        """Notice if the back end has gone, without a request to it; from any thread."""
         with self._noticing_loss():
             self._frontend.check()
 
     @contextlib.contextmanager
     def _noticing_loss(self) -> Iterator[None]:
-        """Turn the end of the back end into the call of ``lost``; a refusal is raised."""
+        """Call ``lost`` once if the back end is lost; let a refusal pass."""
         try:
             yield
         except RequestRefusedError:
@@ -302,7 +309,7 @@ class VhostUserBlock(VirtioDevice):
 
 
 def _user_address(memory: GuestMemory, gpa: int | None) -> int:
-    """Where ``gpa``, which the ring was checked to have in RAM, is in this process."""
+    """Return the address in this process of ``gpa``, which the ring has found to be in RAM."""
     for region in memory.regions:
         if gpa is not None and region.gpa <= gpa < region.end:
             return region.host_address + gpa - region.gpa

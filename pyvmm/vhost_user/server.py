@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from pyvmm.errors import PeerClosedError, VhostUserError
-from pyvmm.peers.eventfds import Bell
+from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.vhost_user.channel import Channel
 from pyvmm.vhost_user.listener import Listener
 from pyvmm.vhost_user.session import Session
@@ -36,8 +36,8 @@ class Server:
     front ends that come and go.  ConfigError if ``path`` cannot be listened on.
 
     All work is done in ``service``, called when ``fileno`` is readable.  The server and everything
-    that it serves belong to one thread.  A wicked front end can make it wait in a write of
-    ``bell``.  Another thread, which watches that, then ends the write and the connection.
+    that it serves belong to one thread.  A wicked front end can make that thread wait in a write of
+    ``eventfd_writer``.  Another thread watches the writes, and ends the write and the connection.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Server:
         report: Callable[[str], None],
         note: Callable[[str], None] = lambda line: None,
         trust_memory: bool = False,
-        bell: Bell | None = None,
+        eventfd_writer: EventfdWriter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.bell = bell or Bell()
+        self.eventfd_writer = eventfd_writer or EventfdWriter()
         self._make_device = make_device
         self._max_frontends = 1 if exclusive else MAX_FRONTENDS
         self._report = report

@@ -44,8 +44,8 @@ class CountingDevice(RingDevice):
 
     def __init__(self) -> None:
         super().__init__(avail_features=Feature.VERSION_1, queue_max_sizes=(8, 8))
-        self.drain, self.tank = os.pipe()
-        os.set_blocking(self.drain, False)
+        self.outlet, self.tank = os.pipe()
+        os.set_blocking(self.outlet, False)
         self.level = self.shown = 0
         self.threads: set[str] = set()
         self.until_s: float | None = None
@@ -53,12 +53,12 @@ class CountingDevice(RingDevice):
 
     def plug(self, slot: Plug) -> Sequence[IoSource]:
         super().plug(slot)
-        return [IoSource(self.drain, self._take, edge_triggered=False)]
+        return [IoSource(self.outlet, self._take, edge_triggered=False)]
 
     def _take(self) -> None:
         """The tank's source: tell the driver, and answer what waits in queue 1."""
         self.threads.add(threading.current_thread().name)
-        self.level += len(os.read(self.drain, 64))
+        self.level += len(os.read(self.outlet, 64))
         self._slot.refresh()
         self._slot.serve(1)
 
@@ -73,7 +73,7 @@ class CountingDevice(RingDevice):
     def close(self) -> None:
         self.closed += 1
         if self.closed == 1:
-            os.close(self.drain)
+            os.close(self.outlet)
             os.close(self.tank)
 
     def read_config(self, offset: int, length: int) -> bytes:

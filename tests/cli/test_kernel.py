@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli.first_look import remembered_path
+from pyvmm.cli.first_look import config_cache_path
 from pyvmm.cli.main import main
 from pyvmm.linux import debian
 from pyvmm.linux.cache import Say
+from pyvmm.linux.config_cache import recall
 from pyvmm.linux.debian import StockKernel
-from pyvmm.linux.remembered import recall
 from tests.support.guest import KERNEL
 from tests.support.kernels import COMPLETE_CONFIG as COMPLETE
 from tests.support.kernels import bzimage, elf, lacking, note_segment, pvh_note
@@ -154,7 +154,7 @@ def test_a_config_can_be_named(
     file = tmp_path / "named"
     file.write_text(COMPLETE)
     assert f"config         {file}\n" in inspect(capsys, kernel, "--config", file)[1]
-    assert recall(remembered_path(kernel)) is None, "it may be another kernel's"
+    assert recall(config_cache_path(kernel)) is None, "it may be another kernel's"
 
 
 @pytest.mark.parametrize(("arguments", "problem"), [
@@ -205,6 +205,6 @@ def test_fetch_prints_where_everything_is(
         f"initramfs  {tmp_path}/initramfs",
     ]
     for name in ("vmlinuz", "vmlinux"):
-        found = recall(remembered_path(tmp_path / name))
+        found = recall(config_cache_path(tmp_path / name))
         assert found is not None
         assert found.state("VIRTIO_BLK") == "n"

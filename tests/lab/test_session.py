@@ -224,7 +224,7 @@ def test_other_signals_kill_and_handlers_come_back(machine: Machine, number: int
 def test_a_slow_but_steady_end_is_not_cut(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(session_module, "DRAIN_S", 0.5)
+    monkeypatch.setattr(session_module, "LAST_OUTPUT_S", 0.5)
     machine.control("ready", "exit 0")
 
     def trickle() -> None:
@@ -243,7 +243,7 @@ def test_a_slow_but_steady_end_is_not_cut(
 def test_an_end_that_never_comes_is_given_up(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "DRAIN_S", 0.05)
+    monkeypatch.setattr(session_module, "LAST_OUTPUT_S", 0.05)
     machine.control("ready", "exit 3")
     assert machine.session().run() == 3
     assert machine.killed

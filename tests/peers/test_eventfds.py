@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyvmm.peers.eventfds import Bell
+from pyvmm.peers.eventfds import EventfdWriter
 from tests.support.eventfds import fill, interrupted
 
 
@@ -21,43 +21,43 @@ def eventfd() -> Iterator[int]:
 
 
 def test_a_ring_is_heard(eventfd: int) -> None:
-    bell = Bell()
-    assert bell.ring(eventfd)
-    assert bell.ring(eventfd)
+    writer = EventfdWriter()
+    assert writer.signal(eventfd)
+    assert writer.signal(eventfd)
     assert os.eventfd_read(eventfd) == 2
-    assert bell.turn == 4
+    assert writer.turn == 4
 
 
 def test_a_full_one_is_as_readable_as_can_be(eventfd: int) -> None:
     fill(eventfd, blocking=False)
-    assert Bell().ring(eventfd)
+    assert EventfdWriter().signal(eventfd)
 
 
 def test_a_write_that_waits_is_ended_by_a_signal(eventfd: int) -> None:
     fill(eventfd)
-    bell = Bell()
+    writer = EventfdWriter()
     with interrupted():
-        assert not bell.ring(eventfd)
-    assert bell.turn == 2
+        assert not writer.signal(eventfd)
+    assert writer.turn == 2
 
 
 def test_a_watcher_sees_a_write_that_is_under_way(eventfd: int) -> None:
     fill(eventfd)
-    bell = Bell()
+    writer = EventfdWriter()
     turns = []
-    with interrupted(first=lambda: turns.append(bell.turn)):
-        bell.ring(eventfd)
+    with interrupted(first=lambda: turns.append(writer.turn)):
+        writer.signal(eventfd)
     assert turns == [1]
 
 
 def test_a_watcher_is_woken_once(eventfd: int) -> None:
-    bell = Bell()
+    writer = EventfdWriter()
     wakes: list[int] = []
-    bell.wake = lambda: wakes.append(bell.turn)
-    bell.ring(eventfd)
-    bell.ring(eventfd)
+    writer.wake = lambda: wakes.append(writer.turn)
+    writer.signal(eventfd)
+    writer.signal(eventfd)
     assert wakes == [1]
-    assert bell.wake is None
+    assert writer.wake is None
 
 
 def test_no_signal_is_left_behind() -> None:

@@ -35,7 +35,7 @@ class Doorbell:
 
 
 @pytest.fixture
-def bell() -> Iterator[Doorbell]:
+def doorbell() -> Iterator[Doorbell]:
     made = Doorbell()
     yield made
     os.close(made.fd)
@@ -61,30 +61,30 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_a_source_added_by_another_thread_is_served(bell: Doorbell) -> None:
+def test_a_source_added_by_another_thread_is_served(doorbell: Doorbell) -> None:
     loop = IoLoop()
     with running(loop):
-        loop.add(bell.source)
-        bell.ring()
-        wait_for(lambda: bell.passes == 1)
+        loop.add(doorbell.source)
+        doorbell.ring()
+        wait_for(lambda: doorbell.passes == 1)
 
 
-def test_a_service_may_add_and_remove_sources(bell: Doorbell) -> None:
+def test_a_service_may_add_and_remove_sources(doorbell: Doorbell) -> None:
     """Also one that is ready in the same turn: it is not served any more."""
     other = Doorbell()
 
     def service() -> None:
         loop.remove(first)
         loop.remove(other.source)
-        loop.add(bell.source)
-        bell.ring()
+        loop.add(doorbell.source)
+        doorbell.ring()
 
     fd = os.eventfd(1, os.EFD_NONBLOCK)
     first = IoSource(fd, service)
     loop = IoLoop([first, other.source])
     other.ring()
     with running(loop):
-        wait_for(lambda: bell.passes == 1)
+        wait_for(lambda: doorbell.passes == 1)
     assert other.passes <= 1, "it may have been first"
     os.close(other.fd)
     os.close(fd)
@@ -134,23 +134,23 @@ def test_remove_waits_for_the_pass_under_way() -> None:
     os.close(fd)
 
 
-def test_remove_of_what_is_not_there_is_nothing(bell: Doorbell) -> None:
+def test_remove_of_what_is_not_there_is_nothing(doorbell: Doorbell) -> None:
     loop = IoLoop()
-    loop.remove(bell.source)
+    loop.remove(doorbell.source)
     with running(loop):
-        loop.remove(bell.source)
-    loop.remove(bell.source)
+        loop.remove(doorbell.source)
+    loop.remove(doorbell.source)
 
 
-def test_a_second_source_of_one_descriptor_is_refused(bell: Doorbell) -> None:
-    loop = IoLoop([bell.source])
-    with pytest.raises(ValueError, match=f"descriptor {bell.fd} has a source"):
-        loop.add(bell.source.replace(service=lambda: None))
+def test_a_second_source_of_one_descriptor_is_refused(doorbell: Doorbell) -> None:
+    loop = IoLoop([doorbell.source])
+    with pytest.raises(ValueError, match=f"descriptor {doorbell.fd} has a source"):
+        loop.add(doorbell.source.replace(service=lambda: None))
     with pytest.raises(ValueError, match="cannot be edge-triggered"):
-        loop.add(bell.source.replace(is_output=True))
+        loop.add(doorbell.source.replace(is_output=True))
     loop.close()
     with pytest.raises(ValueError, match="has ended"):
-        loop.add(bell.source.replace(fd=0))
+        loop.add(doorbell.source.replace(fd=0))
 
 
 def test_room_to_write_is_waited_for() -> None:
@@ -210,7 +210,7 @@ def test_one_descriptor_is_waited_for_in_both_directions() -> None:
     theirs.close()
 
 
-def test_a_file_is_ready_at_any_time_and_starves_nobody(bell: Doorbell, tmp_path: Path) -> None:
+def test_a_file_is_ready_at_any_time_and_starves_nobody(doorbell: Doorbell, tmp_path: Path) -> None:
     """epoll(7) takes no regular file, and no /dev/null; poll(2) calls them ready."""
     path = tmp_path / "typed"
     path.write_bytes(b"x" * 1000)
@@ -220,15 +220,15 @@ def test_a_file_is_ready_at_any_time_and_starves_nobody(bell: Doorbell, tmp_path
     def service() -> None:
         taken.extend(os.read(fd, 1))
         if len(taken) == 10:
-            bell.ring()
-        if bell.passes:
+            doorbell.ring()
+        if doorbell.passes:
             loop.remove(source)
 
     source = IoSource(fd, service, edge_triggered=False)
-    loop = IoLoop([bell.source])
+    loop = IoLoop([doorbell.source])
     with running(loop):
         loop.add(source)
-        wait_for(lambda: bell.passes == 1)
+        wait_for(lambda: doorbell.passes == 1)
         wait_for(lambda: source.service not in loop._due_s)
         before = len(taken)
         time.sleep(0.02)
@@ -241,7 +241,7 @@ def test_a_descriptor_that_is_none_is_refused_if_nothing_reads_it() -> None:
         IoLoop([IoSource(9999, lambda: None)])
 
 
-def test_a_loop_that_has_ended_keeps_nothing_alive(bell: Doorbell) -> None:
+def test_a_loop_that_has_ended_keeps_nothing_alive(doorbell: Doorbell) -> None:
     """A service holds a disk, and the disk its memory."""
     class Disk:
         def service(self) -> None:
@@ -249,9 +249,9 @@ def test_a_loop_that_has_ended_keeps_nothing_alive(bell: Doorbell) -> None:
 
     disk = Disk()
     gone = weakref.ref(disk)
-    loop = IoLoop([IoSource(bell.fd, disk.service)])
+    loop = IoLoop([IoSource(doorbell.fd, disk.service)])
     loop.call_at(float("inf"), disk.service)
-    bell.ring()
+    doorbell.ring()
     loop.run()
     del disk
     assert gone() is None
@@ -279,8 +279,8 @@ def test_deadlines_are_met_in_their_order_and_once() -> None:
     assert calls[2][1] >= 0.06
 
 
-def test_a_cancelled_deadline_is_not_called(bell: Doorbell) -> None:
-    loop = IoLoop([bell.source])
+def test_a_cancelled_deadline_is_not_called(doorbell: Doorbell) -> None:
+    loop = IoLoop([doorbell.source])
     calls: list[str] = []
     early = loop.call_at(time.monotonic(), lambda: calls.append("early"))
     early.cancel()
@@ -292,8 +292,8 @@ def test_a_cancelled_deadline_is_not_called(bell: Doorbell) -> None:
         done.cancel()
         never = loop.call_at(float("inf"), lambda: calls.append("never"))
         time.sleep(0.1)
-        bell.ring()
-        wait_for(lambda: bell.passes == 1)
+        doorbell.ring()
+        wait_for(lambda: doorbell.passes == 1)
         never.cancel()
     assert calls == ["done"]
 
@@ -371,30 +371,30 @@ def test_a_park_that_takes_too_long_stays_asked_for() -> None:
     os.close(fd)
 
 
-def test_a_loop_asked_before_it_runs_begins_parked(bell: Doorbell) -> None:
-    loop = IoLoop([bell.source])
+def test_a_loop_asked_before_it_runs_begins_parked(doorbell: Doorbell) -> None:
+    loop = IoLoop([doorbell.source])
     assert loop.park(), "nothing is under way"
-    bell.ring()
+    doorbell.ring()
     with running(loop):
         time.sleep(0.02)
-        assert bell.passes == 0
+        assert doorbell.passes == 0
         assert loop.wait_until_parked(patient(DEADLINE_S))
-        loop.remove(bell.source)  # a parked loop can be changed
-        loop.add(bell.source)
-        loop.call_soon(bell.ring)
+        loop.remove(doorbell.source)  # a parked loop can be changed
+        loop.add(doorbell.source)
+        loop.call_soon(doorbell.ring)
         time.sleep(0.02)
-        assert bell.passes == 0
+        assert doorbell.passes == 0
         loop.resume()
-        wait_for(lambda: bell.passes > 0)
+        wait_for(lambda: doorbell.passes > 0)
 
 
-def test_a_parked_loop_can_be_stopped(bell: Doorbell) -> None:
-    loop = IoLoop([bell.source])
+def test_a_parked_loop_can_be_stopped(doorbell: Doorbell) -> None:
+    loop = IoLoop([doorbell.source])
     with running(loop):
         assert loop.park(patient(DEADLINE_S))
 
 
-def test_a_loop_refuses_to_wait_for_itself(bell: Doorbell) -> None:
+def test_a_loop_refuses_to_wait_for_itself(doorbell: Doorbell) -> None:
     refused: list[str] = []
 
     def service() -> None:
@@ -406,8 +406,8 @@ def test_a_loop_refuses_to_wait_for_itself(bell: Doorbell) -> None:
         refused.append("wait")
         loop.stop()
 
-    loop = IoLoop([IoSource(bell.fd, service)])
-    bell.ring()
+    loop = IoLoop([IoSource(doorbell.fd, service)])
+    doorbell.ring()
     loop.run()
     assert refused == ["park", "wait"]
 
@@ -436,13 +436,13 @@ def test_many_threads_change_a_loop_at_once() -> None:
     def change() -> None:
         try:
             for _ in range(100):
-                bell = Doorbell()
-                loop.add(bell.source)
-                bell.ring()
-                wait_for(lambda: bell.passes > 0)  # noqa: B023
-                loop.call_at(0.0, bell.ring).cancel()
-                loop.remove(bell.source)
-                os.close(bell.fd)
+                doorbell = Doorbell()
+                loop.add(doorbell.source)
+                doorbell.ring()
+                wait_for(lambda: doorbell.passes > 0)  # noqa: B023
+                loop.call_at(0.0, doorbell.ring).cancel()
+                loop.remove(doorbell.source)
+                os.close(doorbell.fd)
         except BaseException as error:
             raised.append(error)
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pyvmm.peers.eventfds import Bell
+from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.peers.wait_limit import WaitLimit
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
@@ -34,7 +34,10 @@ def test_serving_ends_at_a_signal_and_looks_again_at_sigusr1(number: signal.Sign
         os.kill(os.getpid(), number)
 
     sources = [IoSource(doorbell, service)]
-    assert serve(lambda: sources, refresh=refresh, hurry=hurries.append, bell=Bell()) == number
+    ended_by = serve(
+        lambda: sources, refresh=refresh, hurry=hurries.append, eventfd_writer=EventfdWriter()
+    )
+    assert ended_by == number
     assert len(hurries) == 1
     assert looks == [1]
     after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)]
@@ -46,19 +49,21 @@ def test_serving_is_not_held_up_by_an_eventfd_that_a_write_waits_for() -> None:
     """Whoever shares the eventfd can fill it up, and make writes wait for a reader."""
     doorbell, full = os.eventfd(1, os.EFD_NONBLOCK), os.eventfd(0)
     fill(full)
-    bell = Bell()
+    writer = EventfdWriter()
     heard: list[bool] = []
 
     def service() -> float | None:
         if len(heard) < 3:
-            heard.append(bell.ring(full))
+            heard.append(writer.signal(full))
             return 0.2  # after which the watch sleeps, and has to be woken
         os.kill(os.getpid(), signal.SIGTERM)
         return None
 
     threads = threading.active_count()
     sources = [IoSource(doorbell, service)]
-    number = serve(lambda: sources, refresh=lambda: None, hurry=lambda until_s: None, bell=bell)
+    number = serve(
+        lambda: sources, refresh=lambda: None, hurry=lambda until_s: None, eventfd_writer=writer
+    )
     assert number == signal.SIGTERM
     assert heard == [False] * 3
     assert threading.active_count() == threads
@@ -76,17 +81,17 @@ def test_fault_5_a_source_that_waits_for_a_server_hears_of_the_signal() -> None:
         came.append(limit.wait(answer, select.POLLIN, time.monotonic() + patient(300)))
         return None
 
-    ender = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    stopper = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
     sources = [IoSource(doorbell, service)]
 
     def start() -> list[IoSource]:
-        ender.start()
+        stopper.start()
         return sources
 
-    number = serve(start, refresh=lambda: None, hurry=limit.set, bell=Bell())
+    number = serve(start, refresh=lambda: None, hurry=limit.set, eventfd_writer=EventfdWriter())
     assert number == signal.SIGTERM
     assert came == [False]
-    ender.join()
+    stopper.join()
     limit.close()
     os.close(doorbell)
     os.close(answer)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pyvmm.peers.eventfds import Bell
+from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.vhost_user.backend import ServedDevice
 from pyvmm.vhost_user.protocol import PROTOCOL_FEATURES, MemoryRegion
@@ -22,7 +22,7 @@ class FullKicks:
     """A loop that can wait for no more eventfds, for once."""
 
     def __init__(self) -> None:
-        self.bell = Bell()
+        self.eventfd_writer = EventfdWriter()
         self.is_full = True
 
     def watch(self, fd: int, serve: Callable[[], float | None]) -> None:

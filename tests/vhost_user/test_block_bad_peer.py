@@ -228,13 +228,13 @@ def test_fault_5_a_reset_that_waits_for_a_stuck_back_end_ends_with_the_run(
     def end_waits() -> None:
         script.device.hurry(LAST_WAIT_S + time.monotonic())
 
-    ender = threading.Thread(target=end)
-    ender.start()
+    stopper = threading.Thread(target=end)
+    stopper.start()
     try:
         assert rig.run(guest, at_end=[end_waits]).kind is Kind.TIMEOUT
         assert rig.runner.stopped
     finally:
-        ender.join()
+        stopper.join()
         rig.close()
     (reason,) = script.reasons
     assert reason.startswith(f"{PEER}: the reply to GET_VRING_BASE did not come within")

@@ -82,11 +82,11 @@ def test_one_wait_is_all_it_gets(pair: Pair) -> None:
     offer_read(driver)
     offer_read(other)
     os.eventfd_write(pair.bad.kick_fds[1], 1)
-    bell = pair.rig.server.bell
-    before = bell.turn
+    eventfd_writer = pair.rig.server.eventfd_writer
+    before = eventfd_writer.turn
     with interrupted():
         pair.bad.kick()
-    assert bell.turn == before + 2
+    assert eventfd_writer.turn == before + 2
     pair.assert_hung_up(PROBLEM)
 
 

@@ -1,9 +1,9 @@
 """Parts of a kernel's configuration, kept for later runs of the same kernel.
 
-Unpacking a kernel takes seconds, and a start has none to spare.  So a command that has unpacked one
-(``pyvmm kernel inspect``, a run that failed) leaves an entry in the cache: a small text file of the
-options that ``requirements`` knows.  ``cli.first_look.remembered_path`` names it after the
-kernel file's identity, so a kernel built anew has another entry.
+Unpacking a kernel takes seconds, and a start has none to spare.  So a command that has unpacked a
+kernel (``pyvmm kernel inspect``, a run that failed) leaves an entry in the cache: a small text file
+of the options that ``requirements`` knows.  ``cli.first_look.config_cache_path`` names the entry
+after the kernel file's identity, so a kernel built anew has another entry.
 
 The cache may hold anything.  An entry that is not understood is ignored, and so is one that another
 user could have written.

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pyvmm.linux.config_cache import MAX_ENTRIES, covers, recall, remember
 from pyvmm.linux.guest import Guest
 from pyvmm.linux.options import KernelConfig
-from pyvmm.linux.remembered import MAX_ENTRIES, covers, recall, remember
 from pyvmm.linux.requirements import known_options, problems
 from pyvmm.linux.scan import IN_KERNEL
 from tests.support.planted import give_away
