@@ -97,6 +97,10 @@ def restore_vcpu(vcpu: Vcpu, data: object) -> None:
     msrs = dict(fields.pairs("msrs", _MOST_MSRS, ((1 << 32) - 1, (1 << 64) - 1)))
     events = fields.octets("events", *_exactly(state_abi.KVM_SET_VCPU_EVENTS))
     fields.end()
+    _match(fields, "lapic", lapic, _get_unless(vcpu.fd, irqchip_abi.KVM_GET_LAPIC, errno.EINVAL))
+    if vcpu.kvm is not None:
+        has_xcrs = vcpu.kvm.check_extension(state_abi.KVM_CAP_XCRS)
+        _match(fields, "xcrs", xcrs, _get(vcpu.fd, state_abi.KVM_GET_XCRS) if has_xcrs else None)
 
     put = _Putter(vcpu.fd, fields)
     if tsc_khz is not None:
@@ -149,6 +153,11 @@ def restore_vm(vm: Vm, data: object) -> None:
         fields.octets("clock", *_exactly(state_abi.KVM_SET_CLOCK))
     )
     fields.end()
+    for name, number in _CHIPS.items():
+        asked = bytes(irqchip_abi.kvm_irqchip(chip_id=number))
+        here = _get_unless(vm.fd, irqchip_abi.KVM_GET_IRQCHIP, errno.ENXIO, asked)
+        _match(fields, name, chips[name], here)
+    _match(fields, "pit2", pit2, _get_unless(vm.fd, state_abi.KVM_GET_PIT2, errno.ENXIO))
     clock.flags = 0  # a KVM_CLOCK_REALTIME would add the time that has passed since
 
     put = _Putter(vm.fd, fields)
@@ -172,6 +181,15 @@ class _Putter:
             ioctl(self._fd, request, bytearray(data))
         except KvmError as error:
             raise _refused(self._fields, name, error) from error
+
+
+def _match(fields: Fields, name: str, saved: bytes | None, here: bytes | None) -> None:
+    """StateError unless the part ``name`` is both in the state and in this machine, or in neither.
+
+    A part that is in one of them only would go on with what it had.
+    """
+    if (saved is None) != (here is None):
+        raise fields.error(name, "is missing" if saved is None else "is no part of this machine")
 
 
 def _refused(fields: Fields, name: str, error: KvmError) -> StateError:

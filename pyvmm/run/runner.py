@@ -25,7 +25,7 @@ from pyvmm.run.halts import HaltWatch
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.signals import KICK_SIGNAL, KickHandler
-from pyvmm.run.threads import RunThreads, do_all, left_s, place_of
+from pyvmm.run.threads import RunThreads, culprit_of, do_all, left_s, place_of
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
 
@@ -361,7 +361,8 @@ class Runner:
     def _fail_in(self, name: str, error: BaseException) -> None:
         self.finish(Outcome(
             Kind.HOST_ERROR,
-            detail=f"internal error in {name}: {type(error).__name__}: {error} ({place_of(error)})",
+            detail=f"{culprit_of(error)} in {name}: {type(error).__name__}: {error} "
+            f"({place_of(error)})",
         ))
 
     def _end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,12 @@ def place_of(error: BaseException) -> str:
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "nowhere"
+
+
+def culprit_of(error: BaseException) -> str:
+    """Return ``internal error``, or ``error`` if it was raised in code that is not pyvmm's."""
+    own = os.path.dirname(os.path.dirname(__file__)) + os.sep
+    return "internal error" if place_of(error).startswith(own) else "error"
 
 
 def left_s(until_s: float | None) -> float | None:

@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_start_under_way_is_waited_for(
     assert is_inside.wait(patient(20))
     ender = threading.Thread(target=getattr(machine, call), name="ender")
     ender.start()
-    ender.join(0.05)
+    time.sleep(0.05)
     assert ender.is_alive(), "it waits for the start"
     may_go.set()
     for thread in (starter, ender):

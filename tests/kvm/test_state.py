@@ -102,6 +102,10 @@ class Rig:
         self.kernel.calls.clear()
         return [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
 
+    def changes(self) -> list[str]:
+        """The ioctls of ``names`` that change something."""
+        return [name for name in self.names() if not name.startswith("GET_")]
+
     def close(self) -> None:
         self.vcpu.close()
         self.vm.close()
@@ -150,8 +154,8 @@ def test_a_vcpu_is_restored_in_the_order_that_kvm_needs(rig: Rig) -> None:
         for name, data in rig.kernel.calls if name == "KVM_SET_MSRS" and isinstance(data, bytes)
         for at in range((len(data) - 8) // 16)
     ]
-    assert rig.names() == [
-        "GET_TSC_KHZ", "SET_MP_STATE", "SET_REGS", "SET_SREGS2", "SET_XCRS", "SET_XSAVE",
+    assert rig.changes() == [
+        "SET_MP_STATE", "SET_REGS", "SET_SREGS2", "SET_XCRS", "SET_XSAVE",
         "SET_DEBUGREGS", "SET_LAPIC", "SET_MSRS", "SET_VCPU_EVENTS",
     ]
     assert written[-2:] == list(LAST_MSRS)
@@ -187,7 +191,7 @@ def test_an_old_kvm_is_asked_for_what_it_has(old: Rig) -> None:
     ]
     assert [state[name] for name in ("sregs2", "xcrs", "tsc_khz")] == [None] * 3
     old.vcpu.restore(state)
-    assert old.names() == [
+    assert old.changes() == [
         "SET_MP_STATE", "SET_REGS", "SET_SREGS", "SET_XSAVE", "SET_DEBUGREGS", "SET_LAPIC",
         "SET_MSRS", "SET_VCPU_EVENTS",
     ]
@@ -241,7 +245,7 @@ def test_the_chips_are_saved_and_restored_with_the_clock_before_them(rig: Rig) -
     assert rig.names() == ["GET_IRQCHIP", "GET_PIT2", "GET_CLOCK"]
     rig.vm.restore(state)
     calls = list(rig.kernel.calls)
-    assert rig.names() == ["SET_PIT2", "SET_CLOCK", "SET_IRQCHIP"]
+    assert rig.changes() == ["SET_PIT2", "SET_CLOCK", "SET_IRQCHIP"]
     chips = [data for name, data in calls if name == "KVM_SET_IRQCHIP"]
     assert [chip[0] for chip in chips if isinstance(chip, bytes)] == [0, 1, 2]
     clock = next(data for name, data in calls if name == "KVM_SET_CLOCK")
@@ -259,8 +263,27 @@ def test_a_vm_without_chips_has_none_in_its_state(rig: Rig) -> None:
     }
     rig.names()
     rig.vm.restore(state)
-    assert rig.names() == ["SET_CLOCK"]
+    assert rig.changes() == ["SET_CLOCK"]
     assert rig.vcpu.save()["lapic"] is None
+
+
+@pytest.mark.parametrize("name", ["pic_master", "ioapic", "pit2"])
+def test_a_chip_must_be_in_the_state_if_and_only_if_it_is_in_the_machine(
+    rig: Rig, name: str
+) -> None:
+    state = rig.vm.save()
+    with pytest.raises(StateError, match=f"^chips: {name} is missing$"):
+        rig.vm.restore(state | {name: None})
+    kind = "PIT2" if name == "pit2" else "IRQCHIP"
+    rig.kernel.answers[f"KVM_GET_{kind}"] = OSError(errno.ENXIO, "none")
+    with pytest.raises(StateError, match=r"^chips: [a-z_0-9]+ is no part of this machine$"):
+        rig.vm.restore(state)
+
+
+@pytest.mark.parametrize("name", ["lapic", "xcrs"])
+def test_so_must_a_vcpus_parts(rig: Rig, name: str) -> None:
+    with pytest.raises(StateError, match=f"^vcpu3: {name} is missing$"):
+        rig.vcpu.restore(rig.vcpu.save() | {name: None})
 
 
 @pytest.mark.parametrize(
