@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest import FIO, IMAGE, ROOT_DISK, boot, run_in_guest, sparse
+from tests.support.patience import patient
 
 pytestmark = pytest.mark.kvm
 
 CPUS = 4
 STRESS_S = int(os.environ.get("PYVMM_STRESS_S", "10"))
 """How long the load lasts; ``make soak`` gives it a minute."""
-STALL_S = 1.0 if STRESS_S >= 60 else 3.0
+STALL_S = 1.0 if STRESS_S >= 60 else 10.0
 """The longest gap.  ``make soak`` wants a quiet host; the host of ``make test`` may have others to
 serve, and in the lab four busy vCPUs share one emulated CPU: what is to be seen there is a vCPU
-that never goes on."""
+that never goes on.  Beside a second lab on two cores 4 s were seen, 0.4 s alone."""
 # Twenty times a second, and with no new process: the time since the last time, in 1/100 s.  One on
 # each vCPU, which the guest's scheduler runs before all else (SCHED_FIFO): among a dozen programs
 # that want to run one of its own choice waits for a second and more, whatever the machine.
@@ -72,7 +73,8 @@ def test_no_interrupt_is_lost_and_nothing_stalls_under_load(tmp_path: Path) -> N
     script.write_text(load.ljust(4096, "\n"))
     run = boot(
         *ROOT_DISK, "--disk", disks[0], "--disk", f"{disks[1]},queues=4", "--disk", f"{script},ro",
-        "--cpus", str(CPUS), append=run_in_guest("sh /dev/vdd"), timeout_s=60 + 10 * STRESS_S,
+        "--cpus", str(CPUS), append=run_in_guest("sh /dev/vdd"),
+        timeout_s=patient(60 + 10 * STRESS_S),
     )
     assert run.status == 0, run.console + run.messages
     assert not run.lines("broken"), run.console
