@@ -14,7 +14,7 @@ from tests.support.patience import patient
 
 
 class Machine:
-    """What a console needs of one."""
+    """The parts of a machine that a console needs."""
 
     def __init__(self) -> None:
         self.woken = 0

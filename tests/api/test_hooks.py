@@ -52,7 +52,7 @@ class Machine:
     runner: Runner
     loops: list[VcpuLoop] = field(default_factory=list)
     answers: list[bytes] = field(default_factory=list)
-    """What the run page held when the guest was entered after each exit."""
+    """The contents of the run page, each time the guest was entered again after an exit."""
 
     def run(self, *exits: Callable[[RunPage], int]) -> Outcome:
         """Run, and return how it ended."""

@@ -17,7 +17,7 @@ from pyvmm.startup.commands import Command
 TABLES = [run.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs]
 PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "run": ["--kernel", "k"],
         "export": ["--disk", "d", "--socket", "s"]}
-"""What makes the rest of a command line complete."""
+"""The words that make the rest of a command line complete."""
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -28,7 +28,7 @@ class Heard:
         return [finding for finding in self.all if finding.sign is not Sign.FIRST_OUTPUT]
 
     def hear(self, *pieces: bytes) -> list[Finding]:
-        """What the watch found once it was fed ``pieces``, and the run was over."""
+        """Return the findings of a watch that was fed ``pieces``, once the run was over."""
         for piece in pieces:
             self.watch.feed(piece)
         self.watch.end()

@@ -48,7 +48,7 @@ def lines_of(command: Command) -> st.SearchStrategy[tuple[Command, list[str]]]:
 
 
 def by_argparse(command: Command, argv: list[str]) -> dict[str, object]:
-    """What argparse makes of ``argv``."""
+    """Return the values that argparse reads from ``argv``."""
     return vars(argument_parser(command).parse_args(argv, namespace=SimpleNamespace()))
 
 

@@ -38,7 +38,7 @@ def disk_machine(
 
 
 def expected_disk(rounds: int) -> bytes:
-    """What the disk has after ``rounds`` rounds."""
+    """Return the content of the disk after ``rounds`` rounds."""
     sectors = [0] * SECTORS
     for number in range(rounds):
         sectors[number % SECTORS] = number + 1
