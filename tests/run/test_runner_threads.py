@@ -3,58 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from pyvmm.board.bus import Bus
-from pyvmm.console.output import OutputBuffer
-from pyvmm.console.place import Console
-from pyvmm.report import Reporter
-from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.run.runner import Runner
 from pyvmm.run.signals import KICK_SIGNAL, KickHandler
-from pyvmm.run.vcpu_loop import VcpuLoop
 from tests.support.patience import patient
-from tests.support.runner_rig import FakeVcpu, SpinningVcpu, idle
+from tests.support.runner_rig import FakeVcpu, SpinningVcpu
+from tests.support.started_runner import Started
 
 DEADLINE_S = 20.0
 END = Outcome(Kind.RESET)
-
-
-class Started:
-    """A runner in threads of its own, with one vCPU and one doorbell."""
-
-    def __init__(self, vcpu: FakeVcpu | None = None) -> None:
-        self.said = io.StringIO()
-        self.runner = Runner(Reporter(self.said))
-        self.vcpu = vcpu or FakeVcpu(idle)
-        self.doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.service: Callable[[], float | None] = lambda: None
-        self.at_end: list[Callable[[], None]] = []
-        self.printed = bytearray()
-        self.output = OutputBuffer(None, self.runner.wake, self.printed.extend)
-
-    def start(self) -> None:
-        loop = VcpuLoop(
-            self.vcpu, pio=Bus("PIO", 0), mmio=Bus("MMIO", 12), describe=str,
-            finish=self.runner.finish,
-        )
-        self.runner.start(
-            vcpus=[loop], workers=[("disk", [IoSource(self.doorbell, lambda: self.service())])],
-            console=Console(None, None), output=self.output, at_end=self.at_end,
-        )
-
-    def close(self) -> None:
-        self.runner.close()
-        os.close(self.doorbell)
 
 
 @pytest.fixture

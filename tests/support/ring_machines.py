@@ -8,7 +8,6 @@ as by an I/O thread, unless ``notify`` is told to have it served at once.
 from __future__ import annotations
 
 import ast
-import errno
 import os
 import random
 import socket
@@ -18,8 +17,6 @@ from typing import Protocol
 
 from pyvmm.memory import GuestMemory
 from pyvmm.storage.backend import BlockBackend
-from pyvmm.storage.memory import MemoryBackend
-from pyvmm.storage.raw import RawBackend
 from pyvmm.vhost_user.protocol import (
     MEM_REGION,
     MEM_TABLE,
@@ -40,62 +37,6 @@ REGION_BYTES = RAM_BYTES // 2
 FAR_BASE = 1 << 32
 """Where the second region of RAM is; queues are in the first."""
 _FAR_USER = USER_BASE + (1 << 40)
-
-
-class _Busy(Protocol):
-    """What a backend here has besides: ``on_io`` is called in the middle of each transfer, and
-    whatever touches a sector of ``bad`` fails."""
-
-    on_io: Callable[[], None]
-    bad: frozenset[int]
-
-
-def _enter(backend: _Busy, offset: int, length: int) -> None:
-    backend.on_io()
-    if backend.bad.intersection(range(offset // 512, (offset + length) // 512)):
-        raise OSError(errno.EIO, "bad sector")
-
-
-class BusyRaw(RawBackend):
-    """A file."""
-
-    on_io: Callable[[], None] = staticmethod(lambda: None)
-    bad: frozenset[int] = frozenset()
-
-    def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
-        _enter(self, offset, sum(map(len, buffers)))
-        super().readv(buffers, offset)
-
-    def writev(self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False) -> None:
-        _enter(self, offset, sum(map(len, buffers)))
-        super().writev(buffers, offset, durable=durable)
-
-    def discard(self, offset: int, length: int) -> None:
-        _enter(self, offset, length)
-        super().discard(offset, length)
-
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        _enter(self, offset, length)
-        super().write_zeroes(offset, length, unmap=unmap)
-
-
-class BusyMemory(MemoryBackend):
-    """The same of a disk in memory."""
-
-    on_io: Callable[[], None] = staticmethod(lambda: None)
-    bad: frozenset[int] = frozenset()
-
-    def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
-        _enter(self, offset, sum(map(len, buffers)))
-        super().readv(buffers, offset)
-
-    def writev(self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False) -> None:
-        _enter(self, offset, sum(map(len, buffers)))
-        super().writev(buffers, offset, durable=durable)
-
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        _enter(self, offset, length)
-        super().write_zeroes(offset, length, unmap=unmap)
 
 
 class Machine(Protocol):

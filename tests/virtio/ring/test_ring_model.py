@@ -44,14 +44,13 @@ from tests.support.block_model import (
     Damage,
     LiveModel,
 )
+from tests.support.busy_disks import BusyMemory, BusyRaw
 from tests.support.general_path import GeneralBlockDevice
 from tests.support.legal_driver import QUEUE_SECTORS, Arena, Habits, LegalQueue, MirroredMemory
 from tests.support.packed_driver import PackedDriver
 from tests.support.ring_machines import (
     FAR_BASE,
     REGION_BYTES,
-    BusyMemory,
-    BusyRaw,
     ExportMachine,
     Machine,
     MmioMachine,
