@@ -93,6 +93,9 @@ class ConsoleHandle:
         with ``\\n``; the ``\\r`` that a serial port sends before it is left out.  ExpectError after
         ``timeout_s`` seconds, or if the run ends first; it quotes the end of the console.
         RuntimeError in a hook, which would wait for itself.
+
+        ``re`` keeps Python's lock while it searches: a pattern such as ``(a+)+$``, which tries
+        without end, holds up the machine, its time limit too.
         """
         self._refuse_own_threads("console.expect()")
         self._check_open("console.expect()")
@@ -101,28 +104,33 @@ class ConsoleHandle:
             raise TypeError(f"console.expect takes a text or a pattern of text, not {pattern!r}")
         until_s = time.monotonic() + timeout_s
         searched_to = 0
-        with self._news:
-            while True:
+        while True:
+            with self._news:
                 # Behind what was searched, but for the beginning of a match.
                 start = max(self._expected_to, self._kept_from, searched_to - MAX_MATCH_BYTES)
-                text = self._kept[start - self._kept_from :].decode("utf-8", "surrogateescape")
-                plain = text.replace("\r\n", "\n")
-                if found := wanted.search(plain):
-                    behind = _end_in(text, found.end())
-                    used = len(text[:behind].encode("utf-8", "surrogateescape"))
-                    self._expected_to = start + used
-                    return found
-                searched_to = self._kept_from + len(self._kept)
-                left_s = until_s - time.monotonic()
-                if self._is_over or left_s <= 0:
-                    why = "the run has ended" if self._is_over else f"{timeout_s:g} s have passed"
-                    if not self._has_begun():
-                        why += ", and the machine was not started"
-                    raise ExpectError(
-                        f"{wanted.pattern!r} did not come: {why}; the console ends with "
-                        f"{self._tail()!r}"
-                    )
-                self._news.wait(left_s)
+                # With the byte before it, so that ``^`` knows whether a line begins there.
+                before = int(start > self._kept_from)
+                data = bytes(self._kept[start - before - self._kept_from :])
+                searched_to, is_over = self._kept_from + len(self._kept), self._is_over
+            text = data.decode("utf-8", "surrogateescape")
+            skipped = before and not text.startswith("\r\n")
+            if found := wanted.search(text.replace("\r\n", "\n"), skipped):
+                behind = _end_in(text, found.end())
+                used = len(text[:behind].encode("utf-8", "surrogateescape"))
+                self._expected_to = start - before + used
+                return found
+            left_s = until_s - time.monotonic()
+            if is_over or left_s <= 0:
+                why = "the run has ended" if is_over else f"{timeout_s:g} s have passed"
+                if not self._has_begun():
+                    why += ", and the machine was not started"
+                raise ExpectError(
+                    f"{wanted.pattern!r} did not come: {why}; the console ends with "
+                    f"{self._tail()!r}"
+                )
+            with self._news:
+                if searched_to == self._kept_from + len(self._kept) and not self._is_over:
+                    self._news.wait(left_s)
 
     def on_line(self, callback: Callable[[str], object]) -> None:
         """Have ``callback`` called with every whole line from now on, without its end.

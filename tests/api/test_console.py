@@ -66,6 +66,19 @@ def test_an_expectation_waits_for_what_comes_in_pieces(machine: Machine) -> None
     assert found == ["reeeady"]
 
 
+def test_a_line_begins_only_where_one_does(machine: Machine) -> None:
+    console = machine.console
+    console.feed(b"login: root\r\n# ")
+    console.expect("login: ", 0)
+    with pytest.raises(ExpectError):
+        console.expect("^root", 0)
+    assert console.expect("root\n", 0)
+    assert console.expect("^# ", 0)
+    console.feed(b"one\r\ntwo")
+    assert console.expect("one\r?", 0)
+    assert console.expect("^two", 0)
+
+
 def test_nobody_waits_for_a_run_that_is_over(machine: Machine) -> None:
     machine.console.feed(b"Kernel panic")
     threading.Timer(0.05, machine.console.end).start()
