@@ -1,0 +1,1 @@
+"""A running machine driven over a socket: messages, server, client (docs/control.md)."""

@@ -1,0 +1,1 @@
+"""Many boot tests from one file: ``pyvmm matrix``."""

@@ -1,0 +1,1 @@
+"""The pytest plugin: virtual machines as fixtures (docs/pytest.md)."""
