@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         KernelWarning,
         Lockup,
         RootNotMounted,
+        RunFailed,
         RunTimeout,
         TripleFault,
     )
@@ -83,6 +84,7 @@ __all__ = [
     "RateLimit",
     "RawDisk",
     "RootNotMounted",
+    "RunFailed",
     "RunTimeout",
     "TripleFault",
     "VhostUserDisk",
@@ -123,6 +125,7 @@ _PLACES = {
     "RateLimit": "pyvmm.virtio.rate_limit",
     "RawDisk": "pyvmm.api.disks",
     "RootNotMounted": "pyvmm.testing.verdicts",
+    "RunFailed": "pyvmm.testing.verdicts",
     "RunTimeout": "pyvmm.testing.verdicts",
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
