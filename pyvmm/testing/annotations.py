@@ -51,7 +51,7 @@ def defused(line: str) -> str:
 
 
 def _escaped(text: str, references: Mapping[str, str]) -> str:
-    return text.translate(str.maketrans(dict(references)))
+    return "".join(references.get(character, character) for character in text)
 
 
 class Fence:
