@@ -92,6 +92,9 @@ COMMAND = Command(
         Option(name="--discovery", metavar="WAY", default="both",
                help="how the guest is told of its disks: acpi, cmdline (there is no ACPI then) "
                "or both (default; a kernel that reads both complains: docs/kernels.md)"),
+        Option(name="--agent",
+               help="bring pyvmm's agent into the guest, by an initramfs: whatever the image is, "
+               "it then takes orders (docs/devices.md)"),
         Option(name="--timing",
                help="say how long start-up, kernel, init and user space took (the guest's init "
                "marks them: docs/devices.md)"),
@@ -122,6 +125,7 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         rtc=args.rtc,
         discovery=args.discovery,
         timing=args.timing,
+        agent="inject" if args.agent else "none",
     )
 
 
