@@ -93,6 +93,9 @@ COMMAND = Command(
         Option(name="--discovery", metavar="WAY", default="both",
                help="how the guest is told of its disks: acpi, cmdline (there is no ACPI then) "
                "or both (default; a kernel that reads both complains: docs/kernels.md)"),
+        Option(name="--agent",
+               help="bring pyvmm's agent into the guest, by an initramfs: whatever the image is, "
+               "it then takes orders (docs/devices.md)"),
         Option(name="--control", metavar="SOCKET",
                help="let pyvmm ctl and other programs of this user drive the machine at a Unix "
                "socket (docs/control.md)"),
@@ -129,7 +132,13 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         rtc=args.rtc,
         discovery=args.discovery,
         timing=args.timing,
+        agent="inject" if args.agent else "image" if has_control(args) else "none",
     )
+
+
+def has_control(args: SimpleNamespace) -> bool:
+    """True if the options in ``args`` let other programs drive the machine."""
+    return args.control is not None or args.control_fd is not None
 
 
 def run_main(argv: list[str], bundle: Bundle) -> int:
@@ -139,7 +148,7 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     """
     started_s = _process_start_s()
     args = parse_options(COMMAND, argv)
-    if args.control is None and args.control_fd is None:
+    if not has_control(args):
         return _run_main(args, started_s, bundle, None)
     from pyvmm.control.run_control import RunControl
 
