@@ -11,12 +11,15 @@ from pyvmm.launcher.vm import Vm
 from pyvmm.report import MAX_LINE, escape
 from pyvmm.testing.annotations import Fence, annotation, defused, is_wanted
 from pyvmm.testing.boot_result import BootResult
-from pyvmm.testing.line_judge import LINES_BEFORE, shown_line
+from pyvmm.testing.line_judge import shown_line
 from pyvmm.testing.passed_on import PassedOn
 
-MAX_PART_LINES = 60
+MAX_PART_LINES = 100
 """Of each part of a failure's report so many lines are shown: the reports have all."""
 END_PATIENCE_S = 5.0
+_OF_THE_COMMAND = ("failed", "not-run", "copy")
+_HANGS = ("boot-timeout", "run-timeout", "command-timeout", "agent-lost", "lockup", "expect")
+"""Verdicts on a guest whose registers tell where it is."""
 
 
 class TestOutput:
@@ -89,6 +92,8 @@ class TestOutput:
             f"{phase.name} {phase.end_s - phase.begin_s:.1f} s" for phase in result.phases
         )
         if result.is_passed:
+            for line in result.problems:
+                self.complain(line)
             self.complain(f"{result.message} ({times})")
             return
         for title, part in _parts(result):
@@ -120,11 +125,12 @@ class TestOutput:
 
 def _parts(result: BootResult) -> list[tuple[str, tuple[str, ...]]]:
     """Return the parts of a failure's report for a person, in order."""
-    is_command = result.verdict in ("failed", "command-timeout", "not-run", "copy")
     parts = []
     for title, lines in result.sections():
         # A command's failure is explained by its own output, which was shown.
-        if is_command and title in ("outcome", "registers", "last lines of the console"):
-            continue
-        parts.append((title, tuple(lines)[-LINES_BEFORE * 5 :]))
+        is_needless = result.verdict in _OF_THE_COMMAND and title != "also"
+        if title == "registers":
+            is_needless = result.verdict not in _HANGS
+        if not is_needless:
+            parts.append((title, tuple(lines)))
     return parts

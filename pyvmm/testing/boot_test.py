@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.config import MAX_TIMEOUT_S
@@ -316,6 +316,13 @@ class _Run:
             self._registers = read_registers(vm, self._test.machine.cpus)
         vm.stop()
 
+    def _problems_left(self, vm: Vm) -> Iterator[str]:
+        """Yield the lines about what is odd that do not only repeat the outcome."""
+        outcome = set(map(escape, str(vm.outcome).split("\n")))
+        for line in self._problems:
+            if (shown := escape(line)) not in outcome:
+                yield shown
+
     def _result(
         self, vm: Vm, watch: Watch, verdict: Failed | BootError | None
     ) -> BootResult:
@@ -344,5 +351,5 @@ class _Run:
             console_tail=last_lines(vm.console.text),
             console_log="" if log is None else os.fspath(log),
             lost_console_bytes=vm.console.lost_bytes, warnings=self._warnings,
-            registers=self._registers, problems=tuple(map(escape, self._problems)),
+            registers=self._registers, problems=tuple(self._problems_left(vm)),
         )
