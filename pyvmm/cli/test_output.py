@@ -38,6 +38,7 @@ class TestOutput:
         self._lines = PassedOn(2, is_terminal=False, gives_up=self._is_over)
         self._console = LineWatch(self._show_console) if shows_console else None
         self._fence = Fence(self._say) if is_wanted(environment) else None
+        self._defused = defused if self._fence is not None else str
         self.console_bytes = 0
         """The number of bytes that the guest has printed."""
         self.problem = ""
@@ -72,7 +73,7 @@ class TestOutput:
 
     def complain(self, line: str) -> None:
         """Print one line of ours, which may quote anybody."""
-        self._say(f"pyvmm: {defused(escape(line)[:MAX_LINE])}")
+        self._say(f"pyvmm: {self._defused(escape(line)[:MAX_LINE])}")
 
     def finish(self, result: BootResult) -> None:
         """Print the verdict, and all around it if the test failed."""
@@ -102,7 +103,7 @@ class TestOutput:
             if left_out:
                 self._say(f"  ({left_out} lines are left out)")
             for line in part[left_out:]:
-                self._say(f"  {defused(escape(line)[:MAX_LINE])}")
+                self._say(f"  {self._defused(escape(line)[:MAX_LINE])}")
         self.complain(f"{result.verdict}: {result.message} ({times or 'not started'})")
         self.complain(f"exit status {result.exit_status}")
         if self._fence is not None and self._fence.is_open:
@@ -110,7 +111,7 @@ class TestOutput:
             self._say(annotation("error", text, title=f"pyvmm test: {result.verdict}"))
 
     def _show_console(self, line: bytes) -> None:
-        self._say(f"console: {defused(shown_line(line))}")
+        self._say(f"console: {self._defused(shown_line(line))}")
 
     def _say(self, line: str) -> None:
         self._lines.write(f"{line}\n".encode("utf-8", "backslashreplace"))

@@ -20,7 +20,7 @@ def test_an_annotation_is_escaped_as_the_runner_reads_it() -> None:
 
 
 @pytest.mark.parametrize("line", [
-    "::error::evil", "::add-mask::x", "text ##[group]x", "##[command]y",
+    "::error::evil", "  \t::add-mask::x", "text ##[group]x", "##[command]y",
 ])
 def test_a_line_that_quotes_a_guest_is_no_command(line: str) -> None:
     """actions/runner, ActionCommand.cs: ``::`` begins the line, or ``##[`` is in it."""
