@@ -192,5 +192,5 @@ def _build(root: Path | None, release: str, work: Path, say: Say) -> None:
                 for kind, name in initramfs.FILE_SYSTEMS.items()
             }
         except UnpackError as error:
-            raise HostError(f"a module of {release} in {root}lib/modules: {error}") from error
+            raise HostError(f"a module of {release} in {root / 'lib/modules'}: {error}") from error
     (work / "initramfs.cpio.gz").write_bytes(initramfs.pack(program, loaded, file_systems))
