@@ -1,4 +1,4 @@
-"""How guest/init reads the kernel command line, by its own functions under busybox sh."""
+"""How our init reads the kernel command line, by its own functions under busybox sh."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-INIT = Path(__file__).resolve().parents[2] / "guest/init"
+INIT = Path(__file__).resolve().parents[2] / "pyvmm/linux/images/init"
 
 
 def shell(script: str, *arguments: str) -> str:
