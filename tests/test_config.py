@@ -240,7 +240,7 @@ def test_an_agent_that_is_brought_in_is_the_first_program_and_the_root_is_named_
 
 @pytest.mark.parametrize("given", [{"append": "rdinit=/x"}, {"cmdline": 'a="b c" rdinit=/bin/sh'}])
 def test_two_first_programs_are_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="^--agent: the guest starts the agent by rdinit="):
+    with pytest.raises(ConfigError, match=r"^--agent: the guest starts the agent by rdinit="):
         RunConfig(kernel=KERNEL, agent="inject", **given)
     RunConfig(kernel=KERNEL, agent="inject", append="x -- rdinit=/for/init")
     RunConfig(kernel=KERNEL, agent="image", **given)
