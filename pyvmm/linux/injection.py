@@ -18,7 +18,7 @@ import os
 import stat
 from pathlib import Path
 
-from pyvmm import agent
+from pyvmm.agent import binary
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.linux import busybox, cpio, initramfs, modules
 from pyvmm.linux import config as linux_config
@@ -29,7 +29,6 @@ from pyvmm.linux.formats import Compression, detect
 from pyvmm.linux.options import KernelConfig
 from pyvmm.startup.types import Record, configuration_paths
 
-AGENT_NAME = "pyvmm-agent"
 ALIGNMENT = 512
 """Linux needs 4; cpio's own padding is 512."""
 _HOST = Path("/")
@@ -56,7 +55,7 @@ def inject(
     ``initrd`` is the user's, None if there is none.  ConfigError if the agent cannot be added to
     it, or if the kernel needs modules that are nowhere; HostError if no initramfs can be made.
     """
-    front = pack_cpio([(AGENT_NAME, stat.S_IFREG | 0o755, _agent())])
+    front = pack_cpio([(binary.NAME_IN_INITRAMFS, stat.S_IFREG | 0o755, _agent())])
     front += bytes(-len(front) % ALIGNMENT)
     if initrd is not None:
         _check_is_archive(initrd)
@@ -65,11 +64,10 @@ def inject(
 
 
 def _agent() -> bytes:
-    path = Path(agent.__path__[0]) / AGENT_NAME
     try:
-        return path.read_bytes()
+        return binary.PROGRAM.read_bytes()
     except OSError as error:
-        raise HostError(f"{path}: the agent's program is missing ({error.strerror}): "
+        raise HostError(f"{binary.PROGRAM}: the agent's program is missing ({error.strerror}): "
                         "this installation of pyvmm is not complete") from error
 
 

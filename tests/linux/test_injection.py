@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.agent import binary
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.linux import injection
 from pyvmm.linux.cpio import pack_cpio
 from pyvmm.linux.host import static_busybox
 from pyvmm.linux.injection import inject
@@ -178,7 +178,9 @@ def test_a_version_that_is_a_path_leads_nowhere(tmp_path: Path) -> None:
     assert Path(initrd).name == "initramfs.cpio.gz"
 
 
-def test_a_program_that_is_missing_is_said(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(injection, "AGENT_NAME", "no-such-agent")
+def test_a_program_that_is_missing_is_said(
+    kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binary, "PROGRAM", tmp_path / "no-such-agent")
     with pytest.raises(HostError, match=r"no-such-agent: the agent's program is missing"):
         inject(kernel, VERSION, None, print)
