@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import doctor, export, kernel, lab, run
+from pyvmm.cli import doctor, export, kernel, lab, run, test
 from pyvmm.cli.main import COMMANDS, main
 from pyvmm.cli.parse import parse_console
 from pyvmm.startup.commands import Command
 
-TABLES = [run.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs]
+TABLES = [run.COMMAND, test.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs]
 PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "run": ["--kernel", "k"],
         "export": ["--disk", "d", "--socket", "s"]}
 """The words that make the rest of a command line complete."""
