@@ -1,7 +1,7 @@
 """An initramfs for a kernel that brings none: busybox, ``stock_init.sh`` and the kernel's modules.
 
-Once made it is kept in the cache, until the modules or our own files change.  What makes it is
-imported only then.
+Once made it is kept in the cache, until the modules or our own files change.  The code that makes
+it is imported only then.
 """
 
 from __future__ import annotations
