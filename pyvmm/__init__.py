@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from pyvmm.api.hook_calls import REFUSE
     from pyvmm.api.machine import Machine
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
-    from pyvmm.errors import ConfigError, HostError, PyvmmError
+    from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError
+    from pyvmm.launcher.command import Command
+    from pyvmm.launcher.completed import Completed
+    from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
+    from pyvmm.launcher.vm import Vm, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
     from pyvmm.virtio.rate_limit import RateLimit
@@ -36,9 +40,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "REFUSE",
+    "AgentError",
     "BlockBackend",
+    "Command",
+    "CommandError",
+    "Completed",
     "ConfigError",
     "DiskWrapper",
+    "EndedError",
     "ExpectError",
     "FaultyDisk",
     "HostError",
@@ -48,37 +57,48 @@ __all__ = [
     "MemoryDisk",
     "NbdDisk",
     "Outcome",
+    "OutputLimitError",
     "Overlay",
     "PyvmmError",
     "RateLimit",
     "RawDisk",
     "VhostUserDisk",
+    "Vm",
     "__version__",
     "bare",
     "disk",
+    "launch",
 ]
 
 _PLACES = {
+    "AgentError": "pyvmm.errors",
+    "bare": "pyvmm.api.bare",
     "BlockBackend": "pyvmm.storage.backend",
+    "Command": "pyvmm.launcher.command",
+    "CommandError": "pyvmm.launcher.errors",
+    "Completed": "pyvmm.launcher.completed",
     "ConfigError": "pyvmm.errors",
+    "disk": "pyvmm.api.config",
     "DiskWrapper": "pyvmm.api.disks",
+    "EndedError": "pyvmm.launcher.errors",
     "ExpectError": "pyvmm.api.console",
     "FaultyDisk": "pyvmm.api.disks",
     "HostError": "pyvmm.errors",
     "Kind": "pyvmm.run.outcome",
+    "launch": "pyvmm.launcher.vm",
     "Machine": "pyvmm.api.machine",
     "MachineConfig": "pyvmm.api.config",
     "MemoryDisk": "pyvmm.api.disks",
     "NbdDisk": "pyvmm.api.disks",
     "Outcome": "pyvmm.run.outcome",
+    "OutputLimitError": "pyvmm.launcher.errors",
     "Overlay": "pyvmm.api.disks",
     "PyvmmError": "pyvmm.errors",
-    "REFUSE": "pyvmm.api.hook_calls",
     "RateLimit": "pyvmm.virtio.rate_limit",
     "RawDisk": "pyvmm.api.disks",
+    "REFUSE": "pyvmm.api.hook_calls",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
-    "bare": "pyvmm.api.bare",
-    "disk": "pyvmm.api.config",
+    "Vm": "pyvmm.launcher.vm",
 }
 
 
