@@ -47,7 +47,7 @@ def plain(config: RunConfig) -> RunConfig:
         source = disk.source if isinstance(disk, DiskConfig) else None
         if source is not None and not isinstance(source, DiskSource):
             source = DiskSource(location=source.location, read_only=source.read_only)
-        disks.append(disk if source is None else disk.replace(source=source))  # type: ignore[call-arg]
+        disks.append(disk if source is None else disk.replace(source=source))
     agent = "image" if config.agent == "none" else config.agent
     paths = {
         name: None if getattr(config, name) is None else str(getattr(config, name))
@@ -59,7 +59,7 @@ def plain(config: RunConfig) -> RunConfig:
 def same_places(config: RunConfig) -> RunConfig:
     """``config`` with the ``./`` taken away that a launch puts before a disk's name."""
     return config.replace(disks=tuple(
-        disk.replace(source=disk.source.replace(  # type: ignore[call-arg]
+        disk.replace(source=disk.source.replace(
             location=disk.source.location.removeprefix("./")
         )) if isinstance(disk, DiskConfig) and isinstance(disk.source, DiskSource) else disk
         for disk in config.disks
