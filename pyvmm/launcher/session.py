@@ -87,7 +87,7 @@ class Session:
         cls,
         config: MachineConfig,
         *,
-        console_log: str | PathLike[str] | None,
+        console_log: str | PathLike[str] | int | None,
         control: str | PathLike[str] | None,
         report: Callable[[str], None] | None,
     ) -> Session:
@@ -132,20 +132,19 @@ class Session:
 
     def wait(self, timeout_s: float | None) -> Outcome | None:
         """See ``Vm.wait``."""
-        self._check_open("wait()")
+        self.check_open("wait()")
         self.state.refuse_own_thread("wait()")
         return self.state.wait(timeout_s)
 
     def finish(self) -> None:
         """See ``Vm.finish``."""
-        if self.state.ending is None and not self.is_closed:
-            self._client.begin("stop")
+        self.tell("stop", {})
 
     def stop(self) -> Outcome:
         """See ``Vm.stop``."""
         self.state.refuse_own_thread("stop()")
         if self.state.outcome is None:
-            self._check_open("stop()")
+            self.check_open("stop()")
             self.finish()
             if self.wait(STOP_TIMEOUT_S) is None:
                 self._process.hang_up()
@@ -193,7 +192,7 @@ class Session:
         self, method: str, params: Mapping[str, object] | None = None, fds: Sequence[int] = ()
     ) -> Pending:
         """Send a request without waiting for its answer: see ``wait_for`` and ``result_of``."""
-        self._check_open(method)
+        self.check_open(method)
         self.state.raise_if_over(method)
         pending = self._client.begin(method, params, fds)
         pending.add_done_callback(lambda _: self.state.notify())
@@ -226,6 +225,19 @@ class Session:
                 raise AgentError(text) from None
             raise
 
+    def tell(self, method: str, params: Mapping[str, object]) -> None:
+        """Send a request whose answer nobody waits for; nothing once the run is over."""
+        if self.state.ending is None and not self.is_closed:
+            self._client.begin(method, params)
+
+    def settle(self, timeout_s: float) -> None:
+        """See ``Vm.settle``."""
+        self.check_open("settle()")
+        self.state.refuse_own_thread("settle()")
+        pending = self._client.begin("status")
+        pending.add_done_callback(lambda _: self.state.notify())
+        self.state.wait_until(pending.done, timeout_s)
+
     def raise_lost(self, what: str, reason: str) -> None:
         """Raise for a job whose agent was lost: the run's end if that is why, else AgentError."""
         self.state.wait_for_notice()
@@ -242,7 +254,8 @@ class Session:
         with self._parts_lock:
             self._parts.discard(part)
 
-    def _check_open(self, call: str) -> None:
+    def check_open(self, call: str) -> None:
+        """Raise RuntimeError once the VM is closed, and in another process."""
         if os.getpid() != self._owner_pid:
             raise RuntimeError(f"{call}: the VM belongs to process {self._owner_pid}")
         if self.is_closed:
