@@ -50,8 +50,9 @@ class VmProcess:
                 ours.callback(os.close, stderr_fd)
                 theirs.callback(os.close, stderr_end)
                 process = subprocess.Popen(
-                    [*PROGRAM, *arguments.words, f"--control-fd={other.fileno()}"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    stderr=stderr_end, pass_fds=(other.fileno(), *arguments.fds),
+                    [*PROGRAM, *arguments.words, f"--control-fd={other.fileno()}"],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr_end,
+                    pass_fds=(other.fileno(), *arguments.fds),
                     start_new_session=True, env=_environment(),
                 )
             except OSError as error:

@@ -29,6 +29,7 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from os import PathLike
     from typing import Any
 
@@ -120,10 +121,7 @@ class Session:
             outcome = self.wait(None)
             raise HostError(f"launch: {outcome.detail if outcome else error}") from None
         self._stderr.release()
-        answer = self.call(
-            "subscribe", {"events": ["console", "state", "ended"], "console_from": 0}
-        )
-        self.is_paused = bool(answer.get("paused"))
+        self.call("subscribe", {"events": ["console", "state", "ended"], "console_from": 0})
 
     @property
     def pid(self) -> int:
@@ -195,7 +193,7 @@ class Session:
         self.check_open(method)
         self.state.raise_if_over(method)
         pending = self._client.begin(method, params, fds)
-        pending.add_done_callback(lambda _: self.state.notify())
+        pending.add_done_callback(self._on_answer)
         return pending
 
     def call(
@@ -328,6 +326,11 @@ class Session:
                 self._end_values = event.get("register_values", ())
                 told = event["outcome"]
                 self._over(Outcome(Kind[told["kind"]], told["value"], told["detail"]))
+
+    def _on_answer(self, pending: Future[dict[str, Any]]) -> None:
+        if pending.exception() is None and "paused" in pending.result():
+            self.is_paused = bool(pending.result()["paused"])  # its event may come later
+        self.state.notify()
 
     def _on_hang_up(self) -> None:
         """Take the end of the connection, which is that of the process, or soon will be."""

@@ -74,7 +74,8 @@ def test_put_and_get_a_tree(vm: pyvmm.Vm, guest: Path, here: Path) -> None:
         assert_same(tree, copy)
     vm.get(f"{guest}/tree", here / "back")
     assert_same(tree, here / "back")
-    vm.get(f"{guest}/tree/", f"{here}/empty/" if (here / "empty").mkdir() else here / "empty")
+    (here / "empty").mkdir()
+    vm.get(f"{guest}/tree/", f"{here}/empty/")
     assert_same(tree, here / "empty" / "tree")
     vm.get(f"{guest}/tree/run", here)
     assert stat.S_IMODE((here / "run").stat().st_mode) == 0o755
@@ -147,6 +148,6 @@ def test_a_full_disk_here_is_an_error_and_not_the_end(
     (guest / "large").write_bytes(bytes(1 << 20))
     vm.get(f"{guest}/large", here / "small")  # a link is replaced, not followed
     assert (here / "small").stat().st_size == 1 << 20
-    with pytest.raises(pyvmm.PyvmmError, match="No space|space left"):
+    with pytest.raises(pyvmm.PyvmmError, match="No space left"):
         vm.write("/dev/full", bytes(1 << 20))
     assert vm.run(["true"], timeout_s=patient(20)).is_success
