@@ -300,7 +300,7 @@ def _attributes(text: bytes) -> dict[str, str]:
     """Return what a PAX header says that we heed; records are ``LENGTH KEY=VALUE\\n``."""
     found: dict[str, str] = {}
     while text:
-        digits, _, rest = text.partition(b" ")
+        digits = text.partition(b" ")[0]
         if not (digits.isdigit() and len(digits) < 8):
             break
         length = int(digits)
