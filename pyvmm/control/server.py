@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Callable
 
-import pyvmm
 from pyvmm.control.connection import Call, Connection
 from pyvmm.control.messages import PROTOCOL, Params, RequestError, encode, shorten
 from pyvmm.control.methods import METHODS
@@ -165,7 +164,8 @@ class Server:
         )
         self._subscriptions[connection] = Subscription(frozenset(), 0)
         connection.send({
-            "event": "hello", "protocol": PROTOCOL, "pyvmm": pyvmm.__version__, "pid": os.getpid(),
+            "event": "hello", "protocol": PROTOCOL, "pid": os.getpid(),
+            "pyvmm": self._session.target.facts["pyvmm"],
         })
 
     def _gone(self, connection: Connection) -> None:
