@@ -31,14 +31,11 @@ class VmConsole(ConsoleHandle):
             has_begun=lambda: True,
         )
         self._send = send
-        self._call_hook: Callable[..., None] = run_hook
         self._raise_if_failed = raise_if_failed
         self._call_user = run_hook
         self._output_lock = threading.RLock()
         self._output_watchers: list[Callable[[bytes], object]] = []
         self.lost_bytes = 0
-        self._feeding = threading.RLock()
-        self._observers: list[Callable[[bytes], object]] = []
 
     def write(self, data: str | bytes) -> None:
         """Type ``data``: see ``ConsoleHandle.write``."""

@@ -213,7 +213,7 @@ class Session:
             return pending.result(0)
         except ControlError as error:
             # The answer to a request may come before the event of the end.
-            if error.kind == "closed" or "run has ended" in str(error):
+            if error.kind in ("closed", "ended"):
                 self.state.wait_for_notice()
                 self.state.raise_if_over(what)
             text = escape(str(error))
