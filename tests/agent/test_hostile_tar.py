@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,21 +13,14 @@ import pytest
 from pyvmm.agent.link import JobEnd
 from tests.agent.test_transfers import make_tree, pack
 from tests.support.agent_rig import AgentRig, agent_rig, member, tar_of
+from tests.support.checked_agent import build_checked_agent
 
-SOURCE = Path(__file__).resolve().parents[2] / "guest" / "agent" / "agent.c"
 BLOCK = 512
 
 
 @pytest.fixture(scope="module")
 def checked_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The agent with the checks of AddressSanitizer and UndefinedBehaviorSanitizer."""
-    out = tmp_path_factory.mktemp("agent") / "agent"
-    subprocess.run(
-        ["gcc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror",
-         "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", out, SOURCE],
-        check=True,
-    )
-    return out
+    return build_checked_agent(tmp_path_factory.mktemp("agent"))
 
 
 @pytest.fixture
