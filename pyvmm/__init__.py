@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pyvmm.api.machine import Machine
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
     from pyvmm.errors import ConfigError, HostError, PyvmmError
+    from pyvmm.launcher.command import Command
+    from pyvmm.launcher.completed import Completed
+    from pyvmm.launcher.errors import AgentError, CommandError, EndedError, OutputLimitError
+    from pyvmm.launcher.vm import Vm, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
     from pyvmm.testing.fail_on import FAIL_ON, FailOn
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
         KernelWarning,
         Lockup,
         RootNotMounted,
+        RunFailed,
         RunTimeout,
         TripleFault,
     )
@@ -54,13 +59,18 @@ __version__ = "0.1.0"
 __all__ = [
     "FAIL_ON",
     "REFUSE",
+    "AgentError",
     "AgentLost",
     "BlockBackend",
     "BootError",
     "BootFailed",
     "BootTimeout",
+    "Command",
+    "CommandError",
+    "Completed",
     "ConfigError",
     "DiskWrapper",
+    "EndedError",
     "ExpectError",
     "FailOn",
     "FailedOn",
@@ -78,27 +88,36 @@ __all__ = [
     "MemoryDisk",
     "NbdDisk",
     "Outcome",
+    "OutputLimitError",
     "Overlay",
     "PyvmmError",
     "RateLimit",
     "RawDisk",
     "RootNotMounted",
+    "RunFailed",
     "RunTimeout",
     "TripleFault",
     "VhostUserDisk",
+    "Vm",
     "__version__",
     "bare",
     "disk",
+    "launch",
 ]
 
 _PLACES = {
+    "AgentError": "pyvmm.launcher.errors",
     "AgentLost": "pyvmm.testing.verdicts",
     "BlockBackend": "pyvmm.storage.backend",
     "BootError": "pyvmm.testing.verdicts",
     "BootFailed": "pyvmm.testing.verdicts",
     "BootTimeout": "pyvmm.testing.verdicts",
+    "Command": "pyvmm.launcher.command",
+    "CommandError": "pyvmm.launcher.errors",
+    "Completed": "pyvmm.launcher.completed",
     "ConfigError": "pyvmm.errors",
     "DiskWrapper": "pyvmm.api.disks",
+    "EndedError": "pyvmm.launcher.errors",
     "ExpectError": "pyvmm.api.console",
     "FAIL_ON": "pyvmm.testing.fail_on",
     "FailOn": "pyvmm.testing.fail_on",
@@ -117,17 +136,21 @@ _PLACES = {
     "MemoryDisk": "pyvmm.api.disks",
     "NbdDisk": "pyvmm.api.disks",
     "Outcome": "pyvmm.run.outcome",
+    "OutputLimitError": "pyvmm.launcher.errors",
     "Overlay": "pyvmm.api.disks",
     "PyvmmError": "pyvmm.errors",
     "REFUSE": "pyvmm.api.hook_calls",
     "RateLimit": "pyvmm.virtio.rate_limit",
     "RawDisk": "pyvmm.api.disks",
     "RootNotMounted": "pyvmm.testing.verdicts",
+    "RunFailed": "pyvmm.testing.verdicts",
     "RunTimeout": "pyvmm.testing.verdicts",
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
+    "Vm": "pyvmm.launcher.vm",
     "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
+    "launch": "pyvmm.launcher.vm",
 }
 
 

@@ -115,6 +115,11 @@ def disk(
     )
 
 
+def disk_of(source: object) -> Disk | None:
+    """Return the disk of a script behind ``source``; None if it is no script's."""
+    return source.disk if isinstance(source, _Source) else None
+
+
 def as_disk_config(what: AnyDisk) -> AnyDiskConfig:
     """Return the configuration of a disk of ``MachineConfig.disks``; ConfigError."""
     if isinstance(what, (DiskConfig, VhostUserDiskConfig)):
@@ -129,7 +134,7 @@ class _Source:
     files: tuple[str, ...] = ()
 
     def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+        self.disk = disk
         self.location = disk.name
         self.read_only = disk.read_only
         self.is_shared = disk.is_shared
@@ -139,7 +144,7 @@ class _Source:
         made: contextlib.ExitStack,
     ) -> BlockBackend:
         """See ``config.Source.open``."""
-        return self._disk.open(report=report, until_s=until_s, made=made)
+        return self.disk.open(report=report, until_s=until_s, made=made)
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:

@@ -6,12 +6,13 @@ The texts are those of Linux 4.19 to 6.12; each has the file that prints it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pyvmm.errors import ConfigError
 from pyvmm.startup.types import Record
 from pyvmm.testing.verdicts import (
     BootError,
+    FailedOn,
     KernelOops,
     KernelPanic,
     KernelWarning,
@@ -153,3 +154,36 @@ def check_pattern(option: str, pattern: str) -> None:
 
 FAIL_ON = FailOn()
 """The default: every class."""
+
+
+class Classifier:
+    """Tells the class of a line, by a FailOn."""
+
+    def __init__(self, fail_on: FailOn) -> None:
+        self._classes = [
+            (name, re.compile("|".join(PATTERNS[name])))
+            for name in PATTERNS if name in fail_on.classes
+        ]
+        self._users = [re.compile(pattern) for pattern in fail_on.patterns]
+        self._allowed = [re.compile(pattern) for pattern in fail_on.allowed]
+        self._boot = re.compile("|".join(BOOT_PATTERNS))
+
+    def class_of(
+        self, messages: Sequence[str], line: str = "", *, is_booting: bool = False
+    ) -> tuple[str, str]:
+        """Return the class and the user's pattern that matched; ("", "") for a harmless line.
+
+        ``messages`` are what may be printk's on ``line``.  The class of a user's pattern is
+        "fail-on".
+        """
+        is_allowed = any(pattern.search(line) for pattern in self._allowed)
+        for name, pattern in self._classes:
+            if (name in FATAL or not is_allowed) and any(map(pattern.match, messages)):
+                return name, ""
+        if is_booting and self._boot.match(line):
+            return "root", ""
+        if not is_allowed:
+            for pattern in self._users:
+                if pattern.search(line):
+                    return FailedOn.name, pattern.pattern
+        return "", ""

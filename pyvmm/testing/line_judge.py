@@ -14,7 +14,7 @@ from pyvmm.console.output import LineWatch
 from pyvmm.console.watch import texts
 from pyvmm.report import escape
 from pyvmm.startup.types import Record
-from pyvmm.testing.fail_on import BOOT_PATTERNS, ERRORS, FAIL_ON, FATAL, PATTERNS, FailOn
+from pyvmm.testing.fail_on import ERRORS, FAIL_ON, Classifier, FailOn
 from pyvmm.testing.verdicts import BootError, FailedOn
 
 LINES_BEFORE = 40
@@ -63,13 +63,7 @@ class LineJudge:
     ) -> None:
         self._on_verdict = on_verdict
         self._on_suspect = on_suspect
-        self._classes = [
-            (name, re.compile("|".join(PATTERNS[name])))
-            for name in PATTERNS if name in fail_on.classes
-        ]
-        self._users = [re.compile(pattern) for pattern in fail_on.patterns]
-        self._allowed = [re.compile(pattern) for pattern in fail_on.allowed]
-        self._boot = re.compile("|".join(BOOT_PATTERNS))
+        self._classifier = Classifier(fail_on)
         self._lock = threading.Lock()
         self._lines = LineWatch(self.line)
         self._before: deque[str] = deque(maxlen=LINES_BEFORE)
@@ -127,8 +121,8 @@ class LineJudge:
             if is_end or len(self._trace) >= MAX_TRACE_LINES:
                 return False, self._finished()
             return False, None
-        text = whole.decode("utf-8", "backslashreplace")
-        kind, pattern = self._judge(messages, text)
+        text = _CONTROL_SEQUENCE.sub("", whole.decode("utf-8", "backslashreplace"))
+        kind, pattern = self._classifier.class_of(messages, text, is_booting=self._is_booting)
         if not kind:
             self._before.append(shown)
             return False, None
@@ -138,20 +132,6 @@ class LineJudge:
         if any(message.startswith(_TRACE_ENDS) for message in messages):
             return True, self._finished()
         return True, None
-
-    def _judge(self, messages: list[str], text: str) -> tuple[str, str]:
-        """Return the class of a line and the user's pattern that matched; ("", "") if harmless."""
-        is_allowed = any(pattern.search(text) for pattern in self._allowed)
-        for name, pattern in self._classes:
-            if (name in FATAL or not is_allowed) and any(map(pattern.match, messages)):
-                return name, ""
-        if self._is_booting and self._boot.match(_CONTROL_SEQUENCE.sub("", text)):
-            return "root", ""
-        if not is_allowed:
-            for pattern in self._users:
-                if pattern.search(text):
-                    return FailedOn.name, pattern.pattern
-        return "", ""
 
     def _finished(self) -> Finding | None:
         if self._suspect is None or self._is_done:

@@ -146,9 +146,17 @@ class AgentLost(BootError):
     exit_status = HOST_STATUS
 
 
+class RunFailed(BootError):
+    """The host could not go on, or the process of the machine was ended by somebody else."""
+
+    name = "host-error"
+    exit_status = HOST_STATUS
+
+
 VERDICTS: tuple[type[BootError], ...] = (
     KernelPanic, KernelOops, KernelWarning, Lockup, RootNotMounted, BootFailed, TripleFault,
     InternalError, BootTimeout, RunTimeout, GuestEnded, FailedOn, AgentLost,
+    RunFailed,
 )
 
 _BY_KIND: dict[str, type[BootError]] = {
@@ -160,6 +168,10 @@ _BY_KIND: dict[str, type[BootError]] = {
     Kind.EARLY_HALT: BootFailed,
     Kind.EARLY_RESET: BootFailed,
     Kind.SILENT_HALT: BootFailed,
+    Kind.HOST_ERROR: RunFailed,
+    Kind.SIGNAL: RunFailed,
+    Kind.QUIT: RunFailed,
+    Kind.STOPPED: RunFailed,
 }
 NO_ROOT_WORDS = ("VFS: Unable to mount root fs", "cannot mount the root")
 """A panic with one of these is about the root."""

@@ -15,19 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class WatchedConsole(Protocol):
-    """The part of a Vm's console that ``watch`` needs."""
-
-    def on_line(self, callback: Callable[[str], object]) -> object:
-        """Call ``callback`` with each line."""
-
-
 class WatchedVm(Protocol):
     """The part of a Vm that ``watch`` needs."""
 
-    @property
-    def console(self) -> WatchedConsole:
-        """The console."""
+    def on_output(self, callback: Callable[[bytes], object]) -> object:
+        """Call ``callback`` with what the guest prints, from the first byte on."""
 
     def fail(self, error: PyvmmError) -> None:
         """Stop the machine; every call that waits, now or later, raises ``error``."""
@@ -48,7 +40,7 @@ class Watch:
         self._timer: threading.Timer | None = None
         self.error: BootError | None = None
         self.judge = LineJudge(self._on_verdict, fail_on=fail_on, on_suspect=self._on_suspect)
-        vm.console.on_line(self.judge.line)
+        vm.on_output(self.judge.feed)
         vm.on_end(self._on_end)
 
     def expect_end(self, is_expected: bool = True) -> None:
