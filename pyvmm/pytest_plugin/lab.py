@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,31 +25,48 @@ FILE_OPTIONS = ("xmlpath", "log_file", "htmlpath", "json_report_file", "report_l
 DIRECTORY_OPTIONS = ("basetemp", "allure_report_dir")
 
 
-def needs_linux(items: Iterable[pytest.Item]) -> bool:
-    """True if one of the selected tests boots Linux, as far as fixtures and markers tell."""
-    return any(map(item_needs_linux, items))
+def problem_of(
+    item: pytest.Item, options: Options, *, is_surely_linux: bool = False
+) -> str:
+    """Return the reason why this host cannot run the machine of a test, on one line; "" if it can.
 
-
-def item_needs_linux(item: pytest.Item) -> bool:
-    """True if the test boots Linux: it names one of FIXTURES or has the marker, and is not bare."""
+    A test has a machine if it names one of FIXTURES or has the marker.  A kernel that nobody has
+    named yet is taken for Linux, but not if ``is_surely_linux`` is asked for.
+    """
     names = getattr(item, "fixturenames", ())
     if FIXTURES.isdisjoint(names) and item.get_closest_marker(MARKER) is None:
-        return False
+        return ""
     if item.get_closest_marker("skip") is not None:
-        return False
+        return ""
     try:
-        return not arguments_of(item).get("bare", False)
+        kernel = _kernel_of(item, options)
     except ArgumentsError:
-        return False  # it fails, and says so, without a machine
+        return ""  # it fails, and says so, without a machine
+    if kernel is None and is_surely_linux:
+        return ""
+    return problem(kernel)
 
 
-def problem() -> str:
-    """Return the reason why this host cannot run Linux guests, on one line; "" if it can."""
+def problem(kernel: str | None) -> str:
+    """Return the reason why this host cannot run ``kernel``, by default Linux; "" if it can."""
     from pyvmm.lab import INSIDE
-    from pyvmm.testing.usable_kvm import kvm_problem
 
-    # The lab's KVM is complete, and under emulation a trial of it takes seconds.
-    return "" if os.environ.get(INSIDE) else kvm_problem()
+    if os.environ.get(INSIDE):
+        return ""  # its KVM is complete, and under emulation a trial of it takes seconds
+    from pyvmm.testing.usable_kvm import kvm_problem, problem_for
+
+    return kvm_problem() if kernel is None else problem_for(kernel)
+
+
+def _kernel_of(item: pytest.Item, options: Options) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    found = callspec.params.get("pyvmm_kernel") if callspec is not None else None
+    found = found or arguments_of(item).get("kernel")
+    if isinstance(found, (list, tuple)):
+        found = found[0]
+    if isinstance(found, (str, os.PathLike)):
+        return str(item.config.rootpath / found)
+    return options.kernels[0] if options.kernels else None
 
 
 def obstacle(options: Options) -> str:

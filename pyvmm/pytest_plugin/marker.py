@@ -64,7 +64,8 @@ def _agent(value: object) -> Problem:
 def _fail_on(value: object) -> Problem:
     from pyvmm.testing.fail_on import FailOn
 
-    return "" if isinstance(value, FailOn) else "a pyvmm.FailOn, as pyvmm.FAIL_ON.without('warning')"
+    good = isinstance(value, FailOn)
+    return "" if good else "a pyvmm.FailOn, as pyvmm.FAIL_ON.without('warning')"
 
 
 def _scope(value: object) -> Problem:
@@ -87,7 +88,6 @@ ARGUMENTS: dict[str, Callable[[object], Problem]] = {
     "fail_on": _fail_on,
     "scope": _scope,
     "may_end": _flag,
-    "bare": _flag,
     "mmio": _text,
     "serve": _text,
     "rtc": _text,
@@ -130,8 +130,9 @@ def checked(
 
 
 def _as_list(disks: object) -> list[object]:
-    is_many = isinstance(disks, Sequence) and not isinstance(disks, str)
-    return list(disks) if is_many else [disks]
+    if isinstance(disks, Sequence) and not isinstance(disks, str):
+        return list(disks)
+    return [disks]
 
 
 def arguments_of(node: pytest.Item | pytest.Collector) -> dict[str, object]:

@@ -110,12 +110,13 @@ def _directory_of_settings(config: pytest.Config) -> Path:
 
 
 def _logs(config: pytest.Config, here: Path, root: Path) -> Path | None:
-    if given := config.getoption("pyvmm_logs"):
+    given: str | None = config.getoption("pyvmm_logs")
+    if given:
         return here / given
-    setting = config.getini("pyvmm_logs")
+    setting: str = config.getini("pyvmm_logs")
     return root / setting if setting else None
 
 
 def _absolute(text: str, start: Path) -> str:
     """Return the disk ``text`` with its path made absolute; a URI stays as it is."""
-    return text if "://" in text else os.path.join(start, text)  # noqa: PTH118 - keeps ",ro"
+    return text if "://" in text else os.path.join(start, text)

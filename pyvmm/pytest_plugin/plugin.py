@@ -15,14 +15,14 @@ from pyvmm.pytest_plugin.options import Options, add_options, read_options
 
 if TYPE_CHECKING:
     from pyvmm.api.machine import Machine
-    from pyvmm.launch.vm import Vm
+    from pyvmm.launcher.vm import Vm
     from pyvmm.pytest_plugin.session import Scope, Session
 
 OPTIONS = pytest.StashKey[Options]()
 SESSION = pytest.StashKey["Session"]()
 MARKER_LINE = (
     "pyvmm(kernel=, disk=, disks=, initrd=, memory=, cpus=, append=, timeout=, boot_timeout=, "
-    "agent=, fail_on=, scope=, may_end=, bare=): the virtual machine of a test (docs/pytest.md)"
+    "agent=, fail_on=, scope=, may_end=): the virtual machine of a test (docs/pytest.md)"
 )
 
 
@@ -96,10 +96,13 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     """Go to the lab, before the first test runs, if the tests need it."""
     from pyvmm.pytest_plugin import lab
 
-    if session.config.option.collectonly or not lab.needs_linux(session.items):
+    if session.config.option.collectonly:
         return
-    if reason := lab.problem():
-        session_of(session.config).go_to_lab(reason)
+    options = session.config.stash[OPTIONS]
+    for item in session.items:
+        if reason := lab.problem_of(item, options):
+            session_of(session.config).go_to_lab(reason)
+            return
 
 
 # Tests
@@ -110,7 +113,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fail a test that needs a virtual machine where there can be none."""
     from pyvmm.pytest_plugin import lab
 
-    if lab.item_needs_linux(item) and (reason := lab.problem()):
+    options = item.config.stash[OPTIONS]
+    if reason := lab.problem_of(item, options, is_surely_linux=True):
         lab.refuse(reason, session_of(item.config).why_no_lab)
     if SESSION in item.config.stash:
         item.config.stash[SESSION].begin_test(item)
@@ -139,10 +143,6 @@ def pytest_runtest_makereport(
         error = call.excinfo.value if call.excinfo else None
         report.sections += item.config.stash[SESSION].sections(item, error)
     return report
-
-
-def pytest_runtest_logfinish(nodeid: str, location: object) -> None:
-    """See ``pytest_runtest_teardown``: nothing is kept for a test that is over."""
 
 
 def _shorten(error: BaseException, config: pytest.Config) -> None:

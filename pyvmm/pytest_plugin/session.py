@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +22,7 @@ from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyvmm.api.machine import Machine
-    from pyvmm.launch.vm import Vm
+    from pyvmm.launcher.vm import Vm
 
 Node = pytest.Item | pytest.Collector
 Section = tuple[str, str]
@@ -47,6 +46,8 @@ class Session:
         self._of_item: dict[str, list[Guest]] = {}
         self.why_no_lab = lab.obstacle(options)
         """The reason why tests that need the lab fail instead."""
+        self.current = ""
+        """The test that runs."""
 
     # The lab
 
@@ -67,6 +68,11 @@ class Session:
         if reporter is not None:
             reporter.ensure_newline()
             reporter.write_line(line)
+
+    def check_host(self, plan: Plan) -> None:
+        """Fail the test that runs if this host cannot run the machine of ``plan``."""
+        if reason := lab.problem(os.fsdecode(plan.config.kernel)):
+            lab.refuse(reason, self.why_no_lab)
 
     # Plans
 
@@ -121,6 +127,7 @@ class Session:
     def machine(self, node: pytest.Item, kernel: str | None) -> Iterator[Machine]:
         """Make the in-process machine of a test; it is closed when the context is left."""
         plan = self._plan(node, kernel, {}, in_process=True)
+        self.check_host(plan)
         own = OwnMachine(plan, self._logs.of_test(node.nodeid))
         self._machines.append(own)
         try:
@@ -135,6 +142,7 @@ class Session:
 
     def begin_test(self, item: pytest.Item) -> None:
         """Mark the beginning of ``item`` in the logs of the guests that it shares."""
+        self.current = item.nodeid
         self._of_item = {item.nodeid: []}
         for guest in self._shared_by(item):
             self.use(guest, item.nodeid)
@@ -194,6 +202,7 @@ class Scope:
         except ArgumentsError as error:
             raise TypeError(str(error)) from None
         plan = self._session.plan(self._node, self._kernel, own)
+        self._session.check_host(plan)
         nodeid = self._current(self._node)
         with self._noting(nodeid):
             return self.guests.boot(plan, nodeid).vm
@@ -202,6 +211,7 @@ class Scope:
         """Return the ``Vm`` that tests with equal markers share in this scope."""
         __tracebackhide__ = True
         plan = self._session.plan(node, self._kernel, {})
+        self._session.check_host(plan)
         nodeid = self._current(node)
         with self._noting(nodeid):
             guest = self.guests.shared(plan, nodeid)
