@@ -38,7 +38,7 @@ def _difference(path: Path, rivals: Sequence[Path]) -> list[str]:
     for count in range(len(own) + 1):
         tail = own[len(own) - count :]
         if all(rival.parent.parts[-count or len(rival.parts) :] != tail for rival in rivals):
-            return [_clean(part.strip("/")) for part in tail]
+            return [_clean(part) for part in tail if part != "/"]
     return []
 
 

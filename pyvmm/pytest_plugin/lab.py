@@ -12,14 +12,9 @@ from typing import NoReturn
 
 import pytest
 
-from pyvmm.pytest_plugin.marker import MARKER, ArgumentsError, arguments_of
+from pyvmm.pytest_plugin.marker import ArgumentsError, arguments_of
 from pyvmm.pytest_plugin.options import AUTO, Options
 
-FIXTURES = frozenset(
-    ("vm", "vm_module", "vm_session", "pyvmm_boot", "pyvmm_boot_module", "pyvmm_boot_session",
-     "machine")
-)
-"""A test that names one of these, or has the marker, needs a virtual machine."""
 FILE_OPTIONS = ("xmlpath", "log_file", "htmlpath", "json_report_file", "report_log")
 """Options of pytest and of common plugins, by their ``dest``, that name a file to be written."""
 DIRECTORY_OPTIONS = ("basetemp", "allure_report_dir")
@@ -30,12 +25,9 @@ def problem_of(
 ) -> str:
     """Return the reason why this host cannot run the machine of a test, on one line; "" if it can.
 
-    A test has a machine if it names one of FIXTURES or has the marker.  A kernel that nobody has
-    named yet is taken for Linux, but not if ``is_surely_linux`` is asked for.
+    A kernel that nobody has named yet is taken for Linux, but not if ``is_surely_linux`` is asked
+    for.
     """
-    names = getattr(item, "fixturenames", ())
-    if FIXTURES.isdisjoint(names) and item.get_closest_marker(MARKER) is None:
-        return ""
     if item.get_closest_marker("skip") is not None:
         return ""
     try:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 OPTIONS = pytest.StashKey[Options]()
 SESSION = pytest.StashKey["Session"]()
+FIXTURES = frozenset(
+    ("vm", "vm_module", "vm_session", "pyvmm_boot", "pyvmm_boot_module", "pyvmm_boot_session",
+     "machine")
+)
+"""A test that names one of these, itself or by its fixtures, has a virtual machine."""
 MARKER_LINE = (
     "pyvmm(kernel=, disk=, disks=, initrd=, memory=, cpus=, append=, timeout=, boot_timeout=, "
     "agent=, fail_on=, scope=, may_end=): the virtual machine of a test (docs/pytest.md)"
@@ -92,14 +97,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
+def has_machine(item: pytest.Item) -> bool:
+    """True if a test has a virtual machine, as far as the names of its fixtures tell."""
+    return not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+
+
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Go to the lab, before the first test runs, if the tests need it."""
+    items = [item for item in session.items if has_machine(item)]
+    if session.config.option.collectonly or not items:
+        return
     from pyvmm.pytest_plugin import lab
 
-    if session.config.option.collectonly:
-        return
     options = session.config.stash[OPTIONS]
-    for item in session.items:
+    for item in items:
         if reason := lab.problem_of(item, options):
             session_of(session.config).go_to_lab(reason)
             return
@@ -111,6 +122,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fail a test that needs a virtual machine where there can be none."""
+    if not has_machine(item):
+        return
     from pyvmm.pytest_plugin import lab
 
     options = item.config.stash[OPTIONS]
@@ -147,9 +160,11 @@ def pytest_runtest_makereport(
 
 def _shorten(error: BaseException, config: pytest.Config) -> None:
     """Cut pyvmm's own frames off the end of a traceback, unless the user wants all of it."""
+    if SESSION not in config.stash or config.option.fulltrace:
+        return
     from pyvmm.errors import PyvmmError
 
-    if not isinstance(error, PyvmmError) or config.option.fulltrace:
+    if not isinstance(error, PyvmmError):
         return
     last, frame = None, error.__traceback__
     while frame is not None:
