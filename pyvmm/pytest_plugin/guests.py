@@ -11,6 +11,7 @@ from pyvmm.errors import HostError, PyvmmError
 from pyvmm.launcher.vm import Vm, launch
 from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
+from pyvmm.report import escape
 from pyvmm.run.outcome import Kind
 from pyvmm.testing.report import failure_report
 from pyvmm.testing.verdicts import BootError, BootTimeout, GuestEnded
@@ -68,23 +69,27 @@ class Guest:
 
     def untold(self) -> BootError | None:
         """Return the verdict on the guest that no call has raised yet; None if there is none."""
+        is_told = self._watch.error is not None and self._watch.error.__traceback__ is not None
         with contextlib.suppress(PyvmmError, RuntimeError):
-            self.vm.settle()
+            self.vm.settle()  # it may raise the verdict
         self._watch.judge.end()
         error = self._watch.error
-        if error is None or error.__traceback__ is not None:
-            return None
-        return None if isinstance(error, GuestEnded) and self._is_end_known(error) else error
+        return None if error is None or is_told or self._is_expected(error) else error
 
-    def _is_end_known(self, error: GuestEnded) -> bool:
-        stopped = error.outcome is not None and error.outcome.kind is Kind.STOPPED
-        return stopped or self.vm.is_end_told
+    def _is_expected(self, error: BootError) -> bool:
+        """True for the end that our own stop makes, and for a clean one that the test knows of."""
+        if not error.line and error.outcome is not None and error.outcome.kind is Kind.STOPPED:
+            return True
+        return isinstance(error, GuestEnded) and self.vm.is_end_told
 
     def sections(self, error: BaseException | None) -> list[Section]:
         """Return the parts of a failure's report; of a closed guest those from before its end."""
         if self._final is not None:
             return self._final
-        report = failure_report(self.vm, error if isinstance(error, PyvmmError) else None)
+        try:
+            report = failure_report(self.vm, error)
+        except (PyvmmError, RuntimeError) as problem:
+            return [(f"pyvmm {self.label}", f"no report: {escape(str(problem))}")]
         return [(f"pyvmm {self.label}: {title}", text) for title, text in report.sections()]
 
     def close(self) -> None:
@@ -99,6 +104,7 @@ class Guest:
             if error is not None:
                 self._final = self.sections(error)
         finally:
+            self._final = self._final or []
             self.vm.close()
         if error is None:
             error = self.untold()

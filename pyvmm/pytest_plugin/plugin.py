@@ -136,11 +136,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a test during which its guest earned a verdict that no call has raised."""
-    try:
-        result = yield
-    except Exception as error:
-        _shorten(error, item.config)
-        raise
+    result = yield
     if SESSION in item.config.stash:
         item.config.stash[SESSION].check(item)
     return result
@@ -151,28 +147,19 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add outcome, console, kernel's messages and registers to the report of a failed test."""
+    if SESSION not in item.config.stash or call.excinfo is None:
+        return (yield)
+    from pyvmm.pytest_plugin.tracebacks import is_ours, shorten
+
+    has_frames = True
+    if is_ours(call.excinfo.value) and not item.config.option.fulltrace:
+        has_frames = shorten(call.excinfo)
     report = yield
-    if report.failed and SESSION in item.config.stash:
-        error = call.excinfo.value if call.excinfo else None
-        report.sections += item.config.stash[SESSION].sections(item, error)
+    if report.failed:
+        if not has_frames:
+            report.longrepr = call.excinfo.getrepr(style="no", chain=False)
+        report.sections += item.config.stash[SESSION].sections(item, call.excinfo.value)
     return report
-
-
-def _shorten(error: BaseException, config: pytest.Config) -> None:
-    """Cut pyvmm's own frames off the end of a traceback, unless the user wants all of it."""
-    if SESSION not in config.stash or config.option.fulltrace:
-        return
-    from pyvmm.errors import PyvmmError
-
-    if not isinstance(error, PyvmmError):
-        return
-    last, frame = None, error.__traceback__
-    while frame is not None:
-        if not str(frame.tb_frame.f_globals.get("__name__", "")).startswith("pyvmm."):
-            last = frame
-        frame = frame.tb_next
-    if last is not None:
-        last.tb_next = None
 
 
 # Fixtures

@@ -13,8 +13,9 @@ pyvmm_lab = never
 
 
 @pytest.fixture
-def inner(pytester: pytest.Pytester) -> pytest.Pytester:
+def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A directory with the guests of tests/support/plugin_guests.py, for a pytest of its own."""
+    monkeypatch.setenv("COLUMNS", "300")
     write_guests(pytester.path)
     pytester.makeini(SETTINGS)
     return pytester

@@ -58,23 +58,33 @@ def test_a_module_and_a_session_share_a_machine(inner: pytest.Pytester) -> None:
 
             pytestmark = pytest.mark.pyvmm(kernel="ready", agent=False, scope="module")
 
-            def test_a(vm, vm_module, vm_session, record_property):
+            def test_a(vm, vm_module, pyvmm_boot_session, in_session):
                 assert vm is vm_module
-                assert vm.pid != vm_session.pid
-                print(f"PIDS {vm.pid} {vm_session.pid}")
+                assert vm.pid != in_session.pid
+                print(f"PIDS {vm.pid} {in_session.pid}")
 
-            def test_b(vm, vm_session):
-                print(f"PIDS {vm.pid} {vm_session.pid}")
+            def test_b(vm, in_session):
+                print(f"PIDS {vm.pid} {in_session.pid}")
 
             @pytest.mark.pyvmm(memory="64M")
             def test_other_plan(vm, vm_module):
                 assert vm is not vm_module
 
-            @pytest.mark.pyvmm(scope="session", kernel="ready")
-            def test_as_the_session(vm, vm_session):
-                assert vm is vm_session
+            @pytest.mark.pyvmm(scope="session")
+            class TestSession:
+                def test_first(self, vm):
+                    print(f"SESSION {vm.pid}")
         """)
-    done = inner.runpytest_subprocess("-s", "--pyvmm-kernel", "ready", "-o", "addopts=")
+    inner.makeconftest("""
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def in_session(pyvmm_boot_session):
+            return pyvmm_boot_session(kernel="ready", agent=False)
+    """)
+    done = inner.runpytest_subprocess("-s")
+    done.assert_outcomes(passed=8)
+    assert len({line for line in done.outlines if "SESSION" in line}) == 1
     pids = [line.split("PIDS ")[1].split() for line in done.outlines if "PIDS " in line]
     assert pids[0] == pids[1] != pids[2] == pids[3]
     assert len({session for _, session in pids}) == 1
@@ -160,7 +170,7 @@ def test_a_machine_in_this_process_takes_hooks(inner: pytest.Pytester) -> None:
 
 @pytest.mark.parametrize(("mark", "message"), [
     ("", "no kernel: name one with --pyvmm-kernel K*`pyvmm kernel fetch debian`*"),
-    ("kernel='missing', agent=False", "*missing: No such file*"),
+    ("kernel='missing', agent=False", "*missing: cannot open: No such file*"),
     ("kernel='ready', agent=False, memory='5'", "*memory '5': has no unit*"),
     ("kernel='ready', agent=False, disk='missing.img'", "*missing.img*"),
 ])

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.bare
 VERDICTS = [
     ("panic", "KernelPanic"), ("oops", "KernelOops"), ("warning", "KernelWarning"),
     ("lockup", "Lockup"), ("root", "RootNotMounted"), ("triple-fault", "TripleFault"),
-    ("reboots", "GuestEnded"),
+    ("reboots", "BootFailed"), ("reports", "GuestEnded"),
 ]
 
 
@@ -102,9 +102,9 @@ def test_an_end_that_the_test_knows_of_is_none(inner: pytest.Pytester) -> None:
         import pytest
         import pyvmm
 
-        @pytest.mark.pyvmm(kernel="reboots", agent=False)
+        @pytest.mark.pyvmm(kernel="reports", agent=False)
         def test_waits(vm):
-            assert vm.wait(60).kind is pyvmm.Kind.EARLY_RESET
+            assert vm.wait(60).kind is pyvmm.Kind.GUEST_STATUS
 
         @pytest.mark.pyvmm(kernel="reboots", agent=False, may_end=True)
         def test_may(vm):
