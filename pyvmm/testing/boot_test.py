@@ -8,13 +8,13 @@ import math
 import os
 import shlex
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.config import MAX_TIMEOUT_S
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import AgentError, ConfigError, PyvmmError
 from pyvmm.launcher.completed import Completed
-from pyvmm.launcher.errors import AgentError, EndedError
+from pyvmm.launcher.errors import EndedError
 from pyvmm.launcher.vm import Vm
 from pyvmm.launcher.vm import launch as launch_vm
 from pyvmm.report import escape
@@ -291,14 +291,15 @@ class _Run:
         """Return the verdict for what ended the steps; None if the test passed."""
         if isinstance(error, EndedError):
             error = error_of_outcome(error.outcome)
-        outcome = error.outcome if isinstance(error, BootError) else None
-        if isinstance(error, KeyboardInterrupt) or (
-            outcome is not None and outcome.kind in (Kind.STOPPED, Kind.QUIT, Kind.SIGNAL)
+        if isinstance(error, KeyboardInterrupt):
+            number = int(getattr(error, "number", signal.SIGINT))
+            return Failed(own.INTERRUPTED, 128 + number, f"interrupted by signal {number}")
+        if isinstance(error, RunFailed) and error.outcome is not None and (
+            error.outcome.kind in (Kind.STOPPED, Kind.QUIT, Kind.SIGNAL)
         ):
-            number = getattr(error, "number", signal.SIGINT)
+            number = error.outcome.value or int(signal.SIGINT)
             return Failed(
-                own.INTERRUPTED, 128 + number, f"interrupted by signal {int(number)}"
-                if isinstance(error, KeyboardInterrupt) else f"stopped by somebody: {outcome}",
+                own.INTERRUPTED, 128 + number, f"somebody ended the machine: {error.outcome}"
             )
         if isinstance(error, BootError | Failed) or error is None:
             return error
@@ -314,6 +315,13 @@ class _Run:
         elif verdict is not None and vm.wait(STOP_TIMEOUT_S) is not None:
             self._registers = read_registers(vm, self._test.machine.cpus)
         vm.stop()
+
+    def _problems_left(self, vm: Vm) -> Iterator[str]:
+        """Yield the lines about what is odd that do not only repeat the outcome."""
+        outcome = set(map(escape, str(vm.outcome).split("\n")))
+        for line in self._problems:
+            if (shown := escape(line)) not in outcome:
+                yield shown
 
     def _result(
         self, vm: Vm, watch: Watch, verdict: Failed | BootError | None
@@ -343,5 +351,5 @@ class _Run:
             console_tail=last_lines(vm.console.text),
             console_log="" if log is None else os.fspath(log),
             lost_console_bytes=vm.console.lost_bytes, warnings=self._warnings,
-            registers=self._registers, problems=tuple(map(escape, self._problems)),
+            registers=self._registers, problems=tuple(self._problems_left(vm)),
         )
