@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import TracebackType
+
 import pytest
 
 from pyvmm.errors import PyvmmError
@@ -19,12 +21,13 @@ def is_ours(error: BaseException) -> bool:
 def shorten(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     """Cut the frames behind the user's last one off; return False if there is none of the user's.
     """
-    last, frame = None, excinfo.tb
+    last: TracebackType | None = None
+    frame: TracebackType | None = excinfo.tb
     while frame is not None:
         module = str(frame.tb_frame.f_globals.get("__name__", ""))
         if module.partition(".")[0] not in NOT_THE_USERS:
             last = frame
-        frame = frame.tb_next  # type: ignore[assignment]  # typeshed: None at the end
+        frame = frame.tb_next
     if last is None:
         return False
     last.tb_next = None
