@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from pathlib import Path
 
 from tests.support.tiny_guests import REBOOT, REPORT_0, SPIN, TRIPLE_FAULT, prints, write_guest
@@ -34,38 +37,47 @@ def write_guests(folder: Path) -> None:
 
 LEFTOVERS = '''
 import os
-import subprocess
 import threading
+from pathlib import Path
 
 import pytest
-
-
-def left():
-    """Descriptors, threads and child processes of this process."""
-    found = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-             if os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}")}
-    fds = len(os.listdir("/proc/self/fd"))
-    children = subprocess.run(
-        ["ps", "-o", "cmd=", "--ppid", str(os.getpid())], capture_output=True, text=True
-    ).stdout.splitlines()
-    children = [line for line in children if "pyvmm run" in line]
-    threads = sorted(thread.name for thread in threading.enumerate())
-    return fds, threads, children
-
 
 BEFORE = []
 
 
+def left():
+    """Return the descriptors, threads and children of this process."""
+    threads = sorted(thread.name for thread in threading.enumerate())
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return len(os.listdir("/proc/self/fd")), threads, children
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
-    if not BEFORE:
-        BEFORE.append(None)  # the first test imports, which opens things
-        return (yield)
     before = left()
     result = yield
-    after = left()
-    if before != after:
-        print(f"LEFT BY {item.nodeid}: {before} -> {after}", flush=True)
+    if BEFORE and left() != before:  # the first test imports, which opens things
+        print(f"LEFT BY {item.nodeid}: {before} -> {left()}", flush=True)
+    BEFORE.append(item)
     return result
 '''
 """A conftest that tells what a test has left in its process."""
+
+
+def guests_of(folder: Path) -> list[int]:
+    """Return the processes of guests whose kernel lies in ``folder``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = process.joinpath("cmdline").read_bytes()
+            if b"--kernel=" + os.fsencode(folder) in words:
+                found.append(int(process.name))
+    return found
+
+
+def wait_until_gone(folder: Path, seconds: float) -> list[int]:
+    """Return the guests of ``folder`` that are left after so many seconds."""
+    until_s = time.monotonic() + seconds
+    while (left := guests_of(folder)) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    return left
