@@ -115,7 +115,8 @@ class RunState:
             callback(outcome)
 
     def end(
-        self, outcome: Outcome, run_hook: Callable[[str, Callable[[Outcome], object], Outcome], None]
+        self, outcome: Outcome,
+        run_hook: Callable[[str, Callable[[Outcome], object], Outcome], None],
     ) -> None:
         """The run is over: call the callbacks by ``run_hook``, then tell everybody; once."""
         with self._news:

@@ -6,9 +6,11 @@ one condition, or polls descriptors and is woken by a function of its own.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -71,9 +73,11 @@ class Session:
             process.stderr_fd, self.report, name=f"pyvmm VM {process.pid} stderr",
         )
         self.console = VmConsole(
-            send=self._type, refuse_own_threads=self.state.refuse_own_thread, run_hook=self._run_hook,
-            raise_if_failed=self.state.raise_if_failed,
+            send=self._type, refuse_own_threads=self.state.refuse_own_thread,
+            run_hook=self._run_hook, raise_if_failed=self.state.raise_if_failed,
         )
+        # Before the interpreter's threads stop, without which nothing can be closed in order.
+        atexit.register(self._at_exit)
         self._client = Client(process.socket, on_event=self._on_event, on_end=self._on_hang_up)
 
     # Start and end
@@ -113,8 +117,8 @@ class Session:
         except ControlError as error:
             if error.kind != "closed":
                 raise HostError(f"launch: {error}") from error
-            self.wait(None)
-            raise HostError(f"launch: {self.state.ending.detail if self.state.ending else error}") from None
+            outcome = self.wait(None)
+            raise HostError(f"launch: {outcome.detail if outcome else error}") from None
         self._stderr.release()
         answer = self.call(
             "subscribe", {"events": ["console", "state", "ended"], "console_from": 0}
@@ -170,13 +174,18 @@ class Session:
             self._process.close()
             self.is_closed = True
             self.console.close()
+            atexit.unregister(self._at_exit)
 
     def forget(self) -> None:
         """Close a VM that nobody holds any more; a ResourceWarning says that nobody did."""
-        if self.is_closed or os.getpid() != self._owner_pid:
+        if self.is_closed or os.getpid() != self._owner_pid or sys.is_finalizing():
             return
         self.close()
         warnings.warn("the VM was never closed", ResourceWarning, stacklevel=2)
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._owner_pid:
+            self.close()
 
     # Calls
 
@@ -206,9 +215,8 @@ class Session:
         try:
             return pending.result(0)
         except ControlError as error:
-            if error.kind in ("closed", "state") and (
-                error.kind == "closed" or self.state.ending is not None
-            ):
+            # The answer to a request may come before the event of the end.
+            if error.kind == "closed" or "run has ended" in str(error):
                 self.state.wait_for_notice()
                 self.state.raise_if_over(what)
             text = escape(str(error))

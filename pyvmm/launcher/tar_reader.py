@@ -88,6 +88,8 @@ class TarReader:
         if _number(header[148:156]) != sums:
             raise TarError("a header with a wrong checksum")
         size = _number(header[124:136])
+        if size < 0:
+            raise TarError(f"a member of {size} bytes")
         self._left = -(-size // BLOCK) * BLOCK
         self._content = 0
         return size
@@ -111,7 +113,7 @@ class TarReader:
             raise TarError(f"a {kind} with content")
         return Member(
             kind=kind, parts=parts, link=names.get(b"K", header[157:257].split(b"\0")[0]),
-            mode=_number(header[100:108]) & 0o7777, mtime_s=min(_number(header[136:148]), 1 << 40),
+            mode=_number(header[100:108]) & 0o7777, mtime_s=max(0, min(_number(header[136:148]), 1 << 40)),
             size=size,
         )
 
@@ -143,8 +145,9 @@ class TarReader:
 
 def _number(field: bytes) -> int:
     """Return the number in a field: octal digits, or GNU's binary form; TarError."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
+    if field[0] & 0x80:
+        negative = 1 << 8 * (len(field) - 1) if field[0] == 0xFF else 0
+        return int.from_bytes(field[1:], "big") - negative
     digits = field.rstrip(b"\0 ").lstrip(b" ")
     if not digits:
         return 0

@@ -17,7 +17,8 @@ from pyvmm.pytest_plugin.options import AUTO, Options
 
 FILE_OPTIONS = ("xmlpath", "log_file", "htmlpath", "json_report_file", "report_log")
 """Options of pytest and of common plugins, by their ``dest``, that name a file to be written."""
-DIRECTORY_OPTIONS = ("basetemp", "allure_report_dir")
+DIRECTORY_OPTIONS = ("allure_report_dir",)
+"""The same for directories.  Not --basetemp: the lab's own memory is faster, and takes sockets."""
 
 
 def problem_of(

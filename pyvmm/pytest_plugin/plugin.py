@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read the options and declare the marker."""
     config.addinivalue_line("markers", MARKER_LINE)
     config.stash[OPTIONS] = read_options(config)
-    if config.pluginmanager.hasplugin("dsession"):
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         from pyvmm.pytest_plugin.xdist import Controller
 
         config.pluginmanager.register(Controller(config, config.stash[OPTIONS]), "pyvmm-xdist")
@@ -102,8 +102,21 @@ def has_machine(item: pytest.Item) -> bool:
     return not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist, go to the lab before the controller learns of the tests."""
+    if hasattr(session.config, "workerinput"):
+        _go_to_lab_if_need_be(session)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Go to the lab, before the first test runs, if the tests need it."""
+    if not hasattr(session.config, "workerinput"):
+        _go_to_lab_if_need_be(session)
+
+
+def _go_to_lab_if_need_be(session: pytest.Session) -> None:
     items = [item for item in session.items if has_machine(item)]
     if session.config.option.collectonly or not items:
         return
