@@ -32,8 +32,8 @@ ALLOWED = {
 """(file, way out), each for a reason."""
 WAYS = {
     "sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__", "write_text_now", "write_now",
-    "Outlet", "PassedOn", "print", "warnings.warn", "logging.getLogger", "os.system", "traceback.print_exc",
-    "traceback.print_exception", "traceback.print_stack", "faulthandler.enable", "pprint.pprint",
+    "Outlet", "PassedOn", "print", "warnings.warn", "logging.getLogger", "os.system",
+    "traceback.print_exc", "traceback.print_exception", "traceback.print_stack", "faulthandler.enable", "pprint.pprint",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -83,7 +83,7 @@ class BootResult(Record):
         return Case(
             name=self.name, classname=classname, seconds=self.seconds,
             failure=None if is_error else problem, error=problem if is_error else None,
-            stdout=self.stdout_tail, stderr=self.stderr_tail,
+            system_out=self.stdout_tail, system_err=self.stderr_tail,
         )
 
     def text(self) -> str:
