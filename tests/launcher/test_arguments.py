@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,21 @@ def test_a_disk_of_this_process_is_refused(disk: Any) -> None:
         arguments_of(MachineConfig(kernel="k", disks=[disk]))
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("log", "./log"), ("none", "./none"), ("stdio", "./stdio"), ("/tmp/x", "/tmp/x"),
-    ("../x", "../x"),
-])
-def test_a_console_log_is_a_file_whatever_its_name(name: str, expected: str) -> None:
-    arguments = arguments_of(MachineConfig(kernel="k"), console_log=name, control="s.sock")
-    assert config_of(arguments).console == expected
+def test_a_console_log_is_opened_here_and_appended_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("old")
+    arguments = arguments_of(MachineConfig(kernel="k"), console_log=log, control="s.sock")
+    place = config_of(arguments).console
+    assert place == f"/proc/self/fd/{arguments.fds[0]}"
+    assert log.read_bytes() == b""
+    log.write_text("mark\n")
+    os.write(arguments.fds[0], b"guest\n")
+    assert log.read_text() == "mark\nguest\n"
+    again = arguments_of(MachineConfig(kernel="k"), console_log=arguments.fds[0])
+    os.write(again.fds[0], b"more\n")
+    assert log.read_text() == "mark\nguest\nmore\n"
+    again.close()
+    arguments.close()
     assert "--control=s.sock" in arguments.words
 
 
@@ -165,6 +174,9 @@ def test_mistakes_are_those_of_the_command_line() -> None:
     with pytest.raises(ConfigError, match="--cpus 9"):
         arguments_of(MachineConfig(kernel="k", cpus=9))
     with pytest.raises(ConfigError, match="NUL"):
-        arguments_of(MachineConfig(kernel="k"), console_log="a\0b")
+        arguments_of(MachineConfig(kernel="k"), control="a\0b")
+    for log in ("a\0b", "/nowhere/log", "/", 99999):
+        with pytest.raises(ConfigError, match="console_log"):
+            arguments_of(MachineConfig(kernel="k"), console_log=log)
     with pytest.raises(ConfigError, match="NUL"):
         arguments_of(MachineConfig(kernel="k", disks=[pyvmm.disk("/a", serial="x\0")]))
