@@ -71,7 +71,7 @@ class Guest:
         """Return the verdict on the guest that no call has raised yet; None if there is none."""
         is_told = self._watch.error is not None and self._watch.error.__traceback__ is not None
         with contextlib.suppress(PyvmmError, RuntimeError):
-            _settle(self.vm)
+            self.vm.settle()
         self._watch.judge.end()
         error = self._watch.error
         return None if error is None or is_told or self._is_expected(error) else error
@@ -80,7 +80,7 @@ class Guest:
         """True for the end that our own stop makes, and for a clean one that the test knows of."""
         if not error.line and error.outcome is not None and error.outcome.kind is Kind.STOPPED:
             return True
-        return isinstance(error, GuestEnded) and bool(getattr(self.vm, "is_end_told", False))
+        return isinstance(error, GuestEnded) and self.vm.is_end_told
 
     def sections(self, error: BaseException | None) -> list[Section]:
         """Return the parts of a failure's report; of a closed guest those from before its end."""
@@ -110,15 +110,6 @@ class Guest:
             error = self.untold()
         if error is not None:
             raise error
-
-
-def _settle(vm: Vm) -> None:
-    """Wait until all that the guest has printed so far was judged; it may raise the verdict."""
-    settle = getattr(vm, "settle", None)
-    if settle is not None:
-        settle()
-    else:
-        vm.memory.read(0, 1)
 
 
 class Guests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -130,12 +131,24 @@ def go(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTEST_ADDOPTS": _same_root(config)}
     # A directory of the host's in which no socket can be made is none for temporary files.
     if Path(tempfile.gettempdir()).resolve() in writable_directories(config, options):
         environment["TMPDIR"] = "/run"
     os.chdir(config.invocation_params.dir)
     os.execve(words[0], words, environment)
+
+
+def _same_root(config: pytest.Config) -> str:
+    """Return the value of PYTEST_ADDOPTS that keeps this session's root and configuration file.
+
+    pytest looks for them around every word that is a path: a report's directory, which did not
+    exist when this session began, would be one.
+    """
+    words = [f"--rootdir={config.rootpath}"]
+    if config.inipath is not None:
+        words += ["-c", str(config.inipath)]
+    return f"{os.environ.get('PYTEST_ADDOPTS', '')} {shlex.join(words)}".strip()
 
 
 def refuse(reason: str, why_no_lab: str) -> NoReturn:
