@@ -10,10 +10,16 @@ from pyvmm.linux.compression import decompress
 from pyvmm.linux.work import PATIENT_CPU_S, Budget
 
 MAX_MODULE_BYTES = 256 << 20
+DIRECTORIES = ("usr/lib/modules", "lib/modules")
+"""The places of a package's modules: newer distributions have no /lib of its own."""
 
 
-def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+def load_order(
+    root: Path, wanted: Sequence[str], release: str = "*"
+) -> Iterator[tuple[str, bytes]]:
     """Yield ``(name, contents)`` of the ``wanted`` modules under ``root``, dependencies first.
+
+    They are those of the kernel ``release``, of any if it is not given.
 
     A module names its dependencies in its own ``depends=`` string, so depmod's tables (a minute of
     work on a whole package) are not needed.  A name without a file is built into the kernel.
@@ -22,7 +28,8 @@ def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]
     budget = Budget(cpu_s=PATIENT_CPU_S)
     files = {
         path.name.partition(".ko")[0].replace("-", "_"): path
-        for path in root.glob("lib/modules/*/kernel/**/*.ko*")
+        for folder in DIRECTORIES
+        for path in root.glob(f"{folder}/{release}/kernel/**/*.ko*")
     }
     done: set[str] = set()
     contents: dict[str, bytes] = {}
