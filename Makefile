@@ -15,8 +15,10 @@ VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || ec
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
 IMAGE_PACKAGES := busybox-static e2fsprogs
 LAB_PACKAGES := qemu-system-x86 busybox-static
+AGENT_PACKAGES := musl-tools gcc binutils
 TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd \
-	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod
+	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod \
+	$(AGENT_PACKAGES)
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs gcc libc6-dev
 # A Debian of its own for the tests: build/debian.img.
@@ -55,7 +57,7 @@ fi
 endef
 
 .PHONY: help run run-packages shell test test-packages test-kernels lint check slow-tests needs unit unit-tests vm-test
-.PHONY: power-cuts soak fuzz kernel stock debian
+.PHONY: power-cuts soak fuzz kernel stock debian agent
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -227,6 +229,10 @@ build/root.img build/test.img &: $(BUILD_IMAGE)
 	mkdir -p build
 	$(PYTHON) guest/build_image.py --out build/test.img --initrd build/initramfs.cpio.gz
 	cp --sparse=always build/test.img build/root.img
+
+agent: ## pyvmm/agent/pyvmm-agent, the program in guests; commit what changes
+	@$(call need,$(AGENT_PACKAGES))
+	$(PYTHON) guest/agent/build.py
 
 build/pyvmm-scattered: guest/tools/pyvmm-scattered.c
 	@$(call need,gcc libc6-dev)

@@ -27,58 +27,130 @@ if TYPE_CHECKING:
     from pyvmm.api.hook_calls import REFUSE
     from pyvmm.api.machine import Machine
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
-    from pyvmm.errors import ConfigError, HostError, PyvmmError
+    from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError
+    from pyvmm.launcher.command import Command
+    from pyvmm.launcher.completed import Completed
+    from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
+    from pyvmm.launcher.vm import Vm, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
+    from pyvmm.testing.fail_on import FAIL_ON, FailOn
+    from pyvmm.testing.verdicts import (
+        AgentLost,
+        BootError,
+        BootFailed,
+        BootTimeout,
+        FailedOn,
+        GuestEnded,
+        InternalError,
+        KernelOops,
+        KernelPanic,
+        KernelWarning,
+        Lockup,
+        RootNotMounted,
+        RunFailed,
+        RunTimeout,
+        TripleFault,
+    )
     from pyvmm.virtio.rate_limit import RateLimit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FAIL_ON",
     "REFUSE",
+    "AgentError",
+    "AgentLost",
     "BlockBackend",
+    "BootError",
+    "BootFailed",
+    "BootTimeout",
+    "Command",
+    "CommandError",
+    "Completed",
     "ConfigError",
     "DiskWrapper",
+    "EndedError",
     "ExpectError",
+    "FailOn",
+    "FailedOn",
     "FaultyDisk",
+    "GuestEnded",
     "HostError",
+    "InternalError",
+    "KernelOops",
+    "KernelPanic",
+    "KernelWarning",
     "Kind",
+    "Lockup",
     "Machine",
     "MachineConfig",
     "MemoryDisk",
     "NbdDisk",
     "Outcome",
+    "OutputLimitError",
     "Overlay",
     "PyvmmError",
     "RateLimit",
     "RawDisk",
+    "RootNotMounted",
+    "RunFailed",
+    "RunTimeout",
+    "TripleFault",
     "VhostUserDisk",
+    "Vm",
     "__version__",
     "bare",
     "disk",
+    "launch",
 ]
 
 _PLACES = {
+    "AgentError": "pyvmm.errors",
+    "AgentLost": "pyvmm.testing.verdicts",
     "BlockBackend": "pyvmm.storage.backend",
+    "BootError": "pyvmm.testing.verdicts",
+    "BootFailed": "pyvmm.testing.verdicts",
+    "BootTimeout": "pyvmm.testing.verdicts",
+    "Command": "pyvmm.launcher.command",
+    "CommandError": "pyvmm.launcher.errors",
+    "Completed": "pyvmm.launcher.completed",
     "ConfigError": "pyvmm.errors",
     "DiskWrapper": "pyvmm.api.disks",
+    "EndedError": "pyvmm.launcher.errors",
     "ExpectError": "pyvmm.api.console",
+    "FAIL_ON": "pyvmm.testing.fail_on",
+    "FailOn": "pyvmm.testing.fail_on",
+    "FailedOn": "pyvmm.testing.verdicts",
     "FaultyDisk": "pyvmm.api.disks",
+    "GuestEnded": "pyvmm.testing.verdicts",
     "HostError": "pyvmm.errors",
+    "InternalError": "pyvmm.testing.verdicts",
+    "KernelOops": "pyvmm.testing.verdicts",
+    "KernelPanic": "pyvmm.testing.verdicts",
+    "KernelWarning": "pyvmm.testing.verdicts",
     "Kind": "pyvmm.run.outcome",
+    "Lockup": "pyvmm.testing.verdicts",
     "Machine": "pyvmm.api.machine",
     "MachineConfig": "pyvmm.api.config",
     "MemoryDisk": "pyvmm.api.disks",
     "NbdDisk": "pyvmm.api.disks",
     "Outcome": "pyvmm.run.outcome",
+    "OutputLimitError": "pyvmm.launcher.errors",
     "Overlay": "pyvmm.api.disks",
     "PyvmmError": "pyvmm.errors",
     "REFUSE": "pyvmm.api.hook_calls",
     "RateLimit": "pyvmm.virtio.rate_limit",
     "RawDisk": "pyvmm.api.disks",
+    "RootNotMounted": "pyvmm.testing.verdicts",
+    "RunFailed": "pyvmm.testing.verdicts",
+    "RunTimeout": "pyvmm.testing.verdicts",
+    "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
+    "Vm": "pyvmm.launcher.vm",
     "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
+    "launch": "pyvmm.launcher.vm",
 }
 
 

@@ -28,6 +28,9 @@ MMIO_MODES = ("mapped", "trapped")
 RTC_KINDS = ("utc", "none")
 DISCOVERY_WAYS = ("both", "acpi", "cmdline")
 SERVE_PLACES = ("thread", "exit")
+AGENT_WAYS = ("none", "image", "inject")
+AGENT_INIT = "/pyvmm-agent"
+"""The agent in an initramfs, which starts the /init there when it is set up."""
 VHOST_USER = "vhost-user="  # the start of such a disk's location
 MAX_DISKS = 8
 DEFAULT_CONSOLE = "console=ttyS0"
@@ -151,6 +154,9 @@ class RunConfig(Record):
     None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
     among MMIO_MODES and SERVE_PLACES (``pyvmm.board.slot`` explains them).  ``discovery``, among
     DISCOVERY_WAYS, tells the guest of its virtio devices: ``cmdline`` means no ACPI.
+
+    ``agent`` is among AGENT_WAYS: ``image`` gives the machine a port for an agent that the guest's
+    image has, ``inject`` brings the agent in with an initramfs.
     """
 
     kernel: str | PathLike[str]
@@ -168,6 +174,7 @@ class RunConfig(Record):
     rtc: str = "utc"
     timing: bool = False
     discovery: str = "both"
+    agent: str = "none"
 
     def __post_init__(self) -> None:
         for option, path in (
@@ -189,6 +196,7 @@ class RunConfig(Record):
         for option, value, choices in (
             ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
             ("--rtc", self.rtc, RTC_KINDS), ("--discovery", self.discovery, DISCOVERY_WAYS),
+            ("--agent", self.agent, AGENT_WAYS),
         ):
             if value not in choices:
                 raise ConfigError(f"{option} {value}", f"is none of {', '.join(choices)}")
@@ -215,6 +223,11 @@ class RunConfig(Record):
                     f"--disk {disk.location}", f"is given twice; {disk.how_to_share}"
                 )
         self._check_overlays()
+        if self.agent == "inject" and "rdinit" in dict(words_of(self._guest_words)):
+            raise ConfigError(
+                "--agent", "the guest starts the agent by rdinit=, and --append or --cmdline "
+                "has an rdinit= of its own: leave out one of them"
+            )
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
                 f"--timeout {self.timeout_s:g}",
@@ -263,6 +276,8 @@ class RunConfig(Record):
             parts.append("pyvmm_timing=1")
         if self.discovery != "acpi":
             parts += [f"virtio_mmio.device=4K@{base:#x}:{gsi}" for base, gsi in places]
+        if self.agent == "inject":
+            parts.append(f"rdinit={AGENT_INIT}")
         parts.append(self._guest_words)
         line = " ".join(part for part in parts if part)
         if limit is not None and len(line) > limit:

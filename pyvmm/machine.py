@@ -37,12 +37,16 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import Exits, VcpuLoop
 from pyvmm.run.verdict import Evidence, Verdict
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
 from pyvmm.x86.image import Kernel
 from pyvmm.x86.loader import load_initrd, load_kernel
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.port.device import PortDevice
 
 
 def build(
@@ -63,7 +67,7 @@ def build(
         _own(devices, stack)
         memory = stack.enter_context(_make_memory(config, devices.values()))
         kernel = load_kernel(memory, config.kernel)
-        initrd = load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
+        initrd = _load_initrd(memory, config, kernel, report)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         verdict = Verdict(runner, is_linux=kernel.is_linux)
         watch = ConsoleWatch(verdict.hear)
@@ -78,6 +82,7 @@ def build(
         )
         consoles = Consoles(config, board, console, output, runner.input_room)
         board.plug(EntropyDevice(), "entropy", at_exit=True)
+        agent_port = _plug_agent_port(board, config)
         for name, device in devices.items():
             board.plug(device, name)
         _add_ports(board, config, timer)
@@ -101,7 +106,7 @@ def build(
         return Machine(
             config=config, kernel=kernel, board=board, vm=vm, runner=runner, loops=loops,
             timer=timer, watch=watch, verdict=verdict, console=console, output=output,
-            consoles=consoles, made=made, resources=stack.pop_all(),
+            consoles=consoles, made=made, agent_port=agent_port, resources=stack.pop_all(),
         )
 
 
@@ -111,6 +116,29 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         from pyvmm.board.own_devices import own  # not on the boot path
 
         own(devices, stack)
+
+
+def _load_initrd(
+    memory: GuestMemory, config: RunConfig, kernel: Kernel, report: Callable[[str], None]
+) -> tuple[int, int] | None:
+    """Load the initrd of ``config``, with the agent if it has to be brought in; its place."""
+    if config.agent == "inject":
+        from pyvmm.linux.injection import inject  # not on the usual boot path
+
+        injection = inject(config.kernel, kernel.version, config.initrd, report)
+        return load_initrd(memory, injection.initrd, kernel, front=injection.front)
+    return load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
+
+
+def _plug_agent_port(board: Board, config: RunConfig) -> PortDevice | None:
+    """Give ``board`` the port of the guest's agent, if there may be one; return its device."""
+    if config.agent == "none":
+        return None
+    from pyvmm.virtio.port.device import PortDevice  # not on the usual boot path
+
+    port = PortDevice()
+    board.plug(port, "agent")
+    return port
 
 
 def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:
@@ -230,6 +258,7 @@ class Machine:
         output: OutputBuffer,
         consoles: Consoles,
         made: contextlib.ExitStack,
+        agent_port: PortDevice | None,
         resources: contextlib.ExitStack,
     ) -> None:
         self.kernel = kernel
@@ -244,6 +273,7 @@ class Machine:
         self.console = console
         self.output = output
         self.consoles = consoles
+        self.agent_port = agent_port
         self._made = made
         self._resources = resources
         self._has_begun = threading.Lock()  # taken once, never released

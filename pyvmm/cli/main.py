@@ -13,7 +13,7 @@ from pyvmm.errors import PyvmmError
 HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
-COMMANDS = ("run", "export", "doctor", "kernel", "image", "lab")
+COMMANDS = ("run", "test", "export", "doctor", "kernel", "image", "lab")
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
 
@@ -21,6 +21,8 @@ pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 
 commands:
   run      boot a kernel:  pyvmm run --kernel build/bzImage --disk build/root.img
+  test     boot, run one command in the guest and exit with its status:
+           pyvmm test --kernel K --disk D -- CMD...
   export   serve a disk to another VMM:  pyvmm export --disk build/root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
   kernel   look into a kernel file, fetch a distribution's, or build one:  pyvmm kernel fetch debian
@@ -86,6 +88,11 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
                 with signals:
                     return lab_main(rest)
+            case "test":
+                from pyvmm.cli.test import boot_test_main
+
+                with signals:
+                    return boot_test_main(rest)
             case "--version" | "-V":
                 from pyvmm.report import show
 

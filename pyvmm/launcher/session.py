@@ -1,0 +1,343 @@
+"""The process of a machine, the connection to it, and all that waits for either.
+
+The client's thread gets answers and events, the console's among them.  Every other thread waits on
+one condition, or polls descriptors and is woken by a function of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+from pyvmm.api.config import MachineConfig
+from pyvmm.api.vcpus import Registers
+from pyvmm.control.client import Client, ControlError, Pending
+from pyvmm.errors import AgentError, HostError, PyvmmError
+from pyvmm.launcher.arguments import arguments_of
+from pyvmm.launcher.console import VmConsole
+from pyvmm.launcher.process import END_TIMEOUT_S, VmProcess
+from pyvmm.launcher.run_state import RunState
+from pyvmm.launcher.stderr import StderrThread
+from pyvmm.report import escape
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.startup.types import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from typing import Any
+
+START_TIMEOUT_S = 300.0
+"""Time for the process to build its machine."""
+CALL_TIMEOUT_S = 60.0
+"""Time for an answer to a request that waits for nothing."""
+STOP_TIMEOUT_S = 20.0
+"""Time for a run to end after it was asked to; then the process is ended."""
+TOLD_TIMEOUT_S = 2.0
+"""Time for the process to end by itself once it has told the outcome, and somebody closes."""
+_GRACE_S = 10.0
+"""More than the limit that the other process was told to keep."""
+_TYPED_BYTES = 256 << 10
+"""Bytes for the console in one request."""
+
+
+class Closable(Protocol):
+    """A command that runs, or anything else that a VM closes at its end."""
+
+    def close(self) -> None:
+        """Free all that it has; idempotent."""
+
+
+class Session:
+    """All of a ``Vm`` but its face; ``start`` makes one."""
+
+    def __init__(self, process: VmProcess, report: Callable[[str], None] | None) -> None:
+        self._process = process
+        self._owner_pid = os.getpid()
+        self.state = RunState()
+        self._parts: set[Closable] = set()
+        self._parts_lock = threading.Lock()
+        self._closing = threading.Lock()
+        self.is_closed = False
+        self.evidence: Mapping[str, object] = {}
+        self.end_registers: Sequence[str] = ()
+        self._end_values: Sequence[Mapping[str, str]] = ()
+        self.is_paused = False
+        self._told = report or _log
+        self._stderr = StderrThread(
+            process.stderr_fd, self.report, name=f"pyvmm VM {process.pid} stderr",
+        )
+        self.console = VmConsole(
+            send=self._type, refuse_own_threads=self.state.refuse_own_thread, run_hook=self._run_hook,
+            raise_if_failed=self.state.raise_if_failed,
+        )
+        self._client = Client(process.socket, on_event=self._on_event, on_end=self._on_hang_up)
+
+    # Start and end
+
+    @classmethod
+    def start(
+        cls,
+        config: MachineConfig,
+        *,
+        console_log: str | PathLike[str] | None,
+        control: str | PathLike[str] | None,
+        report: Callable[[str], None] | None,
+    ) -> Session:
+        """Start the process and return the session once its machine runs; see ``launch``."""
+        if not isinstance(config, MachineConfig):
+            raise TypeError(f"launch takes a MachineConfig, not {type(config).__name__}")
+        if report is not None and not callable(report):
+            raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
+        arguments = arguments_of(config, console_log=console_log, control=control)
+        with contextlib.closing(arguments):
+            process = VmProcess.start(arguments)
+        try:
+            session = cls(process, report)
+        except BaseException:
+            process.close()
+            raise
+        try:
+            session._begin()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _begin(self) -> None:
+        try:
+            self._client.wait_hello(START_TIMEOUT_S)
+        except ControlError as error:
+            if error.kind != "closed":
+                raise HostError(f"launch: {error}") from error
+            self.wait(None)
+            raise HostError(f"launch: {self.state.ending.detail if self.state.ending else error}") from None
+        self._stderr.release()
+        answer = self.call(
+            "subscribe", {"events": ["console", "state", "ended"], "console_from": 0}
+        )
+        self.is_paused = bool(answer.get("paused"))
+
+    @property
+    def pid(self) -> int:
+        """The process of the machine."""
+        return self._process.pid
+
+    def wait(self, timeout_s: float | None) -> Outcome | None:
+        """See ``Vm.wait``."""
+        self._check_open("wait()")
+        self.state.refuse_own_thread("wait()")
+        return self.state.wait(timeout_s)
+
+    def finish(self) -> None:
+        """See ``Vm.finish``."""
+        if self.state.ending is None and not self.is_closed:
+            self._client.begin("stop")
+
+    def stop(self) -> Outcome:
+        """See ``Vm.stop``."""
+        self.state.refuse_own_thread("stop()")
+        if self.state.outcome is None:
+            self._check_open("stop()")
+            self.finish()
+            if self.wait(STOP_TIMEOUT_S) is None:
+                self._process.hang_up()
+                self.wait(None)
+        assert self.state.outcome is not None
+        return self.state.outcome
+
+    def close(self) -> None:
+        """See ``Vm.close``."""
+        if os.getpid() != self._owner_pid:
+            raise RuntimeError(f"close(): the VM belongs to process {self._owner_pid}")
+        self.state.refuse_own_thread("close()")
+        with self._closing:
+            if self.is_closed:
+                return
+            with self._parts_lock:
+                parts = list(self._parts)
+            for part in parts:
+                part.close()
+            if self.state.outcome is None:
+                self.stop()
+            # With an outcome told, only the process's last words are still to come.
+            self._process.end(TOLD_TIMEOUT_S)
+            self._client.close()
+            self._stderr.join()
+            self._process.close()
+            self.is_closed = True
+            self.console.close()
+
+    def forget(self) -> None:
+        """Close a VM that nobody holds any more; a ResourceWarning says that nobody did."""
+        if self.is_closed or os.getpid() != self._owner_pid:
+            return
+        self.close()
+        warnings.warn("the VM was never closed", ResourceWarning, stacklevel=2)
+
+    # Calls
+
+    def send(
+        self, method: str, params: Mapping[str, object] | None = None, fds: Sequence[int] = ()
+    ) -> Pending:
+        """Send a request without waiting for its answer: see ``wait_for`` and ``result_of``."""
+        self._check_open(method)
+        self.state.raise_if_over(method)
+        pending = self._client.begin(method, params, fds)
+        pending.add_done_callback(lambda _: self.state.notify())
+        return pending
+
+    def call(
+        self, method: str, params: Mapping[str, object] | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> dict[str, Any]:
+        """Send a request and return the result of its answer; PyvmmError, RuntimeError."""
+        self.state.refuse_own_thread(method)
+        pending = self.send(method, params)
+        self.state.wait_for(pending.done, timeout_s, method)
+        return self.result_of(pending, method)
+
+    def result_of(self, pending: Pending, what: str) -> dict[str, Any]:
+        """Return the result of an answered request; raise its error."""
+        self.state.raise_if_failed()
+        try:
+            return pending.result(0)
+        except ControlError as error:
+            if error.kind in ("closed", "state") and (
+                error.kind == "closed" or self.state.ending is not None
+            ):
+                self.state.wait_for_notice()
+                self.state.raise_if_over(what)
+            text = escape(str(error))
+            if error.kind == "state":
+                raise RuntimeError(text) from None
+            if error.kind == "agent":
+                raise AgentError(text) from None
+            raise
+
+    def raise_lost(self, what: str, reason: str) -> None:
+        """Raise for a job whose agent was lost: the run's end if that is why, else AgentError."""
+        self.state.wait_for_notice()
+        self.state.raise_if_over(what)
+        raise AgentError(f"{what}: {escape(reason) or 'the agent in the guest was lost'}")
+
+    def adopt(self, part: Closable) -> None:
+        """Have ``part`` closed with the VM."""
+        with self._parts_lock:
+            self._parts.add(part)
+
+    def disown(self, part: Closable) -> None:
+        """Forget ``part``, which was closed."""
+        with self._parts_lock:
+            self._parts.discard(part)
+
+    def _check_open(self, call: str) -> None:
+        if os.getpid() != self._owner_pid:
+            raise RuntimeError(f"{call}: the VM belongs to process {self._owner_pid}")
+        if self.is_closed:
+            raise RuntimeError(f"{call}: the VM was closed")
+
+    # Methods with a result of their own
+
+    def pause(self, timeout_s: float) -> bool:
+        """See ``Vm.pause``."""
+        try:
+            self.call("pause", {"timeout_s": timeout_s}, timeout_s + _GRACE_S)
+        except ControlError as error:
+            if error.kind == "timeout":
+                return False
+            raise
+        return True
+
+    def registers(self, vcpu: int) -> Registers:
+        """See ``Vm.registers``."""
+        if self.state.outcome is None:
+            values = self.call("registers", {"vcpu": vcpu})["values"]
+        elif 0 <= vcpu < len(self._end_values):
+            values = self._end_values[vcpu]
+        else:
+            raise PyvmmError(f"registers: vCPU {vcpu} has told none at the end of the run")
+        return Registers(**{name: int(values[name], 16) for name in Registers._fields})
+
+    def wait_for_agent(self, timeout_s: float) -> None:
+        """See ``Vm.wait_for_agent``."""
+        try:
+            self.call("agent.wait", {"timeout_s": timeout_s}, timeout_s + _GRACE_S)
+        except ControlError as error:
+            raise AgentError(escape(str(error))) from None
+
+    def _type(self, data: bytes) -> None:
+        for start in range(0, len(data), _TYPED_BYTES):
+            text = base64.b64encode(data[start : start + _TYPED_BYTES]).decode()
+            if threading.get_ident() == self.state.event_thread:  # cannot wait for an answer
+                self.send("console.write", {"data": text})
+            else:
+                self.call("console.write", {"data": text})
+
+    def report(self, line: str) -> None:
+        """Tell the user a line about what is odd."""
+        self._run_hook("report", self._told, line)
+
+    # Judging
+
+    def fail(self, error: PyvmmError) -> None:
+        """See ``Vm.fail``."""
+        self.state.fail(error)
+        self.console.end()
+        self.finish()
+
+    # The client's thread
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        self.state.event_thread = threading.get_ident()
+        match event["event"]:
+            case "console":
+                self.console.feed(base64.b64decode(event["data"]))
+            case "console.lost":
+                self.console.lost_bytes += event["bytes"]
+            case "state":
+                self.is_paused = bool(event["paused"])
+                self.state.notify()
+            case "ended":
+                self.evidence = event["evidence"]
+                self.end_registers = tuple(event["registers"])
+                self._end_values = event.get("register_values", ())
+                told = event["outcome"]
+                self._over(Outcome(Kind[told["kind"]], told["value"], told["detail"]))
+
+    def _on_hang_up(self) -> None:
+        """Take the end of the connection, which is that of the process, or soon will be."""
+        self.state.event_thread = threading.get_ident()
+        if self.state.ending is None:
+            status = self._process.end(END_TIMEOUT_S)
+            self._stderr.join()
+            self._over(Outcome(Kind.HOST_ERROR, detail=_died(status, self._stderr.text)))
+
+    def _over(self, outcome: Outcome) -> None:
+        """Tell everybody that the run is over, the callbacks first; only the first time."""
+        self.state.end(outcome, self._run_hook)
+        self.console.end()
+
+    def _run_hook(self, name: str, hook: Callable[..., object], value: object) -> None:
+        """Call a user's function; an error in it fails the run."""
+        try:
+            hook(value)
+        except Exception as error:  # whatever a user's function raises
+            problem = PyvmmError(f"{name}: {hook!r} raised {type(error).__name__}: {error}")
+            problem.__cause__ = error
+            self.fail(problem)
+
+
+def _died(status: int, last_words: str) -> str:
+    """Return how a process ended that told no outcome."""
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    return f"the process of the VM ended {how}{f': {last_words}' if last_words else ''}"
+
+
+def _log(line: str) -> None:
+    import logging
+
+    logging.getLogger("pyvmm").warning("%s", escape(line))
