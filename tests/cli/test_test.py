@@ -244,6 +244,14 @@ def test_the_labs_mark_is_known_without_the_lab() -> None:
     assert usable_kvm.INSIDE == lab.INSIDE
 
 
+def test_a_kernel_tree_is_a_kernel(tmp_path: Path) -> None:
+    kernel = tmp_path / "linux/arch/x86/boot/bzImage"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"x")
+    args = parse_options(command.COMMAND, ["--kernel", str(tmp_path / "linux"), "--", "true"])
+    assert command.boot_test_from(args).machine.kernel == str(kernel)
+
+
 def test_options_become_a_test() -> None:
     Path("in").write_text("x")
     args = parse_options(command.COMMAND, [
