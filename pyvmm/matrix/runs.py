@@ -1,0 +1,59 @@
+"""One run of a matrix: a guest to boot, and a command to run in it."""
+
+from __future__ import annotations
+
+from pyvmm.config import DiskConfig
+from pyvmm.startup.types import Record
+
+AXES = ("kernel", "disk", "memory", "cpus", "command")
+"""The names of a run's places, in the order in which they make its name."""
+
+
+class Guest(Record):
+    """The machine of a run.
+
+    Paths are absolute.  ``memory`` is a text as
+    ``512M``.  ``agent`` is ``inject`` or ``image``.
+    """
+
+    kernel: str
+    initrd: str = ""
+    append: str = ""
+    disks: tuple[DiskConfig, ...] = ()
+    memory: str = "256M"
+    cpus: int = 1
+    agent: str = "inject"
+
+
+class Order(Record):
+    """The command of a run, and the limits of the run.
+
+    ``expect`` and ``fail_on`` are regular expressions for lines of the console.
+    ``allow`` are for lines that never fail a run.  ``puts`` are pairs of a path here and one in the
+    guest, ``gets`` pairs of a path in the guest and one below the run's ``files`` directory.
+    """
+
+    argv: tuple[str, ...]
+    expect: tuple[str, ...] = ()
+    fail_on: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    puts: tuple[tuple[str, str], ...] = ()
+    gets: tuple[tuple[str, str], ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    cwd: str = ""
+    timeout_s: float = 60.0
+    boot_timeout_s: float = 60.0
+
+
+class Run(Record):
+    """One run.  ``places`` are the names of its entries, in the order of AXES; an axis that the
+    file does not have is ""."""
+
+    name: str
+    places: tuple[str, ...]
+    guest: Guest
+    order: Order
+
+    def place(self, axis: str) -> str:
+        """Return the name of the run's entry on ``axis``."""
+        return self.places[AXES.index(axis)]
