@@ -201,11 +201,14 @@ def texts(line: bytes) -> list[bytes]:
     first, and then the whole line.
 
     A stamp is ``[   12.345678] ``, wherever it begins: user space may have left a line unfinished.
+    With CONFIG_PRINTK_CALLER it is ``[   12.345678][    T1] ``, or ``C0`` for a CPU.
     """
     found = []
     end = len(line)
     while (end := line.rfind(b"] ", 0, end)) >= 0:
-        _, bracket, stamp = line[:end].rpartition(b"[")
+        before, bracket, stamp = line[:end].rpartition(b"[")
+        if before[-1:] == b"]" and stamp.lstrip(b" ")[:1] in (b"T", b"C"):
+            _, bracket, stamp = before[:-1].rpartition(b"[")
         seconds, point, fraction = stamp.lstrip(b" ").partition(b".")
         if bracket and seconds.isdigit() and point and fraction.isdigit():
             found.append(line[end + 2 :])

@@ -114,6 +114,15 @@ def test_messages_are_what_follows_each_time_stamp(line: bytes) -> None:
     assert texts(line) == [*reversed([line[stamp.end(1) :] for stamp in stamps]), line]
 
 
+def test_a_stamp_may_name_the_caller() -> None:
+    """CONFIG_PRINTK_CALLER, kernel/printk/printk.c: print_caller()."""
+    message = b"Kernel panic - not syncing: x"
+    for caller in (b"[    T1]", b"[    C0]", b"[T12345]"):
+        line = b"[    1.234567]" + caller + b" " + message
+        assert texts(line) == [message, line]
+    assert texts(b"[    X1] x] y") == [b"[    X1] x] y"]
+
+
 def send(heard: Heard, *sent: tuple[str, bytes]) -> bytes:
     """Send pieces through one tap, each from the vCPU named; what came out, which was fed."""
     out = bytearray()

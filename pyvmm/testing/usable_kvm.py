@@ -1,0 +1,112 @@
+"""Tells if this host's KVM runs a stock Linux kernel, and how to run elsewhere if not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.lab import INSIDE
+from pyvmm.startup.types import TYPE_CHECKING
+from pyvmm.x86 import layout
+from pyvmm.x86.image import ImageFile
+from pyvmm.x86.loader import parse_kernel
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+DOCTOR_TIMEOUT_S = 120.0
+_FAILED = "FAIL  "
+_REMEDY = "remedy: "
+
+
+@cache
+def kvm_problem() -> str:
+    """Return "" if a stock Linux kernel runs on this host's KVM, else one line that says why not.
+
+    It asks ``pyvmm doctor`` in a process of its own (0.1 s), because the trial needs a main thread
+    and its signals.  The answer is remembered.
+    """
+    command = [sys.executable, "-m", "pyvmm", "doctor"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            timeout=DOCTOR_TIMEOUT_S, env=_environment(),
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"this host's KVM: pyvmm doctor cannot look at it: {error}"
+    if not done.returncode:
+        return ""
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    failed = next((line for line in lines if line.startswith(_FAILED)), "")
+    after = lines[lines.index(failed) + 1] if failed and failed != lines[-1] else ""
+    why = failed.removeprefix(_FAILED) or done.stderr.strip() or "pyvmm doctor does not say why"
+    remedy = f" ({after.removeprefix(_REMEDY)})" if after.startswith(_REMEDY) else ""
+    return f"this host's KVM cannot run a stock Linux kernel: {why}{remedy}"
+
+
+def problem_for(kernel: str | PathLike[str]) -> str:
+    """Return ``kvm_problem``, or "" if ``kernel`` is known to be no Linux: any KVM may do then.
+
+    A kernel that cannot be read has no problem here: who boots it complains.
+    """
+    if not kvm_problem():
+        return ""
+    try:
+        with ImageFile(kernel) as image:
+            found = parse_kernel(image, layout.MAX_MEMORY)
+    except (OSError, PyvmmError):
+        return ""
+    return kvm_problem() if found.is_linux else ""
+
+
+def lab_command(command: Sequence[str], *, cpus: int = 1, memory: str = "2G") -> list[str]:
+    """Return ``command`` behind ``pyvmm lab``; it is run by this Python, from this package."""
+    return [
+        sys.executable, "-m", "pyvmm", "lab", "--cpus", str(cpus), "--memory", memory, "--",
+        *command,
+    ]
+
+
+def rerun_in_lab(command: Sequence[str], *, cpus: int = 1, memory: str = "2G") -> int:
+    """Run ``command`` in the lab, with our standard descriptors; return its exit status.
+
+    ConfigError inside the lab: a KVM that does not work there works nowhere.
+    """
+    if os.environ.get(INSIDE):
+        raise ConfigError("the lab", f"is here already ({INSIDE} is set), and {kvm_problem()}")
+    with _interrupts_left_to_the_lab():
+        done = subprocess.run(
+            lab_command(command, cpus=cpus, memory=memory), check=False, env=_environment(),
+            stdin=None, stdout=None, stderr=None,
+        )
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode
+
+
+@contextlib.contextmanager
+def _interrupts_left_to_the_lab() -> Iterator[None]:
+    """Ignore Ctrl-C, which reaches the lab too: its command ends, and then we do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A handler, because a signal that is ignored would be ignored in the lab's process as well.
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment in which ``python -m pyvmm`` is this package."""
+    import pyvmm
+
+    place = os.path.dirname(os.path.dirname(os.path.abspath(pyvmm.__file__)))
+    known = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{place}{os.pathsep}{known}" if known else place}
