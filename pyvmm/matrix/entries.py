@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Callable
 
@@ -13,15 +12,17 @@ from pyvmm.matrix.runs import Order
 from pyvmm.matrix.toml_table import Table, kind_of, quoted
 from pyvmm.startup.types import Record
 from pyvmm.storage.open import DiskSource
+from pyvmm.testing.fail_on import FailOn, check_pattern
 
 MAX_S = 7 * 86400.0
 """The longest time limit of a run: a week."""
 MAX_ARGUMENTS = 1000
 _KERNEL_KEYS = ("file", "initrd", "append")
 _DISK_KEYS = ("disks", "append")
-_COMMAND_KEYS = ("run", "expect", "fail-on", "allow", "put", "get", "env", "cwd", "timeout",
-                 "boot-timeout")
-_ABOVE = ("memory", "cpus", "agent", "timeout", "boot-timeout", "fail-on", "allow", "append")
+_COMMAND_KEYS = ("run", "expect", "fail-on", "without", "allow", "put", "get", "env", "cwd",
+                 "timeout", "boot-timeout")
+_ABOVE = ("memory", "cpus", "agent", "timeout", "boot-timeout", "fail-on", "without", "allow",
+          "append")
 
 
 class Files(Record):
@@ -107,9 +108,8 @@ def read_command(table: Table, name: str, files: Files, defaults: Order) -> Orde
         entry.fail("", "has no run: write run = [\"uname\", \"-r\"]")
     return defaults.replace(
         argv=_argv(entry, "run"),
-        expect=read_patterns(entry, "expect"),
-        fail_on=(*defaults.fail_on, *read_patterns(entry, "fail-on")),
-        allow=(*defaults.allow, *read_patterns(entry, "allow")),
+        expect=_patterns(entry, "expect"),
+        fail_on=read_fail_on(entry, defaults.fail_on),
         puts=tuple(_put(entry, text, files) for text in entry.texts("put")),
         gets=tuple(_get(entry, text) for text in entry.texts("get")),
         env=_env(entry.table("env")),
@@ -119,14 +119,21 @@ def read_command(table: Table, name: str, files: Files, defaults: Order) -> Orde
     )
 
 
-def read_patterns(table: Table, key: str) -> tuple[str, ...]:
+def read_fail_on(table: Table, start: FailOn) -> FailOn:
+    """Return ``start`` changed by ``fail-on``, ``without`` and ``allow`` of ``table``."""
+    place = f"{table.file}: {table.place}." if table.place else f"{table.file}: "
+    return FailOn.parse(
+        start=start, add=table.texts("fail-on"), without=table.texts("without"),
+        allow=table.texts("allow"),
+        names=(f"{place}fail-on", f"{place}without", f"{place}allow"),
+    )
+
+
+def _patterns(table: Table, key: str) -> tuple[str, ...]:
     """Return the regular expressions at ``key``."""
     found = table.texts(key)
     for pattern in found:
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            table.fail(key, f"{quoted(pattern)} is no regular expression: {error}")
+        check_pattern(f"{table.file}: {table.place}.{key}", pattern)
     return found
 
 

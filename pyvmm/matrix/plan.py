@@ -19,14 +19,15 @@ from pyvmm.matrix.entries import (
     read_append,
     read_command,
     read_disk,
+    read_fail_on,
     read_kernel,
-    read_patterns,
 )
 from pyvmm.matrix.runs import AXES, Order
 from pyvmm.matrix.toml_table import Table, check_name, quoted
 from pyvmm.numerals import size_in_bytes
 from pyvmm.startup.mistakes import did_you_mean
 from pyvmm.startup.types import Record
+from pyvmm.testing.fail_on import FAIL_ON
 from pyvmm.x86 import layout
 
 MAX_FILE_BYTES = 1 << 20
@@ -34,7 +35,7 @@ AGENTS = ("inject", "image")
 DEFAULT_MEMORY = "512M"
 _Value = TypeVar("_Value", str, int)
 _TOP = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "timeout",
-        "boot-timeout", "fail-on", "allow", "include", "exclude")
+        "boot-timeout", "fail-on", "without", "allow", "include", "exclude")
 
 
 class Plan(Record):
@@ -79,8 +80,7 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
     files = Files(folder=os.path.dirname(os.path.abspath(path)), parse_disk=parse_disk)
     defaults = Order(
         argv=(),
-        fail_on=read_patterns(top, "fail-on"),
-        allow=read_patterns(top, "allow"),
+        fail_on=read_fail_on(top, FAIL_ON),
         timeout_s=top.seconds("timeout", 60.0, MAX_S),
         boot_timeout_s=top.seconds("boot-timeout", 60.0, MAX_S),
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyvmm.startup.types import Record
+from pyvmm.testing.timeline import Phase
 
 OK, NOT_RUN, INTERRUPTED, NOT_STARTED = "ok", "not run", "interrupted", "could not run"
 """Verdicts that the matrix itself gives, besides those of ``pyvmm.testing``."""
@@ -15,14 +16,6 @@ BADNESS = (INTERRUPTED_STATUS, HOST_STATUS, 123, 122, 121, 120, 124)
 0: a command that fails has at least been run."""
 MAX_LINE, MAX_LINES = 400, 40
 """The most characters of a line, and the most lines, that a result quotes of a console."""
-
-
-class Phase(Record):
-    """A part of a run, in seconds since the run began."""
-
-    name: str
-    begin_s: float
-    end_s: float
 
 
 class RunResult(Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvmm.config import DiskConfig
 from pyvmm.startup.types import Record
+from pyvmm.testing.fail_on import FAIL_ON, FailOn
 
 AXES = ("kernel", "disk", "memory", "cpus", "command")
 """The names of a run's places, in the order in which they make its name."""
@@ -28,15 +29,14 @@ class Guest(Record):
 class Order(Record):
     """The command of a run, and the limits of the run.
 
-    ``expect`` and ``fail_on`` are regular expressions for lines of the console.
-    ``allow`` are for lines that never fail a run.  ``puts`` are pairs of a path here and one in the
-    guest, ``gets`` pairs of a path in the guest and one below the run's ``files`` directory.
+    ``expect`` are regular expressions for lines of the console.  ``puts`` are pairs of a path here
+    and one in the guest, ``gets`` pairs of a path in the guest and one below the run's ``files``
+    directory.
     """
 
     argv: tuple[str, ...]
     expect: tuple[str, ...] = ()
-    fail_on: tuple[str, ...] = ()
-    allow: tuple[str, ...] = ()
+    fail_on: FailOn = FAIL_ON
     puts: tuple[tuple[str, str], ...] = ()
     gets: tuple[tuple[str, str], ...] = ()
     env: tuple[tuple[str, str], ...] = ()

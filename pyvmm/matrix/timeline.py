@@ -5,10 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Sequence
 
-from pyvmm.matrix.results import Phase, RunResult
+from pyvmm.matrix.results import RunResult
+from pyvmm.testing.timeline import PHASES, Phase
 
-PHASES = ("start", "kernel", "user space", "agent", "command")
-"""The phases of a boot test, in order; each has a colour of its own."""
 WIDTH, HEIGHT = 1000, 16
 """The picture's own units; the page stretches it to the room that there is."""
 _NICE = (1, 2, 5)
