@@ -13,7 +13,7 @@ from pyvmm.errors import PyvmmError
 HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
-COMMANDS = ("run", "export", "doctor", "kernel", "lab")
+COMMANDS = ("run", "export", "doctor", "kernel", "lab", "matrix")
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
 
@@ -24,6 +24,7 @@ commands:
   export   serve a disk to another VMM:  pyvmm export --disk build/root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
   kernel   say whether a kernel file can boot here, or fetch Debian's:  pyvmm kernel inspect FILE
+  matrix   many boot tests from one file, several at a time:  pyvmm matrix boot.toml
   lab      run a command on an emulated host whose KVM is complete:  pyvmm lab -- CMD...
 
   pyvmm COMMAND --help    the options of a command
@@ -80,6 +81,11 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
                 with signals:
                     return lab_main(rest)
+            case "matrix":
+                from pyvmm.cli.matrix import matrix_main
+
+                with signals:
+                    return matrix_main(rest)
             case "--version" | "-V":
                 from pyvmm.report import show
 
