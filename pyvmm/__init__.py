@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pyvmm.api.machine import Machine
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
     from pyvmm.errors import ConfigError, HostError, PyvmmError
+    from pyvmm.launcher.command import Command
+    from pyvmm.launcher.completed import Completed
+    from pyvmm.launcher.errors import AgentError, CommandError, EndedError, OutputLimitError
+    from pyvmm.launcher.vm import Vm, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
     from pyvmm.testing.fail_on import FAIL_ON, FailOn
@@ -55,13 +59,18 @@ __version__ = "0.1.0"
 __all__ = [
     "FAIL_ON",
     "REFUSE",
+    "AgentError",
     "AgentLost",
     "BlockBackend",
     "BootError",
     "BootFailed",
     "BootTimeout",
+    "Command",
+    "CommandError",
+    "Completed",
     "ConfigError",
     "DiskWrapper",
+    "EndedError",
     "ExpectError",
     "FailOn",
     "FailedOn",
@@ -79,6 +88,7 @@ __all__ = [
     "MemoryDisk",
     "NbdDisk",
     "Outcome",
+    "OutputLimitError",
     "Overlay",
     "PyvmmError",
     "RateLimit",
@@ -88,19 +98,26 @@ __all__ = [
     "RunTimeout",
     "TripleFault",
     "VhostUserDisk",
+    "Vm",
     "__version__",
     "bare",
     "disk",
+    "launch",
 ]
 
 _PLACES = {
+    "AgentError": "pyvmm.launcher.errors",
     "AgentLost": "pyvmm.testing.verdicts",
     "BlockBackend": "pyvmm.storage.backend",
     "BootError": "pyvmm.testing.verdicts",
     "BootFailed": "pyvmm.testing.verdicts",
     "BootTimeout": "pyvmm.testing.verdicts",
+    "Command": "pyvmm.launcher.command",
+    "CommandError": "pyvmm.launcher.errors",
+    "Completed": "pyvmm.launcher.completed",
     "ConfigError": "pyvmm.errors",
     "DiskWrapper": "pyvmm.api.disks",
+    "EndedError": "pyvmm.launcher.errors",
     "ExpectError": "pyvmm.api.console",
     "FAIL_ON": "pyvmm.testing.fail_on",
     "FailOn": "pyvmm.testing.fail_on",
@@ -119,6 +136,7 @@ _PLACES = {
     "MemoryDisk": "pyvmm.api.disks",
     "NbdDisk": "pyvmm.api.disks",
     "Outcome": "pyvmm.run.outcome",
+    "OutputLimitError": "pyvmm.launcher.errors",
     "Overlay": "pyvmm.api.disks",
     "PyvmmError": "pyvmm.errors",
     "REFUSE": "pyvmm.api.hook_calls",
@@ -129,8 +147,10 @@ _PLACES = {
     "RunTimeout": "pyvmm.testing.verdicts",
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
+    "Vm": "pyvmm.launcher.vm",
     "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
+    "launch": "pyvmm.launcher.vm",
 }
 
 

@@ -28,6 +28,7 @@ MMIO_MODES = ("mapped", "trapped")
 RTC_KINDS = ("utc", "none")
 DISCOVERY_WAYS = ("both", "acpi", "cmdline")
 SERVE_PLACES = ("thread", "exit")
+AGENT_WAYS = ("none", "image", "inject")
 VHOST_USER = "vhost-user="  # the start of such a disk's location
 MAX_DISKS = 8
 DEFAULT_CONSOLE = "console=ttyS0"
@@ -151,6 +152,9 @@ class RunConfig(Record):
     None means no limit.  ``console`` is ``stdio``, ``none`` or a file.  ``mmio`` and ``serve`` are
     among MMIO_MODES and SERVE_PLACES (``pyvmm.board.slot`` explains them).  ``discovery``, among
     DISCOVERY_WAYS, tells the guest of its virtio devices: ``cmdline`` means no ACPI.
+
+    ``agent`` is among AGENT_WAYS: ``image`` gives the machine a port for an agent that the guest's
+    image has, ``inject`` brings the agent in with an initramfs.
     """
 
     kernel: str | PathLike[str]
@@ -168,6 +172,7 @@ class RunConfig(Record):
     rtc: str = "utc"
     timing: bool = False
     discovery: str = "both"
+    agent: str = "none"
 
     def __post_init__(self) -> None:
         for option, path in (
@@ -189,6 +194,7 @@ class RunConfig(Record):
         for option, value, choices in (
             ("--mmio", self.mmio, MMIO_MODES), ("--serve", self.serve, SERVE_PLACES),
             ("--rtc", self.rtc, RTC_KINDS), ("--discovery", self.discovery, DISCOVERY_WAYS),
+            ("--agent", self.agent, AGENT_WAYS),
         ):
             if value not in choices:
                 raise ConfigError(f"{option} {value}", f"is none of {', '.join(choices)}")

@@ -2,8 +2,9 @@
 
 ``ConfigError`` is the user's, ``HostError`` the host's, ``GuestError`` the guest driver's,
 ``VhostUserError`` the process's at the other end of a socket, ``DriverError`` the device's or
-the program's that drives it.  The CLI turns the first two into one line and exit status 125; a
-``GuestError`` never leaves the device model: it becomes a request status or DEVICE_NEEDS_RESET.
+the program's that drives it, ``AgentError`` the guest's agent's or of whoever asks it.  The CLI
+turns the first two into one line and exit status 125; a ``GuestError`` never leaves the device
+model: it becomes a request status or DEVICE_NEEDS_RESET.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class RequestRefusedError(VhostUserError):
 
 class PeerClosedError(VhostUserError):
     """The peer hung up; what it was asked and has not answered is lost."""
+
+
+class AgentError(PyvmmError):
+    """The agent in the guest is not there, was lost, or cannot do what it was asked to."""
 
 
 class DriverError(PyvmmError):

@@ -37,12 +37,16 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import Exits, VcpuLoop
 from pyvmm.run.verdict import Evidence, Verdict
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
 from pyvmm.x86.image import Kernel
 from pyvmm.x86.loader import load_initrd, load_kernel
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.port.device import PortDevice
 
 
 def build(
@@ -78,6 +82,7 @@ def build(
         )
         consoles = Consoles(config, board, console, output, runner.input_room)
         board.plug(EntropyDevice(), "entropy", at_exit=True)
+        agent_port = _plug_agent_port(board, config)
         for name, device in devices.items():
             board.plug(device, name)
         _add_ports(board, config, timer)
@@ -101,7 +106,7 @@ def build(
         return Machine(
             config=config, kernel=kernel, board=board, vm=vm, runner=runner, loops=loops,
             timer=timer, watch=watch, verdict=verdict, console=console, output=output,
-            consoles=consoles, made=made, resources=stack.pop_all(),
+            consoles=consoles, made=made, agent_port=agent_port, resources=stack.pop_all(),
         )
 
 
@@ -111,6 +116,17 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         from pyvmm.board.own_devices import own  # not on the boot path
 
         own(devices, stack)
+
+
+def _plug_agent_port(board: Board, config: RunConfig) -> PortDevice | None:
+    """Give ``board`` the port of the guest's agent, if there may be one; return its device."""
+    if config.agent == "none":
+        return None
+    from pyvmm.virtio.port.device import PortDevice  # not on the usual boot path
+
+    port = PortDevice()
+    board.plug(port, "agent")
+    return port
 
 
 def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:
@@ -230,6 +246,7 @@ class Machine:
         output: OutputBuffer,
         consoles: Consoles,
         made: contextlib.ExitStack,
+        agent_port: PortDevice | None,
         resources: contextlib.ExitStack,
     ) -> None:
         self.kernel = kernel
@@ -244,6 +261,7 @@ class Machine:
         self.console = console
         self.output = output
         self.consoles = consoles
+        self.agent_port = agent_port
         self._made = made
         self._resources = resources
         self._has_begun = threading.Lock()  # taken once, never released

@@ -15,6 +15,10 @@ ALLOWED = {
     ("cli/descriptors.py", "sys.stdout"), ("cli/descriptors.py", "sys.stderr"),
     # A script's own way out, for lines that are escaped before.
     ("api/machine.py", "logging.getLogger"), ("api/lifetime.py", "warnings.warn"),
+    ("launcher/session.py", "logging.getLogger"), ("launcher/session.py", "warnings.warn"),
+    # Parameters of the names that subprocess has for them: a command's output, not ours.
+    ("launcher/vm.py", "sys.stdout"), ("launcher/vm.py", "sys.stderr"),
+    ("launcher/command.py", "sys.stdout"), ("launcher/command.py", "sys.stderr"),
     # Given to a Reporter.
     ("cli/run.py", "sys.stderr"), ("cli/export.py", "sys.stderr"),
     # Flushed, not written.

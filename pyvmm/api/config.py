@@ -36,8 +36,9 @@ class MachineConfig(Record):
     ``BlockBackend`` protocol, or ``disk(...)`` of one of these with options.  ``memory`` is a text
     as ``256M``, or bytes.  ``cpu`` is a model as the command line's ``--cpu`` has it.  ``append``
     goes behind pyvmm's own kernel command line, ``cmdline`` takes its place.  ``timeout_s`` ends
-    the run; None is no limit.  ``mmio``, ``serve``, ``rtc`` and ``discovery`` are explained by
-    ``pyvmm run --help``.
+    the run; None is no limit.  ``agent`` is ``image`` if the image brings an agent, ``inject`` or
+    True to bring one into it, ``none`` or False for neither.  ``mmio``, ``serve``, ``rtc`` and
+    ``discovery`` are explained by ``pyvmm run --help``.
 
     ConfigError, when a machine is made of it, names the option of the command line.
     """
@@ -55,6 +56,7 @@ class MachineConfig(Record):
     serve: str = "thread"
     rtc: str = "utc"
     discovery: str = "both"
+    agent: str | bool = "none"
 
     def run_config(self) -> RunConfig:
         """Return the same as the command line's configuration; ConfigError, TypeError."""
@@ -85,6 +87,7 @@ class MachineConfig(Record):
             serve=self.serve,
             rtc=self.rtc,
             discovery=self.discovery,
+            agent=_agent_way(self.agent),
         )
 
 
@@ -115,6 +118,11 @@ def disk(
     )
 
 
+def disk_of(source: object) -> Disk | None:
+    """Return the disk of a script behind ``source``; None if it is no script's."""
+    return source.disk if isinstance(source, _Source) else None
+
+
 def as_disk_config(what: AnyDisk) -> AnyDiskConfig:
     """Return the configuration of a disk of ``MachineConfig.disks``; ConfigError."""
     if isinstance(what, (DiskConfig, VhostUserDiskConfig)):
@@ -129,7 +137,7 @@ class _Source:
     files: tuple[str, ...] = ()
 
     def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+        self.disk = disk
         self.location = disk.name
         self.read_only = disk.read_only
         self.is_shared = disk.is_shared
@@ -139,13 +147,21 @@ class _Source:
         made: contextlib.ExitStack,
     ) -> BlockBackend:
         """See ``config.Source.open``."""
-        return self._disk.open(report=report, until_s=until_s, made=made)
+        return self.disk.open(report=report, until_s=until_s, made=made)
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
     """Raise TypeError that calls it ``name`` unless ``value``, no bool, is one of ``kinds``."""
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
+
+
+def _agent_way(agent: str | bool) -> str:
+    """Return one of ``config.AGENT_WAYS``, or a word that is none."""
+    if isinstance(agent, bool):
+        return "inject" if agent else "none"
+    check_type("agent", agent, str, "True, False, 'image', 'inject' or 'none'")
+    return agent
 
 
 def _memory_bytes(memory: str | int) -> int:

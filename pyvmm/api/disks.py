@@ -49,29 +49,29 @@ class _File:
     """A file or an NBD server's disk."""
 
     def __init__(self, location: str, *, read_only: bool, any_format: bool) -> None:
-        self._source = DiskSource(location=location, read_only=read_only, is_raw=any_format)
+        self.source = DiskSource(location=location, read_only=read_only, is_raw=any_format)
 
     @property
     def name(self) -> str:
         """See ``Disk.name``."""
-        return self._source.location
+        return self.source.location
 
     @property
     def read_only(self) -> bool:
         """See ``Disk.read_only``."""
-        return self._source.read_only
+        return self.source.read_only
 
     @property
     def is_shared(self) -> bool:
         """See ``Disk.is_shared``."""
-        return self._source.is_shared
+        return self.source.is_shared
 
     def open(
         self, *, report: Callable[[str], None], until_s: float | None = None,
         made: contextlib.ExitStack | None = None,
     ) -> BlockBackend:
         """See ``Disk.open``."""
-        return open_backend(self._source, report=report, until_s=until_s, made=made)
+        return open_backend(self.source, report=report, until_s=until_s, made=made)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -148,13 +148,13 @@ class Overlay:
     def __init__(
         self, base: str | PathLike[str] | Disk, path: str | PathLike[str] | None = None
     ) -> None:
-        self._base = as_disk(base, read_only=True)
-        self._path = "" if path is None else _path("Overlay", path)
+        self.base = as_disk(base, read_only=True)
+        self.path = "" if path is None else _path("Overlay", path)
 
     @property
     def name(self) -> str:
         """See ``Disk.name``."""
-        return self._base.name
+        return self.base.name
 
     def open(
         self, *, report: Callable[[str], None], until_s: float | None = None,
@@ -163,17 +163,17 @@ class Overlay:
         """See ``Disk.open``."""
         made = contextlib.ExitStack() if made is None else made
         with contextlib.ExitStack() as stack:
-            base = self._base.open(report=report, until_s=until_s, made=made)
+            base = self.base.open(report=report, until_s=until_s, made=made)
             stack.callback(base.close)
             overlay = open_overlay(
-                base, location=self._base.name, path=self._path, stack=stack, report=report,
+                base, location=self.base.name, path=self.path, stack=stack, report=report,
                 made=made,
             )
             stack.pop_all()
             return overlay
 
     def __repr__(self) -> str:
-        return f"Overlay({self._base!r}{f', {self._path!r}' if self._path else ''})"
+        return f"Overlay({self.base!r}{f', {self.path!r}' if self.path else ''})"
 
 
 class FaultyDisk:
@@ -185,23 +185,24 @@ class FaultyDisk:
     def __init__(self, disk: str | PathLike[str] | Disk, script: str) -> None:
         from pyvmm.storage.fault_script import parse_script
 
-        self._disk = as_disk(disk)
+        self.disk = as_disk(disk)
+        self.script = script
         self._faults = parse_script(script, "FaultyDisk's script")
 
     @property
     def name(self) -> str:
         """See ``Disk.name``."""
-        return self._disk.name
+        return self.disk.name
 
     @property
     def read_only(self) -> bool:
         """See ``Disk.read_only``."""
-        return self._disk.read_only
+        return self.disk.read_only
 
     @property
     def is_shared(self) -> bool:
         """See ``Disk.is_shared``."""
-        return self._disk.is_shared
+        return self.disk.is_shared
 
     def open(
         self, *, report: Callable[[str], None], until_s: float | None = None,
@@ -212,11 +213,11 @@ class FaultyDisk:
 
         made = contextlib.ExitStack() if made is None else made
         return FaultyBackend(
-            self._disk.open(report=report, until_s=until_s, made=made), self._faults
+            self.disk.open(report=report, until_s=until_s, made=made), self._faults
         )
 
     def __repr__(self) -> str:
-        return f"FaultyDisk({self._disk!r})"
+        return f"FaultyDisk({self.disk!r})"
 
 
 class DiskWrapper:

@@ -24,6 +24,7 @@ from pyvmm.x86.cpu_model import parse_cpu_option
 if TYPE_CHECKING:
     from types import SimpleNamespace
 
+    from pyvmm.control.run_control import RunControl
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
 
@@ -48,7 +49,7 @@ examples:
 """
 
 
-_QUIET = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.POWER_OFF, Kind.QUIT)
+_QUIET = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.POWER_OFF, Kind.QUIT, Kind.STOPPED)
 
 COMMAND = Command(
     name="run",
@@ -92,6 +93,15 @@ COMMAND = Command(
         Option(name="--discovery", metavar="WAY", default="both",
                help="how the guest is told of its disks: acpi, cmdline (there is no ACPI then) "
                "or both (default; a kernel that reads both complains: docs/kernels.md)"),
+        Option(name="--agent",
+               help="bring pyvmm's agent into the guest, by an initramfs: whatever the image is, "
+               "it then takes orders (docs/devices.md)"),
+        Option(name="--control", metavar="SOCKET",
+               help="let pyvmm ctl and other programs of this user drive the machine at a Unix "
+               "socket (docs/control.md)"),
+        Option(name="--control-fd", metavar="N",
+               help="the same for the process at the other end of connected socket N, which is "
+               "inherited; its end stops the machine"),
         Option(name="--timing",
                help="say how long start-up, kernel, init and user space took (the guest's init "
                "marks them: docs/devices.md)"),
@@ -122,7 +132,13 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         rtc=args.rtc,
         discovery=args.discovery,
         timing=args.timing,
+        agent="inject" if args.agent else "image" if has_control(args) else "none",
     )
+
+
+def has_control(args: SimpleNamespace) -> bool:
+    """True if the options in ``args`` let other programs drive the machine."""
+    return args.control is not None or args.control_fd is not None
 
 
 def run_main(argv: list[str], bundle: Bundle) -> int:
@@ -132,10 +148,24 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     """
     started_s = _process_start_s()
     args = parse_options(COMMAND, argv)
-    config = config_from(args)
+    if not has_control(args):
+        return _run_main(args, started_s, bundle, None)
+    from pyvmm.control.run_control import RunControl
 
+    with RunControl(args.control, args.control_fd) as control:
+        try:
+            return _run_main(args, started_s, bundle, control)
+        except Exception as error:
+            control.failed(error)
+            raise
+
+
+def _run_main(
+    args: SimpleNamespace, started_s: float, bundle: Bundle, control: RunControl | None
+) -> int:
+    config = config_from(args)
     try:
-        return _run(args, config, started_s, bundle)
+        return _run(args, config, started_s, bundle, control)
     except (OSError, PyvmmError) as error:
         from pyvmm.cli.descriptors import needed_descriptors, refuse_shortage
 
@@ -144,7 +174,8 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
 
 
 def _run(
-    args: SimpleNamespace, config: RunConfig, started_s: float, bundle: Bundle
+    args: SimpleNamespace, config: RunConfig, started_s: float, bundle: Bundle,
+    control: RunControl | None,
 ) -> int:
     """Build and run the machine of ``config``; see ``run_main``."""
     from pyvmm.cli.session import run_at_terminal
@@ -157,12 +188,16 @@ def _run(
         _warn(config, machine, report)
         if args.verbose:
             report(f"{config.kernel}: {machine.kernel.describe()}")
+        if control is not None:
+            control.attach(machine, config, report)
         guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         bundle.__exit__()
         gc.freeze()  # the present objects stay: no collection need look at them
         gc.enable()  # cli.main disabled the collector, and says why
         outcome = run_at_terminal(machine)
         end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        if control is not None:
+            control.end(outcome)
         missing = bundle.left_out()
     gc.unfreeze()
     if not machine.console_line_ended:

@@ -26,7 +26,7 @@ class Phase(Record):
 class Timeline:
     """Notes when each phase begins; ``on_phase`` is called with its name."""
 
-    def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
+    def __init__(self, on_phase: Callable[[str], object] | None = None) -> None:
         self._on_phase = on_phase
         self._start_s = time.monotonic()
         self._begins: list[tuple[str, float]] = []

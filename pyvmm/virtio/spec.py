@@ -124,6 +124,19 @@ class ConsoleFeature(IntFlag):
     EMERG_WRITE = 1 << 2
 
 
+class PortEvent(IntEnum):
+    """5.3.6.2 "Multiport Device Operation": ``event`` of a control message."""
+
+    DEVICE_READY = 0
+    PORT_ADD = 1
+    PORT_REMOVE = 2
+    PORT_READY = 3
+    CONSOLE_PORT = 4
+    RESIZE = 5
+    PORT_OPEN = 6
+    PORT_NAME = 7
+
+
 class BlockFeature(IntFlag):
     """5.2.3 "Feature bits" of the block device."""
 

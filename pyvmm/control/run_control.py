@@ -1,0 +1,101 @@
+"""``--control`` and ``--control-fd`` of ``pyvmm run``: from the option to a server and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+
+from pyvmm.config import RunConfig
+from pyvmm.control.messages import encode
+from pyvmm.control.server import Server
+from pyvmm.control.target import MachineTarget
+from pyvmm.errors import ConfigError
+from pyvmm.machine import Machine
+from pyvmm.run.outcome import Outcome
+from pyvmm.vhost_user.listener import Listener
+
+
+class RunControl:
+    """The control of one run; a context manager.
+
+    The socket at ``path`` is there from now on, and its clients are served from ``attach`` on.
+    ``fd`` is the text of ``--control-fd``.  ConfigError if one of them cannot be used.
+    """
+
+    def __init__(self, path: str | None, fd: str | None) -> None:
+        self._owner = None if fd is None else owner_socket(fd)
+        self._listener = None
+        self._server: Server | None = None
+        if path is not None:
+            try:
+                self._listener = Listener(path)
+            except ConfigError as error:
+                raise ConfigError(f"--control {path}", error.problem) from error
+
+    def attach(self, machine: Machine, config: RunConfig, report: Callable[[str], None]) -> None:
+        """Serve ``machine``, which has not run yet."""
+        facts: dict[str, object] = {
+            "kernel": os.fspath(config.kernel),
+            "disks": [disk.location for disk in config.disks],
+            "memory_bytes": config.memory_bytes,
+        }
+        self._server = Server(
+            MachineTarget(machine, facts), listener=self._listener, owner=self._owner,
+            report=report,
+        )
+        self._server.start()
+
+    def end(self, outcome: Outcome) -> None:
+        """Tell all clients that the run has ended with ``outcome``; the machine is not closed."""
+        if self._server is not None:
+            self._server.end(outcome)
+
+    def failed(self, error: Exception) -> None:
+        """Tell the owner that there was no run, because of ``error``."""
+        if self._owner is None or self._server is not None:
+            return
+        is_config = isinstance(error, ConfigError)
+        event = {
+            "event": "failed", "kind": "ConfigError" if is_config else "HostError",
+            "message": str(error),
+        }
+        if isinstance(error, ConfigError):
+            event |= {"subject": error.subject, "problem": error.problem}
+        with contextlib.suppress(OSError):
+            self._owner.send(encode(event))
+
+    def __enter__(self) -> RunControl:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._server is not None:
+            self._server.close()
+        if self._listener is not None:
+            self._listener.close()
+        if self._owner is not None:
+            self._owner.close()
+
+
+def owner_socket(text: str) -> socket.socket:
+    """Return the socket that ``--control-fd`` names; ConfigError if it names none."""
+    option = f"--control-fd {text}"
+    if not (text.isascii() and text.isdigit() and len(text) < 8):
+        raise ConfigError(option, "is no number of a descriptor")
+    try:
+        found = socket.socket(fileno=int(text))
+    except OSError as error:
+        raise ConfigError(option, f"is no socket: {error.strerror}") from None
+    try:
+        if found.family != socket.AF_UNIX or found.type != socket.SOCK_STREAM:
+            raise ConfigError(option, "is no Unix stream socket")
+        try:
+            found.getpeername()
+        except OSError as error:
+            raise ConfigError(option, f"is not connected: {error.strerror}") from None
+    except ConfigError:
+        found.detach()  # whatever it is, it is not ours
+        raise
+    found.set_inheritable(False)
+    return found

@@ -1,0 +1,129 @@
+"""All that the methods of the control server act upon: the machine, its console, its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from pyvmm.control.connection import Call
+from pyvmm.control.console_log import ConsoleLog
+from pyvmm.control.target import Target
+from pyvmm.errors import PyvmmError
+from pyvmm.run.io_loop import IoLoop
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.startup.types import name_of
+
+FIRST_LOOK_S, LAST_LOOK_S = 0.001, 0.05
+"""Seconds between two looks whether the guest has paused: the pauses grow."""
+
+
+class Session:
+    """The state of one run, for all clients; every method is called in the thread of ``loop``.
+
+    ``tell`` sends an event to those who subscribed to its kind.
+    """
+
+    def __init__(
+        self, target: Target, loop: IoLoop, tell: Callable[[dict[str, object]], None]
+    ) -> None:
+        self.target = target
+        self.loop = loop
+        self.console = ConsoleLog()
+        self.ended: dict[str, object] | None = None
+        """The event that tells of the end; None before it."""
+        self._tell = tell
+        self._waiting: list[Call] = []
+        self._told: dict[str, object] = self.state()
+
+    # Pausing
+
+    def state(self) -> dict[str, object]:
+        """Return the event that tells of the present state."""
+        return {"event": "state", "paused": self.target.is_paused, **self.agent_state()}
+
+    def agent_state(self) -> dict[str, object]:
+        """Return the state of the agent, "none" if this machine has no port for one."""
+        return {"agent": "none", "problem": ""}
+
+    def look(self) -> None:
+        """Tell of a state that has changed."""
+        if (now := self.state()) != self._told:
+            self._told = now
+            self._tell(now)
+
+    def pause(self, call: Call, timeout_s: float | None) -> None:
+        """Pause the guest; answer once every vCPU is out of it."""
+        self.target.begin_pause()
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._await_pause(call, until_s, FIRST_LOOK_S)
+        self.look()
+
+    def _await_pause(self, call: Call, until_s: float | None, delay_s: float) -> None:
+        if call.is_over:
+            return
+        if self.ended is not None:
+            call.refuse("state", "pause: the run has ended")
+        elif not self.target.is_paused:
+            call.refuse("state", "pause: another client has resumed the guest meanwhile")
+        elif self.target.is_at_rest:
+            call.answer({"paused": True})
+        elif until_s is not None and time.monotonic() >= until_s:
+            call.refuse(
+                "timeout", "pause: a vCPU is still at a device, say at a full console; the pause "
+                "stays asked for"
+            )
+        else:
+            after_s = min(delay_s * 2, LAST_LOOK_S)
+            self.loop.call_in(delay_s, lambda: self._await_pause(call, until_s, after_s))
+
+    # The end
+
+    def wait(self, call: Call, timeout_s: float | None) -> None:
+        """Answer with the outcome once the run has ended; with null after ``timeout_s``."""
+        if self.ended is not None:
+            call.answer({"outcome": self.ended["outcome"]})
+            return
+        self._waiting.append(call)
+        call.when_over = lambda: self._waiting.remove(call)
+        if timeout_s is not None:
+            def give_up() -> None:
+                if not call.is_over:
+                    self._waiting.remove(call)
+                    call.answer({"outcome": None})
+
+            self.loop.call_in(timeout_s, give_up)
+
+    def end(self, ended: dict[str, object]) -> None:
+        """The run has ended: answer all who wait for it."""
+        self.ended = ended
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
+            call.answer({"outcome": ended["outcome"]})
+
+
+def outcome_message(outcome: Outcome) -> dict[str, object]:
+    """Return ``outcome`` as JSON values; ``kind`` is the name of a member of ``Kind``."""
+    return {
+        "kind": name_of(Kind, outcome.kind), "value": outcome.value, "detail": outcome.detail,
+        "exit_status": outcome.exit_status, "text": str(outcome),
+    }
+
+
+def ended_event(target: Target, outcome: Outcome) -> dict[str, object]:
+    """Return the event that tells of the end; the vCPUs are at rest."""
+    registers, texts = [], []
+    for vcpu in range(target.vcpu_count):
+        try:
+            found = target.registers(vcpu)
+        except (PyvmmError, RuntimeError, OSError):
+            continue  # a thread is stuck in KVM: its registers are not known
+        registers.append({name: hex(getattr(found, name)) for name in found._fields})
+        texts.append(f"vcpu{vcpu}: {found}")
+    return {
+        "event": "ended", "outcome": outcome_message(outcome), "evidence": target.evidence(),
+        "registers": texts, "register_values": registers,
+        "kernel": {
+            name.removeprefix("kernel_"): target.facts[name]
+            for name in ("kernel", "kernel_release", "kernel_version", "is_linux")
+        },
+    }

@@ -1,0 +1,1 @@
+"""The port by which an agent in the guest is spoken to."""
