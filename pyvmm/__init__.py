@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from pyvmm.api.hook_calls import REFUSE
     from pyvmm.api.machine import Machine
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
-    from pyvmm.errors import ConfigError, HostError, PyvmmError
+    from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError
     from pyvmm.launcher.command import Command
     from pyvmm.launcher.completed import Completed
-    from pyvmm.launcher.errors import AgentError, CommandError, EndedError, OutputLimitError
+    from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
     from pyvmm.launcher.vm import Vm, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
@@ -106,7 +106,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "AgentError": "pyvmm.launcher.errors",
+    "AgentError": "pyvmm.errors",
     "AgentLost": "pyvmm.testing.verdicts",
     "BlockBackend": "pyvmm.storage.backend",
     "BootError": "pyvmm.testing.verdicts",

@@ -19,7 +19,7 @@ from pyvmm.matrix.output import Output
 from pyvmm.matrix.plan import read_plan
 from pyvmm.matrix.progress import progress_for
 from pyvmm.matrix.reports import Report, last_lines, write_reports
-from pyvmm.matrix.results import HOST_STATUS, RunResult, worst_status
+from pyvmm.matrix.results import RunResult, worst_status
 from pyvmm.matrix.runs import Run
 from pyvmm.matrix.session import Session
 from pyvmm.numerals import shown, whole_number
@@ -27,6 +27,7 @@ from pyvmm.report import say, show
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
 from pyvmm.testing.annotations import annotation, defused, is_wanted
+from pyvmm.testing.verdicts import HOST_STATUS
 
 DEFAULT_OUT = "pyvmm-matrix"
 _DASK = "dask="

@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.control.client import Pending
+from pyvmm.errors import AgentError, HostError, PyvmmError
 from pyvmm.launcher.completed import Completed
-from pyvmm.launcher.connection import Call
-from pyvmm.launcher.errors import AgentError, OutputLimitError
+from pyvmm.launcher.errors import OutputLimitError
 from pyvmm.launcher.pump import Pump, make_pipe
 from pyvmm.launcher.session import Session
 from pyvmm.report import escape
@@ -53,7 +53,7 @@ class Command:
         self._waiting = threading.Lock()
         self._completed: Completed | None = None
         self._stdin_fd = -1
-        self._call: Call
+        self._call: Pending
         self.stdout: io.FileIO
         """The command's standard output, as a binary file."""
         self.stderr: io.FileIO
@@ -142,13 +142,13 @@ class Command:
 
     def kill(self, signal: int = 15) -> None:
         """Send a signal to the command's process group; nothing if it has ended."""
-        if self._call.answer is None:
-            self._session.send("agent.kill", {"request": self._call.request, "signal": int(signal)})
+        if not self._call.done():
+            self._session.send("agent.kill", {"request": self._call.id, "signal": int(signal)})
 
     @property
     def is_running(self) -> bool:
         """True until the command's end is known here."""
-        return self._call.answer is None and self._session.outcome is None
+        return not self._call.done() and self._session.outcome is None
 
     def wait(
         self,
@@ -183,7 +183,7 @@ class Command:
             pump.add_writer(self._stdin_fd, self._give(), self.close_input)
         limits = [each for each in (until_s, self._until_s) if each is not None]
         try:
-            is_done = pump.run(lambda: self._call.answer is not None, min(limits, default=None))
+            is_done = pump.run(self._call.done, min(limits, default=None))
         except BaseException:
             self._abandon()
             raise
@@ -216,7 +216,7 @@ class Command:
 
     def _abandon(self) -> None:
         """Kill the command, which nobody waits for any more, and close its streams."""
-        if self._call.answer is None:
+        if not self._call.done():
             with contextlib.suppress(PyvmmError, RuntimeError, OSError):
                 self.kill(SIGKILL)
         self.close_input()

@@ -10,10 +10,6 @@ if TYPE_CHECKING:
     from pyvmm.run.outcome import Outcome
 
 
-class AgentError(PyvmmError):
-    """The agent in the guest is missing, was lost, breaks its protocol or refuses a request."""
-
-
 class EndedError(PyvmmError):
     """The run ended while a call waited for the guest, or before the call.
 

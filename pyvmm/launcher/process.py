@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pyvmm.launcher.arguments import Arguments
 
 END_TIMEOUT_S = 10.0
 """Time for the process to end by itself once its socket is closed."""
+SEND_S = 30
 TERM_TIMEOUT_S = 2.0
 """Time for it to end after SIGTERM; then comes SIGKILL."""
 
@@ -58,8 +60,8 @@ class VmProcess:
                 )
             except OSError as error:
                 raise HostError(f"launch: the process of the VM: {error}") from error
-            os.set_blocking(stderr_fd, False)
-            own.setblocking(False)
+            # A process that was stopped takes nothing: whoever sends must not wait for ever.
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
             ours.pop_all()
             return cls(process, own, stderr_fd)
 

@@ -1,7 +1,7 @@
 """The process of a machine, the connection to it, and all that waits for either.
 
-One thread a machine reads: answers, events (the console's among them) and the process's stderr.
-Every other thread waits on one condition, or polls descriptors with a ``Waker`` among them.
+The client's thread gets answers and events, the console's among them.  Every other thread waits on
+one condition, or polls descriptors and is woken by a function of its own (``waking``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-import select
 import threading
 import time
 import warnings
@@ -17,19 +16,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.api.vcpus import Registers
-from pyvmm.errors import ConfigError, HostError, KvmError, PyvmmError
+from pyvmm.control.client import Client, ControlError, Pending
+from pyvmm.errors import AgentError, HostError, PyvmmError
 from pyvmm.launcher.arguments import arguments_of
-from pyvmm.launcher.connection import Call, Connection
 from pyvmm.launcher.console import VmConsole
-from pyvmm.launcher.errors import AgentError, EndedError
+from pyvmm.launcher.errors import EndedError
 from pyvmm.launcher.process import END_TIMEOUT_S, VmProcess
-from pyvmm.launcher.stderr import StderrLines
+from pyvmm.launcher.stderr import StderrThread
 from pyvmm.report import escape
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from os import PathLike
+    from typing import Any
 
 START_TIMEOUT_S = 300.0
 """Time for the process to build its machine."""
@@ -43,7 +43,8 @@ TOLD_TIMEOUT_S = 2.0
 """Time for the process to end by itself once it has told the outcome, and somebody closes."""
 _GRACE_S = 10.0
 """More than the limit that the other process was told to keep."""
-_KINDS: dict[str, type[PyvmmError]] = {"agent": AgentError}
+_TYPED_BYTES = 256 << 10
+"""Bytes for the console in one request."""
 
 
 class Closable(Protocol):
@@ -63,33 +64,28 @@ class Session:
         self._wakers: set[Callable[[], None]] = set()
         self._parts: set[Closable] = set()
         self._closing = threading.Lock()
-        self._is_closing = self.is_closed = False
-        self._has_begun = False
-        self._start_error: PyvmmError | None = None
+        self._event_thread = 0
+        """The thread that calls the callbacks."""
+        self.is_closed = False
         self._ending: Outcome | None = None
         """The outcome as soon as it is known; ``outcome`` is set after the callbacks."""
         self.outcome: Outcome | None = None
         self.evidence: Mapping[str, object] = {}
         self.end_registers: Sequence[str] = ()
+        self._end_values: Sequence[Mapping[str, str]] = ()
         self.failure: PyvmmError | None = None
         self.is_paused = False
-        self.agent_state = self.agent_problem = ""
         self._end_callbacks: list[Callable[[Outcome], object]] = []
         told = report or _log
-        self._stderr = StderrLines(
-            process.stderr_fd, lambda line: self._run_hook("report", told, line)
+        self._stderr = StderrThread(
+            process.stderr_fd, lambda line: self._run_hook("report", told, line),
+            name=f"pyvmm VM {process.pid} stderr",
         )
         self.console = VmConsole(
             send=self._type, refuse_own_threads=self.refuse_own_thread, run_hook=self._run_hook,
             raise_if_failed=self.raise_if_failed,
         )
-        self._connection = Connection(
-            process.socket, on_event=self._on_event, on_answer=lambda _call: self._notify()
-        )
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(
-            target=self._read, name=f"pyvmm VM {process.pid}", daemon=True
-        )
+        self._client = Client(process.socket, on_event=self._on_event, on_end=self._on_hang_up)
 
     # Start and end
 
@@ -109,7 +105,12 @@ class Session:
             raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
         arguments = arguments_of(config, console_log=console_log, control=control)
         with contextlib.closing(arguments):
-            session = cls(VmProcess.start(arguments), report)
+            process = VmProcess.start(arguments)
+        try:
+            session = cls(process, report)
+        except BaseException:
+            process.close()
+            raise
         try:
             session._begin()
         except BaseException:
@@ -118,21 +119,18 @@ class Session:
         return session
 
     def _begin(self) -> None:
-        self._thread.start()
-        until_s = time.monotonic() + START_TIMEOUT_S
-        with self._news:
-            while not (self._has_begun or self._start_error or self._ending):
-                left_s = until_s - time.monotonic()
-                if left_s <= 0:
-                    raise HostError(
-                        f"launch: the process of the VM has not started in {START_TIMEOUT_S:g} s"
-                    )
-                self._news.wait(left_s)
-        if self._start_error is not None:
-            raise self._start_error
-        if not self._has_begun:
-            raise HostError(f"launch: {self._ending.detail if self._ending else ''}")
-        self.call("subscribe", {"events": ["console", "state", "ended"], "console_from": 0})
+        try:
+            self._client.wait_hello(START_TIMEOUT_S)
+        except ControlError as error:
+            if error.kind != "closed":
+                raise HostError(f"launch: {error}") from error
+            self.wait(None)
+            raise HostError(f"launch: {self._ending.detail if self._ending else error}") from None
+        self._stderr.release()
+        answer = self.call(
+            "subscribe", {"events": ["console", "state", "ended"], "console_from": 0}
+        )
+        self.is_paused = bool(answer.get("paused"))
 
     @property
     def pid(self) -> int:
@@ -141,6 +139,7 @@ class Session:
 
     def wait(self, timeout_s: float | None) -> Outcome | None:
         """See ``Vm.wait``."""
+        self._check_open("wait()")
         self.refuse_own_thread("wait()")
         with self._news:
             self._news.wait_for(lambda: self.outcome is not None, timeout_s)
@@ -149,19 +148,19 @@ class Session:
     def finish(self) -> None:
         """See ``Vm.finish``."""
         if self._ending is None and not self.is_closed:
-            with contextlib.suppress(OSError, PyvmmError):
-                self._connection.send("stop")
+            self._client.begin("stop")
 
     def stop(self) -> Outcome:
         """See ``Vm.stop``."""
-        self._check_open("stop()")
-        self.finish()
-        outcome = self.wait(STOP_TIMEOUT_S)
-        if outcome is None:
-            self._process.hang_up()
-            outcome = self.wait(None)
-        assert outcome is not None  # the reader sees the end of the socket
-        return outcome
+        self.refuse_own_thread("stop()")
+        if self.outcome is None:
+            self._check_open("stop()")
+            self.finish()
+            if self.wait(STOP_TIMEOUT_S) is None:
+                self._process.hang_up()
+                self.wait(None)
+        assert self.outcome is not None
+        return self.outcome
 
     def close(self) -> None:
         """See ``Vm.close``."""
@@ -171,22 +170,20 @@ class Session:
         with self._closing:
             if self.is_closed:
                 return
-            self._is_closing = True
             with self._news:
                 parts = list(self._parts)
             for part in parts:
                 part.close()
-            if self._thread.ident is not None and self._ending is None:
-                self.finish()
-                self.wait(STOP_TIMEOUT_S)
-            os.eventfd_write(self._stop_fd, 1)
-            if self._thread.ident is not None:
-                self._thread.join()
+            if self.outcome is None:
+                self.stop()
+            # With an outcome told, only the process's last words are still to come.
+            self._process.end(TOLD_TIMEOUT_S)
+            self._client.close()
+            self._stderr.join()
             self._process.close()
             with self._news:
                 self.is_closed = True
             self.console.close()
-            os.close(self._stop_fd)
             self._notify()
 
     def forget(self) -> None:
@@ -199,35 +196,31 @@ class Session:
     # Calls
 
     def send(
-        self, method: str, params: dict[str, object] | None = None, fds: Sequence[int] = ()
-    ) -> Call:
-        """Send a request without waiting for its answer: see ``answered`` and ``result_of``."""
+        self, method: str, params: Mapping[str, object] | None = None, fds: Sequence[int] = ()
+    ) -> Pending:
+        """Send a request without waiting for its answer: see ``wait_for`` and ``result_of``."""
         self._check_open(method)
-        self.raise_if_failed()
-        try:
-            return self._connection.send(method, params, fds)
-        except OSError:
-            self._wait_for_end()
-            raise self._ended(method) from None
+        self.raise_if_over(method)
+        pending = self._client.begin(method, params, fds)
+        pending.add_done_callback(lambda _: self._notify())
+        return pending
 
     def call(
-        self, method: str, params: dict[str, object] | None = None,
+        self, method: str, params: Mapping[str, object] | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Send a request and return the result of its answer; PyvmmError, RuntimeError."""
         self.refuse_own_thread(method)
-        call = self.send(method, params)
-        self.wait_for(lambda: call.answer is not None, timeout_s, method)
-        return self.result_of(call, method)
+        pending = self.send(method, params)
+        self.wait_for(pending.done, timeout_s, method)
+        return self.result_of(pending, method)
 
     def wait_for(self, is_there: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait until ``is_there``; raise what ended the run, or HostError when the time is up."""
         until_s = time.monotonic() + timeout_s
         with self._news:
             while not is_there():
-                self.raise_if_failed()
-                if self.outcome is not None or self.is_closed:
-                    raise self._ended(what)
+                self.raise_if_over(what)
                 left_s = until_s - time.monotonic()
                 if left_s <= 0:
                     raise HostError(
@@ -235,18 +228,23 @@ class Session:
                     )
                 self._news.wait(left_s)
 
-    def result_of(self, call: Call, what: str) -> dict[str, object]:
-        """Return the result of an answered call; raise its error."""
+    def result_of(self, pending: Pending, what: str) -> dict[str, Any]:
+        """Return the result of an answered request; raise its error."""
         self.raise_if_failed()
-        if call.error is None:
-            return call.result
-        kind, message = str(call.error.get("kind")), escape(str(call.error.get("message")))
-        if kind == "ended":
-            self._wait_for_end()
-            raise self._ended(what)
-        if kind == "state":
-            raise RuntimeError(message)
-        raise _KINDS.get(kind, PyvmmError)(message)
+        try:
+            return pending.result(0)
+        except ControlError as error:
+            if error.kind in ("closed", "state") and (
+                error.kind == "closed" or self._ending is not None
+            ):
+                self._wait_for_end()
+                self.raise_if_over(what)
+            text = escape(str(error))
+            if error.kind == "state":
+                raise RuntimeError(text) from None
+            if error.kind == "agent":
+                raise AgentError(text) from None
+            raise
 
     def raise_if_failed(self) -> None:
         """Raise the error given to ``fail``, if there is one."""
@@ -256,8 +254,8 @@ class Session:
     def raise_if_over(self, what: str) -> None:
         """Raise the error given to ``fail``, or EndedError if the run is over."""
         self.raise_if_failed()
-        if self.outcome is not None or self.is_closed:
-            raise self._ended(what)
+        if self.outcome is not None:
+            raise EndedError(f"{what}: the run has ended: {self.outcome}", self.outcome)
 
     def raise_lost(self, what: str, reason: str) -> None:
         """Raise for a job whose agent was lost: the run's end if that is why, else AgentError."""
@@ -267,7 +265,7 @@ class Session:
 
     @contextlib.contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Have ``wake`` called after every change, in the thread that made it."""
+        """Have ``wake``, which must not wait, called after every change."""
         with self._news:
             self._wakers.add(wake)
         try:
@@ -282,29 +280,21 @@ class Session:
             self._parts.add(part)
 
     def disown(self, part: Closable) -> None:
-        """``part`` was closed."""
+        """Forget ``part``, which was closed."""
         with self._news:
             self._parts.discard(part)
 
     def refuse_own_thread(self, call: str) -> None:
-        """Raise RuntimeError in the thread that reads, which would wait for itself."""
-        if threading.current_thread() is self._thread:
+        """Raise RuntimeError in the thread of the callbacks, which would wait for itself."""
+        if threading.get_ident() == self._event_thread:
             raise RuntimeError(f"{call} in a callback would wait for itself: use another thread")
-
-    def _ended(self, what: str) -> Exception:
-        if self.outcome is None:
-            return RuntimeError(f"{what}: the VM was closed")
-        text = f"{what}: the run has ended: {self.outcome}"
-        return EndedError(text, self.outcome)
 
     def _wait_for_end(self) -> None:
         """Wait a moment for the end of the run, which is about to be told."""
-        if threading.current_thread() is not self._thread:
-            with self._news:
-                self._news.wait_for(
-                    lambda: self.outcome is not None or self.failure is not None, END_NOTICE_S
-                )
-        self.raise_if_failed()
+        with self._news:
+            self._news.wait_for(
+                lambda: self.outcome is not None or self.failure is not None, END_NOTICE_S
+            )
 
     def _check_open(self, call: str) -> None:
         if os.getpid() != self._owner_pid:
@@ -316,24 +306,35 @@ class Session:
 
     def pause(self, timeout_s: float) -> bool:
         """See ``Vm.pause``."""
-        answer = self.call("pause", {"timeout_s": timeout_s}, timeout_s + _GRACE_S)
-        return bool(answer.get("paused"))
+        try:
+            self.call("pause", {"timeout_s": timeout_s}, timeout_s + _GRACE_S)
+        except ControlError as error:
+            if error.kind == "timeout":
+                return False
+            raise
+        return True
 
     def registers(self, vcpu: int) -> Registers:
         """See ``Vm.registers``."""
-        found = self.call("registers", {"vcpu": vcpu}).get("registers")
-        if not isinstance(found, dict):
-            raise HostError("registers: the process of the VM sent none")
-        return Registers(**{name: int(found[name]) for name in Registers._fields})
+        if self.outcome is None:
+            values = self.call("registers", {"vcpu": vcpu})["values"]
+        elif 0 <= vcpu < len(self._end_values):
+            values = self._end_values[vcpu]
+        else:
+            raise PyvmmError(f"registers: vCPU {vcpu} has told none at the end of the run")
+        return Registers(**{name: int(values[name], 16) for name in Registers._fields})
 
     def wait_for_agent(self, timeout_s: float) -> None:
         """See ``Vm.wait_for_agent``."""
-        self.call("agent.wait", {"timeout_s": timeout_s}, timeout_s + _GRACE_S)
+        try:
+            self.call("agent.wait", {"timeout_s": timeout_s}, timeout_s + _GRACE_S)
+        except ControlError as error:
+            raise AgentError(escape(str(error))) from None
 
     def _type(self, data: bytes) -> None:
-        for start in range(0, len(data), 256 << 10):
-            text = base64.b64encode(data[start : start + (256 << 10)]).decode()
-            if threading.current_thread() is self._thread:  # a callback cannot wait for an answer
+        for start in range(0, len(data), _TYPED_BYTES):
+            text = base64.b64encode(data[start : start + _TYPED_BYTES]).decode()
+            if threading.get_ident() == self._event_thread:  # cannot wait for an answer
                 self.send("console.write", {"data": text})
             else:
                 self.call("console.write", {"data": text})
@@ -360,50 +361,32 @@ class Session:
         if outcome is not None:
             callback(outcome)
 
-    # The thread that reads
+    # The client's thread
 
-    def _read(self) -> None:
-        poller = select.poll()
-        for fd in (self._process.socket.fileno(), self._process.stderr_fd, self._stop_fd):
-            poller.register(fd, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poller.poll()}
-            if self._process.stderr_fd in ready and not self._stderr.read():
-                poller.unregister(self._process.stderr_fd)
-            if self._process.socket.fileno() in ready and not self._connection.read():
-                break
-            if self._stop_fd in ready:
-                break
-        status = self._process.end(END_TIMEOUT_S if self._ending is None else TOLD_TIMEOUT_S)
-        self._stderr.finish()
-        self._over(Outcome(Kind.HOST_ERROR, detail=_died(status, self._stderr.text)))
-
-    def _on_event(self, event: dict[str, object]) -> None:
+    def _on_event(self, event: dict[str, Any]) -> None:
+        self._event_thread = threading.get_ident()
         match event["event"]:
             case "console":
-                self.console.feed(base64.b64decode(str(event.get("data", ""))))
+                self.console.feed(base64.b64decode(event["data"]))
             case "console.lost":
-                lost = event.get("bytes")
-                self.console.lost_bytes += lost if isinstance(lost, int) else 0
+                self.console.lost_bytes += event["bytes"]
             case "state":
-                self.is_paused = bool(event.get("paused"))
-                self.agent_state = str(event.get("agent"))
-                self.agent_problem = str(event.get("problem") or "")
-            case "hello":
-                self._has_begun = True
-            case "failed":
-                self._start_error = _start_error(event)
+                self.is_paused = bool(event["paused"])
+                self._notify()
             case "ended":
-                self._ended_by(event)
-        if event["event"] not in ("console", "console.lost"):
-            self._notify()
+                self.evidence = event["evidence"]
+                self.end_registers = tuple(event["registers"])
+                self._end_values = event.get("register_values", ())
+                told = event["outcome"]
+                self._over(Outcome(Kind[told["kind"]], told["value"], told["detail"]))
 
-    def _ended_by(self, event: dict[str, object]) -> None:
-        outcome, evidence = event.get("outcome"), event.get("evidence")
-        registers = event.get("registers")
-        self.evidence = evidence if isinstance(evidence, dict) else {}
-        self.end_registers = tuple(map(str, registers)) if isinstance(registers, list) else ()
-        self._over(_outcome_of(outcome))
+    def _on_hang_up(self) -> None:
+        """Take the end of the connection, which is that of the process, or soon will be."""
+        self._event_thread = threading.get_ident()
+        if self._ending is None:
+            status = self._process.end(END_TIMEOUT_S)
+            self._stderr.join()
+            self._over(Outcome(Kind.HOST_ERROR, detail=_died(status, self._stderr.text)))
 
     def _over(self, outcome: Outcome) -> None:
         """Tell everybody that the run is over, the callbacks first; only the first time."""
@@ -435,30 +418,10 @@ class Session:
                 wake()
 
 
-def _outcome_of(data: object) -> Outcome:
-    """Return the outcome in an event; one that says so if there is none."""
-    try:
-        assert isinstance(data, dict)
-        return Outcome(Kind(data["kind"]), int(data["value"]), str(data["detail"]))
-    except (AssertionError, KeyError, TypeError, ValueError):
-        return Outcome(Kind.HOST_ERROR, detail="the process of the VM told no outcome")
-
-
-def _died(status: int, stderr: str) -> str:
+def _died(status: int, last_words: str) -> str:
     """Return how a process ended that told no outcome."""
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    return f"the process of the VM ended {how}{f': {stderr}' if stderr else ''}"
-
-
-def _start_error(event: dict[str, object]) -> PyvmmError:
-    """Return the error that a machine could not be built by."""
-    kind, message = event.get("kind"), escape(str(event.get("message")))
-    if kind == "ConfigError":
-        subject, _, problem = message.partition(": ")
-        return ConfigError(subject, problem)
-    if kind in ("HostError", KvmError.__name__):
-        return HostError(message)
-    return PyvmmError(message)
+    return f"the process of the VM ended {how}{f': {last_words}' if last_words else ''}"
 
 
 def _log(line: str) -> None:

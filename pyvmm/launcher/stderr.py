@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 from pyvmm.report import escape
@@ -10,54 +11,61 @@ from pyvmm.report import escape
 MAX_LINE_BYTES = 4096
 KEPT_BYTES = 16 << 10
 """Of all that came, so much of the end is kept for the message if the process dies."""
+SHOWN_LINES = 5
 _PREFIX = b"pyvmm: "
 
 
-class StderrLines:
-    """Reads the non-blocking descriptor ``fd`` and calls ``report`` with each line."""
+class StderrThread:
+    """A thread that reads ``fd`` to its end and calls ``report`` with each line.
 
-    def __init__(self, fd: int, report: Callable[[str], None]) -> None:
+    Until ``release`` the lines are only kept: if the machine cannot be built, they are in the
+    error.
+    """
+
+    def __init__(self, fd: int, report: Callable[[str], None], *, name: str) -> None:
         self._fd = fd
         self._report = report
+        self._lock = threading.Lock()
+        self._is_released = False
         self._line = bytearray()
         self._kept = bytearray()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     @property
     def text(self) -> str:
-        """Return the end of all that came as one line for a person."""
-        text = self._kept.decode("utf-8", "replace").replace(_PREFIX.decode(), "")
-        return escape("; ".join(text.split("\n")[-5:]).strip("; "))
+        """Return the last lines as one line for a person."""
+        with self._lock:
+            lines = self._kept.split(b"\n")
+        texts = [line.removeprefix(_PREFIX).decode("utf-8", "replace") for line in lines if line]
+        return escape("; ".join(texts[-SHOWN_LINES:]))
 
-    def read(self) -> bool:
-        """Take some of what has come; False at the end."""
-        return self._read() != 0
+    def release(self) -> None:
+        """Report the lines that have come, and all that come."""
+        with self._lock:
+            self._is_released = True
+            *lines, self._line = self._line.split(b"\n")
+            self._tell(lines)
 
-    def finish(self) -> None:
-        """Take what is left once the process has ended, without waiting."""
-        while self._read() > 0:
-            pass
-        if self._line:
-            self._tell(self._line)
-            self._line = bytearray()
+    def join(self) -> None:
+        """Wait for the end of the stream, which is the process's."""
+        self._thread.join()
 
-    def _read(self) -> int:
-        """Return how many bytes were taken: 0 at the end, -1 if none are there now."""
-        try:
-            data = os.read(self._fd, 64 << 10)
-        except BlockingIOError:
-            return -1
-        except OSError:
-            return 0
-        self._kept = (self._kept + data)[-KEPT_BYTES:]
-        self._line += data
-        *lines, self._line = self._line.split(b"\n")
+    def _run(self) -> None:
+        while data := os.read(self._fd, 64 << 10):
+            with self._lock:
+                self._kept = (self._kept + data)[-KEPT_BYTES:]
+                self._line += data
+                if self._is_released:
+                    *lines, self._line = self._line.split(b"\n")
+                    if len(self._line) > MAX_LINE_BYTES:
+                        lines.append(self._line)
+                        self._line = bytearray()
+                    self._tell(lines)
+                else:
+                    self._line = self._line[-KEPT_BYTES:]
+
+    def _tell(self, lines: list[bytearray]) -> None:
         for line in lines:
-            self._tell(line)
-        if len(self._line) > MAX_LINE_BYTES:
-            self._tell(self._line)
-            self._line = bytearray()
-        return len(data)
-
-    def _tell(self, line: bytes | bytearray) -> None:
-        text = line[:MAX_LINE_BYTES].removeprefix(_PREFIX).decode("utf-8", "replace")
-        self._report(text)
+            text = line[:MAX_LINE_BYTES].removeprefix(_PREFIX).decode("utf-8", "replace")
+            self._report(text)

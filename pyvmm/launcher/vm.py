@@ -134,6 +134,11 @@ class Vm:
         return self._session.evidence
 
     @property
+    def end_registers(self) -> Sequence[str]:
+        """The registers of each vCPU at the end, a line each; empty before it."""
+        return self._session.end_registers
+
+    @property
     def failure(self) -> PyvmmError | None:
         """The error given to ``fail``; None without one."""
         return self._session.failure
@@ -176,8 +181,8 @@ class Vm:
     ) -> Completed:
         """Run the program and arguments ``argv`` in the guest, and return how it ended.
 
-        No shell is involved: for one write ``["sh", "-c", text]``.  ``env`` takes the place of the
-        agent's environment.  After ``timeout_s`` seconds the command is killed (``timed_out``).
+        No shell is involved: for one write ``["sh", "-c", text]``.  ``env`` is added to the agent's
+        environment (PATH, HOME, TERM).  After ``timeout_s`` seconds the command is killed (``timed_out``).
         Output goes to the binary files ``stdout`` and ``stderr``, or into the result: up to 64 MiB
         each, more kills the command and is OutputLimitError.  With ``check`` a failed command is a
         CommandError.

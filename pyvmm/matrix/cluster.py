@@ -20,9 +20,10 @@ import pyvmm
 from pyvmm.errors import ConfigError
 from pyvmm.matrix.executor import Done, Event, Finished, PhaseBegan, Runner, Started
 from pyvmm.matrix.needs import Need, problems, refuse
-from pyvmm.matrix.results import HOST_STATUS, NOT_STARTED, RunResult
+from pyvmm.matrix.results import HOST_ERROR, RunResult
 from pyvmm.matrix.runs import Run
 from pyvmm.matrix.worker import RunsOfWorker, do_run, stop_runs, version
+from pyvmm.testing.verdicts import HOST_STATUS
 
 CONNECT_S = 15.0
 _Future = distributed.Future[tuple[RunResult, dict[str, bytes]]]
@@ -172,5 +173,5 @@ def _lost(name: str, error: Exception) -> RunResult:
     if isinstance(error, distributed.KilledWorker):
         message = "each worker that did this run died: too often to try again"
     return RunResult(
-        name=name, verdict=NOT_STARTED, exit_status=HOST_STATUS, message=message[:1000]
+        name=name, verdict=HOST_ERROR, exit_status=HOST_STATUS, message=message[:1000]
     )

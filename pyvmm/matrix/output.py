@@ -61,7 +61,8 @@ class Output:
         """Write a run's ``result.json``, if the run has a directory."""
         folder = os.path.join(RUNS, result.name)
         if os.path.isdir(os.path.join(self.path, folder)):
-            self.write(os.path.join(folder, RESULT), _json(result.as_json()))
+            test = None if result.test is None else result.test.as_dict()
+            self.write(os.path.join(folder, RESULT), _json({**result.as_json(), "test": test}))
 
     def save_summary(self, results: Sequence[RunResult], exit_status: int) -> None:
         """Write ``matrix.json``."""

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from pyvmm.matrix.page_style import STYLE
-from pyvmm.matrix.results import NOT_RUN, RunResult, badness
+from pyvmm.matrix.results import NOT_STARTED, RunResult, badness
 from pyvmm.matrix.runs import AXES, Run
 from pyvmm.matrix.timeline import legend, picture, ruler, scale_of, words
 from pyvmm.report import escape
 from pyvmm.startup.types import Record
+from pyvmm.testing.own_verdicts import PASSED
 
 MAX_CARDS = 200
 """The most failed runs of which the page quotes the console."""
@@ -38,7 +39,7 @@ def page(
 ) -> str:
     """Return the page.  ``logs`` is the directory of the runs' logs, relative to the page."""
     scale_s = scale_of(results)
-    bad = sorted((one for one in results if not one.is_ok and one.verdict != NOT_RUN), key=badness)
+    bad = sorted((one for one in results if not one.is_ok and one.is_done), key=badness)
     return "\n".join((
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
@@ -57,7 +58,8 @@ def page(
 def _summary(results: Sequence[RunResult]) -> str:
     """Return the counts in words: the ones that matter first."""
     bad = sum(not one.is_ok for one in results)
-    return f"{bad} of {len(results)} runs not ok" if bad else f"all {len(results)} runs ok"
+    count = len(results)
+    return f"{bad} of {count} runs did not pass" if bad else f"all {count} runs passed"
 
 
 def _header(head: PageHead, results: Sequence[RunResult]) -> Iterator[str]:
@@ -84,7 +86,7 @@ def _quoted(title: str, lines: Sequence[str], is_open: bool) -> str:
     """Return the lines of a console behind a title that opens and closes them."""
     text = "".join(f"{_text(line)}\n" for line in lines)
     return (
-        f"<details{' open' if is_open else ''}><summary>{title}</summary>"
+        f"<details{' open' if is_open else ''}><summary>{_text(title)}</summary>"
         f'<pre class="console">{text}</pre></details>'
     )
 
@@ -103,13 +105,9 @@ def _card(result: RunResult, scale_s: float, logs: str, is_open: bool) -> Iterat
     yield f"{_where(result)}{_links(result, logs)}</p>"
     if result.line:
         yield f'<pre class="console"><mark>{_text(result.line)}</mark></pre>'
-    if result.before:
-        yield _quoted(f"the {len(result.before)} lines before it", result.before, is_open)
-    elif result.tail:
-        yield _quoted("the last lines", result.tail, is_open)
-    if result.registers:
-        yield "<details><summary>registers</summary>"
-        yield f"<pre>{_lines(result.registers)}</pre></details>"
+    parts = [(f"the {len(result.before)} lines before it", result.before), *result.parts]
+    for at, (title, lines) in enumerate(part for part in parts if part[1]):
+        yield _quoted(title, lines, is_open and not at)
     for problem in result.problems:
         yield f'<p class="note">{_text(problem)}</p>'
     yield "</section>"
@@ -131,7 +129,7 @@ def _table(
             for at in shown
         )
         verdict = f'<span class="chip {_state(result.verdict)}">{_text(result.verdict)}</span>'
-        if not result.is_ok and result.verdict != NOT_RUN:
+        if not result.is_ok and result.is_done:
             verdict = f'<a href="#run-{urllib.parse.quote(result.name)}">{verdict}</a>'
         seconds = f"{result.seconds:.2f}" if result.seconds else ""
         yield (
@@ -163,16 +161,12 @@ def _where(result: RunResult) -> str:
 
 
 def _state(verdict: str) -> str:
-    return {"ok": "good", NOT_RUN: "idle"}.get(verdict, "bad")
+    return {PASSED: "good", NOT_STARTED: "idle"}.get(verdict, "bad")
 
 
 def _breakable(name: str) -> str:
     """Return a run's name as HTML that may be broken between its parts."""
     return _text(name).replace("+", "+<wbr>")
-
-
-def _lines(text: str) -> str:
-    return "\n".join(_text(line) for line in text.splitlines())
 
 
 def _text(text: str) -> str:

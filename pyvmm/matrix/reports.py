@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from pyvmm.matrix.output import JUNIT, PAGE, RUNS, Output
 from pyvmm.matrix.page import PageHead, page
-from pyvmm.matrix.results import NOT_RUN, NOT_STARTED, RunResult, badness
+from pyvmm.matrix.results import HOST_ERROR, RunResult, badness
 from pyvmm.matrix.runs import Run
 from pyvmm.startup.types import Record
 from pyvmm.testing.junit import Case, Suite, junit_xml
@@ -50,7 +50,7 @@ def write_reports(report: Report, output: Output, *, junit: str, html: str) -> N
 def last_lines(report: Report, output: Output, html: str) -> Iterator[str]:
     """Yield the lines that end the command's output: the failed runs, the counts, the page."""
     bad = sorted(
-        (one for one in report.results if not one.is_ok and one.verdict != NOT_RUN), key=badness
+        (one for one in report.results if not one.is_ok and one.is_done), key=badness
     )
     for one in bad[:MAX_NAMED]:
         message = f": {one.message}" if one.message else ""
@@ -73,13 +73,12 @@ def _suite(report: Report) -> Suite:
 
 
 def _case(result: RunResult) -> Case:
+    if result.test is not None:
+        return result.test.as_case("pyvmm.matrix")
     case = Case(name=result.name, classname="pyvmm.matrix", seconds=result.seconds)
     if result.is_ok:
         return case
-    if result.verdict == NOT_RUN:
-        return case.replace(skipped=result.message or "not run: the matrix was interrupted")
-    text = "\n".join([*(result.before or result.tail), result.line]).strip("\n")
-    told = (result.verdict, result.message or result.line, text)
-    if result.verdict == NOT_STARTED:
-        return case.replace(error=told)
-    return case.replace(failure=told)
+    if not result.is_done:
+        return case.replace(skipped=result.message)
+    told = (result.verdict, result.message, "\n".join([*result.before, result.line]).strip("\n"))
+    return case.replace(error=told) if result.verdict == HOST_ERROR else case.replace(failure=told)

@@ -6,11 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyvmm.startup.types import Record
+from pyvmm.testing.boot_result import BootResult
+from pyvmm.testing.own_verdicts import PASSED
 from pyvmm.testing.timeline import Phase
+from pyvmm.testing.verdicts import HOST_STATUS
 
-OK, NOT_RUN, INTERRUPTED, NOT_STARTED = "ok", "not run", "interrupted", "could not run"
-"""Verdicts that the matrix itself gives, besides those of ``pyvmm.testing``."""
-INTERRUPTED_STATUS, HOST_STATUS = 130, 125
+NOT_STARTED = "not-started"
+"""The verdict on a run that was not begun, because the matrix was interrupted."""
+HOST_ERROR = "host-error"
+"""The verdict on a run that could not be done, such as one without a log directory."""
+INTERRUPTED_STATUS = 130
 BADNESS = (INTERRUPTED_STATUS, HOST_STATUS, 123, 122, 121, 120, 124)
 """Exit statuses from the worst on.  Behind them stand the commands' own, the highest first, then
 0: a command that fails has at least been run."""
@@ -21,10 +26,11 @@ MAX_LINE, MAX_LINES = 400, 40
 class RunResult(Record):
     """The end of a run.
 
-    ``verdict`` is one of the names above or of those that ``pyvmm.testing`` gives.  ``line`` is
-    the line of the console that decided, ``before`` the lines before it.  ``problems`` tell of
-    logs that could not be written.  ``where`` is the worker, "" for this host.  ``began_s`` counts
-    from the start of the matrix.
+    ``verdict`` is one of the names above or of those of a boot test (docs/verdicts.md).  ``line``
+    is the line of the console that decided, ``before`` the lines before it, ``parts`` are other
+    lines with titles.  ``problems`` tell of logs that could not be written, ``logs`` are the names
+    of those that are there.  ``where`` is the worker, "" for this host.  ``began_s`` counts from
+    the start of the matrix.  ``test`` is all that the boot test told, None if there was none.
     """
 
     name: str
@@ -37,25 +43,32 @@ class RunResult(Record):
     seconds: float = 0.0
     began_s: float = 0.0
     where: str = ""
-    registers: str = ""
-    tail: tuple[str, ...] = ()
+    parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
     problems: tuple[str, ...] = ()
     logs: tuple[str, ...] = ()
+    test: BootResult | None = None
 
     @property
     def is_ok(self) -> bool:
         """True if the run did what it should."""
-        return self.verdict == OK
+        return self.verdict == PASSED
+
+    @property
+    def is_done(self) -> bool:
+        """True unless the run was not begun."""
+        return self.verdict != NOT_STARTED
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        values = {name: getattr(self, name) for name in type(self)._fields}
-        phases = [
-            {"name": one.name, "begin_s": round(one.begin_s, 3), "end_s": round(one.end_s, 3)}
-            for one in self.phases
-        ]
-        seconds = {name: round(values[name], 3) for name in ("seconds", "began_s")}
-        return {**values, **seconds, "phases": phases}
+        """Return the facts as JSON has them, without the boot test's."""
+        names = ("name", "verdict", "exit_status", "message", "line", "where", "problems", "logs")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "seconds": round(self.seconds, 3), "began_s": round(self.began_s, 3),
+            "phases": [
+                {"name": one.name, "begin_s": one.begin_s, "end_s": one.end_s}
+                for one in self.phases
+            ],
+        }
 
 
 def shortened(lines: Iterable[str]) -> tuple[str, ...]:
@@ -71,7 +84,7 @@ def badness(result: RunResult) -> tuple[int, int]:
     those that failed."""
     if result.is_ok:
         return len(BADNESS) + 2, 0
-    if result.verdict == NOT_RUN:
+    if not result.is_done:
         return len(BADNESS) + 1, 0
     status = result.exit_status
     if status in BADNESS:

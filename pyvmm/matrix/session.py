@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pyvmm.matrix.executor import Done, Event, Executor, Finished, PhaseBegan, Started
 from pyvmm.matrix.interrupts import interrupts
 from pyvmm.matrix.progress import Progress
-from pyvmm.matrix.results import INTERRUPTED, INTERRUPTED_STATUS, NOT_RUN, RunResult
+from pyvmm.matrix.results import INTERRUPTED_STATUS, NOT_STARTED, RunResult
 from pyvmm.matrix.runs import Run
 from pyvmm.startup.types import Record
+from pyvmm.testing.own_verdicts import INTERRUPTED
 
 STOP_S = 30.0
 """How long runs may take to end after an interrupt."""
@@ -112,5 +113,6 @@ class Session:
                 began_s=self._started_s[run.name],
             )
         return RunResult(
-            name=run.name, verdict=NOT_RUN, exit_status=INTERRUPTED_STATUS, message=self.problem
+            name=run.name, verdict=NOT_STARTED, exit_status=INTERRUPTED_STATUS,
+            message=self.problem or "not run: the matrix was interrupted before",
         )

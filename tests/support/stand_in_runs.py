@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pyvmm.errors import HostError
 from pyvmm.matrix.executor import Watch
-from pyvmm.matrix.results import OK, RunResult
+from pyvmm.matrix.results import RunResult
 from pyvmm.matrix.runs import Run
+from pyvmm.testing.own_verdicts import FAILED, INTERRUPTED, PASSED
 from pyvmm.testing.timeline import Phase
 
 LONGEST_S = 300.0
@@ -21,14 +22,14 @@ def stand_in(run: Run, folder: str, watch: Watch) -> RunResult:
     Path(folder, "console.log").write_text(f"the console of {run.name}\n")
     watch.on_phase("kernel")
     done = RunResult(
-        name=run.name, verdict=OK, exit_status=0, logs=("console.log",), seconds=1.0,
+        name=run.name, verdict=PASSED, exit_status=0, logs=("console.log",), seconds=1.0,
         phases=(Phase(name="kernel", begin_s=0.1, end_s=0.6),
                 Phase(name="command", begin_s=0.6, end_s=1.0)),
     )
     match word:
         case "status":
             return done if argument == "0" else done.replace(
-                verdict="command", exit_status=int(argument), message=f"exited with {argument}"
+                verdict=FAILED, exit_status=int(argument), message=f"exited with {argument}"
             )
         case "panic":
             return done.replace(
@@ -47,7 +48,7 @@ def stand_in(run: Run, folder: str, watch: Watch) -> RunResult:
                     return done
                 if ended.wait(0.05):
                     Path(f"{argument}.{run.name}.ended").touch()
-                    return done.replace(verdict="ended", exit_status=120, message="was stopped")
+                    return done.replace(verdict=INTERRUPTED, exit_status=130, message="was stopped")
         case "host":
             raise HostError(f"{argument} is missing")
         case "full":

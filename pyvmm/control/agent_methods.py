@@ -1,0 +1,245 @@
+"""The agent's methods of the control protocol; docs/control.md describes each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from pyvmm.agent.link import AgentLink, Job, JobEvents, LinkState, RunRequest
+from pyvmm.control.agent_bridge import AgentBridge
+from pyvmm.control.connection import Call, Connection
+from pyvmm.control.jobs import ClientJob, check_pipe
+from pyvmm.control.messages import Params, RequestError
+from pyvmm.errors import AgentError
+from pyvmm.run.io_loop import Deadline, IoLoop
+
+MAX_TEXT_BYTES = 64 << 10
+"""Of a command's arguments, and of its environment; the agent has a limit of its own for both."""
+MAX_PATH_BYTES = 4095
+MAX_JOBS = 32
+"""Jobs of all clients together, with those whose output a client has not taken yet."""
+MAX_TIMEOUT_S = 86400.0 * 40
+WAIT_S = 60.0
+STDOUT, STDERR = 1, 2
+LAST_SIGNAL = 64
+
+Begin = Callable[[JobEvents], Job]
+
+
+class Agent:
+    """The agent in the guest, for all clients; ``bridge`` is None if it has no port.
+
+    ``is_brought`` is True if pyvmm brings the agent into the guest, False if the image may have it.
+    """
+
+    def __init__(self, loop: IoLoop, bridge: AgentBridge | None, *, is_brought: bool) -> None:
+        self._loop = loop
+        self._bridge = bridge
+        self._is_brought = is_brought
+        self._jobs: list[ClientJob] = []
+        self._waiting: list[tuple[Call, Deadline | None]] = []
+        self._has_ended = False
+
+    def state(self) -> dict[str, object]:
+        """Return the fields of ``status`` and of the state event."""
+        if self._bridge is None:
+            return {"agent": "none", "problem": ""}
+        link = self._bridge.link
+        return {"agent": str(link.state), "problem": link.problem}
+
+    def link(self) -> AgentLink:
+        """Return the link; RequestError if there is none."""
+        if self._has_ended:
+            raise RequestError("state", "the run has ended")
+        if self._bridge is None:
+            raise RequestError("agent", "this machine has no port for an agent")
+        return self._bridge.link
+
+    def wait(self, call: Call, timeout_s: float | None) -> None:
+        """Answer once the agent is ready."""
+        link = self.link()
+        if link.state is LinkState.READY:
+            call.answer(_hello(link))
+            return
+        deadline = None
+        if timeout_s is not None:
+            deadline = self._loop.call_in(timeout_s, lambda: self._give_up(call, timeout_s))
+        self._waiting.append((call, deadline))
+        call.when_over = lambda: self._forget(call)
+
+    def look(self) -> None:
+        """The link's state may have changed."""
+        if self._bridge is None or self._bridge.link.state is not LinkState.READY:
+            return
+        for call, _ in list(self._waiting):
+            self._forget(call)
+            call.answer(_hello(self._bridge.link))
+
+    def end(self) -> None:
+        """The run has ended: no job goes on."""
+        self._has_ended = True
+        if self._bridge is not None:
+            self._bridge.end()
+        for call, _ in list(self._waiting):
+            self._forget(call)
+            call.refuse("state", "agent.wait: the run has ended before an agent came forward")
+
+    @property
+    def has_jobs(self) -> bool:
+        """True if a job goes on, or if a client has not taken all of its output."""
+        return bool(self._jobs)
+
+    def begin(
+        self,
+        call: Call,
+        start: Callable[[AgentLink], Begin],
+        *,
+        input_fd: int | None = None,
+        outputs: Mapping[int, int | None] = MappingProxyType({}),
+    ) -> None:
+        """Begin a job, which answers ``call`` at its end."""
+        link = self.link()
+        if len(self._jobs) >= MAX_JOBS:
+            raise RequestError(
+                "limit", f"{MAX_JOBS} jobs have not ended, or their output was not read"
+            )
+        for fd in (input_fd, *outputs.values()):
+            if fd is not None:
+                check_pipe(fd, call.method)
+        job = ClientJob(
+            self._loop, call, input_fd=input_fd, outputs=outputs, on_over=self._jobs.remove
+        )
+        try:
+            started = start(link)(job)
+        except AgentError as error:
+            raise RequestError("agent", f"{call.method}: {error}") from error
+        self._jobs.append(job)
+        job.begin(started)
+
+    def kill(self, connection: Connection, number: int, signal: int) -> None:
+        """Send ``signal`` to the command of a request; RequestError if it is not under way."""
+        for job in self._jobs:
+            if job.call.connection is connection and job.call.id == number:
+                job.kill(signal)
+                return
+        raise RequestError("params", f"agent.kill: request {number} is no job under way")
+
+    def _give_up(self, call: Call, timeout_s: float) -> None:
+        self._forget(call)
+        if call.is_over or self._bridge is None:
+            return
+        link = self._bridge.link
+        if link.state is LinkState.LOST:
+            why = link.problem
+        elif self._is_brought:
+            why = "the guest may have no driver for virtio's console, or has not booted so far"
+        else:
+            why = "the image has none that starts by itself: bring one in with pyvmm run --agent"
+        call.refuse("timeout", f"no agent came forward within {timeout_s:g} s: {why}")
+
+    def _forget(self, call: Call) -> None:
+        for each in self._waiting:
+            if each[0] is call:
+                self._waiting.remove(each)
+                if each[1] is not None:
+                    each[1].cancel()
+                return
+
+
+def _hello(link: AgentLink) -> dict[str, object]:
+    hello = link.hello
+    assert hello is not None  # the link is ready
+    return {"version": hello.version, "text": hello.text, "max_jobs": hello.max_jobs}
+
+
+# The methods
+
+
+def _wait(agent: Agent, call: Call, params: Params) -> None:
+    timeout_s = params.seconds("timeout_s", WAIT_S)
+    params.end()
+    agent.wait(call, timeout_s)
+
+
+def _run(agent: Agent, call: Call, params: Params) -> None:
+    argv = params.texts("argv", MAX_TEXT_BYTES, least=1)
+    env = params.pairs("env", MAX_TEXT_BYTES)
+    cwd = params.text("cwd", MAX_PATH_BYTES, "")
+    timeout_s = params.seconds("timeout_s")
+    stdin = params.fd("stdin", required=False)
+    outputs = {
+        STDOUT: params.fd("stdout", required=False), STDERR: params.fd("stderr", required=False),
+    }
+    params.end()
+    if timeout_s is not None and not 0.001 <= timeout_s <= MAX_TIMEOUT_S:
+        raise params.error("timeout_s", f"must be 0.001 to {MAX_TIMEOUT_S:.0f} seconds, or null")
+    command = RunRequest(
+        argv=tuple(argv), env=env, cwd=cwd, has_input=stdin is not None,
+        timeout_ms=0 if timeout_s is None else max(1, round(timeout_s * 1000)),
+    )
+    agent.begin(
+        call, lambda link: lambda events: link.run(command, events), input_fd=stdin,
+        outputs=outputs,
+    )
+
+
+def _kill(agent: Agent, call: Call, params: Params) -> None:
+    number = params.integer("request", 0, (1 << 53) - 1)
+    signal = params.integer("signal", 1, LAST_SIGNAL)
+    params.end()
+    agent.kill(call.connection, number, signal)
+    call.answer({})
+
+
+def _put(agent: Agent, call: Call, params: Params) -> None:
+    path = params.text("path", MAX_PATH_BYTES)
+    fd = params.fd("fd")
+    params.end()
+    agent.begin(call, lambda link: lambda events: link.put(path, events), input_fd=fd)
+
+
+def _get(agent: Agent, call: Call, params: Params) -> None:
+    path = params.text("path", MAX_PATH_BYTES)
+    outputs = {STDOUT: params.fd("fd")}
+    params.end()
+    agent.begin(call, lambda link: lambda events: link.get(path, events), outputs=outputs)
+
+
+def _read(agent: Agent, call: Call, params: Params) -> None:
+    path = params.text("path", MAX_PATH_BYTES)
+    outputs = {STDOUT: params.fd("fd")}
+    params.end()
+    agent.begin(call, lambda link: lambda events: link.read(path, events), outputs=outputs)
+
+
+def _write(agent: Agent, call: Call, params: Params) -> None:
+    path = params.text("path", MAX_PATH_BYTES)
+    mode = params.integer("mode", 0, 0o7777, 0o644)
+    fd = params.fd("fd")
+    params.end()
+    agent.begin(call, lambda link: lambda events: link.write(path, mode, events), input_fd=fd)
+
+
+def _ping(agent: Agent, call: Call, params: Params) -> None:
+    timeout_s = params.seconds("timeout_s", 10.0)
+    params.end()
+    began_s = time.monotonic()
+    try:
+        agent.link().ping(lambda: call.answer({"seconds": time.monotonic() - began_s}))
+    except AgentError as error:
+        raise RequestError("agent", f"agent.ping: {error}") from error
+    if timeout_s is not None:
+        agent.refuse_later(call, timeout_s)
+
+
+AGENT_METHODS: Mapping[str, Callable[[Agent, Call, Params], None]] = MappingProxyType({
+    "agent.wait": _wait,
+    "agent.run": _run,
+    "agent.kill": _kill,
+    "agent.put": _put,
+    "agent.get": _get,
+    "agent.read": _read,
+    "agent.write": _write,
+    "agent.ping": _ping,
+})
