@@ -15,7 +15,7 @@ from pyvmm.matrix.jobs import MAX_JOBS, default_jobs
 from pyvmm.matrix.local import LocalExecutor
 from pyvmm.matrix.needs import Need, needs_of, refuse_missing
 from pyvmm.matrix.one_run import run_one
-from pyvmm.matrix.output import Output
+from pyvmm.matrix.output import Output, check_place
 from pyvmm.matrix.plan import read_plan
 from pyvmm.matrix.progress import progress_for
 from pyvmm.matrix.reports import Report, last_lines, write_reports
@@ -86,6 +86,8 @@ def matrix_main(argv: list[str], runner: Runner = run_one) -> int:
         for run in runs:
             show(run.name)
         return 0
+    check_place("--junit", args.junit)
+    check_place("--html", args.html)
     needs = needs_of(plan, runs)
     output = Output(args.out)
     executor, where = _executor(args.executor, _jobs(args.jobs), runs, needs, output, runner)

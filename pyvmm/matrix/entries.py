@@ -21,8 +21,6 @@ _KERNEL_KEYS = ("file", "initrd", "append")
 _DISK_KEYS = ("disks", "append")
 _COMMAND_KEYS = ("run", "expect", "fail-on", "without", "allow", "put", "get", "env", "cwd",
                  "timeout", "boot-timeout")
-_ABOVE = ("memory", "cpus", "agent", "timeout", "boot-timeout", "fail-on", "without", "allow",
-          "append")
 
 
 class Files(Record):
@@ -57,8 +55,7 @@ def read_kernel(table: Table, name: str, files: Files) -> KernelEntry:
     if isinstance(value, str):
         return KernelEntry(kernel=files.path(table.text(name)))
     if not isinstance(value, dict):
-        table.fail(name, f"must be a kernel's file or a table, not {kind_of(value)}"
-                   f"{_stands_above(name)}")
+        table.fail(name, f"must be a kernel's file or a table, not {kind_of(value)}")
     entry = table.table(name)
     entry.only(_KERNEL_KEYS)
     if "file" not in entry:
@@ -77,12 +74,9 @@ def read_disk(table: Table, name: str, files: Files) -> DiskEntry:
     if isinstance(value, str):
         return DiskEntry(disks=_disks(table, name, table.texts(name), files))
     if isinstance(value, list):
-        if name in _ABOVE:
-            table.fail(name, f"is not a disk{_stands_above(name)}")
         return DiskEntry(disks=_disks(table, name, table.list_of_texts(name), files))
     if not isinstance(value, dict):
-        table.fail(name, f"must be a disk, a list of disks or a table, not {kind_of(value)}"
-                   f"{_stands_above(name)}")
+        table.fail(name, f"must be a disk, a list of disks or a table, not {kind_of(value)}")
     entry = table.table(name)
     entry.only(_DISK_KEYS)
     return DiskEntry(
@@ -100,8 +94,7 @@ def read_command(table: Table, name: str, files: Files, defaults: Order) -> Orde
     if isinstance(value, list):
         return defaults.replace(argv=_argv(table, name))
     if not isinstance(value, dict):
-        table.fail(name, f"must be a list of words or a table, not {kind_of(value)}"
-                   f"{_stands_above(name)}")
+        table.fail(name, f"must be a list of words or a table, not {kind_of(value)}")
     entry = table.table(name)
     entry.only(_COMMAND_KEYS)
     if "run" not in entry:
@@ -219,8 +212,3 @@ def _words(text: str) -> list[str]:
         return shlex.split(text) or ["uname"]
     except ValueError:
         return text.split() or ["uname"]
-
-
-def _stands_above(name: str) -> str:
-    """Return a hint if ``name`` is a key of the file itself, written behind a table's head."""
-    return f"; {name} for all runs stands above the first [table]" if name in _ABOVE else ""

@@ -79,6 +79,9 @@ class Output:
         path = Path(self.path, name)
         new = path.with_name(f".{path.name}.new")
         try:
+            if path.exists() and not path.is_file():
+                path.write_bytes(data)  # a pipe or a device stays one
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             new.write_bytes(data)
             new.replace(path)
@@ -86,6 +89,17 @@ class Output:
             with contextlib.suppress(OSError):
                 new.unlink()
             self.problems.append(f"{path}: cannot be written: {error.strerror}")
+
+
+def check_place(option: str, path: str | None) -> None:
+    """Raise ConfigError if no file can be at ``path``, which ``option`` gives."""
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if not path or os.path.isdir(path):
+        raise ConfigError(f"{option} {path}", "is a directory; name a file")
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{option} {path}", f"{folder} is no directory")
 
 
 def _json(value: object) -> bytes:

@@ -92,6 +92,9 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
             top.fail(key, f"has no entry, so the matrix is empty; write [{key}] and {example}")
     for table in (kernels, disks, commands):
         for name in table.names:
+            if name in _TOP:
+                table.fail(name, "for all runs stands above the first [table]; no entry has "
+                           "this name")
             check_name(table, name)
     plan = Plan(
         file=path,

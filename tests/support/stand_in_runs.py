@@ -49,6 +49,9 @@ def stand_in(run: Run, folder: str, watch: Watch) -> RunResult:
                 if ended.wait(0.05):
                     Path(f"{argument}.{run.name}.ended").touch()
                     return done.replace(verdict=INTERRUPTED, exit_status=130, message="was stopped")
+        case "hang":  # whoever asks it to end
+            Path(argument).touch()
+            threading.Event().wait(LONGEST_S)
         case "host":
             raise HostError(f"{argument} is missing")
         case "full":
