@@ -13,7 +13,7 @@ from pyvmm.errors import PyvmmError
 HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
-COMMANDS = ("run", "export", "doctor", "kernel", "lab", "matrix")
+COMMANDS = ("run", "test", "matrix", "export", "doctor", "kernel", "lab")
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
 
@@ -21,10 +21,12 @@ pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 
 commands:
   run      boot a kernel:  pyvmm run --kernel build/bzImage --disk build/root.img
+  test     boot, run one command in the guest and exit with its status:
+           pyvmm test --kernel K --disk D -- CMD...
+  matrix   many such tests from one file, several at a time:  pyvmm matrix boot.toml
   export   serve a disk to another VMM:  pyvmm export --disk build/root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
   kernel   say whether a kernel file can boot here, or fetch Debian's:  pyvmm kernel inspect FILE
-  matrix   many boot tests from one file, several at a time:  pyvmm matrix boot.toml
   lab      run a command on an emulated host whose KVM is complete:  pyvmm lab -- CMD...
 
   pyvmm COMMAND --help    the options of a command
@@ -81,6 +83,11 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
                 with signals:
                     return lab_main(rest)
+            case "test":
+                from pyvmm.cli.test import boot_test_main
+
+                with signals:
+                    return boot_test_main(rest)
             case "matrix":
                 from pyvmm.cli.matrix import matrix_main
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 
 from pyvmm.cli.descriptors import allow_many_descriptors
 from pyvmm.cli.parse import parse_disk
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.lab import INSIDE
 from pyvmm.matrix.executor import Executor, Runner
 from pyvmm.matrix.expand import chosen, runs_of
-from pyvmm.matrix.jobs import MAX_JOBS, default_jobs
+from pyvmm.matrix.jobs import MAX_JOBS, default_jobs, largest_memory
 from pyvmm.matrix.local import LocalExecutor
-from pyvmm.matrix.needs import Need, needs_of, refuse_missing
+from pyvmm.matrix.needs import Need, kvm_problems, needs_of, refuse_missing
 from pyvmm.matrix.one_run import run_one
 from pyvmm.matrix.output import Output, check_place
 from pyvmm.matrix.plan import read_plan
@@ -31,6 +33,8 @@ from pyvmm.testing.verdicts import HOST_STATUS
 
 DEFAULT_OUT = "pyvmm-matrix"
 _DASK = "dask="
+LAB_BYTES = 1 << 30
+"""The memory that the lab itself, our processes and the logs need."""
 
 COMMAND = Command(
     name="matrix",
@@ -90,7 +94,7 @@ def matrix_main(argv: list[str], runner: Runner = run_one) -> int:
     check_place("--html", args.html)
     needs = needs_of(plan, runs)
     output = Output(args.out)
-    executor, where = _executor(args.executor, _jobs(args.jobs), runs, needs, output, runner)
+    executor, where = _executor(args.executor, _jobs(args.jobs), runs, needs, output, runner, argv)
     output.prepare()
     allow_many_descriptors()
     began_s, start_s = time.time(), time.monotonic()
@@ -143,6 +147,17 @@ def _note(session: Session) -> str:
     return session.problem
 
 
+def _remedy(argv: Sequence[str], runs: Sequence[Run], jobs: int, out: str) -> str:
+    """Return the command line that does the same in the lab, unless this is the lab."""
+    if os.environ.get(INSIDE):
+        return ""
+    memory = -(-(jobs * largest_memory(runs) + LAB_BYTES) // (1 << 30))
+    writable = os.path.dirname(os.path.abspath(out))
+    return "; run it as: " + shlex.join(
+        ["pyvmm", "lab", "--memory", f"{memory}G", "--rw", writable, "--", "pyvmm", "matrix", *argv]
+    )
+
+
 def _jobs(text: str | None) -> int | None:
     if text is None:
         return None
@@ -154,12 +169,14 @@ def _jobs(text: str | None) -> int | None:
 
 def _executor(
     where: str, jobs: int | None, runs: Sequence[Run], needs: Sequence[Need], output: Output,
-    runner: Runner,
+    runner: Runner, argv: Sequence[str],
 ) -> tuple[Executor, str]:
     """Return the executor, and where it does the runs in words; all files are there."""
     if where == "local":
         refuse_missing(needs)
         count = min(jobs or default_jobs(runs), len(runs))
+        for kernel, problem in kvm_problems(needs):
+            raise HostError(f"{kernel}: {problem}{_remedy(argv, runs, count, output.path)}")
         return LocalExecutor(runner, count, output.folder_of), f"{count} at a time"
     address = where.removeprefix(_DASK)
     if address == where or not address:

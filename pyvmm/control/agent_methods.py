@@ -7,6 +7,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from pyvmm.agent.link import AgentLink, Job, JobEvents, LinkState, RunRequest
+from pyvmm.agent.protocol import (
+    LAST_SIGNAL,
+    MAX_PATH,
+    MAX_RUN_BYTES,
+    MAX_TIMEOUT_MS,
+    STDERR,
+    STDOUT,
+)
 from pyvmm.control.agent_bridge import AgentBridge
 from pyvmm.control.connection import Call, Connection
 from pyvmm.control.jobs import ClientJob, check_pipe
@@ -14,15 +22,9 @@ from pyvmm.control.messages import Params, RequestError
 from pyvmm.errors import AgentError
 from pyvmm.run.io_loop import Deadline, IoLoop
 
-MAX_TEXT_BYTES = 64 << 10
-"""Of a command's arguments, and of its environment; the agent has a limit of its own for both."""
-MAX_PATH_BYTES = 4095
 MAX_JOBS = 32
 """Jobs of all clients together, with those whose output a client has not taken yet."""
-MAX_TIMEOUT_S = 86400.0 * 40
 WAIT_S = 60.0
-STDOUT, STDERR = 1, 2
-LAST_SIGNAL = 64
 
 Begin = Callable[[JobEvents], Job]
 
@@ -47,6 +49,11 @@ class Agent:
             return {"agent": "none", "problem": ""}
         link = self._bridge.link
         return {"agent": str(link.state), "problem": link.problem}
+
+    def pump(self) -> None:
+        """Move bytes between the port and the link."""
+        if self._bridge is not None and not self._has_ended:
+            self._bridge.pump()
 
     def link(self) -> AgentLink:
         """Return the link; RequestError if there is none."""
@@ -85,11 +92,6 @@ class Agent:
             self._forget(call)
             call.refuse("state", "agent.wait: the run has ended before an agent came forward")
 
-    @property
-    def has_jobs(self) -> bool:
-        """True if a job goes on, or if a client has not taken all of its output."""
-        return bool(self._jobs)
-
     def begin(
         self,
         call: Call,
@@ -116,6 +118,13 @@ class Agent:
             raise RequestError("agent", f"{call.method}: {error}") from error
         self._jobs.append(job)
         job.begin(started)
+
+    def refuse_later(self, call: Call, timeout_s: float) -> None:
+        """Refuse ``call`` unless it is answered within ``timeout_s``."""
+        deadline = self._loop.call_in(timeout_s, lambda: call.refuse(
+            "timeout", f"{call.method}: the agent has not answered within {timeout_s:g} s"
+        ))
+        call.when_over = deadline.cancel
 
     def kill(self, connection: Connection, number: int, signal: int) -> None:
         """Send ``signal`` to the command of a request; RequestError if it is not under way."""
@@ -163,20 +172,21 @@ def _wait(agent: Agent, call: Call, params: Params) -> None:
 
 
 def _run(agent: Agent, call: Call, params: Params) -> None:
-    argv = params.texts("argv", MAX_TEXT_BYTES, least=1)
-    env = params.pairs("env", MAX_TEXT_BYTES)
-    cwd = params.text("cwd", MAX_PATH_BYTES, "")
+    argv = params.texts("argv", MAX_RUN_BYTES, least=1)
+    env = params.pairs("env", MAX_RUN_BYTES)
+    cwd = params.text("cwd", MAX_PATH, "")
     timeout_s = params.seconds("timeout_s")
     stdin = params.fd("stdin", required=False)
     outputs = {
         STDOUT: params.fd("stdout", required=False), STDERR: params.fd("stderr", required=False),
     }
     params.end()
-    if timeout_s is not None and not 0.001 <= timeout_s <= MAX_TIMEOUT_S:
-        raise params.error("timeout_s", f"must be 0.001 to {MAX_TIMEOUT_S:.0f} seconds, or null")
+    most_s = MAX_TIMEOUT_MS // 1000
+    if timeout_s is not None and not 0.001 <= timeout_s <= most_s:
+        raise params.error("timeout_s", f"must be 0.001 to {most_s} seconds, or null")
     command = RunRequest(
         argv=tuple(argv), env=env, cwd=cwd, has_input=stdin is not None,
-        timeout_ms=0 if timeout_s is None else max(1, round(timeout_s * 1000)),
+        timeout_ms=0 if timeout_s is None else round(timeout_s * 1000),
     )
     agent.begin(
         call, lambda link: lambda events: link.run(command, events), input_fd=stdin,
@@ -193,28 +203,28 @@ def _kill(agent: Agent, call: Call, params: Params) -> None:
 
 
 def _put(agent: Agent, call: Call, params: Params) -> None:
-    path = params.text("path", MAX_PATH_BYTES)
+    path = params.text("path", MAX_PATH)
     fd = params.fd("fd")
     params.end()
     agent.begin(call, lambda link: lambda events: link.put(path, events), input_fd=fd)
 
 
 def _get(agent: Agent, call: Call, params: Params) -> None:
-    path = params.text("path", MAX_PATH_BYTES)
+    path = params.text("path", MAX_PATH)
     outputs = {STDOUT: params.fd("fd")}
     params.end()
     agent.begin(call, lambda link: lambda events: link.get(path, events), outputs=outputs)
 
 
 def _read(agent: Agent, call: Call, params: Params) -> None:
-    path = params.text("path", MAX_PATH_BYTES)
+    path = params.text("path", MAX_PATH)
     outputs = {STDOUT: params.fd("fd")}
     params.end()
     agent.begin(call, lambda link: lambda events: link.read(path, events), outputs=outputs)
 
 
 def _write(agent: Agent, call: Call, params: Params) -> None:
-    path = params.text("path", MAX_PATH_BYTES)
+    path = params.text("path", MAX_PATH)
     mode = params.integer("mode", 0, 0o7777, 0o644)
     fd = params.fd("fd")
     params.end()

@@ -70,8 +70,8 @@ class Connection:
 
     ``serve`` begins a request: it raises RequestError, or answers the call sooner or later.  Only
     if it does not raise, the descriptors that it took from the parameters are its own.
-    ``on_room`` is called when bytes were taken.  ``on_gone`` is called once, when the connection
-    has ended.  An owner is never hung up for being slow.
+    ``on_room`` is called when bytes were taken, and after an answer.  ``on_gone`` is called once,
+    when the connection has ended.  An owner is never hung up for being slow.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class Connection:
     def end_call(self, call: Call) -> None:
         """``call`` was answered."""
         self.calls.pop(call.id, None)
+        self._loop.call_soon(self._tell_room)
 
     def finish(self) -> None:
         """Take no more requests, and close the connection once all that waits is sent."""
@@ -240,6 +241,9 @@ class Connection:
 
     def _write(self) -> None:
         self._flush()
+        self._tell_room()
+
+    def _tell_room(self) -> None:
         if not self.is_closed:
             self._on_room(self)
 

@@ -5,7 +5,7 @@ A byte that the client's pipe does not take stays in the guest: no credit is giv
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import signal
 import stat
@@ -193,7 +193,7 @@ class ClientJob:
         )
         self._outputs = {
             stream: OutputStream(
-                loop, fd, consumed=lambda count, stream=stream: self._consumed(stream, count),
+                loop, fd, consumed=functools.partial(self._consumed, stream),
                 on_broken=self._reader_gone, on_end=self._look,
             )
             for stream, fd in outputs.items()
@@ -259,10 +259,3 @@ class ClientJob:
                 "reason": result.reason,
             })
             self._on_over(self)
-
-
-def close_all(fds: list[int]) -> None:
-    """Close ``fds``."""
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from pyvmm.control.agent_methods import AGENT_METHODS, Agent
 from pyvmm.control.connection import Call
 from pyvmm.control.messages import Params, RequestError
 from pyvmm.control.session import Session
@@ -31,7 +32,7 @@ def _status(session: Session, call: Call, params: Params) -> None:
         "running_s": round(time.clock_gettime(time.CLOCK_BOOTTIME) - started_s, 3),
         "cpus": target.vcpu_count,
         "paused": target.is_paused,
-        **session.agent_state(),
+        **session.agent.state(),
         "console_bytes": session.console.end,
         "evidence": target.evidence(),
         "outcome": None if session.ended is None else session.ended["outcome"],
@@ -120,6 +121,10 @@ def _memory_read(session: Session, call: Call, params: Params) -> None:
     call.answer({"data": base64.b64encode(data).decode()})
 
 
+def _on_agent(method: Callable[[Agent, Call, Params], None]) -> Method:
+    return lambda session, call, params: method(session.agent, call, params)
+
+
 def _refuse_after_end(session: Session, method: str) -> None:
     if session.ended is not None:
         outcome = session.ended["outcome"]
@@ -139,4 +144,5 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "disks.refresh": _refresh,
     "registers": _registers,
     "memory.read": _memory_read,
+    **{name: _on_agent(method) for name, method in AGENT_METHODS.items()},
 })

@@ -40,6 +40,7 @@ class RunControl:
             "kernel": os.fspath(config.kernel),
             "disks": [disk.location for disk in config.disks],
             "memory_bytes": config.memory_bytes,
+            "agent_way": config.agent,
         }
         self._server = Server(
             MachineTarget(machine, facts), listener=self._listener, owner=self._owner,

@@ -129,7 +129,8 @@ class Server:
         if not self._is_ending:
             return
         for connection, subscription in list(self._subscriptions.items()):
-            if subscription.knows_the_end or "ended" not in subscription.events:
+            is_told = subscription.knows_the_end or "ended" not in subscription.events
+            if is_told and not connection.calls:
                 connection.finish()
         if not self._subscriptions:
             self._loop.stop()
@@ -215,7 +216,7 @@ class Server:
         self._subscriptions[call.connection] = Subscription(frozenset(events), position)
         call.answer({
             "at": position, "paused": self._session.target.is_paused,
-            **self._session.agent_state(),
+            **self._session.agent.state(),
         })
         self._pump(call.connection)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from pyvmm.control.agent_bridge import AgentBridge
+from pyvmm.control.agent_methods import Agent
 from pyvmm.control.connection import Call
 from pyvmm.control.console_log import ConsoleLog
 from pyvmm.control.target import Target
@@ -29,6 +31,11 @@ class Session:
         self.target = target
         self.loop = loop
         self.console = ConsoleLog()
+        port = target.agent_port
+        bridge = None if port is None else AgentBridge(
+            port, wake=loop.wake, on_state=self._agent_changed
+        )
+        self.agent = Agent(loop, bridge, is_brought=target.facts.get("agent_way") == "inject")
         self.ended: dict[str, object] | None = None
         """The event that tells of the end; None before it."""
         self._tell = tell
@@ -39,17 +46,19 @@ class Session:
 
     def state(self) -> dict[str, object]:
         """Return the event that tells of the present state."""
-        return {"event": "state", "paused": self.target.is_paused, **self.agent_state()}
-
-    def agent_state(self) -> dict[str, object]:
-        """Return the state of the agent, "none" if this machine has no port for one."""
-        return {"agent": "none", "problem": ""}
+        return {"event": "state", "paused": self.target.is_paused, **self.agent.state()}
 
     def look(self) -> None:
-        """Tell of a state that has changed."""
+        """Look at what other threads have brought, and tell of a state that has changed."""
+        self.agent.pump()
         if (now := self.state()) != self._told:
             self._told = now
             self._tell(now)
+
+    def _agent_changed(self) -> None:
+        self.agent.look()
+        # Not at once: a link that is lost tells its jobs of it first.
+        self.loop.call_soon(self.look)
 
     def pause(self, call: Call, timeout_s: float | None) -> None:
         """Pause the guest; answer once every vCPU is out of it."""
@@ -96,6 +105,7 @@ class Session:
     def end(self, ended: dict[str, object]) -> None:
         """The run has ended: answer all who wait for it."""
         self.ended = ended
+        self.agent.end()
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             call.answer({"outcome": ended["outcome"]})

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from pyvmm.api.vcpus import Registers, VcpuHandle
+from pyvmm.control.agent_bridge import Port
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Outcome
 from pyvmm.startup.types import Protocol
@@ -22,6 +23,8 @@ class Target(Protocol):
     facts: dict[str, object]
     """Of the machine, for ``status``: JSON values that do not change."""
     vcpu_count: int
+    agent_port: Port | None
+    """The port of the agent in the guest; None if the machine has none."""
 
     def observe(self, console: Callable[[bytes], None], woken: Callable[[], None]) -> None:
         """Have ``console`` called with the guest's output, and ``woken`` when a pause may have
@@ -70,6 +73,7 @@ class MachineTarget:
         self._typed = bytearray()
         self._lock = threading.Lock()
         self.vcpu_count = len(self._vcpus)
+        self.agent_port: Port | None = machine.agent_port
         version = machine.kernel.version
         self.facts = {
             **config_facts,

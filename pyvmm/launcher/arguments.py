@@ -82,6 +82,8 @@ def arguments_of(
         for name, default in _DEFAULTS.items():
             if (value := getattr(config, name)) != default:
                 arguments.add(f"--{name}", value)
+        # The socket that launch adds gives the machine a port for an agent in any case.
+        arguments.words += ["--agent"] * (run.agent == "inject")
         if run.timeout_s is not None:
             arguments.add("--timeout", repr(float(run.timeout_s)))
         arguments.add("--console", "none" if console_log is None else _file(console_log))

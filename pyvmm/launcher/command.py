@@ -148,7 +148,7 @@ class Command:
     @property
     def is_running(self) -> bool:
         """True until the command's end is known here."""
-        return not self._call.done() and self._session.outcome is None
+        return not self._call.done() and self._session.state.outcome is None
 
     def wait(
         self,
@@ -163,7 +163,7 @@ class Command:
         into the result: up to 64 MiB each, more kills the command and is OutputLimitError.
         TimeoutError after ``timeout_s`` seconds: the command runs on, call ``wait`` again.
         """
-        self._session.refuse_own_thread("wait()")
+        self._session.state.refuse_own_thread("wait()")
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._waiting:
             if self._completed is None:

@@ -70,7 +70,7 @@ class Pump:
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             self._poller.register(wake_fd, select.POLLIN)
-            with self._session.waking(lambda: os.eventfd_write(wake_fd, 1)):
+            with self._session.state.waking(lambda: os.eventfd_write(wake_fd, 1)):
                 return self._run(wake_fd, is_done, until_s)
         finally:
             self._poller.unregister(wake_fd)
@@ -78,11 +78,11 @@ class Pump:
 
     def _run(self, wake_fd: int, is_done: Callable[[], bool], until_s: float | None) -> bool:
         while True:
-            self._session.raise_if_failed()
+            self._session.state.raise_if_failed()
             if is_done() and not self._readers:
                 return True
             if not is_done():
-                self._session.raise_if_over(self._what)
+                self._session.state.raise_if_over(self._what)
             left_ms = None if until_s is None else (until_s - time.monotonic()) * 1000
             if left_ms is not None and left_ms <= 0:
                 return False

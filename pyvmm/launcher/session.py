@@ -1,7 +1,7 @@
 """The process of a machine, the connection to it, and all that waits for either.
 
 The client's thread gets answers and events, the console's among them.  Every other thread waits on
-one condition, or polls descriptors and is woken by a function of its own (``waking``).
+one condition, or polls descriptors and is woken by a function of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import base64
 import contextlib
 import os
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.api.vcpus import Registers
@@ -20,8 +19,8 @@ from pyvmm.control.client import Client, ControlError, Pending
 from pyvmm.errors import AgentError, HostError, PyvmmError
 from pyvmm.launcher.arguments import arguments_of
 from pyvmm.launcher.console import VmConsole
-from pyvmm.launcher.errors import EndedError
 from pyvmm.launcher.process import END_TIMEOUT_S, VmProcess
+from pyvmm.launcher.run_state import RunState
 from pyvmm.launcher.stderr import StderrThread
 from pyvmm.report import escape
 from pyvmm.run.outcome import Kind, Outcome
@@ -37,8 +36,6 @@ CALL_TIMEOUT_S = 60.0
 """Time for an answer to a request that waits for nothing."""
 STOP_TIMEOUT_S = 20.0
 """Time for a run to end after it was asked to; then the process is ended."""
-END_NOTICE_S = 5.0
-"""Time in which the end of a run is told, after its agent was lost by that."""
 TOLD_TIMEOUT_S = 2.0
 """Time for the process to end by itself once it has told the outcome, and somebody closes."""
 _GRACE_S = 10.0
@@ -60,30 +57,22 @@ class Session:
     def __init__(self, process: VmProcess, report: Callable[[str], None] | None) -> None:
         self._process = process
         self._owner_pid = os.getpid()
-        self._news = threading.Condition()
-        self._wakers: set[Callable[[], None]] = set()
+        self.state = RunState()
         self._parts: set[Closable] = set()
+        self._parts_lock = threading.Lock()
         self._closing = threading.Lock()
-        self._event_thread = 0
-        """The thread that calls the callbacks."""
         self.is_closed = False
-        self._ending: Outcome | None = None
-        """The outcome as soon as it is known; ``outcome`` is set after the callbacks."""
-        self.outcome: Outcome | None = None
         self.evidence: Mapping[str, object] = {}
         self.end_registers: Sequence[str] = ()
         self._end_values: Sequence[Mapping[str, str]] = ()
-        self.failure: PyvmmError | None = None
         self.is_paused = False
-        self._end_callbacks: list[Callable[[Outcome], object]] = []
-        told = report or _log
+        self._told = report or _log
         self._stderr = StderrThread(
-            process.stderr_fd, lambda line: self._run_hook("report", told, line),
-            name=f"pyvmm VM {process.pid} stderr",
+            process.stderr_fd, self.report, name=f"pyvmm VM {process.pid} stderr",
         )
         self.console = VmConsole(
-            send=self._type, refuse_own_threads=self.refuse_own_thread, run_hook=self._run_hook,
-            raise_if_failed=self.raise_if_failed,
+            send=self._type, refuse_own_threads=self.state.refuse_own_thread, run_hook=self._run_hook,
+            raise_if_failed=self.state.raise_if_failed,
         )
         self._client = Client(process.socket, on_event=self._on_event, on_end=self._on_hang_up)
 
@@ -125,7 +114,7 @@ class Session:
             if error.kind != "closed":
                 raise HostError(f"launch: {error}") from error
             self.wait(None)
-            raise HostError(f"launch: {self._ending.detail if self._ending else error}") from None
+            raise HostError(f"launch: {self.state.ending.detail if self.state.ending else error}") from None
         self._stderr.release()
         answer = self.call(
             "subscribe", {"events": ["console", "state", "ended"], "console_from": 0}
@@ -140,51 +129,47 @@ class Session:
     def wait(self, timeout_s: float | None) -> Outcome | None:
         """See ``Vm.wait``."""
         self._check_open("wait()")
-        self.refuse_own_thread("wait()")
-        with self._news:
-            self._news.wait_for(lambda: self.outcome is not None, timeout_s)
-            return self.outcome
+        self.state.refuse_own_thread("wait()")
+        return self.state.wait(timeout_s)
 
     def finish(self) -> None:
         """See ``Vm.finish``."""
-        if self._ending is None and not self.is_closed:
+        if self.state.ending is None and not self.is_closed:
             self._client.begin("stop")
 
     def stop(self) -> Outcome:
         """See ``Vm.stop``."""
-        self.refuse_own_thread("stop()")
-        if self.outcome is None:
+        self.state.refuse_own_thread("stop()")
+        if self.state.outcome is None:
             self._check_open("stop()")
             self.finish()
             if self.wait(STOP_TIMEOUT_S) is None:
                 self._process.hang_up()
                 self.wait(None)
-        assert self.outcome is not None
-        return self.outcome
+        assert self.state.outcome is not None
+        return self.state.outcome
 
     def close(self) -> None:
         """See ``Vm.close``."""
         if os.getpid() != self._owner_pid:
             raise RuntimeError(f"close(): the VM belongs to process {self._owner_pid}")
-        self.refuse_own_thread("close()")
+        self.state.refuse_own_thread("close()")
         with self._closing:
             if self.is_closed:
                 return
-            with self._news:
+            with self._parts_lock:
                 parts = list(self._parts)
             for part in parts:
                 part.close()
-            if self.outcome is None:
+            if self.state.outcome is None:
                 self.stop()
             # With an outcome told, only the process's last words are still to come.
             self._process.end(TOLD_TIMEOUT_S)
             self._client.close()
             self._stderr.join()
             self._process.close()
-            with self._news:
-                self.is_closed = True
+            self.is_closed = True
             self.console.close()
-            self._notify()
 
     def forget(self) -> None:
         """Close a VM that nobody holds any more; a ResourceWarning says that nobody did."""
@@ -200,9 +185,9 @@ class Session:
     ) -> Pending:
         """Send a request without waiting for its answer: see ``wait_for`` and ``result_of``."""
         self._check_open(method)
-        self.raise_if_over(method)
+        self.state.raise_if_over(method)
         pending = self._client.begin(method, params, fds)
-        pending.add_done_callback(lambda _: self._notify())
+        pending.add_done_callback(lambda _: self.state.notify())
         return pending
 
     def call(
@@ -210,35 +195,22 @@ class Session:
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> dict[str, Any]:
         """Send a request and return the result of its answer; PyvmmError, RuntimeError."""
-        self.refuse_own_thread(method)
+        self.state.refuse_own_thread(method)
         pending = self.send(method, params)
-        self.wait_for(pending.done, timeout_s, method)
+        self.state.wait_for(pending.done, timeout_s, method)
         return self.result_of(pending, method)
-
-    def wait_for(self, is_there: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait until ``is_there``; raise what ended the run, or HostError when the time is up."""
-        until_s = time.monotonic() + timeout_s
-        with self._news:
-            while not is_there():
-                self.raise_if_over(what)
-                left_s = until_s - time.monotonic()
-                if left_s <= 0:
-                    raise HostError(
-                        f"{what}: the process of the VM has not answered in {timeout_s:g} s"
-                    )
-                self._news.wait(left_s)
 
     def result_of(self, pending: Pending, what: str) -> dict[str, Any]:
         """Return the result of an answered request; raise its error."""
-        self.raise_if_failed()
+        self.state.raise_if_failed()
         try:
             return pending.result(0)
         except ControlError as error:
             if error.kind in ("closed", "state") and (
-                error.kind == "closed" or self._ending is not None
+                error.kind == "closed" or self.state.ending is not None
             ):
-                self._wait_for_end()
-                self.raise_if_over(what)
+                self.state.wait_for_notice()
+                self.state.raise_if_over(what)
             text = escape(str(error))
             if error.kind == "state":
                 raise RuntimeError(text) from None
@@ -246,55 +218,21 @@ class Session:
                 raise AgentError(text) from None
             raise
 
-    def raise_if_failed(self) -> None:
-        """Raise the error given to ``fail``, if there is one."""
-        if self.failure is not None:
-            raise self.failure
-
-    def raise_if_over(self, what: str) -> None:
-        """Raise the error given to ``fail``, or EndedError if the run is over."""
-        self.raise_if_failed()
-        if self.outcome is not None:
-            raise EndedError(f"{what}: the run has ended: {self.outcome}", self.outcome)
-
     def raise_lost(self, what: str, reason: str) -> None:
         """Raise for a job whose agent was lost: the run's end if that is why, else AgentError."""
-        self._wait_for_end()
-        self.raise_if_over(what)
+        self.state.wait_for_notice()
+        self.state.raise_if_over(what)
         raise AgentError(f"{what}: {escape(reason) or 'the agent in the guest was lost'}")
-
-    @contextlib.contextmanager
-    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Have ``wake``, which must not wait, called after every change."""
-        with self._news:
-            self._wakers.add(wake)
-        try:
-            yield
-        finally:
-            with self._news:
-                self._wakers.discard(wake)
 
     def adopt(self, part: Closable) -> None:
         """Have ``part`` closed with the VM."""
-        with self._news:
+        with self._parts_lock:
             self._parts.add(part)
 
     def disown(self, part: Closable) -> None:
         """Forget ``part``, which was closed."""
-        with self._news:
+        with self._parts_lock:
             self._parts.discard(part)
-
-    def refuse_own_thread(self, call: str) -> None:
-        """Raise RuntimeError in the thread of the callbacks, which would wait for itself."""
-        if threading.get_ident() == self._event_thread:
-            raise RuntimeError(f"{call} in a callback would wait for itself: use another thread")
-
-    def _wait_for_end(self) -> None:
-        """Wait a moment for the end of the run, which is about to be told."""
-        with self._news:
-            self._news.wait_for(
-                lambda: self.outcome is not None or self.failure is not None, END_NOTICE_S
-            )
 
     def _check_open(self, call: str) -> None:
         if os.getpid() != self._owner_pid:
@@ -316,7 +254,7 @@ class Session:
 
     def registers(self, vcpu: int) -> Registers:
         """See ``Vm.registers``."""
-        if self.outcome is None:
+        if self.state.outcome is None:
             values = self.call("registers", {"vcpu": vcpu})["values"]
         elif 0 <= vcpu < len(self._end_values):
             values = self._end_values[vcpu]
@@ -334,37 +272,27 @@ class Session:
     def _type(self, data: bytes) -> None:
         for start in range(0, len(data), _TYPED_BYTES):
             text = base64.b64encode(data[start : start + _TYPED_BYTES]).decode()
-            if threading.get_ident() == self._event_thread:  # cannot wait for an answer
+            if threading.get_ident() == self.state.event_thread:  # cannot wait for an answer
                 self.send("console.write", {"data": text})
             else:
                 self.call("console.write", {"data": text})
+
+    def report(self, line: str) -> None:
+        """Tell the user a line about what is odd."""
+        self._run_hook("report", self._told, line)
 
     # Judging
 
     def fail(self, error: PyvmmError) -> None:
         """See ``Vm.fail``."""
-        if not isinstance(error, PyvmmError):
-            raise TypeError(f"fail takes a PyvmmError, not {type(error).__name__}")
-        with self._news:
-            if self.failure is None:
-                self.failure = error
+        self.state.fail(error)
         self.console.end()
-        self._notify()
         self.finish()
-
-    def on_end(self, callback: Callable[[Outcome], object]) -> None:
-        """See ``Vm.on_end``."""
-        with self._news:
-            outcome = self._ending
-            if outcome is None:
-                self._end_callbacks.append(callback)
-        if outcome is not None:
-            callback(outcome)
 
     # The client's thread
 
     def _on_event(self, event: dict[str, Any]) -> None:
-        self._event_thread = threading.get_ident()
+        self.state.event_thread = threading.get_ident()
         match event["event"]:
             case "console":
                 self.console.feed(base64.b64decode(event["data"]))
@@ -372,7 +300,7 @@ class Session:
                 self.console.lost_bytes += event["bytes"]
             case "state":
                 self.is_paused = bool(event["paused"])
-                self._notify()
+                self.state.notify()
             case "ended":
                 self.evidence = event["evidence"]
                 self.end_registers = tuple(event["registers"])
@@ -382,25 +310,16 @@ class Session:
 
     def _on_hang_up(self) -> None:
         """Take the end of the connection, which is that of the process, or soon will be."""
-        self._event_thread = threading.get_ident()
-        if self._ending is None:
+        self.state.event_thread = threading.get_ident()
+        if self.state.ending is None:
             status = self._process.end(END_TIMEOUT_S)
             self._stderr.join()
             self._over(Outcome(Kind.HOST_ERROR, detail=_died(status, self._stderr.text)))
 
     def _over(self, outcome: Outcome) -> None:
         """Tell everybody that the run is over, the callbacks first; only the first time."""
-        with self._news:
-            if self._ending is not None:
-                return
-            self._ending = outcome
-            callbacks = list(self._end_callbacks)
-        for callback in callbacks:
-            self._run_hook("on_end", callback, outcome)
-        with self._news:
-            self.outcome = outcome
+        self.state.end(outcome, self._run_hook)
         self.console.end()
-        self._notify()
 
     def _run_hook(self, name: str, hook: Callable[..., object], value: object) -> None:
         """Call a user's function; an error in it fails the run."""
@@ -410,12 +329,6 @@ class Session:
             problem = PyvmmError(f"{name}: {hook!r} raised {type(error).__name__}: {error}")
             problem.__cause__ = error
             self.fail(problem)
-
-    def _notify(self) -> None:
-        with self._news:
-            self._news.notify_all()
-            for wake in self._wakers:
-                wake()
 
 
 def _died(status: int, last_words: str) -> str:

@@ -120,7 +120,7 @@ class Vm:
     @property
     def outcome(self) -> Outcome | None:
         """The outcome, None before the end."""
-        return self._session.outcome
+        return self._session.state.outcome
 
     @property
     def pid(self) -> int:
@@ -141,7 +141,7 @@ class Vm:
     @property
     def failure(self) -> PyvmmError | None:
         """The error given to ``fail``; None without one."""
-        return self._session.failure
+        return self._session.state.failure
 
     # For whoever judges the run
 
@@ -159,7 +159,7 @@ class Vm:
         It may call ``fail``, and must not wait for the machine.  If the run is over already
         it is called at once, in this thread.
         """
-        self._session.on_end(callback)
+        self._session.state.on_end(callback)
 
     # The guest, by its agent
 
@@ -181,11 +181,11 @@ class Vm:
     ) -> Completed:
         """Run the program and arguments ``argv`` in the guest, and return how it ended.
 
-        No shell is involved: for one write ``["sh", "-c", text]``.  ``env`` is added to the agent's
-        environment (PATH, HOME, TERM).  After ``timeout_s`` seconds the command is killed (``timed_out``).
-        Output goes to the binary files ``stdout`` and ``stderr``, or into the result: up to 64 MiB
-        each, more kills the command and is OutputLimitError.  With ``check`` a failed command is a
-        CommandError.
+        No shell is involved: for one write ``["sh", "-c", text]``.  ``env`` is added to the
+        agent's environment (PATH, HOME, TERM).  After ``timeout_s`` seconds the command is killed,
+        and the result has ``timed_out``.  Output goes to the binary files ``stdout`` and
+        ``stderr``, or into the result: up to 64 MiB each, more kills the command and is
+        OutputLimitError.  With ``check`` a failed command is a CommandError.
         """
         with self.begin(
             argv, input=input, env=env, cwd=cwd, timeout_s=timeout_s, has_input=False

@@ -19,7 +19,7 @@ import distributed
 import pyvmm
 from pyvmm.errors import ConfigError
 from pyvmm.matrix.executor import Done, Event, Finished, PhaseBegan, Runner, Started
-from pyvmm.matrix.needs import Need, problems, refuse
+from pyvmm.matrix.needs import Need, kvm_problems, problems, refuse
 from pyvmm.matrix.results import HOST_ERROR, RunResult
 from pyvmm.matrix.runs import Run
 from pyvmm.matrix.worker import RunsOfWorker, do_run, stop_runs, version
@@ -69,8 +69,9 @@ class ClusterExecutor:
                         self._option,
                         f"worker {worker} has pyvmm {found}, here is {pyvmm.__version__}",
                     )
-            for worker, missing in self._ask(problems, needs).items():
-                refuse(missing, f" on worker {worker}")
+            for question in (problems, kvm_problems):
+                for worker, bad in self._ask(question, needs).items():
+                    refuse(bad, f" on worker {worker}")
         except BaseException:
             self.close()
             raise

@@ -19,7 +19,7 @@ MAX_S = 7 * 86400.0
 MAX_ARGUMENTS = 1000
 _KERNEL_KEYS = ("file", "initrd", "append")
 _DISK_KEYS = ("disks", "append")
-_COMMAND_KEYS = ("run", "expect", "fail-on", "without", "allow", "put", "get", "env", "cwd",
+_COMMAND_KEYS = ("run", "expect", "fail-on", "no-fail-on", "allow", "put", "get", "env", "cwd",
                  "timeout", "boot-timeout")
 
 
@@ -113,12 +113,12 @@ def read_command(table: Table, name: str, files: Files, defaults: Order) -> Orde
 
 
 def read_fail_on(table: Table, start: FailOn) -> FailOn:
-    """Return ``start`` changed by ``fail-on``, ``without`` and ``allow`` of ``table``."""
+    """Return ``start`` changed by ``fail-on``, ``no-fail-on`` and ``allow`` of ``table``."""
     place = f"{table.file}: {table.place}." if table.place else f"{table.file}: "
     return FailOn.parse(
-        start=start, add=table.texts("fail-on"), without=table.texts("without"),
+        start=start, add=table.texts("fail-on"), without=table.texts("no-fail-on"),
         allow=table.texts("allow"),
-        names=(f"{place}fail-on", f"{place}without", f"{place}allow"),
+        names=(f"{place}fail-on", f"{place}no-fail-on", f"{place}allow"),
     )
 
 

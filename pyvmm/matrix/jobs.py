@@ -17,9 +17,13 @@ MAX_JOBS = 64
 def default_jobs(runs: Sequence[Run]) -> int:
     """Return how many of ``runs`` this host's processors and free memory carry at a time."""
     cpus = max(run.guest.cpus for run in runs)
-    memory = max(size_in_bytes(run.guest.memory, MAX_SIZE_BYTES) or 1 for run in runs)
     by_cpus = len(os.sched_getaffinity(0)) // cpus
-    return max(1, min(by_cpus, _available_bytes() // memory, MAX_JOBS))
+    return max(1, min(by_cpus, _available_bytes() // largest_memory(runs), MAX_JOBS))
+
+
+def largest_memory(runs: Sequence[Run]) -> int:
+    """Return the bytes of RAM of the largest guest."""
+    return max(size_in_bytes(run.guest.memory, MAX_SIZE_BYTES) or 1 for run in runs)
 
 
 def _available_bytes() -> int:

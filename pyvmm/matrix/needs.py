@@ -10,6 +10,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.matrix.plan import Plan
 from pyvmm.matrix.runs import Run
 from pyvmm.startup.types import Record
+from pyvmm.testing.usable_kvm import problem_for
 
 KERNEL_IN_TREE = "arch/x86/boot/bzImage"
 
@@ -32,6 +33,14 @@ def needs_of(plan: Plan, runs: Sequence[Run]) -> tuple[Need, ...]:
 def problems(needs: Sequence[Need]) -> list[tuple[str, str]]:
     """Return subject and problem for each of ``needs`` that is not met on this host."""
     return [(need.key, problem) for need in needs if (problem := _problem(need))]
+
+
+def kvm_problems(needs: Sequence[Need]) -> list[tuple[str, str]]:
+    """Return a problem if this host's KVM cannot run a kernel among ``needs``."""
+    for need in needs:
+        if need.kind == "kernel" and (problem := problem_for(need.path)):
+            return [(need.key, problem)]
+    return []
 
 
 def refuse_missing(needs: Sequence[Need], where: str = "") -> None:

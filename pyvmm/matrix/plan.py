@@ -27,15 +27,16 @@ from pyvmm.matrix.toml_table import Table, check_name, quoted
 from pyvmm.numerals import size_in_bytes
 from pyvmm.startup.mistakes import did_you_mean
 from pyvmm.startup.types import Record
+from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S
 from pyvmm.testing.fail_on import FAIL_ON
 from pyvmm.x86 import layout
 
 MAX_FILE_BYTES = 1 << 20
 AGENTS = ("inject", "image")
-DEFAULT_MEMORY = "512M"
+DEFAULT_MEMORY = "256M"
 _Value = TypeVar("_Value", str, int)
 _TOP = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "timeout",
-        "boot-timeout", "fail-on", "without", "allow", "include", "exclude")
+        "boot-timeout", "fail-on", "no-fail-on", "allow", "include", "exclude")
 
 
 class Plan(Record):
@@ -81,8 +82,8 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
     defaults = Order(
         argv=(),
         fail_on=read_fail_on(top, FAIL_ON),
-        timeout_s=top.seconds("timeout", 60.0, MAX_S),
-        boot_timeout_s=top.seconds("boot-timeout", 60.0, MAX_S),
+        timeout_s=top.seconds("timeout", TIMEOUT_S, MAX_S),
+        boot_timeout_s=top.seconds("boot-timeout", BOOT_TIMEOUT_S, MAX_S),
     )
     kernels, disks, commands = (top.table(key) for key in ("kernels", "disks", "commands"))
     for key, table, example in (

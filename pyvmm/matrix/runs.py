@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvmm.config import DiskConfig
 from pyvmm.startup.types import Record
+from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S
 from pyvmm.testing.fail_on import FAIL_ON, FailOn
 
 AXES = ("kernel", "disk", "memory", "cpus", "command")
@@ -41,8 +42,8 @@ class Order(Record):
     gets: tuple[tuple[str, str], ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     cwd: str = ""
-    timeout_s: float = 60.0
-    boot_timeout_s: float = 60.0
+    timeout_s: float = TIMEOUT_S
+    boot_timeout_s: float = BOOT_TIMEOUT_S
 
 
 class Run(Record):

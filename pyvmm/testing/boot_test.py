@@ -291,14 +291,15 @@ class _Run:
         """Return the verdict for what ended the steps; None if the test passed."""
         if isinstance(error, EndedError):
             error = error_of_outcome(error.outcome)
-        outcome = error.outcome if isinstance(error, BootError) else None
-        if isinstance(error, KeyboardInterrupt) or (
-            outcome is not None and outcome.kind in (Kind.STOPPED, Kind.QUIT, Kind.SIGNAL)
+        if isinstance(error, KeyboardInterrupt):
+            number = int(getattr(error, "number", signal.SIGINT))
+            return Failed(own.INTERRUPTED, 128 + number, f"interrupted by signal {number}")
+        if isinstance(error, RunFailed) and error.outcome is not None and (
+            error.outcome.kind in (Kind.STOPPED, Kind.QUIT, Kind.SIGNAL)
         ):
-            number = getattr(error, "number", signal.SIGINT)
+            number = error.outcome.value or int(signal.SIGINT)
             return Failed(
-                own.INTERRUPTED, 128 + number, f"interrupted by signal {int(number)}"
-                if isinstance(error, KeyboardInterrupt) else f"stopped by somebody: {outcome}",
+                own.INTERRUPTED, 128 + number, f"somebody ended the machine: {error.outcome}"
             )
         if isinstance(error, BootError | Failed) or error is None:
             return error

@@ -7,11 +7,19 @@ control sequences are spelled out, because a terminal would obey them and answer
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import re
+import select
+import stat
+import time
+from collections.abc import Callable
 
 from pyvmm.report import escape
 
+PATIENCE_S = 2.0
+LOOK_S = 0.2
+_ROOM_BYTES = 4096
 MAX_HELD = 32
 """Characters of an unfinished control sequence that wait for the rest."""
 _COLOUR = re.compile(r"\x1b\[[0-9;:]{0,64}m")
@@ -22,20 +30,25 @@ _KEPT = re.compile(r"(\x1b\[[0-9;:]{0,64}m|\r?\n|[\t\r])")
 class PassedOn:
     """Writes a guest's bytes to ``fd``, waiting for its reader; one thread alone may write.
 
-    ``is_terminal`` makes them harmless.  ``tail`` keeps the last ``kept_bytes``.  If the reader is
-    gone or the disk is full, ``problem`` says so, and later bytes are only counted.
+    ``is_terminal`` makes them harmless.  If the reader is gone, the disk is full, or the reader
+    takes nothing for PATIENCE_S while ``gives_up`` returns True, ``problem`` says so, and later
+    bytes are dropped.
     """
 
     def __init__(
-        self, fd: int, *, is_terminal: bool | None = None, kept_bytes: int = 64 << 10
+        self,
+        fd: int,
+        *,
+        is_terminal: bool | None = None,
+        gives_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._fd = fd
         self._is_terminal = os.isatty(fd) if is_terminal is None else is_terminal
-        self._kept_bytes = kept_bytes
+        self._gives_up = gives_up
+        self._waits = _may_wait(fd)
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._held = ""
-        self.tail = bytearray()
-        self.bytes = 0
+        self._has_written = False
         self.problem: OSError | None = None
         self.line_ended = True
         """True if the last byte ended a line."""
@@ -44,11 +57,8 @@ class PassedOn:
         """Pass ``data`` on."""
         if not data:
             return
-        self.bytes += len(data)
+        self._has_written = True
         self.line_ended = data.endswith(b"\n")
-        self.tail += data
-        if len(self.tail) > 2 * self._kept_bytes:
-            del self.tail[: -self._kept_bytes]
         self._write(self._harmless(data) if self._is_terminal else data)
 
     def end(self) -> None:
@@ -57,7 +67,7 @@ class PassedOn:
             rest = self._held + self._decoder.decode(b"", final=True)
             self._held = ""
             self._write(escape(rest).encode() if rest else b"")
-            if self.bytes:
+            if self._has_written:
                 self._write(b"\x1b[0m")  # whatever colour was left
 
     def _harmless(self, data: bytes) -> bytes:
@@ -74,17 +84,30 @@ class PassedOn:
         view = memoryview(data)
         while view and self.problem is None:
             try:
-                view = view[os.write(self._fd, view) :]
+                if not self._waits:
+                    view = view[os.write(self._fd, view) :]
+                elif self._has_room():
+                    # poll(2): a pipe that is writable takes so many bytes without waiting.
+                    view = view[os.write(self._fd, view[:_ROOM_BYTES]) :]
             except BlockingIOError:
-                _wait_for_room(self._fd)
+                continue  # another writer was faster
             except OSError as error:
                 self.problem = error
 
+    def _has_room(self) -> bool:
+        """Wait until the reader takes bytes; OSError if it does not and it is time to give up."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        since_s = time.monotonic()
+        while not poller.poll(LOOK_S * 1000):
+            if time.monotonic() - since_s > PATIENCE_S and self._gives_up():
+                raise OSError(errno.ETIMEDOUT, "its reader takes nothing")
+        return True
 
-def _wait_for_room(fd: int) -> None:
-    """Wait until ``fd``, which somebody made non-blocking, takes bytes again."""
-    import select
 
-    poller = select.poll()
-    poller.register(fd, select.POLLOUT)
-    poller.poll()
+def _may_wait(fd: int) -> bool:
+    """True unless ``fd`` is a regular file, which always takes bytes or refuses them."""
+    try:
+        return not stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:
+        return False

@@ -37,7 +37,7 @@ def runs(tmp_path: Path) -> Runs:
 
 def test_the_smallest_matrix_is_one_run(runs: Runs, tmp_path: Path) -> None:
     (run,) = runs(SMALL)
-    assert run.name == "k+512M+1cpu+c"
+    assert run.name == "k+256M+1cpu+c"
     assert run.guest.kernel == str(tmp_path / "bzImage")
     assert run.order.argv == ("true",)
     assert (run.guest.disks, run.guest.cpus, run.guest.agent) == ((), 1, "inject")
@@ -120,7 +120,7 @@ def test_lines_that_fail_a_run_are_those_of_the_file_and_of_the_command(runs: Ru
         run = ["true"]
         expect = ["ready", "done"]
         fail-on = ["b"]
-        without = "warning"
+        no-fail-on = "warning"
     """)
     assert one.order.fail_on.patterns == ("EXT4-fs error",)
     assert "warning" in one.order.fail_on.classes
@@ -162,7 +162,7 @@ MISTAKES = {
                      "commands.c.expct: is no key here; did you mean expect?"),
     "no pattern": (SMALL.replace('["true"]', "{ run = ['x'], expect = '(' }"),
                    "commands.c.expect '(': is no regular expression: missing )"),
-    "no class": (f"without = 'warnings'\n{SMALL}", "m.toml: without warnings: is no class"),
+    "no class": (f"no-fail-on = 'warnings'\n{SMALL}", "m.toml: no-fail-on warnings: is no class"),
     "put": (SMALL.replace('["true"]', "{ run = ['x'], put = 'a' }"), "'a' is not SOURCE:TARGET"),
     "get above": (SMALL.replace('["true"]', "{ run = ['x'], get = '/a:../b' }"),
                   "commands.c.get: '/a:../b': the path behind the colon must be below"),
@@ -179,7 +179,7 @@ MISTAKES = {
     "exclude nothing": (f"{SMALL}[[exclude]]", "exclude[0]: is empty"),
     "exclude no table": (f"exclude = 1\n{SMALL}", "exclude: must be a list of tables: write"),
     "include": (f"{SMALL}[[include]]\ncommand = 'd'", "include[0].command: 'd' is not among"),
-    "include twice": (f"{SMALL}[[include]]\ncommand = 'c'", "two runs of the name k+512M+1cpu+c"),
+    "include twice": (f"{SMALL}[[include]]\ncommand = 'c'", "two runs of the name k+256M+1cpu+c"),
     "include less": (f"memory = ['1G', '2G']\n{SMALL}[[include]]\nname = 'x'",
                      "include[0].memory: is missing: name one of 1G, 2G"),
 }
@@ -224,7 +224,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 def test_only_takes_runs_by_pattern(runs: Runs) -> None:
     found = runs(f"cpus = [1, 2]\n{SMALL}d = ['false']\n")
     assert len(found) == 4
-    assert [run.name for run in chosen(found, ["*+2cpu+*"])] == ["k+512M+2cpu+c", "k+512M+2cpu+d"]
+    assert [run.name for run in chosen(found, ["*+2cpu+*"])] == ["k+256M+2cpu+c", "k+256M+2cpu+d"]
     assert chosen(found, ["*+c", "k+*"]) == found
     with pytest.raises(ConfigError, match="--only x: matches none of the 4 runs"):
         chosen(found, ["*+c", "x"])

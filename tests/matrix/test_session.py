@@ -41,17 +41,17 @@ def test_every_run_has_its_logs_and_the_reports_tell_of_all(
     assert status == 121
     assert verdicts == {"good": "passed", "three": "failed", "seven": "failed", "panic": "panic"}
     for name in verdicts:
-        folder = tmp_path / "out" / "runs" / f"k+512M+1cpu+{name}"
+        folder = tmp_path / "out" / "runs" / f"k+256M+1cpu+{name}"
         assert folder.joinpath("console.log").read_text().startswith("the console of ")
         assert json.loads(folder.joinpath("result.json").read_text())["verdict"] == verdicts[name]
     root = ET.parse(tmp_path / "out" / "junit.xml").getroot()
     assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("4", "3", "0")
     page = (tmp_path / "out" / "index.html").read_text()
-    assert page.index("k+<wbr>512M+<wbr>1cpu+<wbr>panic") < page.index("1cpu+<wbr>seven")
+    assert page.index("k+<wbr>256M+<wbr>1cpu+<wbr>panic") < page.index("1cpu+<wbr>seven")
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0] == r"FAIL k+512M+1cpu+panic: panic (121): kernel panic: <b>&\x1b[31m"
-    assert lines[1] == "FAIL k+512M+1cpu+seven: failed (7): exited with 7"
+    assert lines[0] == r"FAIL k+256M+1cpu+panic: panic (121): kernel panic: <b>&\x1b[31m"
+    assert lines[1] == "FAIL k+256M+1cpu+seven: failed (7): exited with 7"
     assert lines[-1].endswith(f"1 passed, 2 failed, 1 panic; {tmp_path}/out/index.html")
     assert "[4/4] " in captured.err
 
@@ -145,7 +145,7 @@ def test_list_and_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     path = str(matrix(tmp_path, ALL))
     assert matrix_main([path, "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"k+512M+1cpu+{name}" for name in ("good", "three", "seven", "panic")
+        f"k+256M+1cpu+{name}" for name in ("good", "three", "seven", "panic")
     ]
     assert not (tmp_path / "pyvmm-matrix").exists()
     assert done(tmp_path, ALL, "--only", "*+good") == (0, {"good": "passed"})
@@ -204,7 +204,7 @@ def test_another_directory_than_an_earlier_matrix_is_left_alone(tmp_path: Path) 
     assert matrix_main([path, "--out", str(out)], stand_in) == 0
     assert len(list((out / "runs").iterdir())) == 2
     assert matrix_main([path, "--out", str(out), "--only", "*+c"], stand_in) == 0
-    assert [one.name for one in (out / "runs").iterdir()] == ["k+512M+1cpu+c"]
+    assert [one.name for one in (out / "runs").iterdir()] == ["k+256M+1cpu+c"]
     with pytest.raises(ConfigError, match=r"--out .*m.toml: File exists"):
         matrix_main([path, "--out", path], stand_in)
 
@@ -216,7 +216,7 @@ def test_reports_may_go_elsewhere(tmp_path: Path) -> None:
     )
     assert status == 121
     assert (tmp_path / "j.xml").exists()
-    assert "./../out/runs/k%2B512M" in (tmp_path / "html" / "p").read_text()
+    assert "./../out/runs/k%2B256M" in (tmp_path / "html" / "p").read_text()
     assert not (tmp_path / "out" / "index.html").exists()
 
 
@@ -275,6 +275,6 @@ def test_annotations_on_github_say_what_failed(
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     done(tmp_path, ALL)
     assert (
-        "::error title=k+512M+1cpu+three%3A failed::exited with 3"
+        "::error title=k+256M+1cpu+three%3A failed::exited with 3"
         in capsys.readouterr().out.splitlines()
     )

@@ -1,0 +1,130 @@
+"""The standard output and error of ``pyvmm test``: the command's bytes, and lines of ours."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Mapping
+
+from pyvmm.console.output import LineWatch
+from pyvmm.launcher.vm import Vm
+from pyvmm.report import MAX_LINE, escape
+from pyvmm.testing.annotations import Fence, annotation, defused, is_wanted
+from pyvmm.testing.boot_result import BootResult
+from pyvmm.testing.line_judge import LINES_BEFORE, shown_line
+from pyvmm.testing.passed_on import PassedOn
+
+MAX_PART_LINES = 60
+"""Of each part of a failure's report so many lines are shown: the reports have all."""
+END_PATIENCE_S = 5.0
+
+
+class TestOutput:
+    """A context manager: inside it, no line of the guest's is a command to GitHub's runner.
+
+    The command's standard output is never mixed with lines of ours, which go to standard error.
+    """
+
+    __test__ = False  # pytest collects what begins with Test
+
+    def __init__(self, environment: Mapping[str, str], *, shows_console: bool) -> None:
+        self._vm: Vm | None = None
+        self._end_s: float | None = None
+        self._out = PassedOn(1, gives_up=self._is_over)
+        self._err = PassedOn(2, gives_up=self._is_over)
+        self._lines = PassedOn(2, is_terminal=False, gives_up=self._is_over)
+        self._console = LineWatch(self._show_console) if shows_console else None
+        self._fence = Fence(self._say) if is_wanted(environment) else None
+        self.console_bytes = 0
+        """The number of bytes that the guest has printed."""
+        self.problem = ""
+        """The reason why some of the command's output is lost, "" if none is."""
+
+    def __enter__(self) -> TestOutput:
+        if self._fence is not None:
+            self._fence.__enter__()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._fence is not None:
+            self._fence.open()
+
+    def watch(self, vm: Vm) -> None:
+        """Give up readers that take nothing once ``vm`` has ended."""
+        self._vm = vm
+
+    def console(self, data: bytes) -> None:
+        """Take what the guest prints."""
+        self.console_bytes += len(data)
+        if self._console is not None:
+            self._console.feed(data)
+
+    def stdout(self, data: bytes) -> None:
+        """Take the command's standard output."""
+        self._out.write(data)
+
+    def stderr(self, data: bytes) -> None:
+        """Take the command's standard error."""
+        self._err.write(data)
+
+    def complain(self, line: str) -> None:
+        """Print one line of ours, which may quote anybody."""
+        self._say(f"pyvmm: {defused(escape(line)[:MAX_LINE])}")
+
+    def finish(self, result: BootResult) -> None:
+        """Print the verdict, and all around it if the test failed."""
+        self._end_s = time.monotonic()
+        for name, passed_on in (("output", self._out), ("error", self._err)):
+            passed_on.end()
+            problem = passed_on.problem
+            if problem is not None and problem.errno != errno.EPIPE:
+                self.problem = f"standard {name}: {problem.strerror}"
+        if not self._out.line_ended or not self._err.line_ended:
+            self._say("")
+        if self._fence is not None:
+            self._fence.open()
+        if self.problem:
+            self.complain(self.problem)
+        times = ", ".join(
+            f"{phase.name} {phase.end_s - phase.begin_s:.1f} s" for phase in result.phases
+        )
+        if result.is_passed:
+            self.complain(f"{result.message} ({times})")
+            return
+        for title, part in _parts(result):
+            self.complain(f"{title}:")
+            left_out = max(0, len(part) - MAX_PART_LINES)
+            if left_out:
+                self._say(f"  ({left_out} lines are left out)")
+            for line in part[left_out:]:
+                self._say(f"  {defused(escape(line)[:MAX_LINE])}")
+        self.complain(f"{result.verdict}: {result.message} ({times or 'not started'})")
+        self.complain(f"exit status {result.exit_status}")
+        if self._fence is not None and self._fence.is_open:
+            text = "\n".join([result.message, *(defused(line) for line in result.before[-5:])])
+            self._say(annotation("error", text, title=f"pyvmm test: {result.verdict}"))
+
+    def _show_console(self, line: bytes) -> None:
+        self._say(f"console: {defused(shown_line(line))}")
+
+    def _say(self, line: str) -> None:
+        self._lines.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+
+    def _is_over(self) -> bool:
+        if self._end_s is not None:
+            return time.monotonic() - self._end_s > END_PATIENCE_S
+        return self._vm is not None and (
+            self._vm.failure is not None or self._vm.outcome is not None
+        )
+
+
+def _parts(result: BootResult) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the parts of a failure's report for a person, in order."""
+    is_command = result.verdict in ("failed", "command-timeout", "not-run", "copy")
+    parts = []
+    for title, lines in result.sections():
+        # A command's failure is explained by its own output, which was shown.
+        if is_command and title in ("outcome", "registers", "last lines of the console"):
+            continue
+        parts.append((title, tuple(lines)[-LINES_BEFORE * 5 :]))
+    return parts
