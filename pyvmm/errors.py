@@ -97,7 +97,12 @@ class PeerClosedError(VhostUserError):
 
 
 class AgentError(PyvmmError):
-    """The agent in the guest is not there, was lost, or cannot do what it was asked to."""
+    """The agent in the guest is not there, was lost, or cannot do what it was asked to.
+
+    ``errno`` is the guest's reason, 0 if it gave none.
+    """
+
+    errno = 0
 
 
 class DriverError(PyvmmError):

@@ -246,7 +246,9 @@ class Command:
             case "lost":
                 self._session.raise_lost(self._what, reason)
             case _:
-                raise AgentError(f"{self._what}: {escape(reason) or os.strerror(number)}")
+                error = AgentError(f"{self._what}: {escape(reason) or os.strerror(number)}")
+                error.errno = number
+                raise error
         return Completed(
             argv=self.argv, status=status, signal=signal, timed_out=is_timeout,
             stdout_bytes=stdout, stderr_bytes=stderr,

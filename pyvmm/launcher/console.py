@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 
 from pyvmm.api.console import MAX_TYPED_BYTES, ConsoleHandle, ExpectError
@@ -30,8 +31,25 @@ class VmConsole(ConsoleHandle):
             has_begun=lambda: True,
         )
         self._send = send
+        self._call_hook: Callable[..., None] = run_hook
         self._raise_if_failed = raise_if_failed
         self.lost_bytes = 0
+        self._feeding = threading.RLock()
+        self._observers: list[Callable[[bytes], object]] = []
+
+    def feed(self, data: bytes) -> None:
+        """Take what the guest printed; in the thread that reads."""
+        with self._feeding:
+            super().feed(data)
+            for callback in self._observers:
+                self._call_hook("on_output", callback, data)
+
+    def on_output(self, callback: Callable[[bytes], object]) -> None:
+        """See ``Vm.on_output``."""
+        with self._feeding:
+            self._observers.append(callback)
+            if self._kept:
+                self._call_hook("on_output", callback, bytes(self._kept))
 
     def write(self, data: str | bytes) -> None:
         """Type ``data``: see ``ConsoleHandle.write``."""

@@ -153,6 +153,13 @@ class Vm:
         """
         self._session.fail(error)
 
+    def on_output(self, callback: Callable[[bytes], object]) -> None:
+        """Have ``callback`` called with what the guest prints, in order; now with what came before.
+
+        It is called in the thread that reads, and must not wait for the machine.
+        """
+        self.console.on_output(callback)
+
     def on_end(self, callback: Callable[[Outcome], object]) -> None:
         """Have ``callback`` called once with the outcome, before any waiting call learns of it.
 

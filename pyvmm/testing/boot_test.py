@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.config import MAX_TIMEOUT_S
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import AgentError, ConfigError, PyvmmError
 from pyvmm.launcher.completed import Completed
-from pyvmm.launcher.errors import AgentError, EndedError
+from pyvmm.launcher.errors import EndedError
 from pyvmm.launcher.vm import Vm
 from pyvmm.launcher.vm import launch as launch_vm
 from pyvmm.report import escape

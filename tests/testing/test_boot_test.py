@@ -11,9 +11,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from pyvmm.api.config import MachineConfig
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import AgentError, ConfigError, PyvmmError
 from pyvmm.launcher.completed import Completed
-from pyvmm.launcher.errors import AgentError
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.testing import boot_test
 from pyvmm.testing.boot_result import BootResult
