@@ -135,9 +135,9 @@ def _tell(report: Report, session: Session, output: Output, html: str) -> int:
 def _exit_status(session: Session, results: Sequence[RunResult], output: Output) -> int:
     if session.signal:
         return 128 + session.signal
-    is_complete = not (
-        session.problem or output.problems or any(result.problems for result in results)
-    )
+    if session.problem:
+        return HOST_STATUS
+    is_complete = not (output.problems or any(result.problems for result in results))
     return worst_status(results) or (0 if is_complete else HOST_STATUS)
 
 

@@ -25,7 +25,7 @@ from pyvmm.matrix.runs import Run
 from pyvmm.matrix.worker import RunsOfWorker, do_run, stop_runs, version
 from pyvmm.testing.verdicts import HOST_STATUS
 
-CONNECT_S = 15.0
+CONNECT_S = 10.0
 _Future = distributed.Future[tuple[RunResult, dict[str, bytes]]]
 LOST_S = 5.0
 """How long a connection to the scheduler may be down."""
@@ -47,10 +47,8 @@ class ClusterExecutor:
         self._lock = threading.Lock()
         self._tell: Callable[[Event], None] = lambda _event: None
         self._pending: dict[str, _Future] = {}
-        self._started: set[str] = set()
         self._is_over = threading.Event()
-        # The library tells of a cluster that goes away in many lines; we do in one.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        _quieten()
         try:
             self._client = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
         except (OSError, ValueError, ImportError) as error:
@@ -102,13 +100,15 @@ class ClusterExecutor:
         self._client.close(timeout=5)
 
     def _stop(self) -> None:
+        # Runs under way end by themselves, and their logs come back.
+        answers = self._client.run(stop_runs, self._name, on_error="ignore")
+        under_way = {name for names in answers.values() for name in names}
         with self._lock:
             waiting = {
-                name: future for name, future in self._pending.items() if name not in self._started
+                name: future for name, future in self._pending.items()
+                if name not in under_way and not future.done()
             }
         self._client.cancel(list(waiting.values()))
-        # The others end by themselves, and their logs come back.
-        self._client.run(stop_runs, self._name, on_error="ignore")
         for name in waiting:
             self._forget(name)
 
@@ -131,8 +131,6 @@ class ClusterExecutor:
         if phase:
             self._tell(PhaseBegan(name=name, phase=phase))
         else:
-            with self._lock:
-                self._started.add(name)
             self._tell(Started(name=name, where=where))
 
     def _ended(self, name: str, future: _Future) -> None:
@@ -166,6 +164,16 @@ class ClusterExecutor:
             if bad >= LOST_S:
                 self._tell(Done(problem=f"{self._option}: the scheduler has gone"))
                 return
+
+
+def _quieten() -> None:
+    """Silence the library, which tells of a cluster that goes away in tracebacks; we say a line.
+
+    Its configuration gives some of its loggers levels of their own.
+    """
+    for name in ("distributed", *logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "distributed":
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _lost(name: str, error: Exception) -> RunResult:

@@ -57,6 +57,8 @@ def last_lines(report: Report, output: Output, html: str) -> Iterator[str]:
         yield f"FAIL {one.name}: {one.verdict} ({one.exit_status}){message}"
     if len(bad) > MAX_NAMED:
         yield f"FAIL and {len(bad) - MAX_NAMED} more"
+    if report.note:
+        yield report.note
     counts = Counter(one.verdict for one in sorted(report.results, key=badness, reverse=True))
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     runs = "1 run" if len(report.results) == 1 else f"{len(report.results)} runs"

@@ -71,6 +71,14 @@ class RunResult(Record):
         }
 
 
+def not_started(name: str, problem: str = "") -> RunResult:
+    """Return the result of a run that was not begun, because of ``problem`` or an interrupt."""
+    return RunResult(
+        name=name, verdict=NOT_STARTED, exit_status=INTERRUPTED_STATUS,
+        message=problem or "not run: the matrix was interrupted before",
+    )
+
+
 def shortened(lines: Iterable[str]) -> tuple[str, ...]:
     """Return the last MAX_LINES of ``lines``, each cut after MAX_LINE characters."""
     return tuple(

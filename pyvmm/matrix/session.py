@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pyvmm.matrix.executor import Done, Event, Executor, Finished, PhaseBegan, Started
 from pyvmm.matrix.interrupts import interrupts
 from pyvmm.matrix.progress import Progress
-from pyvmm.matrix.results import INTERRUPTED_STATUS, NOT_STARTED, RunResult
+from pyvmm.matrix.results import INTERRUPTED_STATUS, RunResult, not_started
 from pyvmm.matrix.runs import Run
 from pyvmm.startup.types import Record
 from pyvmm.testing.own_verdicts import INTERRUPTED
@@ -112,7 +112,4 @@ class Session:
                 message=self.problem or "ended by an interrupt",
                 began_s=self._started_s[run.name],
             )
-        return RunResult(
-            name=run.name, verdict=NOT_STARTED, exit_status=INTERRUPTED_STATUS,
-            message=self.problem or "not run: the matrix was interrupted before",
-        )
+        return not_started(run.name, self.problem)

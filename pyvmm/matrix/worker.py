@@ -17,7 +17,7 @@ import pyvmm
 from pyvmm.config import format_size
 from pyvmm.matrix.attempt import attempt
 from pyvmm.matrix.executor import Runner, Watch
-from pyvmm.matrix.results import RunResult
+from pyvmm.matrix.results import RunResult, not_started
 from pyvmm.matrix.runs import Run
 
 MAX_FILE_BYTES = 16 << 20
@@ -32,15 +32,17 @@ class RunsOfWorker(WorkerPlugin):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._watches: dict[Any, Watch] = {}
+        self._watches: dict[Any, tuple[str, Watch]] = {}
+        self.is_stopped = False
+        """True once no further run may begin."""
 
     def __reduce__(self) -> tuple[type[RunsOfWorker], tuple[str]]:
         return type(self), (self.name,)
 
     @contextlib.contextmanager
-    def watched(self, key: Any, watch: Watch) -> Iterator[None]:
-        """Context in which the run of the task ``key`` is under way."""
-        self._watches[key] = watch
+    def watched(self, key: Any, name: str, watch: Watch) -> Iterator[None]:
+        """Context in which the run ``name``, of the task ``key``, is under way."""
+        self._watches[key] = name, watch
         try:
             yield
         finally:
@@ -48,13 +50,16 @@ class RunsOfWorker(WorkerPlugin):
 
     def transition(self, key: Any, start: str, finish: str, **_kwargs: object) -> None:
         """End the run of a task that was cancelled, or whose client has gone."""
-        if finish in ("cancelled", "released") and (watch := self._watches.get(key)):
-            _stop(watch)
+        if finish in ("cancelled", "released") and key in self._watches:
+            _stop(self._watches[key][1])
 
-    def stop(self) -> None:
-        """End all runs."""
-        for watch in list(self._watches.values()):
+    def stop(self) -> list[str]:
+        """End all runs, let none begin, and return the names of those under way."""
+        self.is_stopped = True
+        watches = list(self._watches.values())
+        for _, watch in watches:
             _stop(watch)
+        return [name for name, _ in watches]
 
     def teardown(self, worker: Worker) -> None:
         """End all runs: the worker ends."""
@@ -80,20 +85,21 @@ def do_run(name: str, runner: Runner, run: Run) -> tuple[RunResult, dict[str, by
     watch = Watch(tell)
     # What a worker that dies leaves there, Dask removes when the next one starts.
     with (
-        plugin.watched(worker.get_current_task(), watch),
+        plugin.watched(worker.get_current_task(), run.name, watch),
         tempfile.TemporaryDirectory(prefix="pyvmm-", dir=worker.local_directory) as folder,
     ):
+        if plugin.is_stopped:
+            return not_started(run.name), {}
         tell("")
         result = attempt(runner, run, lambda _run: folder, watch)
         files, problems = brought_back(folder)
     return result.replace(where=where, problems=(*result.problems, *problems)), files
 
 
-def stop_runs(name: str, dask_worker: Worker) -> None:
-    """End all runs of the matrix ``name`` on a worker."""
+def stop_runs(name: str, dask_worker: Worker) -> list[str]:
+    """End all runs of the matrix ``name`` on a worker; return the names of those under way."""
     plugin = dask_worker.plugins.get(name)
-    if isinstance(plugin, RunsOfWorker):
-        plugin.stop()
+    return plugin.stop() if isinstance(plugin, RunsOfWorker) else []
 
 
 def version() -> str:
