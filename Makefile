@@ -16,7 +16,7 @@ KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar 
 IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
 LAB_PACKAGES := qemu-system-x86 busybox-static
 TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd \
-	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools
+	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools chromium
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs
 # A Debian of its own for the tests: build/debian.img.
