@@ -13,12 +13,14 @@ T ?= 60
 
 VENV_PACKAGES := $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv)
 KERNEL_PACKAGES := gcc binutils libc6-dev make flex bison bc libelf-dev lz4 tar xz-utils linux-source-6.1
-IMAGE_PACKAGES := busybox-static e2fsprogs gcc libc6-dev
+IMAGE_PACKAGES := busybox-static e2fsprogs
 LAB_PACKAGES := qemu-system-x86 busybox-static
+AGENT_PACKAGES := musl-tools gcc binutils
 TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd \
-	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools chromium
+	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod \
+	chromium $(AGENT_PACKAGES)
 # What guests of the tests run, from the host's packages: build/tools.img.
-TOOL_PACKAGES := fio util-linux e2fsprogs
+TOOL_PACKAGES := fio util-linux e2fsprogs gcc libc6-dev
 # A Debian of its own for the tests: build/debian.img.
 DEBIAN_PACKAGES := mmdebstrap debian-archive-keyring kmod e2fsprogs
 BENCH_PACKAGES := gcc binutils libc6-dev linux-libc-dev qemu-system-x86 qemu-system-common
@@ -55,7 +57,7 @@ fi
 endef
 
 .PHONY: help run run-packages shell test test-packages test-kernels lint check slow-tests needs unit unit-tests vm-test
-.PHONY: power-cuts soak fuzz kernel stock debian
+.PHONY: power-cuts soak fuzz kernel stock debian agent
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -187,7 +189,7 @@ fuzz: dev ## fuzz what reads untrusted bytes for T seconds (60) in all; ARGS='ri
 
 kernel: build/bzImage build/vmlinux ## build/bzImage and build/vmlinux (minutes the first time, then cached)
 
-BUILD_KERNEL := kernels/build.py kernels/progress.py kernels/pyvmm.config
+BUILD_KERNEL := kernels/build.py $(wildcard pyvmm/linux/build/*.py) pyvmm/linux/build/pyvmm.config
 
 build/bzImage build/vmlinux &: $(BUILD_KERNEL)
 	@$(call need,$(KERNEL_PACKAGES))
@@ -195,16 +197,16 @@ build/bzImage build/vmlinux &: $(BUILD_KERNEL)
 	touch build/bzImage build/vmlinux
 
 # Told of its disks twice, by ACPI and by the command line: for the tests.
-build/acpi/bzImage: kernels/acpi.config $(BUILD_KERNEL)
+build/acpi/bzImage: pyvmm/linux/build/acpi.config $(BUILD_KERNEL)
 	@$(call need,$(KERNEL_PACKAGES))
-	$(PYTHON) kernels/build.py --fragment kernels/acpi.config --out build/acpi
+	$(PYTHON) kernels/build.py --fragment pyvmm/linux/build/acpi.config --out build/acpi
 	touch $@
 
 # Both of them, in one tree where neither is cached.
 test-kernels:
 	@if $(MAKE) -q build/bzImage build/acpi/bzImage; then exit; fi
 	$(call need,$(KERNEL_PACKAGES))
-	$(PYTHON) kernels/build.py --out build --variant kernels/acpi.config build/acpi
+	$(PYTHON) kernels/build.py --out build --variant pyvmm/linux/build/acpi.config build/acpi
 	touch build/bzImage build/vmlinux build/acpi/bzImage
 
 # Asked every time, from the cache unless apt knows a newer one; the tests read what it says.
@@ -218,20 +220,26 @@ debian: venv stock ## build/debian.img: Debian with systemd, for the tests (cach
 	@$(call need,$(DEBIAN_PACKAGES))
 	$(BIN)/python guest/build_debian.py --out build/debian.img
 
+BUILD_IMAGE := guest/build_image.py $(wildcard pyvmm/linux/images/* pyvmm/agent/pyvmm-agent)
+
 image: build/root.img build/test.img ## build/root.img: busybox on ext4, 64 MiB (test.img: for the tests)
 
-build/root.img build/test.img &: guest/build_image.py guest/init $(wildcard guest/exit/*)
+build/root.img build/test.img &: $(BUILD_IMAGE)
 	@$(call need,$(IMAGE_PACKAGES))
 	mkdir -p build
 	$(PYTHON) guest/build_image.py --out build/test.img --initrd build/initramfs.cpio.gz
 	cp --sparse=always build/test.img build/root.img
+
+agent: ## pyvmm/agent/pyvmm-agent, the program in guests; commit what changes
+	@$(call need,$(AGENT_PACKAGES))
+	$(PYTHON) guest/agent/build.py
 
 build/pyvmm-scattered: guest/tools/pyvmm-scattered.c
 	@$(call need,gcc libc6-dev)
 	mkdir -p build
 	gcc -O2 -Wall -Wextra -Werror -static -s -o $@ $<
 
-build/tools.img: Makefile guest/build_image.py guest/init build/pyvmm-scattered $(wildcard guest/exit/*)
+build/tools.img: Makefile $(BUILD_IMAGE) build/pyvmm-scattered
 	@$(call need,$(IMAGE_PACKAGES) $(TOOL_PACKAGES))
 	mkdir -p build
 	$(PYTHON) guest/build_image.py --out build/tools.img --size 192M $(addprefix --with-program ,$(TOOLS)) \

@@ -22,6 +22,7 @@ from pyvmm.virtio.console.device import RECEIVE_QUEUE, TRANSMIT_QUEUE, ConsoleDe
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.virtio.mmio import MmioTransport
+from pyvmm.virtio.port.device import CONTROL_TRANSMIT, RECEIVE, TRANSMIT, PortDevice
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockFeature, Feature, Register, Status
 from tests.support.general_path import GeneralBlockDevice
@@ -32,7 +33,7 @@ RAM_BYTES = 256 << 10
 RAM_END = RAM_BASE + RAM_BYTES
 DISK_SECTORS = 64
 DISK = b"".join(bytes([number]) * 512 for number in range(DISK_SECTORS))
-KINDS = ("block", "block", "console", "entropy", "served")
+KINDS = ("block", "block", "console", "entropy", "served", "port")
 PASS_CPU_S = 0.5
 """A pass is promised to take under 0.1 s; the rest is for atheris and busy machines."""
 _MOST_TURNS = 5000  # a full ring, at a chain a pass
@@ -173,6 +174,14 @@ class Machine:
             return self.console
         if self.kind == "entropy":
             return EntropyDevice()
+        if self.kind == "port":
+            self.appetite = 0
+            self.port_is_open = False
+            self.port = PortDevice()
+            self.port.connect(
+                on_data=self._hear, on_room=lambda: None, on_open=self._note_port
+            )
+            return self.port
         if self.kind == "served":
             self.frontend = FakeFrontend(source)
             device = VhostUserBlock(
@@ -200,6 +209,17 @@ class Machine:
 
     def _show(self, data: bytes) -> None:
         self.shown_bytes += len(data)
+
+    def _hear(self, data: bytes) -> int:
+        assert self.port_is_open
+        assert 0 < len(data) <= 64 << 10
+        taken = min(self.appetite, len(data))
+        self.appetite -= taken
+        return taken
+
+    def _note_port(self, is_open: bool) -> None:
+        assert is_open != self.port_is_open
+        self.port_is_open = is_open
 
     # What happens
 
@@ -239,6 +259,15 @@ class Machine:
             case 0 if self.kind == "console":
                 self.console.receive(source.take(source.bits(6)))
                 self.service(RECEIVE_QUEUE)
+            case 0 if self.kind == "port":
+                self.port.receive(source.take(source.bits(6)))
+                self.service(RECEIVE)
+            case 1 if self.kind == "port":
+                self.port.hang_up()
+                self.port.refresh()
+            case 2 if self.kind == "port":
+                self.appetite = source.bits(17)
+                self.service(TRANSMIT)
             case 1 if self.kind == "console":
                 self.size = (source.bits(17), source.bits(17))
                 if self.console.refresh():
@@ -277,7 +306,7 @@ class Machine:
             got = self._ask_block(driver)
             assert got == (0, 513, wanted), (got, wanted)
             return
-        index = TRANSMIT_QUEUE if self.kind == "console" else 0
+        index = {"console": TRANSMIT_QUEUE, "port": CONTROL_TRANSMIT}.get(self.kind, 0)
         plain = VirtioDriver(self.transport, self.memory, size=16, index=index)
         plain.start()
         shown = self.shown_bytes
@@ -286,7 +315,7 @@ class Machine:
         self.serve_all(index)
         (used,) = plain.reap()
         assert used.length == (0 if index else 64), used
-        assert self.shown_bytes - shown == (64 if index else 0)
+        assert self.shown_bytes - shown == (64 if self.kind == "console" else 0)
 
     def _ask_block(self, driver: BlockDriver) -> tuple[int, int, bytes]:
         """Read a sector, however long the rate limit makes it wait."""

@@ -29,6 +29,8 @@ RTC_KINDS = ("utc", "none")
 DISCOVERY_WAYS = ("both", "acpi", "cmdline")
 SERVE_PLACES = ("thread", "exit")
 AGENT_WAYS = ("none", "image", "inject")
+AGENT_INIT = "/pyvmm-agent"
+"""The agent in an initramfs, which starts the /init there when it is set up."""
 VHOST_USER = "vhost-user="  # the start of such a disk's location
 MAX_DISKS = 8
 DEFAULT_CONSOLE = "console=ttyS0"
@@ -221,6 +223,11 @@ class RunConfig(Record):
                     f"--disk {disk.location}", f"is given twice; {disk.how_to_share}"
                 )
         self._check_overlays()
+        if self.agent == "inject" and "rdinit" in dict(words_of(self._guest_words)):
+            raise ConfigError(
+                "--agent", "the guest starts the agent by rdinit=, and --append or --cmdline "
+                "has an rdinit= of its own: leave out one of them"
+            )
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
                 f"--timeout {self.timeout_s:g}",
@@ -269,6 +276,8 @@ class RunConfig(Record):
             parts.append("pyvmm_timing=1")
         if self.discovery != "acpi":
             parts += [f"virtio_mmio.device=4K@{base:#x}:{gsi}" for base, gsi in places]
+        if self.agent == "inject":
+            parts.append(f"rdinit={AGENT_INIT}")
         parts.append(self._guest_words)
         line = " ".join(part for part in parts if part)
         if limit is not None and len(line) > limit:

@@ -67,7 +67,7 @@ def build(
         _own(devices, stack)
         memory = stack.enter_context(_make_memory(config, devices.values()))
         kernel = load_kernel(memory, config.kernel)
-        initrd = load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
+        initrd = _load_initrd(memory, config, kernel, report)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         verdict = Verdict(runner, is_linux=kernel.is_linux)
         watch = ConsoleWatch(verdict.hear)
@@ -116,6 +116,18 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         from pyvmm.board.own_devices import own  # not on the boot path
 
         own(devices, stack)
+
+
+def _load_initrd(
+    memory: GuestMemory, config: RunConfig, kernel: Kernel, report: Callable[[str], None]
+) -> tuple[int, int] | None:
+    """Load the initrd of ``config``, with the agent if it has to be brought in; its place."""
+    if config.agent == "inject":
+        from pyvmm.linux.injection import inject  # not on the usual boot path
+
+        injection = inject(config.kernel, kernel.version, config.initrd, report)
+        return load_initrd(memory, injection.initrd, kernel, front=injection.front)
+    return load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
 
 
 def _plug_agent_port(board: Board, config: RunConfig) -> PortDevice | None:

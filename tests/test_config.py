@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from pyvmm.cli.parse import parse_cpus, parse_disk, parse_size
-from pyvmm.config import DiskConfig, RunConfig, VhostUserDiskConfig, format_size
+from pyvmm.config import (
+    DEFAULT_CMDLINE,
+    DiskConfig,
+    RunConfig,
+    VhostUserDiskConfig,
+    format_size,
+)
 from pyvmm.errors import ConfigError
 from pyvmm.storage.open import DiskSource
 from pyvmm.virtio.rate_limit import RateLimit
@@ -200,7 +206,7 @@ def test_fault_34_a_command_line_of_the_users_own_is_left_alone() -> None:
 @pytest.mark.parametrize(("given", "words"), [
     ({"cpus": 0}, "from 1 to 8"), ({"cpus": 9}, "from 1 to 8"),
     ({"mmio": "fast"}, "mapped, trapped"), ({"discovery": "pci"}, "both, acpi, cmdline"),
-    ({"serve": ""}, "thread, exit"),
+    ({"serve": ""}, "thread, exit"), ({"agent": "yes"}, "none, image, inject"),
 ])
 def test_what_is_no_choice_is_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"--{next(iter(given))}") as caught:
@@ -219,6 +225,25 @@ def test_devices_may_be_left_to_acpi() -> None:
     assert "virtio_mmio" not in config.kernel_command_line(places(2))
     config = RunConfig(kernel=KERNEL, disks=(disk("d"),), discovery="cmdline")
     assert config.kernel_command_line(places(2)).count("virtio_mmio.device=") == 2
+
+
+def test_an_agent_that_is_brought_in_is_the_first_program_and_the_root_is_named_all_the_same(
+) -> None:
+    config = RunConfig(kernel=KERNEL, disks=(disk("d"),), append="quiet", agent="inject")
+    assert config.kernel_command_line() == (
+        f"rdinit=/pyvmm-agent {DEFAULT_CMDLINE} root=/dev/vda rw quiet"
+    )
+    for agent in ("none", "image"):
+        config = RunConfig(kernel=KERNEL, disks=(disk("d"),), append="quiet", agent=agent)
+        assert "rdinit" not in config.kernel_command_line()
+
+
+@pytest.mark.parametrize("given", [{"append": "rdinit=/x"}, {"cmdline": 'a="b c" rdinit=/bin/sh'}])
+def test_two_first_programs_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^--agent: the guest starts the agent by rdinit="):
+        RunConfig(kernel=KERNEL, agent="inject", **given)
+    RunConfig(kernel=KERNEL, agent="inject", append="x -- rdinit=/for/init")
+    RunConfig(kernel=KERNEL, agent="image", **given)
 
 
 def test_with_an_initrd_the_root_is_the_initrds_business() -> None:

@@ -41,9 +41,11 @@ def test_fault_39_a_wheel_is_built_without_complaint_and_leaves_build_alone(
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
-    assert "\nLicense-Expression: Apache-2.0\n" in text
+    assert "\nLicense-Expression: Apache-2.0 AND MIT\n" in text
     files = {
         str(path.relative_to(ROOT)) for path in (ROOT / "pyvmm").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert files <= names
+    assert "pyvmm/agent/pyvmm-agent" in files
+    assert any(name.endswith(".dist-info/licenses/pyvmm/agent/LICENSE.musl") for name in names)

@@ -62,7 +62,7 @@ class LinkState(StrEnum):
 
 
 class Hello(Record):
-    """What an agent says of itself."""
+    """An agent's words about itself."""
 
     version: int
     max_jobs: int

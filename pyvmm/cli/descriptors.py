@@ -52,6 +52,8 @@ def needed_descriptors(config: RunConfig) -> int:
     from pyvmm.config import DiskConfig
 
     needed = 28 + 2 * (config.cpus - 1)
+    if config.agent != "none":
+        needed += 9  # looking again, interrupting, waiting; one doorbell per queue
     for disk in config.disks:
         # The disk itself; looking again, interrupting, waiting; one doorbell per queue.
         needed += 4 + disk.queues

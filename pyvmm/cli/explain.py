@@ -14,6 +14,7 @@ from pyvmm.cli.first_look import config_cache_path
 from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.linux.config_cache import covers, recall, remember
 from pyvmm.linux.file_systems import HEAD_BYTES
+from pyvmm.linux.formats import GZIP_MAGIC
 from pyvmm.linux.guest import Boot, describe
 from pyvmm.linux.requirements import notes, problems
 from pyvmm.run.outcome import MAYBE_SILENT, Kind, Outcome
@@ -145,6 +146,8 @@ def _configuration(
 
 def _boot(config: RunConfig, version: str) -> Boot:
     initrd = None if config.initrd is None else _read(os.fspath(config.initrd), 0)
+    if initrd is None and config.agent == "inject":
+        initrd = GZIP_MAGIC  # of an initramfs of ours
 
     def read_disk(index: int, offset: int) -> bytes:
         disk = config.disks[index]
@@ -156,7 +159,8 @@ def _boot(config: RunConfig, version: str) -> Boot:
     command_line = config.kernel_command_line([layout.virtio_slot(0)])
     return Boot(
         command_line=command_line, version=version, cpus=config.cpus, disks=len(config.disks),
-        acpi=config.discovery != "cmdline", initrd=initrd, read_disk=read_disk,
+        acpi=config.discovery != "cmdline", initrd=initrd, agent_port=config.agent != "none",
+        read_disk=read_disk,
     )
 
 

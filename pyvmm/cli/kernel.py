@@ -39,6 +39,7 @@ _SPECIAL = (
         Guest(initrd_compression=Compression.NONE, is_ram_disk=True),
     )),
     ("with console=hvc0", (Guest(console="hvc0"),)),
+    ("with --agent", (Guest(agent_port=True),)),
     ("with --cpus 2", (Guest(cpus=2),)),
     ("with --discovery acpi", (Guest(cmdline_devices=False),)),
     ("with --discovery cmdline or acpi=off", (Guest(acpi=False), Guest(acpi=False, cpus=2))),

@@ -13,7 +13,7 @@ from pyvmm.errors import PyvmmError
 HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
-COMMANDS = ("run", "test", "matrix", "export", "doctor", "kernel", "lab")
+COMMANDS = ("run", "test", "matrix", "export", "doctor", "kernel", "image", "lab")
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
 
@@ -26,7 +26,8 @@ commands:
   matrix   many such tests from one file, several at a time:  pyvmm matrix boot.toml
   export   serve a disk to another VMM:  pyvmm export --disk build/root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
-  kernel   say whether a kernel file can boot here, or fetch Debian's:  pyvmm kernel inspect FILE
+  kernel   look into a kernel file, fetch a distribution's, or build one:  pyvmm kernel fetch debian
+  image    build a disk image:  pyvmm image build --busybox root.img
   lab      run a command on an emulated host whose KVM is complete:  pyvmm lab -- CMD...
 
   pyvmm COMMAND --help    the options of a command
@@ -78,6 +79,11 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
                 with signals:
                     return kernel_main(rest)
+            case "image":
+                from pyvmm.cli.image import image_main
+
+                with signals:
+                    return image_main(rest)
             case "lab":
                 from pyvmm.cli.lab import lab_main
 

@@ -57,7 +57,7 @@ def build_from_debian(work: Path, say: Say, wanted: Sequence[str] = MODULES) -> 
         return package, debian.unpack_image(apt, package, work, say)
 
     package, root = apt.retrying(attempt, say)
-    image = debian.find_in(root, "boot/vmlinuz-*", package)
+    image = debian.find_in(root, "boot/vmlinuz-*", package.name)
     (work / "vmlinux").write_bytes(payload.extract_vmlinux(image.read_bytes()))
     (work / "modules").mkdir()
     for index, (name, data) in enumerate(modules.load_order(root, wanted)):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pyvmm.errors import HostError
 from pyvmm.linux import cpio, initramfs, modules, packages, payload
+from pyvmm.linux.busybox import find_busybox
 from pyvmm.linux.cache import Say, build_once, source_key
 from pyvmm.linux.compression import UnpackError
-from pyvmm.linux.host import static_busybox
 from pyvmm.linux.packages import Apt, Package
 
 CLOUD_META_PACKAGE = "linux-image-cloud-amd64"
@@ -71,21 +71,21 @@ def unpack_image(apt: Apt, package: Package, work: Path, say: Say) -> Path:
     return root
 
 
-def find_in(root: Path, pattern: str, package: Package) -> Path:
-    """Return the file ``pattern`` of an unpacked package; HostError if there is none."""
+def find_in(root: Path, pattern: str, name: str) -> Path:
+    """Return the file ``pattern`` of the unpacked package ``name``; HostError if there is none."""
     found = next(root.glob(pattern), None)
     if found is None:
-        raise HostError(f"{package.name} holds no {pattern}")
+        raise HostError(f"{name} holds no {pattern}")
     return found
 
 
 def _build(apt: Apt, package: Package, work: Path, say: Say) -> str:
     """Leave vmlinuz, vmlinux, config and initramfs in ``work``."""
-    busybox = _busybox(work, say)
+    busybox = find_busybox(work, say)
     root = unpack_image(apt, package, work, say)
-    image = find_in(root, "boot/vmlinuz-*", package)
+    image = find_in(root, "boot/vmlinuz-*", package.name)
     release = image.name.removeprefix("vmlinuz-")
-    config = find_in(root, f"boot/config-{release}", package)
+    config = find_in(root, f"boot/config-{release}", package.name)
     shutil.copyfile(image, work / image.name)
     shutil.copyfile(config, work / config.name)
     (work / f"vmlinux-{release}").write_bytes(payload.extract_vmlinux(image.read_bytes()))
@@ -97,24 +97,6 @@ def _build(apt: Apt, package: Package, work: Path, say: Say) -> str:
     (work / f"initramfs-{release}.cpio.gz").write_bytes(archive)
     shutil.rmtree(root)
     return "amd64"
-
-
-def _busybox(work: Path, say: Say) -> bytes:
-    """Return a static busybox: this host's, or the one of Debian's package."""
-    if found := static_busybox():
-        return found.read_bytes()
-    apt = packages.host_apt()
-
-    def attempt() -> Path:
-        package = apt.find("busybox-static")
-        root = work / "busybox"
-        packages.unpack(apt.download(package, work, say), root)
-        # /bin, or /usr/bin if both are the same directory.
-        return find_in(root, "**/bin/busybox", package)
-
-    data = apt.retrying(attempt, say).read_bytes()
-    shutil.rmtree(work / "busybox")
-    return data
 
 
 def _open(directory: Path, version: str) -> StockKernel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 
+GZIP_MAGIC = b"\x1f\x8b"
 LZ4_MAGIC = b"\x02\x21\x4c\x18"
 """The magic of the "legacy frame" (``lz4 -l``)."""
 
@@ -26,7 +27,7 @@ class Compression(enum.Enum):
 
 
 _MAGICS = (
-    (b"\x1f\x8b", Compression.GZIP),
+    (GZIP_MAGIC, Compression.GZIP),
     (b"\xfd7zXZ\0", Compression.XZ),
     (LZ4_MAGIC, Compression.LZ4),
     (b"\x28\xb5\x2f\xfd", Compression.ZSTD),

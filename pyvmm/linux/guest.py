@@ -25,6 +25,7 @@ class Boot(Record):
 
     ``version`` is the kernel's own text, "" if it is not known.  ``acpi`` is True if there are
     tables, ``disks`` counts the disks; ``initrd`` is the start of that file, None without.
+    ``agent_port`` is True if there is a port for an agent.
     ``read_disk`` gives up to ``file_systems.HEAD_BYTES`` of disk ``index`` from a byte on, nothing
     if the disk cannot be read.
     """
@@ -35,6 +36,7 @@ class Boot(Record):
     acpi: bool = True
     disks: int = 1
     initrd: bytes | None = None
+    agent_port: bool = False
     read_disk: Callable[[int, int], bytes] = lambda index, offset: b""
 
 
@@ -52,7 +54,7 @@ class Guest(Record):
     ``file_system`` is the root's, on a disk, None if it is not known; ``squashfs`` its compression,
     if it has one.  ``partitions`` is the kind of table by which the root is found: ``gpt``,
     ``dos``, ``any`` of the two, "" for none.  ``mounts_devtmpfs`` is True if the command line has
-    the kernel mount it.
+    the kernel mount it.  ``agent_port`` is True if the kernel must find the port of an agent.
 
     ``mistakes`` are reasons, in words, for which no kernel boots so.
     """
@@ -69,6 +71,7 @@ class Guest(Record):
     squashfs: str = ""
     partitions: str = ""
     mounts_devtmpfs: bool = False
+    agent_port: bool = False
     mistakes: tuple[str, ...] = ()
 
 
@@ -94,9 +97,10 @@ def describe(boot: Boot, config: KernelConfig | None) -> Guest:
         is_ram_disk=boot.initrd is not None and file_systems.detect(boot.initrd) is not None,
         file_system=None,
         mounts_devtmpfs=values.get("devtmpfs.mount", "0") != "0",
+        agent_port=boot.agent_port,
     )
     mistakes = []
-    needs_devices = guest.has_disk or guest.console == "hvc0"
+    needs_devices = guest.has_disk or guest.console == "hvc0" or guest.agent_port
     if needs_devices and not guest.acpi and not guest.cmdline_devices:
         mistakes.append("nothing tells the kernel of its devices: ACPI is off, and they are not on "
                         "its command line (--discovery)")

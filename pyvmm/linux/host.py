@@ -22,6 +22,26 @@ def install_command(packages: Sequence[str]) -> str:
     return f"{sudo}apt-get install -y --no-install-recommends {' '.join(packages)}"
 
 
+TOOL_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+"""A user's PATH often lacks the directories where mke2fs and its like live."""
+
+
+def tool_path() -> str:
+    """Return PATH with the directories of system programs at its end."""
+    return os.pathsep.join([os.environ.get("PATH", ""), *TOOL_DIRECTORIES])
+
+
+def find_tool(name: str, package: str, why: str = "") -> str:
+    """Return the path of the program ``name``; MissingToolError tells how to install it.
+
+    ``package`` is Debian's name; ``why`` says what needs it.
+    """
+    if found := shutil.which(name, path=tool_path()):
+        return found
+    needs = f" ({why})" if why else ""
+    raise MissingToolError(f"{name} is missing{needs}; run: {install_command([package])}")
+
+
 def run_tool(command: Sequence[str], problem: str, cwd: Path | None = None) -> str:
     """Run a host tool and return its output.
 
@@ -34,9 +54,10 @@ def run_tool(command: Sequence[str], problem: str, cwd: Path | None = None) -> s
             text=True, errors="replace",
         )
     except FileNotFoundError as error:
-        raise MissingToolError(
-            f"{command[0]} is missing: Debian's kernels come by apt, which other systems lack"
-        ) from error
+        hint = ": Debian's kernels come by apt, which other systems lack"
+        if not command[0].startswith(("apt", "dpkg")):
+            hint = ""
+        raise MissingToolError(f"{command[0]} is missing{hint}") from error
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise HostError(f"{problem}: {said[-1]}")

@@ -12,8 +12,12 @@ from pyvmm.linux.work import PATIENT_CPU_S, Budget
 MAX_MODULE_BYTES = 256 << 20
 
 
-def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+def load_order(
+    root: Path, wanted: Sequence[str], release: str = "*"
+) -> Iterator[tuple[str, bytes]]:
     """Yield ``(name, contents)`` of the ``wanted`` modules under ``root``, dependencies first.
+
+    They are those of the kernel ``release``, of any if it is not given.
 
     A module names its dependencies in its own ``depends=`` string, so depmod's tables (a minute of
     work on a whole package) are not needed.  A name without a file is built into the kernel.
@@ -22,7 +26,7 @@ def load_order(root: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]
     budget = Budget(cpu_s=PATIENT_CPU_S)
     files = {
         path.name.partition(".ko")[0].replace("-", "_"): path
-        for path in root.glob("lib/modules/*/kernel/**/*.ko*")
+        for path in root.glob(f"lib/modules/{release}/kernel/**/*.ko*")
     }
     done: set[str] = set()
     contents: dict[str, bytes] = {}

@@ -197,9 +197,14 @@ def codename() -> str:
 
 def mirror(release: str) -> str:
     """Return the URL from which this host's apt gets ``release``, such as bookworm."""
+    return known_mirror(release) or DEFAULT_MIRROR
+
+
+def known_mirror(release: str) -> str:
+    """Return the URL that this host's apt has for ``release``; "" if it has none."""
     targets = run_tool(
         ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"],
         "apt-get cannot say where its packages come from",
     )
     pairs = (line.partition(" ") for line in targets.splitlines())
-    return next((uri for name, _, uri in pairs if name == release), DEFAULT_MIRROR)
+    return next((uri for name, _, uri in pairs if name == release), "")

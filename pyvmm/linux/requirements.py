@@ -102,8 +102,11 @@ def requirements(guest: Guest) -> Iterator[Requirement]:
     yield from _console(guest)
     if guest.cpus > 1:
         yield from _cpus(guest)
-    if guest.has_disk or guest.console == "hvc0":
+    if guest.has_disk or guest.console == "hvc0" or guest.agent_port:
         yield from _virtio(guest)
+    if guest.agent_port:
+        yield Requirement(purpose="the agent's port", options=("VIRTIO_CONSOLE",),
+                          without="no agent is heard", may_be_module=True)
     if guest.has_disk:
         yield from _root(guest)
     yield from _start(guest)
@@ -147,7 +150,9 @@ def _cpus(guest: Guest) -> Iterator[Requirement]:
 
 
 def _virtio(guest: Guest) -> Iterator[Requirement]:
-    nothing = "no disk is found" if guest.has_disk else "no hvc0 is found"
+    nothing = "no hvc0 is found" if guest.console == "hvc0" else "no agent is heard"
+    if guest.has_disk:
+        nothing = "no disk is found"
     yield Requirement(purpose="virtio-mmio", options=("VIRTIO_MMIO",), without=nothing,
                       may_be_module=True)
     by_command_line = "VIRTIO_MMIO_CMDLINE_DEVICES"
@@ -217,6 +222,7 @@ def every_guest() -> Iterator[Guest]:
         for console in ("ttyS0", "hvc0"):
             yield Guest(cpus=2, acpi=acpi, cmdline_devices=cmdline_devices, console=console)
     yield Guest(initrd_compression=Compression.NONE, is_ram_disk=True)
+    yield Guest(agent_port=True)
     for kind in Compression:
         yield Guest(initrd_compression=kind)
     for name in FILE_SYSTEMS:

@@ -246,6 +246,7 @@ main() {
   mount -t proc proc /proc
   mount -t sysfs sysfs /sys
   for module in /modules/*; do
+    [ -e "$module" ] || continue
     # A CPU may lack what one of them wants; the disk will tell whether it mattered.
     insmod "$module" 2>/dev/null || missing="$missing ${module##*/}"
   done

@@ -70,14 +70,15 @@ def parse_kernel(image: ImageFile, ram_end: int) -> Kernel:
 
 
 def load_initrd(
-    memory: GuestMemory, path: str | os.PathLike[str], kernel: Kernel
+    memory: GuestMemory, path: str | os.PathLike[str], kernel: Kernel, *, front: bytes = b""
 ) -> tuple[int, int]:
     """Load an initrd as high as the kernel allows; return ``(gpa, size in bytes)``.
 
     It lies page-aligned under the end of RAM below 4 GiB and the kernel's initrd_addr_max.
+    ``front`` are bytes that go before the file's: an archive of our own.
     """
     with ImageFile(path) as image:
-        size_bytes = image.size_bytes
+        size_bytes = len(front) + image.size_bytes
         ceiling, whose = memory.regions[0].end, "the end of RAM (--memory)"
         if kernel.initrd_addr_max + 1 < ceiling:
             ceiling, whose = kernel.initrd_addr_max + 1, "the kernel's initrd_addr_max"
@@ -88,7 +89,9 @@ def load_initrd(
                               f"at {ceiling:#x}")
         gpa = (ceiling - size_bytes) & -PAGE_SIZE
         with memory.view(gpa, size_bytes) as view:
-            image.read_into(view, 0)
+            view[: len(front)] = front
+            with view[len(front) :] as rest:
+                image.read_into(rest, 0)
     return gpa, size_bytes
 
 

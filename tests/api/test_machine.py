@@ -177,6 +177,9 @@ def test_a_report_that_raises_ends_the_run_and_is_named(config: MakeConfig) -> N
         ({"initrd": 5}, TypeError, "initrd must be"),
         ({"disks": None}, TypeError, "disks is a list"),
         ({"cpu": "z80"}, pyvmm.ConfigError, "unknown model"),
+        ({"agent": 1}, TypeError, "agent must be True, False, 'image', 'inject' or 'none', not in"),
+        ({"agent": "yes"}, pyvmm.ConfigError, "--agent yes: is none of none, image, inject"),
+        ({"agent": True, "append": "rdinit=/x"}, pyvmm.ConfigError, "--agent: the guest starts"),
     ],
 )
 def test_a_field_of_the_wrong_kind(

@@ -219,3 +219,28 @@ def test_a_disk_that_cannot_be_looked_into_is_no_failure(
     configure(kernel, COMPLETE.replace("CONFIG_EXT4_FS=y\n", ""))
     config = RunConfig(kernel=kernel, disks=(parse_disk(text),))
     assert explain.before(config) == [], "what is on the disk is not known"
+
+
+@pytest.mark.parametrize(("agent", "option", "words"), [
+    ("image", "VIRTIO_CONSOLE", "(the agent's port): no agent is heard"),
+    ("inject", "VIRTIO_CONSOLE", "(the agent's port): no agent is heard"),
+    ("inject", "BLK_DEV_INITRD", "(initramfs): the initrd is not used"),
+    ("inject", "RD_GZIP", "(initramfs, GZIP): the initrd is not used"),
+])
+def test_needs_of_an_agent_are_said_before_the_boot(
+    kernel: Path, disk: Path, agent: str, option: str, words: str
+) -> None:
+    configure(kernel, lacking(option))
+    config = run_of(kernel, disk).replace(agent=agent)
+    (line,) = explain.before(config, "6.1.0-synthetic")
+    assert line == f"{kernel}: the kernel lacks CONFIG_{option} {words}"
+    assert explain.before(run_of(kernel, disk), "6.1.0-synthetic") == []
+
+
+def test_an_agent_that_is_brought_in_brings_modules_with_it(kernel: Path, disk: Path) -> None:
+    modules = COMPLETE.replace("VIRTIO_BLK=y", "VIRTIO_BLK=m").replace("EXT4_FS=y", "EXT4_FS=m")
+    configure(kernel, modules.replace("VIRTIO_CONSOLE=y", "VIRTIO_CONSOLE=m"))
+    config = run_of(kernel, disk)
+    assert len(explain.before(config, "6.1.0-synthetic")) == 2
+    assert explain.before(config.replace(agent="inject"), "6.1.0-synthetic") == []
+    assert len(explain.before(config.replace(agent="image"), "6.1.0-synthetic")) == 3

@@ -1,4 +1,4 @@
-"""How guest/init reads the kernel command line, by its own functions under busybox sh."""
+"""How our init reads the kernel command line, by its own functions under busybox sh."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-INIT = Path(__file__).resolve().parents[2] / "guest/init"
+INIT = Path(__file__).resolve().parents[2] / "pyvmm/linux/images/init"
 
 
 def shell(script: str, *arguments: str) -> str:
@@ -87,3 +87,22 @@ def test_a_stage_is_marked_only_when_times_are_taken(
 def test_the_first_line_is_the_one_the_host_watches_for() -> None:
     assert shell('say "user space reached (Linux x)"') == (
         "pyvmm-init: user space reached (Linux x)\n")
+
+
+@pytest.mark.parametrize(("devices", "has_agent"), [
+    ({}, False),
+    ({"virtio0": ("0x0002", "0110"), "virtio1": ("0x0004", "0100")}, False),
+    ({"virtio0": ("0x0003", "1010"), "virtio1": ("0x0002", "0100")}, False),  # hvc0
+    ({"virtio0": ("0x0002", "0000"), "virtio1": ("0x0003", "0100")}, True),
+    ({"virtio0": ("0x0003", "1010"), "virtio1": ("0x0003", "0100")}, True),
+])
+def test_an_agent_is_waited_for_where_there_is_a_port_for_it(
+    tmp_path: Path, devices: dict[str, tuple[str, str]], has_agent: bool
+) -> None:
+    for name, (device, features) in devices.items():
+        folder = tmp_path / "bus/virtio/devices" / name
+        folder.mkdir(parents=True)
+        (folder / "device").write_text(f"{device}\n")
+        (folder / "features").write_text(features.ljust(64, "0") + "\n")
+    out = shell('SYS=$1; start_agent; echo "${HAS_AGENT:-no}"', str(tmp_path))
+    assert out == ("yes\n" if has_agent else "no\n")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyvmm.errors import HostError
-from pyvmm.linux import debian, packages
+from pyvmm.linux import busybox, debian, packages
 from tests.support import cpio
 from tests.support.fake_apt import ELF, RELEASE, apt_log, module
 
@@ -75,7 +75,7 @@ def test_busybox_comes_from_its_package_where_the_host_has_none(
     tools: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready(tools)
-    monkeypatch.setattr(debian, "static_busybox", lambda: None)
+    monkeypatch.setattr(busybox, "static_busybox", lambda: None)
     kernel = debian.fetch(cache, quiet)
     files = cpio.unpack(gzip.decompress(kernel.initramfs.read_bytes()))
     assert files["bin/busybox"] == (0o100755, b"a busybox")

@@ -22,10 +22,12 @@ from pyvmm.virtio.console.device import MAX_HOLD_S, ConsoleDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.virtio.mmio import MmioTransport
+from pyvmm.virtio.port.device import CONTROL_TRANSMIT, RECEIVE, TRANSMIT
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.virtio.spec import BlockRequestType, Feature
 from tests.support.general_path import without_fast_path
 from tests.support.packed_driver import PackedDriver
+from tests.support.port_rig import PortRig
 from tests.support.vhost_rig import FEATURES, PACKED, ExportRig
 from tests.support.virtio_driver import (
     RAM_BASE,
@@ -344,3 +346,47 @@ def test_fault_7_a_pass_over_the_entropy_device_is_bounded() -> None:
     assert transport.service(0) is None, "16 tables of 16 are little"
     assert [used.length for used in driver.reap()] == [48] * 16
     transport.close()
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 10])
+def test_fault_7_a_pass_over_the_agents_port_is_bounded(length: int) -> None:
+    rig = PortRig()
+    rig.open()
+    chain = [readable(rig.data_out.alloc(length), length)] * 64
+    offer_tables(rig.data_out, chain)
+    left: float | None = 0.0
+    chains = 0
+    while left is not None:
+        rig.heard.clear()
+        left = rig.transport.service(TRANSMIT)
+        done = len(rig.data_out.reap())
+        chains += done
+        assert len(rig.heard) <= done, "one call a chain"
+        assert done * 64 <= MOST_DESCRIPTORS
+    assert chains == rig.data_out.size
+
+
+def test_fault_7_a_pass_over_the_ports_control_messages_serves_its_data_once() -> None:
+    """Each close throws away all that waits: a queue full of them is as many passes."""
+    rig = PortRig()
+    rig.open()
+    for event in range(rig.control_out.size):
+        message = struct.pack("<IHH", 1, 6, event % 2)
+        rig.control_out.place([readable(rig.control_out.put(message), 8)], event)
+    rig.heard.clear()
+    passes = 1
+    while rig.transport.service(CONTROL_TRANSMIT) is not None:
+        passes += 1
+        assert len(rig.control_out.reap()) == 1
+    assert passes == rig.control_out.size
+    assert rig.heard == [False, True] * (passes // 2)
+
+
+def test_fault_7_bytes_for_the_guest_ask_for_no_more_buffers_than_they_need() -> None:
+    rig = PortRig()
+    rig.open()
+    gpa = rig.data_in.alloc(64)
+    offer_tables(rig.data_in, [writable(gpa + n, 1) for n in range(64)])
+    rig.device.receive(b"x")
+    assert rig.transport.service(RECEIVE) is None
+    assert [used.length for used in rig.data_in.reap()] == [1]

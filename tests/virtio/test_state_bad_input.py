@@ -19,8 +19,9 @@ from pyvmm.virtio.console.device import ConsoleDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.virtio.mmio import MmioTransport
+from pyvmm.virtio.port.device import PortDevice
 from pyvmm.virtio.rate_limit import RateLimit
-from pyvmm.virtio.spec import BlockFeature, Feature, Register
+from pyvmm.virtio.spec import BlockFeature, ConsoleFeature, Feature, Register
 from tests.support.packed_driver import PackedDriver
 from tests.support.rig import make_rig
 from tests.support.virtio_driver import RAM_BASE, BlockDriver, VirtioDriver
@@ -79,10 +80,11 @@ def block(features: int) -> Subject:
     return Subject(transport, memory, kind(transport, memory), features)
 
 
-def bare(device: VirtioDevice) -> Subject:
+def bare(device: VirtioDevice, features: int = 0) -> Subject:
     memory = GuestMemory.over(bytearray(1 << 16), RAM_BASE)
     transport = MmioTransport(device, memory, lambda: None, report=lambda _: None)
-    return Subject(transport, memory, VirtioDriver(transport, memory), int(Feature.VERSION_1))
+    driver = VirtioDriver(transport, memory)
+    return Subject(transport, memory, driver, features | Feature.VERSION_1)
 
 
 MAKERS: dict[str, Callable[[], Subject]] = {
@@ -90,6 +92,7 @@ MAKERS: dict[str, Callable[[], Subject]] = {
     "packed": lambda: block(FEATURES | int(Feature.RING_PACKED)),
     "console": lambda: bare(ConsoleDevice(lambda _: None, lambda: None, clock=lambda: 5.0)),
     "entropy": lambda: bare(EntropyDevice()),
+    "port": lambda: bare(PortDevice(), ConsoleFeature.MULTIPORT),
 }
 
 
@@ -193,6 +196,7 @@ def test_no_field_is_taken_with_another_type(subject: Subject) -> None:
         ("console", ("device", "typed"), bytes(5000), "console device: typed is not 0 to 4096"),
         ("console", ("device", "columns"), 1 << 16, "columns is not an integer of 0 to 65535"),
         ("console", ("device", "input_held_ms"), 5001, "input_held_ms is not an integer of 0 to"),
+        ("port", ("device", "for_guest"), bytes(65537), "for_guest is not 0 to 65536 bytes"),
         ("entropy", ("device", "queues", 0, "x"), 0, "virtio entropy device, queue 0: has no"),
     ],
 )

@@ -185,6 +185,18 @@ def test_initrd_goes_to_the_top_of_ram(
     assert memory.read(kernel.start, len(CODE)) == CODE
 
 
+def test_bytes_of_ours_go_before_the_initrds(
+    memory: GuestMemory, kernel: Kernel, initrd_file: MakeFile
+) -> None:
+    front = bytes(range(256)) * 16
+    gpa, size_bytes = load_initrd(memory, initrd_file(b"initrd"), kernel, front=front)
+    assert (gpa, size_bytes) == (RAM_BYTES - 8192, 4096 + 6)
+    assert memory.read(gpa, size_bytes) == front + b"initrd"
+    room = RAM_BYTES - kernel.end
+    refused(lambda path: load_initrd(memory, path, kernel, front=bytes(room)), initrd_file(b"x"),
+            f"{room + 1} bytes are too large for an initrd: the limit is {room}")
+
+
 @pytest.mark.parametrize(
     ("initrd_addr_max", "gpa"),
     [(5 * MIB - 1, 5 * MIB - 8192), (5 * MIB - 2, 5 * MIB - 8192), (5 * MIB + 903, 5 * MIB - 4096)],

@@ -1,11 +1,11 @@
-"""The rules of kernels/pyvmm.config: short, every block with its reason, no option twice."""
+"""The rules of pyvmm.config: short, every block with its reason, no option twice."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 
-from kernels import build
+from pyvmm.linux.build import options as build
 
 OPTION = re.compile(r"CONFIG_\w+=\S+|# CONFIG_\w+ is not set")
 
@@ -33,7 +33,14 @@ def test_no_option_stands_twice() -> None:
 
 
 def test_has_what_the_machine_offers() -> None:
-    options = build.parse_config(build.FRAGMENT.read_text())
+    found = build.parse_config(build.FRAGMENT.read_text())
     for name in ("SERIAL_8250_CONSOLE", "VIRTIO_MMIO_CMDLINE_DEVICES", "VIRTIO_BLK", "EXT4_FS",
                  "DEVTMPFS_MOUNT", "KVM_GUEST", "BLK_DEV_INITRD", "X86_IOPL_IOPERM"):
-        assert options[f"CONFIG_{name}"] == "y"
+        assert found[f"CONFIG_{name}"] == "y"
+
+
+def test_the_needs_of_a_foreign_configuration_are_options_of_ours() -> None:
+    """Or this kernel of ours would not boot where theirs does."""
+    ours, needs = (build.read_fragment(path) for path in (build.FRAGMENT, build.NEEDS))
+    assert needs.items() <= ours.items()
+    assert set(needs.values()) == {"y"}, "nothing of theirs is taken away"

@@ -1,0 +1,1 @@
+"""Disk images from a directory, a tar archive, busybox or Debian's packages; no root needed."""
