@@ -19,14 +19,18 @@ from pyvmm.lab import INSIDE
 from pyvmm.launcher.vm import launch
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.testing.boot_result import BootResult
-from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S, BootTest, Launch, run_boot_test
+from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S, BootTest, run_boot_test
 from pyvmm.testing.fail_on import CLASSES, FATAL, FailOn, check_pattern
 from pyvmm.testing.junit import Suite, junit_xml
 from pyvmm.testing.output_file import OutputFile
 from pyvmm.testing.usable_kvm import problem_for
 from pyvmm.testing.verdicts import HOST_STATUS, RunFailed
 from pyvmm.x86 import layout
+
+if TYPE_CHECKING:
+    from pyvmm.testing.boot_test import Launch
 
 AGENT_WAYS = ("inject", "image", "none")
 DESCRIPTION = """\
@@ -203,7 +207,7 @@ def _result(
     try:
         return run_boot_test(
             test, on_console=output.console, on_stdout=output.stdout, on_stderr=output.stderr,
-            on_vm=output.watch, report=output.complain, launch=launch,
+            on_vm=output.watch, launch=launch,
         ), None
     except (PyvmmError, OSError) as error:
         return BootResult(

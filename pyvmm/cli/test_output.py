@@ -11,12 +11,15 @@ from pyvmm.launcher.vm import Vm
 from pyvmm.report import MAX_LINE, escape
 from pyvmm.testing.annotations import Fence, annotation, defused, is_wanted
 from pyvmm.testing.boot_result import BootResult
-from pyvmm.testing.line_judge import LINES_BEFORE, shown_line
+from pyvmm.testing.line_judge import shown_line
 from pyvmm.testing.passed_on import PassedOn
 
-MAX_PART_LINES = 60
+MAX_PART_LINES = 100
 """Of each part of a failure's report so many lines are shown: the reports have all."""
 END_PATIENCE_S = 5.0
+_OF_THE_COMMAND = ("failed", "not-run", "copy")
+_HANGS = ("boot-timeout", "run-timeout", "command-timeout", "agent-lost", "lockup", "expect")
+"""Verdicts on a guest whose registers tell where it is."""
 
 
 class TestOutput:
@@ -35,6 +38,7 @@ class TestOutput:
         self._lines = PassedOn(2, is_terminal=False, gives_up=self._is_over)
         self._console = LineWatch(self._show_console) if shows_console else None
         self._fence = Fence(self._say) if is_wanted(environment) else None
+        self._defused = defused if self._fence is not None else str
         self.console_bytes = 0
         """The number of bytes that the guest has printed."""
         self.problem = ""
@@ -69,7 +73,7 @@ class TestOutput:
 
     def complain(self, line: str) -> None:
         """Print one line of ours, which may quote anybody."""
-        self._say(f"pyvmm: {defused(escape(line)[:MAX_LINE])}")
+        self._say(f"pyvmm: {self._defused(escape(line)[:MAX_LINE])}")
 
     def finish(self, result: BootResult) -> None:
         """Print the verdict, and all around it if the test failed."""
@@ -89,6 +93,8 @@ class TestOutput:
             f"{phase.name} {phase.end_s - phase.begin_s:.1f} s" for phase in result.phases
         )
         if result.is_passed:
+            for line in result.problems:
+                self.complain(line)
             self.complain(f"{result.message} ({times})")
             return
         for title, part in _parts(result):
@@ -97,7 +103,7 @@ class TestOutput:
             if left_out:
                 self._say(f"  ({left_out} lines are left out)")
             for line in part[left_out:]:
-                self._say(f"  {defused(escape(line)[:MAX_LINE])}")
+                self._say(f"  {self._defused(escape(line)[:MAX_LINE])}")
         self.complain(f"{result.verdict}: {result.message} ({times or 'not started'})")
         self.complain(f"exit status {result.exit_status}")
         if self._fence is not None and self._fence.is_open:
@@ -105,7 +111,7 @@ class TestOutput:
             self._say(annotation("error", text, title=f"pyvmm test: {result.verdict}"))
 
     def _show_console(self, line: bytes) -> None:
-        self._say(f"console: {defused(shown_line(line))}")
+        self._say(f"console: {self._defused(shown_line(line))}")
 
     def _say(self, line: str) -> None:
         self._lines.write(f"{line}\n".encode("utf-8", "backslashreplace"))
@@ -120,11 +126,12 @@ class TestOutput:
 
 def _parts(result: BootResult) -> list[tuple[str, tuple[str, ...]]]:
     """Return the parts of a failure's report for a person, in order."""
-    is_command = result.verdict in ("failed", "command-timeout", "not-run", "copy")
     parts = []
     for title, lines in result.sections():
         # A command's failure is explained by its own output, which was shown.
-        if is_command and title in ("outcome", "registers", "last lines of the console"):
-            continue
-        parts.append((title, tuple(lines)[-LINES_BEFORE * 5 :]))
+        is_needless = result.verdict in _OF_THE_COMMAND and title != "also"
+        if title == "registers":
+            is_needless = result.verdict not in _HANGS
+        if not is_needless:
+            parts.append((title, tuple(lines)))
     return parts

@@ -45,9 +45,12 @@ def annotation(
 
 
 def defused(line: str) -> str:
-    """Return ``line``, which may quote a guest, so that it is no command."""
+    """Return ``line``, which may quote a guest, so that it is no command.
+
+    The runner skips blanks before a ``::``.
+    """
     line = line.replace("##[", "##\\x5b")
-    return f"\\x3a{line[1:]}" if line.startswith("::") else line
+    return line.replace("::", "\\x3a:", 1) if line.lstrip().startswith("::") else line
 
 
 def _escaped(text: str, references: Mapping[str, str]) -> str:

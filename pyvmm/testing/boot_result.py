@@ -83,7 +83,7 @@ class BootResult(Record):
         return Case(
             name=self.name, classname=classname, seconds=self.seconds,
             failure=None if is_error else problem, error=problem if is_error else None,
-            stdout=self.stdout_tail, stderr=self.stderr_tail,
+            system_out=self.stdout_tail, system_err=self.stderr_tail,
         )
 
     def text(self) -> str:
@@ -95,12 +95,11 @@ class BootResult(Record):
 
     def sections(self) -> list[tuple[str, Sequence[str]]]:
         """Return the titled parts of ``text``, without those that are empty."""
-        outcome = str(self.outcome).split("\n") if self.outcome is not None else []
+        ended = self.outcome is not None and self.outcome.kind is not Kind.STOPPED
+        around = (*self.before, f"> {self.line}", *self.trace) if self.line else ()
         parts: list[tuple[str, Sequence[str]]] = [
-            ("outcome", outcome),
-            ("console before the line", self.before if self.line else ()),
-            ("the line", (self.line,) if self.line else ()),
-            ("console behind the line", self.trace),
+            ("outcome", str(self.outcome).split("\n") if ended else ()),
+            ("console, with the line that decided", around),
             ("last lines of the console", () if self.line else self.console_tail),
             ("kernel log, warn and worse", self.warnings),
             ("registers", self.registers),

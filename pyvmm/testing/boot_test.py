@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.config import MAX_TIMEOUT_S
@@ -152,7 +152,6 @@ class _Run:
         self._problems: list[str] = []
         self._registers: tuple[str, ...] = ()
         self._warnings: tuple[str, ...] = ()
-        self._is_stopped_by_us = False
 
     def run(
         self,
@@ -311,10 +310,19 @@ class _Run:
         if verdict is not None and vm.failure is None and vm.outcome is None:
             if self._completed is not None and not self._warnings:
                 self._warnings = warnings_of(read_kernel_log(vm))[-MAX_WARNINGS:]
-            self._registers = read_registers(vm, self._test.machine.cpus)
+            is_alive = self._completed is not None and not self._completed.timed_out
+            if not is_alive:  # a command's own failure is not told by registers
+                self._registers = read_registers(vm, self._test.machine.cpus)
         elif verdict is not None and vm.wait(STOP_TIMEOUT_S) is not None:
             self._registers = read_registers(vm, self._test.machine.cpus)
         vm.stop()
+
+    def _problems_left(self, vm: Vm) -> Iterator[str]:
+        """Yield the lines about what is odd that do not only repeat the outcome."""
+        outcome = set(map(escape, str(vm.outcome).split("\n")))
+        for line in self._problems:
+            if (shown := escape(line)) not in outcome:
+                yield shown
 
     def _result(
         self, vm: Vm, watch: Watch, verdict: Failed | BootError | None
@@ -329,12 +337,17 @@ class _Run:
             assert isinstance(verdict, Failed)
             name, status, message = verdict.verdict, verdict.exit_status, str(verdict)
         log = test.console_log
+        outcome = (bad.outcome if bad is not None else None) or vm.outcome
+        # An end that the test itself brought about is no news.
+        is_ours = (
+            outcome is not None and outcome.kind is Kind.STOPPED and name != own.INTERRUPTED
+        )
         return BootResult(
             name=escape(test.shown_name), verdict=name, exit_status=status,
             message=escape(message), command=tuple(map(escape, test.command)),
             status=None if completed is None else completed.status,
             signal=None if completed is None else completed.signal,
-            outcome=(bad.outcome if bad is not None else None) or vm.outcome,
+            outcome=None if is_ours else outcome,
             line="" if bad is None else bad.line, before=() if bad is None else bad.before,
             trace=() if bad is None else bad.trace, expected=self._expectations.found,
             began_at_s=self._timeline.began_at_s, seconds=round(self._timeline.now_s(), 3),
@@ -344,5 +357,5 @@ class _Run:
             console_tail=last_lines(vm.console.text),
             console_log="" if log is None else os.fspath(log),
             lost_console_bytes=vm.console.lost_bytes, warnings=self._warnings,
-            registers=self._registers, problems=tuple(map(escape, self._problems)),
+            registers=self._registers, problems=tuple(self._problems_left(vm)),
         )

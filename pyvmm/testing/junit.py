@@ -37,8 +37,8 @@ class Case(Record):
     failure: tuple[str, str, str] | None = None
     error: tuple[str, str, str] | None = None
     skipped: str = ""
-    stdout: str = ""
-    stderr: str = ""
+    system_out: str = ""
+    system_err: str = ""
 
 
 class Suite(Record):
@@ -106,7 +106,7 @@ def _case(case: Case) -> list[str]:
     else:
         if case.skipped:
             lines.append(f'<skipped message="{_value(case.skipped)}"/>')
-    for tag, text in (("system-out", case.stdout), ("system-err", case.stderr)):
+    for tag, text in (("system-out", case.system_out), ("system-err", case.system_err)):
         if text:
             lines.append(f"<{tag}>{_text(text)}</{tag}>")
     return [*lines, "</testcase>"]

@@ -12,7 +12,7 @@ from pyvmm.errors import ConfigError, HostError
 class OutputFile:
     """The file ``path`` of option ``option``; ConfigError if it cannot be opened for writing.
 
-    A context manager.  What was in the file stays until ``write``; a file that was made for nothing
+    A context manager.  The file's old content stays until ``write``.  A new file that is not written
     is removed.
     """
 

@@ -1,4 +1,4 @@
-"""What a failed test needs to be understood: outcome, lines, the kernel's log, registers.
+"""Gathers all that a failed test needs: outcome, lines, the kernel's log, registers.
 
 All is gathered from a Vm that may be dead, hang or lie: each part has a time limit, and a part that
 cannot be had is left out.

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import PyvmmError
 from pyvmm.lab import INSIDE
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.x86 import layout
@@ -31,8 +31,11 @@ def kvm_problem() -> str:
     """Return "" if a stock Linux kernel runs on this host's KVM, else one line that says why not.
 
     It asks ``pyvmm doctor`` in a process of its own (0.1 s), because the trial needs a main thread
-    and its signals.  The answer is remembered.
+    and its signals.  The answer is remembered.  The lab's KVM is complete, so there is no doctor
+    inside: it would take seconds.
     """
+    if os.environ.get(INSIDE):
+        return ""
     command = [sys.executable, "-m", "pyvmm", "doctor"]
     try:
         done = subprocess.run(
@@ -77,10 +80,10 @@ def lab_command(command: Sequence[str], *, cpus: int = 1, memory: str = "2G") ->
 def rerun_in_lab(command: Sequence[str], *, cpus: int = 1, memory: str = "2G") -> int:
     """Run ``command`` in the lab, with our standard descriptors; return its exit status.
 
-    ConfigError inside the lab: a KVM that does not work there works nowhere.
+    PyvmmError inside the lab, which would be started in itself.
     """
     if os.environ.get(INSIDE):
-        raise ConfigError("the lab", f"is here already ({INSIDE} is set), and {kvm_problem()}")
+        raise PyvmmError(f"the lab: this already is the lab ({INSIDE} is set)")
     with _interrupts_left_to_the_lab():
         done = subprocess.run(
             lab_command(command, cpus=cpus, memory=memory), check=False, env=_environment(),

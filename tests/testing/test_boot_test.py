@@ -50,7 +50,10 @@ def prints_and_ends(**how: Any) -> Any:
 
 
 def test_a_command_that_succeeds_passes_and_its_output_is_passed_on() -> None:
-    out, err, console, phases = [], [], [], []
+    out: list[bytes] = []
+    err: list[bytes] = []
+    console: list[bytes] = []
+    phases: list[str] = []
     vm = StandInVm(
         boot=lambda vm: vm.says(STAMP + "Linux version 6.1", STAMP + "Run /init as init process"),
         act=prints_and_ends(status=0),

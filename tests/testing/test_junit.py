@@ -20,7 +20,7 @@ def parsed(*suites: Suite) -> ElementTree.Element:
 def test_a_suite_counts_its_cases() -> None:
     root = parsed(Suite(name="boot", began_s=0.0, properties=[("kernel", "bzImage")], cases=[
         Case(name="passes", seconds=1.25),
-        Case(name="fails", failure=("panic", "Kernel panic", "lines"), stdout="out", stderr="err"),
+        Case(name="fails", failure=("panic", "Kernel panic", "lines"), system_out="out", system_err="err"),
         Case(name="breaks", error=("host-error", "no KVM", "")),
         Case(name="is left out", skipped="not wanted"),
     ]))
@@ -49,7 +49,7 @@ def test_a_suite_counts_its_cases() -> None:
 ])
 def test_what_a_guest_prints_breaks_nothing(text: str) -> None:
     root = parsed(Suite(name=text, cases=[
-        Case(name=text, classname=text, failure=(text, text, text), stdout=text, stderr=text)
+        Case(name=text, classname=text, failure=(text, text, text), system_out=text, system_err=text)
     ], properties=[(text, text)]))
     shown = root[0].get("name")
     assert shown is not None
@@ -59,7 +59,7 @@ def test_what_a_guest_prints_breaks_nothing(text: str) -> None:
 
 
 def test_control_characters_are_spelled_out_and_line_ends_kept() -> None:
-    root = parsed(Suite(name="x", cases=[Case(name="a\nb", stdout="\x1b[0m\r\nnext")]))
+    root = parsed(Suite(name="x", cases=[Case(name="a\nb", system_out="\x1b[0m\r\nnext")]))
     case = root[0].find("testcase")
     assert case is not None
     assert case.get("name") == "a\nb"
@@ -68,6 +68,6 @@ def test_control_characters_are_spelled_out_and_line_ends_kept() -> None:
 
 @given(st.text(alphabet=st.characters(exclude_categories=())))
 def test_any_text_gives_a_document_that_can_be_parsed(text: str) -> None:
-    case = parsed(Suite(name="x", cases=[Case(name=text, stdout=text)]))[0].find("testcase")
+    case = parsed(Suite(name="x", cases=[Case(name=text, system_out=text)]))[0].find("testcase")
     assert case is not None
     assert [part.tag for part in case] == (["system-out"] if text else [])
