@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import doctor, export, kernel, lab, run, test
+from pyvmm.cli import doctor, export, kernel, lab, matrix, run, test
 from pyvmm.cli.main import COMMANDS, main
 from pyvmm.cli.parse import parse_console
 from pyvmm.startup.commands import Command
 
 TABLES = [
-    run.COMMAND, test.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs,
+    run.COMMAND, test.COMMAND, matrix.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND,
+    *kernel.COMMAND.verbs,
 ]
-PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "run": ["--kernel", "k"],
+PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "matrix": ["f"],
+        "run": ["--kernel", "k"],
         "test": ["--kernel", "k"],
         "export": ["--disk", "d", "--socket", "s"]}
 """The words that make the rest of a command line complete."""
