@@ -98,7 +98,8 @@ def _result(
 ) -> RunResult:
     names = (CONSOLE, STDOUT, STDERR)
     return RunResult(
-        name=run.name, verdict=test.verdict, exit_status=test.exit_status, message=test.message,
+        name=run.name, verdict=test.verdict, exit_status=test.exit_status,
+        message=test.message.removeprefix(f"{run.name}: "),
         line=shortened([test.line])[0], before=shortened(test.before), phases=test.phases,
         seconds=test.seconds, parts=tuple(_parts(test)), problems=problems, test=test,
         logs=tuple(name for name in names if os.path.exists(os.path.join(folder, name))),
