@@ -17,9 +17,9 @@ from pyvmm.testing.fail_on import FailOn, check_pattern
 MAX_S = 7 * 86400.0
 """The longest time limit of a run: a week."""
 MAX_ARGUMENTS = 1000
-_KERNEL_KEYS = ("file", "initrd", "append")
-_DISK_KEYS = ("disks", "append")
-_COMMAND_KEYS = ("run", "expect", "fail-on", "no-fail-on", "allow", "put", "get", "env", "cwd",
+KERNEL_KEYS = ("file", "initrd", "append")
+DISK_KEYS = ("disks", "append")
+COMMAND_KEYS = ("run", "expect", "fail-on", "no-fail-on", "allow", "put", "get", "env", "cwd",
                  "timeout", "boot-timeout")
 
 
@@ -57,7 +57,7 @@ def read_kernel(table: Table, name: str, files: Files) -> KernelEntry:
     if not isinstance(value, dict):
         table.fail(name, f"must be a kernel's file or a table, not {kind_of(value)}")
     entry = table.table(name)
-    entry.only(_KERNEL_KEYS)
+    entry.only(KERNEL_KEYS)
     if "file" not in entry:
         entry.fail("", "has no file: write file = \"bzImage\"")
     initrd = entry.text("initrd")
@@ -78,7 +78,7 @@ def read_disk(table: Table, name: str, files: Files) -> DiskEntry:
     if not isinstance(value, dict):
         table.fail(name, f"must be a disk, a list of disks or a table, not {kind_of(value)}")
     entry = table.table(name)
-    entry.only(_DISK_KEYS)
+    entry.only(DISK_KEYS)
     return DiskEntry(
         disks=_disks(entry, "disks", entry.texts("disks"), files), append=read_append(entry)
     )
@@ -96,7 +96,7 @@ def read_command(table: Table, name: str, files: Files, defaults: Order) -> Orde
     if not isinstance(value, dict):
         table.fail(name, f"must be a list of words or a table, not {kind_of(value)}")
     entry = table.table(name)
-    entry.only(_COMMAND_KEYS)
+    entry.only(COMMAND_KEYS)
     if "run" not in entry:
         entry.fail("", "has no run: write run = [\"uname\", \"-r\"]")
     return defaults.replace(

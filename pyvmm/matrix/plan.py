@@ -35,7 +35,7 @@ MAX_FILE_BYTES = 1 << 20
 AGENTS = ("inject", "image")
 DEFAULT_MEMORY = "256M"
 _Value = TypeVar("_Value", str, int)
-_TOP = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "timeout",
+TOP_KEYS = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "timeout",
         "boot-timeout", "fail-on", "no-fail-on", "allow", "include", "exclude")
 
 
@@ -77,7 +77,7 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
     ``parse_disk`` reads a disk as the command line has it.
     """
     top = Table(path, "", _parsed(path))
-    top.only(_TOP)
+    top.only(TOP_KEYS)
     files = Files(folder=os.path.dirname(os.path.abspath(path)), parse_disk=parse_disk)
     defaults = Order(
         argv=(),
@@ -93,7 +93,7 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
             top.fail(key, f"has no entry, so the matrix is empty; write [{key}] and {example}")
     for table in (kernels, disks, commands):
         for name in table.names:
-            if name in _TOP:
+            if name in TOP_KEYS:
                 table.fail(name, "for all runs stands above the first [table]; no entry has "
                            "this name")
             check_name(table, name)
