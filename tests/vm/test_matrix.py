@@ -29,7 +29,7 @@ fails = ["sh", "-c", "echo out; echo err >&2; exit 3"]
 panics = ["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 60"]
 ends = ["sh", "-c", "poweroff -f; sleep 60"]
 [commands.warns]
-run = ["sh", "-c", "echo '<4>WARNING: CPU: 0 PID: 1 at x.c:1 f+0x1/0x2' >/dev/kmsg; sleep 60"]
+run = ["sh", "-c", "echo '<3>WARNING: CPU: 0 PID: 1 at x.c:1 f+0x1/0x2' >/dev/kmsg; sleep 60"]
 [commands.slow]
 run = ["sleep", "60"]
 timeout = 1
