@@ -1387,12 +1387,13 @@ static int open_port(const char *name, dev_t number)
 	return fd;
 }
 
-/* True once process 1 is where the guest's user will be. */
-static bool is_settled(dev_t initramfs, int64_t since_ms)
+/* True once process 1 is where the guest's user will be, and has set up the first things. */
+static bool is_settled(dev_t initramfs)
 {
+	static int64_t there_ms;
 	char text[4096], exe[300] = "", *name;
 	struct stat st;
-	bool is_there, is_ready = true;
+	bool is_there, is_ready;
 	int root = open_kernel(proc_fd, proc_path, "1/root", O_PATH | O_DIRECTORY);
 	if (root < 0 || fstat(root, &st)) {
 		drop(&root);
@@ -1407,11 +1408,21 @@ static bool is_settled(dev_t initramfs, int64_t since_ms)
 		/* Without a root to come, the initramfs is all there is. */
 		is_there = strncmp(text, "root=", 5) && !strstr(text, " root=") &&
 			   strcmp(exe, "/pyvmm-agent");
-	/* systemd takes orders once its socket is there. */
-	if (is_there && name && !strcmp(name, "/systemd") && now_ms() - since_ms < 120000)
-		is_ready = !fstatat(root, "run/systemd/private", &st, 0);
+	if (!is_there) {
+		drop(&root);
+		return false;
+	}
+	if (!there_ms)
+		there_ms = now_ms();
+	/* systemd takes orders once its socket is there.  Any init mounts these two, or never will. */
+	if (name && !strcmp(name, "/systemd"))
+		is_ready = !fstatat(root, "run/systemd/private", &st, 0) ||
+			   now_ms() - there_ms > 60000;
+	else
+		is_ready = (!fstatat(root, "proc/1", &st, 0) && !fstatat(root, "dev/null", &st, 0)) ||
+			   now_ms() - there_ms > 3000;
 	drop(&root);
-	return is_there && is_ready;
+	return is_ready;
 }
 
 static _Noreturn void be_daemon(dev_t initramfs)
@@ -1433,7 +1444,7 @@ static _Noreturn void be_daemon(dev_t initramfs)
 	set_oom_score("-1000");
 	for (int64_t began = now_ms(), settled = 0;; nap(was_open || now_ms() - began > 2000 ? 100 : 10)) {
 		struct pollfd state = { -1, POLLOUT, 0 };
-		if (initramfs && !settled && !is_settled(initramfs, began))
+		if (initramfs && !settled && !is_settled(initramfs))
 			continue;
 		settled = 1;
 		if (!find_port(name, sizeof name, &number))

@@ -58,7 +58,7 @@ class Agent:
     def link(self) -> AgentLink:
         """Return the link; RequestError if there is none."""
         if self._has_ended:
-            raise RequestError("state", "the run has ended")
+            raise RequestError("ended", "the run has ended")
         if self._bridge is None:
             raise RequestError("agent", "this machine has no port for an agent")
         return self._bridge.link
@@ -90,7 +90,7 @@ class Agent:
             self._bridge.end()
         for call, _ in list(self._waiting):
             self._forget(call)
-            call.refuse("state", "agent.wait: the run has ended before an agent came forward")
+            call.refuse("ended", "agent.wait: the run has ended before an agent came forward")
 
     def begin(
         self,

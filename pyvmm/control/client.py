@@ -133,8 +133,9 @@ class Client:
             message["fds"] = len(fds)
         try:
             self._send(encode(message), fds)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the thread reads why the server hung up, and fails what is under way
         except OSError as error:
-            # The answer that says why the server hung up may be here; else its thread fails it.
             with self._lock:
                 is_waiting = self._pending.pop(pending.id, None) is not None
             if is_waiting and not pending.done():

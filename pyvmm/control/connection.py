@@ -99,7 +99,7 @@ class Connection:
         self._output = IoSource(
             sock.fileno(), self._write, edge_triggered=False, is_output=True
         )
-        self._is_reading = self._is_writing = False
+        self._is_reading = self._is_writing = self._has_lines = False
         self._ends_after_output = False
         self._stall: Deadline | None = None
         self._look()
@@ -147,18 +147,18 @@ class Connection:
 
     # The socket
 
-    def _read(self) -> float | None:
-        if self.is_closed:
-            return None
+    def _read(self) -> None:
+        if self.is_closed or not self._is_reading:
+            return
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(
                 _READ_BYTES, socket.CMSG_SPACE(MAX_FDS * _INT_BYTES), socket.MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
-            return None
+            return
         except OSError:
             self.close()
-            return None
+            return
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 numbers = array.array("i")
@@ -166,18 +166,19 @@ class Connection:
                 self._fds += numbers
         if not data:
             self.close()
-            return None
+            return
         if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
             self._hang_up(
                 f"more than {MAX_FDS} descriptors came with a request, or this process has no room "
                 "for them"
             )
-            return None
+            return
         self._lines.feed(data)
-        return self._take_lines()
+        self._take_lines()
 
-    def _take_lines(self) -> float | None:
+    def _take_lines(self) -> None:
         """Begin the requests that are complete, while there is room for their answers."""
+        self._has_lines = False
         for _ in range(MAX_LINES_A_PASS):
             if self.is_closed or self._has_too_much:
                 break
@@ -192,16 +193,18 @@ class Connection:
                 break
             self._begin(line)
         else:
-            self._look()
-            return 0.0  # there may be more lines
+            # There may be more lines; the other clients have their turn first.
+            self._has_lines = True
+            self._loop.call_soon(self._go_on)
         self._look()
-        return None
 
     def _begin(self, line: bytes) -> None:
         try:
             request = parse_request(line)
         except RequestError as error:
             self._refuse(id_of(line), error)
+            if self._fds:
+                self._hang_up("descriptors came with a line that is no request")
             return
         fds, self._fds = self._fds[: request.fds], self._fds[request.fds :]
         params = Params(request.method, request.params, fds)
@@ -274,11 +277,13 @@ class Connection:
         """Wait for that for which there is something to do."""
         if self.is_closed:
             return
-        reads, writes = not self._has_too_much, bool(self._out)
+        reads = not (self._has_lines or self._has_too_much)
+        writes = bool(self._out)
         if reads != self._is_reading:
             self._is_reading = reads
             (self._loop.add if reads else self._loop.remove)(self._input)
-            if reads:  # lines may have been left when reading ended
+            if reads and not self._lines.is_between_lines:
+                # Lines may have been left when there was no room for answers.
                 self._loop.call_soon(self._go_on)
         if writes != self._is_writing:
             self._is_writing = writes
@@ -286,8 +291,8 @@ class Connection:
             self._restart_stall()
 
     def _go_on(self) -> None:
-        if not self.is_closed and self._take_lines() is not None:
-            self._loop.call_soon(self._go_on)
+        if not self.is_closed:
+            self._take_lines()
 
     def _restart_stall(self) -> None:
         if self._stall is not None:

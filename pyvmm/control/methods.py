@@ -129,7 +129,7 @@ def _refuse_after_end(session: Session, method: str) -> None:
     if session.ended is not None:
         outcome = session.ended["outcome"]
         assert isinstance(outcome, dict)
-        raise RequestError("state", f"{method}: the run has ended: {outcome['text']}")
+        raise RequestError("ended", f"{method}: the run has ended: {outcome['text']}")
 
 
 METHODS: Mapping[str, Method] = MappingProxyType({

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
+import signal
 import socket
+import threading
 from collections.abc import Callable
 
 from pyvmm.config import RunConfig
@@ -26,12 +29,14 @@ class RunControl:
 
     def __init__(self, path: str | None, fd: str | None) -> None:
         self._owner = None if fd is None else owner_socket(fd)
+        self._watch = None if self._owner is None else OwnerWatch(self._owner)
         self._listener = None
         self._server: Server | None = None
         if path is not None:
             try:
                 self._listener = Listener(path)
             except ConfigError as error:
+                self.__exit__()
                 raise ConfigError(f"--control {path}", error.problem) from error
 
     def attach(self, machine: Machine, config: RunConfig, report: Callable[[str], None]) -> None:
@@ -42,6 +47,7 @@ class RunControl:
             "memory_bytes": config.memory_bytes,
             "agent_way": config.agent,
         }
+        self._end_watch()
         self._server = Server(
             MachineTarget(machine, facts), listener=self._listener, owner=self._owner,
             report=report,
@@ -70,13 +76,46 @@ class RunControl:
     def __enter__(self) -> RunControl:
         return self
 
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
     def __exit__(self, *_exc: object) -> None:
+        self._end_watch()
         if self._server is not None:
             self._server.close()
         if self._listener is not None:
             self._listener.close()
         if self._owner is not None:
             self._owner.close()
+
+
+class OwnerWatch:
+    """Ends this process, as SIGTERM does, if the owner goes away before the machine is built.
+
+    A disk's server may let a start wait for ever.
+    """
+
+    def __init__(self, owner: socket.socket) -> None:
+        self._is_over_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._owner_fd = owner.fileno()
+        self._thread = threading.Thread(target=self._run, name="owner", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Watch no more."""
+        os.eventfd_write(self._is_over_fd, 1)
+        self._thread.join()
+        os.close(self._is_over_fd)
+
+    def _run(self) -> None:
+        poller = select.poll()
+        poller.register(self._is_over_fd, select.POLLIN)
+        poller.register(self._owner_fd, select.POLLRDHUP)
+        ready = dict(poller.poll())
+        if self._is_over_fd not in ready:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def owner_socket(text: str) -> socket.socket:

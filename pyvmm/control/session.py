@@ -71,7 +71,7 @@ class Session:
         if call.is_over:
             return
         if self.ended is not None:
-            call.refuse("state", "pause: the run has ended")
+            call.refuse("ended", "pause: the run has ended")
         elif not self.target.is_paused:
             call.refuse("state", "pause: another client has resumed the guest meanwhile")
         elif self.target.is_at_rest:

@@ -179,7 +179,8 @@ class StandInPort:
         self._jobs[number] = job
         match words:
             case ["echo", *rest]:
-                self._say(FrameType.DATA, 1, number, " ".join(rest).encode(errors="surrogateescape"))
+                text = " ".join(rest).encode(errors="surrogateescape")
+                self._say(FrameType.DATA, 1, number, text)
                 self._exit(job, 0, 0)
             case ["both", out, err]:
                 self._say(FrameType.DATA, 1, number, out.encode())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvmm.api.vcpus import Registers
+from pyvmm.control.agent_bridge import Port
 from pyvmm.control.client import Client
 from pyvmm.control.server import Server
 from pyvmm.errors import GuestMemoryError
@@ -32,7 +33,7 @@ class StandInTarget:
             "pid": os.getpid(), "agent_way": "image", "memory_bytes": MEMORY_BYTES, "disks": [],
         }
         self.vcpu_count = 2
-        self.agent_port = port
+        self.agent_port: Port | None = port
         self.typed = b""
         self.refreshed = 0
         self.is_paused = self.is_stuck = False

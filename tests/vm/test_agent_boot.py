@@ -61,7 +61,7 @@ def test_our_image_takes_orders(agent: str) -> None:
         mounts = run(guest, "cat", "/proc/self/mountinfo")[1]
         assert sum(" / / rw" in line for line in mounts.splitlines()) == 1, "the root is the disk's"
         assert "ext4 /dev/root" in mounts or "ext4 /dev/vda" in mounts
-        assert run(guest, "sh", "-c", "grep -c pyvmm-agent /proc/[0-9]*/comm | grep -c :1") == (
+        assert run(guest, "sh", "-c", "grep -sc pyvmm-agent /proc/[0-9]*/comm | grep -c :1") == (
             0, "1\n", ""), "one agent alone"
         assert guest.reports == [] or agent == "inject"
 

@@ -92,6 +92,28 @@ def test_a_machine_goes_on_in_another_one_again_and_again(
     assert (tmp_path / "disk.img").read_bytes() == expected_disk(ROUNDS)
 
 
+def test_the_port_of_an_agent_goes_with_the_machine(tmp_path: Path) -> None:
+    config = disk_machine(tmp_path, rounds=20).replace(agent="image")
+    with built(config) as machine:
+        assert [slot.name for slot in machine.board.slots][-1] == "agent"
+        assert machine.agent_port is machine.board.slots[-1].device
+        machine.start()
+        wait_for_rounds(machine, 5)
+        state, memory = stop_and_save(machine)
+    with built(config.replace(agent="none")) as machine:
+        assert machine.agent_port is None
+        with pytest.raises(StateError, match="agent"):
+            machine.restore(state)
+    with built(config) as machine:
+        write_memory(machine, memory)
+        machine.restore(state)
+        assert comparable(machine.save()) == comparable(state)
+        machine.start()
+        wait_for_rounds(machine, 20)
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
+
+
 def test_a_machine_that_was_saved_goes_on_itself(tmp_path: Path) -> None:
     config = disk_machine(tmp_path, rounds=ROUNDS)
     with built(config) as machine:
