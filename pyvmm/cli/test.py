@@ -15,7 +15,6 @@ from pyvmm.api.config import MachineConfig
 from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.cli.test_output import TestOutput
 from pyvmm.errors import ConfigError, HostError, PyvmmError
-from pyvmm.lab import INSIDE
 from pyvmm.launcher.vm import launch
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
@@ -25,7 +24,7 @@ from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S, BootTest, run_boo
 from pyvmm.testing.fail_on import CLASSES, FATAL, FailOn, check_pattern
 from pyvmm.testing.junit import Suite, junit_xml
 from pyvmm.testing.output_file import OutputFile
-from pyvmm.testing.usable_kvm import problem_for
+from pyvmm.testing.usable_kvm import INSIDE, problem_for
 from pyvmm.testing.verdicts import HOST_STATUS, RunFailed
 from pyvmm.x86 import layout
 
