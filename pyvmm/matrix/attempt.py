@@ -10,8 +10,10 @@ from pyvmm.matrix.executor import Runner, Watch
 from pyvmm.matrix.results import HOST_ERROR, INTERRUPTED_STATUS, RunResult
 from pyvmm.matrix.runs import Run
 from pyvmm.report import escape
-from pyvmm.testing.own_verdicts import INTERRUPTED
+from pyvmm.testing.own_verdicts import FAILED, INTERRUPTED
 from pyvmm.testing.verdicts import HOST_STATUS
+
+_INTERRUPTED = "ended by an interrupt"
 
 
 def attempt(
@@ -25,6 +27,11 @@ def attempt(
         result = _without_result(run, watch, str(error))
     except Exception as error:  # a defect of ours must not cost the other runs
         result = _without_result(run, watch, f"internal error: {type(error).__name__}: {error}")
+    # A machine that we stop looks to its test like one that ended, or whose agent has gone.
+    if watch.is_stopped and not (result.is_ok or result.line or result.verdict == FAILED):
+        result = result.replace(
+            verdict=INTERRUPTED, exit_status=INTERRUPTED_STATUS, message=_INTERRUPTED
+        )
     return result.replace(seconds=result.seconds or time.monotonic() - began_s)
 
 
@@ -33,7 +40,7 @@ def _without_result(run: Run, watch: Watch, message: str) -> RunResult:
     if watch.is_stopped:
         return RunResult(
             name=run.name, verdict=INTERRUPTED, exit_status=INTERRUPTED_STATUS,
-            message="ended by an interrupt",
+            message=_INTERRUPTED,
         )
     return RunResult(
         name=run.name, verdict=HOST_ERROR, exit_status=HOST_STATUS, message=escape(message[:1000])
