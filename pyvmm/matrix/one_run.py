@@ -35,12 +35,16 @@ def run_one(run: Run, folder: str, watch: Watch) -> RunResult:
 
         if watch.is_stopped:
             raise HostError("the matrix was interrupted")
+        console = Counter()
         result = run_boot_test(
-            test, on_stdout=stdout.write, on_stderr=stderr.write, on_phase=watch.on_phase,
-            on_vm=adopt,
+            test, on_console=console.count, on_stdout=stdout.write, on_stderr=stderr.write,
+            on_phase=watch.on_phase, on_vm=adopt,
         )
-    problems = [log.problem for log in (stdout, stderr) if log.problem]
-    return _result(run, result, folder, tuple(problems))
+    problems = (
+        stdout.problem, stderr.problem,
+        _missing(result.console_log, console.bytes + result.lost_console_bytes),
+    )
+    return _result(run, result, folder, tuple(filter(None, problems)))
 
 
 def boot_test(run: Run, folder: str) -> BootTest:
@@ -58,6 +62,17 @@ def boot_test(run: Run, folder: str) -> BootTest:
         gets=tuple((source, os.path.join(folder, FILES, target)) for source, target in order.gets),
         console_log=os.path.join(folder, CONSOLE),
     )
+
+
+class Counter:
+    """Counts the bytes of a console."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def count(self, data: bytes) -> None:
+        """Count ``data``."""
+        self.bytes += len(data)
 
 
 class Log:
@@ -91,6 +106,17 @@ class Log:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+def _missing(log: str, printed: int) -> str:
+    """Return the problem if the file ``log`` has not all that was ``printed``; else ""."""
+    try:
+        size = os.stat(log).st_size
+    except OSError as error:
+        return f"{log}: {error.strerror}"
+    if size >= printed:
+        return ""
+    return f"{log}: has {size} of {printed} bytes: the disk is full"
 
 
 def _result(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,22 @@ def test_a_flood_on_the_console_is_all_in_the_log_and_not_in_our_memory(tmp_path
     assert len(log) > 20_000
     assert log == (FLOOD * (len(log) // len(FLOOD) + 1))[: len(log)], "nothing is lost"
     assert most_kib < 200 << 10
+
+
+def test_a_disk_too_full_for_the_console_is_said(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)], check=True)
+    try:
+        path = write_matrix(tmp_path, {"floods": prints_for_ever(FLOOD)}, min(patient(5), 40))
+        status, said, error = ended(start(path, "--out", small / "out"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert status == 124, said + error
+    assert re.search(r"^pyvmm: .*/console.log: has \d+ of \d+ bytes: the disk is full$", error,
+                     re.MULTILINE)
+    assert "index.html: cannot be written: No space left on device" in error
+    assert "Traceback" not in error
 
 
 def test_a_cluster_runs_machines_and_a_killed_worker_leaves_none(tmp_path: Path) -> None:
