@@ -148,6 +148,22 @@ def test_standard_output_on_a_full_disk_is_told(
     assert f"pyvmm: standard output: {os.strerror(errno.ENOSPC)}\n" in capfd.readouterr().err
 
 
+def test_a_reader_of_the_output_that_goes_away_changes_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    saved = os.dup(1)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        os.dup2(write_end, 1)
+        assert run(ends(3, b"x"), "--", "true") == 3
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(write_end)
+    assert "Broken pipe" not in capfd.readouterr().err
+
+
 def test_a_refused_test_leaves_no_file_behind(capfd: pytest.CaptureFixture[str]) -> None:
     Path("old.json").write_text("old")
     assert main(["test", *K, "--junit", "new.xml", "--console-log", "none/x", "--", "x"]) == 125
