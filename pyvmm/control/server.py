@@ -125,6 +125,7 @@ class Server:
             self._loop.remove(self._doorway)
             self._listener.close()
         self._session.end(ended)
+        self._loop.call_in(LINGER_S, self._close_stuck)
         self._loop.call_in(self._linger_s, self._loop.stop)
         # A client that takes all of the console hears of the end behind it.
         for connection in list(self._subscriptions):
@@ -136,11 +137,17 @@ class Server:
         if not self._is_ending:
             return
         for connection, subscription in list(self._subscriptions.items()):
-            is_told = subscription.knows_the_end or "ended" not in subscription.events
-            if is_told and not connection.calls:
+            # An owner that does not know yet subscribes soon: it must not miss the end.
+            needs_no_end = "ended" not in subscription.events and not connection.is_owner
+            if (subscription.knows_the_end or needs_no_end) and not connection.calls:
                 connection.finish()
         if not self._subscriptions:
             self._loop.stop()
+
+    def _close_stuck(self) -> None:
+        for connection in list(self._subscriptions):
+            if not connection.is_owner:
+                connection.close()
 
     # Clients
 

@@ -34,8 +34,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     port = AgentPort()
     with served(tmp_path_factory.mktemp("guest"), port, is_counted=False) as found:
         yield found
-    port.agent.kill()
-    port.agent.wait()
+    port.close()
 
 
 def command(rig: Served, *words: str) -> list[str]:
