@@ -15,7 +15,7 @@ MAX_KERNELS = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user asked for; paths are absolute.
+    """The options that the user gave; paths are absolute.
 
     ``disks`` are texts, FILE or URI with an optional ``,ro`` or ``,rw``.  ``logs`` is None if
     nobody asked for logs.  ``lab_writable`` are further directories for the lab to write back.
