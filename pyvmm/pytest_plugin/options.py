@@ -74,11 +74,12 @@ def read_options(config: pytest.Config) -> Options:
     """
     here, root = config.invocation_params.dir, _directory_of_settings(config)
     kernels = [str(here / text) for text in _given(config, "pyvmm_kernels")]
-    if not kernels:
-        kernels = [str(path) for path in config.getini("pyvmm_kernel")]
     for kernel in kernels:
         if not Path(kernel).exists():
             raise pytest.UsageError(f"--pyvmm-kernel {kernel}: there is no such file")
+    if not kernels:
+        # One of these may not be built yet, and concerns only the tests that boot it.
+        kernels = [str(path) for path in config.getini("pyvmm_kernel")]
     if len(kernels) > MAX_KERNELS:
         raise pytest.UsageError(f"--pyvmm-kernel: {len(kernels)} kernels; at most {MAX_KERNELS}")
     if repeated := [kernel for kernel in kernels if kernels.count(kernel) > 1]:
