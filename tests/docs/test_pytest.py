@@ -24,7 +24,7 @@ def test_the_examples(pytester: pytest.Pytester) -> None:
         pytester.path.joinpath(f"test_{number}.py").write_text(example)
     done = pytester.runpytest_subprocess(
         "--pyvmm-lab=never", f"--pyvmm-kernel={KERNEL}", f"--pyvmm-disk={IMAGE}",
-        timeout=patient(280),
+        timeout=patient(800),
     )
     done.assert_outcomes(passed="".join(EXAMPLES).count("def test_"))
 
