@@ -34,7 +34,8 @@ ALLOWED = {
 WAYS = {
     "sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__", "write_text_now", "write_now",
     "Outlet", "PassedOn", "print", "warnings.warn", "logging.getLogger", "os.system",
-    "traceback.print_exc", "traceback.print_exception", "traceback.print_stack", "faulthandler.enable", "pprint.pprint",
+    "traceback.print_exc", "traceback.print_exception", "traceback.print_stack",
+    "faulthandler.enable", "pprint.pprint",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
