@@ -55,7 +55,8 @@ COMMAND = Command(
         Command(name="ctl SOCKET status", description="say how the machine is", options=(
             Option(name="--json", help="as one JSON object"), _VERBOSE,
         )),
-        Command(name="ctl SOCKET pause", description="pause the guest", options=(_TIMEOUT, _VERBOSE)),
+        Command(name="ctl SOCKET pause", description="pause the guest",
+                options=(_TIMEOUT, _VERBOSE)),
         Command(name="ctl SOCKET resume", description="let a paused guest go on",
                 options=(_VERBOSE,)),
         Command(name="ctl SOCKET stop", description="end the machine at once",
