@@ -193,6 +193,8 @@ def test_any_legal_use_is_answered_as_the_model_says(
             chance.choice(steps)()
         while model.floods:
             model.end_flood()
+        for each in model.subscribers:
+            each.client.call("status")  # all that was asked for is under way
         rig.target.finish(Outcome(Kind.POWER_OFF))
         rig.end()
         wait_until(lambda: all(each.client.is_closed for each in model.subscribers))
