@@ -243,7 +243,7 @@ def _console(socket: str, args: SimpleNamespace) -> int:
     return 0 if out.problem is None else ctl_agent.reader_gone(out.problem)
 
 
-# What is wrong with the words themselves is said before anybody is asked.
+# Mistakes in the words themselves are told before anybody is asked.
 
 
 def _check_timeout(args: SimpleNamespace) -> None:
