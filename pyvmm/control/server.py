@@ -131,7 +131,8 @@ class Server:
         if not self._is_ending:
             return
         for connection, subscription in list(self._subscriptions.items()):
-            is_told = subscription.knows_the_end or "ended" not in subscription.events
+            owes_nothing = "ended" not in subscription.events and not connection.is_owner
+            is_told = subscription.knows_the_end or owes_nothing
             if is_told and not connection.calls:
                 connection.finish()
         if not self._subscriptions:
