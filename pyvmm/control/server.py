@@ -17,7 +17,10 @@ from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.vhost_user.listener import Listener
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.vhost_user.listener import Listener
 
 MAX_CLIENTS = 16
 LINGER_S = 2.0
