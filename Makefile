@@ -220,7 +220,7 @@ debian: venv stock ## build/debian.img: Debian with systemd, for the tests (cach
 	@$(call need,$(DEBIAN_PACKAGES))
 	$(BIN)/python guest/build_debian.py --out build/debian.img
 
-BUILD_IMAGE := guest/build_image.py $(wildcard pyvmm/linux/images/* pyvmm/agent/pyvmm-agent)
+BUILD_IMAGE := guest/build_image.py $(wildcard pyvmm/linux/images/*.py pyvmm/linux/images/init pyvmm/linux/images/pyvmm-* pyvmm/agent/pyvmm-agent)
 
 image: build/root.img build/test.img ## build/root.img: busybox on ext4, 64 MiB (test.img: for the tests)
 

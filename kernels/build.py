@@ -20,9 +20,10 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script: the checkout's pyvmm
 from pyvmm.errors import PyvmmError
 from pyvmm.linux.build import source, tools
-from pyvmm.linux.build.cached import ARTEFACTS, build_all, cache_directory, install
+from pyvmm.linux.build.cached import ARTEFACTS, build_all, cache_directory
 from pyvmm.linux.build.options import FRAGMENT
 from pyvmm.linux.build.progress import tell
+from pyvmm.linux.cache import install
 
 
 def missing_packages(cache: Path) -> list[str]:

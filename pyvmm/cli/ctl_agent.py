@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import signal
 import threading
 from collections.abc import Iterator
@@ -56,13 +57,14 @@ def run(client: Client, args: SimpleNamespace) -> int:
     finally:
         for fd in fds:
             os.close(fd)
-    for output in outputs:
-        output.start()
-    if stdin is not None:
-        stdin.start()
-    result = _result(client, pending)
-    for output in outputs:
-        output.join()
+    with _interrupts(client, pending):
+        for output in outputs:
+            output.start()
+        if stdin is not None:
+            stdin.start()
+        result = pending.result()
+        for output in outputs:
+            output.join()
     for output in outputs:
         if output.passed_on.problem is not None:
             return reader_gone(output.passed_on.problem)
@@ -160,18 +162,34 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _result(client: Client, pending: Pending) -> dict[str, Any]:
-    """Return the result of a command; Ctrl-C interrupts the command, a second one kills it."""
-    signals = iter((signal.SIGINT, signal.SIGKILL))
-    while True:
-        try:
-            return pending.result()
-        except KeyboardInterrupt:
-            number = next(signals, None)
-            if number is None:
-                raise
+@contextlib.contextmanager
+def _interrupts(client: Client, pending: Pending) -> Iterator[None]:
+    """Meanwhile the first Ctrl-C interrupts the command, the second kills it, a third ends us."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    numbers = [signal.SIGINT, signal.SIGKILL]
+    wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def handle(_number: int, _frame: object) -> None:
+        # The client's locks may be held by the code that this interrupts: a thread takes them.
+        if not numbers:
+            raise KeyboardInterrupt
+        wanted.put(numbers.pop(0))
+
+    def send() -> None:
+        while number := wanted.get():
             with contextlib.suppress(ControlError):  # it has just ended
                 client.call("agent.kill", {"request": pending.id, "signal": number})
+
+    before = signal.signal(signal.SIGINT, handle)
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        wanted.put(0)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -126,7 +126,9 @@ def _show(made: Made, append: str) -> None:
             append = f" --append rdinit={made.init or 'PROGRAM'}{append and ' '}{append}"
     else:
         disk = f"--disk {name},ro" if KINDS[made.kind].is_read_only else f"--disk {name}"
-    if not made.init:
+    if made.init:
+        show(f"init       {made.init}")
+    else:
         show(f"init       none ({', '.join(INITS)}): files, and no system")
     if not made.init and made.kind != "initramfs":
         show(f"use it     pyvmm run --kernel KERNEL --disk ROOT {disk}")

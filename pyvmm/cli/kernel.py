@@ -1,4 +1,4 @@
-"""``pyvmm kernel``: look into a kernel file, or fetch a distribution's kernel."""
+"""``pyvmm kernel``: look into a kernel file, fetch a distribution's kernel, or build one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from pyvmm.cli.first_look import config_cache_path
-from pyvmm.linux import config as linux_config
-from pyvmm.linux import debian
-from pyvmm.linux.cache import cache_directory
-from pyvmm.linux.compression import Compression, UnpackError
+from pyvmm.linux.compression import Compression
 from pyvmm.linux.config import KernelConfig
 from pyvmm.linux.config_cache import remember
 from pyvmm.linux.file_systems import SQUASHFS_COMPRESSORS
@@ -22,7 +19,7 @@ from pyvmm.linux.requirements import (
     notes,
     problems,
 )
-from pyvmm.report import say, show
+from pyvmm.report import show
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
 from pyvmm.x86.image import dotted
@@ -58,9 +55,13 @@ configuration is the one inside the kernel (CONFIG_IKCONFIG), else config-VERSIO
 .config of the tree it was built in.  It is remembered: pyvmm run then says before the boot what
 that one lacks.
 
-fetch unpacks Debian's kernel for virtual machines (linux-image-cloud-amd64) into ~/.cache/pyvmm
-(PYVMM_CACHE says where else) and prints where its files are; nothing is installed.  With them is
-an initramfs that loads virtio-mmio, virtio-blk and ext4, mounts root= and starts the init there.
+fetch unpacks a distribution's kernel into ~/.cache/pyvmm (PYVMM_CACHE says where else) and prints
+where its files are; nothing is installed.  debian is linux-image-cloud-amd64 and ubuntu is
+linux-image-virtual, by this host's apt; on any other host give a .deb, or a directory with boot/
+and lib/modules/.  With them is an initramfs that loads virtio-mmio, virtio-blk and ext4, mounts
+root= and starts the init there.
+
+build compiles a kernel that boots here without an initramfs.
 """
 
 EPILOG = """\
@@ -71,8 +72,23 @@ examples:
   pyvmm kernel inspect /boot/vmlinuz-$(uname -r)
   pyvmm kernel inspect bzImage --config .config
   pyvmm kernel fetch debian --backports
+  pyvmm kernel fetch debian --out kernel && pyvmm run --kernel kernel --disk root.img
+  pyvmm kernel fetch linux-image-6.8.0-31-generic_6.8.0-31.31_amd64.deb
+  pyvmm kernel build ~/src/linux && pyvmm run --kernel ~/src/linux --disk root.img
 """
 
+
+BUILD_DESCRIPTION = """\
+build compiles a kernel.  A tree is built where it is, as make does it, so that a second build takes
+seconds.  Without a .config it gets tinyconfig and pyvmm's options; a .config of yours keeps all it
+has, and gets what a guest needs.  A tarball, and debian, are built in the cache, with tinyconfig
+and pyvmm's options.
+"""
+BUILD_EPILOG = """\
+examples:
+  pyvmm kernel build .
+  pyvmm kernel build linux-6.12.tar.xz --config my.config --out kernel
+"""
 
 _VERBOSE = Option(name="--verbose", short="-v", help="-vv: tracebacks of errors")
 
@@ -95,15 +111,39 @@ COMMAND = Command(
             name="kernel fetch",
             description="unpack a distribution's kernel into the cache",
             words=(
-                Word(name="distribution", metavar="debian", choices=("debian",),
-                     help="Debian's linux-image-cloud-amd64, by way of apt"),
+                Word(name="source", metavar="debian|ubuntu|FILE.deb|DIR",
+                     help="debian or ubuntu by way of apt; the file of a package (Ubuntu's "
+                     "linux-modules file is taken from beside it); or a directory where packages "
+                     "are unpacked"),
             ),
             options=(
                 Option(name="--backports",
                        help="the newer kernel that Debian's backports have for this release"),
                 Option(name="--version", metavar="VERSION",
                        help="this version of the package, such as 6.1.192-2 (default: the "
-                       "newest)"),
+                       "newest); of a directory: this release, if it has several"),
+                Option(name="--modules",
+                       help="all modules of the package too, unpacked, with depmod's tables"),
+                Option(name="--out", metavar="DIR",
+                       help="copy all of it there; pyvmm run --kernel DIR then boots it"),
+                _VERBOSE,
+            ),
+        ),
+        Command(
+            name="kernel build",
+            description=BUILD_DESCRIPTION,
+            epilog=BUILD_EPILOG,
+            words=(
+                Word(name="source", metavar="SRC",
+                     help="a kernel tree, a tarball of one, or debian (linux-source-6.1)"),
+            ),
+            options=(
+                Option(name="--config", metavar="FRAGMENT", many=True,
+                       help="a file of further options, such as CONFIG_XFS_FS=y; repeat for more, "
+                       "the last one wins"),
+                Option(name="--out", metavar="DIR",
+                       help="copy bzImage, vmlinux and config there"),
+                Option(name="--jobs", metavar="N", help="compilers at a time (default: the CPUs)"),
                 _VERBOSE,
             ),
         ),
@@ -115,23 +155,14 @@ def kernel_main(argv: list[str]) -> int:
     """Run one of the verbs; return its exit status."""
     args = parse_options(COMMAND, argv)
     if args.verb == "fetch":
-        return _fetch(args.backports > 0, args.version)
+        from pyvmm.cli.kernel_files import fetch
+
+        return fetch(args)
+    if args.verb == "build":
+        from pyvmm.cli.kernel_files import build
+
+        return build(args)
     return _inspect(args.file, args.config)
-
-
-def _fetch(backports: bool, version: str | None) -> int:
-    kernel = debian.fetch(cache_directory(), say, backports=backports, version=version)
-    with contextlib.suppress(OSError, UnpackError):
-        found = linux_config.read(kernel.config)
-        for path in (kernel.vmlinuz, kernel.vmlinux):
-            if found is not None:
-                remember(config_cache_path(path), found)
-    show(f"version    {kernel.version} (Linux {kernel.release})")
-    show(f"kernel     {kernel.vmlinuz}")
-    show(f"vmlinux    {kernel.vmlinux}")
-    show(f"config     {kernel.config}")
-    show(f"initramfs  {kernel.initramfs}")
-    return 0
 
 
 def _inspect(path: str, config_file: str | None) -> int:

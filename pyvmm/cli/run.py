@@ -58,7 +58,8 @@ COMMAND = Command(
     epilog=EPILOG,
     options=(
         Option(name="--kernel", metavar="FILE", required=True,
-               help="the kernel: a bzImage or an ELF vmlinux, 64-bit x86"),
+               help="the kernel: a bzImage or an ELF vmlinux, 64-bit x86; or a directory: a built "
+               "kernel tree, or one that pyvmm kernel fetch --out filled"),
         Option(name="--disk", metavar="FILE[,ro][,snapshot][,...]", many=True,
                help="a raw disk image, block device, nbd:// server or vhost-user=SOCKET of "
                "another process, seen as /dev/vda; repeat for vdb, ...  Options: ro (the "
@@ -115,10 +116,18 @@ COMMAND = Command(
 
 def config_from(args: SimpleNamespace) -> RunConfig:
     """Return the validated RunConfig of the parsed options; ConfigError names the option."""
+    kernel, initrd = args.kernel, args.initrd
+    if os.path.isdir(kernel):
+        from pyvmm.linux.kernel_directory import kernel_in
+
+        kernel, its_initramfs = kernel_in(kernel)
+        initrd = initrd or its_initramfs
+        also = f" with {initrd}" if initrd and initrd == its_initramfs else ""
+        say(f"--kernel {args.kernel}: booting {kernel}{also}")
     return RunConfig(
-        kernel=args.kernel,
+        kernel=kernel,
         disks=tuple(parse_disk(text) for text in args.disk),
-        initrd=args.initrd,
+        initrd=initrd,
         cmdline=args.cmdline,
         append=" ".join(args.append),
         memory_bytes=parse_memory(
@@ -148,6 +157,10 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
     Modules come from ``bundle`` until the guest runs.
     """
     started_s = _process_start_s()
+    if not argv:
+        from pyvmm.cli.newcomer import show_first_steps
+
+        return show_first_steps()
     args = parse_options(COMMAND, argv)
     if not has_control(args):
         return _run_main(args, started_s, bundle, None)

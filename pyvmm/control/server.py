@@ -91,6 +91,11 @@ class Server:
         elif self._thread.ident is None:
             self._loop.close()
 
+    @property
+    def client_count(self) -> int:
+        """The number of clients that are connected."""
+        return len(self._subscriptions)
+
     # The thread
 
     def _run(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import os
 import shutil
@@ -64,6 +65,15 @@ def build_once(
     except OSError as error:
         raise HostError(f"cannot build the {name} kernel in {cache}: {error}") from error
     return target
+
+
+def install(source: Path, target: Path) -> None:
+    """Copy a file out of the cache, atomically; an identical one is left alone, with its time."""
+    if target.exists() and filecmp.cmp(source, target, shallow=False):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with trust.replacing(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def _newest(cache: Path, prefix: str) -> Path | None:

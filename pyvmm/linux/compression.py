@@ -167,7 +167,8 @@ def _by_program(program: str, data: bytes, limit: int, budget: Budget) -> Genera
     limits its CPU time.
     """
     if shutil.which(program) is None:
-        raise HostError(f"{program} is missing; run: {install_command([program])}")
+        newer = ", or use Python 3.14, which unpacks zstd itself" if program == "zstd" else ""
+        raise HostError(f"{program} is missing; run: {install_command([program])}{newer}")
     with contextlib.ExitStack() as stack:
         packed = stack.enter_context(os.fdopen(os.memfd_create("pyvmm-packed"), "r+b"))
         packed.write(data)

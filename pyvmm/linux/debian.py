@@ -1,39 +1,27 @@
-"""Debian's kernels, unpacked from their packages into the cache; nothing is installed."""
+"""Debian's and Ubuntu's kernels by apt, unpacked into the cache; nothing is installed."""
 
 from __future__ import annotations
 
+import platform
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import HostError
-from pyvmm.linux import cpio, initramfs, modules, packages, payload
-from pyvmm.linux.busybox import find_busybox
-from pyvmm.linux.cache import Say, build_once, source_key
+from pyvmm.linux import packages, stock
+from pyvmm.linux.cache import Say, build_once
 from pyvmm.linux.compression import UnpackError
-from pyvmm.linux.packages import Apt, Package
+from pyvmm.linux.packages import Apt, AptError, Package
+from pyvmm.linux.stock import StockKernel
+
+__all__ = ["StockKernel", "fetch", "fetch_ubuntu", "find_in", "unpack_image"]
 
 CLOUD_META_PACKAGE = "linux-image-cloud-amd64"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StockKernel:
-    """A distribution's kernel in the cache, with all that it takes to boot it here.
-
-    ``vmlinux`` is the same kernel as ``vmlinuz``, uncompressed.  The names end with ``release``,
-    its ``uname -r``; ``version`` is its package's.
-    """
-
-    release: str
-    version: str
-    vmlinuz: Path
-    vmlinux: Path
-    config: Path
-    initramfs: Path
+UBUNTU_META_PACKAGE = "linux-image-virtual"
 
 
 def fetch(
-    cache: Path, say: Say, *, backports: bool = False, version: str | None = None
+    cache: Path, say: Say, *, backports: bool = False, version: str | None = None,
+    with_modules: bool = False,
 ) -> StockKernel:
     """Return Debian's kernel for virtual machines: the newest, or the package's ``version``.
 
@@ -42,24 +30,74 @@ def fetch(
     missing part.
     """
     apt = packages.backports_apt(cache, say) if backports else packages.host_apt()
-    key = source_key(
-        __file__, modules.__file__, payload.__file__, initramfs.__file__, initramfs.INIT,
-        cpio.__file__,
-    )
+    return _fetch(apt, "debian", CLOUD_META_PACKAGE, cache, say, version, with_modules)
+
+
+def fetch_ubuntu(
+    cache: Path, say: Say, *, version: str | None = None, with_modules: bool = False
+) -> StockKernel:
+    """Return Ubuntu's kernel for virtual machines, which this host's apt must know.
+
+    ``version`` is that of ``linux-image-virtual``.  HostError says what to do on another host.
+    """
+    apt = packages.host_apt()
+    if not _is_ubuntu():
+        try:
+            apt.find_image(UBUNTU_META_PACKAGE)
+        except AptError as error:
+            raise HostError(
+                f"apt knows no package {UBUNTU_META_PACKAGE}, because this host is not Ubuntu; "
+                "download linux-image-RELEASE and linux-modules-RELEASE from "
+                "https://packages.ubuntu.com/linux-image-virtual, and run: "
+                "pyvmm kernel fetch linux-image-*.deb"
+            ) from error
+    return _fetch(apt, "ubuntu", UBUNTU_META_PACKAGE, cache, say, version, with_modules)
+
+
+def _is_ubuntu() -> bool:
+    try:
+        return platform.freedesktop_os_release().get("ID") == "ubuntu"
+    except OSError:
+        return False
+
+
+def _fetch(
+    apt: Apt, distribution: str, meta: str, cache: Path, say: Say, version: str | None,
+    with_modules: bool,
+) -> StockKernel:
+    key = stock.key_of(__file__)
+    kind = "modules" if with_modules else "kernel"
 
     def attempt() -> StockKernel:
-        package = apt.find_image(CLOUD_META_PACKAGE, version)
+        package = apt.find_image(meta, version)
         # "_" is in no name and no version, so no prefix is the beginning of another.
-        prefix = f"debian-{key}-{package.name}_{package.version}_"
-        found = build_once(
-            cache, "debian", prefix, lambda work, tell: _build(apt, package, work, tell), say
-        )
-        return _open(found, package.version)
+        prefix = f"{distribution}-{kind}-{key}-{package.name}_{package.version}_"
+
+        def build(work: Path, tell: Say) -> str:
+            root = unpack_image(apt, package, work, tell)
+            release = package.name.removeprefix("linux-image-").removeprefix("unsigned-")
+            if not stock.has_modules(root, release):
+                _add_modules(apt, release, work, tell)
+            stock.assemble(root, package.name, work, tell, with_modules=with_modules)
+            shutil.rmtree(root)
+            return "amd64"
+
+        return stock.opened(build_once(cache, distribution, prefix, build, say), package.version)
 
     try:
         return apt.retrying(attempt, say)
     except UnpackError as error:
-        raise HostError(f"Debian's kernel: {error}") from error
+        raise stock.damaged(f"{distribution.capitalize()}'s kernel", error) from error
+
+
+def _add_modules(apt: Apt, release: str, work: Path, say: Say) -> None:
+    """Unpack the package of modules, where a distribution has one: Ubuntu's has the configuration
+    too."""
+    try:
+        package = apt.find(f"linux-modules-{release}")
+    except AptError:
+        return  # a kernel without modules, or its errors tell
+    packages.unpack(apt.download(package, work, say), work / "package")
 
 
 def unpack_image(apt: Apt, package: Package, work: Path, say: Say) -> Path:
@@ -77,35 +115,3 @@ def find_in(root: Path, pattern: str, name: str) -> Path:
     if found is None:
         raise HostError(f"{name} holds no {pattern}")
     return found
-
-
-def _build(apt: Apt, package: Package, work: Path, say: Say) -> str:
-    """Leave vmlinuz, vmlinux, config and initramfs in ``work``."""
-    busybox = find_busybox(work, say)
-    root = unpack_image(apt, package, work, say)
-    image = find_in(root, "boot/vmlinuz-*", package.name)
-    release = image.name.removeprefix("vmlinuz-")
-    config = find_in(root, f"boot/config-{release}", package.name)
-    shutil.copyfile(image, work / image.name)
-    shutil.copyfile(config, work / config.name)
-    (work / f"vmlinux-{release}").write_bytes(payload.extract_vmlinux(image.read_bytes()))
-    loaded = modules.load_order(root, initramfs.MODULES)
-    file_systems = {
-        kind: modules.load_order(root, [name]) for kind, name in initramfs.FILE_SYSTEMS.items()
-    }
-    archive = initramfs.pack(busybox, loaded, file_systems)
-    (work / f"initramfs-{release}.cpio.gz").write_bytes(archive)
-    shutil.rmtree(root)
-    return "amd64"
-
-
-def _open(directory: Path, version: str) -> StockKernel:
-    release = next(directory.glob("vmlinuz-*")).name.removeprefix("vmlinuz-")
-    return StockKernel(
-        release=release,
-        version=version,
-        vmlinuz=directory / f"vmlinuz-{release}",
-        vmlinux=directory / f"vmlinux-{release}",
-        config=directory / f"config-{release}",
-        initramfs=directory / f"initramfs-{release}.cpio.gz",
-    )

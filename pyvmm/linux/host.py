@@ -54,7 +54,8 @@ def run_tool(command: Sequence[str], problem: str, cwd: Path | None = None) -> s
             text=True, errors="replace",
         )
     except FileNotFoundError as error:
-        hint = ": Debian's kernels come by apt, which other systems lack"
+        hint = (": Debian's kernels come by apt, which other systems lack; a package that you have "
+                "downloaded: pyvmm kernel fetch FILE.deb")
         if not command[0].startswith(("apt", "dpkg")):
             hint = ""
         raise MissingToolError(f"{command[0]} is missing{hint}") from error

@@ -10,6 +10,8 @@ from pyvmm.linux.compression import decompress
 from pyvmm.linux.work import PATIENT_CPU_S, Budget
 
 MAX_MODULE_BYTES = 256 << 20
+DIRECTORIES = ("usr/lib/modules", "lib/modules")
+"""The places of a package's modules: newer distributions have no /lib of its own."""
 
 
 def load_order(
@@ -26,7 +28,8 @@ def load_order(
     budget = Budget(cpu_s=PATIENT_CPU_S)
     files = {
         path.name.partition(".ko")[0].replace("-", "_"): path
-        for path in root.glob(f"lib/modules/{release}/kernel/**/*.ko*")
+        for folder in DIRECTORIES
+        for path in root.glob(f"{folder}/{release}/kernel/**/*.ko*")
     }
     done: set[str] = set()
     contents: dict[str, bytes] = {}

@@ -75,7 +75,7 @@ class Apt:
         """
         # A meta package depends on one image, and on exactly its own version if it names one.
         found = re.search(
-            r"^Depends:.*?\b(linux-image-\S+)(?: \(= (\S+)\))?",
+            r"^Depends:.*?\b(linux-image-[^\s,]+)(?: \(= (\S+)\))?",
             self._show(meta, version), re.MULTILINE,
         )
         if found is None:

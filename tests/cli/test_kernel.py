@@ -158,9 +158,9 @@ def test_a_config_can_be_named(
 
 
 @pytest.mark.parametrize(("arguments", "problem"), [
-    ([], "kernel: needs inspect or fetch"),
+    ([], "kernel: needs inspect or fetch or build"),
     (["look"], "look: is not known to"),
-    (["fetch", "ubuntu"], "write pyvmm kernel fetch debian"),
+    (["fetch", "debain"], "did you mean debian?"),
     (["inspect"], "kernel inspect: needs FILE"),
     (["inspect", "/etc/passwd"], "/etc/passwd: not a Linux kernel"),
     (["inspect", "/nowhere"], "/nowhere: cannot open: No such file"),
@@ -185,7 +185,10 @@ def test_fetch_prints_where_everything_is(
     (tmp_path / "config").write_text(lacking("VIRTIO_BLK"))
     asked: list[tuple[Path, bool, str | None]] = []
 
-    def fetch(cache: Path, say: Say, *, backports: bool, version: str | None) -> StockKernel:
+    def fetch(
+        cache: Path, say: Say, *, backports: bool, version: str | None, with_modules: bool
+    ) -> StockKernel:
+        assert not with_modules
         asked.append((cache, backports, version))
         say("downloading...")
         return StockKernel(release="6.1", version="6.1-2", vmlinuz=cache / "vmlinuz",

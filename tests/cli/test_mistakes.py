@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import doctor, export, kernel, lab, matrix, run, test
+from pyvmm.cli import doctor, export, image, kernel, lab, matrix, ps, run, test
 from pyvmm.cli.main import COMMANDS, main
 from pyvmm.cli.parse import parse_console
 from pyvmm.startup.commands import Command
 
 TABLES = [
     run.COMMAND, test.COMMAND, matrix.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND,
-    *kernel.COMMAND.verbs,
+    ps.COMMAND, *kernel.COMMAND.verbs, *image.COMMAND.verbs,
 ]
-PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "matrix": ["f"],
-        "run": ["--kernel", "k"],
+PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "kernel build": ["d"],
+        "image build": ["--busybox", "o"], "matrix": ["f"],
+        "run": ["--kernel", "k", "--disk", "d"],
         "test": ["--kernel", "k"],
         "export": ["--disk", "d", "--socket", "s"]}
 """The words that make the rest of a command line complete."""
@@ -93,7 +94,21 @@ BAD_VALUES = [
     (["lab", "--lock", "/nowhere", "true"], "/nowhere: "),
     (["kernel", "inspect", "/nowhere"], "/nowhere: "),
     (["kernel", "nonsense"], "nonsense: is not known to pyvmm kernel"),
-    (["kernel"], "kernel: needs inspect or fetch"),
+    (["kernel"], "kernel: needs inspect or fetch or build"),
+    (["kernel", "fetch", "/nowhere"], "/nowhere: is neither debian nor ubuntu"),
+    (["kernel", "fetch", "ubunut"], "ubunut: is neither debian nor ubuntu"),
+    (["kernel", "fetch", "/dev", "--version", "x"], "/dev: has no boot/vmlinuz-*"),
+    (["kernel", "build", "/nowhere"], "/nowhere: is no kernel tree and no tarball"),
+    (["kernel", "build", "/dev"], "/dev: is no kernel tree"),
+    (["kernel", "build", "/dev", "--jobs", "all"], "--jobs all: is not a number from 1 to"),
+    (["image"], "image: needs build"),
+    (["image", "build", "/nowhere/x"], "image build: needs one of --from-dir"),
+    (["image", "build", "o", "--busybox", "--from-dir", "d"], "image build: makes one image"),
+    (["image", "build", "o", "--busybox", "--fs", "zfs"], "--fs zfs: is not known"),
+    (["image", "build", "o", "--busybox", "--size", "x"], "--size x: is not a size"),
+    (["image", "build", "o", "--busybox", "--include", "x"], "--include: is for --debootstrap"),
+    (["image", "build", "o", "--from-dir", "/nowhere"], "--from-dir /nowhere: is no directory"),
+    (["image", "build", "/dev/null", "--busybox"], "/dev/null: is there, and is no regular"),
     (["nonsense"], "nonsense: no such command"),
 ]
 
@@ -140,7 +155,7 @@ MEANT = [
     ("lab --cpu 2 true", "did you mean --cpus?"),
     ("kernel inspect --conf f", "did you mean --config?"),
     ("kernel inspekt f", "did you mean inspect?"),
-    ("kernel fetch ubuntu", "write pyvmm kernel fetch debian"),
+    ("kernel fetch ubunut", "did you mean ubuntu?"),
     ("rnu", "did you mean run?"),
     ("docter", "did you mean doctor?"),
     ("Run", "did you mean run?"),

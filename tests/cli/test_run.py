@@ -53,7 +53,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *options: str | Path) -> str:
 
 
 def test_no_kernel_given(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--kernel" in refusal(capsys)
+    assert "--kernel" in refusal(capsys, "--memory", "256M")
 
 
 def test_an_unknown_option(capsys: pytest.CaptureFixture[str], kernel: Path) -> None:

@@ -21,7 +21,7 @@ from tests.support.patience import patient
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(900)]
 
 
-def config(**options: object) -> pyvmm.MachineConfig:
+def config(**options: Any) -> pyvmm.MachineConfig:
     return pyvmm.MachineConfig(
         kernel=KERNEL, disks=[pyvmm.Overlay(IMAGE)], append="quiet", agent=True, **options
     )

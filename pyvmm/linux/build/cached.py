@@ -6,7 +6,6 @@ A second build with the same options, source and compiler takes the first one's 
 from __future__ import annotations
 
 import contextlib
-import filecmp
 import os
 import re
 import shutil
@@ -191,12 +190,3 @@ def is_complete(directory: Path) -> bool:
     if os.path.lexists(directory):
         trust.check_tree(directory)
     return all((directory / name).exists() for name in ARTEFACTS)
-
-
-def install(source: Path, target: Path) -> None:
-    """Copy atomically; an identical file is left alone, with its time."""
-    if target.exists() and filecmp.cmp(source, target, shallow=False):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with trust.replacing(target) as unfinished:
-        shutil.copyfile(source, unfinished)

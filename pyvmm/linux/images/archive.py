@@ -49,7 +49,7 @@ def _opened(archive: str) -> Iterator[IO[bytes]]:
         yield sys.stdin.buffer
         return
     try:
-        file = Path(archive).open("rb")  # noqa: SIM115 - the context of this function
+        file = Path(archive).open("rb", buffering=0)  # noqa: SIM115 - the context of this function
     except OSError as error:
         raise ConfigError(archive, str(error.strerror)) from error
     with file:
@@ -157,7 +157,7 @@ def _restore(place: Path, entry: Entry) -> None:
             elif stat.S_ISFIFO(entry.mode):
                 os.mkfifo(place)
             os.chown(place, entry.uid, entry.gid, follow_symlinks=False)
-        if stat.S_ISREG(entry.mode) or stat.S_ISDIR(entry.mode):
+        if not stat.S_ISLNK(entry.mode):
             spare = 0
             if os.geteuid():
                 spare = 0o700 if stat.S_ISDIR(entry.mode) else 0o600

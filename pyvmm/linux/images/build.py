@@ -76,6 +76,7 @@ def build(request: Request, say: Say) -> Made:
     """
     check(request)
     out = request.out
+    mask = os.umask(0o022)  # that of the caller is for the image, not for what is in it
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
@@ -88,9 +89,12 @@ def build(request: Request, say: Say) -> Made:
                 content_bytes=tree.content_bytes(), files=len(tree.entries),
                 init=tree.init(request.kind),
             )
+            written.chmod(0o666 & ~mask)
             _publish(written, out, replaces=request.replaces)
     except OSError as error:
         raise HostError(f"{error.filename or out}: {error.strerror}") from error
+    finally:
+        os.umask(mask)
     return made
 
 
@@ -168,7 +172,6 @@ def _write(request: Request, tree: Tree, image: Path) -> int:
 
 def _publish(written: Path, out: Path, *, replaces: bool) -> None:
     """Put the finished image in its place; an image that came there meanwhile is not lost."""
-    written.chmod(0o666 & ~_umask())
     if replaces:
         os.replace(written, out)
         return
@@ -178,9 +181,3 @@ def _publish(written: Path, out: Path, *, replaces: bool) -> None:
         _check_target(out, replaces=False)
     except OSError:  # a file system without links
         os.replace(written, out)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

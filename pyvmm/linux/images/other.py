@@ -63,7 +63,7 @@ def _run_on(tree: Tree, command: Sequence[str], all_root: tuple[str, ...] = ()) 
             script.write_bytes(os.fsencode("\n".join([
                 "set -e", *_restoring(tree.root, lost), f"exec {shlex.join(command)}", ""
             ])))
-            run(["fakeroot", "--", "sh", str(script)])
+            run(["fakeroot", "--unknown-is-real", "--", "sh", str(script)])
         finally:
             script.unlink(missing_ok=True)
 
