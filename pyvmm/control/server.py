@@ -17,7 +17,10 @@ from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.vhost_user.listener import Listener
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.vhost_user.listener import Listener
 
 MAX_CLIENTS = 16
 LINGER_S = 2.0
@@ -136,7 +139,8 @@ class Server:
         if not self._is_ending:
             return
         for connection, subscription in list(self._subscriptions.items()):
-            is_told = subscription.knows_the_end or "ended" not in subscription.events
+            owes_nothing = "ended" not in subscription.events and not connection.is_owner
+            is_told = subscription.knows_the_end or owes_nothing
             if is_told and not connection.calls:
                 connection.finish()
         if not self._subscriptions:

@@ -70,6 +70,17 @@ def test_a_run_from_start_to_status(tmp_path: Path) -> None:
     assert not is_there(pid)
 
 
+def test_a_guest_that_ends_at_once_has_an_outcome_every_time(tmp_path: Path) -> None:
+    """Its process waits until its owner has heard."""
+    kernel = write_guest(tmp_path / "guest.elf", prints(b"!"), REPORT_7)
+    for _ in range(10):
+        with pyvmm.launch(MachineConfig(kernel=kernel)) as vm:
+            outcome = vm.wait(patient(20))
+            assert outcome is not None
+            assert outcome.value == 7
+            assert vm.console.text == "!"
+
+
 def test_stop_pause_memory_and_registers(kernel: Path) -> None:
     with pyvmm.launch(MachineConfig(kernel=kernel, memory=64 << 20)) as vm:
         vm.console.expect("hello\n", patient(20))
