@@ -28,7 +28,7 @@ def run_one(run: Run, folder: str, watch: Watch) -> RunResult:
     test = boot_test(run, folder)
     if run.order.gets:
         os.makedirs(os.path.join(folder, FILES), exist_ok=True)
-    with Log(folder, STDOUT) as stdout, Log(folder, STDERR) as stderr:
+    with Log(folder, STDOUT) as output, Log(folder, STDERR) as errors:
 
         def adopt(vm: Vm) -> None:
             watch.adopt(vm.finish)
@@ -37,11 +37,11 @@ def run_one(run: Run, folder: str, watch: Watch) -> RunResult:
             raise HostError("the matrix was interrupted")
         console = Counter()
         result = run_boot_test(
-            test, on_console=console.count, on_stdout=stdout.write, on_stderr=stderr.write,
+            test, on_console=console.count, on_stdout=output.write, on_stderr=errors.write,
             on_phase=watch.on_phase, on_vm=adopt,
         )
     problems = (
-        stdout.problem, stderr.problem,
+        output.problem, errors.problem,
         _missing(result.console_log, console.bytes + result.lost_console_bytes),
     )
     return _result(run, result, folder, tuple(filter(None, problems)))
