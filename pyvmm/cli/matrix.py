@@ -186,8 +186,12 @@ def _executor(
     if jobs is not None:
         raise ConfigError("--jobs", "is for --executor local; each worker of a Dask cluster has "
                           "its own number (dask worker --nthreads N)")
-    from pyvmm.matrix.cluster import ClusterExecutor
-
+    try:
+        from pyvmm.matrix.cluster import ClusterExecutor
+    except ImportError as error:
+        raise ConfigError(
+            f"--executor {shown(where)}", f"needs Dask: pip install 'pyvmm[dask]' ({error})"
+        ) from error
     executor = ClusterExecutor(address, runner, output.save_files)
     executor.check(needs)
     return executor, f"on {address}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def test_a_worker_killed_in_the_middle_costs_a_retry_not_a_result(
     assert status == 3, out + error
     assert [run["verdict"] for run in summary(tmp_path)] == ["passed", "passed", "failed"]
     assert (tmp_path / "out" / "runs" / "k+256M+1cpu+a" / "console.log").exists()
+    assert "pyvmm: k+256M+1cpu+a begins again, on tcp://" in error
 
 
 def test_an_interrupt_ends_the_runs_on_the_workers_and_brings_their_logs(
@@ -147,6 +149,16 @@ def test_a_scheduler_that_goes_away_is_said_and_the_report_is_written(
     assert "Traceback" not in error
     (run,) = summary(tmp_path)
     assert "the scheduler has gone" in run["message"]
+
+
+def test_without_dask_the_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "pyvmm.matrix.cluster")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    path = matrix(tmp_path, 'a = ["status", "0"]')
+    with pytest.raises(ConfigError, match=r"needs Dask: pip install 'pyvmm\[dask\]'"):
+        matrix_main([str(path), "--executor", "dask=tcp://x:1"], stand_in)
 
 
 @pytest.mark.filterwarnings("ignore")
