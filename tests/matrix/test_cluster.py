@@ -14,6 +14,7 @@ import pytest
 from pyvmm.cli.matrix import matrix_main
 from pyvmm.errors import ConfigError
 from pyvmm.matrix import cluster as cluster_executor
+from pyvmm.matrix.output import Output
 from pyvmm.matrix.worker import MAX_FILE_BYTES, MAX_RUN_BYTES, brought_back
 from tests.support.dask_cluster import Cluster, cluster
 from tests.support.matrix_program import ended, matrix, start, until
@@ -169,6 +170,17 @@ def test_nobody_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ConfigError, match=f"--executor dask={address}: no Dask scheduler ans"):
             matrix_main([*words, "--executor", f"dask={address}"], stand_in)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_writes_nowhere_but_in_its_run(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"))
+    output.prepare()
+    output.save_files("r", {"a": b"1", "files/b": b"2", "../x": b"3", str(tmp_path / "y"): b"4",
+                            "files/../../z": b"5"})
+    found = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert found == [tmp_path / "out" / name
+                     for name in ("matrix.json", "runs/r/a", "runs/r/files/b")]
+    assert len(output.problems) == 3
 
 
 def test_what_comes_back_is_bounded_and_only_files(tmp_path: Path) -> None:
