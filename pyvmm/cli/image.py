@@ -36,7 +36,7 @@ SOURCES = ("--from-dir", "--from-tar", "--busybox", "--debootstrap")
 COMMAND = Command(
     name="image",
     description="Build a disk image for pyvmm run.",
-    epilog="examples:\n  pyvmm image build --busybox root.img\n  pyvmm image build --help\n",
+    epilog="examples:\n  pyvmm image build --busybox root.img\n",
     verbs=(
         Command(
             name="image build",
