@@ -18,7 +18,7 @@ LAB_PACKAGES := qemu-system-x86 busybox-static
 AGENT_PACKAGES := musl-tools gcc binutils
 TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd \
 	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod \
-	$(AGENT_PACKAGES)
+	chromium $(AGENT_PACKAGES)
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs gcc libc6-dev
 # A Debian of its own for the tests: build/debian.img.

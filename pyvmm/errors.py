@@ -99,10 +99,12 @@ class PeerClosedError(VhostUserError):
 class AgentError(PyvmmError):
     """The agent in the guest is not there, was lost, or cannot do what it was asked to.
 
-    ``errno`` is the guest's reason, 0 if it gave none.
+    ``errno`` is the guest's reason, as ENOENT for a program that is not there; 0 if it gave none.
     """
 
-    errno = 0
+    def __init__(self, text: str, errno: int = 0) -> None:
+        super().__init__(text)
+        self.errno = errno
 
 
 class DriverError(PyvmmError):

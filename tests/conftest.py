@@ -20,6 +20,8 @@ for number in (signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 
+pytest_plugins = ("pytester",)
+
 REPORT = "PYVMM_TEST_REPORT"
 """The environment variable that names the file from which ``make test`` makes its last lines."""
 SHOWN = 20

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import doctor, export, image, kernel, lab, run
+from pyvmm.cli import doctor, export, image, kernel, lab, matrix, run, test
 from pyvmm.startup.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,8 @@ def test_a_broken_link_is_found(text: str, found: list[str], tmp_path: Path) -> 
 
 
 TABLES = {table.name: table for table in (
-    run.COMMAND, export.COMMAND, doctor.COMMAND, kernel.COMMAND, lab.COMMAND, image.COMMAND
+    run.COMMAND, export.COMMAND, doctor.COMMAND, kernel.COMMAND, lab.COMMAND, matrix.COMMAND,
+    test.COMMAND, image.COMMAND
 )}
 HELP = "\n".join(table.epilog for table in TABLES.values()).replace("\n  pyvmm", "\n$ pyvmm")
 TEXTS = {"help": HELP, **{str(page.relative_to(ROOT)): page.read_text() for page in PAGES}}

@@ -656,12 +656,14 @@ static void put(const char *path)
 {
 	static struct member m;
 	uint8_t header[512];
+	char sum[9];
 	make_base(path);
 	for (;;) {
 		read_input(header, 512);
 		if (!header[0] && checksum(header) == 8 * ' ')
 			break;		/* the end; zeros may follow */
-		if ((unsigned)get_number(header + SUM, 8) != checksum(header))
+		snprintf(sum, sizeof sum, "%.8s", (char *)header + SUM);
+		if (strtoul(sum, NULL, 8) != checksum(header))
 			fail(EINVAL, "what came is no tar stream");
 		int type = header[TYPE];
 		int64_t size = m.has_size ? m.size : get_number(header + SIZE, 12);
@@ -830,8 +832,8 @@ static _Noreturn void child(int kind, const uint8_t *payload, int pipes[4][2])
 		if (i < 3)
 			drop(&pipes[i][i > 0]);
 	}
-	signal(SIGCHLD, SIG_DFL);
-	signal(SIGPIPE, SIG_DFL);
+	for (int number = 1; number <= LAST_SIGNAL; number++)
+		signal(number, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	if (!stays_here)

@@ -13,7 +13,9 @@ from pyvmm.errors import PyvmmError
 HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
-COMMANDS = ("run", "test", "export", "doctor", "kernel", "image", "lab")
+COMMANDS = (
+    "run", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel", "image", "lab",
+)
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
 
@@ -23,6 +25,9 @@ commands:
   run      boot a kernel:  pyvmm run --kernel build/bzImage --disk build/root.img
   test     boot, run one command in the guest and exit with its status:
            pyvmm test --kernel K --disk D -- CMD...
+  matrix   many such tests from one file, several at a time:  pyvmm matrix boot.toml
+  ps       list the machines that run
+  ctl      drive a machine that runs with --control:  pyvmm ctl SOCKET run -- CMD...
   export   serve a disk to another VMM:  pyvmm export --disk build/root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
   kernel   look into a kernel file, fetch a distribution's, or build one:  pyvmm kernel fetch debian
@@ -88,11 +93,25 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
                 with signals:
                     return lab_main(rest)
+            case "ps":
+                from pyvmm.cli.ps import ps_main
+
+                return ps_main(rest)
+            case "ctl":
+                from pyvmm.cli.ctl import ctl_main
+
+                with signals:
+                    return ctl_main(rest)
             case "test":
                 from pyvmm.cli.test import boot_test_main
 
                 with signals:
                     return boot_test_main(rest)
+            case "matrix":
+                from pyvmm.cli.matrix import matrix_main
+
+                with signals:
+                    return matrix_main(rest)
             case "--version" | "-V":
                 from pyvmm.report import show
 

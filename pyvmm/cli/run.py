@@ -8,6 +8,7 @@ import os
 import sys
 import time
 
+import pyvmm
 from pyvmm.cli.first_look import has_known_configuration, root_is_special
 from pyvmm.cli.parse import parse_console, parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
@@ -165,7 +166,7 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
         return _run_main(args, started_s, bundle, None)
     from pyvmm.control.run_control import RunControl
 
-    with RunControl(args.control, args.control_fd) as control:
+    with RunControl(args.control, args.control_fd, pyvmm.__version__) as control:
         try:
             return _run_main(args, started_s, bundle, control)
         except Exception as error:

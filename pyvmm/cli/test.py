@@ -15,7 +15,6 @@ from pyvmm.api.config import MachineConfig
 from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.cli.test_output import TestOutput
 from pyvmm.errors import ConfigError, HostError, PyvmmError
-from pyvmm.lab import INSIDE
 from pyvmm.launcher.vm import launch
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
@@ -25,7 +24,7 @@ from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S, BootTest, run_boo
 from pyvmm.testing.fail_on import CLASSES, FATAL, FailOn, check_pattern
 from pyvmm.testing.junit import Suite, junit_xml
 from pyvmm.testing.output_file import OutputFile
-from pyvmm.testing.usable_kvm import problem_for
+from pyvmm.testing.usable_kvm import INSIDE, problem_for
 from pyvmm.testing.verdicts import HOST_STATUS, RunFailed
 from pyvmm.x86 import layout
 
@@ -183,18 +182,16 @@ def boot_test_main(argv: list[str], *, launch: Launch = launch) -> int:
         if problem := problem_for(args.kernel):
             raise HostError(_with_remedy(problem, argv))
         output = stack.enter_context(TestOutput(os.environ, shows_console=args.verbose > 0))
+        complaints = []
         with _signals_as_interrupts():
             result, error = _result(test, output, launch)
-            status = result.exit_status
             for file, form in files:
                 try:
                     file.write(form(result))
                 except HostError as refused:
-                    output.complain(str(refused))
-                    status = HOST_STATUS
-        output.finish(result)
-        if output.problem or _is_log_short(result, output):
-            status = HOST_STATUS
+                    complaints.append(str(refused))
+        complaints += _lost_log(result, output.console_bytes)
+        status = output.finish(result, complaints)
         if error is not None and args.verbose > 1:
             raise error
         return status
@@ -222,20 +219,18 @@ def _result(
         ), None
 
 
-def _is_log_short(result: BootResult, output: TestOutput) -> bool:
-    """True, said, if the console's log has not all of the console: the disk is full."""
-    if not result.console_log:
-        return False
+def _lost_log(result: BootResult, console_bytes: int) -> list[str]:
+    """Return the complaint about a console's log that has not all ``console_bytes``."""
+    printed = console_bytes + result.lost_console_bytes
     with contextlib.suppress(OSError):
-        status = os.stat(result.console_log)
-        printed = output.console_bytes + result.lost_console_bytes
-        if os.path.isfile(result.console_log) and status.st_size < printed:
-            output.complain(
-                f"--console-log {result.console_log}: has {status.st_size} of {printed} bytes: "
-                "the disk is full, or another program changed it"
-            )
-            return True
-    return False
+        if result.console_log and os.path.isfile(result.console_log):
+            size = os.stat(result.console_log).st_size
+            if size < printed:
+                return [
+                    f"--console-log {result.console_log}: has {size} of {printed} bytes: the disk "
+                    "is full, or another program changed it"
+                ]
+    return []
 
 
 def _junit(result: BootResult) -> str:

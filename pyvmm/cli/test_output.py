@@ -13,6 +13,7 @@ from pyvmm.testing.annotations import Fence, annotation, defused, is_wanted
 from pyvmm.testing.boot_result import BootResult
 from pyvmm.testing.line_judge import shown_line
 from pyvmm.testing.passed_on import PassedOn
+from pyvmm.testing.verdicts import HOST_STATUS
 
 MAX_PART_LINES = 100
 """Of each part of a failure's report so many lines are shown: the reports have all."""
@@ -41,8 +42,6 @@ class TestOutput:
         self._defused = defused if self._fence is not None else str
         self.console_bytes = 0
         """The number of bytes that the guest has printed."""
-        self.problem = ""
-        """The reason why some of the command's output is lost, "" if none is."""
 
     def __enter__(self) -> TestOutput:
         if self._fence is not None:
@@ -75,40 +74,52 @@ class TestOutput:
         """Print one line of ours, which may quote anybody."""
         self._say(f"pyvmm: {self._defused(escape(line)[:MAX_LINE])}")
 
-    def finish(self, result: BootResult) -> None:
-        """Print the verdict, and all around it if the test failed."""
+    def finish(self, result: BootResult, complaints: list[str]) -> int:
+        """Print the verdict, and all around it if the test failed; return the exit status.
+
+        ``complaints`` are lines about reports that could not be written.  With one of them, or with
+        output that is lost, a test that passed is no success: HOST_STATUS.
+        """
         self._end_s = time.monotonic()
-        for name, passed_on in (("output", self._out), ("error", self._err)):
-            passed_on.end()
-            problem = passed_on.problem
-            if problem is not None and problem.errno != errno.EPIPE:
-                self.problem = f"standard {name}: {problem.strerror}"
-        if not self._out.line_ended or not self._err.line_ended:
-            self._say("")
-        if self._fence is not None:
-            self._fence.open()
-        if self.problem:
-            self.complain(self.problem)
+        complaints = [*self._end_streams(), *complaints]
+        status = HOST_STATUS if complaints and result.is_passed else result.exit_status
         times = ", ".join(
             f"{phase.name} {phase.end_s - phase.begin_s:.1f} s" for phase in result.phases
         )
-        if result.is_passed:
-            for line in result.problems:
-                self.complain(line)
-            self.complain(f"{result.message} ({times})")
-            return
-        for title, part in _parts(result):
+        lines = [] if result.is_passed else _parts(result)
+        for title, part in lines:
             self.complain(f"{title}:")
             left_out = max(0, len(part) - MAX_PART_LINES)
             if left_out:
                 self._say(f"  ({left_out} lines are left out)")
             for line in part[left_out:]:
                 self._say(f"  {self._defused(escape(line)[:MAX_LINE])}")
-        self.complain(f"{result.verdict}: {result.message} ({times or 'not started'})")
-        self.complain(f"exit status {result.exit_status}")
-        if self._fence is not None and self._fence.is_open:
-            text = "\n".join([result.message, *(defused(line) for line in result.before[-5:])])
+        for line in (*(result.problems if result.is_passed else ()), *complaints):
+            self.complain(line)
+        verdict = "" if result.is_passed else f"{result.verdict}: "
+        self.complain(f"{verdict}{result.message} ({times or 'not started'})")
+        if status:
+            self.complain(f"exit status {status}")
+        if status and self._fence is not None and self._fence.is_open:
+            text = "\n".join(
+                [result.message, *complaints, *(self._defused(line) for line in result.before[-5:])]
+            )
             self._say(annotation("error", text, title=f"pyvmm test: {result.verdict}"))
+        return status
+
+    def _end_streams(self) -> list[str]:
+        """End the command's streams, let the runner obey again; return the complaints."""
+        complaints = []
+        for name, passed_on in (("output", self._out), ("error", self._err)):
+            passed_on.end()
+            problem = passed_on.problem
+            if problem is not None and problem.errno != errno.EPIPE:
+                complaints.append(f"standard {name}: {problem.strerror}")
+        if not self._out.line_ended or not self._err.line_ended:
+            self._say("")
+        if self._fence is not None:
+            self._fence.open()
+        return complaints
 
     def _show_console(self, line: bytes) -> None:
         self._say(f"console: {self._defused(shown_line(line))}")

@@ -24,10 +24,12 @@ class RunControl:
     """The control of one run; a context manager.
 
     The socket at ``path`` is there from now on, and its clients are served from ``attach`` on.
-    ``fd`` is the text of ``--control-fd``.  ConfigError if one of them cannot be used.
+    ``fd`` is the text of ``--control-fd``; ``version`` is pyvmm's.  ConfigError if one of them
+    cannot be used.
     """
 
-    def __init__(self, path: str | None, fd: str | None) -> None:
+    def __init__(self, path: str | None, fd: str | None, version: str) -> None:
+        self._version = version
         self._owner = None if fd is None else owner_socket(fd)
         self._watch = None if self._owner is None else OwnerWatch(self._owner)
         self._listener = None
@@ -42,6 +44,7 @@ class RunControl:
     def attach(self, machine: Machine, config: RunConfig, report: Callable[[str], None]) -> None:
         """Serve ``machine``, which has not run yet."""
         facts: dict[str, object] = {
+            "pyvmm": self._version,
             "kernel": os.fspath(config.kernel),
             "disks": [disk.location for disk in config.disks],
             "memory_bytes": config.memory_bytes,

@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Callable
 
-import pyvmm
 from pyvmm.control.connection import Call, Connection
 from pyvmm.control.messages import PROTOCOL, Params, RequestError, encode, shorten
 from pyvmm.control.methods import METHODS
@@ -23,6 +22,8 @@ from pyvmm.vhost_user.listener import Listener
 MAX_CLIENTS = 16
 LINGER_S = 2.0
 """Seconds after the run in which clients may take what waits for them."""
+OWNER_LINGER_S = 10.0
+"""The same if there is an owner: after a short run it may not have subscribed yet."""
 JOIN_S = 5.0
 ACCEPT_PAUSE_S = 0.5
 EVENTS = ("console", "state", "ended")
@@ -57,6 +58,7 @@ class Server:
     ) -> None:
         self._listener = listener
         self._owner = owner
+        self._linger_s = LINGER_S if owner is None else OWNER_LINGER_S
         self._report = report
         self._subscriptions: dict[Connection, Subscription] = {}
         """All connected clients."""
@@ -79,7 +81,7 @@ class Server:
         """The run has ended: tell all clients, and wait a little until they have taken it."""
         self._ended = ended_event(self._session.target, outcome)
         self._loop.wake()
-        self._thread.join(LINGER_S + JOIN_S)
+        self._thread.join(self._linger_s + JOIN_S)
 
     def close(self) -> None:
         """Stop serving; idempotent."""
@@ -88,6 +90,11 @@ class Server:
             self._thread.join(JOIN_S)
         elif self._thread.ident is None:
             self._loop.close()
+
+    @property
+    def client_count(self) -> int:
+        """The number of clients that are connected."""
+        return len(self._subscriptions)
 
     # The thread
 
@@ -118,7 +125,7 @@ class Server:
             self._loop.remove(self._doorway)
             self._listener.close()
         self._session.end(ended)
-        self._loop.call_in(LINGER_S, self._loop.stop)
+        self._loop.call_in(self._linger_s, self._loop.stop)
         # A client that takes all of the console hears of the end behind it.
         for connection in list(self._subscriptions):
             self._pump(connection)
@@ -165,7 +172,8 @@ class Server:
         )
         self._subscriptions[connection] = Subscription(frozenset(), 0)
         connection.send({
-            "event": "hello", "protocol": PROTOCOL, "pyvmm": pyvmm.__version__, "pid": os.getpid(),
+            "event": "hello", "protocol": PROTOCOL, "pid": os.getpid(),
+            "pyvmm": self._session.target.facts["pyvmm"],
         })
 
     def _gone(self, connection: Connection) -> None:
@@ -181,6 +189,8 @@ class Server:
         if call.method == "subscribe":
             self._subscribe(call, params)
             return
+        if call.method == "status":  # whoever has its answer has had all that was printed before
+            self._pump(call.connection)
         method = METHODS.get(call.method)
         if method is None:
             raise RequestError(

@@ -38,6 +38,20 @@ class Arguments:
             raise ConfigError(f"{option} {text!r}", "has a NUL, which no command line can have")
         self.words.append(f"{option}={text}")
 
+    def add_log(self, log: str | PathLike[str] | int) -> str:
+        """Return the path, valid in the process that inherits ``fds``, of a file to append to.
+
+        A file of that name is emptied; a descriptor is used as it is.  ConfigError.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY
+        try:
+            fd = os.dup(log) if isinstance(log, int) else os.open(log, flags, 0o666)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"console_log {log!r}", f"cannot be written: {reason}") from error
+        self.fds.append(fd)
+        return f"/proc/self/fd/{fd}"
+
     def add_file(self, content: str) -> str:
         """Return the path, valid in the process that inherits ``fds``, of a file in memory."""
         fd = os.memfd_create("pyvmm-launch", os.MFD_CLOEXEC)
@@ -56,12 +70,13 @@ class Arguments:
 def arguments_of(
     config: MachineConfig,
     *,
-    console_log: str | PathLike[str] | None = None,
+    console_log: str | PathLike[str] | int | None = None,
     control: str | PathLike[str] | None = None,
 ) -> Arguments:
     """Return the command line that makes the machine of ``config``; the caller closes it.
 
-    ``console_log`` is the file for the console, ``control`` the socket for other programs.
+    ``console_log`` is the file for the console, or its descriptor.  ``control`` is the socket for
+    other programs.
     ConfigError and TypeError are those of ``MachineConfig.run_config``.  Also TypeError for a disk
     that only this process has.
     """
@@ -86,9 +101,11 @@ def arguments_of(
         arguments.words += ["--agent"] * (run.agent == "inject")
         if run.timeout_s is not None:
             arguments.add("--timeout", repr(float(run.timeout_s)))
-        arguments.add("--console", "none" if console_log is None else _file(console_log))
         if control is not None:
             arguments.add("--control", os.fsdecode(control))
+        # Last: it is not emptied for a configuration that is refused.
+        console = "none" if console_log is None else arguments.add_log(console_log)
+        arguments.add("--console", console)
         stack.pop_all()
         return arguments
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pyvmm.control.client import Pending
-from pyvmm.errors import AgentError, HostError, PyvmmError
+from pyvmm.errors import AgentError, HostError
 from pyvmm.launcher.completed import Completed
 from pyvmm.launcher.errors import OutputLimitError
 from pyvmm.launcher.pump import Pump, make_pipe
@@ -110,7 +110,8 @@ class Command:
     def write(self, data: bytes | str) -> None:
         """Write to the command's standard input; wait while it takes nothing.
 
-        BrokenPipeError once the command has closed it or ended.
+        Bytes for a command that has closed its input are dropped.  BrokenPipeError once it has
+        ended.
         """
         data = data.encode() if isinstance(data, str) else data
         if self._data is not None or self._stdin_fd < 0:
@@ -217,8 +218,7 @@ class Command:
     def _abandon(self) -> None:
         """Kill the command, which nobody waits for any more, and close its streams."""
         if not self._call.done():
-            with contextlib.suppress(PyvmmError, RuntimeError, OSError):
-                self.kill(SIGKILL)
+            self._session.tell("agent.kill", {"request": self._call.id, "signal": SIGKILL})
         self.close_input()
         self.stdout.close()
         self.stderr.close()
@@ -246,9 +246,9 @@ class Command:
             case "lost":
                 self._session.raise_lost(self._what, reason)
             case _:
-                error = AgentError(f"{self._what}: {escape(reason) or os.strerror(number)}")
-                error.errno = number
-                raise error
+                raise AgentError(
+                    f"{self._what}: {escape(reason) or os.strerror(number)}", number
+                )
         return Completed(
             argv=self.argv, status=status, signal=signal, timed_out=is_timeout,
             stdout_bytes=stdout, stderr_bytes=stderr,

@@ -23,7 +23,7 @@ class VmConsole(ConsoleHandle):
         *,
         send: Callable[[bytes], None],
         refuse_own_threads: Callable[[str], None],
-        run_hook: Callable[[str, Callable[[str], object], str], None],
+        run_hook: Callable[[str, Callable[..., object], object], None],
         raise_if_failed: Callable[[], None],
     ) -> None:
         super().__init__(
@@ -31,25 +31,11 @@ class VmConsole(ConsoleHandle):
             has_begun=lambda: True,
         )
         self._send = send
-        self._call_hook: Callable[..., None] = run_hook
         self._raise_if_failed = raise_if_failed
+        self._call_user = run_hook
+        self._output_lock = threading.RLock()
+        self._output_watchers: list[Callable[[bytes], object]] = []
         self.lost_bytes = 0
-        self._feeding = threading.RLock()
-        self._observers: list[Callable[[bytes], object]] = []
-
-    def feed(self, data: bytes) -> None:
-        """Take what the guest printed; in the thread that reads."""
-        with self._feeding:
-            super().feed(data)
-            for callback in self._observers:
-                self._call_hook("on_output", callback, data)
-
-    def on_output(self, callback: Callable[[bytes], object]) -> None:
-        """See ``Vm.on_output``."""
-        with self._feeding:
-            self._observers.append(callback)
-            if self._kept:
-                self._call_hook("on_output", callback, bytes(self._kept))
 
     def write(self, data: str | bytes) -> None:
         """Type ``data``: see ``ConsoleHandle.write``."""
@@ -72,6 +58,26 @@ class VmConsole(ConsoleHandle):
         self._raise_if_failed()
         try:
             return super().expect(pattern, timeout_s)
-        except ExpectError:
-            self._raise_if_failed()
-            raise
+        except ExpectError as error:
+            unmet = error
+        self._raise_if_failed()
+        raise unmet
+
+    def on_output(self, callback: Callable[[bytes], object]) -> None:
+        """See ``Vm.on_output``."""
+        if not callable(callback):
+            raise TypeError(f"on_output takes a function, not {type(callback).__name__}")
+        self._check_open("on_output()")
+        with self._output_lock:
+            with self._news:
+                data = bytes(self._kept)
+            if data:
+                callback(data)
+            self._output_watchers.append(callback)
+
+    def feed(self, data: bytes) -> None:
+        """Take what the guest printed; in the thread of the events."""
+        with self._output_lock:
+            super().feed(data)
+            for callback in list(self._output_watchers):
+                self._call_user("on_output", callback, data)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import posixpath
-import tarfile
-from typing import IO, cast
 
-from pyvmm.errors import AgentError, ConfigError, HostError
+from pyvmm.control.packing import pack, put_place
+from pyvmm.control.unpacking import Unpacker
+from pyvmm.errors import AgentError, ConfigError
 from pyvmm.launcher.errors import OutputLimitError
-from pyvmm.launcher.extract import Extractor
 from pyvmm.launcher.session import Session
-from pyvmm.launcher.tar_reader import TarError, TarReader
-from pyvmm.launcher.transfer import CHUNK_BYTES, RefusedError, Transfer
+from pyvmm.launcher.transfer import CHUNK_BYTES, Transfer
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,52 +23,34 @@ MAX_READ_BYTES = 64 << 20
 def put(session: Session, source: str | PathLike[str], target: str, timeout_s: float) -> None:
     """See ``Vm.put``."""
     _check_path("put", target)
-    path = os.path.realpath(os.fspath(source))
-    if not os.path.lexists(path):
-        raise ConfigError(f"put {os.fspath(source)}", "there is no such file or directory")
-    own_name = os.path.basename(os.path.abspath(os.fspath(source)))
-    if target.endswith("/") or _is_directory(session, target, timeout_s):
-        place, name = target, own_name
-    else:
-        place, name = posixpath.split(target)
-    what = f"put {os.fspath(source)} to {target}"
+    local = os.fsdecode(source)
+    what = f"put {local} to {target}"
+    is_directory = target.endswith("/") or _is_directory(session, target, timeout_s, what)
+    place, name = put_place(local, target, target_is_directory=is_directory)
+    skipped: list[str] = []
+    pieces = pack(local, name, skipped)
     with Transfer(
         session, "agent.put", {"path": place}, is_input=True, timeout_s=timeout_s, what=what
     ) as transfer:
-        try:
-            with tarfile.open(
-                fileobj=cast("IO[bytes]", transfer), mode="w|", format=tarfile.GNU_FORMAT,
-                bufsize=CHUNK_BYTES,
-            ) as archive:
-                archive.add(path, arcname=name, filter=_owned_by_root)
-        except OSError as error:
-            raise ConfigError(what, f"cannot be read: {error}") from error
+        for piece in pieces:
+            transfer.write(piece)
         transfer.finish()
+    _tell(session, skipped)
 
 
 def get(session: Session, source: str, target: str | PathLike[str], timeout_s: float) -> None:
     """See ``Vm.get``."""
     _check_path("get", source)
-    local = os.fspath(target)
-    own_name = posixpath.basename(posixpath.normpath(source)) or "root"
-    if local.endswith("/") or os.path.isdir(local):
-        place, name = local, own_name
-    else:
-        place, name = os.path.split(local)
-    what = f"get {source} to {local}"
-    if not os.path.isdir(place or "."):
-        raise ConfigError(what, f"there is no directory {place}")
-    with Transfer(
-        session, "agent.get", {"path": source}, is_input=False, timeout_s=timeout_s, what=what
+    local = os.fsdecode(target)
+    with Unpacker(local) as unpacker, Transfer(
+        session, "agent.get", {"path": source}, is_input=False, timeout_s=timeout_s,
+        what=f"get {source} to {local}",
     ) as transfer:
-        try:
-            Extractor(place or ".", name, session.report).extract(TarReader(transfer.read))
-        except TarError as error:
-            transfer.finish()  # the agent's own reason comes first
-            raise AgentError(f"{what}: the guest sent {error}") from None
-        except OSError as error:
-            raise HostError(f"{what}: {error}") from error
-        transfer.finish()
+        while data := transfer.read(CHUNK_BYTES):
+            unpacker.feed(data)
+        transfer.finish()  # first, because the agent's reason explains a stream that is not whole
+        unpacker.end()
+    _tell(session, unpacker.skipped)
 
 
 def read(session: Session, path: str, timeout_s: float) -> bytes:
@@ -108,26 +87,27 @@ def write(
         transfer.finish()
 
 
-def _is_directory(session: Session, path: str, timeout_s: float) -> bool:
+def _is_directory(session: Session, path: str, timeout_s: float, what: str) -> bool:
     """True if the guest has a directory ``path``, or a link to one.
 
     Reading ``PATH/.`` fails in any case: the error says why.
     """
     with Transfer(
         session, "agent.read", {"path": f"{path}/."}, is_input=False, timeout_s=timeout_s,
-        what=f"put to {path}",
+        what=what,
     ) as transfer:
         try:
             transfer.finish()
-        except RefusedError as error:
-            return error.errno == errno.EISDIR
+        except AgentError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                return error.errno == errno.EISDIR
+            raise
     return True
 
 
-def _owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    member.uid = member.gid = 0
-    member.uname = member.gname = "root"
-    return member
+def _tell(session: Session, skipped: list[str]) -> None:
+    for line in skipped:
+        session.report(line)
 
 
 def _check_path(call: str, path: object) -> None:

@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyvmm
 from pyvmm.errors import HostError
 from pyvmm.launcher.arguments import Arguments
 
+PROGRAM = (sys.executable, "-P", "-m", "pyvmm", "run")
 END_TIMEOUT_S = 10.0
 """Time for the process to end by itself once its socket is closed."""
 SEND_S = 30
@@ -49,13 +49,10 @@ class VmProcess:
                 stderr_fd, stderr_end = os.pipe()
                 ours.callback(os.close, stderr_fd)
                 theirs.callback(os.close, stderr_end)
-                command = [
-                    sys.executable, "-P", "-m", "pyvmm", "run", *arguments.words,
-                    f"--control-fd={other.fileno()}",
-                ]
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    stderr=stderr_end, pass_fds=(other.fileno(), *arguments.fds),
+                    [*PROGRAM, *arguments.words, f"--control-fd={other.fileno()}"],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr_end,
+                    pass_fds=(other.fileno(), *arguments.fds),
                     start_new_session=True, env=_environment(),
                 )
             except OSError as error:
@@ -109,7 +106,7 @@ def _environment() -> dict[str, str]:
     help; others, as a checkout, are found through PYTHONPATH.
     """
     environment = dict(os.environ)
-    place = Path(pyvmm.__file__).resolve().parents[1]
+    place = Path(__file__).resolve().parents[2]
     if place.name not in ("site-packages", "dist-packages"):
         others = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{place}{os.pathsep}{others}" if others else str(place)

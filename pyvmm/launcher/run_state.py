@@ -6,11 +6,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.launcher.errors import EndedError
 from pyvmm.run.outcome import Outcome
 
+T = TypeVar("T")
 END_NOTICE_S = 5.0
 """Time in which the end of a run is told, after its agent was lost by that."""
 
@@ -27,6 +29,8 @@ class RunState:
         """The outcome as soon as it is known; ``outcome`` is set after the callbacks."""
         self.outcome: Outcome | None = None
         self.failure: PyvmmError | None = None
+        self.is_end_told = False
+        """True once a call has told its caller that the run is over."""
         self._news = threading.Condition()
         self._wakers: set[Callable[[], None]] = set()
         self._end_callbacks: list[Callable[[Outcome], object]] = []
@@ -51,6 +55,11 @@ class RunState:
                         f"{what}: the process of the VM has not answered in {timeout_s:g} s"
                     )
                 self._news.wait(left_s)
+
+    def wait_until(self, is_there: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until ``is_there``, the run is over or the time is up; raise nothing."""
+        with self._news:
+            self._news.wait_for(lambda: is_there() or self.outcome is not None, timeout_s)
 
     def wait_for_notice(self) -> None:
         """Wait a moment for the end of the run, which is about to be told."""
@@ -79,13 +88,20 @@ class RunState:
     def raise_if_failed(self) -> None:
         """Raise the error given to ``fail``, if there is one."""
         if self.failure is not None:
+            self.is_end_told = True
             raise self.failure
 
     def raise_if_over(self, what: str) -> None:
         """Raise the error given to ``fail``, or EndedError if the run is over."""
         self.raise_if_failed()
         if self.outcome is not None:
+            self.is_end_told = True
             raise EndedError(f"{what}: the run has ended: {self.outcome}", self.outcome)
+
+    def told(self, outcome: T) -> T:
+        """Return ``outcome``, which the caller learns of if there is one."""
+        self.is_end_told = self.is_end_told or outcome is not None
+        return outcome
 
     # Changes
 
@@ -115,7 +131,8 @@ class RunState:
             callback(outcome)
 
     def end(
-        self, outcome: Outcome, run_hook: Callable[[str, Callable[[Outcome], object], Outcome], None]
+        self, outcome: Outcome,
+        run_hook: Callable[[str, Callable[[Outcome], object], Outcome], None],
     ) -> None:
         """The run is over: call the callbacks by ``run_hook``, then tell everybody; once."""
         with self._news:

@@ -6,9 +6,11 @@ one condition, or polls descriptors and is woken by a function of its own.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,7 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from os import PathLike
     from typing import Any
 
@@ -71,9 +74,11 @@ class Session:
             process.stderr_fd, self.report, name=f"pyvmm VM {process.pid} stderr",
         )
         self.console = VmConsole(
-            send=self._type, refuse_own_threads=self.state.refuse_own_thread, run_hook=self._run_hook,
-            raise_if_failed=self.state.raise_if_failed,
+            send=self._type, refuse_own_threads=self.state.refuse_own_thread,
+            run_hook=self._run_hook, raise_if_failed=self.state.raise_if_failed,
         )
+        # Before the interpreter's threads stop, without which nothing can be closed in order.
+        atexit.register(self._at_exit)
         self._client = Client(process.socket, on_event=self._on_event, on_end=self._on_hang_up)
 
     # Start and end
@@ -83,7 +88,7 @@ class Session:
         cls,
         config: MachineConfig,
         *,
-        console_log: str | PathLike[str] | None,
+        console_log: str | PathLike[str] | int | None,
         control: str | PathLike[str] | None,
         report: Callable[[str], None] | None,
     ) -> Session:
@@ -113,13 +118,10 @@ class Session:
         except ControlError as error:
             if error.kind != "closed":
                 raise HostError(f"launch: {error}") from error
-            self.wait(None)
-            raise HostError(f"launch: {self.state.ending.detail if self.state.ending else error}") from None
+            outcome = self.wait(None)
+            raise HostError(f"launch: {outcome.detail if outcome else error}") from None
         self._stderr.release()
-        answer = self.call(
-            "subscribe", {"events": ["console", "state", "ended"], "console_from": 0}
-        )
-        self.is_paused = bool(answer.get("paused"))
+        self.call("subscribe", {"events": ["console", "state", "ended"], "console_from": 0})
 
     @property
     def pid(self) -> int:
@@ -128,20 +130,19 @@ class Session:
 
     def wait(self, timeout_s: float | None) -> Outcome | None:
         """See ``Vm.wait``."""
-        self._check_open("wait()")
+        self.check_open("wait()")
         self.state.refuse_own_thread("wait()")
         return self.state.wait(timeout_s)
 
     def finish(self) -> None:
         """See ``Vm.finish``."""
-        if self.state.ending is None and not self.is_closed:
-            self._client.begin("stop")
+        self.tell("stop", {})
 
     def stop(self) -> Outcome:
         """See ``Vm.stop``."""
         self.state.refuse_own_thread("stop()")
         if self.state.outcome is None:
-            self._check_open("stop()")
+            self.check_open("stop()")
             self.finish()
             if self.wait(STOP_TIMEOUT_S) is None:
                 self._process.hang_up()
@@ -170,13 +171,18 @@ class Session:
             self._process.close()
             self.is_closed = True
             self.console.close()
+            atexit.unregister(self._at_exit)
 
     def forget(self) -> None:
         """Close a VM that nobody holds any more; a ResourceWarning says that nobody did."""
-        if self.is_closed or os.getpid() != self._owner_pid:
+        if self.is_closed or os.getpid() != self._owner_pid or sys.is_finalizing():
             return
         self.close()
         warnings.warn("the VM was never closed", ResourceWarning, stacklevel=2)
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._owner_pid:
+            self.close()
 
     # Calls
 
@@ -184,10 +190,10 @@ class Session:
         self, method: str, params: Mapping[str, object] | None = None, fds: Sequence[int] = ()
     ) -> Pending:
         """Send a request without waiting for its answer: see ``wait_for`` and ``result_of``."""
-        self._check_open(method)
+        self.check_open(method)
         self.state.raise_if_over(method)
         pending = self._client.begin(method, params, fds)
-        pending.add_done_callback(lambda _: self.state.notify())
+        pending.add_done_callback(self._on_answer)
         return pending
 
     def call(
@@ -206,9 +212,8 @@ class Session:
         try:
             return pending.result(0)
         except ControlError as error:
-            if error.kind in ("closed", "state") and (
-                error.kind == "closed" or self.state.ending is not None
-            ):
+            # The answer to a request may come before the event of the end.
+            if error.kind in ("closed", "ended"):
                 self.state.wait_for_notice()
                 self.state.raise_if_over(what)
             text = escape(str(error))
@@ -217,6 +222,19 @@ class Session:
             if error.kind == "agent":
                 raise AgentError(text) from None
             raise
+
+    def tell(self, method: str, params: Mapping[str, object]) -> None:
+        """Send a request whose answer nobody waits for; nothing once the run is over."""
+        if self.state.ending is None and not self.is_closed:
+            self._client.begin(method, params)
+
+    def settle(self, timeout_s: float) -> None:
+        """See ``Vm.settle``."""
+        self.check_open("settle()")
+        self.state.refuse_own_thread("settle()")
+        pending = self._client.begin("status")
+        pending.add_done_callback(lambda _: self.state.notify())
+        self.state.wait_until(pending.done, timeout_s)
 
     def raise_lost(self, what: str, reason: str) -> None:
         """Raise for a job whose agent was lost: the run's end if that is why, else AgentError."""
@@ -234,7 +252,8 @@ class Session:
         with self._parts_lock:
             self._parts.discard(part)
 
-    def _check_open(self, call: str) -> None:
+    def check_open(self, call: str) -> None:
+        """Raise RuntimeError once the VM is closed, and in another process."""
         if os.getpid() != self._owner_pid:
             raise RuntimeError(f"{call}: the VM belongs to process {self._owner_pid}")
         if self.is_closed:
@@ -307,6 +326,11 @@ class Session:
                 self._end_values = event.get("register_values", ())
                 told = event["outcome"]
                 self._over(Outcome(Kind[told["kind"]], told["value"], told["detail"]))
+
+    def _on_answer(self, pending: Future[dict[str, Any]]) -> None:
+        if pending.exception() is None and "paused" in pending.result():
+            self.is_paused = bool(pending.result()["paused"])  # its event may come later
+        self.state.notify()
 
     def _on_hang_up(self) -> None:
         """Take the end of the connection, which is that of the process, or soon will be."""

@@ -9,21 +9,13 @@ import time
 from collections.abc import Mapping
 
 from pyvmm.control.client import Pending
-from pyvmm.errors import AgentError, HostError, PyvmmError
+from pyvmm.errors import AgentError, HostError
 from pyvmm.launcher.pump import make_pipe
 from pyvmm.launcher.session import Session
 from pyvmm.report import escape
 
 SIGKILL = 9
 CHUNK_BYTES = 256 << 10
-
-
-class RefusedError(AgentError):
-    """The agent could not do it; ``errno`` is the guest's reason, 0 if it gave none."""
-
-    def __init__(self, text: str, errno: int) -> None:
-        super().__init__(text)
-        self.errno = errno
 
 
 class Transfer:
@@ -93,17 +85,14 @@ class Transfer:
             self._session.raise_lost(self._what, reason)
         if kind != "exited" or value != 0:
             number = value if kind == "failed" and isinstance(value, int) else 0
-            raise RefusedError(f"{self._what}: {reason or os.strerror(number)}", number)
+            raise AgentError(f"{self._what}: {reason or os.strerror(number)}", number)
 
     def __enter__(self) -> Transfer:
         return self
 
     def __exit__(self, *_exc: object) -> None:
         if not self._call.done():
-            with contextlib.suppress(PyvmmError, RuntimeError):
-                self._session.send(
-                    "agent.kill", {"request": self._call.id, "signal": SIGKILL}
-                )
+            self._session.tell("agent.kill", {"request": self._call.id, "signal": SIGKILL})
         for fd in (self._fd, self._wake_fd):
             if fd >= 0:
                 os.close(fd)

@@ -31,15 +31,16 @@ FILE_TIMEOUT_S = 300.0
 def launch(
     config: MachineConfig,
     *,
-    console_log: str | PathLike[str] | None = None,
+    console_log: str | PathLike[str] | int | None = None,
     control: str | PathLike[str] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Vm:
     """Start the machine of ``config`` in a process of its own and return it, running.
 
-    ``console_log`` is a file for all that the guest prints, written by that process.  ``control``
-    is a socket for other programs (``pyvmm ctl``).  ``report`` is called with lines about what is
-    odd, from a thread of the Vm; by default they go to the logger ``pyvmm`` as warnings.
+    ``console_log`` is a file for all that the guest prints, emptied before, or a descriptor of
+    one.  That process appends to it, so that others may, too.  ``control`` is a socket for other
+    programs (``pyvmm ctl``).  ``report`` is called with lines about what is odd, from a thread of
+    the Vm; by default they go to the logger ``pyvmm`` as warnings.
 
     ConfigError for files and options that cannot work, HostError for a host that cannot, TypeError
     for a disk that only this process has (``MemoryDisk``).
@@ -70,11 +71,12 @@ class Vm:
     def wait(self, timeout_s: float | None = None) -> Outcome | None:
         """Return the outcome once the run is over; None if it is not after ``timeout_s`` seconds.
         """
-        return self._session.wait(timeout_s)
+        return self._session.state.told(self._session.wait(timeout_s))
 
     def stop(self) -> Outcome:
         """End the run if it has not ended, and return its outcome."""
-        return self._session.stop()
+        self._session.check_open("stop()")
+        return self._session.state.told(self._session.stop())
 
     def finish(self) -> None:
         """Have the run end, without waiting for it: also in a callback."""
@@ -120,7 +122,15 @@ class Vm:
     @property
     def outcome(self) -> Outcome | None:
         """The outcome, None before the end."""
-        return self._session.state.outcome
+        return self._session.state.told(self._session.state.outcome)
+
+    @property
+    def is_end_told(self) -> bool:
+        """True once a call has told its caller that the run is over.
+
+        It returned the outcome, or raised EndedError or the error given to ``fail``.
+        """
+        return self._session.state.is_end_told
 
     @property
     def pid(self) -> int:
@@ -153,13 +163,6 @@ class Vm:
         """
         self._session.fail(error)
 
-    def on_output(self, callback: Callable[[bytes], object]) -> None:
-        """Have ``callback`` called with what the guest prints, in order; now with what came before.
-
-        It is called in the thread that reads, and must not wait for the machine.
-        """
-        self.console.on_output(callback)
-
     def on_end(self, callback: Callable[[Outcome], object]) -> None:
         """Have ``callback`` called once with the outcome, before any waiting call learns of it.
 
@@ -167,6 +170,17 @@ class Vm:
         it is called at once, in this thread.
         """
         self._session.state.on_end(callback)
+
+    def on_output(self, callback: Callable[[bytes], object]) -> None:
+        """Have ``callback`` called with all that the guest prints, in order, as bytes.
+
+        It gets all that has come so far at once, in this thread.  It must not wait.
+        """
+        self.console.on_output(callback)
+
+    def settle(self, timeout_s: float = 5.0) -> None:
+        """Return once the callbacks had all that the guest has printed up to now."""
+        self._session.settle(timeout_s)
 
     # The guest, by its agent
 

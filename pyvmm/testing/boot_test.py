@@ -18,7 +18,7 @@ from pyvmm.launcher.errors import EndedError
 from pyvmm.launcher.vm import Vm
 from pyvmm.launcher.vm import launch as launch_vm
 from pyvmm.report import escape
-from pyvmm.run.outcome import Kind
+from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.testing import own_verdicts as own
 from pyvmm.testing.boot_result import BootResult
@@ -176,6 +176,12 @@ class _Run:
                 self._steps(vm, watch)
             except (Failed, PyvmmError, KeyboardInterrupt) as caught:
                 error = caught
+            except RuntimeError as caught:
+                # A call that came when another thread had closed the machine, or it had ended.
+                if vm.failure is None and vm.outcome is None:
+                    raise
+                error = vm.failure or error_of_outcome(vm.outcome or Outcome(Kind.STOPPED))
+                error.__cause__ = caught
             self._timeline.end()
             try:
                 verdict = self._verdict(error, vm)

@@ -142,5 +142,5 @@ class LineJudge:
 
 def shown_line(line: bytes) -> str:
     """Return ``line`` of a console as it is shown elsewhere: no colours, nothing unprintable."""
-    text = line.decode("utf-8", "backslashreplace").rstrip()
-    return escape(_CONTROL_SEQUENCE.sub("", text).expandtabs())
+    text = line.decode("utf-8", "backslashreplace")
+    return escape(_CONTROL_SEQUENCE.sub("", text).rstrip().expandtabs())

@@ -12,8 +12,8 @@ from pyvmm.errors import ConfigError, HostError
 class OutputFile:
     """The file ``path`` of option ``option``; ConfigError if it cannot be opened for writing.
 
-    A context manager.  The file's old content stays until ``write``.  A new file that is not written
-    is removed.
+    A context manager.  The file's old content stays until ``write``; a new file that is not
+    written is removed.
     """
 
     def __init__(self, option: str, path: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pyvmm.errors import PyvmmError
 from pyvmm.launcher.vm import Vm
+from pyvmm.run.outcome import Kind
 from pyvmm.startup.types import Record
 from pyvmm.testing.kernel_log import KernelMessage, kernel_messages, warnings_of
 from pyvmm.testing.line_judge import LINES_BEFORE, shown_line
@@ -63,6 +64,8 @@ def failure_report(vm: Vm, error: BaseException | None = None) -> FailureReport:
     warnings = warnings_of(read_kernel_log(vm)) if vm.failure is None else ()
     outcome = vm.outcome if vm.failure is None else vm.wait(STOP_TIMEOUT_S)
     outcome = outcome or found.outcome
+    if bad is not None and outcome is not None and outcome.kind is Kind.STOPPED:
+        outcome = None  # because of the line, which says more
     return FailureReport(
         verdict=f"{found.name}: {found}" if str(found) else "",
         outcome=tuple(map(shown_line_of, str(outcome).split("\n"))) if outcome else (),

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import INSIDE
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.x86 import layout
 from pyvmm.x86.image import ImageFile
@@ -21,6 +20,8 @@ from pyvmm.x86.loader import parse_kernel
 if TYPE_CHECKING:
     from os import PathLike
 
+INSIDE = "PYVMM_LAB"
+"""``pyvmm.lab.INSIDE``, without the imports of the lab."""
 DOCTOR_TIMEOUT_S = 120.0
 _FAILED = "FAIL  "
 _REMEDY = "remedy: "

@@ -58,9 +58,10 @@ class Watch:
             raise self.error
 
     def close(self) -> None:
-        """Leave no timer behind; idempotent."""
+        """Leave no timer and no thread behind; idempotent.  Not in a callback of the judge."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer.join()
 
     def _on_suspect(self) -> None:
         self._timer = timer = threading.Timer(TRACE_S, self.judge.end)
@@ -68,7 +69,8 @@ class Watch:
         timer.start()
 
     def _on_verdict(self, finding: Finding) -> None:
-        self.close()
+        if self._timer is not None:
+            self._timer.cancel()
         self._fail(finding.error())
 
     def _on_end(self, outcome: Outcome) -> None:

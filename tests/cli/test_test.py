@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pyvmm import lab
 from pyvmm.cli import test as command
 from pyvmm.cli.main import main
 from pyvmm.cli.test import boot_test_main
@@ -237,6 +238,10 @@ def test_the_doctor_says_what_the_kvm_lacks(monkeypatch: pytest.MonkeyPatch) -> 
     assert main(["doctor", "--quiet"]) == bool(problem)
     assert "\n" not in problem
     assert not problem or problem.startswith("this host's KVM cannot run a stock Linux kernel: ")
+
+
+def test_the_labs_mark_is_known_without_the_lab() -> None:
+    assert usable_kvm.INSIDE == lab.INSIDE
 
 
 def test_options_become_a_test() -> None:

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from pyvmm.cli import doctor, export, image, kernel, lab, run
+from pyvmm.cli import doctor, export, image, kernel, lab, matrix, ps, run
 from pyvmm.errors import ConfigError
 from pyvmm.startup.commands import Command
 from pyvmm.startup.options import parse_options
 from pyvmm.startup.usage import argument_parser
 
 COMMANDS = [
-    run.COMMAND, doctor.COMMAND, export.COMMAND, lab.COMMAND, *kernel.COMMAND.verbs,
-    *image.COMMAND.verbs,
+    run.COMMAND, doctor.COMMAND, export.COMMAND, lab.COMMAND, matrix.COMMAND, ps.COMMAND,
+    *kernel.COMMAND.verbs, *image.COMMAND.verbs,
 ]
 BY_NAME = {command.name: command for command in COMMANDS}
 _VALUES = st.one_of(

@@ -20,7 +20,8 @@ def parsed(*suites: Suite) -> ElementTree.Element:
 def test_a_suite_counts_its_cases() -> None:
     root = parsed(Suite(name="boot", began_s=0.0, properties=[("kernel", "bzImage")], cases=[
         Case(name="passes", seconds=1.25),
-        Case(name="fails", failure=("panic", "Kernel panic", "lines"), system_out="out", system_err="err"),
+        Case(name="fails", failure=("panic", "Kernel panic", "lines"), system_out="out",
+             system_err="err"),
         Case(name="breaks", error=("host-error", "no KVM", "")),
         Case(name="is left out", skipped="not wanted"),
     ]))
@@ -49,7 +50,8 @@ def test_a_suite_counts_its_cases() -> None:
 ])
 def test_what_a_guest_prints_breaks_nothing(text: str) -> None:
     root = parsed(Suite(name=text, cases=[
-        Case(name=text, classname=text, failure=(text, text, text), system_out=text, system_err=text)
+        Case(name=text, classname=text, failure=(text, text, text), system_out=text,
+             system_err=text)
     ], properties=[(text, text)]))
     shown = root[0].get("name")
     assert shown is not None

@@ -5,7 +5,6 @@ and into Debian with systemd and its stock kernel.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 from pathlib import Path
 
@@ -26,12 +25,6 @@ BARE_INIT = """
 #include <unistd.h>
 int main(void) { for (;;) pause(); }
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One for all tests here: an initramfs is made once."""
-    os.environ["PYVMM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def config(disk: str, agent: str, *, kernel: Path = KERNEL, memory: int = 256) -> RunConfig:

@@ -1,0 +1,169 @@
+"""The guests of a session: booted, watched, logged, and closed with the scope that made them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.launcher.vm import Vm, launch
+from pyvmm.pytest_plugin.logs import write_mark
+from pyvmm.pytest_plugin.plan import Plan
+from pyvmm.report import escape
+from pyvmm.run.outcome import Kind
+from pyvmm.testing.report import failure_report
+from pyvmm.testing.verdicts import BootError, BootTimeout, GuestEnded
+from pyvmm.testing.watched import Watch, watch
+
+Section = tuple[str, str]
+
+
+class Guest:
+    """A virtual machine in a process of its own, with the judge of its console.
+
+    ``label`` names it in reports.  ``tests`` are the tests that have used it; ``shared_log`` gets a
+    mark where each of them begins.
+    """
+
+    def __init__(self, vm: Vm, plan: Plan, *, label: str, shared_log: Path | None) -> None:
+        self.vm = vm
+        self.plan = plan
+        self.label = label
+        self.tests: list[str] = []
+        self._shared_log = shared_log
+        self._watch: Watch = watch(vm, plan.fail_on)
+        self._final: list[Section] | None = None
+
+    def boot(self) -> None:
+        """Wait until the guest takes orders; BootTimeout, or the verdict on a boot that failed."""
+        if self.plan.has_agent:
+            limit_s = self.plan.boot_timeout_s
+            until_s = time.monotonic() + limit_s
+            try:
+                self.vm.wait_for_agent(limit_s)
+            except BootError:
+                raise
+            except PyvmmError as error:
+                if self.vm.outcome is not None or time.monotonic() < until_s:
+                    raise
+                raise BootTimeout(
+                    f"the guest's agent has not taken orders in {limit_s:g} s",
+                    before=self._watch.judge.last_lines,
+                ) from error
+            self._watch.boot_is_over()
+        if self.plan.may_end:
+            self._watch.expect_end()
+
+    def begin_test(self, nodeid: str) -> None:
+        """Note that the test ``nodeid`` uses the guest."""
+        if nodeid not in self.tests:
+            self.tests.append(nodeid)
+            write_mark(self._shared_log, f"{nodeid} begins")
+
+    @property
+    def is_fit(self) -> bool:
+        """True if another test may use the guest: it runs, and no verdict was given."""
+        return self.vm.outcome is None and self._watch.error is None and not self.vm.is_paused
+
+    def untold(self) -> BootError | None:
+        """Return the verdict on the guest that no call has raised yet; None if there is none."""
+        is_told = self._watch.error is not None and self._watch.error.__traceback__ is not None
+        with contextlib.suppress(PyvmmError, RuntimeError):
+            self.vm.settle()
+        self._watch.judge.end()
+        error = self._watch.error
+        return None if error is None or is_told or self._is_expected(error) else error
+
+    def _is_expected(self, error: BootError) -> bool:
+        """True for the end that our own stop makes, and for a clean one that the test knows of."""
+        if not error.line and error.outcome is not None and error.outcome.kind is Kind.STOPPED:
+            return True
+        return isinstance(error, GuestEnded) and self.vm.is_end_told
+
+    def sections(self, error: BaseException | None) -> list[Section]:
+        """Return the parts of a failure's report; of a closed guest those from before its end."""
+        if self._final is not None:
+            return self._final
+        try:
+            report = failure_report(self.vm, error)
+        except (PyvmmError, RuntimeError) as problem:
+            return [(f"pyvmm {self.label}", f"no report: {escape(str(problem))}")]
+        return [(f"pyvmm {self.label}: {title}", text) for title, text in report.sections()]
+
+    def close(self) -> None:
+        """Stop the guest and free all that it has; a verdict that nobody knows of is raised."""
+        try:
+            self._close_for(self.untold())
+        finally:
+            self._watch.close()
+
+    def _close_for(self, error: BootError | None) -> None:
+        try:
+            if error is not None:
+                self._final = self.sections(error)
+        finally:
+            self._final = self._final or []
+            self.vm.close()
+        if error is None:
+            error = self.untold()
+        if error is not None:
+            raise error
+
+
+class Guests:
+    """The guests of one scope: of a test, a module or the session.  ``close`` ends them all.
+
+    ``log_file`` makes the file for the console of the next guest; None without logs.  ``label``
+    names the scope in reports.  With ``is_shared`` several tests use them.
+    """
+
+    def __init__(
+        self, *, label: str, log_file: Callable[[], Path | None], is_shared: bool
+    ) -> None:
+        self._label = label
+        self._log_file = log_file
+        self._is_shared = is_shared
+        self.all: list[Guest] = []
+        self._shared: dict[str, Guest] = {}
+
+    def boot(self, plan: Plan, nodeid: str) -> Guest:
+        """Return a new guest, for the test ``nodeid``, that has booted."""
+        log = self._log_file()
+        number = f" {len(self.all) + 1}" if self.all else ""
+        vm = launch(plan.config, console_log=log)
+        try:
+            shared_log = log if self._is_shared else None
+            guest = Guest(vm, plan, label=f"{self._label}{number}", shared_log=shared_log)
+        except BaseException:
+            vm.close()
+            raise
+        self.all.append(guest)
+        guest.begin_test(nodeid)
+        guest.boot()
+        return guest
+
+    def shared(self, plan: Plan, nodeid: str) -> Guest:
+        """Return the guest that tests with an equal plan share; a new one if it is not fit."""
+        guest = self._shared.get(plan.key)
+        if guest is not None and not guest.is_fit:
+            del self._shared[plan.key]
+            with contextlib.suppress(BootError):  # told in the test before
+                guest.close()
+            guest = None
+        if guest is None:
+            guest = self._shared[plan.key] = self.boot(plan, nodeid)
+        guest.begin_test(nodeid)
+        return guest
+
+    def close(self) -> None:
+        """Close all guests, the last one first; the first failure is raised when all are closed."""
+        failures: list[BaseException] = []
+        for guest in reversed(self.all):
+            try:
+                guest.close()
+            except (BootError, HostError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]

@@ -1,0 +1,111 @@
+"""A process as ``pyvmm run --control-fd N``, whose guest is the agent's program on this host.
+
+It takes the place of a VM's process: real requests, a real agent, real commands, and no KVM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+from pyvmm.agent.binary import PROGRAM
+from pyvmm.control.run_control import owner_socket
+from pyvmm.control.server import Server
+from tests.support.stand_in_target import StandInTarget
+
+PIECE = 64 << 10
+
+
+class AgentPort:
+    """The agent's program behind a socket pair, as the port that a bridge takes."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self.agent = subprocess.Popen(
+                [PROGRAM, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._socket.setblocking(False)
+        self._news = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wants_room = False
+        self._waiting = b""
+
+    def connect(
+        self, *, on_data: Callable[[bytes], int], on_room: Callable[[], None],
+        on_open: Callable[[bool], None],
+    ) -> None:
+        self._on_data, self._on_room, self._on_open = on_data, on_room, on_open
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def receive(self, data: bytes) -> int:
+        try:
+            done = self._socket.send(data)
+        except BlockingIOError:
+            done = 0
+        except OSError:
+            return len(data)  # the agent has gone
+        if done < len(data):
+            self._wants_room = True
+            os.eventfd_write(self._news, 1)
+        return done
+
+    def more_room(self) -> None:
+        os.eventfd_write(self._news, 1)
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _run(self) -> None:
+        self._on_open(True)
+        while True:
+            poller = select.poll()
+            poller.register(self._news, select.POLLIN)
+            events = 0 if self._waiting else select.POLLIN
+            poller.register(self._socket, events | (select.POLLOUT if self._wants_room else 0))
+            ready = dict(poller.poll())
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._news)
+            if ready.get(self._socket.fileno(), 0) & select.POLLOUT:
+                self._wants_room = False
+                self._on_room()
+            if not self._waiting and ready.get(self._socket.fileno(), 0) & ~select.POLLOUT:
+                try:
+                    self._waiting = self._socket.recv(PIECE)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    self._waiting = b""
+                if not self._waiting:
+                    self._on_open(False)
+                    return
+            self._waiting = self._waiting[self._on_data(self._waiting) :]
+
+
+def main() -> None:
+    """Serve the descriptor in the last argument until its owner has gone."""
+    port = AgentPort()
+    target = StandInTarget()
+    target.agent_port = port
+    server = Server(
+        target, owner=owner_socket(sys.argv[-1].removeprefix("--control-fd=")),
+        report=lambda line: print(f"pyvmm: {line}", file=sys.stderr),
+    )
+    server.start()
+    target.finished.wait()
+    assert target.outcome is not None
+    server.end(target.outcome)
+    server.close()
+    port.agent.kill()
+    port.agent.wait()
+
+
+if __name__ == "__main__":
+    main()
