@@ -67,9 +67,9 @@ def machines(proc: str = "/proc") -> Iterator[dict[str, Any]]:
 def run_words(argv: Sequence[bytes]) -> list[str]:
     """Return the options of ``pyvmm run`` in the command line of a process; [] if it is none."""
     words = [os.fsdecode(word) for word in argv]
-    for place, word in enumerate(words[:MAX_WORDS]):
-        is_module = word == "pyvmm" and place and words[place - 1] == "-m"
-        if is_module or (os.path.basename(word) == "pyvmm" and place < 2):
+    is_python = bool(words) and os.path.basename(words[0]).startswith("python")
+    for place, word in enumerate(words[: MAX_WORDS if is_python else 1]):
+        if os.path.basename(word) == "pyvmm":
             return words[place + 2 :] if words[place + 1 : place + 2] == ["run"] else []
     return []
 

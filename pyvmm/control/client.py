@@ -165,7 +165,7 @@ class Client:
         return self._is_closed
 
     def close(self) -> None:
-        """Hang up; idempotent.  What is under way raises ControlError."""
+        """Hang up; idempotent.  Calls under way raise ControlError."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._thread:

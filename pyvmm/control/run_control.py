@@ -71,6 +71,7 @@ class RunControl:
         """Tell the owner that there was no run, because of ``error``."""
         if self._owner is None or self._server is not None:
             return
+        self._end_watch()  # an owner that has its answer may go; we have lines to print yet
         is_config = isinstance(error, ConfigError)
         event = {
             "event": "failed", "kind": "ConfigError" if is_config else "HostError",

@@ -17,10 +17,7 @@ from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.startup.types import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pyvmm.vhost_user.listener import Listener
+from pyvmm.vhost_user.listener import Listener
 
 MAX_CLIENTS = 16
 LINGER_S = 2.0
@@ -95,9 +92,9 @@ class Server:
             self._loop.close()
 
     @property
-    def client_count(self) -> int:
-        """The number of clients that are connected."""
-        return len(self._subscriptions)
+    def requests_under_way(self) -> int:
+        """The number of requests that are not answered yet, of all clients together."""
+        return sum(len(connection.calls) for connection in list(self._subscriptions))
 
     # The thread
 
@@ -128,9 +125,11 @@ class Server:
             self._loop.remove(self._doorway)
             self._listener.close()
         self._session.end(ended)
+        self._loop.call_in(LINGER_S, self._close_stuck)
         self._loop.call_in(self._linger_s, self._loop.stop)
-        # A client that takes all of the console hears of the end behind it.
         for connection in list(self._subscriptions):
+            connection.take_requests()  # a wait that was sent just before is answered, too
+            # A client that takes all of the console hears of the end behind it.
             self._pump(connection)
         self._stop_when_idle()
 
@@ -139,12 +138,17 @@ class Server:
         if not self._is_ending:
             return
         for connection, subscription in list(self._subscriptions.items()):
-            owes_nothing = "ended" not in subscription.events and not connection.is_owner
-            is_told = subscription.knows_the_end or owes_nothing
-            if is_told and not connection.calls:
+            # An owner that does not know yet subscribes soon: it must not miss the end.
+            needs_no_end = "ended" not in subscription.events and not connection.is_owner
+            if (subscription.knows_the_end or needs_no_end) and not connection.calls:
                 connection.finish()
         if not self._subscriptions:
             self._loop.stop()
+
+    def _close_stuck(self) -> None:
+        for connection in list(self._subscriptions):
+            if not connection.is_owner:
+                connection.close()
 
     # Clients
 

@@ -36,13 +36,15 @@ class AgentPort:
         self._news = os.eventfd(0, os.EFD_NONBLOCK)
         self._wants_room = False
         self._waiting = b""
+        self._thread: threading.Thread | None = None
 
     def connect(
         self, *, on_data: Callable[[bytes], int], on_room: Callable[[], None],
         on_open: Callable[[bool], None],
     ) -> None:
         self._on_data, self._on_room, self._on_open = on_data, on_room, on_open
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def receive(self, data: bytes) -> int:
         try:
@@ -62,6 +64,15 @@ class AgentPort:
     def hang_up(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the agent, and free all descriptors."""
+        self.agent.kill()
+        self.agent.wait()
+        if self._thread is not None:
+            self._thread.join()
+        self._socket.close()
+        os.close(self._news)
 
     def _run(self) -> None:
         self._on_open(True)
@@ -103,8 +114,7 @@ def main() -> None:
     assert target.outcome is not None
     server.end(target.outcome)
     server.close()
-    port.agent.kill()
-    port.agent.wait()
+    port.close()
 
 
 if __name__ == "__main__":
