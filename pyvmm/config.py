@@ -292,6 +292,18 @@ class RunConfig(Record):
         return line
 
     @property
+    def _root_is_first_disk(self) -> bool:
+        """True if the root is the first disk, unless the command line says otherwise.
+
+        An initrd has its own ideas.  That of ``kernel fetch`` is known, and the agent takes an
+        initramfs without a ``root=`` for all there is.
+        """
+        if self.initrd is None or self.agent != "inject":
+            return self.initrd is None
+        name = os.path.basename(self.initrd)
+        return name.startswith("initramfs-") and name.endswith(".cpio.gz")
+
+    @property
     def _guest_words(self) -> str:
         """The base and ``append``."""
         if self.cmdline is not None:
@@ -301,7 +313,7 @@ class RunConfig(Record):
             if consoles_of(words_of(self.append)):
                 base = base.removeprefix(DEFAULT_CONSOLE).strip()
             parts = [base]
-            if self.disks and self.initrd is None:
+            if self.disks and self._root_is_first_disk:
                 parts.append(f"root=/dev/vda {'ro' if self.disks[0].read_only else 'rw'}")
         parts.append(self.append)
         return " ".join(part for part in parts if part)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from pyvmm.board.agent import load_initrd_of, plug_agent_port
 from pyvmm.board.board import Board
 from pyvmm.board.consoles import Consoles
 from pyvmm.board.describe import describe
@@ -43,7 +44,7 @@ from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.x86 import cpu, cpuid, layout
 from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
 from pyvmm.x86.image import Kernel
-from pyvmm.x86.loader import load_initrd, load_kernel
+from pyvmm.x86.loader import load_kernel
 
 if TYPE_CHECKING:
     from pyvmm.virtio.port.device import PortDevice
@@ -67,7 +68,7 @@ def build(
         _own(devices, stack)
         memory = stack.enter_context(_make_memory(config, devices.values()))
         kernel = load_kernel(memory, config.kernel)
-        initrd = _load_initrd(memory, config, kernel, report)
+        initrd = load_initrd_of(config, memory, kernel, report)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         verdict = Verdict(runner, is_linux=kernel.is_linux)
         watch = ConsoleWatch(verdict.hear)
@@ -82,7 +83,7 @@ def build(
         )
         consoles = Consoles(config, board, console, output, runner.input_room)
         board.plug(EntropyDevice(), "entropy", at_exit=True)
-        agent_port = _plug_agent_port(board, config)
+        agent_port = plug_agent_port(board, config)
         for name, device in devices.items():
             board.plug(device, name)
         _add_ports(board, config, timer)
@@ -116,29 +117,6 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         from pyvmm.board.own_devices import own  # not on the boot path
 
         own(devices, stack)
-
-
-def _load_initrd(
-    memory: GuestMemory, config: RunConfig, kernel: Kernel, report: Callable[[str], None]
-) -> tuple[int, int] | None:
-    """Load the initrd of ``config``, with the agent if it has to be brought in; its place."""
-    if config.agent == "inject":
-        from pyvmm.linux.injection import inject  # not on the usual boot path
-
-        injection = inject(config.kernel, kernel.version, config.initrd, report)
-        return load_initrd(memory, injection.initrd, kernel, front=injection.front)
-    return load_initrd(memory, config.initrd, kernel) if config.initrd is not None else None
-
-
-def _plug_agent_port(board: Board, config: RunConfig) -> PortDevice | None:
-    """Give ``board`` the port of the guest's agent, if there may be one; return its device."""
-    if config.agent == "none":
-        return None
-    from pyvmm.virtio.port.device import PortDevice  # not on the usual boot path
-
-    port = PortDevice()
-    board.plug(port, "agent")
-    return port
 
 
 def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:

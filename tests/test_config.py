@@ -238,6 +238,18 @@ def test_an_agent_that_is_brought_in_is_the_first_program_and_the_root_is_named_
         assert "rdinit" not in config.kernel_command_line()
 
 
+@pytest.mark.parametrize(("initrd", "is_named"), [
+    ("kernel/initramfs-6.1.0-57-cloud-amd64.cpio.gz", True), ("my.cpio.gz", False),
+    ("/boot/initrd.img-6.1.0-57-amd64", False),
+])
+def test_an_agent_knows_of_a_root_to_come_in_the_initramfs_of_kernel_fetch(
+    initrd: str, is_named: bool
+) -> None:
+    config = RunConfig(kernel=KERNEL, disks=(disk("d"),), initrd=initrd, agent="inject")
+    assert ("root=/dev/vda rw" in config.kernel_command_line()) == is_named
+    assert "root=" not in config.replace(agent="none").kernel_command_line()
+
+
 @pytest.mark.parametrize("given", [{"append": "rdinit=/x"}, {"cmdline": 'a="b c" rdinit=/bin/sh'}])
 def test_two_first_programs_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^--agent: the guest starts the agent by rdinit="):

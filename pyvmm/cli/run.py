@@ -121,7 +121,8 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         from pyvmm.linux.kernel_directory import kernel_in
 
         kernel, its_initramfs = kernel_in(kernel)
-        initrd = initrd or its_initramfs
+        if not args.agent:  # it finds that one by itself
+            initrd = initrd or its_initramfs
         also = f" with {initrd}" if initrd and initrd == its_initramfs else ""
         say(f"--kernel {args.kernel}: booting {kernel}{also}")
     return RunConfig(

@@ -64,7 +64,8 @@ COMMAND = Command(
     description=DESCRIPTION,
     epilog=EPILOG,
     options=(
-        Option(name="--kernel", metavar="FILE", required=True, help="the kernel, as in pyvmm run"),
+        Option(name="--kernel", metavar="FILE", required=True,
+               help="the kernel, or a directory with one, as in pyvmm run"),
         Option(name="--disk", metavar="FILE[,ro][,snapshot][,...]", many=True,
                help="a disk, as in pyvmm run; repeat for vdb, ..."),
         Option(name="--expect", metavar="RE", many=True,
@@ -135,11 +136,17 @@ def boot_test_from(args: SimpleNamespace) -> BootTest:
             raise ConfigError(f"--{option}", "needs a CMD: write -- CMD...")
     for pattern in args.expect:
         check_pattern("--expect", pattern)
+    kernel, initrd = args.kernel, args.initrd
+    if os.path.isdir(kernel):
+        from pyvmm.linux.kernel_directory import kernel_in
+
+        kernel, its_initramfs = kernel_in(kernel)
+        initrd = initrd or its_initramfs
     return BootTest(
         machine=MachineConfig(
-            kernel=args.kernel,
+            kernel=kernel,
             disks=tuple(parse_disk(text) for text in args.disk),
-            initrd=args.initrd,
+            initrd=initrd,
             memory=parse_memory("--memory", args.memory, layout.MIN_MEMORY, layout.MAX_MEMORY),
             cpus=parse_cpus(args.cpus),
             cpu=args.cpu,
@@ -179,7 +186,7 @@ def boot_test_main(argv: list[str], *, launch: Launch = launch) -> int:
         if args.console_log is not None:
             with OutputFile("--console-log", args.console_log):
                 pass  # can be made; the process of the machine writes it
-        if problem := problem_for(args.kernel):
+        if problem := problem_for(test.machine.kernel):
             raise HostError(_with_remedy(problem, argv))
         output = stack.enter_context(TestOutput(os.environ, shows_console=args.verbose > 0))
         complaints = []

@@ -13,7 +13,8 @@ from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
 from pyvmm.report import escape
 from pyvmm.run.outcome import Kind
-from pyvmm.testing.report import failure_report
+from pyvmm.testing.kernel_log import bad_message
+from pyvmm.testing.report import failure_report, read_kernel_log
 from pyvmm.testing.verdicts import BootError, BootTimeout, GuestEnded
 from pyvmm.testing.watched import Watch, watch
 
@@ -35,6 +36,7 @@ class Guest:
         self._shared_log = shared_log
         self._watch: Watch = watch(vm, plan.fail_on)
         self._final: list[Section] | None = None
+        self._logged_to_s = -1.0
 
     def boot(self) -> None:
         """Wait until the guest takes orders; BootTimeout, or the verdict on a boot that failed."""
@@ -65,7 +67,10 @@ class Guest:
     @property
     def is_fit(self) -> bool:
         """True if another test may use the guest: it runs, and no verdict was given."""
-        return self.vm.outcome is None and self._watch.error is None and not self.vm.is_paused
+        return (
+            self._watch.error is None and self.vm.failure is None and self.vm.outcome is None
+            and not self.vm.is_paused
+        )
 
     def untold(self) -> BootError | None:
         """Return the verdict on the guest that no call has raised yet; None if there is none."""
@@ -74,7 +79,25 @@ class Guest:
             self.vm.settle()
         self._watch.judge.end()
         error = self._watch.error
+        if error is None:
+            error = self._bad_message()
         return None if error is None or is_told or self._is_expected(error) else error
+
+    def _bad_message(self) -> BootError | None:
+        """Return the verdict on what the kernel has logged since the last look.
+
+        With ``quiet``, and on many systems, warnings do not reach the console.
+        """
+        if not self.plan.has_agent or self.vm.is_paused:
+            return None
+        new = [one for one in read_kernel_log(self.vm) if one.at_s > self._logged_to_s]
+        self._logged_to_s = max((one.at_s for one in new), default=self._logged_to_s)
+        found = bad_message(new, self.plan.fail_on)
+        if found is not None:
+            self.vm.fail(found.error())
+            failure = self.vm.failure
+            return failure if isinstance(failure, BootError) else None
+        return None
 
     def _is_expected(self, error: BootError) -> bool:
         """True for the end that our own stop makes, and for a clean one that the test knows of."""

@@ -32,6 +32,16 @@ def ids_of(kernels: Sequence[str]) -> list[str]:
     ]
 
 
+def kernel_and_initrd(path: str) -> tuple[str, str | None]:
+    """Return the kernel file that ``path`` names, and the initramfs that goes with it, if any.
+
+    ``path`` may be a directory, as for ``pyvmm run --kernel``; ConfigError if it has no kernel.
+    """
+    from pyvmm.linux.kernel_directory import kernel_in
+
+    return kernel_in(path) if Path(path).is_dir() else (path, None)
+
+
 def _difference(path: Path, rivals: Sequence[Path]) -> list[str]:
     """Return the last directories of ``path``, as many as no rival has."""
     own = path.parent.parts

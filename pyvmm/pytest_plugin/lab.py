@@ -13,6 +13,8 @@ from typing import NoReturn
 
 import pytest
 
+from pyvmm.errors import ConfigError
+from pyvmm.pytest_plugin.kernels import kernel_and_initrd
 from pyvmm.pytest_plugin.marker import ArgumentsError, arguments_of
 from pyvmm.pytest_plugin.options import AUTO, Options
 
@@ -49,7 +51,13 @@ def problem(kernel: str | None) -> str:
         return ""  # its KVM is complete, and under emulation a trial of it takes seconds
     from pyvmm.testing.usable_kvm import kvm_problem, problem_for
 
-    return kvm_problem() if kernel is None else problem_for(kernel)
+    if kernel is None:
+        return kvm_problem()
+    try:
+        path, _ = kernel_and_initrd(kernel)
+    except ConfigError:
+        return ""  # the boot will say so
+    return problem_for(path)
 
 
 def _kernel_of(item: pytest.Item, options: Options) -> str | None:

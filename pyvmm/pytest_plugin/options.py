@@ -15,7 +15,7 @@ MAX_KERNELS = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user asked for; paths are absolute.
+    """The options that the user gave; paths are absolute.
 
     ``disks`` are texts, FILE or URI with an optional ``,ro`` or ``,rw``.  ``logs`` is None if
     nobody asked for logs.  ``lab_writable`` are further directories for the lab to write back.
@@ -74,11 +74,12 @@ def read_options(config: pytest.Config) -> Options:
     """
     here, root = config.invocation_params.dir, _directory_of_settings(config)
     kernels = [str(here / text) for text in _given(config, "pyvmm_kernels")]
-    if not kernels:
-        kernels = [str(path) for path in config.getini("pyvmm_kernel")]
     for kernel in kernels:
         if not Path(kernel).exists():
             raise pytest.UsageError(f"--pyvmm-kernel {kernel}: there is no such file")
+    if not kernels:
+        # One of these may not be built yet, and concerns only the tests that boot it.
+        kernels = [str(path) for path in config.getini("pyvmm_kernel")]
     if len(kernels) > MAX_KERNELS:
         raise pytest.UsageError(f"--pyvmm-kernel: {len(kernels)} kernels; at most {MAX_KERNELS}")
     if repeated := [kernel for kernel in kernels if kernels.count(kernel) > 1]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.api.disks import NbdDisk, Overlay, RawDisk
+from pyvmm.pytest_plugin.kernels import kernel_and_initrd
 from pyvmm.pytest_plugin.marker import ArgumentsError
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.testing.fail_on import FAIL_ON, FailOn
@@ -65,8 +66,11 @@ def make_plan(
         raise ArgumentsError(NO_KERNEL)
     factor = LAB_FACTOR if is_lab else 1.0
     given = {name: arguments[name] for name in _PASSED_ON if name in arguments}
+    path, initrd = kernel_and_initrd(_below(root, chosen))
     if "initrd" in arguments:
-        given["initrd"] = _below(root, arguments["initrd"])
+        initrd = _below(root, arguments["initrd"])
+    if initrd is not None:
+        given["initrd"] = initrd
     if "timeout" in arguments:
         given["timeout_s"] = _seconds(arguments["timeout"]) * factor
     agent = _agent(arguments.get("agent", True))
@@ -76,7 +80,7 @@ def make_plan(
     assert isinstance(wanted, list)
     fail_on = arguments.get("fail_on", FAIL_ON)
     assert isinstance(fail_on, FailOn)
-    path = _below(root, chosen)
+    may_end = bool(arguments.get("may_end", False))
     config = MachineConfig(
         kernel=path,
         disks=[_disk(one, root) for one in wanted],
@@ -84,11 +88,13 @@ def make_plan(
     )
     return Plan(
         config=config,
-        key=repr((path, [_identity(one) for one in wanted], sorted(given.items()), fail_on)),
+        key=repr((
+            path, [_identity(one) for one in wanted], sorted(given.items()), fail_on, may_end,
+        )),
         has_agent=not in_process and agent != "none",
         boot_timeout_s=_seconds(arguments.get("boot_timeout", BOOT_TIMEOUT_S)) * factor,
         fail_on=fail_on,
-        may_end=bool(arguments.get("may_end", False)),
+        may_end=may_end,
     )
 
 

@@ -46,7 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         from pyvmm.pytest_plugin.xdist import Controller
 
-        config.pluginmanager.register(Controller(config, config.stash[OPTIONS]), "pyvmm-xdist")
+        def go_to_lab(reason: str) -> None:
+            session_of(config).go_to_lab(reason)
+
+        config.pluginmanager.register(Controller(config, go_to_lab), "pyvmm-xdist")
 
 
 def session_of(config: pytest.Config) -> Session:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-from pyvmm.pytest_plugin.options import Options
 
 if TYPE_CHECKING:
     from pyvmm.pytest_plugin.lab import Note
 
 
 class Controller:
-    """Hooks of pytest-xdist, registered only if it distributes the tests of this session."""
+    """Hooks of pytest-xdist, registered only if it distributes the tests of this session.
 
-    def __init__(self, config: pytest.Config, options: Options) -> None:
+    ``go_to_lab`` is called with the reason to go there.
+    """
+
+    def __init__(self, config: pytest.Config, go_to_lab: Callable[[str], None]) -> None:
         self._config = config
-        self._options = options
+        self._go_to_lab = go_to_lab
         self._note: Note | None = None
 
     @pytest.hookimpl(optionalhook=True)
@@ -38,12 +39,10 @@ class Controller:
         reason = self._note.read() if self._note is not None else ""
         if not reason:
             return
-        from pyvmm.pytest_plugin.plugin import session_of
-
         distributed = self._config.pluginmanager.getplugin("dsession")
         with contextlib.suppress(Exception):  # they end anyway, when nobody reads them any more
             distributed.nodemanager.teardown_nodes()
-        session_of(self._config).go_to_lab(reason)
+        self._go_to_lab(reason)
 
     def pytest_unconfigure(self) -> None:
         """Close the note."""

@@ -382,3 +382,17 @@ def test_fault_21_a_guest_that_ran_keeps_its_overlay(tmp_path: Path, disk: Path)
     guest = write_guest(tmp_path / "guest", REPORT_0)
     assert main(["run", "--kernel", str(guest), "--disk", f"{disk},overlay={new}"]) == 0
     assert new.stat().st_size > disk.stat().st_size
+
+
+def test_with_an_agent_the_initramfs_of_a_directory_is_no_initrd_of_the_users(
+    tmp_path: Path,
+) -> None:
+    """The root is the first disk, as without an initrd; the agent finds that file by itself."""
+    (tmp_path / "vmlinuz-6.1.0").touch()
+    (tmp_path / "initramfs-6.1.0.cpio.gz").touch()
+    options = ["--kernel", str(tmp_path), "--disk", "root.img"]
+    config = config_from(parse_options(COMMAND, options))
+    assert str(config.initrd) == f"{tmp_path}/initramfs-6.1.0.cpio.gz"
+    config = config_from(parse_options(COMMAND, [*options, "--agent"]))
+    assert (config.agent, config.initrd) == ("inject", None)
+    assert "root=/dev/vda rw" in config.kernel_command_line()

@@ -148,6 +148,22 @@ def test_standard_output_on_a_full_disk_is_told(
     assert f"pyvmm: standard output: {os.strerror(errno.ENOSPC)}\n" in capfd.readouterr().err
 
 
+def test_a_reader_of_the_output_that_goes_away_changes_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    saved = os.dup(1)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        os.dup2(write_end, 1)
+        assert run(ends(3, b"x"), "--", "true") == 3
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(write_end)
+    assert "Broken pipe" not in capfd.readouterr().err
+
+
 def test_a_refused_test_leaves_no_file_behind(capfd: pytest.CaptureFixture[str]) -> None:
     Path("old.json").write_text("old")
     assert main(["test", *K, "--junit", "new.xml", "--console-log", "none/x", "--", "x"]) == 125
@@ -242,6 +258,14 @@ def test_the_doctor_says_what_the_kvm_lacks(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_labs_mark_is_known_without_the_lab() -> None:
     assert usable_kvm.INSIDE == lab.INSIDE
+
+
+def test_a_kernel_tree_is_a_kernel(tmp_path: Path) -> None:
+    kernel = tmp_path / "linux/arch/x86/boot/bzImage"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"x")
+    args = parse_options(command.COMMAND, ["--kernel", str(tmp_path / "linux"), "--", "true"])
+    assert command.boot_test_from(args).machine.kernel == str(kernel)
 
 
 def test_options_become_a_test() -> None:

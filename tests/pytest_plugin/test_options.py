@@ -85,3 +85,22 @@ def test_the_plugin_is_found_by_its_entry_point() -> None:
     assert "pyvmm.pytest_plugin.plugin" in done.stdout or "pyvmm_kernel" in done.stdout or (
         "pyvmm-0.1.0" in done.stdout
     )
+
+
+def test_a_kernel_of_the_configuration_that_is_not_built_concerns_only_its_tests(
+    pytester: pytest.Pytester
+) -> None:
+    pytester.makeini("[pytest]\npyvmm_kernel = missing\npyvmm_lab = never")
+    pytester.makepyfile("""
+        import pytest
+
+        def test_plain():
+            pass
+
+        @pytest.mark.pyvmm(agent=False)
+        def test_boots(vm):
+            pass
+    """)
+    done = pytester.runpytest_subprocess()
+    done.assert_outcomes(passed=1, errors=1)
+    done.stdout.fnmatch_lines(["*/missing: cannot open: No such file*"])

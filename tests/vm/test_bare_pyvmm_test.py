@@ -124,6 +124,16 @@ def test_a_guest_that_hangs_is_a_timeout_with_its_registers(bench: Bench) -> Non
     assert "the console did not show 'ready' 1 s after the start" in err
 
 
+def test_a_guest_without_an_agent_is_a_timeout_that_says_so(bench: Bench) -> None:
+    status, err, found = bench.run(
+        prints(b"begins\r\n"), SPIN,
+        options=("--agent", "image", "--boot-timeout", "1", "--", "true"),
+    )
+    assert (status, found["verdict"]) == (124, "boot-timeout")
+    assert "pyvmm: boot-timeout: no agent after 1 s: " in err
+    assert found["registers"]
+
+
 def test_a_flood_loses_nothing_in_the_log_and_no_memory(bench: Bench) -> None:
     log = bench.folder / "log"
     line = b"0123456789" * 6 + b"abc\n"
