@@ -114,8 +114,6 @@ def _named(command: Command, words: list[str], argv: Sequence[str]) -> dict[str,
             return {**found, expected.name: words[place:]}
         if place == len(words):
             raise Mistake("no word", len(argv))
-        if expected.choices and words[place] not in expected.choices:
-            raise Mistake("bad word", argv.index(words[place]))
         found[expected.name] = words[place]
     if len(words) > len(command.words):
         raise Mistake("too many words", argv.index(words[len(command.words)]))

@@ -69,8 +69,6 @@ def mistakes(command: Command) -> Iterator[tuple[list[str], str]]:
         yield [*past, "--", "-extra"], "-extra: is one word too many"
     needed = " ".join(word.metavar for word in command.words if not word.takes_rest)
     for place, word in enumerate(command.words):
-        if word.choices:
-            yield ["nonsense"], "nonsense: is not known to"
         if not word.takes_rest:
             yield past[:place], f"{command.name}: needs {needed}"
 
