@@ -369,4 +369,6 @@ def _died(status: int, last_words: str) -> str:
 def _log(line: str) -> None:
     import logging
 
-    logging.getLogger("pyvmm").warning("%s", escape(line))
+    # A line that ends so tells of work under way, such as making an initramfs: nothing is odd.
+    level = logging.INFO if line.endswith("...") else logging.WARNING
+    logging.getLogger("pyvmm").log(level, "%s", escape(line))

@@ -99,8 +99,9 @@ def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
                 values[option.attribute] = value
             given.add(option.name)
         at += 1
+    is_too_long = len(words) > len(command.words) and not command.takes_rest
     for option in command.options:
-        if option.required and option.name not in given and len(words) <= len(command.words):
+        if option.required and option.name not in given and not is_too_long:
             raise Mistake("missing", end, option)
     return SimpleNamespace(**values, **_named(command, words, argv))
 

@@ -262,3 +262,17 @@ def test_the_working_directory_shadows_nothing(
         vm.console.expect("hello", patient(20))
 
 
+
+
+@pytest.mark.parametrize(("line", "level"), [
+    ("disk.img: its last bytes are no sector", "WARNING"),
+    ("making an initramfs (once; kept in the cache)...", "INFO"),
+])
+def test_the_log_has_what_is_odd_as_a_warning(
+    kernel: Path, caplog: pytest.LogCaptureFixture, line: str, level: str
+) -> None:
+    """A program without logging shows warnings alone: not that work is under way."""
+    caplog.set_level("DEBUG", "pyvmm")
+    with pyvmm.launch(MachineConfig(kernel=kernel)) as vm:
+        vm._session.report(line)
+    assert [(one.levelname, one.getMessage()) for one in caplog.records] == [(level, line)]
