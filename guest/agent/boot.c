@@ -37,6 +37,8 @@ static bool find_port(char *name, size_t size, dev_t *number)
 	}
 	if (list)
 		closedir(list);
+	else
+		drop(&fd);
 	return is_found;
 }
 

@@ -66,6 +66,7 @@ void start_job(int kind, uint32_t id, const uint8_t *payload)
 	struct job *job = NULL;
 	int count = 0, error = 0;
 	uint32_t limit_ms = kind == RUN ? get32(payload + 4) : 0;
+	sigset_t all, before;
 	for (struct job *j = jobs; j < jobs + SLOTS; j++) {
 		count += j->is_used && j->id;
 		if (!j->is_used)
@@ -78,11 +79,17 @@ void start_job(int kind, uint32_t id, const uint8_t *payload)
 	for (int i = 0; i < 4 && !error; i++)
 		if (pipe2(pipes[i], O_CLOEXEC))
 			error = errno;
+	/* The child ignores what we ignore, until it is itself: what the host sends it before that
+	 * has to wait. */
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &before);
 	pid_t pid = error ? -1 : fork();
 	if (pid == 0)
 		child(kind, payload, pipes);
+	if (pid < 0 && !error)
+		error = errno;
+	sigprocmask(SIG_SETMASK, &before, NULL);
 	if (pid < 0) {
-		error = error ? error : errno;
 		for (int i = 0; i < 8; i++)
 			drop(&pipes[i / 2][i % 2]);
 		put_exit(id, FAILED, false, error, strerror(error));
@@ -206,7 +213,9 @@ static void pump_output(struct job *job, int stream)
 			if (o->left >= 0)
 				o->left -= n;
 		}
-		if (n == 0 || o->left == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+		/* Of what an ended process left, another one may have taken some. */
+		bool is_later = n < 0 && (errno == EINTR || (errno == EAGAIN && o->left < 0));
+		if (o->left == 0 || (n <= 0 && !is_later))
 			drop(&o->fd);
 	}
 	if (o->fd < 0 && !o->is_told && room() >= RESERVE) {

@@ -108,18 +108,20 @@ static const char *take(int type, int stream, uint32_t id, const uint8_t *payloa
 	return "an unknown frame";
 }
 
-/* Drops what comes before START: it was meant for an agent before us. */
-static void find_start(void)
+/* Drops what comes before START: it was meant for an agent before us.  True if there may be more
+ * to find. */
+static bool find_start(void)
 {
 	static const uint8_t begins[] = "\x10\0\0\0\0\0\0\0PYVMMHST";
 	uint8_t *p = in_count > 4 ? memmem(in + 4, in_count - 4, begins, 16) : NULL;
 	size_t gone = p ? (size_t)(p - in - 4) : in_count > 19 ? in_count - 19 : 0;
 	memmove(in, in + gone, in_count -= gone);
-	if (p && in_count >= HEADER + 10) {
-		is_started = get32(in) == 10;
-		gone = HEADER + 10;
-		memmove(in, in + gone, in_count -= gone);
-	}
+	if (!p || in_count < HEADER + 10)
+		return false;
+	is_started = get32(in) == 10;
+	gone = is_started ? HEADER + 10 : HEADER;	/* in a damaged one, START may begin early */
+	memmove(in, in + gone, in_count -= gone);
+	return !is_started;
 }
 
 /* Takes the whole frames that came, as long as there is room for answers. */
@@ -127,8 +129,8 @@ static const char *take_frames(void)
 {
 	const char *problem = NULL;
 	size_t at = 0;
-	if (!is_started)
-		find_start();
+	while (!is_started && find_start())
+		;
 	while (is_started && !problem && in_count - at >= HEADER && room() >= RESERVE) {
 		uint8_t *p = in + at;
 		size_t size = get32(p);

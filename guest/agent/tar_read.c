@@ -35,12 +35,14 @@ static int64_t decimal(const char *text, long *fraction)
 {
 	char *end;
 	long unit = 100000000;
-	int64_t value = strtoll(text, &end, 10);
+	int64_t value;
+	errno = 0;
+	value = strtoll(text, &end, 10);
 	*fraction = 0;
 	if (*end == '.')
 		for (end++; *end >= '0' && *end <= '9'; end++, unit /= 10)
 			*fraction += (*end - '0') * unit;
-	if (*end || end == text)
+	if (*end || end == text || errno == ERANGE || value == INT64_MIN)
 		fail(EINVAL, "the tar stream has a number that is none");
 	if (text[0] == '-' && *fraction) {	/* the fraction counts down there */
 		value--;
@@ -203,7 +205,10 @@ static void take_long_name(char *name, int64_t size)
 	if (size < 1 || size > PATH_BYTES)
 		fail(ENAMETOOLONG, "the tar stream has a name of %lld bytes", (long long)size);
 	read_input(name, size);
-	name[size - 1] = 0;
+	if (size == PATH_BYTES && name[size - 1])
+		fail(ENAMETOOLONG, "%.900s: %s", name, strerror(ENAMETOOLONG));
+	if (name[size - 1])	/* most writers end it with a zero byte */
+		name[size] = 0;
 	skip_input((512 - size % 512) % 512);
 }
 
@@ -262,6 +267,8 @@ void put(const char *path)
 			m.uid = get_number(header + UID, 8);
 		if (!m.has_gid)
 			m.gid = get_number(header + GID, 8);
+		if (m.uid < 0 || m.uid >= UINT32_MAX || m.gid < 0 || m.gid >= UINT32_MAX)
+			fail(EINVAL, "%.900s: the tar stream has an owner that is none", m.name);
 		m.times[0] = m.times[1];
 		m.mode = get_number(header + MODE, 8) & 07777;
 		if ((type == 0 || type == '0') && m.name[0] && m.name[strlen(m.name) - 1] == '/')

@@ -46,7 +46,7 @@ static void pack_file(int fd, const char *name, const struct stat *st)
 	size_t n = read_some(fd, block, sizeof block, name);
 	int64_t left, size = n == sizeof block && st->st_size > (int64_t)n ? st->st_size : (int64_t)n;
 	char more;
-	if (n == sizeof block && size == (int64_t)n && read_some(fd, &more, 1, name))
+	if (n == sizeof block && !st->st_size && read_some(fd, &more, 1, name))
 		fail(EFBIG, "%.900s: has no size of its own; read it instead", name);
 	put_header(name, '0', st, size, "");
 	for (left = size;;) {
@@ -68,7 +68,8 @@ static void pack(int dir, const char *entry, char *name, int follow)
 	struct stat st;
 	struct dirent *next;
 	size_t length = strlen(name);
-	char target[PATH_BYTES] = "";
+	static char target[PATH_BYTES];		/* not on the stack: trees may be deep */
+	ssize_t got;
 	int fd;
 	if (fstatat(dir, entry, &st, follow ? 0 : AT_SYMLINK_NOFOLLOW)) {
 		if (errno == ENOENT && !follow)
@@ -77,8 +78,10 @@ static void pack(int dir, const char *entry, char *name, int follow)
 	}
 	switch (st.st_mode & S_IFMT) {
 	case S_IFLNK:
-		if (readlinkat(dir, entry, target, sizeof target - 1) < 0)
+		got = readlinkat(dir, entry, target, sizeof target - 1);
+		if (got < 0)
 			fail_at(name);
+		target[got] = 0;
 		put_header(name, '2', &st, 0, target);
 		return;
 	case S_IFCHR: put_header(name, '3', &st, 0, ""); return;

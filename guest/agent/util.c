@@ -40,17 +40,20 @@ void complain(const char *format, ...)
 	static int left = 20;
 	char line[300] = "<4>pyvmm-agent: ";
 	size_t length = strlen(line);
-	int fd = kmsg_fd >= 0 ? kmsg_fd : open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
+	int fd = stays_here ? STDERR_FILENO : kmsg_fd;
 	va_list list;
-	if (stays_here)
-		fd = STDERR_FILENO;
+	if (left <= 0)
+		return;
+	if (fd < 0 && (fd = open("/dev/kmsg", O_WRONLY | O_CLOEXEC)) < 0)
+		return;
+	left--;
 	va_start(list, format);
 	vsnprintf(line + length, sizeof line - length - 1, format, list);
 	va_end(list);
 	strcat(line, "\n");
-	if (fd >= 0 && left-- > 0 && write(fd, line, strlen(line)) < 0)
+	if (write(fd, line, strlen(line)) < 0)
 		left = 0;
-	if (fd >= 0 && fd != kmsg_fd && !stays_here)
+	if (fd != kmsg_fd && !stays_here)
 		close(fd);
 }
 

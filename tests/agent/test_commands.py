@@ -322,3 +322,32 @@ def test_when_the_host_goes_away_its_commands_are_killed(tmp_path: Path) -> None
     while is_alive(int(pid.read_text())):
         assert time.monotonic() < end_s
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
+def test_a_signal_right_behind_a_command_is_not_lost(rig: AgentRig, number: int) -> None:
+    """Both orders come in one read: the command's process has just begun then."""
+    def end_of_one() -> tuple[JobEnd, int]:
+        events = Events()
+        rig.link.run(RunRequest(argv=("sleep", "60")), events).kill(number)
+        rig.until(lambda: events.result)
+        return ended(events)
+
+    assert {end_of_one() for _ in range(20)} == {(JobEnd.SIGNALLED, number)}
+
+
+def test_what_a_process_left_behind_takes_from_the_pipe_holds_up_no_end(
+    rig: AgentRig, tmp_path: Path
+) -> None:
+    """The agent has counted the bytes in the pipe by then, and waits for credit to send them."""
+    events = rig.start(
+        "/bin/sh", "-c", f"head -c {WINDOW + 9} /dev/zero; "
+        "(dd bs=9 count=1 of=/dev/null 2>/dev/null; touch taken; exec sleep 600) "
+        "</proc/self/fd/1 & echo $! >left; exit 0", limit=0,
+    )
+    rig.until(lambda: (tmp_path / "taken").exists())
+    assert events.job is not None
+    events.job.consumed(1, WINDOW)
+    rig.until(lambda: events.result)
+    os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
+    assert ended(events) == (JobEnd.EXITED, 0)

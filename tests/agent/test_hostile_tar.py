@@ -181,3 +181,31 @@ def test_archives_damaged_at_random_never_crash_it(rig: AgentRig, tmp_path: Path
     names = {path.name for path in tmp_path.iterdir()}
     assert {name for name in names if not name.startswith("out-")} == {"tree"}
     assert not os.path.lexists("/escaped")
+
+
+@pytest.mark.parametrize("key", ["uid", "gid"])
+@pytest.mark.parametrize("value", ["-1", "4294967295", "4294967296"])
+def test_an_owner_that_no_file_can_have_is_refused(
+    rig: AgentRig, tmp_path: Path, key: str, value: str
+) -> None:
+    """Cut to 32 bits, 4294967296 would be root."""
+    info = member("file", pax_headers={key: value})
+    result = rig.put(tmp_path / "target", tar_of((info, b"x")))
+    assert result.reason == "file: the tar stream has an owner that is none"
+    assert not (tmp_path / "target/file").exists()
+
+
+@pytest.mark.parametrize("value", ["-9223372036854775808.5", "-99999999999999999999.5"])
+def test_a_time_before_all_times_is_no_overflow(
+    rig: AgentRig, tmp_path: Path, value: str
+) -> None:
+    info = member("file", pax_headers={"mtime": value})
+    assert rig.put(tmp_path / "target", tar_of((info, b"x"))).reason in (
+        "", "the tar stream has a number that is none"
+    )
+
+
+def test_a_long_name_may_lack_its_zero_byte(rig: AgentRig, tmp_path: Path) -> None:
+    long = changed(changed(PLAIN, 156, b"L"), 124, b"00000000004\0")
+    assert rig.put(tmp_path / "target", long[: 2 * BLOCK] + PLAIN).reason == ""
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["data"]

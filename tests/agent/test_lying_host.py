@@ -204,3 +204,22 @@ def test_a_signal_of_the_terminal_does_not_end_it(tmp_path: Path) -> None:
         assert ours.recv(1000) == frame(FrameType.PONG, 0, 0, b"well?")
         ours.shutdown(socket.SHUT_RDWR)
         assert agent.wait(patient(10)) == 0
+
+
+@pytest.mark.parametrize("noise", [b"junk" + START_FRAME[4:], b"junk" + START_FRAME[4:20]])
+def test_start_is_found_behind_a_damaged_one_in_the_same_read(
+    tmp_path: Path, noise: bytes
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        agent = subprocess.Popen([PROGRAM, "--fd", str(theirs.fileno())],
+                                 pass_fds=[theirs.fileno()], cwd=tmp_path)
+        ours.settimeout(patient(10))
+        assert struct.unpack("<I", ours.recv(4))[0] > 16
+        ours.recv(1000)
+        try:
+            ours.sendall(noise + START_FRAME + frame(FrameType.PING, 0, 0, b"well?"))
+            assert ours.recv(1000) == frame(FrameType.PONG, 0, 0, b"well?")
+        finally:
+            ours.shutdown(socket.SHUT_RDWR)
+            assert agent.wait(patient(10)) == 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import stat
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,3 +264,37 @@ def test_a_transfer_holds_no_pipe_of_a_command_open(rig: AgentRig) -> None:
 
 def _request(name: str) -> RunRequest:
     return RunRequest(argv=(name,), has_input=True)
+
+
+def test_a_tree_as_deep_as_paths_can_be_is_no_matter_of_the_stack(tmp_path: Path) -> None:
+    """2,000 directories within each other, where descriptors suffice."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(2000):
+        os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, limits[1]))
+    try:
+        with agent_rig(cwd=tmp_path) as rig:
+            events = rig.get(tmp_path / "d")
+            assert reason_of(events) == ""
+        with tarfile.open(fileobj=io.BytesIO(events.stdout)) as archive:
+            assert archive.getnames()[-1] == "d/" * 1999 + "d"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+def test_a_file_that_grows_past_a_buffer_is_cut(rig: AgentRig, tmp_path: Path) -> None:
+    """As a log does: it has another size when it is read than when it was found."""
+    (tmp_path / "log").touch()
+    script = "import os\nwhile True:\n os.truncate('log', 65000); os.truncate('log', 100000)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as grower:
+        try:
+            reasons = {reason_of(rig.get(tmp_path / "log")) for _ in range(200)}
+        finally:
+            grower.kill()
+    assert reasons <= {"", "log: became shorter while it was read"}
