@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def read_kernel(table: Table, name: str, files: Files) -> KernelEntry:
     """Return entry ``name`` of the table ``[kernels]``."""
     value = table[name]
     if isinstance(value, str):
-        return KernelEntry(kernel=files.path(table.text(name)))
+        return _kernel(files.path(table.text(name)), "", "")
     if not isinstance(value, dict):
         table.fail(name, f"must be a kernel's file or a table, not {kind_of(value)}")
     entry = table.table(name)
@@ -61,11 +62,21 @@ def read_kernel(table: Table, name: str, files: Files) -> KernelEntry:
     if "file" not in entry:
         entry.fail("", "has no file: write file = \"bzImage\"")
     initrd = entry.text("initrd")
-    return KernelEntry(
-        kernel=files.path(entry.text("file")),
-        initrd=files.path(initrd) if initrd else "",
-        append=read_append(entry),
+    return _kernel(
+        files.path(entry.text("file")), files.path(initrd) if initrd else "", read_append(entry)
     )
+
+
+def _kernel(path: str, initrd: str, append: str) -> KernelEntry:
+    """Return the kernel at ``path``, which may be a directory of ``pyvmm kernel fetch``."""
+    # A directory without a kernel is told of with all other files that are missing.
+    with contextlib.suppress(ConfigError):
+        if os.path.isdir(path):
+            from pyvmm.linux.kernel_directory import kernel_in
+
+            path, fetched = kernel_in(path)
+            initrd = initrd or fetched or ""
+    return KernelEntry(kernel=path, initrd=initrd, append=append)
 
 
 def read_disk(table: Table, name: str, files: Files) -> DiskEntry:

@@ -3,7 +3,7 @@
 rm -f out.vng
 cat >vng-test.sh <<END
 set -e
-modprobe dummy
+modprobe dummy numdummies=1
 grep -w test.word=42 /proc/cmdline
 ls /sys/class/net/dummy0 >$PWD/out.vng
 $1
