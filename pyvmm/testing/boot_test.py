@@ -63,10 +63,11 @@ class BootTest(Record):
     ``command`` runs in the guest, by the agent; without one the test is over once the console has
     shown all of ``expect``.  These are regular expressions; each must come in a line of the
     console, in any order.  The agent must be ready ``boot_timeout_s`` after the start (without a
-    command: the console must have shown all), by default after 60 s, in the lab 300; the command must end after ``timeout_s``.  ``puts``
-    are (source here, target there), copied before the command; ``gets`` (source there, target
-    here), copied after it, even if it failed.  ``console_log`` is a file for all that the guest
-    prints.  A machine without an agent gets ``agent="inject"`` if the test needs one.
+    command: the console must have shown all), by default after 60 s, in the lab 300.  The command
+    must end after ``timeout_s``.  ``puts`` are (source here, target there), copied before the
+    command; ``gets`` (source there, target here), copied after it, even if it failed.
+    ``console_log`` is a file for all that the guest prints.  A machine without an
+    agent gets ``agent="inject"`` if the test needs one.
 
     ConfigError for what cannot be.
     """
