@@ -12,6 +12,6 @@ echo test: passed
 END
 timeout "${LIMIT:-300}" vng --force-9p --run "$VMLINUZ" --cpus 1 --memory 512M --verbose \
     --append test.word=42 --rwdir "$PWD" --exec "sh $PWD/vng-test.sh" </dev/null >vng.log 2>&1
-status=$?
+echo "vng: status $?" >>vng.log  # 255 for all, on a host without udevd: so the log decides
 cat vng.log
-[ $status = 0 ] && grep -q 'test: passed' vng.log && [ -s out.vng ]
+grep -q 'test: passed' vng.log && [ -s out.vng ]
