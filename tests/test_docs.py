@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import doctor, export, kernel, lab, matrix, run, test
+from pyvmm.cli import ctl, doctor, export, image, kernel, lab, matrix, ps, run, test
 from pyvmm.startup.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,8 +90,8 @@ def test_a_broken_link_is_found(text: str, found: list[str], tmp_path: Path) -> 
 
 
 TABLES = {table.name: table for table in (
-    run.COMMAND, export.COMMAND, doctor.COMMAND, kernel.COMMAND, lab.COMMAND, matrix.COMMAND,
-    test.COMMAND
+    run.COMMAND, export.COMMAND, doctor.COMMAND, kernel.COMMAND, lab.COMMAND, test.COMMAND,
+    matrix.COMMAND, ps.COMMAND, ctl.COMMAND.replace(name="ctl"), image.COMMAND,
 )}
 HELP = "\n".join(table.epilog for table in TABLES.values()).replace("\n  pyvmm", "\n$ pyvmm")
 TEXTS = {"help": HELP, **{str(page.relative_to(ROOT)): page.read_text() for page in PAGES}}
@@ -113,4 +113,5 @@ def arguments(line: str) -> list[str]:
 def test_fault_39_every_command_that_is_shown_is_well_formed(name: str) -> None:
     for line in _COMMANDS[name]:
         command, *rest = arguments(line)
-        parse_options(TABLES[command], rest)
+        # The socket stands before the verb.
+        parse_options(TABLES[command], rest[1:] if command == "ctl" else rest)

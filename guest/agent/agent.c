@@ -22,8 +22,10 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/un.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -1389,6 +1391,30 @@ static int open_port(const char *name, dev_t number)
 	return fd;
 }
 
+/* True once systemd answers at its own socket, as it does for systemctl: the file is there, and
+ * connections are queued, long before its event loop runs. */
+static bool systemd_answers(int root)
+{
+	static int fd = -1;
+	static const char hello[] = "\0AUTH EXTERNAL 30\r\n";	/* D-Bus: user "0", in hex */
+	struct sockaddr_un address = { AF_UNIX, "run/systemd/private" };
+	struct pollfd state = { fd, POLLIN, 0 };
+	if (fd < 0) {
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+		if (fd < 0 || fchdir(root) ||
+		    connect(fd, (struct sockaddr *)&address, sizeof address) ||
+		    send(fd, hello, sizeof hello - 1, MSG_NOSIGNAL) < 0)
+			drop(&fd);
+		if (chdir("/"))
+			drop(&fd);
+		return false;
+	}
+	if (poll(&state, 1, 0) <= 0)
+		return false;
+	drop(&fd);
+	return true;
+}
+
 /* True once process 1 is where the guest's user will be, and has set up the first things. */
 static bool is_settled(dev_t initramfs)
 {
@@ -1416,10 +1442,9 @@ static bool is_settled(dev_t initramfs)
 	}
 	if (!there_ms)
 		there_ms = now_ms();
-	/* systemd takes orders once its socket is there.  Any init mounts these two, or never will. */
+	/* Any other init mounts these two, or never will. */
 	if (name && !strcmp(name, "/systemd"))
-		is_ready = !fstatat(root, "run/systemd/private", &st, 0) ||
-			   now_ms() - there_ms > 60000;
+		is_ready = systemd_answers(root) || now_ms() - there_ms > 60000;
 	else
 		is_ready = (!fstatat(root, "proc/1", &st, 0) && !fstatat(root, "dev/null", &st, 0)) ||
 			   now_ms() - there_ms > 3000;

@@ -21,8 +21,7 @@ from pyvmm.testing.passed_on import PassedOn
 
 TIMEOUT_STATUS = 124
 MAX_READ_BYTES = 512 << 10
-MAX_TYPED_BYTES = 512 << 10
-_TIMEOUT_MARGIN_S = 10.0
+MAX_TYPED_CHARACTERS = 128 << 10
 _REGISTERS_A_LINE = 4
 _BYTES_A_LINE = 16
 
@@ -46,6 +45,7 @@ examples:
   pyvmm ctl vm.sock type 'echo hello'
 """
 
+_VERBOSE = Option(name="--verbose", short="-v", help="-vv: tracebacks of errors")
 _TIMEOUT = Option(name="--timeout", metavar="S", help="wait at most S seconds")
 COMMAND = Command(
     name="ctl SOCKET",
@@ -53,18 +53,23 @@ COMMAND = Command(
     epilog=EPILOG,
     verbs=(
         Command(name="ctl SOCKET status", description="say how the machine is", options=(
-            Option(name="--json", help="as one JSON object"),
+            Option(name="--json", help="as one JSON object"), _VERBOSE,
         )),
-        Command(name="ctl SOCKET pause", description="pause the guest", options=(_TIMEOUT,)),
-        Command(name="ctl SOCKET resume", description="let a paused guest go on"),
-        Command(name="ctl SOCKET stop", description="end the machine at once"),
+        Command(name="ctl SOCKET pause", description="pause the guest",
+                options=(_TIMEOUT, _VERBOSE)),
+        Command(name="ctl SOCKET resume", description="let a paused guest go on",
+                options=(_VERBOSE,)),
+        Command(name="ctl SOCKET stop", description="end the machine at once",
+                options=(_VERBOSE,)),
         Command(name="ctl SOCKET wait", description="wait for the machine's end and say how it "
-                "was", options=(_TIMEOUT,)),
+                "was", options=(_TIMEOUT, _VERBOSE)),
         Command(name="ctl SOCKET console", description="show the console's last bytes", options=(
             Option(name="--follow", short="-f", help="go on with what the guest prints"),
+            _VERBOSE,
         )),
         Command(name="ctl SOCKET type", description="type a text and Enter at the console",
-                options=(Option(name="--no-enter", short="-n", help="type no Enter behind it"),),
+                options=(Option(name="--no-enter", short="-n", help="type no Enter behind it"),
+                         _VERBOSE),
                 words=(Word(name="text", metavar="TEXT", help="the text"),)),
         Command(
             name="ctl SOCKET run", description="run a command in the guest",
@@ -75,33 +80,37 @@ COMMAND = Command(
                 Option(name="--cwd", metavar="DIR", default="", help="CMD's directory (default /)"),
                 Option(name="--timeout", metavar="S", help="kill CMD after S seconds"),
                 Option(name="--no-input", short="-n", help="CMD has no standard input"),
+                _VERBOSE,
             ),
             words=(Word(name="command", metavar="CMD", takes_rest=True,
                         help="the command and its arguments"),),
         ),
         Command(name="ctl SOCKET put", description="copy a file or directory into the guest",
+                options=(_VERBOSE,),
                 words=(
                     Word(name="source", metavar="SRC", help="a file or directory here"),
                     Word(name="target", metavar="DST", help="a path in the guest; as for cp -r"),
                 )),
         Command(name="ctl SOCKET get", description="copy a file or directory out of the guest",
+                options=(_VERBOSE,),
                 words=(
                     Word(name="source", metavar="SRC", help="a path in the guest"),
                     Word(name="target", metavar="DST", help="a path here; as for cp -r"),
                 )),
         Command(name="ctl SOCKET registers", description="show the registers of a paused vCPU",
-                usage="pyvmm ctl SOCKET registers [N]",
+                usage="pyvmm ctl SOCKET registers [N]", options=(_VERBOSE,),
                 words=(Word(name="vcpu", metavar="N", takes_rest=True,
                             help="which vCPU (default 0)"),)),
         Command(
             name="ctl SOCKET memory", description="show guest memory",
-            options=(Option(name="--raw", help="as bytes, not as text"),),
+            options=(Option(name="--raw", help="as bytes, not as text"), _VERBOSE),
             words=(
                 Word(name="gpa", metavar="GPA", help="a guest physical address, as 0x1000"),
                 Word(name="length", metavar="LENGTH", help="a size, as 256 or 4K"),
             ),
         ),
-        Command(name="ctl SOCKET refresh", description="have the disks look how large they are"),
+        Command(name="ctl SOCKET refresh", description="have the disks look how large they are",
+                options=(_VERBOSE,)),
     ),
 )
 
@@ -115,6 +124,8 @@ def ctl_main(argv: list[str]) -> int:
     if socket.startswith("-"):
         raise ConfigError(socket, "pyvmm ctl needs the socket first: pyvmm ctl SOCKET status")
     args = parse_options(COMMAND, argv[1:])
+    if check := _CHECKS.get(args.verb):
+        check(args)
     if args.verb == "console":
         return _console(socket, args)
     with Client.connect(socket) as client:
@@ -147,7 +158,7 @@ def _status(client: Client, args: SimpleNamespace) -> int:
 
 
 def _pause(client: Client, args: SimpleNamespace) -> int:
-    client.call("pause", {} if args.timeout is None else {"timeout_s": _seconds(args)})
+    client.call("pause", {} if args.timeout is None else {"timeout_s": args.timeout})
     return 0
 
 
@@ -162,10 +173,9 @@ def _stop(client: Client, _args: SimpleNamespace) -> int:
 
 
 def _wait(client: Client, args: SimpleNamespace) -> int:
-    timeout_s = _seconds(args)
-    outcome = client.call("wait", {"timeout_s": timeout_s})["outcome"]
+    outcome = client.call("wait", {"timeout_s": args.timeout})["outcome"]
     if outcome is None:
-        say(f"the machine still runs after {timeout_s:g} s")
+        say(f"the machine still runs after {args.timeout:g} s")
         return TIMEOUT_STATUS
     for line in outcome["text"].split("\n"):
         show(line)
@@ -180,18 +190,12 @@ def _refresh(client: Client, _args: SimpleNamespace) -> int:
 
 def _type(client: Client, args: SimpleNamespace) -> int:
     data = args.text.encode("utf-8", "surrogateescape") + (b"" if args.no_enter else b"\r")
-    if len(data) > MAX_TYPED_BYTES:
-        raise ConfigError("TEXT", f"has {len(data)} bytes; the limit is {MAX_TYPED_BYTES}")
     client.call("console.write", {"data": base64.b64encode(data).decode()})
     return 0
 
 
 def _registers(client: Client, args: SimpleNamespace) -> int:
-    text = " ".join(args.vcpu) or "0"
-    vcpu = whole_number(text, 0, 255)
-    if vcpu is None:
-        raise ConfigError(f"registers {shown(text)}", "is no number of a vCPU")
-    values = client.call("registers", {"vcpu": vcpu})["values"]
+    values = client.call("registers", {"vcpu": args.vcpu})["values"]
     cells = [f"{name:>8} {int(value, 16):016x}" for name, value in values.items()]
     for at in range(0, len(cells), _REGISTERS_A_LINE):
         show(" ".join(cells[at : at + _REGISTERS_A_LINE]))
@@ -199,7 +203,7 @@ def _registers(client: Client, args: SimpleNamespace) -> int:
 
 
 def _memory(client: Client, args: SimpleNamespace) -> int:
-    gpa, length = _address(args.gpa), parse_size("LENGTH", args.length)
+    gpa, length = args.gpa, args.length
     out = PassedOn(1, is_terminal=False)
     for at in range(gpa, gpa + length, MAX_READ_BYTES):
         count = min(MAX_READ_BYTES, gpa + length - at)
@@ -239,8 +243,30 @@ def _console(socket: str, args: SimpleNamespace) -> int:
     return 0 if out.problem is None else ctl_agent.reader_gone(out.problem)
 
 
-def _seconds(args: SimpleNamespace) -> float | None:
-    return None if args.timeout is None else parse_seconds("--timeout", args.timeout)
+# Mistakes in the words themselves are told before anybody is asked.
+
+
+def _check_timeout(args: SimpleNamespace) -> None:
+    if args.timeout is not None:
+        args.timeout = parse_seconds("--timeout", args.timeout)
+
+
+def _check_registers(args: SimpleNamespace) -> None:
+    text = " ".join(args.vcpu) or "0"
+    args.vcpu = whole_number(text, 0, 255)
+    if args.vcpu is None:
+        raise ConfigError(f"registers {shown(text)}", "is no number of a vCPU")
+
+
+def _check_memory(args: SimpleNamespace) -> None:
+    args.gpa, args.length = _address(args.gpa), parse_size("LENGTH", args.length)
+
+
+def _check_text(args: SimpleNamespace) -> None:
+    if len(args.text) > MAX_TYPED_CHARACTERS:
+        raise ConfigError(
+            "TEXT", f"has {len(args.text)} characters; the limit is {MAX_TYPED_CHARACTERS}"
+        )
 
 
 def _address(text: str) -> int:
@@ -253,6 +279,11 @@ def _address(text: str) -> int:
     raise ConfigError(f"GPA {text[:40]}", "is no address; write 0x100000 or 1048576")
 
 
+_CHECKS: Mapping[str, Callable[[SimpleNamespace], None]] = MappingProxyType({
+    "pause": _check_timeout, "wait": _check_timeout, "registers": _check_registers,
+    "memory": _check_memory, "type": _check_text, "run": ctl_agent.check_run,
+    "put": ctl_agent.check_put, "get": ctl_agent.check_get,
+})
 _VERBS: Mapping[str, Callable[[Client, SimpleNamespace], int]] = MappingProxyType({
     "status": _status, "pause": _pause, "resume": _resume, "stop": _stop, "wait": _wait,
     "type": _type, "registers": _registers, "memory": _memory, "refresh": _refresh,

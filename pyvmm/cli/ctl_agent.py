@@ -35,14 +35,33 @@ def reader_gone(problem: OSError) -> int:
     return 128 + signal.SIGPIPE
 
 
-def run(client: Client, args: SimpleNamespace) -> int:
-    """Run a command; its streams are ours."""
+def check_run(args: SimpleNamespace) -> None:
+    """Raise ConfigError for words that name no command."""
     if not args.command:
         raise ConfigError("ctl run", "names no command; write pyvmm ctl SOCKET run -- CMD...")
+    args.env = dict(map(_variable, args.env))
+    if args.timeout is not None:
+        args.timeout = parse_seconds("--timeout", args.timeout)
+
+
+def check_put(args: SimpleNamespace) -> None:
+    """Raise ConfigError or TransferError for a copy that cannot be."""
+    if not args.target.startswith("/"):
+        raise ConfigError(args.target, "a path in the guest must begin with /")
+    pack(args.source, "", [])
+
+
+def check_get(args: SimpleNamespace) -> None:
+    """Raise ConfigError for a copy that cannot be."""
+    if not args.source.startswith("/"):
+        raise ConfigError(args.source, "a path in the guest must begin with /")
+
+
+def run(client: Client, args: SimpleNamespace) -> int:
+    """Run a command; its streams are ours."""
     params: dict[str, object] = {
-        "argv": args.command, "env": dict(map(_variable, args.env)), "cwd": args.cwd,
+        "argv": args.command, "env": args.env, "cwd": args.cwd, "timeout_s": args.timeout,
         "stdout": 0, "stderr": 1,
-        "timeout_s": None if args.timeout is None else parse_seconds("--timeout", args.timeout),
     }
     _wait_for_agent(client)
     outputs = [_Output(1), _Output(2)]
@@ -91,9 +110,6 @@ def _status(program: str, result: dict[str, Any]) -> int:
 def put(client: Client, args: SimpleNamespace) -> int:
     """Copy ``source`` of this host to ``target`` in the guest."""
     skipped: list[str] = []
-    if not args.target.startswith("/"):
-        raise ConfigError(args.target, "a path in the guest must begin with /")
-    pack(args.source, "", [])  # an error of this host's comes first
     _wait_for_agent(client)
     folder, name = put_place(
         args.source, args.target, target_is_directory=_is_directory(client, args.target)
@@ -112,8 +128,6 @@ def put(client: Client, args: SimpleNamespace) -> int:
 
 def get(client: Client, args: SimpleNamespace) -> int:
     """Copy ``source`` of the guest to ``target`` on this host."""
-    if not args.source.startswith("/"):
-        raise ConfigError(args.source, "a path in the guest must begin with /")
     with Unpacker(args.target) as unpacker, _pipe() as (reads, writes):
         _wait_for_agent(client)
         pending = client.begin("agent.get", {"path": args.source, "fd": 0}, [writes.take()])

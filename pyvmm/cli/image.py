@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pyvmm.cli.parse import parse_size
+from pyvmm.cli.termination import sigterm_raises
 from pyvmm.errors import ConfigError
 from pyvmm.linux.images.additions import parse_added
 from pyvmm.linux.images.build import Made, Request, build
@@ -36,7 +37,7 @@ SOURCES = ("--from-dir", "--from-tar", "--busybox", "--debootstrap")
 COMMAND = Command(
     name="image",
     description="Build a disk image for pyvmm run.",
-    epilog="examples:\n  pyvmm image build --busybox root.img\n  pyvmm image build --help\n",
+    epilog="examples:\n  pyvmm image build --busybox root.img\n",
     verbs=(
         Command(
             name="image build",
@@ -79,7 +80,8 @@ COMMAND = Command(
 def image_main(argv: list[str]) -> int:
     """Build one image and say what it is; return the exit status."""
     args = parse_options(COMMAND, argv)
-    made = build(_request(args), say)
+    with sigterm_raises():
+        made = build(_request(args), say)
     _show(made, " --append pyvmm.shell" if args.busybox else "")
     return 0
 

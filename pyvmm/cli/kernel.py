@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from pyvmm.cli.first_look import config_cache_path
+from pyvmm.cli.termination import sigterm_raises
 from pyvmm.linux.compression import Compression
 from pyvmm.linux.config import KernelConfig
 from pyvmm.linux.config_cache import remember
@@ -154,14 +155,11 @@ COMMAND = Command(
 def kernel_main(argv: list[str]) -> int:
     """Run one of the verbs; return its exit status."""
     args = parse_options(COMMAND, argv)
-    if args.verb == "fetch":
-        from pyvmm.cli.kernel_files import fetch
+    if args.verb != "inspect":
+        from pyvmm.cli import kernel_files
 
-        return fetch(args)
-    if args.verb == "build":
-        from pyvmm.cli.kernel_files import build
-
-        return build(args)
+        with sigterm_raises():
+            return kernel_files.fetch(args) if args.verb == "fetch" else kernel_files.build(args)
     return _inspect(args.file, args.config)
 
 

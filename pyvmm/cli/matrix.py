@@ -11,6 +11,7 @@ from pyvmm.cli.descriptors import allow_many_descriptors
 from pyvmm.cli.parse import parse_disk
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.lab import INSIDE
+from pyvmm.matrix.display import progress_for
 from pyvmm.matrix.executor import Executor, Runner
 from pyvmm.matrix.expand import chosen, runs_of
 from pyvmm.matrix.jobs import MAX_JOBS, default_jobs, largest_memory
@@ -19,7 +20,6 @@ from pyvmm.matrix.needs import Need, kvm_problems, needs_of, refuse_missing
 from pyvmm.matrix.one_run import run_one
 from pyvmm.matrix.output import Output, check_place
 from pyvmm.matrix.plan import read_plan
-from pyvmm.matrix.progress import progress_for
 from pyvmm.matrix.reports import Report, last_lines, write_reports
 from pyvmm.matrix.results import RunResult, worst_status
 from pyvmm.matrix.runs import Run
@@ -186,8 +186,12 @@ def _executor(
     if jobs is not None:
         raise ConfigError("--jobs", "is for --executor local; each worker of a Dask cluster has "
                           "its own number (dask worker --nthreads N)")
-    from pyvmm.matrix.cluster import ClusterExecutor
-
+    try:
+        from pyvmm.matrix.cluster import ClusterExecutor
+    except ImportError as error:
+        raise ConfigError(
+            f"--executor {shown(where)}", f"needs Dask: pip install 'pyvmm[dask]' ({error})"
+        ) from error
     executor = ClusterExecutor(address, runner, output.save_files)
     executor.check(needs)
     return executor, f"on {address}"

@@ -65,7 +65,7 @@ class Client:
         self._lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self._next_id = 1
-        self._is_closed = False
+        self._is_closed = self._closes_at_end = False
         self._problem = ""
         self._first: Future[dict[str, Any]] = Future()
         """The first event: hello, or the reason why there is no machine."""
@@ -165,10 +165,12 @@ class Client:
         return self._is_closed
 
     def close(self) -> None:
-        """Hang up; idempotent.  What is under way raises ControlError."""
+        """Hang up; idempotent.  Calls under way raise ControlError."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is self._thread:
+            self._closes_at_end = True
+        else:
             self._thread.join()
             self._socket.close()
 
@@ -205,6 +207,8 @@ class Client:
                 self._socket.shutdown(socket.SHUT_RDWR)
             if self._on_end is not None:
                 self._on_end()
+            if self._closes_at_end:
+                self._socket.close()
 
     def _take(self, message: dict[str, Any]) -> None:
         if "event" in message:

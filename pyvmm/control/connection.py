@@ -123,6 +123,10 @@ class Connection:
         self.calls.pop(call.id, None)
         self._loop.call_soon(self._tell_room)
 
+    def take_requests(self) -> None:
+        """Begin the requests that have come, without waiting for the loop's turn."""
+        self._read()
+
     def finish(self) -> None:
         """Take no more requests, and close the connection once all that waits is sent."""
         self._ends_after_output = True

@@ -17,7 +17,10 @@ from pyvmm.control.target import MachineTarget
 from pyvmm.errors import ConfigError
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Outcome
-from pyvmm.vhost_user.listener import Listener
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.vhost_user.listener import Listener
 
 
 class RunControl:
@@ -32,9 +35,11 @@ class RunControl:
         self._version = version
         self._owner = None if fd is None else owner_socket(fd)
         self._watch = None if self._owner is None else OwnerWatch(self._owner)
-        self._listener = None
+        self._listener: Listener | None = None
         self._server: Server | None = None
         if path is not None:
+            from pyvmm.vhost_user.listener import Listener  # its imports take a start 10 ms
+
             try:
                 self._listener = Listener(path)
             except ConfigError as error:
@@ -66,6 +71,7 @@ class RunControl:
         """Tell the owner that there was no run, because of ``error``."""
         if self._owner is None or self._server is not None:
             return
+        self._end_watch()  # an owner that has its answer may go; we have lines to print yet
         is_config = isinstance(error, ConfigError)
         event = {
             "event": "failed", "kind": "ConfigError" if is_config else "HostError",

@@ -92,9 +92,9 @@ class Server:
             self._loop.close()
 
     @property
-    def client_count(self) -> int:
-        """The number of clients that are connected."""
-        return len(self._subscriptions)
+    def requests_under_way(self) -> int:
+        """The number of requests that are not answered yet, of all clients together."""
+        return sum(len(connection.calls) for connection in list(self._subscriptions))
 
     # The thread
 
@@ -127,8 +127,9 @@ class Server:
         self._session.end(ended)
         self._loop.call_in(LINGER_S, self._close_stuck)
         self._loop.call_in(self._linger_s, self._loop.stop)
-        # A client that takes all of the console hears of the end behind it.
         for connection in list(self._subscriptions):
+            connection.take_requests()  # a wait that was sent just before is answered, too
+            # A client that takes all of the console hears of the end behind it.
             self._pump(connection)
         self._stop_when_idle()
 

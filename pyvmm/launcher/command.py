@@ -52,6 +52,8 @@ class Command:
         self._lock = threading.Lock()
         self._waiting = threading.Lock()
         self._completed: Completed | None = None
+        self._out = _Kept(f"{self._what}: stdout")
+        self._err = _Kept(f"{self._what}: stderr")
         self._stdin_fd = -1
         self._call: Pending
         self.stdout: io.FileIO
@@ -175,11 +177,13 @@ class Command:
         self, until_s: float | None, timeout_s: float | None, stdout: BinaryIO | None,
         stderr: BinaryIO | None,
     ) -> Completed:
-        kept = {"stdout": self._kept("stdout", stdout), "stderr": self._kept("stderr", stderr)}
         pump = Pump(self._session, self._what)
-        for name, file in (("stdout", self.stdout), ("stderr", self.stderr)):
-            if not file.closed:
-                pump.add_reader(file.fileno(), kept[name].take)
+        for kept, into, pipe in (
+            (self._out, stdout, self.stdout), (self._err, stderr, self.stderr),
+        ):
+            kept.into(into)
+            if not pipe.closed:
+                pump.add_reader(pipe.fileno(), kept.take)
         if self._data is not None and self._stdin_fd >= 0:
             pump.add_writer(self._stdin_fd, self._give(), self.close_input)
         limits = [each for each in (until_s, self._until_s) if each is not None]
@@ -189,11 +193,10 @@ class Command:
             self._abandon()
             raise
         if not is_done:
-            self._unread = kept
             if until_s is not None and time.monotonic() >= until_s:
                 raise TimeoutError(f"{self._what} runs on after {timeout_s:g} s")
             raise self._no_answer()
-        return self._completed_of(kept["stdout"].data, kept["stderr"].data)
+        return self._completed_of(self._out.data, self._err.data)
 
     def close(self) -> None:
         """Kill the command if it runs, and close its streams; idempotent."""
@@ -207,9 +210,6 @@ class Command:
         self.close()
 
     # Parts
-
-    def _kept(self, name: str, file: BinaryIO | None) -> _Kept:
-        return _Kept(f"{self._what}: {name}", None if file is None else file.write)
 
     def _give(self) -> Callable[[], memoryview | None]:
         left = [memoryview(self._data or b"")]
@@ -256,11 +256,11 @@ class Command:
 
 
 class _Kept:
-    """The bytes of a stream: given to ``write``, or kept up to MAX_OUTPUT_BYTES."""
+    """The bytes of a stream: given to a file, or kept up to MAX_OUTPUT_BYTES."""
 
-    def __init__(self, what: str, write: Callable[[bytes], object] | None) -> None:
+    def __init__(self, what: str) -> None:
         self._what = what
-        self._write = write
+        self._file: BinaryIO | None = None
         self._data = bytearray()
 
     @property
@@ -268,10 +268,17 @@ class _Kept:
         """Return all that was kept."""
         return bytes(self._data)
 
+    def into(self, file: BinaryIO | None) -> None:
+        """Give ``file``, if there is one, all bytes from now on, and those kept before."""
+        self._file = file
+        if file is not None and self._data:
+            file.write(self._data)
+            self._data.clear()
+
     def take(self, data: bytes) -> None:
         """Take more bytes; OutputLimitError, or an error of the file."""
-        if self._write is not None:
-            self._write(data)
+        if self._file is not None:
+            self._file.write(data)
             return
         self._data += data
         if len(self._data) > MAX_OUTPUT_BYTES:

@@ -24,10 +24,8 @@ class VmMemory:
             if value < 0:
                 raise ValueError(f"memory.read: {name} is {value}; the least is 0")
         data = bytearray()
-        while len(data) < length or not data:
-            size = min(CHUNK_BYTES, length - len(data))
-            answer = self._session.call("memory.read", {"gpa": gpa + len(data), "length": size})
-            data += base64.b64decode(str(answer["data"]))
-            if not length:
-                break
+        for start in range(0, max(length, 1), CHUNK_BYTES):
+            size = min(CHUNK_BYTES, length - start)
+            answer = self._session.call("memory.read", {"gpa": gpa + start, "length": size})
+            data += base64.b64decode(answer["data"])
         return bytes(data)

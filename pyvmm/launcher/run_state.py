@@ -24,7 +24,8 @@ class RunState:
     """
 
     def __init__(self) -> None:
-        self.event_thread = 0
+        # The thread itself: its number may be another's after its end.
+        self.event_thread: threading.Thread | None = None
         self.ending: Outcome | None = None
         """The outcome as soon as it is known; ``outcome`` is set after the callbacks."""
         self.outcome: Outcome | None = None
@@ -63,7 +64,7 @@ class RunState:
 
     def wait_for_notice(self) -> None:
         """Wait a moment for the end of the run, which is about to be told."""
-        if threading.get_ident() != self.event_thread:
+        if threading.current_thread() is not self.event_thread:
             with self._news:
                 self._news.wait_for(
                     lambda: self.outcome is not None or self.failure is not None, END_NOTICE_S
@@ -82,7 +83,7 @@ class RunState:
 
     def refuse_own_thread(self, call: str) -> None:
         """Raise RuntimeError in the thread of the callbacks, which would wait for itself."""
-        if threading.get_ident() == self.event_thread:
+        if threading.current_thread() is self.event_thread:
             raise RuntimeError(f"{call} in a callback would wait for itself: use another thread")
 
     def raise_if_failed(self) -> None:

@@ -63,7 +63,7 @@ class Session:
         self.state = RunState()
         self._parts: set[Closable] = set()
         self._parts_lock = threading.Lock()
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()
         self.is_closed = False
         self.evidence: Mapping[str, object] = {}
         self.end_registers: Sequence[str] = ()
@@ -108,6 +108,7 @@ class Session:
         try:
             session._begin()
         except BaseException:
+            process.hang_up()  # it may build for long, and listens to nothing meanwhile
             session.close()
             raise
         return session
@@ -177,7 +178,11 @@ class Session:
         """Close a VM that nobody holds any more; a ResourceWarning says that nobody did."""
         if self.is_closed or os.getpid() != self._owner_pid or sys.is_finalizing():
             return
-        self.close()
+        # The collector runs in any thread.
+        if threading.current_thread() is self.state.event_thread:
+            threading.Thread(target=self.close, name=f"pyvmm VM {self.pid} end").start()
+        else:
+            self.close()
         warnings.warn("the VM was never closed", ResourceWarning, stacklevel=2)
 
     def _at_exit(self) -> None:
@@ -291,7 +296,7 @@ class Session:
     def _type(self, data: bytes) -> None:
         for start in range(0, len(data), _TYPED_BYTES):
             text = base64.b64encode(data[start : start + _TYPED_BYTES]).decode()
-            if threading.get_ident() == self.state.event_thread:  # cannot wait for an answer
+            if threading.current_thread() is self.state.event_thread:  # cannot wait for an answer
                 self.send("console.write", {"data": text})
             else:
                 self.call("console.write", {"data": text})
@@ -311,7 +316,7 @@ class Session:
     # The client's thread
 
     def _on_event(self, event: dict[str, Any]) -> None:
-        self.state.event_thread = threading.get_ident()
+        self.state.event_thread = threading.current_thread()
         match event["event"]:
             case "console":
                 self.console.feed(base64.b64decode(event["data"]))
@@ -334,7 +339,7 @@ class Session:
 
     def _on_hang_up(self) -> None:
         """Take the end of the connection, which is that of the process, or soon will be."""
-        self.state.event_thread = threading.get_ident()
+        self.state.event_thread = threading.current_thread()
         if self.state.ending is None:
             status = self._process.end(END_TIMEOUT_S)
             self._stderr.join()
@@ -364,4 +369,6 @@ def _died(status: int, last_words: str) -> str:
 def _log(line: str) -> None:
     import logging
 
-    logging.getLogger("pyvmm").warning("%s", escape(line))
+    # A line that ends so tells of work under way, such as making an initramfs: nothing is odd.
+    level = logging.INFO if line.endswith("...") else logging.WARNING
+    logging.getLogger("pyvmm").log(level, "%s", escape(line))

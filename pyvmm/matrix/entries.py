@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 from collections.abc import Callable
 
 from pyvmm.config import AnyDiskConfig, DiskConfig
 from pyvmm.errors import ConfigError
+from pyvmm.linux.kernel_directory import kernel_in
 from pyvmm.matrix.runs import Order
 from pyvmm.matrix.toml_table import Table, kind_of, quoted
 from pyvmm.startup.types import Record
@@ -54,29 +54,18 @@ def read_kernel(table: Table, name: str, files: Files) -> KernelEntry:
     """Return entry ``name`` of the table ``[kernels]``."""
     value = table[name]
     if isinstance(value, str):
-        return _kernel(files.path(table.text(name)), "", "")
+        kernel, initrd = _kernel(table, name, files)
+        return KernelEntry(kernel=kernel, initrd=initrd)
     if not isinstance(value, dict):
         table.fail(name, f"must be a kernel's file or a table, not {kind_of(value)}")
     entry = table.table(name)
     entry.only(KERNEL_KEYS)
     if "file" not in entry:
         entry.fail("", "has no file: write file = \"bzImage\"")
-    initrd = entry.text("initrd")
-    return _kernel(
-        files.path(entry.text("file")), files.path(initrd) if initrd else "", read_append(entry)
-    )
-
-
-def _kernel(path: str, initrd: str, append: str) -> KernelEntry:
-    """Return the kernel at ``path``, which may be a directory of ``pyvmm kernel fetch``."""
-    # A directory without a kernel is told of with all other files that are missing.
-    with contextlib.suppress(ConfigError):
-        if os.path.isdir(path):
-            from pyvmm.linux.kernel_directory import kernel_in
-
-            path, fetched = kernel_in(path)
-            initrd = initrd or fetched or ""
-    return KernelEntry(kernel=path, initrd=initrd, append=append)
+    kernel, initrd = _kernel(entry, "file", files)
+    if own := entry.text("initrd"):
+        initrd = files.path(own)
+    return KernelEntry(kernel=kernel, initrd=initrd, append=read_append(entry))
 
 
 def read_disk(table: Table, name: str, files: Files) -> DiskEntry:
@@ -147,6 +136,18 @@ def read_append(table: Table) -> str:
     if not text.isascii():
         table.fail("append", f"{quoted(text)} is not ASCII; a kernel takes nothing else")
     return text
+
+
+def _kernel(table: Table, key: str, files: Files) -> tuple[str, str]:
+    """Return kernel and initramfs at ``key``, which may be a directory as ``--kernel`` takes."""
+    path = files.path(table.text(key))
+    if not os.path.isdir(path):
+        return path, ""
+    try:
+        kernel, initramfs = kernel_in(path)
+    except ConfigError as error:
+        table.fail(key, str(error))
+    return kernel, initramfs or ""
 
 
 def _disks(table: Table, key: str, texts: tuple[str, ...], files: Files) -> tuple[DiskConfig, ...]:

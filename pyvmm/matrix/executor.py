@@ -1,4 +1,4 @@
-"""What an executor is, and what it tells of the runs it has done.
+"""The contract of an executor, and the events that it tells of its runs.
 
     start(runs, tell) -> tell(Started), tell(PhaseBegan)..., tell(Finished), ... -> tell(Done)
     stop()            -> no further run starts, and those under way end soon
@@ -44,7 +44,7 @@ Event = Started | PhaseBegan | Finished | Done
 
 
 class Watch:
-    """What a run and whoever may end it know of each other."""
+    """The link between a run and whoever may end it."""
 
     def __init__(self, on_phase: Callable[[str], None]) -> None:
         self.on_phase = on_phase

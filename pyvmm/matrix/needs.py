@@ -12,8 +12,6 @@ from pyvmm.matrix.runs import Run
 from pyvmm.startup.types import Record
 from pyvmm.testing.usable_kvm import problem_for
 
-KERNEL_IN_TREE = "arch/x86/boot/bzImage"
-
 
 class Need(Record):
     """A file that a run needs: ``key`` is its place in the matrix's file, ``kind`` among
@@ -75,9 +73,6 @@ def _problem(need: Need) -> str:
     path = need.path
     try:
         mode = os.stat(path).st_mode
-        if need.kind == "kernel" and stat.S_ISDIR(mode):
-            path = os.path.join(path, KERNEL_IN_TREE)
-            mode = os.stat(path).st_mode
     except OSError as error:
         return f"{path}: {error.strerror}"
     is_fit = {

@@ -12,6 +12,7 @@ from pyvmm.api.config import MachineConfig
 from pyvmm.errors import HostError
 from pyvmm.launcher.vm import Vm
 from pyvmm.matrix.executor import Watch
+from pyvmm.matrix.output import RESULT
 from pyvmm.matrix.results import RunResult, shortened
 from pyvmm.matrix.runs import Run
 from pyvmm.testing.boot_result import BootResult
@@ -28,7 +29,7 @@ def run_one(run: Run, folder: str, watch: Watch) -> RunResult:
     test = boot_test(run, folder)
     if run.order.gets:
         os.makedirs(os.path.join(folder, FILES), exist_ok=True)
-    with Log(folder, STDOUT) as stdout, Log(folder, STDERR) as stderr:
+    with Log(folder, STDOUT) as output, Log(folder, STDERR) as errors:
 
         def adopt(vm: Vm) -> None:
             watch.adopt(vm.finish)
@@ -37,11 +38,11 @@ def run_one(run: Run, folder: str, watch: Watch) -> RunResult:
             raise HostError("the matrix was interrupted")
         console = Counter()
         result = run_boot_test(
-            test, on_console=console.count, on_stdout=stdout.write, on_stderr=stderr.write,
+            test, on_console=console.count, on_stdout=output.write, on_stderr=errors.write,
             on_phase=watch.on_phase, on_vm=adopt,
         )
     problems = (
-        stdout.problem, stderr.problem,
+        output.problem, errors.problem,
         _missing(result.console_log, console.bytes + result.lost_console_bytes),
     )
     return _result(run, result, folder, tuple(filter(None, problems)))
@@ -122,13 +123,13 @@ def _missing(log: str, printed: int) -> str:
 def _result(
     run: Run, test: BootResult, folder: str, problems: tuple[str, ...]
 ) -> RunResult:
-    names = (CONSOLE, STDOUT, STDERR)
+    names = (CONSOLE, STDOUT, STDERR, *((FILES,) if run.order.gets else ()))
     return RunResult(
         name=run.name, verdict=test.verdict, exit_status=test.exit_status,
         message=test.message.removeprefix(f"{run.name}: "),
         line=shortened([test.line])[0], before=shortened(test.before), phases=test.phases,
         seconds=test.seconds, parts=tuple(_parts(test)), problems=problems, test=test,
-        logs=tuple(name for name in names if os.path.exists(os.path.join(folder, name))),
+        logs=(*(name for name in names if os.path.exists(os.path.join(folder, name))), RESULT),
     )
 
 
@@ -136,7 +137,7 @@ def _parts(test: BootResult) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the lines that explain a failure, the most telling first; each with a title."""
     if test.is_passed:
         return
-    yield "behind it", shortened(test.trace)
+    yield "the lines behind it", shortened(test.trace)
     yield "standard error", shortened(test.stderr_tail.splitlines())
     yield "standard output", shortened(test.stdout_tail.splitlines())
     if not test.line:

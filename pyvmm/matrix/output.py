@@ -72,7 +72,10 @@ class Output:
     def save_files(self, name: str, files: dict[str, bytes]) -> None:
         """Write the logs of run ``name``, which came from a worker."""
         for path, data in files.items():
-            self.write(os.path.join(RUNS, name, path), data)
+            if os.path.isabs(path) or ".." in path.split("/"):
+                self.problems.append(f"{path}: is no name for a log of {name}")
+            else:
+                self.write(os.path.join(RUNS, name, path), data)
 
     def write(self, name: str, data: bytes) -> None:
         """Write the file ``name``, absolute or in the directory: all of it, or none."""

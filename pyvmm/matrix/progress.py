@@ -1,4 +1,4 @@
-"""Show how a matrix gets on: lines on standard error, or a live table with rich on a terminal."""
+"""Show how a matrix gets on, in lines on standard error; ``live`` has a table instead."""
 
 from __future__ import annotations
 
@@ -92,15 +92,3 @@ class PlainProgress:
     def _say(self, line: str) -> None:
         self._said_s = time.monotonic()
         complain(defused(line) if self._is_on_github else line)
-
-
-def progress_for(count: int) -> Progress:
-    """Return the live table if standard error is a terminal and rich is there, else the lines."""
-    if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
-        try:
-            from pyvmm.matrix.live import LiveProgress
-        except ImportError:
-            pass
-        else:
-            return LiveProgress(count)
-    return PlainProgress(count)

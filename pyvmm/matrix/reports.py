@@ -1,4 +1,4 @@
-"""What is left of a matrix when it is over: the page, the JUnit file, the summary."""
+"""Write the reports of a matrix that is over: the page, the JUnit file, the summary."""
 
 from __future__ import annotations
 

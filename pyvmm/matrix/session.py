@@ -73,6 +73,8 @@ class Session:
             return self._until_s is not None and time.monotonic() > self._until_s
         match event:
             case Started(name=name, where=where):
+                if name in self._started_s:
+                    self._progress.note(f"{name} begins again, on {where}: its worker is gone")
                 self._started_s[name] = time.monotonic() - self._began_s
                 self._progress.started(name, where)
             case PhaseBegan(name=name, phase=phase):

@@ -83,7 +83,7 @@ def do_run(name: str, runner: Runner, run: Run) -> tuple[RunResult, dict[str, by
         worker.log_event(name, {"run": run.name, "phase": phase, "where": where})
 
     watch = Watch(tell)
-    # What a worker that dies leaves there, Dask removes when the next one starts.
+    # Dask removes the directory of a worker that died when the next one starts.
     with (
         plugin.watched(worker.get_current_task(), run.name, watch),
         tempfile.TemporaryDirectory(prefix="pyvmm-", dir=worker.local_directory) as folder,

@@ -75,12 +75,12 @@ class Guest:
     def untold(self) -> BootError | None:
         """Return the verdict on the guest that no call has raised yet; None if there is none."""
         is_told = self._watch.error is not None and self._watch.error.__traceback__ is not None
+        # First, because the guest's answer comes behind much of what it has printed.
+        found = self._bad_message() if self._watch.error is None else None
         with contextlib.suppress(PyvmmError, RuntimeError):
-            self.vm.settle()
+            self.vm.settle()  # it may raise the verdict
         self._watch.judge.end()
-        error = self._watch.error
-        if error is None:
-            error = self._bad_message()
+        error = found or self._watch.error
         return None if error is None or is_told or self._is_expected(error) else error
 
     def _bad_message(self) -> BootError | None:

@@ -101,8 +101,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def has_machine(item: pytest.Item) -> bool:
-    """True if a test has a virtual machine, as far as the names of its fixtures tell."""
-    return not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+    """True if a test has a virtual machine, as far as the names of its fixtures tell.
+
+    A project may have a ``vm`` of its own: ours bring ``pyvmm_kernel``.
+    """
+    names = getattr(item, "fixturenames", ())
+    return "pyvmm_kernel" in names and not FIXTURES.isdisjoint(names)
 
 
 @pytest.hookimpl(tryfirst=True)

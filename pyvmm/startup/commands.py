@@ -46,15 +46,13 @@ class Option(Record):
 class Word(Record):
     """An argument that is no option and must be there.
 
-    ``name`` is its attribute in the result.  With ``choices`` only these are allowed.  With
-    ``takes_rest`` its value is the list of all words from the first that is no option; the list may
-    be empty.
+    ``name`` is its attribute in the result.  With ``takes_rest`` its value is the list of all words
+    from the first that is no option; the list may be empty.
     """
 
     name: str
     metavar: str
     help: str
-    choices: tuple[str, ...] = ()
     takes_rest: bool = False
 
 

@@ -93,12 +93,6 @@ def _said(command: Command, argv: Sequence[str], mistake: Mistake) -> tuple[str,
         case "no word", _:
             words = " ".join(word.metavar for word in command.words)
             return command.name, f"needs {words}"
-        case "bad word", _:
-            choices = next(expected.choices for expected in command.words if expected.choices)
-            return word, (
-                f"is not known to pyvmm {command.name}; write pyvmm {command.name} "
-                f"{' or '.join(nearest(word, choices) or choices)}"
-            )
     return _too_many(command, argv, mistake.at)
 
 

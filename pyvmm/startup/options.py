@@ -99,8 +99,9 @@ def _read(command: Command, argv: Sequence[str]) -> SimpleNamespace:
                 values[option.attribute] = value
             given.add(option.name)
         at += 1
+    is_too_long = len(words) > len(command.words) and not command.takes_rest
     for option in command.options:
-        if option.required and option.name not in given and len(words) <= len(command.words):
+        if option.required and option.name not in given and not is_too_long:
             raise Mistake("missing", end, option)
     return SimpleNamespace(**values, **_named(command, words, argv))
 
@@ -113,8 +114,6 @@ def _named(command: Command, words: list[str], argv: Sequence[str]) -> dict[str,
             return {**found, expected.name: words[place:]}
         if place == len(words):
             raise Mistake("no word", len(argv))
-        if expected.choices and words[place] not in expected.choices:
-            raise Mistake("bad word", argv.index(words[place]))
         found[expected.name] = words[place]
     if len(words) > len(command.words):
         raise Mistake("too many words", argv.index(words[len(command.words)]))

@@ -28,7 +28,7 @@ def argument_parser(command: Command) -> argparse.ArgumentParser:
             verbs.add_parser(verb.verb, help=verb.description)
     for word in command.words:
         parser.add_argument(
-            word.name, metavar=word.metavar, help=word.help, choices=word.choices or None,
+            word.name, metavar=word.metavar, help=word.help,
             nargs=argparse.REMAINDER if word.takes_rest else None,
         )
     for option in command.options:

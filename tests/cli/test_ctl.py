@@ -126,23 +126,19 @@ def test_wait_has_the_exit_status_of_the_run(rig: Served) -> None:
     done = ctl(rig, "wait", "--timeout", "0.1")
     assert "still runs after 0.1 s" in complaint(done, status=124)
     waiting = subprocess.Popen(command(rig, "wait"), stdout=subprocess.PIPE, env=environment())
-    time.sleep(0.2)
     rig.target.finish(Outcome(Kind.PANIC, detail="no \x1b[2Jinit"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyvmm.control.server.LINGER_S", patient(10))
-        wait_until(lambda: waiting.poll() is not None or _has_client(rig))
+        wait_until(lambda: rig.server.requests_under_way == 1)
         rig.end()
     assert waiting.communicate(timeout=patient(20))[0] == b"kernel panic: no \\x1b[2Jinit\n"
     assert waiting.returncode == 121
 
 
-def _has_client(rig: Served) -> bool:
-    return bool(rig.server.client_count)
-
-
 def test_stop_ends_the_machine(rig: Served) -> None:
     stopping = subprocess.Popen(command(rig, "stop"), env=environment())
     assert rig.target.finished.wait(patient(20))
+    wait_until(lambda: rig.server.requests_under_way == 1)
     rig.end()
     assert stopping.wait(patient(20)) == 0
     assert "No such file" in complaint(ctl(rig, "status"))

@@ -9,22 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import doctor, export, image, kernel, lab, matrix, ps, run, test
+from pyvmm.cli import ctl, doctor, export, image, kernel, lab, matrix, ps, run, test
 from pyvmm.cli.main import COMMANDS, main
 from pyvmm.cli.parse import parse_console
 from pyvmm.startup.commands import Command
 
 TABLES = [
     run.COMMAND, test.COMMAND, matrix.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND,
-    ps.COMMAND, *kernel.COMMAND.verbs, *image.COMMAND.verbs,
+    ps.COMMAND, *kernel.COMMAND.verbs, *image.COMMAND.verbs, *ctl.COMMAND.verbs,
 ]
 PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "kernel build": ["d"],
         "image build": ["--busybox", "o"], "matrix": ["f"],
         "run": ["--kernel", "k", "--disk", "d"],
         "test": ["--kernel", "k"],
-        "export": ["--disk", "d", "--socket", "s"]}
+        "export": ["--disk", "d", "--socket", "s"],
+        "ctl SOCKET type": ["t"], "ctl SOCKET put": ["a", "/b"], "ctl SOCKET get": ["/a", "b"],
+        "ctl SOCKET memory": ["0", "1"]}
 """The words that make the rest of a command line complete."""
-NO_COMMAND = {"lab": "lab: no command given", "test": "pyvmm test: has nothing to do"}
+NO_COMMAND = {
+    "lab": "lab: no command given", "test": "pyvmm test: has nothing to do",
+    "ctl SOCKET run": "ctl run: names no command",
+    "ctl SOCKET registers": "SOCKET: No such file",  # of vCPU 0
+}
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -61,11 +67,10 @@ def mistakes(command: Command) -> Iterator[tuple[list[str], str]]:
     else:
         yield [*past, "extra"], "extra: is one word too many"
         yield [*past, "--", "-extra"], "-extra: is one word too many"
-    for word in command.words:
-        if word.choices:
-            yield ["nonsense"], "nonsense: is not known to"
+    needed = " ".join(word.metavar for word in command.words if not word.takes_rest)
+    for place, word in enumerate(command.words):
         if not word.takes_rest:
-            yield [], f"{command.name}: needs {word.metavar}"
+            yield past[:place], f"{command.name}: needs {needed}"
 
 
 @pytest.mark.parametrize("command", TABLES, ids=lambda command: command.name)
@@ -109,6 +114,14 @@ BAD_VALUES = [
     (["image", "build", "o", "--busybox", "--include", "x"], "--include: is for --debootstrap"),
     (["image", "build", "o", "--from-dir", "/nowhere"], "--from-dir /nowhere: is no directory"),
     (["image", "build", "/dev/null", "--busybox"], "/dev/null: is there, and is no regular"),
+    (["ctl"], "ctl SOCKET: needs status or pause"),
+    (["ctl", "--json"], "--json: pyvmm ctl needs the socket first"),
+    (["ctl", "SOCKET", "nonsense"], "nonsense: is not known to pyvmm ctl SOCKET"),
+    (["ctl", "SOCKET", "pause", "--timeout", "x"], "--timeout x: "),
+    (["ctl", "SOCKET", "memory", "x", "1"], "GPA x: is no address"),
+    (["ctl", "SOCKET", "memory", "0", "x"], "LENGTH x: is not a size"),
+    (["ctl", "SOCKET", "registers", "x"], "registers x: is no number"),
+    (["ctl", "SOCKET", "run", "--env", "A", "--", "x"], "--env A: is not NAME=VALUE"),
     (["nonsense"], "nonsense: no such command"),
 ]
 

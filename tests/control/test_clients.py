@@ -291,3 +291,19 @@ def test_a_call_may_have_a_time_limit(rig: Served) -> None:
     with pytest.raises(ControlError, match=r"wait: no answer for 0.05 s"):
         client.call("wait", timeout_s=0.05)
     assert time.monotonic() - began_s < patient(5)
+
+
+def test_a_client_may_hang_up_in_an_event(rig: Served) -> None:
+    before = open_descriptors()
+    clients: list[Client] = []
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "state":
+            clients[0].close()
+
+    clients.append(Client.connect(str(rig.path), on_event=on_event))
+    clients[0].call("subscribe", {"events": ["state"]})
+    rig.client().call("pause")
+    wait_until(lambda: clients[0].is_closed)
+    rig.clients.pop().close()
+    wait_until(lambda: open_descriptors() <= before)

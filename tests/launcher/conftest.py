@@ -7,11 +7,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import pyvmm
 from tests.support.patience import patient
+from tests.support.tiny_guests import SPIN, prints, write_guest
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +38,9 @@ def vm(monkeypatch: pytest.MonkeyPatch) -> Iterator[pyvmm.Vm]:
     with pyvmm.launch(pyvmm.MachineConfig(kernel="k")) as vm:
         vm.wait_for_agent(patient(20))
         yield vm
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Path:
+    """A guest that prints a line and spins."""
+    return write_guest(tmp_path / "guest.elf", prints(b"hello\n"), SPIN)

@@ -147,6 +147,11 @@ def test_streams_while_it_runs(vm: pyvmm.Vm) -> None:
         with pytest.raises(TimeoutError):
             command.wait(0.05)
         command.write(b"three\n")
+        deadline = time.monotonic() + patient(20)
+        while not command._out.data:  # the first of two waits takes it
+            assert time.monotonic() < deadline
+            with contextlib.suppress(TimeoutError):
+                command.wait(0.05)
         command.close_input()
         done = command.wait(patient(20))
         assert done.stdout == "three\n"  # what was not read before

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import pytest
 
 import pyvmm
 from pyvmm import Kind, MachineConfig
+from tests.support.launched import is_there, until
 from tests.support.patience import patient
 from tests.support.tiny_guests import (
     REPORT_7,
@@ -30,27 +27,6 @@ from tests.support.tiny_guests import (
 )
 
 pytestmark = pytest.mark.bare
-
-
-def is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + patient(seconds)
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def kernel(tmp_path: Path) -> Path:
-    """A guest that prints a line and spins."""
-    return write_guest(tmp_path / "guest.elf", prints(b"hello\n"), SPIN)
 
 
 def test_a_run_from_start_to_status(tmp_path: Path) -> None:
@@ -68,6 +44,17 @@ def test_a_run_from_start_to_status(tmp_path: Path) -> None:
         assert vm.registers().rip == vm.registers(0).rip > 0
     assert log.read_bytes() == b"hello\r\nbye"
     assert not is_there(pid)
+
+
+def test_a_guest_that_ends_at_once_has_an_outcome_every_time(tmp_path: Path) -> None:
+    """Its process waits until its owner has heard."""
+    kernel = write_guest(tmp_path / "guest.elf", prints(b"!"), REPORT_7)
+    for _ in range(10):
+        with pyvmm.launch(MachineConfig(kernel=kernel)) as vm:
+            outcome = vm.wait(patient(20))
+            assert outcome is not None
+            assert outcome.value == 7
+            assert vm.console.text == "!"
 
 
 def test_stop_pause_memory_and_registers(kernel: Path) -> None:
@@ -237,79 +224,6 @@ def test_what_is_odd_is_reported(tmp_path: Path, kernel: Path) -> None:
     assert not reported[0].startswith("pyvmm")
 
 
-def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path, kernel: Path) -> None:
-    script = (
-        "import sys, time, pyvmm\n"
-        "vm = pyvmm.launch(pyvmm.MachineConfig(kernel=sys.argv[1]))\n"
-        "vm.console.expect('hello')\n"
-        "print(vm.pid, flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(kernel)], stdout=subprocess.PIPE, text=True
-    ) as owner:
-        assert owner.stdout is not None
-        pid = int(owner.stdout.readline())
-        assert is_there(pid)
-        assert os.getsid(pid) == pid  # Ctrl-C at the owner's terminal does not reach it
-        owner.kill()
-        until(lambda: not is_there(pid))
-
-
-def test_an_owner_that_ends_without_close_ends_and_so_does_the_process(kernel: Path) -> None:
-    script = (
-        "import sys, pyvmm\n"
-        "vm = pyvmm.launch(pyvmm.MachineConfig(kernel=sys.argv[1]))\n"
-        "print(vm.pid)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(kernel)], capture_output=True, text=True, check=True,
-        timeout=patient(60),
-    )
-    until(lambda: not is_there(int(done.stdout)))
-
-
-def test_a_forgotten_vm_warns_and_is_gone(kernel: Path) -> None:
-    vm = pyvmm.launch(MachineConfig(kernel=kernel))
-    pid = vm.pid
-    with pytest.warns(ResourceWarning, match="never closed"):  # noqa: PT031 - del is the call
-        del vm
-        gc.collect()
-    assert not is_there(pid)
-
-
-def test_close_is_idempotent_and_calls_after_it_say_so(kernel: Path) -> None:
-    vm = pyvmm.launch(MachineConfig(kernel=kernel))
-    threads = [threading.Thread(target=vm.close) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    vm.close()
-    assert vm.outcome is not None
-    calls: list[Callable[[], object]] = [
-        vm.pause, vm.refresh_disks, vm.wait, lambda: vm.run(["true"]),
-        lambda: vm.console.expect("hello"), lambda: vm.console.write("x"),
-        lambda: vm.get("/etc/passwd", kernel.parent),
-    ]
-    for call in calls:
-        with pytest.raises(RuntimeError, match="closed"):
-            call()
-
-
-def test_a_stopped_process_does_not_hold_up_close(
-    kernel: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("session.STOP_TIMEOUT_S", "process.END_TIMEOUT_S", "process.TERM_TIMEOUT_S",
-                 "session.END_TIMEOUT_S", "session.TOLD_TIMEOUT_S"):
-        monkeypatch.setattr(f"pyvmm.launcher.{name}", 0.2)
-    vm = pyvmm.launch(MachineConfig(kernel=kernel))
-    os.kill(vm.pid, signal.SIGSTOP)
-    vm.close()
-    assert vm.outcome is not None
-    assert "signal 9" in vm.outcome.detail
-
-
 def test_a_flood_is_whole_in_the_file_and_a_slow_client_holds_nobody_up(tmp_path: Path) -> None:
     line = b"0123456789abcdef" * 63 + b"end of a line.\n"
     kernel = write_guest(tmp_path / "guest.elf", prints_for_ever(line))
@@ -348,10 +262,17 @@ def test_the_working_directory_shadows_nothing(
         vm.console.expect("hello", patient(20))
 
 
-def test_no_warning_is_raised_at_the_end_of_a_closed_vm(kernel: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pyvmm.launch(MachineConfig(kernel=kernel)) as vm:
-            vm.wait(0)
-        del vm
-        gc.collect()
+
+
+@pytest.mark.parametrize(("line", "level"), [
+    ("disk.img: its last bytes are no sector", "WARNING"),
+    ("making an initramfs (once; kept in the cache)...", "INFO"),
+])
+def test_the_log_has_what_is_odd_as_a_warning(
+    kernel: Path, caplog: pytest.LogCaptureFixture, line: str, level: str
+) -> None:
+    """A program without logging shows warnings alone: not that work is under way."""
+    caplog.set_level("DEBUG", "pyvmm")
+    with pyvmm.launch(MachineConfig(kernel=kernel)) as vm:
+        vm._session.report(line)
+    assert [(one.levelname, one.getMessage()) for one in caplog.records] == [(level, line)]

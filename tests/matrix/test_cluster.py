@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from pyvmm.cli.matrix import matrix_main
 from pyvmm.errors import ConfigError
 from pyvmm.matrix import cluster as cluster_executor
+from pyvmm.matrix.output import Output
 from pyvmm.matrix.worker import MAX_FILE_BYTES, MAX_RUN_BYTES, brought_back
 from tests.support.dask_cluster import Cluster, cluster
 from tests.support.matrix_program import ended, matrix, start, until
@@ -101,6 +103,7 @@ def test_a_worker_killed_in_the_middle_costs_a_retry_not_a_result(
     assert status == 3, out + error
     assert [run["verdict"] for run in summary(tmp_path)] == ["passed", "passed", "failed"]
     assert (tmp_path / "out" / "runs" / "k+256M+1cpu+a" / "console.log").exists()
+    assert "pyvmm: k+256M+1cpu+a begins again, on tcp://" in error
 
 
 def test_an_interrupt_ends_the_runs_on_the_workers_and_brings_their_logs(
@@ -149,6 +152,16 @@ def test_a_scheduler_that_goes_away_is_said_and_the_report_is_written(
     assert "the scheduler has gone" in run["message"]
 
 
+def test_without_dask_the_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "pyvmm.matrix.cluster")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    path = matrix(tmp_path, 'a = ["status", "0"]')
+    with pytest.raises(ConfigError, match=r"needs Dask: pip install 'pyvmm\[dask\]'"):
+        matrix_main([str(path), "--executor", "dask=tcp://x:1"], stand_in)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_nobody_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_executor, "CONNECT_S", 0.5)
@@ -157,6 +170,17 @@ def test_nobody_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ConfigError, match=f"--executor dask={address}: no Dask scheduler ans"):
             matrix_main([*words, "--executor", f"dask={address}"], stand_in)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_writes_nowhere_but_in_its_run(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"))
+    output.prepare()
+    output.save_files("r", {"a": b"1", "files/b": b"2", "../x": b"3", str(tmp_path / "y"): b"4",
+                            "files/../../z": b"5"})
+    found = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert found == [tmp_path / "out" / name
+                     for name in ("matrix.json", "runs/r/a", "runs/r/files/b")]
+    assert len(output.problems) == 3
 
 
 def test_what_comes_back_is_bounded_and_only_files(tmp_path: Path) -> None:

@@ -7,14 +7,21 @@ import os
 import signal
 import subprocess
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pyvmm.cli.matrix import matrix_main
-from pyvmm.errors import ConfigError, HostError
-from tests.support.matrix_program import ended, matrix, start, until
+from pyvmm.errors import ConfigError
+from tests.support.matrix_program import (
+    REAL,
+    STAND_IN,
+    ended,
+    matrix,
+    start,
+    until,
+    with_small_disk,
+)
 from tests.support.stand_in_runs import stand_in
 
 ALL = """
@@ -186,7 +193,7 @@ def test_all_files_are_looked_for_before_the_first_run(tmp_path: Path) -> None:
 def test_a_kernel_tree_needs_a_kernel_in_it(tmp_path: Path) -> None:
     path = matrix(tmp_path, 'c = ["status", "0"]')
     path.write_text(path.read_text().replace("'m.toml'", "'.'"))
-    with pytest.raises(ConfigError, match=r"kernels.k: .*arch/x86/boot/bzImage: No such file"):
+    with pytest.raises(ConfigError, match=r"m.toml: kernels.k: .*: is a directory with no kernel"):
         matrix_main([str(path), "--out", str(tmp_path / "out")], stand_in)
     (tmp_path / "arch" / "x86" / "boot").mkdir(parents=True)
     (tmp_path / "arch" / "x86" / "boot" / "bzImage").touch()
@@ -238,35 +245,30 @@ def test_a_report_goes_into_a_pipe_as_into_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(path)], check=True,
-        capture_output=True,
-    )
-    yield path
-    subprocess.run(["umount", str(path)], check=True, capture_output=True)
-
-
-def test_a_full_disk_for_logs_is_one_clear_line_each(
-    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_for_logs_is_one_clear_line_each(tmp_path: Path) -> None:
     path = matrix(tmp_path, 'a = ["log", "200000"]\nb = ["status", "0"]')
-    status = matrix_main([str(path), "--jobs", "1", "--out", str(small_disk / "out")], stand_in)
-    assert status == 125
-    captured = capsys.readouterr()
-    assert "No space left on device" in captured.out + captured.err
-    said = [line for line in captured.err.splitlines() if line.startswith("pyvmm: ")]
-    assert any(
-        line == f"pyvmm: {small_disk}/out/index.html: cannot be written: No space left on device"
-        for line in said
+    small = tmp_path / "small"
+    process = start(
+        str(path), "--jobs", "1", "--out", str(small / "out"),
+        program=with_small_disk(small, STAND_IN),
     )
-    (small_disk / "full").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
-    with pytest.raises(HostError, match="No space left on device"):
-        matrix_main([str(path), "--out", str(small_disk / "out2")], stand_in)
+    status, out, error = ended(process)
+    assert status == 125
+    assert "host-error (125): [Errno 28] No space left on device" in out
+    said = [line for line in error.splitlines() if line.startswith("pyvmm: ")]
+    assert f"pyvmm: {small}/out/index.html: cannot be written: No space left on device" in said
+
+
+def test_a_disk_that_is_full_before_is_refused(tmp_path: Path) -> None:
+    path = matrix(tmp_path, 'a = ["status", "0"]')
+    small = tmp_path / "small"
+    fill = "{ head -c 100000 /dev/zero >\"$0/full\" 2>/dev/null || true; }"
+    process = start(
+        str(path), "--out", str(small / "out"), program=with_small_disk(small, REAL, fill),
+    )
+    assert ended(process) == (
+        125, "", f"pyvmm: --out {small}/out: No space left on device\n"
+    )
 
 
 def test_annotations_on_github_say_what_failed(

@@ -109,6 +109,20 @@ def test_a_test_that_is_skipped_needs_no_lab(host: pytest.Pytester) -> None:
     host.runpytest_subprocess().assert_outcomes(skipped=1)
 
 
+def test_a_projects_own_fixture_of_that_name_is_none_of_ours(host: pytest.Pytester) -> None:
+    host.makepyfile(test_x="""
+        import pytest
+
+        @pytest.fixture
+        def vm():
+            return "their own"
+
+        def test_vm(vm):
+            assert vm == "their own"
+    """)
+    host.runpytest_subprocess().assert_outcomes(passed=1)
+
+
 def test_with_xdist_the_controller_goes(host: pytest.Pytester) -> None:
     done = host.runpytest_subprocess("-n", "2")
     assert done.ret == 42

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pyvmm.cli.matrix import matrix_main
@@ -17,13 +17,28 @@ from tests.support.stand_in_runs import stand_in
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(*words: str, **environment: str) -> subprocess.Popen[str]:
-    """Start ``pyvmm matrix`` with these words."""
+STAND_IN = (sys.executable, "-m", "tests.support.matrix_program")
+REAL = (sys.executable, "-m", "pyvmm", "matrix")
+
+
+def start(*words: str, program: Sequence[str] = STAND_IN) -> subprocess.Popen[str]:
+    """Start ``program``, which is ``pyvmm matrix``, with these words."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.matrix_program", *words], cwd=ROOT, text=True,
+        [*program, *words], cwd=ROOT, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+
+
+def with_small_disk(folder: Path, program: Sequence[str], before: str = "true") -> list[str]:
+    """Return ``program`` behind a command that makes ``folder`` a disk of 64 KiB, for it alone.
+
+    ``before`` is for the shell, after that.
+    """
+    folder.mkdir()
+    user = ["--map-root-user"] if os.geteuid() else []
+    script = f'mount -t tmpfs -o size=64k none "$0" && {before} && exec "$@"'
+    return ["unshare", "--mount", *user, "sh", "-c", script, str(folder), *program]
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -27,7 +27,8 @@ class StandInTarget:
 
     def __init__(self, port: Port | None = None) -> None:
         self.facts: dict[str, object] = {
-            "pyvmm": "0.0", "kernel": "stand-in", "kernel_release": "1.0", "kernel_version": "1.0 (test)",
+            "pyvmm": "0.0", "kernel": "stand-in", "kernel_release": "1.0",
+            "kernel_version": "1.0 (test)",
             "is_linux": True, "started_s": time.clock_gettime(time.CLOCK_BOOTTIME),
             "pid": os.getpid(), "agent_way": "image", "memory_bytes": MEMORY_BYTES, "disks": [],
         }

@@ -6,14 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.dask_cluster import cluster
-from tests.support.matrix_program import ended, until
+from tests.support.matrix_program import REAL, ended, start, until, with_small_disk
 from tests.support.patience import patient
 from tests.support.tiny_guests import (
     REPORT_7,
@@ -26,7 +24,6 @@ from tests.support.tiny_guests import (
 
 pytestmark = pytest.mark.bare
 
-ROOT = Path(__file__).resolve().parents[2]
 PANIC = b"[    0.100000] Kernel panic - not syncing: no root\r\n"
 FLOOD = b"".join(b"%05d a line of a flood that does not end\r\n" % number for number in range(20))
 GUESTS = {
@@ -53,14 +50,6 @@ def write_matrix(folder: Path, guests: dict[str, bytes], boot_timeout_s: float) 
         true = ["true"]
     """)
     return path
-
-
-def start(*words: str | Path) -> subprocess.Popen[str]:
-    """Start ``pyvmm matrix``."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pyvmm", "matrix", *map(str, words)], cwd=ROOT, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
 
 
 def verdicts(out: Path) -> dict[str, str]:
@@ -98,7 +87,7 @@ def machines_of(folder: Path) -> set[int]:
 def test_each_end_has_its_verdict_and_its_logs(tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = write_matrix(tmp_path, GUESTS, min(patient(5), 60))
-    status, said, error = ended(start(path, "--jobs", "2", "--out", out))
+    status, said, error = ended(start(str(path), "--jobs", "2", "--out", str(out), program=REAL))
     assert verdicts(out) == {
         "panics": "panic", "ends": "ended", "faults": "triple-fault", "hangs": "boot-timeout",
     }, said + error
@@ -116,7 +105,7 @@ def test_each_end_has_its_verdict_and_its_logs(tmp_path: Path) -> None:
 def test_an_interrupt_ends_all_machines(tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = write_matrix(tmp_path, {"one": SPIN, "two": SPIN, "three": SPIN}, 300)
-    process = start(path, "--jobs", "2", "--out", out)
+    process = start(str(path), "--jobs", "2", "--out", str(out), program=REAL)
     until(lambda: len(machines_of(tmp_path)) == 2)
     process.send_signal(signal.SIGINT)
     status, said, error = ended(process)
@@ -128,7 +117,7 @@ def test_an_interrupt_ends_all_machines(tmp_path: Path) -> None:
 
 def test_a_matrix_that_is_killed_leaves_no_machine(tmp_path: Path) -> None:
     path = write_matrix(tmp_path, {"one": SPIN, "two": SPIN}, 300)
-    process = start(path, "--jobs", "2", "--out", tmp_path / "out")
+    process = start(str(path), "--jobs", "2", "--out", str(tmp_path / "out"), program=REAL)
     until(lambda: len(machines_of(tmp_path)) == 2)
     process.kill()
     ended(process)
@@ -138,7 +127,7 @@ def test_a_matrix_that_is_killed_leaves_no_machine(tmp_path: Path) -> None:
 def test_a_flood_on_the_console_is_all_in_the_log_and_not_in_our_memory(tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = write_matrix(tmp_path, {"floods": prints_for_ever(FLOOD)}, min(patient(4), 40))
-    process = start(path, "--out", out)
+    process = start(str(path), "--out", str(out), program=REAL)
     most_kib = 0
 
     def is_over() -> bool:
@@ -161,13 +150,9 @@ def test_a_flood_on_the_console_is_all_in_the_log_and_not_in_our_memory(tmp_path
 
 def test_a_disk_too_full_for_the_console_is_said(tmp_path: Path) -> None:
     small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)], check=True)
-    try:
-        path = write_matrix(tmp_path, {"floods": prints_for_ever(FLOOD)}, min(patient(5), 40))
-        status, said, error = ended(start(path, "--out", small / "out"))
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    path = write_matrix(tmp_path, {"floods": prints_for_ever(FLOOD)}, min(patient(5), 40))
+    program = with_small_disk(small, REAL)
+    status, said, error = ended(start(str(path), "--out", str(small / "out"), program=program))
     assert status == 124, said + error
     assert re.search(r"^pyvmm: .*/console.log: has \d+ of \d+ bytes: the disk is full$", error,
                      re.MULTILINE)
@@ -179,7 +164,9 @@ def test_a_cluster_runs_machines_and_a_killed_worker_leaves_none(tmp_path: Path)
     out = tmp_path / "out"
     path = write_matrix(tmp_path, {"panics": GUESTS["panics"], "hangs": SPIN}, min(patient(10), 60))
     with cluster(tmp_path / "cluster") as found:
-        process = start(path, "--out", out, "--executor", f"dask={found.address}")
+        process = start(
+            str(path), "--out", str(out), "--executor", f"dask={found.address}", program=REAL
+        )
         until(lambda: len(machines_of(tmp_path)) == 1 and (
             "hangs" in str(Path(f"/proc/{next(iter(machines_of(tmp_path)))}/cmdline").read_bytes())
         ))

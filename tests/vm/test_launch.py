@@ -21,10 +21,9 @@ from tests.support.patience import patient
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(900)]
 
 
-def config(**options: Any) -> pyvmm.MachineConfig:
-    return pyvmm.MachineConfig(
-        kernel=KERNEL, disks=[pyvmm.Overlay(IMAGE)], append="quiet", agent=True, **options
-    )
+CONFIG = pyvmm.MachineConfig(
+    kernel=KERNEL, disks=[pyvmm.Overlay(IMAGE)], append="quiet", agent=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pyvmm.Vm]:
     """One guest for all tests that leave it running."""
     os.environ["PYVMM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     log = tmp_path_factory.mktemp("logs") / "console"
-    with pyvmm.launch(config(), console_log=log) as vm:
+    with pyvmm.launch(CONFIG, console_log=log) as vm:
         vm.wait_for_agent(patient(120))
         yield vm
 
@@ -117,10 +116,10 @@ def test_the_machine_beside_the_agent(booted: pyvmm.Vm) -> None:
 
 def test_a_panic_ends_whatever_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "console"
-    with pyvmm.launch(config(), console_log=log) as vm:
+    with pyvmm.launch(CONFIG, console_log=log) as vm:
         vm.wait_for_agent(patient(120))
         began_s = time.monotonic()
-        with pytest.raises(pyvmm.EndedError, match="kernel panic.*sysrq") as error:
+        with pytest.raises(pyvmm.EndedError, match=r"kernel panic.*sysrq") as error:
             vm.run(["sh", "-c", "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; "
                     "sleep 600"], timeout_s=600)
         assert time.monotonic() - began_s < patient(60)

@@ -10,6 +10,7 @@ from tests.support.patience import patient
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(900)]
 
 TESTS = f"""
+    import time
     import pytest
     import pyvmm
 
@@ -33,6 +34,7 @@ TESTS = f"""
 
         def test_warning_that_nobody_waits_for(self, vm):
             vm.write("/dev/kmsg", "<4>WARNING: CPU: 0 PID: 1 at a test\\n")
+            time.sleep(2)  # the console is behind in the lab
 
     def test_panic(vm):
         with pytest.raises(pyvmm.KernelPanic, match="sysrq triggered crash"):

@@ -44,7 +44,10 @@ def add(
 
 def _copy(source: Path, root: Path, name: str) -> list[str]:
     """Copy a file (through symlinks) or a tree (keeping them), replacing what is there."""
-    folder = resolve(root, os.path.dirname(name))
+    into = resolve(root, name)
+    if not source.is_dir() and (name.endswith("/") or (into is not None and into.is_dir())):
+        name = f"{name.rstrip('/')}/{source.name}"
+    folder = resolve(root, os.path.dirname(name.rstrip("/")))
     if folder is None:
         raise ConfigError(name, "is below a link of the image that leads nowhere")
     target = folder / os.path.basename(name.rstrip("/")) if name.strip("/") else root
@@ -54,8 +57,6 @@ def _copy(source: Path, root: Path, name: str) -> list[str]:
         shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
         inside = [target, *(target / path.relative_to(source) for path in source.rglob("*"))]
     else:
-        if name.endswith("/") or target.is_dir():
-            target /= source.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         shutil.copy(source, target)

@@ -22,7 +22,7 @@ from pyvmm.linux.images import (
     initramfs_file,
     other,
 )
-from pyvmm.linux.images.kinds import kind_of, size_of
+from pyvmm.linux.images.kinds import check_label, size_of
 from pyvmm.linux.images.tool import Details
 from pyvmm.linux.images.tree import Tree, scan, with_files
 
@@ -100,7 +100,7 @@ def build(request: Request, say: Say) -> Made:
 
 def check(request: Request) -> None:
     """Raise ConfigError if the image must not or cannot be made, before any work is done."""
-    kind_of(request.kind)
+    check_label(request.kind, request.label)
     if os.path.lexists(request.out):
         _check_target(request.out, replaces=request.replaces)
     if request.directory is not None:

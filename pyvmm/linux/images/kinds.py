@@ -16,11 +16,13 @@ class Kind:
     """A file system, or the archive ``initramfs``: the tool that makes it and Debian's package.
 
     ``least_bytes`` is the smallest size; 0 if an image is as large as its contents.
+    ``label_bytes`` is the longest label; 0 if it has none.
     """
 
     tool: str
     package: str
     least_bytes: int = 0
+    label_bytes: int = 0
 
     @property
     def is_read_only(self) -> bool:
@@ -29,11 +31,13 @@ class Kind:
 
 
 KINDS = MappingProxyType({
-    "ext4": Kind(tool="mke2fs", package="e2fsprogs", least_bytes=8 * MIB),
-    "ext3": Kind(tool="mke2fs", package="e2fsprogs", least_bytes=8 * MIB),
-    "ext2": Kind(tool="mke2fs", package="e2fsprogs", least_bytes=8 * MIB),
-    "xfs": Kind(tool="mkfs.xfs", package="xfsprogs", least_bytes=320 * MIB),
-    "btrfs": Kind(tool="mkfs.btrfs", package="btrfs-progs", least_bytes=128 * MIB),
+    "ext4": Kind(tool="mke2fs", package="e2fsprogs", least_bytes=8 * MIB, label_bytes=16),
+    "ext3": Kind(tool="mke2fs", package="e2fsprogs", least_bytes=8 * MIB, label_bytes=16),
+    "ext2": Kind(tool="mke2fs", package="e2fsprogs", least_bytes=8 * MIB, label_bytes=16),
+    "xfs": Kind(tool="mkfs.xfs", package="xfsprogs", least_bytes=320 * MIB, label_bytes=12),
+    "btrfs": Kind(
+        tool="mkfs.btrfs", package="btrfs-progs", least_bytes=128 * MIB, label_bytes=255
+    ),
     "squashfs": Kind(tool="mksquashfs", package="squashfs-tools"),
     "erofs": Kind(tool="mkfs.erofs", package="erofs-utils"),
     "initramfs": Kind(tool="", package=""),
@@ -45,6 +49,15 @@ def kind_of(name: str) -> Kind:
     if name not in KINDS:
         raise ConfigError(f"--fs {name}", f"is not known; there are {', '.join(KINDS)}")
     return KINDS[name]
+
+
+def check_label(name: str, label: str) -> None:
+    """Raise ConfigError if a file system ``name`` cannot have ``label``."""
+    longest = kind_of(name).label_bytes
+    if label and not longest:
+        raise ConfigError("--label", f"{name} has none; leave it away")
+    if len(label.encode("utf-8", "surrogateescape")) > longest:
+        raise ConfigError(f"--label {label}", f"is longer than the {longest} bytes of {name}")
 
 
 def size_of(name: str, tree: Tree, wanted_bytes: int | None) -> int:

@@ -40,7 +40,7 @@ def write(kind: str, tree: Tree, image: Path, size_bytes: int, details: Details)
             _run_on(tree, [tool, root, str(image), "-noappend", "-quiet", "-no-progress"],
                     all_root=("-all-root",))
         case "erofs":
-            _run_on(tree, [tool, "--quiet", *label, str(image), root], all_root=("--all-root",))
+            _run_on(tree, [tool, "--quiet", str(image), root], all_root=("--all-root",))
 
 
 def _run_on(tree: Tree, command: Sequence[str], all_root: tuple[str, ...] = ()) -> None:

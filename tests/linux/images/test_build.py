@@ -217,6 +217,15 @@ def test_a_size_is_chosen_from_the_contents(kind: str, data: Path, tmp_path: Pat
         assert found.size_bytes == max(KINDS[kind].least_bytes, 33 * MIB)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, what in KINDS.items() if what.label_bytes])
+def test_a_label_is_in_the_image(kind: str, tmp_path: Path) -> None:
+    label = "pyvmm-label-16-b"[: min(16, KINDS[kind].label_bytes)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/file").touch()
+    made(tmp_path, directory=tmp_path / "data", kind=kind, label=label)
+    assert label.encode() in (tmp_path / "out.img").read_bytes()[: 1 << 17]
+
+
 def test_contents_larger_than_the_spare_room_fit(tmp_path: Path, data: Path) -> None:
     (data / "large").write_bytes(os.urandom(150 * MIB))
     found = made(tmp_path, directory=data)
@@ -228,6 +237,8 @@ def test_contents_larger_than_the_spare_room_fit(tmp_path: Path, data: Path) -> 
     ({"kind": "squashfs", "size_bytes": 64 * MIB}, "squashfs is as large as its contents"),
     ({"kind": "xfs", "size_bytes": 64 * MIB}, "must be at least 320M for xfs"),
     ({"size_bytes": 64 * MIB + 1}, "a multiple of 4096 bytes; it is 67108865"),
+    ({"kind": "squashfs", "label": "x"}, "--label: squashfs has none; leave it away"),
+    ({"label": "x" * 17}, "is longer than the 16 bytes of ext4"),
     ({"kind": "ntfs"}, "--fs ntfs: is not known; there are ext4, "),
     ({"kind": "xfs"}, "a file: mkfs.xfs takes no name with a space"),
     ({"added": ((Path("/nowhere"), "/x"),)}, "--add /nowhere:/x: /nowhere: no such file"),

@@ -1,0 +1,121 @@
+"""One guest under its judge, on a stand-in for its machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import pyvmm
+from pyvmm import Kind, Outcome
+from pyvmm.errors import PyvmmError
+from pyvmm.launcher.vm import Vm
+from pyvmm.pytest_plugin.guests import Guest
+from pyvmm.pytest_plugin.marker import checked
+from pyvmm.pytest_plugin.plan import make_plan
+
+OLD = b"4,1,1000000,-;odd: harmless\n"
+WARNING = b"4,2,2000000,-;WARNING: CPU: 0 PID: 1 at fs/x.c:7 f+0x1/0x2\n"
+OF_A_PROGRAM = b"12,3,3000000,-;WARNING: says a program\n"
+
+
+class StandInVm:
+    """A machine that has booted, whose console and kernel log say what a test lets them."""
+
+    is_paused = False
+    is_end_told = False
+    outcome: Outcome | None = None
+    failure: PyvmmError | None = None
+
+    def __init__(self) -> None:
+        self.log = OLD
+        self.is_closed = False
+        self.late = b""
+        """What is printed while the machine is closed."""
+
+    def on_output(self, callback: Callable[[bytes], object]) -> None:
+        self.print = callback
+
+    def on_end(self, callback: Callable[[Outcome], object]) -> None:
+        self.end = callback
+
+    def fail(self, error: PyvmmError) -> None:
+        self.failure = self.failure or error
+
+    def settle(self) -> None:
+        pass
+
+    def read(self, path: str, timeout_s: float) -> bytes:
+        assert path == "/dev/kmsg"
+        return self.log
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.print(self.late)
+        self.end(Outcome(Kind.STOPPED))
+
+    def __getattr__(self, name: str) -> Any:
+        raise PyvmmError(f"this machine has no {name}")
+
+
+@pytest.fixture
+def vm() -> StandInVm:
+    return StandInVm()
+
+
+@pytest.fixture
+def guest(vm: StandInVm) -> Guest:
+    plan = make_plan(
+        checked("here", {"kernel": "k"}), kernel=None, disks=(), root=Path("/"), is_lab=False
+    )
+    return Guest(cast(Vm, vm), plan, label="vm", shared_log=None)
+
+
+def test_a_good_guest_has_no_verdict(vm: StandInVm, guest: Guest) -> None:
+    vm.print(b"[    1.0] all is well\r\n")
+    assert guest.untold() is None
+    assert guest.is_fit
+    guest.close()
+    assert vm.is_closed
+
+
+def test_a_warning_in_the_kernels_log_counts_once(vm: StandInVm, guest: Guest) -> None:
+    assert guest.untold() is None
+    vm.log += WARNING
+    error = guest.untold()
+    assert isinstance(error, pyvmm.KernelWarning)
+    assert vm.failure is error
+    assert not guest.is_fit
+    assert guest.untold() is None
+
+
+def test_a_programs_own_message_is_no_warning(vm: StandInVm, guest: Guest) -> None:
+    vm.log += OF_A_PROGRAM
+    assert guest.untold() is None
+
+
+def test_a_verdict_that_a_call_has_raised_is_told(vm: StandInVm, guest: Guest) -> None:
+    vm.print(b"[    1.0] Kernel panic - not syncing: x\r\n[    1.0] ---[ end Kernel panic\r\n")
+    assert isinstance(vm.failure, pyvmm.KernelPanic)
+    with pytest.raises(pyvmm.KernelPanic):
+        raise vm.failure
+    assert guest.untold() is None
+    guest.close()
+
+
+def test_a_line_that_comes_while_the_guest_is_stopped_counts(
+    vm: StandInVm, guest: Guest
+) -> None:
+    vm.late = b"[    1.0] WARNING: at the very end\r\n"
+    with pytest.raises(pyvmm.KernelWarning):
+        guest.close()
+    assert vm.is_closed
+
+
+def test_an_end_counts_unless_the_test_knows(vm: StandInVm, guest: Guest) -> None:
+    vm.end(Outcome(Kind.RESET))
+    assert isinstance(guest.untold(), pyvmm.GuestEnded)
+    vm.is_end_told = True
+    assert guest.untold() is None
