@@ -24,6 +24,7 @@
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <sys/utsname.h>
@@ -819,7 +820,9 @@ static void close_pipes(struct job *job)
 
 static _Noreturn void child(int kind, const uint8_t *payload, int pipes[4][2])
 {
-	sigset_t none;
+	/* As the kernel has them: SIG_DFL, no flags, no restorer, an empty mask. */
+	const struct { unsigned long handler, flags, restorer, mask; } by_default = { 0 };
+	const unsigned long no_signals = 0;
 	setsid();
 	for (int i = 0; i < 3; i++)
 		dup2(pipes[i][i > 0], i);
@@ -834,10 +837,10 @@ static _Noreturn void child(int kind, const uint8_t *payload, int pipes[4][2])
 		if (i < 3)
 			drop(&pipes[i][i > 0]);
 	}
+	/* The calls themselves: the C library keeps its hands off three signals of its own. */
 	for (int number = 1; number <= LAST_SIGNAL; number++)
-		signal(number, SIG_DFL);
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
+		syscall(SYS_rt_sigaction, number, &by_default, NULL, sizeof no_signals);
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &no_signals, NULL, sizeof no_signals);
 	if (!stays_here)
 		set_oom_score("0");
 	enter_root();
