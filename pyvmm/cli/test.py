@@ -131,7 +131,7 @@ def boot_test_from(args: SimpleNamespace) -> BootTest:
     if args.command and args.agent == "none":
         raise ConfigError("--agent none", "leaves nobody to run CMD; give inject or image")
     if not args.command and not args.expect:
-        raise ConfigError("pyvmm test", "has nothing to do; write -- CMD..., or --expect RE")
+        raise ConfigError("test", "has nothing to do; write -- CMD..., or --expect RE")
     for option in ("put", "get"):
         if getattr(args, option) and not args.command:
             raise ConfigError(f"--{option}", "needs a CMD: write -- CMD...")
