@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.launcher.vm import Vm, launch
 from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
