@@ -15,12 +15,13 @@ from pyvmm.api.config import MachineConfig
 from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.cli.test_output import TestOutput
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.launcher.limits import BOOT_TIMEOUT_S, LAB_BOOT_TIMEOUT_S, boot_timeout_s
 from pyvmm.launcher.vm import launch
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.testing.boot_result import BootResult
-from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S, BootTest, run_boot_test
+from pyvmm.testing.boot_test import TIMEOUT_S, BootTest, run_boot_test
 from pyvmm.testing.fail_on import CLASSES, FATAL, FailOn, check_pattern
 from pyvmm.testing.junit import Suite, junit_xml
 from pyvmm.testing.output_file import OutputFile
@@ -80,7 +81,7 @@ COMMAND = Command(
                help="lines that end no test although they are of such a class"),
         Option(name="--boot-timeout", metavar="S",
                help="seconds from the start until CMD can run; without CMD: until all was shown "
-               f"(default {BOOT_TIMEOUT_S:g})"),
+               f"(default {BOOT_TIMEOUT_S:g}, in the lab {LAB_BOOT_TIMEOUT_S:g})"),
         Option(name="--timeout", metavar="S",
                help=f"seconds that CMD may take (default {TIMEOUT_S:g})"),
         Option(name="--put", metavar="SRC:DST", many=True,
@@ -130,7 +131,7 @@ def boot_test_from(args: SimpleNamespace) -> BootTest:
     if args.command and args.agent == "none":
         raise ConfigError("--agent none", "leaves nobody to run CMD; give inject or image")
     if not args.command and not args.expect:
-        raise ConfigError("pyvmm test", "has nothing to do; write -- CMD..., or --expect RE")
+        raise ConfigError("test", "has nothing to do; write -- CMD..., or --expect RE")
     for option in ("put", "get"):
         if getattr(args, option) and not args.command:
             raise ConfigError(f"--{option}", "needs a CMD: write -- CMD...")
@@ -163,7 +164,7 @@ def boot_test_from(args: SimpleNamespace) -> BootTest:
             add=args.fail_on, without=args.no_fail_on, allow=args.allow,
             names=("--fail-on", "--no-fail-on", "--allow"),
         ),
-        boot_timeout_s=_seconds("--boot-timeout", args.boot_timeout, BOOT_TIMEOUT_S),
+        boot_timeout_s=_seconds("--boot-timeout", args.boot_timeout, boot_timeout_s()),
         timeout_s=_seconds("--timeout", args.timeout, TIMEOUT_S),
         puts=tuple(_put(text) for text in args.put),
         gets=tuple(_get(text) for text in args.get),

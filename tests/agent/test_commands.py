@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -293,6 +294,21 @@ def test_a_command_inherits_its_three_streams_only_and_signals_as_they_were(
     for events in others:
         assert events.job is not None
         events.job.kill(signal.SIGKILL)
+
+
+def test_a_signal_that_the_c_library_hides_is_as_it_was_too(tmp_path: Path) -> None:
+    hidden, ignored = 32, (ctypes.c_ulong * 4)(signal.SIG_IGN)
+    libc, rt_sigaction = ctypes.CDLL(None), 13
+    before = (ctypes.c_ulong * 4)()
+    assert libc.syscall(rt_sigaction, hidden, ignored, before, 8) == 0
+    try:
+        rig = AgentRig(PROGRAM, tmp_path)
+    finally:
+        libc.syscall(rt_sigaction, hidden, before, None, 8)
+    rig.ready()
+    lines = rig.run("grep", "SigIgn", "/proc/self/status").stdout.split()
+    assert int(lines[1], 16) == 0
+    rig.close()
 
 
 def test_when_the_host_goes_away_its_commands_are_killed(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_options_become_a_test() -> None:
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    ([], "pyvmm test: has nothing to do; write -- CMD..., or --expect RE"),
+    ([], "test: has nothing to do; write -- CMD..., or --expect RE"),
     (["--expect", "("], "--expect '(': is no regular expression"),
     (["--fail-on", "(", "x"], "--fail-on '(': is no regular expression"),
     (["--no-fail-on", "panic", "x"], "--no-fail-on panic: cannot be"),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -115,14 +116,18 @@ def test_damaged_code_is_had_from_its_source(tree: Path) -> None:
 def test_a_source_that_has_become_nonsense_meanwhile_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pyvmm import config
+    from pyvmm import config, errors
 
     class Loader:
         def get_code(self, name: str) -> None:
             raise SyntaxError(name)
 
     assert config.__spec__ is not None
+    assert errors.__spec__ is not None
     monkeypatch.setattr(config.__spec__, "loader", Loader())
+    # pytest loads the package of a plugin by a loader of its own.
+    plain = SourceFileLoader("pyvmm.errors", errors.__file__)
+    monkeypatch.setattr(errors.__spec__, "loader", plain)
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "run.bundle"
     names = [name for name in sys.modules if name.startswith("pyvmm.")]

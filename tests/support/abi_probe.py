@@ -27,7 +27,7 @@ class AbiModule:
         self.public = {
             name: value
             for name, value in vars(module).items()
-            if not name.startswith("_") and name not in _HELPERS
+            if name.isidentifier() and not name.startswith("_") and name not in _HELPERS
         }
         self.structures = {
             name: value
