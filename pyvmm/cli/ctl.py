@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import queue
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
@@ -123,6 +124,10 @@ def ctl_main(argv: list[str]) -> int:
     socket = argv[0]
     if socket.startswith("-"):
         raise ConfigError(socket, "pyvmm ctl needs the socket first: pyvmm ctl SOCKET status")
+    if socket in _VERBS and not os.path.exists(socket):
+        raise ConfigError(
+            socket, f"pyvmm ctl needs the socket first: pyvmm ctl SOCKET {socket}"
+        )
     args = parse_options(COMMAND, argv[1:])
     if check := _CHECKS.get(args.verb):
         check(args)

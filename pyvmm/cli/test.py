@@ -15,12 +15,13 @@ from pyvmm.api.config import MachineConfig
 from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.cli.test_output import TestOutput
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.launcher.limits import BOOT_TIMEOUT_S, LAB_BOOT_TIMEOUT_S, boot_timeout_s
 from pyvmm.launcher.vm import launch
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.testing.boot_result import BootResult
-from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S, BootTest, run_boot_test
+from pyvmm.testing.boot_test import TIMEOUT_S, BootTest, run_boot_test
 from pyvmm.testing.fail_on import CLASSES, FATAL, FailOn, check_pattern
 from pyvmm.testing.junit import Suite, junit_xml
 from pyvmm.testing.output_file import OutputFile
@@ -80,7 +81,7 @@ COMMAND = Command(
                help="lines that end no test although they are of such a class"),
         Option(name="--boot-timeout", metavar="S",
                help="seconds from the start until CMD can run; without CMD: until all was shown "
-               f"(default {BOOT_TIMEOUT_S:g})"),
+               f"(default {BOOT_TIMEOUT_S:g}, in the lab {LAB_BOOT_TIMEOUT_S:g})"),
         Option(name="--timeout", metavar="S",
                help=f"seconds that CMD may take (default {TIMEOUT_S:g})"),
         Option(name="--put", metavar="SRC:DST", many=True,
@@ -130,7 +131,7 @@ def boot_test_from(args: SimpleNamespace) -> BootTest:
     if args.command and args.agent == "none":
         raise ConfigError("--agent none", "leaves nobody to run CMD; give inject or image")
     if not args.command and not args.expect:
-        raise ConfigError("pyvmm test", "has nothing to do; write -- CMD..., or --expect RE")
+        raise ConfigError("test", "has nothing to do; write -- CMD..., or --expect RE")
     for option in ("put", "get"):
         if getattr(args, option) and not args.command:
             raise ConfigError(f"--{option}", "needs a CMD: write -- CMD...")
@@ -163,7 +164,7 @@ def boot_test_from(args: SimpleNamespace) -> BootTest:
             add=args.fail_on, without=args.no_fail_on, allow=args.allow,
             names=("--fail-on", "--no-fail-on", "--allow"),
         ),
-        boot_timeout_s=_seconds("--boot-timeout", args.boot_timeout, BOOT_TIMEOUT_S),
+        boot_timeout_s=_seconds("--boot-timeout", args.boot_timeout, boot_timeout_s()),
         timeout_s=_seconds("--timeout", args.timeout, TIMEOUT_S),
         puts=tuple(_put(text) for text in args.put),
         gets=tuple(_get(text) for text in args.get),
@@ -175,6 +176,7 @@ def boot_test_main(argv: list[str], *, launch: Launch = launch) -> int:
     """Run one test; return the exit status."""
     args = parse_options(COMMAND, argv)
     test = boot_test_from(args)
+    _check_different_files(args)
     with contextlib.ExitStack() as stack:
         wanted: tuple[tuple[str, str | None, Callable[[BootResult], str]], ...] = (
             ("--junit", args.junit, _junit), ("--json", args.json, _json)
@@ -224,6 +226,19 @@ def _result(
             name=test.shown_name, verdict="interrupted", exit_status=128 + number,
             message=f"interrupted by signal {number}", command=tuple(test.command),
         ), None
+
+
+def _check_different_files(args: SimpleNamespace) -> None:
+    """Raise ConfigError if two reports would go into one regular file, and spoil each other."""
+    seen: dict[str, str] = {}
+    for option, path in (
+        ("--junit", args.junit), ("--json", args.json), ("--console-log", args.console_log)
+    ):
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+            continue
+        first = seen.setdefault(os.path.realpath(path), option)
+        if first != option:
+            raise ConfigError(f"{option} {path}", f"is the file of {first} already")
 
 
 def _lost_log(result: BootResult, console_bytes: int) -> list[str]:

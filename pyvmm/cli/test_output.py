@@ -97,7 +97,7 @@ class TestOutput:
         for line in (*(result.problems if result.is_passed else ()), *complaints):
             self.complain(line)
         verdict = "" if result.is_passed else f"{result.verdict}: "
-        self.complain(f"{verdict}{result.message} ({times or 'not started'})")
+        self.complain(f"{verdict}{result.message}{f' ({times})' if times else ''}")
         if status:
             self.complain(f"exit status {status}")
         if status and self._fence is not None and self._fence.is_open:

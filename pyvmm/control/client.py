@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import contextlib
+import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +87,7 @@ class Client:
         try:
             sock = connect_unix(path, time.monotonic() + timeout_s)
         except OSError as error:
-            raise ControlError("closed", f"{path}: {error.strerror or error}") from error
+            raise ControlError("closed", f"{path}: {_no_connection(path, error)}") from error
         client = cls(sock, on_event=on_event, on_end=on_end)
         try:
             client.wait_hello(timeout_s)
@@ -251,3 +253,16 @@ def error_of(event: Mapping[str, Any]) -> PyvmmError:
     if event.get("kind") == "ConfigError":
         return ConfigError(str(event.get("subject", "")), str(event.get("problem", "")))
     return HostError(str(event.get("message", "")))
+
+
+def _no_connection(path: str, error: OSError) -> str:
+    """Return why there is no connection to ``path``, and what may help."""
+    said = str(error.strerror or error)
+    if isinstance(error, FileNotFoundError):
+        return f"{said}; pyvmm ps lists the machines that run, with their sockets"
+    if isinstance(error, ConnectionRefusedError):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                return "is no socket"
+        return f"{said}: nobody listens on it any more"
+    return said

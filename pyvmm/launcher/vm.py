@@ -9,6 +9,7 @@ from pyvmm.api.vcpus import Registers
 from pyvmm.launcher.command import Command
 from pyvmm.launcher.completed import Completed
 from pyvmm.launcher.console import VmConsole
+from pyvmm.launcher.limits import boot_timeout_s
 from pyvmm.launcher.memory import VmMemory
 from pyvmm.launcher.session import Session
 from pyvmm.startup.types import TYPE_CHECKING
@@ -184,9 +185,12 @@ class Vm:
 
     # The guest, by its agent
 
-    def wait_for_agent(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Return once the agent in the guest takes orders; AgentError if it does not in time."""
-        self._session.wait_for_agent(timeout_s)
+    def wait_for_agent(self, timeout_s: float | None = None) -> None:
+        """Return once the agent in the guest takes orders; AgentError if it does not in time.
+
+        The default is 60 s, and 300 s in the lab.
+        """
+        self._session.wait_for_agent(boot_timeout_s() if timeout_s is None else timeout_s)
 
     def run(
         self,

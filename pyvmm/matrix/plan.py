@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pyvmm.config import MAX_CPUS, AnyDiskConfig, format_size
 from pyvmm.errors import ConfigError
+from pyvmm.launcher.limits import boot_timeout_s
 from pyvmm.matrix.entries import (
     MAX_S,
     DiskEntry,
@@ -27,7 +28,7 @@ from pyvmm.matrix.toml_table import Table, check_name, quoted
 from pyvmm.numerals import size_in_bytes
 from pyvmm.startup.mistakes import did_you_mean
 from pyvmm.startup.types import Record
-from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S
+from pyvmm.testing.boot_test import TIMEOUT_S
 from pyvmm.testing.fail_on import FAIL_ON
 from pyvmm.x86 import layout
 
@@ -83,7 +84,7 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
         argv=(),
         fail_on=read_fail_on(top, FAIL_ON),
         timeout_s=top.seconds("timeout", TIMEOUT_S, MAX_S),
-        boot_timeout_s=top.seconds("boot-timeout", BOOT_TIMEOUT_S, MAX_S),
+        boot_timeout_s=top.seconds("boot-timeout", boot_timeout_s(), MAX_S),
     )
     kernels, disks, commands = (top.table(key) for key in ("kernels", "disks", "commands"))
     for key, table, example in (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pyvmm.config import DiskConfig
+from pyvmm.launcher.limits import BOOT_TIMEOUT_S
 from pyvmm.startup.types import Record
-from pyvmm.testing.boot_test import BOOT_TIMEOUT_S, TIMEOUT_S
+from pyvmm.testing.boot_test import TIMEOUT_S
 from pyvmm.testing.fail_on import FAIL_ON, FailOn
 
 AXES = ("kernel", "disk", "memory", "cpus", "command")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.api.disks import NbdDisk, Overlay, RawDisk
+from pyvmm.launcher.limits import BOOT_TIMEOUT_S, LAB_BOOT_TIMEOUT_S
 from pyvmm.pytest_plugin.kernels import kernel_and_initrd
 from pyvmm.pytest_plugin.marker import ArgumentsError
 from pyvmm.startup.types import TYPE_CHECKING
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 
     from pyvmm.api.config import AnyDisk
 
-BOOT_TIMEOUT_S = 60.0
 LAB_FACTOR = 10.0
-"""The lab is an emulated host: there every time limit is so many times as long."""
+"""The lab is an emulated host: there a marker's time limits are so many times as long."""
 NO_KERNEL = (
     "no kernel: name one with --pyvmm-kernel K, pyvmm_kernel in pytest's configuration, or "
     "@pytest.mark.pyvmm(kernel=K); `pyvmm kernel fetch debian` prints the path of one"
@@ -65,6 +65,9 @@ def make_plan(
     if not isinstance(chosen, (str, os.PathLike)):
         raise ArgumentsError(NO_KERNEL)
     factor = LAB_FACTOR if is_lab else 1.0
+    boot_s = LAB_BOOT_TIMEOUT_S if is_lab else BOOT_TIMEOUT_S
+    if "boot_timeout" in arguments:
+        boot_s = _seconds(arguments["boot_timeout"]) * factor
     given = {name: arguments[name] for name in _PASSED_ON if name in arguments}
     path, initrd = kernel_and_initrd(_below(root, chosen))
     if "initrd" in arguments:
@@ -92,7 +95,7 @@ def make_plan(
             path, [_identity(one) for one in wanted], sorted(given.items()), fail_on, may_end,
         )),
         has_agent=not in_process and agent != "none",
-        boot_timeout_s=_seconds(arguments.get("boot_timeout", BOOT_TIMEOUT_S)) * factor,
+        boot_timeout_s=boot_s,
         fail_on=fail_on,
         may_end=may_end,
     )

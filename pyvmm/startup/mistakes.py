@@ -110,11 +110,16 @@ def _unknown(command: Command, word: str) -> tuple[str, str]:
 def _no_verb(command: Command, argv: Sequence[str]) -> tuple[str, str]:
     verbs = [verb.verb for verb in command.verbs]
     if not argv:
-        return command.name, f"needs {' or '.join(verbs)}"
+        return command.name, f"needs {_listed(verbs, 'or')}"
     return argv[0], (
-        f"is not known to pyvmm {command.name}, which has {' and '.join(verbs)}"
+        f"is not known to pyvmm {command.name}, which has {_listed(verbs, 'and')}"
         f"{did_you_mean(argv[0], verbs)}"
     )
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    """Return ``words`` as "a, b LAST c"."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _too_many(command: Command, argv: Sequence[str], at: int) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from pyvmm.config import MAX_TIMEOUT_S
 from pyvmm.errors import AgentError, ConfigError, PyvmmError
 from pyvmm.launcher.completed import Completed
 from pyvmm.launcher.errors import EndedError
+from pyvmm.launcher.limits import boot_timeout_s
 from pyvmm.launcher.vm import Vm
 from pyvmm.launcher.vm import launch as launch_vm
 from pyvmm.report import escape
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
     Launch = Callable[..., Vm]
 
-BOOT_TIMEOUT_S = 60.0
 TIMEOUT_S = 600.0
 EXPECT_GRACE_S = 5.0
 """Seconds that a console may lag behind the command that printed on it."""
@@ -63,10 +63,11 @@ class BootTest(Record):
     ``command`` runs in the guest, by the agent; without one the test is over once the console has
     shown all of ``expect``.  These are regular expressions; each must come in a line of the
     console, in any order.  The agent must be ready ``boot_timeout_s`` after the start (without a
-    command: the console must have shown all); the command must end after ``timeout_s``.  ``puts``
-    are (source here, target there), copied before the command; ``gets`` (source there, target
-    here), copied after it, even if it failed.  ``console_log`` is a file for all that the guest
-    prints.  A machine without an agent gets ``agent="inject"`` if the test needs one.
+    command: the console must have shown all), by default after 60 s, in the lab 300.  The command
+    must end after ``timeout_s``.  ``puts`` are (source here, target there), copied before the
+    command; ``gets`` (source there, target here), copied after it, even if it failed.
+    ``console_log`` is a file for all that the guest prints.  A machine without an
+    agent gets ``agent="inject"`` if the test needs one.
 
     ConfigError for what cannot be.
     """
@@ -78,7 +79,7 @@ class BootTest(Record):
     cwd: str = ""
     expect: Sequence[str] = ()
     fail_on: FailOn = FAIL_ON
-    boot_timeout_s: float = BOOT_TIMEOUT_S
+    boot_timeout_s: float | None = None
     timeout_s: float = TIMEOUT_S
     puts: Sequence[tuple[str, str]] = ()
     gets: Sequence[tuple[str, str]] = ()
@@ -92,6 +93,8 @@ class BootTest(Record):
             check_pattern("expect", pattern)
         for name in ("boot_timeout_s", "timeout_s"):
             value = getattr(self, name)
+            if value is None and name == "boot_timeout_s":
+                continue
             if not 0 < value <= MAX_TIMEOUT_S or math.isnan(value):
                 raise ConfigError(
                     f"{name} {value:g}", f"must be seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
@@ -100,6 +103,11 @@ class BootTest(Record):
             raise ConfigError("a boot test", "has nothing to do: give a command or expect")
         if not self.command and (self.puts or self.gets):
             raise ConfigError("a boot test", "copies files only for a command: give one")
+
+    @property
+    def boot_limit_s(self) -> float:
+        """Return ``boot_timeout_s``, or this host's default."""
+        return boot_timeout_s() if self.boot_timeout_s is None else self.boot_timeout_s
 
     @property
     def shown_name(self) -> str:
@@ -221,7 +229,7 @@ class _Run:
         watch.check()
 
     def _wait_for_console(self, vm: Vm, watch: Watch) -> None:
-        until_s = self._test.boot_timeout_s
+        until_s = self._test.boot_limit_s
         while not self._expectations.are_met.wait(0.05):
             if vm.failure is not None:
                 raise vm.failure
@@ -232,7 +240,7 @@ class _Run:
         watch.check()
 
     def _wait_for_agent(self, vm: Vm, watch: Watch) -> None:
-        left_s = max(0.1, self._test.boot_timeout_s - self._timeline.now_s())
+        left_s = max(0.1, self._test.boot_limit_s - self._timeline.now_s())
         begin_s = self._timeline.now_s()
         try:
             vm.wait_for_agent(left_s)
@@ -240,7 +248,7 @@ class _Run:
             if self._timeline.now_s() - begin_s < left_s:
                 raise AgentLost(str(error), before=watch.judge.last_lines) from None
             raise BootTimeout(
-                f"no agent after {self._test.boot_timeout_s:g} s: {error}",
+                f"no agent after {self._test.boot_limit_s:g} s: {error}",
                 before=watch.judge.last_lines,
             ) from None
         watch.boot_is_over()

@@ -25,6 +25,8 @@ INSIDE = "PYVMM_LAB"
 DOCTOR_TIMEOUT_S = 120.0
 _FAILED = "FAIL  "
 _REMEDY = "remedy: "
+_TRIAL = "guest trial: "
+_CANNOT = "this host's KVM cannot run a stock Linux kernel"
 
 
 @cache
@@ -51,8 +53,12 @@ def kvm_problem() -> str:
     failed = next((line for line in lines if line.startswith(_FAILED)), "")
     after = lines[lines.index(failed) + 1] if failed and failed != lines[-1] else ""
     why = failed.removeprefix(_FAILED) or done.stderr.strip() or "pyvmm doctor does not say why"
+    if why.startswith(_TRIAL):
+        # The instruction's bytes, and the lab as the remedy, are for readers of the doctor.
+        name = why.removeprefix(_TRIAL).partition(":")[0]
+        return f"{_CANNOT}: the trial of {name} failed (pyvmm doctor says more)"
     remedy = f" ({after.removeprefix(_REMEDY)})" if after.startswith(_REMEDY) else ""
-    return f"this host's KVM cannot run a stock Linux kernel: {why}{remedy}"
+    return f"{_CANNOT}: {why}{remedy}"
 
 
 def problem_for(kernel: str | PathLike[str]) -> str:

@@ -158,7 +158,7 @@ def test_a_config_can_be_named(
 
 
 @pytest.mark.parametrize(("arguments", "problem"), [
-    ([], "kernel: needs inspect or fetch or build"),
+    ([], "kernel: needs inspect, fetch or build"),
     (["look"], "look: is not known to"),
     (["fetch", "debain"], "did you mean debian?"),
     (["inspect"], "kernel inspect: needs FILE"),

@@ -27,7 +27,7 @@ PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "kernel build": ["d
         "ctl SOCKET memory": ["0", "1"]}
 """The words that make the rest of a command line complete."""
 NO_COMMAND = {
-    "lab": "lab: no command given", "test": "pyvmm test: has nothing to do",
+    "lab": "lab: no command given", "test": "test: has nothing to do",
     "ctl SOCKET run": "ctl run: names no command",
     "ctl SOCKET registers": "SOCKET: No such file",  # of vCPU 0
 }
@@ -99,7 +99,7 @@ BAD_VALUES = [
     (["lab", "--lock", "/nowhere", "true"], "/nowhere: "),
     (["kernel", "inspect", "/nowhere"], "/nowhere: "),
     (["kernel", "nonsense"], "nonsense: is not known to pyvmm kernel"),
-    (["kernel"], "kernel: needs inspect or fetch or build"),
+    (["kernel"], "kernel: needs inspect, fetch or build"),
     (["kernel", "fetch", "/nowhere"], "/nowhere: is neither debian nor ubuntu"),
     (["kernel", "fetch", "ubunut"], "ubunut: is neither debian nor ubuntu"),
     (["kernel", "fetch", "/dev", "--version", "x"], "/dev: has no boot/vmlinuz-*"),
@@ -114,7 +114,9 @@ BAD_VALUES = [
     (["image", "build", "o", "--busybox", "--include", "x"], "--include: is for --debootstrap"),
     (["image", "build", "o", "--from-dir", "/nowhere"], "--from-dir /nowhere: is no directory"),
     (["image", "build", "/dev/null", "--busybox"], "/dev/null: is there, and is no regular"),
-    (["ctl"], "ctl SOCKET: needs status or pause"),
+    (["ctl"], "ctl SOCKET: needs status, pause, resume"),
+    (["ctl", "status"], "status: pyvmm ctl needs the socket first: pyvmm ctl SOCKET status"),
+    (["ctl", "run", "--", "x"], "run: pyvmm ctl needs the socket first: pyvmm ctl SOCKET run"),
     (["ctl", "--json"], "--json: pyvmm ctl needs the socket first"),
     (["ctl", "SOCKET", "nonsense"], "nonsense: is not known to pyvmm ctl SOCKET"),
     (["ctl", "SOCKET", "pause", "--timeout", "x"], "--timeout x: "),

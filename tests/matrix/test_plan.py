@@ -228,3 +228,18 @@ def test_only_takes_runs_by_pattern(runs: Runs) -> None:
     assert chosen(found, ["*+c", "k+*"]) == found
     with pytest.raises(ConfigError, match="--only x: matches none of the 4 runs"):
         chosen(found, ["*+c", "x"])
+
+
+def test_a_directory_of_kernel_fetch_has_kernel_and_initramfs(runs: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "kernel"
+    folder.mkdir()
+    for name in ("vmlinuz-6.1", "initramfs-6.1.cpio.gz", "mine.gz"):
+        (folder / name).touch()
+    for entry, initrd in (
+        ('k = "kernel"', "initramfs-6.1.cpio.gz"),
+        ('k = { file = "kernel" }', "initramfs-6.1.cpio.gz"),
+        ('k = { file = "kernel", initrd = "kernel/mine.gz" }', "mine.gz"),
+    ):
+        (run,) = runs(SMALL.replace('k = "bzImage"', entry))
+        assert run.guest.kernel == str(folder / "vmlinuz-6.1")
+        assert run.guest.initrd == str(folder / initrd)
