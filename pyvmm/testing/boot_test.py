@@ -6,6 +6,7 @@ import errno
 import functools
 import math
 import os
+import re
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 EXPECT_GRACE_S = 5.0
 """Seconds that a console may lag behind the command that printed on it."""
+_WAITED = re.compile(r"^no agent came forward within [0-9.]+ s: ")
 
 
 class BootTest(Record):
@@ -171,7 +173,7 @@ class _Run:
         """See ``run_boot_test``."""
         with launch(
             self._test.config(), console_log=self._test.console_log,
-            report=report or self._problems.append,
+            report=report or self._note,
         ) as vm:
             watch = Watch(vm, self._test.fail_on)
             for observe in (self._timeline.feed, self._expectations.feed, on_console):
@@ -247,11 +249,17 @@ class _Run:
         except AgentError as error:
             if self._timeline.now_s() - begin_s < left_s:
                 raise AgentLost(str(error), before=watch.judge.last_lines) from None
+            # Its words on how long it waited would repeat ours.
+            why = _WAITED.sub("", str(error))
             raise BootTimeout(
-                f"no agent after {self._test.boot_limit_s:g} s: {error}",
+                f"no agent after {self._test.boot_limit_s:g} s: {why}",
                 before=watch.judge.last_lines,
             ) from None
         watch.boot_is_over()
+
+    def _note(self, line: str) -> None:
+        if not line.endswith("..."):  # it tells of work under way: nothing is odd
+            self._problems.append(line)
 
     def _copy(self, what: str, copy: Callable[[], object]) -> None:
         try:
