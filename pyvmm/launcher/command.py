@@ -8,7 +8,7 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pyvmm.control.client import Pending
 from pyvmm.errors import AgentError, HostError
@@ -46,6 +46,8 @@ class Command:
         self._session = session
         self._what = f"command {escape(shlex.join(argv)[:200])}"
         self._data = data
+        self._unsent = [memoryview(data or b"")]
+        """The rest of ``input``: ``wait`` may be called again."""
         self._until_s = None if timeout_s is None else (
             time.monotonic() + timeout_s + ANSWER_GRACE_S
         )
@@ -185,7 +187,7 @@ class Command:
             if not pipe.closed:
                 pump.add_reader(pipe.fileno(), kept.take)
         if self._data is not None and self._stdin_fd >= 0:
-            pump.add_writer(self._stdin_fd, self._give(), self.close_input)
+            pump.add_writer(self._stdin_fd, self._give, self.close_input)
         limits = [each for each in (until_s, self._until_s) if each is not None]
         try:
             is_done = pump.run(self._call.done, min(limits, default=None))
@@ -194,6 +196,7 @@ class Command:
             raise
         if not is_done:
             if until_s is not None and time.monotonic() >= until_s:
+                self._unsent += filter(None, [pump.rest_of(self._stdin_fd)])
                 raise TimeoutError(f"{self._what} runs on after {timeout_s:g} s")
             raise self._no_answer()
         return self._completed_of(self._out.data, self._err.data)
@@ -211,9 +214,8 @@ class Command:
 
     # Parts
 
-    def _give(self) -> Callable[[], memoryview | None]:
-        left = [memoryview(self._data or b"")]
-        return lambda: left.pop() if left and left[0] else None
+    def _give(self) -> memoryview | None:
+        return self._unsent.pop() if self._unsent and self._unsent[0] else None
 
     def _abandon(self) -> None:
         """Kill the command, which nobody waits for any more, and close its streams."""

@@ -76,6 +76,10 @@ class Pump:
             self._poller.unregister(wake_fd)
             os.close(wake_fd)
 
+    def rest_of(self, fd: int) -> memoryview:
+        """Return the bytes of the last piece for ``fd`` that are not written yet."""
+        return self._rest.get(fd, memoryview(b""))
+
     def _run(self, wake_fd: int, is_done: Callable[[], bool], until_s: float | None) -> bool:
         while True:
             self._session.state.raise_if_failed()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import PyvmmError
 from pyvmm.launcher.vm import Vm, launch
 from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
@@ -116,10 +116,14 @@ class Guest:
         return [(f"pyvmm {self.label}: {title}", text) for title, text in report.sections()]
 
     def close(self) -> None:
-        """Stop the guest and free all that it has; a verdict that nobody knows of is raised."""
+        """Stop the guest and free all that it has; a verdict that nobody knows of is raised.
+
+        The machine ends whatever is raised meanwhile, as pytest-timeout does.
+        """
         try:
             self._close_for(self.untold())
         finally:
+            self.vm.close()
             self._watch.close()
 
     def _close_for(self, error: BootError | None) -> None:
@@ -181,12 +185,15 @@ class Guests:
         return guest
 
     def close(self) -> None:
-        """Close all guests, the last one first; the first failure is raised when all are closed."""
+        """Close all guests, the last one first; the first failure is raised when all are closed.
+
+        One that is no verdict, as an interrupt or pytest-timeout's, goes before the others.
+        """
         failures: list[BaseException] = []
         for guest in reversed(self.all):
             try:
                 guest.close()
-            except (BootError, HostError) as error:
+            except BaseException as error:  # none may leave the other guests' machines behind
                 failures.append(error)
         if failures:
-            raise failures[0]
+            raise min(failures, key=lambda error: isinstance(error, Exception))

@@ -54,6 +54,16 @@ def test_arguments_environment_directory_and_input(vm: pyvmm.Vm, tmp_path: Path)
     assert vm.run(["true"], input=data).is_success
 
 
+def test_input_goes_on_after_a_wait_that_was_too_short(vm: pyvmm.Vm) -> None:
+    with vm.begin(["sh", "-c", "read _; wc -c"], input=b"\n" + bytes(8 << 20)) as command:
+        for _ in range(2):
+            command.kill(signal.SIGSTOP)
+            with pytest.raises(TimeoutError):
+                command.wait(0.2)
+        command.kill(signal.SIGCONT)
+        assert command.wait(patient(60)).stdout == f"{8 << 20}\n"
+
+
 def test_output_that_is_no_utf_8(vm: pyvmm.Vm) -> None:
     done = vm.run(["printf", r"\377a\200"])
     assert done.stdout_bytes == b"\xffa\x80"

@@ -12,7 +12,7 @@ import pyvmm
 from pyvmm import Kind, Outcome
 from pyvmm.errors import PyvmmError
 from pyvmm.launcher.vm import Vm
-from pyvmm.pytest_plugin.guests import Guest
+from pyvmm.pytest_plugin.guests import Guest, Guests
 from pyvmm.pytest_plugin.marker import checked
 from pyvmm.pytest_plugin.plan import make_plan
 
@@ -119,3 +119,25 @@ def test_an_end_counts_unless_the_test_knows(vm: StandInVm, guest: Guest) -> Non
     assert isinstance(guest.untold(), pyvmm.GuestEnded)
     vm.is_end_told = True
     assert guest.untold() is None
+
+
+class Interrupt(BaseException):
+    """As pytest-timeout's, which is no Exception."""
+
+
+def test_all_guests_are_closed_whatever_is_raised_meanwhile(
+    vm: StandInVm, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = StandInVm()
+    guests = Guests(label="vm", log_file=lambda: None, is_shared=False)
+    guests.all += [Guest(cast(Vm, other), guest.plan, label="vm 2", shared_log=None), guest]
+
+    def interrupted(*_args: object, **_kwargs: object) -> bytes:
+        raise Interrupt
+
+    monkeypatch.setattr(vm, "read", interrupted)
+    other.print(b"[    1.0] WARNING: told nobody\r\n")
+    with pytest.raises(Interrupt):
+        guests.close()
+    assert vm.is_closed
+    assert other.is_closed
