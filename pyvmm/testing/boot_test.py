@@ -6,7 +6,6 @@ import errno
 import functools
 import math
 import os
-import re
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from pyvmm.testing.verdicts import (
     BootTimeout,
     RunFailed,
     error_of_outcome,
+    why_no_agent,
 )
 from pyvmm.testing.watched import Watch
 
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 EXPECT_GRACE_S = 5.0
 """Seconds that a console may lag behind the command that printed on it."""
-_WAITED = re.compile(r"^no agent came forward within [0-9.]+ s: ")
 
 
 class BootTest(Record):
@@ -249,10 +248,8 @@ class _Run:
         except AgentError as error:
             if self._timeline.now_s() - begin_s < left_s:
                 raise AgentLost(str(error), before=watch.judge.last_lines) from None
-            # Its words on how long it waited would repeat ours.
-            why = _WAITED.sub("", str(error))
             raise BootTimeout(
-                f"no agent after {self._test.boot_limit_s:g} s: {why}",
+                f"no agent after {self._test.boot_limit_s:g} s: {why_no_agent(error)}",
                 before=watch.judge.last_lines,
             ) from None
         watch.boot_is_over()

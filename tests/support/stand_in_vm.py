@@ -168,7 +168,7 @@ class StandInVm:
 
     def registers(self, vcpu: int = 0) -> str:
         """See Vm."""
-        return "rax 0x1"
+        return " ".join(["rax 0x1", *(f"r{number} 0xffffffff81000000" for number in range(8, 13))])
 
     def wait_for_agent(self, timeout_s: float = 60.0) -> None:
         """See Vm."""
