@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE / "agent.c"
+SOURCES = tuple(sorted(HERE.glob("*.c")))
+"""In one order everywhere: the linker keeps it."""
 PACKAGE = HERE.parents[1] / "pyvmm" / "agent"
 COMPILER = "musl-gcc"
 WARNINGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
@@ -34,7 +35,7 @@ class BuildError(Exception):
 def build(out: Path) -> None:
     """Compile the agent into ``out``, mode 0755; BuildError says what is missing or wrong."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _run([COMPILER, *FLAGS, "-o", str(out), str(SOURCE)])
+    _run([COMPILER, *FLAGS, "-o", str(out), *map(str, SOURCES)])
     out.chmod(0o755)
 
 

@@ -1,6 +1,6 @@
 """The agent's program: a static ELF file for x86-64, part of this package.
 
-``make agent`` builds it from guest/agent/agent.c; a test does so too and compares every byte.
+``make agent`` builds it from guest/agent/; a test does so too and compares every byte.
 """
 
 from __future__ import annotations

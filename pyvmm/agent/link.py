@@ -46,6 +46,8 @@ __all__ = [
 MAX_NOISE = 1 << 20
 """Bytes before HELLO that are ignored: those of other programs that had the port open."""
 MAX_PINGS = 16
+MAX_QUEUED = 16 << 20
+"""Bytes for a guest that reads nothing: more than an honest one ever leaves, with all its jobs."""
 _DATA_BYTES = 1 << 15
 """Payload of our DATA frames; Linux's virtio ports take as much at a time."""
 _MOST_ERRNO = 4095
@@ -215,6 +217,8 @@ class AgentLink:
         outputs: Sequence[int],
     ) -> Job:
         self._check_ready()
+        if len(self._out) > MAX_QUEUED:
+            raise AgentError("the agent in the guest reads nothing of what it was sent")
         if self.free_jobs <= 0:
             raise AgentError(
                 f"the agent in the guest has {len(self._jobs)} jobs, as many as it takes: wait "
@@ -247,6 +251,8 @@ class AgentLink:
 
     def _send_credit(self, number: int, stream: int, count: int) -> None:
         self._send(frame(FrameType.CREDIT, stream, number, U32.pack(count)))
+        if len(self._out) > MAX_QUEUED:  # it sends on without reading that it may
+            self._broken("data, and read nothing of what it was sent")
 
     def _send_kill(self, number: int, signal: int) -> int:
         return self._send(frame(FrameType.KILL, 0, number, U32.pack(signal)))

@@ -1,4 +1,4 @@
-"""The agent's protocol, version 1: numbers and layouts (docs/agent.md; guest/agent/agent.c).
+"""The agent's protocol, version 1: numbers and layouts (docs/agent.md; guest/agent/agent.h).
 
 Both sides send frames over one virtio-console port.  A frame has a header of 12 bytes, little-
 endian: bytes of the payload, type, stream, id of the job.  Its payload follows.

@@ -176,6 +176,7 @@ def boot_test_main(argv: list[str], *, launch: Launch = launch) -> int:
     """Run one test; return the exit status."""
     args = parse_options(COMMAND, argv)
     test = boot_test_from(args)
+    _check_different_files(args)
     with contextlib.ExitStack() as stack:
         wanted: tuple[tuple[str, str | None, Callable[[BootResult], str]], ...] = (
             ("--junit", args.junit, _junit), ("--json", args.json, _json)
@@ -225,6 +226,19 @@ def _result(
             name=test.shown_name, verdict="interrupted", exit_status=128 + number,
             message=f"interrupted by signal {number}", command=tuple(test.command),
         ), None
+
+
+def _check_different_files(args: SimpleNamespace) -> None:
+    """Raise ConfigError if two reports would go into one regular file, and spoil each other."""
+    seen: dict[str, str] = {}
+    for option, path in (
+        ("--junit", args.junit), ("--json", args.json), ("--console-log", args.console_log)
+    ):
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+            continue
+        first = seen.setdefault(os.path.realpath(path), option)
+        if first != option:
+            raise ConfigError(f"{option} {path}", f"is the file of {first} already")
 
 
 def _lost_log(result: BootResult, console_bytes: int) -> list[str]:

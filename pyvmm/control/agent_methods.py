@@ -119,12 +119,13 @@ class Agent:
         self._jobs.append(job)
         job.begin(started)
 
-    def refuse_later(self, call: Call, timeout_s: float) -> None:
-        """Refuse ``call`` unless it is answered within ``timeout_s``."""
+    def refuse_later(self, call: Call, timeout_s: float) -> Deadline:
+        """Refuse ``call`` in ``timeout_s``; whoever answers it before cancels that."""
         deadline = self._loop.call_in(timeout_s, lambda: call.refuse(
             "timeout", f"{call.method}: the agent has not answered within {timeout_s:g} s"
         ))
         call.when_over = deadline.cancel
+        return deadline
 
     def kill(self, connection: Connection, number: int, signal: int) -> None:
         """Send ``signal`` to the command of a request; RequestError if it is not under way."""
@@ -235,12 +236,19 @@ def _ping(agent: Agent, call: Call, params: Params) -> None:
     timeout_s = params.seconds("timeout_s", 10.0)
     params.end()
     began_s = time.monotonic()
+    deadline: Deadline | None = None
+
+    def pong() -> None:
+        if deadline is not None:
+            deadline.cancel()
+        call.answer({"seconds": time.monotonic() - began_s})
+
     try:
-        agent.link().ping(lambda: call.answer({"seconds": time.monotonic() - began_s}))
+        agent.link().ping(pong)
     except AgentError as error:
         raise RequestError("agent", f"agent.ping: {error}") from error
     if timeout_s is not None:
-        agent.refuse_later(call, timeout_s)
+        deadline = agent.refuse_later(call, timeout_s)
 
 
 AGENT_METHODS: Mapping[str, Callable[[Agent, Call, Params], None]] = MappingProxyType({

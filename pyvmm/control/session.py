@@ -11,7 +11,7 @@ from pyvmm.control.connection import Call
 from pyvmm.control.console_log import ConsoleLog
 from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
-from pyvmm.run.io_loop import IoLoop
+from pyvmm.run.io_loop import Deadline, IoLoop
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.startup.types import name_of
 
@@ -92,15 +92,23 @@ class Session:
         if self.ended is not None:
             call.answer({"outcome": self.ended["outcome"]})
             return
-        self._waiting.append(call)
-        call.when_over = lambda: self._waiting.remove(call)
-        if timeout_s is not None:
-            def give_up() -> None:
-                if not call.is_over:
-                    self._waiting.remove(call)
-                    call.answer({"outcome": None})
+        deadline: Deadline | None = None
 
-            self.loop.call_in(timeout_s, give_up)
+        def give_up() -> None:
+            if call.is_over:  # the run has ended
+                return
+            self._waiting.remove(call)
+            call.answer({"outcome": None})
+
+        def forget() -> None:
+            self._waiting.remove(call)
+            if deadline is not None:  # a client may ask for a year, and go, again and again
+                deadline.cancel()
+
+        self._waiting.append(call)
+        call.when_over = forget
+        if timeout_s is not None:
+            deadline = self.loop.call_in(timeout_s, give_up)
 
     def end(self, ended: dict[str, object]) -> None:
         """The run has ended: answer all who wait for it."""

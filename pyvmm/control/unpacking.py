@@ -20,6 +20,8 @@ from pyvmm.report import escape
 
 MAX_MEMBERS = 200_000
 MAX_BYTES = 64 << 30
+MAX_DEPTH = 200
+"""Parts of a name: deeper directories are a trap for programs that recurse, as rmtree does."""
 MAX_HEADER_BYTES = 64 << 10
 """Of a long name, or of the attributes of one member."""
 MAX_SKIPPED = 100
@@ -258,6 +260,10 @@ class Unpacker:
         if ".." in parts or "\0" in name or not root or root != self._root:
             raise TransferError(
                 f"{self.target}: the guest sends another file: {escape(repr(name[:80]))}"
+            )
+        if len(parts) > MAX_DEPTH:
+            raise TransferError(
+                f"{self.target}: the guest sends directories that are more than {MAX_DEPTH} deep"
             )
         if root == ".":  # the guest's root directory
             return (self._rename, *parts) if self._rename else parts

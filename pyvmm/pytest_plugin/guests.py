@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.launcher.vm import Vm, launch
 from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
@@ -24,17 +24,22 @@ Section = tuple[str, str]
 class Guest:
     """A virtual machine in a process of its own, with the judge of its console.
 
-    ``label`` names it in reports.  ``tests`` are the tests that have used it; ``shared_log`` gets a
-    mark where each of them begins.
+    ``label`` names it in reports.  ``tests`` are the tests that have used it.  ``log`` is the file
+    of its console; with ``is_shared`` it gets a mark where each of them begins.
     """
 
-    def __init__(self, vm: Vm, plan: Plan, *, label: str, shared_log: Path | None) -> None:
+    def __init__(
+        self, vm: Vm, plan: Plan, *, label: str, log: Path | None, is_shared: bool = False
+    ) -> None:
         self.vm = vm
         self.plan = plan
         self.label = label
         self.tests: list[str] = []
-        self._shared_log = shared_log
+        self._log = log
+        self._shared_log = log if is_shared else None
+        self._printed_bytes = 0
         self._watch: Watch = watch(vm, plan.fail_on)
+        vm.on_output(self._count)
         self._final: list[Section] | None = None
         self._logged_to_s = -1.0
 
@@ -119,7 +124,8 @@ class Guest:
     def close(self) -> None:
         """Stop the guest and free all that it has; a verdict that nobody knows of is raised.
 
-        The machine ends whatever is raised meanwhile, as pytest-timeout does.
+        Without one, HostError if the file of the console has not all of it.  The machine ends
+        whatever is raised meanwhile, as pytest-timeout does.
         """
         try:
             self._close_for(self.untold())
@@ -138,6 +144,25 @@ class Guest:
             error = self.untold()
         if error is not None:
             raise error
+        self._check_log()
+
+    def _count(self, data: bytes) -> None:
+        self._printed_bytes += len(data)
+
+    def _check_log(self) -> None:
+        """Raise HostError if the console's file is too short, which a full disk makes it."""
+        if self._log is None:
+            return
+        printed = self._printed_bytes + self.vm.console.lost_bytes
+        try:
+            size = self._log.stat().st_size
+        except OSError as error:
+            raise HostError(f"--pyvmm-logs {self._log}: {error.strerror}") from error
+        if size < printed:
+            raise HostError(
+                f"--pyvmm-logs {self._log}: has {size} of {printed} bytes: the disk is full, or "
+                "somebody else changed it"
+            )
 
 
 class Guests:
@@ -162,8 +187,9 @@ class Guests:
         number = f" {len(self.all) + 1}" if self.all else ""
         vm = launch(plan.config, console_log=log)
         try:
-            shared_log = log if self._is_shared else None
-            guest = Guest(vm, plan, label=f"{self._label}{number}", shared_log=shared_log)
+            guest = Guest(
+                vm, plan, label=f"{self._label}{number}", log=log, is_shared=self._is_shared
+            )
         except BaseException:
             vm.close()
             raise

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from guest.agent.build import SOURCE
+from guest.agent.build import HERE
 from tests.support.patience import patient
 
-HARNESS = f"""
-#define main agent_main
-#include "{SOURCE}"
-#undef main
+HARNESS = """
+#define _GNU_SOURCE
+#include <unistd.h>
+#include "agent.h"
 /* Asks each time that a line comes, and says what it found. */
 int main(int argc, char **argv)
-{{
+{
 	int root = argc > 1 ? open(argv[1], O_PATH | O_DIRECTORY) : -1;
 	char line[10];
 	while (read(0, line, sizeof line) > 0)
 		if (write(1, systemd_answers(root) ? "y" : "n", 1) < 0)
 			return 1;
 	return 0;
-}}
+}
 """
 
 
@@ -34,7 +34,8 @@ int main(int argc, char **argv)
 def asked(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     (tmp_path / "harness.c").write_text(HARNESS)
     subprocess.run(
-        ["gcc", "-std=gnu11", "-o", tmp_path / "harness", tmp_path / "harness.c"], check=True
+        ["gcc", "-std=gnu11", f"-I{HERE}", "-o", tmp_path / "harness",
+         tmp_path / "harness.c", HERE / "systemd.c", HERE / "util.c"], check=True
     )
     with subprocess.Popen(
         [tmp_path / "harness", tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE

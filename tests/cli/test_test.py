@@ -104,6 +104,13 @@ def test_reports_are_written_whatever_came(capfd: pytest.CaptureFixture[str]) ->
     capfd.readouterr()
 
 
+def test_two_reports_do_not_go_into_one_file(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", *K, "--junit", "r", "--console-log", "./r", "--", "x"]) == 125
+    assert "--console-log ./r: is the file of --junit already" in capfd.readouterr().err
+    assert not Path("r").exists()
+    assert run(ends(), "--junit", os.devnull, "--json", os.devnull, "--", "x") == 0
+
+
 def test_a_file_that_cannot_be_written_is_told_before_the_boot(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

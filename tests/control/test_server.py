@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from pyvmm.control.client import ControlError
+from pyvmm.control.connection import Call
 from pyvmm.run.outcome import Kind, Outcome
 from tests.support.patience import patient
 from tests.support.stand_in_target import MEMORY_BYTES, Served, served, wait_until
@@ -184,6 +186,20 @@ def test_a_pause_by_the_keyboard_is_told_too(rig: Served) -> None:
     rig.target.woken()
     wait_until(lambda: len(events) == 2)
     assert events[1]["paused"] is True
+
+
+def test_a_client_that_asks_for_a_year_and_goes_leaves_nothing(rig: Served) -> None:
+    client = rig.client()
+    for _ in range(10):
+        client.begin("wait", {"timeout_s": 366 * 86400})
+    client.call("status")
+    client.close()
+
+    def is_forgotten() -> bool:
+        gc.collect()
+        return not any(isinstance(one, Call) and one.method == "wait" for one in gc.get_objects())
+
+    wait_until(is_forgotten)
 
 
 def test_the_end_answers_all_who_wait_and_comes_behind_the_console(rig: Served) -> None:

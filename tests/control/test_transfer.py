@@ -276,6 +276,15 @@ def test_members_and_bytes_are_bounded(tmp_path: Path) -> None:
     unpack(tmp_path, packed, max_members=21, max_bytes=2000)
 
 
+def test_directories_are_not_so_deep_that_nobody_can_remove_them(tmp_path: Path) -> None:
+    """shutil.rmtree, which tidies up behind tests, recurses."""
+    deepest = "/".join(["d"] * unpacking.MAX_DEPTH)
+    unpack(tmp_path / "copy", stream(member(deepest, b"x")))
+    for kind in (tarfile.REGTYPE, tarfile.DIRTYPE):
+        with pytest.raises(TransferError, match=f"more than {unpacking.MAX_DEPTH} deep"):
+            unpack(tmp_path / "copy", stream(member(f"{deepest}/d", kind=kind)))
+
+
 def test_a_header_that_says_it_is_huge_is_refused_before_it_is_read(tmp_path: Path) -> None:
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, 1 << 40

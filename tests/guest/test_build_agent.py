@@ -20,7 +20,7 @@ def test_the_program_in_the_package_is_rebuilt_byte_for_byte(tmp_path: Path) -> 
     )
     build.build(tmp_path / "agent")
     assert (tmp_path / "agent").read_bytes() == read_program(), (
-        "guest/agent/agent.c makes another program than the one in pyvmm/agent: run `make agent`"
+        "guest/agent/*.c make another program than the one in pyvmm/agent: run `make agent`"
     )
 
 

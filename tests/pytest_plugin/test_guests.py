@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 import pyvmm
 from pyvmm import Kind, Outcome
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.launcher.vm import Vm
 from pyvmm.pytest_plugin.guests import Guest, Guests
 from pyvmm.pytest_plugin.marker import checked
@@ -30,13 +31,19 @@ class StandInVm:
     failure: PyvmmError | None = None
 
     def __init__(self) -> None:
+        self._callbacks: list[Callable[[bytes], object]] = []
+        self.console = SimpleNamespace(lost_bytes=0)
         self.log = OLD
         self.is_closed = False
         self.late = b""
         """What is printed while the machine is closed."""
 
     def on_output(self, callback: Callable[[bytes], object]) -> None:
-        self.print = callback
+        self._callbacks.append(callback)
+
+    def print(self, data: bytes) -> None:
+        for callback in self._callbacks:
+            callback(data)
 
     def on_end(self, callback: Callable[[Outcome], object]) -> None:
         self.end = callback
@@ -70,7 +77,7 @@ def guest(vm: StandInVm) -> Guest:
     plan = make_plan(
         checked("here", {"kernel": "k"}), kernel=None, disks=(), root=Path("/"), is_lab=False
     )
-    return Guest(cast(Vm, vm), plan, label="vm", shared_log=None)
+    return Guest(cast(Vm, vm), plan, label="vm", log=None)
 
 
 def test_a_good_guest_has_no_verdict(vm: StandInVm, guest: Guest) -> None:
@@ -130,7 +137,7 @@ def test_all_guests_are_closed_whatever_is_raised_meanwhile(
 ) -> None:
     other = StandInVm()
     guests = Guests(label="vm", log_file=lambda: None, is_shared=False)
-    guests.all += [Guest(cast(Vm, other), guest.plan, label="vm 2", shared_log=None), guest]
+    guests.all += [Guest(cast(Vm, other), guest.plan, label="vm 2", log=None), guest]
 
     def interrupted(*_args: object, **_kwargs: object) -> bytes:
         raise Interrupt
@@ -141,3 +148,20 @@ def test_all_guests_are_closed_whatever_is_raised_meanwhile(
         guests.close()
     assert vm.is_closed
     assert other.is_closed
+
+
+def test_a_console_whose_file_is_not_whole_fails(
+    vm: StandInVm, guest: Guest, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"all is ")
+    guest = Guest(cast(Vm, vm), guest.plan, label="vm", log=log)
+    vm.print(b"all is well\r\n")
+    with pytest.raises(HostError, match=r"^--pyvmm-logs .*: has 7 of 13 bytes: the disk"):
+        guest.close()
+    assert vm.is_closed
+    log.write_bytes(b"all is well\r\n==== a mark ====\n")
+    Guest(cast(Vm, vm), guest.plan, label="vm", log=log).close()
+    log.unlink()
+    with pytest.raises(HostError, match=r"log: No such file"):
+        Guest(cast(Vm, vm), guest.plan, label="vm", log=log).close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.tiny_guests import SPIN, prints, write_guest
+
 pytestmark = pytest.mark.bare
 
 VERDICTS = [
@@ -149,3 +151,25 @@ def test_the_traceback_ends_in_the_test(inner: pytest.Pytester) -> None:
     short.stdout.fnmatch_lines([">*vm.console.expect(*"])
     full = inner.runpytest_subprocess("--full-trace")
     full.stdout.fnmatch_lines(["*/pyvmm/*.py:*"])
+
+
+def test_a_guest_gives_githubs_runner_no_commands(
+    inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runner obeys lines that begin with ``::``: what a guest prints is quoted unindented."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    write_guest(inner.path / "obeyed", prints(b"::add-mask::e\r\n ##[group]x\r\nready\r\n"), SPIN)
+    inner.makepyfile("""
+        import pytest
+
+        @pytest.mark.pyvmm(kernel="obeyed", agent=False)
+        def test_it(vm):
+            vm.console.expect("ready", timeout_s=60)
+            assert False
+    """)
+    done = inner.runpytest_subprocess()
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(
+        ["*last lines of the console*", "[\\]x3a:add-mask::e", " ##[\\]x5bgroup]x"]
+    )
+    done.stdout.no_fnmatch_line("::*")
