@@ -210,6 +210,8 @@ def _registers(client: Client, args: SimpleNamespace) -> int:
 def _memory(client: Client, args: SimpleNamespace) -> int:
     gpa, length = args.gpa, args.length
     out = PassedOn(1, is_terminal=False)
+    if length > MAX_READ_BYTES:  # its end may be outside: better to say so before it is shown
+        client.call("memory.read", {"gpa": gpa + length - 1, "length": 1})
     for at in range(gpa, gpa + length, MAX_READ_BYTES):
         count = min(MAX_READ_BYTES, gpa + length - at)
         data = base64.b64decode(client.call("memory.read", {"gpa": at, "length": count})["data"])

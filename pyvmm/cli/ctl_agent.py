@@ -17,12 +17,11 @@ from pyvmm.control.client import Client, ControlError, Pending
 from pyvmm.control.packing import pack, put_place
 from pyvmm.control.unpacking import Unpacker
 from pyvmm.errors import AgentError, ConfigError
+from pyvmm.launcher.limits import boot_timeout_s
 from pyvmm.report import say
 from pyvmm.testing.passed_on import PassedOn
 
 TIMEOUT_STATUS, NOT_EXECUTABLE_STATUS, NOT_FOUND_STATUS = 124, 126, 127
-AGENT_S = 30.0
-"""A machine that is just starting may need so long for its agent."""
 SILENT_S = 1.0
 """A longer wait is told of."""
 _PIECE_BYTES = 64 << 10
@@ -141,12 +140,13 @@ def get(client: Client, args: SimpleNamespace) -> int:
 
 
 def _wait_for_agent(client: Client) -> None:
-    """Return once the agent takes orders; ControlError if it does not within AGENT_S."""
-    pending = client.begin("agent.wait", {"timeout_s": AGENT_S})
+    """Return once the agent takes orders; ControlError if it does not within a boot's time."""
+    limit_s = boot_timeout_s()
+    pending = client.begin("agent.wait", {"timeout_s": limit_s})
     try:
         pending.result(SILENT_S)
     except TimeoutError:
-        say(f"waiting for the agent in the guest, up to {AGENT_S:g} s")
+        say(f"waiting for the agent in the guest, up to {limit_s:g} s")
         pending.result()
 
 

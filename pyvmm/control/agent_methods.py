@@ -146,7 +146,7 @@ class Agent:
             why = "the guest may have no driver for virtio's console, or has not booted so far"
         else:
             why = "the image has none that starts by itself: bring one in with pyvmm run --agent"
-        call.refuse("timeout", f"no agent came forward within {timeout_s:g} s: {why}")
+        call.refuse("timeout", f"no agent came forward within {round(timeout_s, 2):g} s: {why}")
 
     def _forget(self, call: Call) -> None:
         for each in self._waiting:

@@ -149,7 +149,13 @@ def _parsed(path: str) -> dict[str, Any]:
 
 
 def _memories(top: Table) -> tuple[str, ...]:
-    texts = top.texts("memory", (DEFAULT_MEMORY,))
+    if "memory" not in top:
+        return (DEFAULT_MEMORY,)
+    given = top["memory"]
+    for one in given if isinstance(given, list) else (given,):
+        if type(one) is int:
+            check_memory(top, "memory", str(one))  # it tells of the missing unit
+    texts = top.texts("memory")
     return _once(top, "memory", tuple(check_memory(top, "memory", text) for text in texts))
 
 

@@ -15,7 +15,7 @@ from pyvmm.report import escape
 from pyvmm.run.outcome import Kind
 from pyvmm.testing.kernel_log import bad_message
 from pyvmm.testing.report import failure_report, read_kernel_log
-from pyvmm.testing.verdicts import BootError, BootTimeout, GuestEnded
+from pyvmm.testing.verdicts import BootError, BootTimeout, GuestEnded, why_no_agent
 from pyvmm.testing.watched import Watch, watch
 
 Section = tuple[str, str]
@@ -56,7 +56,8 @@ class Guest:
                 if self.vm.outcome is not None or time.monotonic() < until_s:
                     raise
                 raise BootTimeout(
-                    f"the guest's agent has not taken orders in {limit_s:g} s",
+                    f"the guest's agent has not taken orders in {limit_s:g} s: "
+                    f"{why_no_agent(error)}",
                     before=self._watch.judge.last_lines,
                 ) from error
             self._watch.boot_is_over()

@@ -85,6 +85,10 @@ def read_options(config: pytest.Config) -> Options:
     if repeated := [kernel for kernel in kernels if kernels.count(kernel) > 1]:
         raise pytest.UsageError(f"--pyvmm-kernel {repeated[0]}: given more than once")
     disks = [_absolute(text, here) for text in _given(config, "pyvmm_disks")]
+    for disk in disks:
+        place, _ = place_and_way(disk)
+        if "://" not in place and not Path(place).exists():
+            raise pytest.UsageError(f"--pyvmm-disk {disk}: there is no such file")
     if not disks:
         disks = [_absolute(text, root) for text in config.getini("pyvmm_disk")]
     lab = config.getoption("pyvmm_lab") or config.getini("pyvmm_lab")
@@ -99,6 +103,14 @@ def read_options(config: pytest.Config) -> Options:
         lab_memory=config.getoption("pyvmm_lab_memory") or config.getini("pyvmm_lab_memory"),
         lab_writable=tuple(writable or config.getini("pyvmm_lab_rw")),
     )
+
+
+def place_and_way(disk: str) -> tuple[str, str]:
+    """Return the file or URI of the text ``disk``, and how it is used: ro, rw or snapshot."""
+    place, comma, way = disk.rpartition(",")
+    if comma and way in ("ro", "rw", "snapshot"):
+        return place, way
+    return disk, "snapshot"
 
 
 def _given(config: pytest.Config, name: str) -> Sequence[str]:

@@ -12,6 +12,7 @@ from pyvmm.api.disks import NbdDisk, Overlay, RawDisk
 from pyvmm.launcher.limits import BOOT_TIMEOUT_S, LAB_BOOT_TIMEOUT_S
 from pyvmm.pytest_plugin.kernels import kernel_and_initrd
 from pyvmm.pytest_plugin.marker import ArgumentsError
+from pyvmm.pytest_plugin.options import place_and_way
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.testing.fail_on import FAIL_ON, FailOn
 
@@ -123,9 +124,7 @@ def _disk(what: object, root: Path) -> AnyDisk:
     if not isinstance(what, (str, os.PathLike)):
         return what  # type: ignore[return-value]  # MachineConfig names what is no disk
     text = os.fsdecode(what)
-    place, comma, way = text.rpartition(",")
-    if way not in ("ro", "rw", "snapshot") or not comma:
-        place, way = text, "snapshot"
+    place, way = place_and_way(text)
     if "://" in place:
         disk: NbdDisk | RawDisk = NbdDisk(place, read_only=way == "ro")
     else:

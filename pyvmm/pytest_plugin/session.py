@@ -94,9 +94,11 @@ class Session:
                 in_process=in_process,
             )
         except ArgumentsError as error:
-            pytest.fail(str(error), pytrace=False)
+            problem = str(error)
         except PyvmmError as error:
-            pytest.fail(f"pyvmm: {error}", pytrace=False)
+            problem = f"pyvmm: {error}"
+        # Not within the clauses: pytest would print the text of their exception too.
+        pytest.fail(problem, pytrace=False)
 
     # Guests
 

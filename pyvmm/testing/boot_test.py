@@ -44,6 +44,7 @@ from pyvmm.testing.verdicts import (
     BootTimeout,
     RunFailed,
     error_of_outcome,
+    why_no_agent,
 )
 from pyvmm.testing.watched import Watch
 
@@ -171,7 +172,7 @@ class _Run:
         """See ``run_boot_test``."""
         with launch(
             self._test.config(), console_log=self._test.console_log,
-            report=report or self._problems.append,
+            report=report or self._note,
         ) as vm:
             watch = Watch(vm, self._test.fail_on)
             for observe in (self._timeline.feed, self._expectations.feed, on_console):
@@ -248,10 +249,14 @@ class _Run:
             if self._timeline.now_s() - begin_s < left_s:
                 raise AgentLost(str(error), before=watch.judge.last_lines) from None
             raise BootTimeout(
-                f"no agent after {self._test.boot_limit_s:g} s: {error}",
+                f"no agent after {self._test.boot_limit_s:g} s: {why_no_agent(error)}",
                 before=watch.judge.last_lines,
             ) from None
         watch.boot_is_over()
+
+    def _note(self, line: str) -> None:
+        if not line.endswith("..."):  # it tells of work under way: nothing is odd
+            self._problems.append(line)
 
     def _copy(self, what: str, copy: Callable[[], object]) -> None:
         try:

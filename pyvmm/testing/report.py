@@ -7,6 +7,7 @@ cannot be had is left out.
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Sequence
 
 from pyvmm.errors import PyvmmError
@@ -21,6 +22,7 @@ LOG_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
 PAUSE_TIMEOUT_S = 5.0
 MAX_WARNINGS = 200
+LINE_COLUMNS = 96
 
 
 class FailureReport(Record):
@@ -102,8 +104,14 @@ def read_registers(vm: Vm, cpus: int = 1) -> tuple[str, ...]:
             return ()
         try:
             for number in range(cpus):
-                lines += [f"vcpu{number}:", *str(vm.registers(number)).split("\n")]
+                lines += [f"vcpu{number}:", *_wrapped(str(vm.registers(number)))]
         finally:
             if is_ours and vm.outcome is None:
                 vm.resume()
     return tuple(lines)
+
+
+def _wrapped(registers: str) -> list[str]:
+    """Return the registers' text in lines; none begins with a value."""
+    bound = registers.replace(" 0x", "\xa00x").replace(" (", "\xa0(")
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(bound, LINE_COLUMNS)]

@@ -6,6 +6,7 @@ docs/verdicts.md has the table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pyvmm.errors import PyvmmError
@@ -24,6 +25,7 @@ TRIPLE_FAULT_STATUS = 122
 INTERNAL_ERROR_STATUS = 123
 TIMEOUT_STATUS = 124
 HOST_STATUS = 125
+_WAITED = re.compile(r"^(agent\.wait: )?no agent came forward within [0-9.]+ s: ")
 
 
 class BootError(PyvmmError):
@@ -175,6 +177,11 @@ _BY_KIND: dict[str, type[BootError]] = {
 }
 NO_ROOT_WORDS = ("VFS: Unable to mount root fs", "cannot mount the root")
 """A panic with one of these is about the root."""
+
+
+def why_no_agent(error: PyvmmError) -> str:
+    """Return why no agent came in time, without the words on how long was waited."""
+    return _WAITED.sub("", str(error))
 
 
 def error_of_outcome(outcome: Outcome, before: Sequence[str] = ()) -> BootError:

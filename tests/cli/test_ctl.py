@@ -94,6 +94,7 @@ def test_memory_is_shown_or_copied(rig: Served) -> None:
         b"0000000000000051  51 52                                            QR\n"
     )
     assert ctl(rig, "memory", "65", "1M", "--raw").returncode == 125  # beyond its end
+    assert ctl(rig, "memory", "0", "2M").stdout == b""  # the same, before anything is shown
     assert ctl(rig, "memory", "0", "1M", "--raw").stdout == bytes(range(256)) * 4096
     assert "is no address" in complaint(ctl(rig, "memory", "xyz", "1"))
     assert "is not a size" in complaint(ctl(rig, "memory", "0", "much"))

@@ -187,6 +187,7 @@ def test_a_machine_that_cannot_be_made_says_why(
     done = inner.runpytest_subprocess()
     done.assert_outcomes(errors=1)
     done.stdout.fnmatch_lines([message])
+    done.stdout.no_fnmatch_line("*another exception*")
 
 
 def test_the_users_image_is_not_written_unless_told(inner: pytest.Pytester) -> None:

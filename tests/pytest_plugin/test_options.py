@@ -28,6 +28,7 @@ def test_a_session_without_virtual_machines_imports_little(pytester: pytest.Pyte
 
 @pytest.mark.parametrize(("words", "problem"), [
     (["--pyvmm-kernel", "missing"], "--pyvmm-kernel */missing: there is no such file"),
+    (["--pyvmm-disk", "missing,ro"], "--pyvmm-disk */missing,ro: there is no such file"),
     (["--pyvmm-kernel", "a", "--pyvmm-kernel", "./a"], "--pyvmm-kernel */a: given more than once"),
     (["-o", "pyvmm_lab=maybe"], "pyvmm_lab = maybe: must be auto or never"),
     (["--pyvmm-lab", "maybe"], "*--pyvmm-lab: invalid choice: 'maybe'*"),

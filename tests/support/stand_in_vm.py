@@ -64,7 +64,9 @@ class StandInVm:
         log: bytes = b"",
         files: dict[str, bytes] | None = None,
         has_agent: bool = True,
+        reports: tuple[str, ...] = (),
     ) -> None:
+        self._reports = reports
         self._boot = boot
         self.act = act or (lambda argv, out, err: Completed(argv=argv, status=0))
         self._log = log
@@ -81,9 +83,12 @@ class StandInVm:
         self.console_log: str | None = None
 
     def launch(
-        self, config: MachineConfig, *, console_log: str | None = None, report: object = None
+        self, config: MachineConfig, *, console_log: str | None = None,
+        report: Callable[[str], object],
     ) -> Vm:
-        """``pyvmm.launch``."""
+        """``pyvmm.launch``, with the lines of ``reports`` from the machine's process."""
+        for line in self._reports:
+            report(line)
         self.config, self.console_log = config, console_log
         return cast(Vm, self)
 
@@ -163,7 +168,7 @@ class StandInVm:
 
     def registers(self, vcpu: int = 0) -> str:
         """See Vm."""
-        return "rax 0x1"
+        return " ".join(["rax 0x1", *(f"r{number} 0xffffffff81000000" for number in range(8, 13))])
 
     def wait_for_agent(self, timeout_s: float = 60.0) -> None:
         """See Vm."""

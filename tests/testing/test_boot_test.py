@@ -161,14 +161,20 @@ def test_a_guest_that_ends_without_a_report_never_passes(
         assert result.outcome == outcome
 
 
+def test_lines_about_work_under_way_are_no_problems() -> None:
+    assert run(StandInVm(reports=("unpacking it...", "the disk grew"))).problems == (
+        "the disk grew",
+    )
+
+
 def test_no_agent_in_time_is_a_timeout_and_one_that_lies_is_lost() -> None:
     def slow(vm: StandInVm) -> None:
         time.sleep(0.15)
-        raise AgentError("no agent")
+        raise AgentError("no agent came forward within 0.12 s: it has no driver")
 
     result = run(StandInVm(boot=slow), boot_timeout_s=0.1)
     assert (result.verdict, result.exit_status) == ("boot-timeout", 124)
-    assert result.message == "no agent after 0.1 s: no agent"
+    assert result.message == "no agent after 0.1 s: it has no driver"
 
     def lies(vm: StandInVm) -> None:
         raise AgentError("a frame of 4294967295 bytes")

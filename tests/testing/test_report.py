@@ -87,7 +87,8 @@ def test_a_report_of_a_guest_that_lives_has_its_kernel_log_and_registers(vm: Sta
     assert dict(report.sections()) == {
         "last lines of the console": "hello\nred",
         "kernel log, warn and worse": "[    2.000000] a warning",
-        "registers": "vcpu0:\nrax 0x1",
+        "registers": "vcpu0:\nrax 0x1 r8 0xffffffff81000000 r9 0xffffffff81000000 "
+                     "r10 0xffffffff81000000\nr11 0xffffffff81000000 r12 0xffffffff81000000",
     }
     assert not vm.is_paused
 
