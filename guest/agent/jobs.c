@@ -25,9 +25,11 @@ void signal_job(struct job *job, int number)
 	if (job->kind != RUN)
 		number = SIGKILL;
 	job->is_killed |= number == SIGKILL;
-	if (!job->pid) {	/* it has ended: nobody waits for what it left */
-		drop(&job->outputs[0].fd);
-		drop(&job->outputs[1].fd);
+	if (!job->pid) {	/* it has ended; what it left is taken, unless nobody waits for it */
+		if (number == SIGKILL) {
+			drop(&job->outputs[0].fd);
+			drop(&job->outputs[1].fd);
+		}
 	} else if (kill(-job->pid, number)) {	/* it has not made its group yet */
 		kill(job->pid, number);
 	}

@@ -260,6 +260,20 @@ def test_killing_a_command_that_has_ended_drops_what_is_left(rig: AgentRig) -> N
     assert ended(events) == (JobEnd.EXITED, 0)
 
 
+def test_another_signal_to_a_command_that_has_ended_takes_nothing_away(rig: AgentRig) -> None:
+    size = WINDOW + 60000
+    events = rig.start("/bin/sh", "-c", f"head -c {size} /dev/zero", limit=0)
+    rig.until(lambda: len(events.stdout) == WINDOW)
+    deadline_s = time.monotonic() + 0.3
+    rig.until(lambda: time.monotonic() > deadline_s)
+    assert events.job is not None
+    events.job.kill(signal.SIGTERM)
+    events.job.consumed(1, WINDOW)
+    rig.until(lambda: events.result)
+    assert ended(events) == (JobEnd.EXITED, 0)
+    assert len(events.stdout) == size
+
+
 def test_a_ping_is_answered_while_commands_are_stuck(rig: AgentRig) -> None:
     stuck = rig.start("yes", limit=0)
     pongs: list[int] = []
