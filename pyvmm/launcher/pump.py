@@ -75,6 +75,8 @@ class Pump:
         finally:
             self._poller.unregister(wake_fd)
             os.close(wake_fd)
+            for fd in self._readers:  # after a time limit the caller may read on
+                os.set_blocking(fd, True)
 
     def rest_of(self, fd: int) -> memoryview:
         """Return the bytes of the last piece for ``fd`` that are not written yet."""

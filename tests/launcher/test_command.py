@@ -171,6 +171,14 @@ def test_streams_while_it_runs(vm: pyvmm.Vm) -> None:
             command.write(b"x")
 
 
+def test_a_stream_is_read_on_after_a_wait_that_took_too_long(vm: pyvmm.Vm) -> None:
+    with vm.begin(["sh", "-c", "read line; sleep 0.3; echo done"]) as command:
+        with pytest.raises(TimeoutError):
+            command.wait(0.05)
+        command.write(b"go\n")
+        assert command.stdout.readline() == b"done\n"  # it waits
+
+
 def test_writing_to_a_command_that_reads_no_more(vm: pyvmm.Vm) -> None:
     """Its bytes are dropped, as by a shell's pipe into a command that ignores SIGPIPE."""
     with vm.begin(["sh", "-c", "exec <&-; echo closed; sleep 600"]) as command:
