@@ -194,5 +194,7 @@ def error_of_outcome(outcome: Outcome, before: Sequence[str] = ()) -> BootError:
         kind = RootNotMounted
     text, *_ = str(outcome).split("\n")
     if kind is GuestEnded:
-        text = f"the guest ended without a report: {text}"
+        has_told = outcome.kind is Kind.GUEST_STATUS
+        how = "before the test was done" if has_told else "without a report"
+        text = f"the guest ended {how}: {text}"
     return kind(escape(text), outcome, before=before)
