@@ -99,7 +99,7 @@ def _status(program: str, result: dict[str, Any]) -> int:
         case "signalled":
             return 128 + value
         case "failed":
-            say(f"{program}: {result['reason']}")
+            say(_named(program, result["reason"]))
             if value in (errno.ENOENT, errno.ENOTDIR):
                 return NOT_FOUND_STATUS
             return NOT_EXECUTABLE_STATUS if value in (errno.EACCES, errno.ENOEXEC) else 125
@@ -161,7 +161,7 @@ def _check(pending: Pending, path: str) -> None:
     """Wait for the end of a transfer; AgentError if it failed."""
     result = pending.result()
     if result["kind"] != "exited":
-        raise AgentError(f"{path}: {result['reason'] or result['kind']}")
+        raise AgentError(_named(path, result["reason"] or result["kind"]))
 
 
 def _complain(skipped: list[str]) -> None:
@@ -280,3 +280,8 @@ class _Input:
             while data := os.read(0, _PIECE_BYTES):
                 _write(self._writes, data)
         os.close(self._writes)
+
+
+def _named(name: str, reason: str) -> str:
+    """Return ``reason`` behind ``name``, which the agent's own reasons often have already."""
+    return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"

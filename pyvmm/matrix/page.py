@@ -105,7 +105,7 @@ def _card(result: RunResult, scale_s: float, logs: str, is_open: bool) -> Iterat
     yield f"{_where(result)}{_links(result, logs)}</p>"
     if result.line:
         yield f'<pre class="console"><mark>{_text(result.line)}</mark></pre>'
-    parts = [(f"the {len(result.before)} lines before it", result.before), *result.parts]
+    parts = [("the lines before it", result.before), *result.parts]
     for at, (title, lines) in enumerate(part for part in parts if part[1]):
         yield _quoted(title, lines, is_open and not at)
     for problem in result.problems:

@@ -46,7 +46,7 @@ pre { margin: .4rem 0 0; padding: .7rem; background: var(--back); border: 1px so
 mark { background: var(--mark); color: inherit; display: block; font-weight: 600; }
 summary { cursor: pointer; margin-top: .5rem; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; }
-th { text-align: left; color: var(--dim); font-weight: 600; }
+th { text-align: left; color: var(--dim); font-weight: 600; overflow-wrap: normal; }
 th, td { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--edge);
   vertical-align: middle; }
 tr:last-child td { border-bottom: 0; }

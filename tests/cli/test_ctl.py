@@ -281,7 +281,9 @@ def test_files_and_directories_go_in_and_out(guest: Served, tmp_path: Path) -> N
         assert (place / made).exists(), words
     assert (tmp_path / "data").read_bytes() == (place / "back/inner/data").read_bytes()
     assert os.readlink(place / "back/inner/link") == "data"
-    assert "No such file" in complaint(ctl(guest, "get", f"{place}/missing", str(tmp_path)))
+    said = complaint(ctl(guest, "get", f"{place}/missing", str(tmp_path)))
+    assert said.count("missing: ") == 1
+    assert "No such file" in said
     assert not (tmp_path / "missing").exists()
 
 

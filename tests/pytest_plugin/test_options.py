@@ -65,7 +65,7 @@ def test_the_configuration_file_says_the_same(pytester: pytest.Pytester) -> None
 
 
 def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
-    for name in ("k1", "k2"):
+    for name in ("k1", "k2", "b"):
         pytester.path.joinpath(name).touch()
     pytester.makeini("[pytest]\npyvmm_kernel = k1\npyvmm_disk = a\npyvmm_logs = l\npyvmm_lab=never")
     here = pytester.path
