@@ -49,7 +49,8 @@ def answers(program: Path, said: bytes, cwd: Path, *, is_closed: bool = True) ->
                 [program, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=cwd,
                 stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )
-        ours.settimeout(0.02)
+        tick = 0.02
+        ours.settimeout(tick)
         left, end_s = memoryview(said), time.monotonic() + patient(30)
         is_over = False
         while left and not is_over:

@@ -208,7 +208,8 @@ def test_a_subscriber_that_does_not_read_loses_bytes_and_no_memory(rig: Served, 
 def test_a_client_that_reads_no_answers_is_not_read_either(rig: Served, raw: Raw) -> None:
     """Until it is hung up (STALL_S), it costs a bounded backlog."""
     line = b'{"id":1,"method":"memory.read","params":{"gpa":0,"length":500000}}\n'
-    raw.socket.settimeout(0.5)
+    a_while = 0.5
+    raw.socket.settimeout(a_while)
     with pytest.raises(TimeoutError):
         raw.socket.sendall(line * 100_000)
     assert rig.client().call("outcome") == {"outcome": None}

@@ -140,6 +140,6 @@ def test_no_warning_is_raised_at_the_end_of_a_closed_vm(kernel: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pyvmm.launch(MachineConfig(kernel=kernel)) as vm:
-            vm.wait(0)
+            vm.wait(0.0)
         del vm
         gc.collect()

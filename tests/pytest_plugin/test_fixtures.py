@@ -141,7 +141,7 @@ def test_every_kernel_gets_the_same_tests(inner: pytest.Pytester) -> None:
 
         @pytest.mark.pyvmm(kernel="reports", agent=False)
         def test_own_kernel(vm):
-            assert vm.wait(30).exit_status == 0
+            assert vm.wait().exit_status == 0
     """)
     done = inner.runpytest_subprocess(
         "-v", "--pyvmm-kernel", "ready", "--pyvmm-kernel", "spins"

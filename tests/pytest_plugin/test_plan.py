@@ -54,7 +54,8 @@ def test_no_kernel_says_how_to_name_one(tmp_path: Path) -> None:
 
 
 def test_limits_are_longer_in_the_lab(tmp_path: Path) -> None:
-    here, lab = (plan(tmp_path, "/k", is_lab=is_lab, timeout=5) for is_lab in (False, True))
+    limit_s = 5
+    here, lab = (plan(tmp_path, "/k", is_lab=is_lab, timeout=limit_s) for is_lab in (False, True))
     assert (here.config.timeout_s, lab.config.timeout_s) == (5, 50)
     assert (here.boot_timeout_s, lab.boot_timeout_s) == (60, 300)
 

@@ -35,7 +35,7 @@ def test_a_test_that_waits_gets_the_verdict(
         @pytest.mark.pyvmm(kernel="{kernel}", agent=False)
         def test_does_not_look(vm):
             import time
-            deadline = time.monotonic() + 60
+            deadline = 600 + time.monotonic()
             while vm.failure is None and time.monotonic() < deadline:
                 time.sleep(0.01)
     """)
@@ -106,7 +106,7 @@ def test_an_end_that_the_test_knows_of_is_none(inner: pytest.Pytester) -> None:
 
         @pytest.mark.pyvmm(kernel="reports", agent=False)
         def test_waits(vm):
-            assert vm.wait(60).kind is pyvmm.Kind.GUEST_STATUS
+            assert vm.wait().kind is pyvmm.Kind.GUEST_STATUS
 
         @pytest.mark.pyvmm(kernel="reboots", agent=False, may_end=True)
         def test_may(vm):

@@ -87,7 +87,7 @@ class AgentGuest:
             while self._link.state is not LinkState.READY:
                 assert self._machine.wait(0) is None, "the guest has ended"
                 assert time.monotonic() < until_s, f"no agent ({self._link.problem})"
-                self.changed.wait(1)
+                self.changed.wait(patient(1))
         return time.monotonic() - self.begin_s
 
     def run(self, argv: Sequence[str], timeout_s: float = 120) -> Done:
@@ -100,7 +100,7 @@ class AgentGuest:
             self._pump()
             while events.result is None:
                 assert time.monotonic() < until_s, f"{argv} does not end"
-                self.changed.wait(1)
+                self.changed.wait(patient(1))
                 self._pump()
         return Done(events.result, bytes(events.output[1]), bytes(events.output[2]))
 

@@ -14,6 +14,7 @@ from pyvmm.testing.own_verdicts import FAILED, INTERRUPTED, PASSED
 from pyvmm.testing.timeline import Phase
 
 LONGEST_S = 300.0
+TICK = 0.05
 
 
 def stand_in(run: Run, folder: str, watch: Watch) -> RunResult:
@@ -43,10 +44,10 @@ def stand_in(run: Run, folder: str, watch: Watch) -> RunResult:
             Path(f"{argument}.{run.name}").write_text(f"{os.getpid()}")
             ended = threading.Event()
             watch.adopt(ended.set)
-            for _ in range(int(LONGEST_S / 0.05)):
+            for _ in range(int(LONGEST_S / TICK)):
                 if Path(argument).exists():
                     return done
-                if ended.wait(0.05):
+                if ended.wait(timeout=TICK):
                     Path(f"{argument}.{run.name}.ended").touch()
                     return done.replace(verdict=INTERRUPTED, exit_status=130, message="was stopped")
         case "hang":  # whoever asks it to end

@@ -205,10 +205,17 @@ def test_fault_11_an_error_keeps_no_guest_ram(
     ram.close()  # a BufferError while there is a view
 
 
+WITHOUT_GUEST_RAM = ("launcher/", "testing/", "pytest_plugin/", "matrix/", "cli/test.py")
+
+
 def test_fault_11_no_function_keeps_the_exception_that_it_raises() -> None:
-    """Of the whole package: nothing is raised from a local variable that outlives the handler."""
+    """Nothing is raised from a local variable that outlives the handler, in all that a machine's
+    process runs.  The rooms left out drive such processes and have no guest RAM."""
     found = []
-    for path in sorted(Path(pyvmm.__file__).parent.rglob("*.py")):
+    package = Path(pyvmm.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if str(path.relative_to(package)).startswith(WITHOUT_GUEST_RAM):
+            continue
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef):
                 found += [f"{path}:{line}" for line in kept_exceptions(function)]
