@@ -39,6 +39,8 @@ class Subscription:
         self.events = events
         self.position = position
         self.knows_the_end = False
+        self.owes_state = False
+        """True if the state has changed and the client had no room to be told."""
 
 
 class Server:
@@ -241,7 +243,10 @@ class Server:
     def _tell(self, event: dict[str, object]) -> None:
         for connection, subscription in list(self._subscriptions.items()):
             if event["event"] in subscription.events:
-                connection.send(event)
+                # A guest may change it without end: a client that does not read gets the last one.
+                subscription.owes_state = connection.backlog >= CONSOLE_BACKLOG_BYTES
+                if not subscription.owes_state:
+                    connection.send(event)
 
     def _on_room(self, connection: Connection) -> None:
         self._pump(connection)
@@ -252,6 +257,9 @@ class Server:
         subscription = self._subscriptions.get(connection)
         if subscription is None:
             return
+        if subscription.owes_state and connection.backlog < CONSOLE_BACKLOG_BYTES:
+            subscription.owes_state = False
+            connection.send(self._session.state())
         is_all = "console" not in subscription.events
         while not is_all and not connection.is_closed:
             if connection.backlog >= CONSOLE_BACKLOG_BYTES:

@@ -1,4 +1,4 @@
-"""What the host asks of the agent: bounds are checked before a byte is sent."""
+"""The requests of the host to the agent: bounds are checked before a byte is sent."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import random
 import socket
@@ -203,6 +204,23 @@ def test_a_subscriber_that_does_not_read_loses_bytes_and_no_memory(rig: Served, 
     assert lost > 0
     assert heard >= 4 << 20
     assert rig.client().call("status")["console_bytes"] == total
+
+
+def test_a_subscriber_that_does_not_read_gets_the_last_of_many_states(
+    rig: Served, raw: Raw
+) -> None:
+    raw.send(b'{"id":1,"method":"subscribe","params":{"events":["state"]}}\n')
+    assert raw.read()["result"]["paused"] is False
+    client, changes = rig.client(), 4001
+    for index in range(changes):
+        client.call("resume" if index % 2 else "pause")
+    told, quiet = [], patient(0.5)
+    raw.socket.settimeout(quiet)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            told.append(raw.read())
+    assert 100 < len(told) < changes
+    assert told[-1]["paused"] is True
 
 
 def test_a_client_that_reads_no_answers_is_not_read_either(rig: Served, raw: Raw) -> None:

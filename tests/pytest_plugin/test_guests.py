@@ -36,7 +36,7 @@ class StandInVm:
         self.log = OLD
         self.is_closed = False
         self.late = b""
-        """What is printed while the machine is closed."""
+        """Printed while the machine is closed."""
 
     def on_output(self, callback: Callable[[bytes], object]) -> None:
         self._callbacks.append(callback)
