@@ -30,7 +30,6 @@ MAX_RUN_BYTES = MAX_PAYLOAD - 64
 """Bytes of a command's working directory, arguments and environment together."""
 MAX_PATH = 4095
 """Bytes of a path in PUT, GET, READ or WRITE."""
-MAX_PING = 64
 LAST_SIGNAL = 64
 MAX_TIMEOUT_MS = (1 << 32) - 1
 

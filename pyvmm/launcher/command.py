@@ -27,7 +27,6 @@ MAX_OUTPUT_BYTES = 64 << 20
 """The most of a stream that is kept in memory."""
 ANSWER_GRACE_S = 30.0
 """The agent kills a command at its time limit; this much later its answer is missing."""
-MAX_ARGUMENT_BYTES = 60 << 10
 SIGKILL = 9
 
 

@@ -22,7 +22,6 @@ LOOK_S = 0.2
 _ROOM_BYTES = 4096
 MAX_HELD = 32
 """Characters of an unfinished control sequence that wait for the rest."""
-_COLOUR = re.compile(r"\x1b\[[0-9;:]{0,64}m")
 _UNFINISHED = re.compile(rf"\x1b(?:\[[0-9;:]{{0,{MAX_HELD}}})?\Z")
 _KEPT = re.compile(r"(\x1b\[[0-9;:]{0,64}m|\r?\n|[\t\r])")
 

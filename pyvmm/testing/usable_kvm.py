@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
 from functools import cache
 
 from pyvmm.errors import PyvmmError
@@ -74,43 +70,6 @@ def problem_for(kernel: str | PathLike[str]) -> str:
     except (OSError, PyvmmError):
         return ""
     return kvm_problem() if found.is_linux else ""
-
-
-def lab_command(command: Sequence[str], *, cpus: int = 1, memory: str = "2G") -> list[str]:
-    """Return ``command`` behind ``pyvmm lab``; it is run by this Python, from this package."""
-    return [
-        sys.executable, "-m", "pyvmm", "lab", "--cpus", str(cpus), "--memory", memory, "--",
-        *command,
-    ]
-
-
-def rerun_in_lab(command: Sequence[str], *, cpus: int = 1, memory: str = "2G") -> int:
-    """Run ``command`` in the lab, with our standard descriptors; return its exit status.
-
-    PyvmmError inside the lab, which would be started in itself.
-    """
-    if os.environ.get(INSIDE):
-        raise PyvmmError(f"the lab: this already is the lab ({INSIDE} is set)")
-    with _interrupts_left_to_the_lab():
-        done = subprocess.run(
-            lab_command(command, cpus=cpus, memory=memory), check=False, env=_environment(),
-            stdin=None, stdout=None, stderr=None,
-        )
-    return done.returncode if done.returncode >= 0 else 128 - done.returncode
-
-
-@contextlib.contextmanager
-def _interrupts_left_to_the_lab() -> Iterator[None]:
-    """Ignore Ctrl-C, which reaches the lab too: its command ends, and then we do."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # A handler, because a signal that is ignored would be ignored in the lab's process as well.
-    handler = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _environment() -> dict[str, str]:
