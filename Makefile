@@ -136,7 +136,7 @@ check: dev ## lint and the fast unit tests, in under a minute: before every comm
 slow-tests: dev kernel image build/tools.img ## measure which tests are slow, on a quiet machine: writes tests/slow.txt
 	@PYVMM_MEASURE_TESTS=1 $(BIN)/python -m pytest -q -m "not bare and not kvm and not lab and not power_cut"
 
-needs: dev kernel image build/tools.img build/roots-gpt.img build/acpi/bzImage stock debian
+needs: dev kernel image build/tools.img build/roots-gpt.img build/twice/bzImage stock debian
 	@$(call need,$(TEST_PACKAGES) $(LAB_PACKAGES) $(BENCH_PACKAGES))
 	# What it downloads the first time is not for a test's output; if it fails, tests will tell.
 	$(BIN)/pyvmm lab -- true || true
@@ -197,17 +197,17 @@ build/bzImage build/vmlinux &: $(BUILD_KERNEL)
 	touch build/bzImage build/vmlinux
 
 # Told of its disks twice, by ACPI and by the command line: for the tests.
-build/acpi/bzImage: pyvmm/linux/build/acpi.config $(BUILD_KERNEL)
+build/twice/bzImage: pyvmm/linux/build/twice.config $(BUILD_KERNEL)
 	@$(call need,$(KERNEL_PACKAGES))
-	$(PYTHON) kernels/build.py --fragment pyvmm/linux/build/acpi.config --out build/acpi
+	$(PYTHON) kernels/build.py --fragment pyvmm/linux/build/twice.config --out build/twice
 	touch $@
 
 # Both of them, in one tree where neither is cached.
 test-kernels:
-	@if $(MAKE) -q build/bzImage build/acpi/bzImage; then exit; fi
+	@if $(MAKE) -q build/bzImage build/twice/bzImage; then exit; fi
 	$(call need,$(KERNEL_PACKAGES))
-	$(PYTHON) kernels/build.py --out build --variant pyvmm/linux/build/acpi.config build/acpi
-	touch build/bzImage build/vmlinux build/acpi/bzImage
+	$(PYTHON) kernels/build.py --out build --variant pyvmm/linux/build/twice.config build/twice
+	touch build/bzImage build/vmlinux build/twice/bzImage
 
 # Asked every time, from the cache unless apt knows a newer one; the tests read what it says.
 stock: venv ## Debian's own kernels, for the tests (cached; build/debian*.txt says where they are)

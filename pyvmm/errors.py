@@ -29,6 +29,10 @@ class ConfigError(PyvmmError):
         self.problem = problem
 
 
+class SnapshotError(ConfigError):
+    """A machine cannot be saved, or a snapshot not be used: ``subject`` is its directory or disk."""
+
+
 class HostError(PyvmmError):
     """The host refused something that a correct configuration may ask for."""
 

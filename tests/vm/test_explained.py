@@ -85,7 +85,7 @@ def test_nothing_is_said_of_kernels_that_boot(
         path = stock.vmlinuz
         disk += ["--initrd", str(stock.initramfs), "--append", "root=/dev/vda"]
     else:
-        path = {"ours": KERNEL, "acpi": BUILD / "acpi/bzImage"}[kernel]
+        path = {"ours": KERNEL, "acpi": BUILD / "twice/bzImage"}[kernel]
         ways += [["--discovery", "cmdline", "--cpus", "4"], ["--append", "acpi=off"],
                  ["--initrd", str(BUILD / "initramfs.cpio.gz")]]
     if kernel != "ours":

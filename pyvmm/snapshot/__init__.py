@@ -1,0 +1,1 @@
+"""Whole machines saved, cloned and rewound (docs/snapshots.md)."""

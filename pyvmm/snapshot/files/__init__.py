@@ -1,0 +1,1 @@
+"""The directory of a snapshot: its format, its checks, merging."""
