@@ -23,12 +23,17 @@ def ram_content(size_bytes: int, mark: int = 1) -> bytearray:
     return ram
 
 
-def crcs_of(ram: bytes | bytearray) -> bytes:
+def crcs_of(ram: bytes | bytearray, runs: tuple[tuple[int, int], ...] | None) -> dict[int, int]:
     """The CRC32 of each chunk of ``ram``, as the record has them."""
-    return b"".join(
-        zlib.crc32(ram[at : at + layout.CHUNK_BYTES]).to_bytes(4, "little")
-        for at in range(0, len(ram), layout.CHUNK_BYTES)
-    )
+    found = {}
+    for at in range(0, len(ram), layout.CHUNK_BYTES):
+        end = min(at + layout.CHUNK_BYTES, len(ram))
+        part = ram[at:end] if runs is None else b"".join(
+            ram[max(start, at) : min(start + length, end)] for start, length in runs
+        )
+        if any(part):
+            found[at // layout.CHUNK_BYTES] = zlib.crc32(part)
+    return found
 
 
 def write_sparse(fd: int, ram: bytes | bytearray) -> int:
@@ -70,7 +75,7 @@ def make_saved(
         for index, content in overlays.items():
             Path(writer.path_of(layout.overlay_name(index))).write_bytes(content)
         saved_ram = SavedRam(
-            regions=REGIONS, crcs=crcs_of(ram), held_bytes=held,
+            regions=REGIONS, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
             runs=None if base is None else runs,
         )
         writer.finish({

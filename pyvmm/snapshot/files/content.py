@@ -6,9 +6,11 @@ Each has ``record()``, which makes the plain data, and ``read``, which checks it
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from pyvmm.config import MAX_DISKS
 from pyvmm.errors import StateError
@@ -22,6 +24,7 @@ _PAGE = 4096
 _MAX_U64 = (1 << 64) - 1
 _MAX_REGIONS = 16
 _MAX_TEXT = 4096
+_CRC = struct.Struct("<II")  # a chunk's number, its CRC32
 
 
 class About(Record):
@@ -104,13 +107,14 @@ class Base(Record):
 class SavedRam(Record):
     """The record ``ram``: what the file ``ram`` holds.
 
-    ``regions`` are (GPA, bytes) and lie one behind the other in the file.  ``crcs`` has le32 CRC32
-    of each chunk of the file.  ``held_bytes`` were written.  A diff has ``runs``, (offset, bytes)
-    in the file: all other bytes are the base's.
+    ``regions`` are (GPA, bytes) and lie one behind the other in the file.  ``crcs`` has a CRC32 for
+    each chunk that is not all zero, by its number.  ``held_bytes`` were written.  A diff has
+    ``runs``, (offset, bytes) in the file: all other bytes are the base's, and a chunk's CRC covers
+    the bytes in runs only, one behind the other.  (``ram.write.Written`` has the same.)
     """
 
     regions: tuple[tuple[int, int], ...]
-    crcs: bytes = b""
+    crcs: Mapping[int, int] = MappingProxyType({})
     held_bytes: int = 0
     runs: tuple[tuple[int, int], ...] | None = None
 
@@ -124,7 +128,7 @@ class SavedRam(Record):
         return {
             "regions": [list(region) for region in self.regions],
             "chunk": layout.CHUNK_BYTES,
-            "crcs": self.crcs,
+            "crcs": b"".join(_CRC.pack(*pair) for pair in sorted(self.crcs.items())),
             "bytes": self.held_bytes,
             "runs": None if self.runs is None else [list(run) for run in self.runs],
         }
@@ -139,8 +143,7 @@ class SavedRam(Record):
         if not 0 < total <= MAX_MEMORY:
             raise fields.error("regions", f"are not 1 to {MAX_MEMORY} bytes together")
         fields.integer("chunk", layout.CHUNK_BYTES, layout.CHUNK_BYTES)
-        length = 4 * -(-total // layout.CHUNK_BYTES)
-        crcs = fields.octets("crcs", length, length)
+        crcs = _crcs(fields, -(-total // layout.CHUNK_BYTES))
         held_bytes = fields.integer("bytes", 0, total)
         runs: list[tuple[int, int]] | None = None
         value = fields.take("runs")
@@ -199,6 +202,20 @@ def read_disks(data: object) -> tuple[SavedDisk, ...]:
     if not isinstance(data, list) or len(data) > MAX_DISKS:
         raise StateError("disks", f"is no list of at most {MAX_DISKS}")
     return tuple(SavedDisk.read(index, one) for index, one in enumerate(data))
+
+
+def _crcs(fields: Fields, chunks: int) -> dict[int, int]:
+    """Return the CRC of each chunk of RAM that has one; there are ``chunks`` chunks."""
+    packed = fields.octets("crcs", 0, chunks * _CRC.size)
+    if len(packed) % _CRC.size:
+        raise fields.error("crcs", f"is no multiple of {_CRC.size} bytes")
+    found = dict(_CRC.iter_unpack(packed))
+    numbers = list(found)
+    if len(found) * _CRC.size != len(packed) or numbers != sorted(numbers):
+        raise fields.error("crcs", "has chunks that do not ascend")
+    if numbers and numbers[-1] >= chunks:
+        raise fields.error("crcs", f"has chunk {numbers[-1]}, and there are {chunks}")
+    return found
 
 
 def _check_ranges(
