@@ -13,26 +13,18 @@ from types import MappingProxyType
 from pyvmm.board.agent import load_initrd_of, plug_agent_port
 from pyvmm.board.board import Board
 from pyvmm.board.consoles import Consoles
+from pyvmm.board.cpus import check_cpus, make_loops
 from pyvmm.board.describe import describe
 from pyvmm.board.disks import plug_disks
+from pyvmm.board.ports import add_endings, add_ports
 from pyvmm.config import RunConfig, VhostUserDiskConfig
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
-from pyvmm.devices.debug_exit import DebugExit
-from pyvmm.devices.i8042 import I8042
-from pyvmm.devices.pci_host import PciHost
-from pyvmm.devices.power import Power
-from pyvmm.devices.pvpanic import PvPanic
-from pyvmm.devices.rtc import Rtc
 from pyvmm.errors import ConfigError
-from pyvmm.kvm.abi import (
-    KVM_CAP_MAX_VCPUS,
-    KVM_CAP_READONLY_MEM,
-    KVM_CAP_TSC_DEADLINE_TIMER,
-)
-from pyvmm.kvm.handles import Kvm, Vcpu, Vm
+from pyvmm.kvm.abi import KVM_CAP_READONLY_MEM
+from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
@@ -41,8 +33,7 @@ from pyvmm.run.verdict import Evidence, Verdict
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
-from pyvmm.x86 import cpu, cpuid, layout
-from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
+from pyvmm.x86 import cpu, layout
 from pyvmm.x86.image import Kernel
 from pyvmm.x86.loader import load_kernel
 
@@ -86,12 +77,12 @@ def build(
         agent_port = plug_agent_port(board, config)
         for name, device in devices.items():
             board.plug(device, name)
-        _add_ports(board, config, timer)
-        _add_endings(board, verdict, report)
+        add_ports(board, config, timer)
+        add_endings(board, verdict, report)
         describe(board, config, kernel, initrd)
 
         kvm = stack.enter_context(Kvm())
-        _check_cpus(kvm, config.cpus)
+        check_cpus(kvm, config.cpus)
         vm = stack.enter_context(kvm.create_vm())
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
@@ -101,7 +92,7 @@ def build(
         board.connect(vm)
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
         consoles.add_serial_port(vm, vcpus, kvm.ring_page, watch, stack)
-        loops = _make_loops(config, kvm, vm, vcpus, board, runner, consoles)
+        loops = make_loops(config, kvm, vm, vcpus, board, runner, consoles)
         # The others wait, in the kernel, for the first one's INIT and SIPI.
         cpu.setup_boot(memory, vcpus[0], kernel)
         return Machine(
@@ -126,38 +117,6 @@ def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMem
     return GuestMemory(layout.ram_ranges(config.memory_bytes), shared=shared)
 
 
-def _make_loops(
-    config: RunConfig,
-    kvm: Kvm,
-    vm: Vm,
-    vcpus: Sequence[Vcpu],
-    board: Board,
-    runner: Runner,
-    consoles: Consoles,
-) -> list[VcpuLoop]:
-    """Give each of ``vcpus`` its CPUID; return what runs them."""
-    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-    loops: list[VcpuLoop] = []
-    for index, vcpu in enumerate(vcpus):
-        vcpu.set_cpuid(cpuid.build(
-            kvm.supported_cpuid(), config.cpu, index,
-            vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
-            memory_end=board.memory.regions[-1].end,
-        ))
-        loops.append(VcpuLoop(
-            vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
-            describe=functools.partial(cpu.describe_vcpu, board.memory, vcpu),
-            at_end=consoles.finish, can_be_woken=vm.can_wake,
-        ))
-    return loops
-
-
-def _check_cpus(kvm: Kvm, cpus: int) -> None:
-    """ConfigError if this KVM gives no VM so many vCPUs."""
-    # Documentation/virt/kvm/api.rst, 4.7: without the capability, what a KVM has always had.
-    limit = kvm.check_extension(KVM_CAP_MAX_VCPUS) or 4
-    if cpus > limit:
-        raise ConfigError(f"--cpus {cpus}", f"this host's KVM allows at most {limit}")
 
 
 def _open_console(config: RunConfig) -> Console:
@@ -178,35 +137,6 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
-def _add_ports(board: Board, config: RunConfig, timer: BootTimer) -> None:
-    """Add the ports that only answer."""
-    board.add_port("boot timer", layout.BOOT_TIMER_PORT, timer)
-    board.add_port("PCI host bridge", layout.PCI_PORT, PciHost())
-    if config.rtc == "utc":
-        board.add_port("RTC", layout.RTC_INDEX, Rtc())
-
-
-def _add_endings(board: Board, verdict: Verdict, report: Callable[[str], None]) -> None:
-    """Add the ports by which a guest ends the run, or says why it is about to."""
-    def ends_in(kind: Kind) -> Callable[[], None]:
-        return lambda: verdict.end(kind)
-
-    board.add_part("verdict", verdict)
-    keyboard = I8042(ends_in(Kind.RESET))
-    board.add_part("i8042", keyboard)
-    board.pio.add(layout.I8042_DATA, 1, keyboard.data_port)
-    board.pio.add(layout.I8042_COMMAND, 1, keyboard.command_port)
-    power = Power(
-        s5_sleep_type=S5_SLEEP_TYPE, reset_value=RESET_VALUE,
-        on_power_off=ends_in(Kind.POWER_OFF), on_reset=ends_in(Kind.RESET),
-    )
-    board.add_port("power", layout.SLEEP_CONTROL_PORT, power)
-    board.add_port("pvpanic", layout.PVPANIC_PORT, PvPanic(
-        verdict.panic_reported,
-        lambda: report("the guest has panicked; its crash kernel takes over"),
-    ))
-    debug_exit = DebugExit(lambda byte: verdict.end(Kind.GUEST_STATUS, byte))
-    board.add_port("debug exit", layout.DEBUG_EXIT_PORT, debug_exit)
 
 
 def _can_map_pages(config: RunConfig, kvm: Kvm, report: Callable[[str], None]) -> bool:
