@@ -38,6 +38,9 @@ from pyvmm.x86.image import Kernel
 from pyvmm.x86.loader import load_kernel
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from pyvmm.board.origin import Base, Origin
     from pyvmm.virtio.port.device import PortDevice
 
 
@@ -46,20 +49,24 @@ def build(
     *,
     report: Callable[[str], None],
     devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
+    origin: Origin | None = None,
 ) -> Machine:
     """Return a machine that is ready to run.
 
     ``devices`` are virtio devices of the caller's own, by name; the guest finds them behind
     pyvmm's.  They belong to the machine from now on, which closes them.
 
+    With ``origin`` no kernel is loaded, and the guest is told of nothing: its RAM has all that.
+    The machine is ready once ``restore`` has given it the rest of the snapshot.
+
     ConfigError for files and options that cannot work, HostError for a host that cannot; both
     before any vCPU has run, and with everything opened so far closed again.
     """
     with contextlib.ExitStack() as stack:
         _own(devices, stack)
-        memory = stack.enter_context(_make_memory(config, devices.values()))
-        kernel = load_kernel(memory, config.kernel)
-        initrd = load_initrd_of(config, memory, kernel, report)
+        memory = stack.enter_context(_make_memory(config, devices.values(), origin))
+        kernel = origin.kernel if origin else load_kernel(memory, config.kernel)
+        initrd = None if origin else load_initrd_of(config, memory, kernel, report)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         verdict = Verdict(runner, is_linux=kernel.is_linux)
         watch = ConsoleWatch(verdict.hear)
@@ -79,7 +86,8 @@ def build(
             board.plug(device, name)
         add_ports(board, config, timer)
         add_endings(board, verdict, report)
-        describe(board, config, kernel, initrd)
+        if origin is None:
+            describe(board, config, kernel, initrd)
 
         kvm = stack.enter_context(Kvm())
         check_cpus(kvm, config.cpus)
@@ -92,13 +100,16 @@ def build(
         board.connect(vm)
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
         consoles.add_serial_port(vm, vcpus, kvm.ring_page, watch, stack)
-        loops = make_loops(config, kvm, vm, vcpus, board, runner, consoles)
-        # The others wait, in the kernel, for the first one's INIT and SIPI.
-        cpu.setup_boot(memory, vcpus[0], kernel)
+        cpuid = origin.cpuid if origin else None
+        loops = make_loops(config, kvm, vm, vcpus, board, runner, consoles, cpuid)
+        if origin is None:
+            # The others wait, in the kernel, for the first one's INIT and SIPI.
+            cpu.setup_boot(memory, vcpus[0], kernel)
         return Machine(
             config=config, kernel=kernel, board=board, vm=vm, runner=runner, loops=loops,
             timer=timer, watch=watch, verdict=verdict, console=console, output=output,
-            consoles=consoles, made=made, agent_port=agent_port, resources=stack.pop_all(),
+            consoles=consoles, made=made, agent_port=agent_port, own_devices=tuple(devices),
+            needs_state=origin is not None, resources=stack.pop_all(),
         )
 
 
@@ -110,8 +121,12 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         own(devices, stack)
 
 
-def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:
+def _make_memory(
+    config: RunConfig, devices: Iterable[VirtioDevice], origin: Origin | None
+) -> GuestMemory:
     """Return the guest's RAM: memory that can be shared if another process serves a device."""
+    if origin is not None:
+        return GuestMemory(layout.ram_ranges(config.memory_bytes), image=origin.image)
     shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
     shared = shared or any(device.is_served_elsewhere for device in devices)
     return GuestMemory(layout.ram_ranges(config.memory_bytes), shared=shared)
@@ -167,12 +182,22 @@ class Machine:
         consoles: Consoles,
         made: contextlib.ExitStack,
         agent_port: PortDevice | None,
+        own_devices: tuple[str, ...],
+        needs_state: bool,
         resources: contextlib.ExitStack,
     ) -> None:
+        self.config = config
         self.kernel = kernel
         self.board = board
-        self._vm = vm
-        self._config = config
+        self.vm = vm
+        self.own_devices = own_devices
+        """The names of the virtio devices that a script brought."""
+        self.timeout_s = config.timeout_s
+        """The run's limit of time in seconds, None for none; until it starts."""
+        self.clone_id: UUID | None = None
+        """Fresh for each clone and at each rewind; None before any of both."""
+        self.base: Base | None = None
+        """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
         self.runner = runner
         self.loops = loops
         self._timer = timer
@@ -187,7 +212,8 @@ class Machine:
         self._has_begun = threading.Lock()  # taken once, never released
         self._judging = threading.Lock()
         self._outcome: Outcome | None = None
-        self._is_restored: bool | None = False  # None: not all parts took their states
+        # None: not all parts have a state.
+        self._is_restored: bool | None = None if needs_state else False
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
@@ -236,8 +262,8 @@ class Machine:
             raise RuntimeError("a machine runs once: build another one")
         self._made.pop_all()
         self.console.begin()
-        if self._config.timeout_s is not None:
-            self.runner.finish_after(self._config.timeout_s, Outcome(Kind.TIMEOUT))
+        if self.timeout_s is not None:
+            self.runner.finish_after(self.timeout_s, Outcome(Kind.TIMEOUT))
         self._verdict.doubt_silence(self.runner.report)
         if self._is_restored:
             from pyvmm.board.state import catch_up
@@ -270,7 +296,7 @@ class Machine:
         from pyvmm.board.state import save_machine
 
         runner = self.runner if self._has_begun.locked() else None
-        return save_machine(self.loops, self._vm, self.board, runner)
+        return save_machine(self.loops, self.vm, self.board, runner)
 
     def restore(self, data: object) -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
@@ -281,7 +307,7 @@ class Machine:
         from pyvmm.board.state import restore_machine
 
         self._is_restored = None
-        restore_machine(self.loops, self._vm, self.board, self._has_begun.locked(), data)
+        restore_machine(self.loops, self.vm, self.board, self._has_begun.locked(), data)
         self._is_restored = True
 
     @property
@@ -314,6 +340,9 @@ class Machine:
         # A thread stuck in a system call still uses them; they then live as long as the process.
         if self.runner.stopped:
             self._resources.close()
+            base, self.base = self.base, None
+            if base is not None:
+                base.close()
 
     def __enter__(self) -> Machine:
         return self
