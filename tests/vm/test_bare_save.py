@@ -181,7 +181,7 @@ def test_an_interrupt_that_is_in_nobodys_state_is_sent_after_the_restore(tmp_pat
         wait_for_rounds(machine, STOPS[0])
         slot = machine.board.slots[0]
         # From here on an interrupt gets no further than the eventfd.
-        machine._vm.irqfd(slot.irq_fd, slot.gsi, deassign=True)
+        machine.vm.irqfd(slot.irq_fd, slot.gsi, deassign=True)
         before = -1
         while rounds_done(machine) != before:
             before = rounds_done(machine)
