@@ -73,6 +73,7 @@ def build(
         timer = BootTimer()
 
         board = Board(memory, stack, maps_pages=config.mmio == "mapped", report=report)
+        board.add_part("console watch", watch)
         made = plug_disks(board, config, runner, stack, report)
         console = stack.enter_context(contextlib.closing(_open_console(config)))
         output = OutputBuffer(

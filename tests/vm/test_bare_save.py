@@ -241,8 +241,8 @@ def test_every_device_on_a_bus_that_has_a_state_is_saved(tmp_path: Path) -> None
     assert isinstance(on_board, dict)
     assert list(on_board["slots"]) == ["virtio0", "console", "entropy"]
     assert sorted(on_board["parts"]) == [
-        "PCI host bridge", "RTC", "VM generation ID", "boot timer", "debug exit", "hvc0",
-        "i8042", "power", "pvpanic", "serial", "verdict",
+        "PCI host bridge", "RTC", "VM generation ID", "boot timer", "console watch", "debug exit",
+        "hvc0", "i8042", "power", "pvpanic", "serial", "verdict",
     ]
 
 
