@@ -30,7 +30,10 @@ class ConfigError(PyvmmError):
 
 
 class SnapshotError(ConfigError):
-    """A machine cannot be saved, or a snapshot not be used: ``subject`` is its directory or disk."""
+    """A machine cannot be saved, or a snapshot cannot be used.
+
+    ``subject`` is its directory or one of its disks.
+    """
 
 
 class HostError(PyvmmError):

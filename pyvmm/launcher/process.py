@@ -22,19 +22,62 @@ TERM_TIMEOUT_S = 2.0
 """Time for it to end after SIGTERM; then comes SIGKILL."""
 
 
-class VmProcess:
-    """A running ``pyvmm run --control-fd N``: ``socket`` leads to it, ``stderr_fd`` is its stderr.
+class MachineProcess:
+    """The process of a machine: ``socket`` leads to it, ``stderr_fd`` is its standard error.
 
     It is in a session of its own, so Ctrl-C at the terminal does not reach it.  It ends when
-    ``socket`` is closed, and so when this process ends in any way.  Start it with ``start``.
+    ``socket`` is closed, and so when this process ends in any way.
     """
+
+    def __init__(self, pid: int, connection: socket.socket, stderr_fd: int) -> None:
+        self.pid = pid
+        self.socket = connection
+        self.stderr_fd = stderr_fd
+        # A process that was stopped takes nothing: whoever sends must not wait for ever.
+        timeout = struct.pack("ll", SEND_S, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Return the exit status, -N after signal N; None if it runs on after ``timeout_s``."""
+        raise NotImplementedError
+
+    def wait_for_ever(self) -> int:
+        """Return the exit status once the process has ended."""
+        raise NotImplementedError
+
+    def hang_up(self) -> None:
+        """End the connection, which ends the machine; idempotent."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self, timeout_s: float = END_TIMEOUT_S) -> int:
+        """Hang up and return the exit status; end the process by force after ``timeout_s``."""
+        self.hang_up()
+        status = self.wait(timeout_s)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if status is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, number)
+                status = self.wait(TERM_TIMEOUT_S)
+        return self.wait_for_ever() if status is None else status
+
+    def close(self) -> None:
+        """End the process and close what leads to it; idempotent."""
+        self.end()
+        self.socket.close()
+        if self.stderr_fd >= 0:
+            os.close(self.stderr_fd)
+            self.stderr_fd = -1
+
+
+class VmProcess(MachineProcess):
+    """A running ``pyvmm run --control-fd N``.  Start it with ``start``."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], connection: socket.socket, stderr_fd: int
     ) -> None:
+        super().__init__(process.pid, connection, stderr_fd)
         self._process = process
-        self.socket = connection
-        self.stderr_fd = stderr_fd
 
     @classmethod
     def start(cls, arguments: Arguments) -> VmProcess:
@@ -53,53 +96,26 @@ class VmProcess:
                     [*PROGRAM, *arguments.words, f"--control-fd={other.fileno()}"],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr_end,
                     pass_fds=(other.fileno(), *arguments.fds),
-                    start_new_session=True, env=_environment(),
+                    start_new_session=True, env=environment(),
                 )
             except OSError as error:
                 raise HostError(f"launch: the process of the VM: {error}") from error
-            # A process that was stopped takes nothing: whoever sends must not wait for ever.
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
             ours.pop_all()
             return cls(process, own, stderr_fd)
 
-    @property
-    def pid(self) -> int:
-        """The process."""
-        return self._process.pid
-
     def wait(self, timeout_s: float) -> int | None:
-        """Return the exit status, -N after signal N; None if it runs on after ``timeout_s``."""
+        """See ``MachineProcess.wait``."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
-    def hang_up(self) -> None:
-        """End the connection, which ends the machine; idempotent."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-
-    def end(self, timeout_s: float = END_TIMEOUT_S) -> int:
-        """Hang up and return the exit status; end the process by force after ``timeout_s``."""
-        self.hang_up()
-        status = self.wait(timeout_s)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if status is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.pid, number)
-                status = self.wait(TERM_TIMEOUT_S)
-        return self._process.wait() if status is None else status
-
-    def close(self) -> None:
-        """End the process and close what leads to it; idempotent."""
-        self.end()
-        self.socket.close()
-        if self.stderr_fd >= 0:
-            os.close(self.stderr_fd)
-            self.stderr_fd = -1
+    def wait_for_ever(self) -> int:
+        """See ``MachineProcess.wait_for_ever``."""
+        return self._process.wait()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment in which ``-m pyvmm`` finds this very package.
 
     ``-P`` keeps the working directory out of the search.  An installed package is found without

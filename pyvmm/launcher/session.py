@@ -21,7 +21,7 @@ from pyvmm.control.client import Client, ControlError, Pending
 from pyvmm.errors import AgentError, HostError, PyvmmError
 from pyvmm.launcher.arguments import arguments_of
 from pyvmm.launcher.console import VmConsole
-from pyvmm.launcher.process import END_TIMEOUT_S, VmProcess
+from pyvmm.launcher.process import END_TIMEOUT_S, MachineProcess, VmProcess
 from pyvmm.launcher.run_state import RunState
 from pyvmm.launcher.stderr import StderrThread
 from pyvmm.report import escape
@@ -57,7 +57,7 @@ class Closable(Protocol):
 class Session:
     """All of a ``Vm`` but its face; ``start`` makes one."""
 
-    def __init__(self, process: VmProcess, report: Callable[[str], None] | None) -> None:
+    def __init__(self, process: MachineProcess, report: Callable[[str], None] | None) -> None:
         self._process = process
         self._owner_pid = os.getpid()
         self.state = RunState()
@@ -100,6 +100,13 @@ class Session:
         arguments = arguments_of(config, console_log=console_log, control=control)
         with contextlib.closing(arguments):
             process = VmProcess.start(arguments)
+        return cls.over(process, report)
+
+    @classmethod
+    def over(
+        cls, process: MachineProcess, report: Callable[[str], None] | None
+    ) -> Session:
+        """Return the session of a process that builds its machine, once that runs; HostError."""
         try:
             session = cls(process, report)
         except BaseException:
