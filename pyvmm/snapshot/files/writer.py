@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pyvmm.errors import SnapshotError
 from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.records import encode
+from pyvmm.snapshot.files.sparse import sparse_crc
 
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
@@ -86,10 +87,14 @@ class Writer:
         """
         name = layout.STATE
         try:
+            crcs: dict[str, object] = {}
             for name in sorted(os.listdir(self._fd)):
-                self._settle(name)
+                if (crc := self._settle(name)) is not None:
+                    crcs[name] = crc
             name = layout.STATE
-            data = encode(state, name=f"{self.path}/{name}", versions=layout.RECORDS)
+            data = encode(
+                {**state, layout.FILES: crcs}, name=f"{self.path}/{name}", versions=layout.RECORDS
+            )
             self._write_state(data)
             name = ""
             os.fsync(self._fd)
@@ -198,8 +203,8 @@ class Writer:
         for name in names:
             os.unlink(name, dir_fd=self._fd)
 
-    def _settle(self, name: str) -> None:
-        """Make the file ``name`` stable and read-only."""
+    def _settle(self, name: str) -> int | None:
+        """Make the file ``name`` stable and read-only; return its CRC, None for RAM's."""
         self._check_name(name)
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
                      dir_fd=self._fd)
@@ -208,6 +213,7 @@ class Writer:
                 raise SnapshotError(f"{self.path}/{name}", "is no regular file")
             os.fchmod(fd, 0o400)
             os.fsync(fd)
+            return None if name == layout.RAM else sparse_crc(fd)
         finally:
             os.close(fd)
 
