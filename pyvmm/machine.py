@@ -38,6 +38,7 @@ from pyvmm.x86.image import Kernel
 from pyvmm.x86.loader import load_kernel
 
 if TYPE_CHECKING:
+    from pyvmm.run.io_loop import Deadline
     from pyvmm.virtio.port.device import PortDevice
 
 
@@ -186,17 +187,17 @@ class Machine:
         self._made = made
         self._resources = resources
         self._has_begun = threading.Lock()  # taken once, never released
-        self._judging = threading.Lock()
+        # Re-entrant: a handler of a signal that arrives under it may call wait() or close().
+        self.lock = threading.RLock()
+        """Held while the machine is saved, rewound, judged or closed."""
+        self._time_limit: Deadline | None = None
         self._outcome: Outcome | None = None
         self._is_restored: bool | None = False  # None: not all parts took their states
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
         self._begin()
-        self.runner.run(
-            vcpus=self.loops, workers=self.board.workers, console=self.console,
-            output=self.output, at_end=[self.board.hurry],
-        )
+        self._run_by(self.runner.run)
         outcome = self.wait()
         assert outcome is not None  # without a limit of time
         return outcome
@@ -204,7 +205,17 @@ class Machine:
     def start(self) -> None:
         """Start the guest, in threads of its own; once."""
         self._begin()
-        self.runner.start(
+        self._run_by(self.runner.start)
+
+    def run_again(self) -> None:
+        """Start a run that is over anew, paused, once ``put_back`` has given it a state."""
+        with self.lock:
+            self.board.calm()
+            self._run_by(self.runner.run_again)
+            self._outcome = None
+
+    def _run_by(self, run: Callable[..., object]) -> None:
+        run(
             vcpus=self.loops, workers=self.board.workers, console=self.console,
             output=self.output, at_end=[self.board.hurry],
         )
@@ -217,7 +228,9 @@ class Machine:
         outcome = self.runner.wait(timeout_s)
         if outcome is None:
             return None
-        with self._judging:
+        with self.lock:
+            if not self.runner.is_over:
+                return outcome  # and rewound meanwhile
             if self._outcome is None:
                 self._watch.end()
                 self._outcome = self._verdict.judge(outcome, self._runs_program)
@@ -237,14 +250,19 @@ class Machine:
             raise RuntimeError("a machine runs once: build another one")
         self._made.pop_all()
         self.console.begin()
-        if self._config.timeout_s is not None:
-            self.runner.finish_after(self._config.timeout_s, Outcome(Kind.TIMEOUT))
         self._verdict.doubt_silence(self.runner.report)
         if self._is_restored:
-            from pyvmm.board.state import catch_up
+            self.catch_up()
+        self.limit_time()
 
-            catch_up(self.loops, self.board, self.consoles)
-            self._verdict.go_on()
+    def limit_time(self) -> None:
+        """Have the run end after ``timeout_s``, if there is one, from now on."""
+        if self._time_limit is not None:
+            self._time_limit.cancel()
+        if self._config.timeout_s is not None:
+            self._time_limit = self.runner.finish_after(
+                self._config.timeout_s, Outcome(Kind.TIMEOUT)
+            )
 
     def _runs_program(self) -> bool:
         vcpus = (loop.vcpu for loop in self.loops)
@@ -281,9 +299,38 @@ class Machine:
         """
         from pyvmm.board.state import restore_machine
 
+        if self._has_begun.locked():
+            raise RuntimeError("restore() comes before start() and run()")
         self._is_restored = None
-        restore_machine(self.loops, self._vm, self.board, self._has_begun.locked(), data)
+        restore_machine(self.loops, self._vm, self.board, None, data)
         self._is_restored = True
+
+    def put_back(self, data: object) -> None:
+        """Take a state again that this machine has had, also once it has started; StateError.
+
+        RAM and disks are the caller's, before this.  RuntimeError unless the machine is quiesced
+        or has ended; ``catch_up`` comes right before it goes on.
+        """
+        from pyvmm.board.state import restore_machine
+
+        restore_machine(self.loops, self._vm, self.board, self.runner, data)
+
+    def catch_up(self) -> None:
+        """Do what no state has, right before a restored guest goes on."""
+        from pyvmm.board.state import catch_up
+
+        catch_up(self.loops, self.board, self.consoles)
+        self._verdict.go_on()
+
+    def forget_present(self) -> None:
+        """Let nothing of the guest as it is now reach the one that ``put_back`` brings back.
+
+        Bytes that wait are shown, but tell nothing of the new guest; ends that are due are taken
+        back.  By ``Runner.in_house``.
+        """
+        self._verdict.forget_ends()
+        self.output.observe_all()
+        self.runner.forget_halts()
 
     @property
     def is_paused(self) -> bool:
@@ -310,11 +357,17 @@ class Machine:
         """True if the console's last byte ended a line, so that ours may follow."""
         return self.output.line_ended
 
+    def check_open(self, call: str) -> None:
+        """RuntimeError once the machine is closed."""
+        if self._vm.fd < 0:
+            raise RuntimeError(f"{call} needs an open machine: this one was closed")
+
     def close(self) -> None:
         """Release the VM, its memory, disks and console; idempotent."""
         # A thread stuck in a system call still uses them; they then live as long as the process.
-        if self.runner.stopped:
-            self._resources.close()
+        with self.lock:
+            if self.runner.stopped:
+                self._resources.close()
 
     def __enter__(self) -> Machine:
         return self
