@@ -38,6 +38,9 @@ from pyvmm.x86.image import Kernel
 from pyvmm.x86.loader import load_kernel
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from pyvmm.board.origin import Base, Origin
     from pyvmm.run.io_loop import Deadline
     from pyvmm.virtio.port.device import PortDevice
 
@@ -47,20 +50,24 @@ def build(
     *,
     report: Callable[[str], None],
     devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
+    origin: Origin | None = None,
 ) -> Machine:
     """Return a machine that is ready to run.
 
     ``devices`` are virtio devices of the caller's own, by name; the guest finds them behind
     pyvmm's.  They belong to the machine from now on, which closes them.
 
+    With ``origin`` no kernel is loaded, and the guest is told of nothing: its RAM has all that.
+    The machine is ready once ``restore`` has given it the rest of the snapshot.
+
     ConfigError for files and options that cannot work, HostError for a host that cannot; both
     before any vCPU has run, and with everything opened so far closed again.
     """
     with contextlib.ExitStack() as stack:
         _own(devices, stack)
-        memory = stack.enter_context(_make_memory(config, devices.values()))
-        kernel = load_kernel(memory, config.kernel)
-        initrd = load_initrd_of(config, memory, kernel, report)
+        memory = stack.enter_context(_make_memory(config, devices.values(), origin))
+        kernel = origin.kernel if origin else load_kernel(memory, config.kernel)
+        initrd = None if origin else load_initrd_of(config, memory, kernel, report)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         verdict = Verdict(runner, is_linux=kernel.is_linux)
         watch = ConsoleWatch(verdict.hear)
@@ -81,7 +88,8 @@ def build(
             board.plug(device, name)
         add_ports(board, config, timer)
         add_endings(board, verdict, report)
-        describe(board, config, kernel, initrd)
+        if origin is None:
+            describe(board, config, kernel, initrd)
 
         kvm = stack.enter_context(Kvm())
         check_cpus(kvm, config.cpus)
@@ -94,13 +102,16 @@ def build(
         board.connect(vm)
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
         consoles.add_serial_port(vm, vcpus, kvm.ring_page, watch, stack)
-        loops = make_loops(config, kvm, vm, vcpus, board, runner, consoles)
-        # The others wait, in the kernel, for the first one's INIT and SIPI.
-        cpu.setup_boot(memory, vcpus[0], kernel)
+        cpuid = origin.cpuid if origin else None
+        loops = make_loops(config, kvm, vm, vcpus, board, runner, consoles, cpuid)
+        if origin is None:
+            # The others wait, in the kernel, for the first one's INIT and SIPI.
+            cpu.setup_boot(memory, vcpus[0], kernel)
         return Machine(
             config=config, kernel=kernel, board=board, vm=vm, runner=runner, loops=loops,
             timer=timer, watch=watch, verdict=verdict, console=console, output=output,
-            consoles=consoles, made=made, agent_port=agent_port, resources=stack.pop_all(),
+            consoles=consoles, made=made, agent_port=agent_port, own_devices=tuple(devices),
+            needs_state=origin is not None, resources=stack.pop_all(),
         )
 
 
@@ -112,8 +123,12 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         own(devices, stack)
 
 
-def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:
+def _make_memory(
+    config: RunConfig, devices: Iterable[VirtioDevice], origin: Origin | None
+) -> GuestMemory:
     """Return the guest's RAM: memory that can be shared if another process serves a device."""
+    if origin is not None:
+        return GuestMemory(layout.ram_ranges(config.memory_bytes), image=origin.image)
     shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
     shared = shared or any(device.is_served_elsewhere for device in devices)
     return GuestMemory(layout.ram_ranges(config.memory_bytes), shared=shared)
@@ -169,12 +184,22 @@ class Machine:
         consoles: Consoles,
         made: contextlib.ExitStack,
         agent_port: PortDevice | None,
+        own_devices: tuple[str, ...],
+        needs_state: bool,
         resources: contextlib.ExitStack,
     ) -> None:
+        self.config = config
         self.kernel = kernel
         self.board = board
-        self._vm = vm
-        self._config = config
+        self.vm = vm
+        self.own_devices = own_devices
+        """The names of the virtio devices that a script brought."""
+        self.timeout_s = config.timeout_s
+        """The run's limit of time in seconds, None for none; until it starts."""
+        self.clone_id: UUID | None = None
+        """Fresh for each clone and at each rewind; None before any of both."""
+        self.base: Base | None = None
+        """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
         self.runner = runner
         self.loops = loops
         self._timer = timer
@@ -192,7 +217,8 @@ class Machine:
         """Held while the machine is saved, rewound, judged or closed."""
         self._time_limit: Deadline | None = None
         self._outcome: Outcome | None = None
-        self._is_restored: bool | None = False  # None: not all parts took their states
+        # None: not all parts have a state.
+        self._is_restored: bool | None = None if needs_state else False
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
@@ -259,9 +285,9 @@ class Machine:
         """Have the run end after ``timeout_s``, if there is one, from now on."""
         if self._time_limit is not None:
             self._time_limit.cancel()
-        if self._config.timeout_s is not None:
+        if self.timeout_s is not None:
             self._time_limit = self.runner.finish_after(
-                self._config.timeout_s, Outcome(Kind.TIMEOUT)
+                self.timeout_s, Outcome(Kind.TIMEOUT)
             )
 
     def _runs_program(self) -> bool:
@@ -289,7 +315,7 @@ class Machine:
         from pyvmm.board.state import save_machine
 
         runner = self.runner if self._has_begun.locked() else None
-        return save_machine(self.loops, self._vm, self.board, runner)
+        return save_machine(self.loops, self.vm, self.board, runner)
 
     def restore(self, data: object) -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
@@ -302,7 +328,7 @@ class Machine:
         if self._has_begun.locked():
             raise RuntimeError("restore() comes before start() and run()")
         self._is_restored = None
-        restore_machine(self.loops, self._vm, self.board, None, data)
+        restore_machine(self.loops, self.vm, self.board, None, data)
         self._is_restored = True
 
     def put_back(self, data: object) -> None:
@@ -313,7 +339,7 @@ class Machine:
         """
         from pyvmm.board.state import restore_machine
 
-        restore_machine(self.loops, self._vm, self.board, self.runner, data)
+        restore_machine(self.loops, self.vm, self.board, self.runner, data)
 
     def catch_up(self) -> None:
         """Do what no state has, right before a restored guest goes on."""
@@ -359,18 +385,9 @@ class Machine:
 
     def check_open(self, call: str) -> None:
         """RuntimeError once the machine is closed."""
-        if self._vm.fd < 0:
+        if self.vm.fd < 0:
             raise RuntimeError(f"{call} needs an open machine: this one was closed")
 
     def close(self) -> None:
         """Release the VM, its memory, disks and console; idempotent."""
         # A thread stuck in a system call still uses them; they then live as long as the process.
-        with self.lock:
-            if self.runner.stopped:
-                self._resources.close()
-
-    def __enter__(self) -> Machine:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()

@@ -13,7 +13,7 @@ from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS, KVM_CAP_TSC_DEADLINE_TIMER
 from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
-from pyvmm.x86 import cpu, cpuid
+from pyvmm.x86 import cpu
 
 
 def check_cpus(kvm: Kvm, cpus: int) -> None:
@@ -32,19 +32,31 @@ def make_loops(
     board: Board,
     runner: Runner,
     consoles: Consoles,
+    cpuid: Sequence[bytes] | None,
 ) -> list[VcpuLoop]:
-    """Give each of ``vcpus`` its CPUID; return what runs them."""
-    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+    """Give each of ``vcpus`` its CPUID, or that of ``cpuid``; return what runs them."""
+    if cpuid is None:
+        describe_cpus(config, kvm, vcpus, board.memory.regions[-1].end)
+    else:
+        for vcpu, answers in zip(vcpus, cpuid, strict=True):
+            vcpu.set_cpuid(answers)
     loops: list[VcpuLoop] = []
-    for index, vcpu in enumerate(vcpus):
-        vcpu.set_cpuid(cpuid.build(
-            kvm.supported_cpuid(), config.cpu, index,
-            vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
-            memory_end=board.memory.regions[-1].end,
-        ))
+    for vcpu in vcpus:
         loops.append(VcpuLoop(
             vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
             describe=functools.partial(cpu.describe_vcpu, board.memory, vcpu),
             at_end=consoles.finish, can_be_woken=vm.can_wake,
         ))
     return loops
+
+
+def describe_cpus(config: RunConfig, kvm: Kvm, vcpus: Sequence[Vcpu], memory_end: int) -> None:
+    """Give each of ``vcpus`` the CPUID that ``config`` asks for; ConfigError."""
+    from pyvmm.x86 import cpuid  # not for a machine of a snapshot
+
+    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+    for vcpu in vcpus:
+        vcpu.set_cpuid(cpuid.build(
+            kvm.supported_cpuid(), config.cpu, vcpu.index,
+            vcpu_count=config.cpus, tsc_deadline=tsc_deadline, memory_end=memory_end,
+        ))
