@@ -317,9 +317,10 @@ class Machine:
         runner = self.runner if self._has_begun.locked() else None
         return save_machine(self.loops, self.vm, self.board, runner)
 
-    def restore(self, data: object) -> None:
+    def restore(self, data: object, *, clock: str = "keep") -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
 
+        ``clock`` is "keep" or "now": see ``board.state.restore_machine``.
         RAM is the caller's to copy, before this.  RuntimeError once the machine has started.  A
         machine whose state was refused does not start, but may be given another one.
         """
@@ -328,7 +329,7 @@ class Machine:
         if self._has_begun.locked():
             raise RuntimeError("restore() comes before start() and run()")
         self._is_restored = None
-        restore_machine(self.loops, self.vm, self.board, None, data)
+        restore_machine(self.loops, self.vm, self.board, None, data, clock=clock)
         self._is_restored = True
 
     def put_back(self, data: object) -> None:
