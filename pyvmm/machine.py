@@ -204,7 +204,7 @@ class Machine:
         self.loops = loops
         self._timer = timer
         self._watch = watch
-        self._verdict = verdict
+        self.verdict = verdict
         self.console = console
         self.output = output
         self.consoles = consoles
@@ -259,7 +259,7 @@ class Machine:
                 return outcome  # and rewound meanwhile
             if self._outcome is None:
                 self._watch.end()
-                self._outcome = self._verdict.judge(outcome, self._runs_program)
+                self._outcome = self.verdict.judge(outcome, self._runs_program)
             return self._outcome
 
     def stop(self, outcome: Outcome) -> Outcome | None:
@@ -276,7 +276,7 @@ class Machine:
             raise RuntimeError("a machine runs once: build another one")
         self._made.pop_all()
         self.console.begin()
-        self._verdict.doubt_silence(self.runner.report)
+        self.verdict.doubt_silence(self.runner.report)
         if self._is_restored:
             self.catch_up()
         self.limit_time()
@@ -347,17 +347,7 @@ class Machine:
         from pyvmm.board.state import catch_up
 
         catch_up(self.loops, self.board, self.consoles)
-        self._verdict.go_on()
-
-    def forget_present(self) -> None:
-        """Let nothing of the guest as it is now reach the one that ``put_back`` brings back.
-
-        Bytes that wait are shown, but tell nothing of the new guest; ends that are due are taken
-        back.  By ``Runner.in_house``.
-        """
-        self._verdict.forget_ends()
-        self.output.observe_all()
-        self.runner.forget_halts()
+        self.verdict.go_on()
 
     @property
     def is_paused(self) -> bool:
@@ -367,7 +357,7 @@ class Machine:
     @property
     def evidence(self) -> Evidence:
         """All that is known of the guest: how far it came, what it said of its end."""
-        return self._verdict.evidence
+        return self.verdict.evidence
 
     @property
     def marks(self) -> tuple[Mark, ...]:
@@ -384,11 +374,18 @@ class Machine:
         """True if the console's last byte ended a line, so that ours may follow."""
         return self.output.line_ended
 
-    def check_open(self, call: str) -> None:
-        """RuntimeError once the machine is closed."""
-        if self.vm.fd < 0:
-            raise RuntimeError(f"{call} needs an open machine: this one was closed")
-
     def close(self) -> None:
         """Release the VM, its memory, disks and console; idempotent."""
         # A thread stuck in a system call still uses them; they then live as long as the process.
+        with self.lock:
+            if self.runner.stopped:
+                self._resources.close()
+                base, self.base = self.base, None
+                if base is not None:
+                    base.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()

@@ -86,7 +86,7 @@ def forget_vcpu(vcpu: Vcpu) -> None:
     vcpu.get_mp_state()  # an INIT or SIPI that waits happens now, and not after the restore
     # A local APIC that is restored starts its timer with the deadline of before.
     with contextlib.suppress(KvmError):  # a KVM without the MSR has no such timer
-        vcpu.set_msrs({_MSR_TSC_DEADLINE: 0})
+        vcpu.set_msrs({tsc.TSC_DEADLINE: 0})
 
 
 def settle_vcpu(vcpu: Vcpu) -> None:

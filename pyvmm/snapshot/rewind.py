@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.snapshot.still import check_open
 
 CALL = "rewind()"
 
@@ -35,7 +36,7 @@ def put_back(
     runner = machine.runner
     runner.refuse_own_threads(CALL)
     with machine.lock:
-        machine.check_open(CALL)
+        check_open(machine, CALL)
         if not runner.has_begun:
             raise RuntimeError(f"{CALL}: the machine was not started")
         while not runner.is_over:
@@ -51,7 +52,7 @@ def _put_back_alive(machine: Machine, state: object, bring_back: Callable[[], No
     if not runner.hold(CALL):
         return False
     try:
-        runner.in_house(machine.forget_present)
+        runner.in_house(lambda: _forget_present(machine))
         if runner.is_ending:
             return False
         try:
@@ -74,10 +75,21 @@ def _put_back_ended(
     machine.wait()
     if not machine.runner.stopped:
         raise SnapshotError(CALL, "a thread of the run did not stop")
-    machine.forget_present()
+    _forget_present(machine)
     bring_back()
     machine.put_back(state)
     plug()
     machine.run_again()
     machine.catch_up()
     machine.limit_time()
+
+
+def _forget_present(machine: Machine) -> None:
+    """Let nothing of the guest as it is now reach the one that is brought back.
+
+    The waiting bytes of its console are shown, but tell nothing of the new guest; ends that are due
+    are taken back.  In the thread that keeps house.
+    """
+    machine.verdict.forget_ends()
+    machine.output.observe_all()
+    machine.runner.forget_halts()

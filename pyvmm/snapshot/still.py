@@ -20,7 +20,7 @@ def still(machine: Machine, call: str) -> Iterator[None]:
     runner = machine.runner
     runner.refuse_own_threads(call)
     with machine.lock:
-        machine.check_open(call)
+        check_open(machine, call)
         if not runner.hold(call):
             raise SnapshotError(call, "the run is over")
         try:
@@ -28,3 +28,9 @@ def still(machine: Machine, call: str) -> Iterator[None]:
             yield
         finally:
             runner.let_go()
+
+
+def check_open(machine: Machine, call: str) -> None:
+    """RuntimeError once ``machine`` is closed."""
+    if machine.vm.fd < 0:
+        raise RuntimeError(f"{call} needs an open machine: this one was closed")
