@@ -285,7 +285,7 @@ class Server:
         self._subscriptions[call.connection] = Subscription(frozenset(events), position)
         call.answer({
             "at": position, "paused": self._session.target.is_paused,
-            **self._session.agent.state(),
+            **self._session.agent.state(), **self._session.clone_state(),
         })
         self._pump(call.connection)
 
@@ -293,8 +293,9 @@ class Server:
         for connection, subscription in list(self._subscriptions.items()):
             if event["event"] in subscription.events:
                 # A guest may change it without end: a client that does not read gets the last one.
-                subscription.owes_state = connection.backlog >= CONSOLE_BACKLOG_BYTES
-                if not subscription.owes_state:
+                is_owed = event["event"] == "state" and connection.backlog >= CONSOLE_BACKLOG_BYTES
+                subscription.owes_state = subscription.owes_state or is_owed
+                if not subscription.owes_state or event["event"] != "state":
                     connection.send(event)
 
     def _on_room(self, connection: Connection) -> None:
