@@ -1,0 +1,95 @@
+"""Take a machine back to a state that it has had: running, paused or ended.
+
+The threads, KVM's VM and all descriptors of the machine stay.  Only what the guest can know of goes
+back: RAM, disks, vCPUs, chips, devices, and what is known of the guest (docs/time-travel.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvmm.errors import SnapshotError
+from pyvmm.machine import Machine
+from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.snapshot.still import check_open
+
+CALL = "rewind()"
+
+
+def put_back(
+    machine: Machine,
+    state: object,
+    bring_back: Callable[[], None],
+    *,
+    plug: Callable[[], None] = lambda: None,
+) -> None:
+    """Have ``machine`` go on from ``state``, which ``Machine.save`` of it returned.
+
+    ``bring_back`` is called once nothing moves: RAM and disks are its business.  A machine that
+    runs goes on running, a paused one stays paused.  One that has ended is paused then: ``plug``
+    gives its runner ``on_wake`` and ``when_over`` again.
+
+    SnapshotError for a machine that has not started.  RuntimeError in a thread of the run, once the
+    machine was closed, and if it is being saved or rewound.  If anything else fails, the machine
+    has no whole guest any more: its run ends with HOST_ERROR, and the error is raised.
+    """
+    runner = machine.runner
+    runner.refuse_own_threads(CALL)
+    with machine.lock:
+        check_open(machine, CALL)
+        if not runner.has_begun:
+            raise RuntimeError(f"{CALL}: the machine was not started")
+        while not runner.is_over:
+            if _put_back_alive(machine, state, bring_back):
+                return
+            runner.wait()  # it was about to end
+        _put_back_ended(machine, state, bring_back, plug)
+
+
+def _put_back_alive(machine: Machine, state: object, bring_back: Callable[[], None]) -> bool:
+    """Put back a machine whose run is not over; False, and nothing done, if it is ending."""
+    runner = machine.runner
+    if not runner.hold(CALL):
+        return False
+    try:
+        runner.in_house(lambda: _forget_present(machine))
+        if runner.is_ending:
+            return False
+        try:
+            bring_back()
+            machine.put_back(state)
+            machine.catch_up()
+            machine.limit_time()
+        except BaseException as error:
+            runner.finish(Outcome(Kind.HOST_ERROR, detail=f"{CALL} failed: {error}"))
+            raise
+    finally:
+        runner.let_go()
+    return True
+
+
+def _put_back_ended(
+    machine: Machine, state: object, bring_back: Callable[[], None], plug: Callable[[], None]
+) -> None:
+    """Put back a machine whose run is over, and start it anew, paused."""
+    machine.wait()
+    if not machine.runner.stopped:
+        raise SnapshotError(CALL, "a thread of the run did not stop")
+    _forget_present(machine)
+    bring_back()
+    machine.put_back(state)
+    plug()
+    machine.run_again()
+    machine.catch_up()
+    machine.limit_time()
+
+
+def _forget_present(machine: Machine) -> None:
+    """Let nothing of the guest as it is now reach the one that is brought back.
+
+    The waiting bytes of its console are shown, but tell nothing of the new guest; ends that are due
+    are taken back.  In the thread that keeps house.
+    """
+    machine.verdict.forget_ends()
+    machine.output.observe_all()
+    machine.runner.forget_halts()
