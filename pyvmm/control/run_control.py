@@ -62,10 +62,12 @@ class RunControl:
         )
         self._server.start()
 
-    def end(self, outcome: Outcome) -> None:
-        """Tell all clients that the run has ended with ``outcome``; the machine is not closed."""
-        if self._server is not None:
-            self._server.end(outcome)
+    def end(self, outcome: Outcome) -> bool:
+        """Tell all clients that the run has ended with ``outcome``; the machine is not closed.
+
+        True if one of them has rewound the machine: its run goes on.
+        """
+        return self._server is not None and self._server.end(outcome)
 
     def failed(self, error: Exception) -> None:
         """Tell the owner that there was no run, because of ``error``."""
