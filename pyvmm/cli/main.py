@@ -14,7 +14,7 @@ HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
 COMMANDS = (
-    "run", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel", "image", "lab",
+    "run", "restore", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel", "image", "lab",
 )
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
@@ -23,6 +23,7 @@ pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 
 commands:
   run      boot a kernel:  pyvmm run --kernel build/bzImage --disk build/root.img
+  restore  go on from a machine that was saved:  pyvmm restore DIR
   test     boot, run one command in the guest and exit with its status:
            pyvmm test --kernel K --disk D -- CMD...
   matrix   many such tests from one file, several at a time:  pyvmm matrix boot.toml
@@ -70,6 +71,14 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
                     from pyvmm.cli.run import run_main
 
                     return run_main(rest, bundle)
+            case "restore":
+                gc.disable()  # as for a run
+                from pyvmm.startup.bundle import Bundle, default_path
+
+                with Bundle(default_path("restore")) as bundle:
+                    from pyvmm.cli.restore import restore_main
+
+                    return restore_main(rest, bundle)
             case "export":
                 from pyvmm.cli.export import export_main
 
@@ -164,7 +173,7 @@ def _no_such_command(args: list[str]) -> str:
 
 def _shortage(command: str, error: Exception) -> PyvmmError | None:
     """Return the error for too few open files; None if ``command`` reports that itself."""
-    if command in ("run", "export"):
+    if command in ("run", "restore", "export"):
         return None
     from pyvmm.cli.descriptors import MANY_FILES, shortage
 
