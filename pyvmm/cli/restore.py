@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 from pyvmm.cli.running import STATUSES, Running, process_start_s, with_control
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pyvmm.control.run_control import RunControl
     from pyvmm.machine import Machine
     from pyvmm.report import Reporter
+    from pyvmm.snapshot.snapshot import Snapshot  # type: ignore[import-not-found]
     from pyvmm.startup.bundle import Bundle
 
 CLOCKS = ("keep", "now")
@@ -89,13 +91,16 @@ def restore_main(argv: list[str], bundle: Bundle) -> int:
     """
     started_s = process_start_s()
     args = parse_options(COMMAND, argv)
-    return with_control(args, functools.partial(_restore, args, started_s, bundle))
+    if args.clones_fd is not None:
+        return _serve_clones(args, bundle)
+    return with_control(args, functools.partial(_restore, args, started_s, bundle, None))
 
 
 def _restore(
-    args: SimpleNamespace, started_s: float, bundle: Bundle, control: RunControl | None
+    args: SimpleNamespace, started_s: float, bundle: Bundle, opened: Snapshot | None,
+    control: RunControl | None,
 ) -> int:
-    """Make and run the clone that ``args`` ask for; see ``restore_main``."""
+    """Make and run the clone that ``args`` ask for, of ``opened`` if that is the snapshot."""
     from pyvmm.cli.parse import parse_console, parse_seconds
 
     if args.clock not in CLOCKS:
@@ -110,14 +115,15 @@ def _restore(
     configs: list[RunConfig] = []
 
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
-        from pyvmm.snapshot.snapshot import Snapshot  # type: ignore[import-not-found]
+        from pyvmm.snapshot.opening import open_snapshot  # type: ignore[import-not-found]
 
-        with Snapshot.open(args.directory, disks=disks, report=report) as snapshot:
+        snapshot = opened or open_snapshot(args.directory, disks=disks, report=report)
+        with contextlib.closing(snapshot):
             configs.append(snapshot.facts.config)
-            machine: Machine = snapshot.clone(
+            machine = snapshot.clone(
                 console=console, timeout_s=timeout_s, clock=args.clock, report=report
             )
-            return machine, snapshot.facts.config
+            return machine, machine.config
 
     def tell(machine: Machine, report: Reporter) -> None:
         if args.verbose:
@@ -131,3 +137,47 @@ def _restore(
         needed = needed_descriptors(configs[0]) if configs else MANY_FILES
         refuse_shortage(error, needed, "this restore")
         raise
+
+
+def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
+    """Fork clones for the owner of the socket of ``args``, until it is closed; return 0.
+
+    All that a clone needs is opened and imported once, here: a first clone is made and dropped.
+    """
+    import gc
+    from socket import SOCK_SEQPACKET
+
+    import pyvmm.cli.session
+    import pyvmm.control.target  # noqa: F401 - for each clone's --control-fd
+    from pyvmm.cli.fork_server import ForkServer
+    from pyvmm.cli.main import guarded
+    from pyvmm.control.run_control import owner_socket
+    from pyvmm.report import say
+    from pyvmm.snapshot.opening import open_snapshot
+
+    with (
+        contextlib.closing(
+            owner_socket(args.clones_fd, option="--clones-fd", kind=SOCK_SEQPACKET)
+        ) as owner,
+        contextlib.closing(
+            open_snapshot(args.directory, disks=disks_from(args.disk), report=say)
+        ) as snapshot,
+    ):
+        snapshot.clone(report=say).close()
+        bundle.update(bundle.left_out())
+        bundle.__exit__()
+        gc.freeze()  # a collection in a clone would copy the pages of all these objects
+
+        def run(options: list[str]) -> int:
+            words = [args.directory, *options]
+            return guarded("restore", words, lambda: _run_clone(words, bundle, snapshot))
+
+        ForkServer(owner, run).serve()
+    return 0
+
+
+def _run_clone(argv: list[str], bundle: Bundle, snapshot: Snapshot) -> int:
+    started_s = process_start_s()
+    args = parse_options(COMMAND, argv)
+    opened = None if args.disk else snapshot
+    return with_control(args, functools.partial(_restore, args, started_s, bundle, opened))

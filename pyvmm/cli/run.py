@@ -172,7 +172,7 @@ def _run(
     if args.snapshot is not None or args.snapshot_at or args.snapshot_exit or args.snapshot_live:
         from pyvmm.cli.warm import prepare
 
-        warm = prepare(args, config)
+        warm = prepare(args)
 
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
         from pyvmm.machine import build

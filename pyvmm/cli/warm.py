@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import re
     from types import SimpleNamespace
 
-    from pyvmm.config import RunConfig
-
 HOLD_S = 2.0
 """The longest time that a vCPU waits at the warm port for the pause of a snapshot."""
 POLL_S = 0.0005
@@ -147,8 +145,8 @@ class WarmSnapshot:
         until_s = time.monotonic() + HOLD_S
         while self.is_taking and not runner.is_paused and time.monotonic() < until_s:
             time.sleep(POLL_S)
-        if runner.is_paused:
-            runner.begin_pause()  # returns once every vCPU was told of the pause
+        # This waits for the lock that whoever pauses holds until every vCPU was told.
+        runner.has_resting_vcpus  # noqa: B018
 
     def _on_line(self) -> None:
         self._begin_once()
@@ -202,17 +200,18 @@ class WarmSnapshot:
 
 
 def prepare(
-    args: SimpleNamespace, config: RunConfig
+    args: SimpleNamespace,
 ) -> Callable[[Machine, Callable[[str], None]], WarmSnapshot]:
-    """Return the function that gives a built machine its snapshot to take.
+    """Return the function that gives a built machine its snapshot to take; ConfigError.
 
-    All that can be refused is refused now: the options, and disks that cannot be saved.
+    That function raises SnapshotError if the machine has something that cannot be saved.
     """
     plan = plan_from(args)
     # Not while the guest waits: importing this takes longer than the pause of a snapshot.
-    from pyvmm.snapshot.capture import take  # type: ignore[import-not-found]
+    from pyvmm.snapshot.capture import check, take  # type: ignore[import-not-found]
 
     def plug(machine: Machine, report: Callable[[str], None]) -> WarmSnapshot:
+        check(machine, plan.directory)
         warm = WarmSnapshot(plan, machine, report, take)
         warm.plug()
         return warm
