@@ -140,7 +140,7 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         serve=args.serve,
         rtc=args.rtc,
         discovery=args.discovery,
-        timing=args.timing,
+        timing=bool(args.timing),
         agent="inject" if args.agent else "image" if has_control(args) else "none",
     )
 

@@ -178,7 +178,7 @@ class WarmSnapshot:
             runner.begin_pause()  # nothing of the guest goes on behind its snapshot
         try:
             self._take(self._machine, self._plan.directory, live=self._plan.live).close()
-        except (OSError, PyvmmError, RuntimeError) as error:
+        except Exception as error:  # a defect of ours, too, is a line, and the guest goes on
             self._fail(_reason(error, self._plan.directory))
             return
         took_ms = (time.monotonic() - started_s) * 1e3
@@ -223,7 +223,9 @@ def _reason(error: Exception, directory: str) -> str:
     """Return the text of ``error``, without the directory that the line begins with."""
     if isinstance(error, SnapshotError) and error.subject == directory:
         return error.problem
-    return str(error)
+    if isinstance(error, (OSError, PyvmmError, RuntimeError)):
+        return str(error)
+    return f"internal error: {type(error).__name__}: {error}"
 
 
 def _held_bytes(directory: str) -> int:

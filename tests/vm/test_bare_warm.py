@@ -160,6 +160,7 @@ def test_the_run_ends_once_the_snapshot_is_there(tmp_path: Path, take: Taking) -
 @pytest.mark.parametrize("exits", [False, True])
 @pytest.mark.parametrize("error", [
     SnapshotError("warm", "no"), OSError(28, "No space left on device"), RuntimeError("no thread"),
+    TypeError("a defect"),
 ])
 def test_a_snapshot_that_fails_is_a_line(tmp_path: Path, error: Exception, exits: bool) -> None:
     take = Taking(error)
@@ -167,7 +168,8 @@ def test_a_snapshot_that_fails_is_a_line(tmp_path: Path, error: Exception, exits
     rig = Rig(tmp_path, WARM, *end, take=take, exits=exits)
     assert rig.run()[1] == (125 if exits else 7)
     (line,) = rig.lines
-    assert line.startswith(f"snapshot {rig.directory}: was not taken: {error}")
+    assert line.startswith(f"snapshot {rig.directory}: was not taken: ")
+    assert str(error) in line
     assert line.endswith("; the guest goes on") != exits
 
 
