@@ -14,9 +14,9 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol
 
 from pyvmm.errors import GuestMemoryError, HostError
+from pyvmm.startup.types import Protocol, Record
 
 PAGE_SIZE = 4096
 HUGE_PAGE = 2 << 20
@@ -28,7 +28,7 @@ _MAP_FAILED = (1 << 64) - 1
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class RamLayer(NamedTuple):
+class RamLayer(Record, kw_only=False):
     """A file that holds ``runs``, ``(offset, length)`` in bytes, of a RAM image; None: all of it.
 
     A byte of the image is at the same offset in the file.

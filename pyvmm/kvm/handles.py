@@ -217,11 +217,14 @@ class Vm(_Handle):
 
         return save_vm(self)
 
-    def restore(self, data: object) -> None:
-        """Take what ``save`` returned, once the chips and all vCPUs are made; StateError."""
+    def restore(self, data: object, advance_ns: int = 0) -> None:
+        """Take what ``save`` returned, once the chips and all vCPUs are made; StateError.
+
+        For the guest ``advance_ns`` nanoseconds have passed since the save.
+        """
         from pyvmm.kvm.state import restore_vm
 
-        restore_vm(self, data)
+        restore_vm(self, data, advance_ns)
 
     def create_vcpu(self, index: int) -> Vcpu:
         """Create vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
@@ -236,7 +239,7 @@ class Vm(_Handle):
 class Vcpu(_Handle):
     """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
 
-    __slots__ = ("_map", "_ring", "enter", "index", "kvm", "page")
+    __slots__ = ("_map", "_ring", "cpuid", "enter", "index", "kvm", "page")
 
     def __init__(
         self, fd: int, mapping: mmap.mmap, index: int = 0, kvm: Kvm | None = None
@@ -249,6 +252,8 @@ class Vcpu(_Handle):
         self.enter = vcpu_entry(fd)
         """KVM_RUN itself, for a loop that cannot afford ``run``; raises the kernel's OSError."""
         self.page = RunPage(mapping)
+        self.cpuid = b""
+        """CPUID's answers in the guest, as ``struct kvm_cpuid2``; empty before ``set_cpuid``."""
 
     def __enter__(self) -> Vcpu:
         return self
@@ -322,9 +327,11 @@ class Vcpu(_Handle):
             refused = list(msrs)[count]
             raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {refused:#x} refused")
 
-    def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
-        """Set CPUID's answers in the guest; before the first run."""
-        ioctl(self.fd, abi.KVM_SET_CPUID2, cpuid_entry.pack(entries))
+    def set_cpuid(self, entries: Iterable[CpuidEntry] | bytes) -> None:
+        """Set CPUID's answers in the guest, or those that ``cpuid`` had; before the first run."""
+        packed = bytearray(entries) if isinstance(entries, bytes) else cpuid_entry.pack(entries)
+        ioctl(self.fd, abi.KVM_SET_CPUID2, packed)
+        self.cpuid = bytes(packed)
 
     def translate(self, linear_address: int) -> int | None:
         """Return the guest physical address that the vCPU's page tables give; None if unmapped."""
@@ -369,11 +376,14 @@ class Vcpu(_Handle):
 
         return save_vcpu(self)
 
-    def restore(self, data: object) -> None:
-        """Take what ``save`` returned, after ``set_cpuid`` and before the first run; StateError."""
+    def restore(self, data: object, advance_ns: int = 0) -> None:
+        """Take what ``save`` returned, after ``set_cpuid`` and before the first run; StateError.
+
+        The TSC has counted on for ``advance_ns`` nanoseconds since the save.
+        """
         from pyvmm.kvm.state import restore_vcpu
 
-        restore_vcpu(self, data)
+        restore_vcpu(self, data, advance_ns)
 
     def close(self) -> None:
         """Unmap the run page and close the fd; idempotent."""
