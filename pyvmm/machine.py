@@ -299,16 +299,19 @@ class Machine:
         runner = self.runner if self._has_begun.locked() else None
         return save_machine(self.loops, self.vm, self.board, runner)
 
-    def restore(self, data: object) -> None:
+    def restore(self, data: object, *, clock: str = "keep") -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
 
+        ``clock`` is "keep" or "now": see ``board.state.restore_machine``.
         RAM is the caller's to copy, before this.  RuntimeError once the machine has started.  A
         machine whose state was refused does not start, but may be given another one.
         """
         from pyvmm.board.state import restore_machine
 
         self._is_restored = None
-        restore_machine(self.loops, self.vm, self.board, self._has_begun.locked(), data)
+        restore_machine(
+            self.loops, self.vm, self.board, self._has_begun.locked(), data, clock=clock
+        )
         self._is_restored = True
 
     @property

@@ -6,14 +6,18 @@ Loaded only where a machine is saved or restored.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 
 from pyvmm.board.bus import BusDevice
-from pyvmm.kvm.handles import Vm
+from pyvmm.kvm.handles import Vcpu, Vm
+from pyvmm.kvm.tsc import align
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 from pyvmm.state import Fields
+
+_MOST_NS = (1 << 63) - 1
 
 if TYPE_CHECKING:
     from pyvmm.board.board import Board
@@ -48,19 +52,29 @@ def save_machine(
     _refuse_if_closed(vm, "save()")
     _refuse_if_moving(runner)
     on_board = board.save()
-    state = {
+    state: dict[str, object] = {
         "board": on_board,
         "vcpus": {name: vcpu.save() for name, vcpu in _vcpus(loops).items()},
         "chips": vm.save(),
     }
+    state["realtime_ns"] = time.time_ns()  # right behind kvm-clock, the last of the chips
     _refuse_if_moving(runner)
     return state
 
 
 def restore_machine(
-    loops: Sequence[VcpuLoop], vm: Vm, board: Board, has_begun: bool, data: object
+    loops: Sequence[VcpuLoop],
+    vm: Vm,
+    board: Board,
+    has_begun: bool,
+    data: object,
+    *,
+    clock: str = "keep",
 ) -> None:
     """Give a machine the state ``data``; StateError, RuntimeError if it is closed or has started.
+
+    With ``clock`` "keep" the guest's clocks go on from the moment of the save, all but the RTC.
+    With "now" they have gone on since, by as much as the host's wall clock.
 
     Nothing happens in the guest until ``catch_up``.  If ``data`` is refused, some parts may have
     taken theirs: the machine must not start, but may be given another state.
@@ -70,10 +84,18 @@ def restore_machine(
         raise RuntimeError("restore() comes before start() and run()")
     fields = Fields("machine", data)
     vcpus, chips, on_board = (fields.take(name) for name in ("vcpus", "chips", "board"))
+    saved_ns = fields.integer("realtime_ns", 0, _MOST_NS)
     fields.end()
-    # In this order: KVM gives each later vCPU the TSC of the first.
-    restore_named("vcpus", _vcpus(loops), vcpus)
-    vm.restore(chips)
+    # Never backwards, where the host's clock was set or the snapshot comes from another host.
+    advance_ns = max(0, time.time_ns() - saved_ns) if clock == "now" else 0
+    by_name = _vcpus(loops)
+    fields = Fields("vcpus", vcpus)
+    states = {vcpu: fields.take(name) for name, vcpu in by_name.items()}
+    fields.end()
+    for vcpu, state in states.items():
+        vcpu.restore(state, advance_ns)
+    align(states)
+    vm.restore(chips, advance_ns)
     board.restore(on_board)
 
 
@@ -143,7 +165,7 @@ def restore_named(what: str, parts: Mapping[str, Part], data: object) -> None:
         part.restore(state)
 
 
-def _vcpus(loops: Sequence[VcpuLoop]) -> dict[str, Part]:
+def _vcpus(loops: Sequence[VcpuLoop]) -> dict[str, Vcpu]:
     return {f"vcpu{loop.vcpu.index}": loop.vcpu for loop in loops}
 
 
