@@ -15,6 +15,7 @@ _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start to
 
 COMMANDS = (
     "run", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel", "image", "lab",
+    "snapshot",
 )
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
@@ -28,6 +29,7 @@ commands:
   matrix   many such tests from one file, several at a time:  pyvmm matrix boot.toml
   ps       list the machines that run
   ctl      drive a machine that runs with --control:  pyvmm ctl SOCKET run -- CMD...
+  snapshot look into snapshots, check them, merge them:  pyvmm snapshot info DIR
   export   serve a disk to another VMM:  pyvmm export --disk build/root.img --socket S
   doctor   say, line by line, what this host's KVM can do, and how to mend what it cannot
   kernel   look into a kernel file, fetch a distribution's, or build one:  pyvmm kernel fetch debian
@@ -93,6 +95,11 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
 
                 with signals:
                     return lab_main(rest)
+            case "snapshot":
+                from pyvmm.cli.snapshot import snapshot_main
+
+                with signals:
+                    return snapshot_main(rest)
             case "ps":
                 from pyvmm.cli.ps import ps_main
 
