@@ -20,7 +20,7 @@ from pyvmm.storage.freezing import check_freezable, freeze, revert
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource, open_backend
-from pyvmm.storage.overlay import store_bytes
+from pyvmm.storage.overlay_format import store_bytes
 from pyvmm.storage.raw import RawBackend
 from tests.support.nbd_servers import nbdkit
 from tests.support.raw_disks import opened

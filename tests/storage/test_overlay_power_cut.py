@@ -11,8 +11,10 @@ from contextlib import closing
 
 import pytest
 
+from pyvmm.storage.freezing import freeze
 from pyvmm.storage.memory import MemoryBackend
-from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
+from pyvmm.storage.overlay import OverlayBackend
+from pyvmm.storage.overlay_format import format_store, store_bytes
 from tests.support.power_cut import RecordingBackend, power_cuts
 
 SECTORS = 8 * 40 + 3
@@ -79,7 +81,7 @@ def record(seed: int) -> RecordingBackend:
                 # A snapshot only reads the store.
                 before = bytearray(len(BASE))
                 disk.readv([memoryview(before)], 0)
-                with closing(disk.freeze()) as frozen:
+                with closing(freeze(disk)) as frozen:
                     after = bytearray(len(BASE))
                     frozen.readv([memoryview(after)], 0)
                 assert before == after
