@@ -16,7 +16,7 @@ from pyvmm.storage.overlay import OverlayBackend
 from pyvmm.storage.private import PrivateDisk
 from pyvmm.storage.raw import RawBackend
 from pyvmm.storage.saving import copy_blocks
-from pyvmm.storage.scratch import take_stripe
+from pyvmm.storage.scratch import snapshot_directory, take_stripe
 
 _READABLE_TWICE = (RawBackend, MemoryBackend)
 
@@ -73,8 +73,8 @@ def _problem(backend: BlockBackend, into_directory: bool, to_rewind: bool) -> st
 def freeze(backend: BlockBackend) -> FrozenDisk:
     """Return ``backend`` as it is now, immutable, for the caller to close.
 
-    ``backend`` goes on with layers of its own.  Nobody uses it meanwhile.  SnapshotError, of
-    ``check_freezable``; OSError if there is no room.
+    ``backend`` goes on with layers of its own.  Nobody uses it meanwhile.  SnapshotError as of
+    ``check_freezable``, or if there is no room.
     """
     check_freezable(backend, into_directory=False)
     if isinstance(backend, FaultyBackend):
@@ -92,7 +92,13 @@ def freeze(backend: BlockBackend) -> FrozenDisk:
         finally:
             frozen.close()
     if isinstance(backend, OverlayBackend):
-        return _copied(backend)
+        try:
+            return _copied(backend)
+        except OSError as error:
+            raise SnapshotError(
+                _subject(backend), f"its overlay cannot be copied to {snapshot_directory()}: "
+                f"{error.strerror}; TMPDIR names another directory"
+            ) from error
     return FrozenDisk.of_base(duplicate_base(backend), _subject(backend), read_only=True)
 
 
