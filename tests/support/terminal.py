@@ -32,7 +32,7 @@ class Terminal:
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-            argv = words or command(*options, kernel=kernel)
+            argv = list(words) or command(*options, kernel=kernel)
             os.execve(argv[0], argv, environment())
 
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
