@@ -208,7 +208,7 @@ def prepare(
     """
     plan = plan_from(args)
     # Not while the guest waits: importing this takes longer than the pause of a snapshot.
-    from pyvmm.snapshot.capture import check, take  # type: ignore[import-not-found]
+    from pyvmm.snapshot.capture import check, take
 
     def plug(machine: Machine, report: Callable[[str], None]) -> WarmSnapshot:
         check(machine, plan.directory)
