@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from pyvmm.cli.restore import disks_from
+from pyvmm.cli.parse import parse_moved_disks
 from pyvmm.cli.termination import sigterm_raises
 from pyvmm.config import format_size
 from pyvmm.report import say, show
@@ -130,7 +130,7 @@ def _mib(size_bytes: int) -> str:
 
 
 def _check(args: SimpleNamespace) -> int:
-    disks = disks_from(args.disk)
+    disks = parse_moved_disks(args.disk)
     with open_saved(args.directory) as saved:
         found = list(problems(saved, disks, report=say))
         for problem in found:

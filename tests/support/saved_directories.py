@@ -131,8 +131,6 @@ def make_saved(
                 for index in range(disks)
             ],
             "machine": {"vcpus": {"vcpu0": {"regs": bytes(range(144)), "mark": mark}}},
-            "clock": {"realtime_ns": 1},
-            "console": None,
             "base": None if base is None else Base.over(str(base[0]), base[1], str(path)).record(),
         })
     return about.id
