@@ -200,10 +200,12 @@ class Machine:
         """Fresh for each clone and at each rewind; None before any of both."""
         self.base: Base | None = None
         """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
+        self.checkpoints: Base | None = None
+        """The moments that ``snapshot/checkpoints.py`` keeps, which ``close`` frees."""
         self.runner = runner
         self.loops = loops
         self._timer = timer
-        self._watch = watch
+        self.watch = watch
         self.verdict = verdict
         self.console = console
         self.output = output
@@ -258,7 +260,7 @@ class Machine:
             if not self.runner.is_over:
                 return outcome  # and rewound meanwhile
             if self._outcome is None:
-                self._watch.end()
+                self.watch.end()
                 self._outcome = self.verdict.judge(outcome, self._runs_program)
             return self._outcome
 
@@ -379,10 +381,11 @@ class Machine:
         # A thread stuck in a system call still uses them; they then live as long as the process.
         with self.lock:
             if self.runner.stopped:
+                kept, self.checkpoints, self.base = (self.checkpoints, self.base), None, None
                 self._resources.close()
-                base, self.base = self.base, None
-                if base is not None:
-                    base.close()
+                for moments in kept:
+                    if moments is not None:
+                        moments.close()
 
     def __enter__(self) -> Machine:
         return self

@@ -129,9 +129,11 @@ class OwnerWatch:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def owner_socket(text: str) -> socket.socket:
-    """Return the socket that ``--control-fd`` names; ConfigError if it names none."""
-    option = f"--control-fd {text}"
+def owner_socket(
+    text: str, *, option: str = "--control-fd", kind: int = socket.SOCK_STREAM
+) -> socket.socket:
+    """Return the socket that ``option`` names; ConfigError if it names none of ``kind``."""
+    option = f"{option} {text}"
     if not (text.isascii() and text.isdigit() and len(text) < 8):
         raise ConfigError(option, "is no number of a descriptor")
     try:
@@ -139,8 +141,9 @@ def owner_socket(text: str) -> socket.socket:
     except OSError as error:
         raise ConfigError(option, f"is no socket: {error.strerror}") from None
     try:
-        if found.family != socket.AF_UNIX or found.type != socket.SOCK_STREAM:
-            raise ConfigError(option, "is no Unix stream socket")
+        if found.family != socket.AF_UNIX or found.type != kind:
+            word = "stream" if kind == socket.SOCK_STREAM else "seqpacket"
+            raise ConfigError(option, f"is no Unix {word} socket")
         try:
             found.getpeername()
         except OSError as error:

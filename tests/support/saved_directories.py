@@ -7,12 +7,21 @@ import struct
 import zlib
 from pathlib import Path
 
+from pyvmm.kvm.cpuid_entry import CpuidEntry, pack
 from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam
+from pyvmm.snapshot.files.host import host_record
 from pyvmm.snapshot.files.writer import Writer
 
 MIB = 1 << 20
+CPU = [CpuidEntry(0, 0, False, 1, *struct.unpack("<III", b"GenuntelineI"))]
 REGIONS = ((0, 640 << 10), (MIB, 3 * MIB))
+
+
+def make_writable(path: Path) -> None:
+    """Let a test damage the files of the snapshot at ``path``."""
+    for file in path.iterdir():
+        file.chmod(0o600)
 
 
 def ram_content(size_bytes: int, mark: int = 1) -> bytearray:
@@ -31,7 +40,7 @@ def crcs_of(ram: bytes | bytearray, runs: tuple[tuple[int, int], ...] | None) ->
         part = ram[at:end] if runs is None else b"".join(
             ram[max(start, at) : min(start + length, end)] for start, length in runs
         )
-        if any(part):
+        if part != bytes(len(part)):
             found[at // layout.CHUNK_BYTES] = zlib.crc32(part)
     return found
 
@@ -41,7 +50,8 @@ def write_sparse(fd: int, ram: bytes | bytearray) -> int:
     os.ftruncate(fd, len(ram))
     held = 0
     for at in range(0, len(ram), 4096):
-        if any(page := ram[at : at + 4096]):
+        page = ram[at : at + 4096]
+        if page != bytes(len(page)):
             os.pwrite(fd, page, at)
             held += len(page)
     return held
@@ -55,11 +65,11 @@ def make_saved(
     disks: int = 2,
     base: tuple[Path, bytes] | None = None,
     runs: tuple[tuple[int, int], ...] = ((MIB, 8192), (2 * MIB, 4096)),
-    host: object = None,
+    regions: tuple[tuple[int, int], ...] = REGIONS,
 ) -> bytes:
     """Make a snapshot at ``path``, a diff over ``base`` (path, id) if there is one; its id."""
     overlays = {0: b"overlay" * 100} if overlays is None else overlays
-    size = sum(length for _, length in REGIONS)
+    size = sum(length for _, length in regions)
     about = About.new()
     with Writer(path) as writer:
         ram = ram_content(size, mark)
@@ -75,14 +85,14 @@ def make_saved(
         for index, content in overlays.items():
             Path(writer.path_of(layout.overlay_name(index))).write_bytes(content)
         saved_ram = SavedRam(
-            regions=REGIONS, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
+            regions=regions, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
             runs=None if base is None else runs,
         )
         writer.finish({
             "about": about.record(),
-            "host": host,
-            "config": {"memory_bytes": size},
-            "kernel": None,
+            "host": host_record(supported=CPU, given=[pack(CPU)] * 2, tsc_khz=2_000_000),
+            "config": {"memory_bytes": size, "cmdline": None, "append": "console=ttyS0"},
+            "kernel": {"path": "/boot/bzImage", "version": "6.1.0-47-amd64 (debian)"},
             "ram": saved_ram.record(),
             "disks": [
                 SavedDisk(

@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.snapshot.rewind import put_back
+from pyvmm.snapshot.rewind import WayBack, put_back
 from pyvmm.snapshot.still import still
 from tests.support.disk_guest import (
     built,
@@ -47,8 +47,9 @@ class Kept:
         with self._disk.open("r+b") as file:
             file.write(self.content)
 
-    def put_back(self, plug: Callable[[], None] = lambda: None) -> None:
-        put_back(self._machine, self.state, self.bring_back, plug=plug)
+    def put_back(self, attach: Callable[[bool], None] = lambda _: None) -> None:
+        way = WayBack(state=self.state, bring_back=self.bring_back, attach=attach)
+        put_back(self._machine, way)
 
 
 @pytest.mark.parametrize("mmio", ["mapped", "trapped"])
@@ -113,7 +114,7 @@ def test_a_machine_that_has_ended_goes_on_from_before(tmp_path: Path, cpus: int)
             assert machine.consoles.receive(b"!") == 1
             assert machine.wait(patient(WAIT_S)) == DONE
             assert disk.read_bytes() == expected_disk(ROUNDS)
-            kept.put_back(lambda: machine.runner.when_over(lambda: over.append("over")))
+            kept.put_back(lambda _: machine.runner.when_over(lambda: over.append("over")))
             assert machine.is_paused
             assert machine.wait(0.0) is None, "it has no outcome any more"
             assert rounds_done(machine) < ROUNDS
