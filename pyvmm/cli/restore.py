@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyvmm.control.run_control import RunControl
     from pyvmm.machine import Machine
     from pyvmm.report import Reporter
-    from pyvmm.snapshot.snapshot import Snapshot  # type: ignore[import-not-found]
+    from pyvmm.snapshot.snapshot import Snapshot
     from pyvmm.startup.bundle import Bundle
 
 CLOCKS = ("keep", "now")
@@ -115,7 +115,7 @@ def _restore(
     configs: list[RunConfig] = []
 
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
-        from pyvmm.snapshot.opening import open_snapshot  # type: ignore[import-not-found]
+        from pyvmm.snapshot.opening import open_snapshot
 
         snapshot = opened or open_snapshot(args.directory, disks=disks, report=report)
         with contextlib.closing(snapshot):
