@@ -152,8 +152,9 @@ class RamJournal:
         for offset, length in runs:
             first, count = offset // PAGE_SIZE, length // PAGE_SIZE
             self._held[first : first + count] = b"\1" * count
+        fd = self._newest.fd
         for region, start, length in parts_in_regions(self._memory, runs):
-            write_all(self._newest.fd, region.view, start, start + length, region.position)
+            write_all(fd, region.view, start, start + length, region.position)
 
     def _take_back(self, undo: _Undo) -> None:
         undo.apply()
