@@ -19,9 +19,13 @@ from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from uuid import UUID
+
     from pyvmm.api.hook_calls import Refusal
     from pyvmm.api.hooked_bus import Access
     from pyvmm.api.hooked_disk import DiskRequest
+    from pyvmm.api.snapshot import Snapshot
     from pyvmm.kvm.exits import Exit
     from pyvmm.run.verdict import Evidence
 
@@ -54,11 +58,28 @@ class Machine:
             raise TypeError(f"Machine takes a MachineConfig, not {type(config).__name__}")
         if report is not None and not callable(report):
             raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
-        _check_devices(devices)
-        self._report = report or _log
+        check_devices(devices)
+        self._report = report or log_line
         self._is_built = False
-        self._machine = built.build(config.run_config(), report=self._tell, devices=devices)
-        runner = self._machine.runner
+        self._take(built.build(config.run_config(), report=self._tell, devices=devices))
+
+    @classmethod
+    def _of(
+        cls,
+        make: Callable[[Callable[[str], None]], built.Machine],
+        report: Callable[[str], None] | None,
+    ) -> Machine:
+        """Return the machine that ``make`` makes; it is told who takes its lines."""
+        machine = cls.__new__(cls)
+        machine._report = report or log_line
+        machine._is_built = False
+        machine._take(make(machine._tell))
+        return machine
+
+    def _take(self, machine: built.Machine) -> None:
+        """Become the face of ``machine``, which was just built."""
+        self._machine = machine
+        runner = machine.runner
         self._lifetime = Lifetime(runner, "the machine")
         self._hooks = Hooks(self._machine)
         self._is_built = True
@@ -73,8 +94,7 @@ class Machine:
         )
         """The guest's output and a keyboard: see ``ConsoleHandle``."""
         self._machine.output.add_observer(self.console.feed)
-        runner.on_wake(self._hand_over)
-        runner.when_over(self.console.end)
+        self._attach()
 
     # Running
 
@@ -170,7 +190,80 @@ class Machine:
         self._lifetime.check_open("on_request()")
         self._hooks.on_request(disk, hook)
 
+    # Time travel
+
+    def checkpoint(self) -> int:
+        """Keep this moment in memory, to return to it; return its number.
+
+        Cheap enough for one every 100 ms: only what the guest has written since the last one is
+        copied.  A running guest is paused meanwhile, and runs on.  The oldest checkpoints make
+        room for new ones: at most 1024 are kept, and 1 GiB to undo what was written.
+
+        SnapshotError for a run that is over, and for disks that cannot be brought back: those
+        written in place, or by another process.  RuntimeError in a hook.
+        """
+        self._lifetime.check_open("checkpoint()")
+        from pyvmm.snapshot.checkpoints import checkpoints_of
+
+        return checkpoints_of(self._machine).take()
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The numbers of the checkpoints that there are, the oldest first."""
+        if self._machine.checkpoints is None:
+            return ()
+        from pyvmm.snapshot.checkpoints import checkpoints_of
+
+        return checkpoints_of(self._machine).numbers
+
+    def rewind(self, number: int | None = None) -> None:
+        """Return to checkpoint ``number`` and forget those after it.
+
+        None is the newest moment that was kept: a checkpoint, a snapshot that was taken after it,
+        or the snapshot from which the machine was cloned.  A guest that runs goes on running, a
+        paused one stays paused.  One that has ended (panicked, powered off, stopped) is paused
+        then, without an outcome: ``resume`` it.  A time limit starts anew.
+
+        What the guest has printed stays in ``console.text``.  SnapshotError if there is no such
+        moment.  RuntimeError in a hook.
+        """
+        with self._lifetime.rewinding():
+            from pyvmm.snapshot.checkpoints import checkpoints_of
+
+            checkpoints_of(self._machine).rewind(number, attach=self._attach_anew)
+
+    # Snapshots
+
+    def snapshot(
+        self,
+        dir: str | PathLike[str] | None = None,  # noqa: A002 - as in `pyvmm restore DIR`
+        *,
+        live: bool = False,
+        diff: bool = False,
+    ) -> Snapshot:
+        """Save the whole machine as it is now, for clones to go on from: see ``Snapshot``.
+
+        In memory, or in the directory ``dir``, which is made and never overwritten.  A guest that
+        runs is paused meanwhile, and runs on afterwards.  With ``live`` it is paused only for
+        milliseconds, and a child process copies its RAM.  With ``diff`` the directory has only
+        what differs from the one that the machine was cloned from.
+
+        SnapshotError for a machine that cannot be saved: disks that are written in place, or that
+        another process serves.  RuntimeError in a hook, which would wait for itself.
+        """
+        self._lifetime.check_open("snapshot()")
+        from pyvmm import Snapshot  # by the face, because its module imports this one
+        from pyvmm.snapshot.capture import take
+
+        return Snapshot(take(self._machine, dir, live=live, diff=diff), self._report)
+
     # Facts
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """The number of a clone, fresh for each and at each rewind; None for a machine that
+        booted."""
+        return self._machine.clone_id
 
     @property
     def is_paused(self) -> bool:
@@ -194,6 +287,18 @@ class Machine:
 
     # Parts
 
+    def _attach(self) -> None:
+        """Have the runner of a run that is about to begin tell us what we need."""
+        self._machine.runner.on_wake(self._hand_over)
+        self._machine.runner.when_over(self.console.end)
+
+    def _attach_anew(self, begins_anew: bool) -> None:
+        """Look at a guest that was rewound, in a new run if ``begins_anew``."""
+        self.console.begin_anew(self._machine.watch.unfinished)
+        self._hooks.begin_anew()
+        if begins_anew:
+            self._attach()
+
     def _hand_over(self) -> None:
         """Offer typed bytes to the guest, in the thread that keeps house."""
         runner = self._machine.runner
@@ -212,7 +317,7 @@ class Machine:
         return self._machine.stop(Outcome(Kind.STOPPED))
 
 
-def _check_devices(devices: object) -> None:
+def check_devices(devices: object) -> None:
     """Raise TypeError unless ``devices`` are virtio devices by name."""
     if not isinstance(devices, Mapping):
         raise TypeError(
@@ -229,7 +334,7 @@ def _check_devices(devices: object) -> None:
             raise TypeError(f"device {name}: must be a VirtioDevice, not {what}")
 
 
-def _log(line: str) -> None:
+def log_line(line: str) -> None:
     import logging
 
     logging.getLogger("pyvmm").warning("%s", escape(line))

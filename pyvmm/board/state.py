@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 
 from pyvmm.board.bus import BusDevice
 from pyvmm.kvm.handles import Vcpu, Vm
+from pyvmm.kvm.state import forget_vcpu, settle_vcpu
 from pyvmm.kvm.tsc import align
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 from pyvmm.state import Fields
+from pyvmm.x86 import layout
 
 _MOST_NS = (1 << 63) - 1
 
@@ -66,22 +68,31 @@ def restore_machine(
     loops: Sequence[VcpuLoop],
     vm: Vm,
     board: Board,
-    has_begun: bool,
+    runner: Runner | None,
     data: object,
     *,
     clock: str = "keep",
 ) -> None:
-    """Give a machine the state ``data``; StateError, RuntimeError if it is closed or has started.
+    """Give a machine the state ``data``; ``runner`` runs it if it has started.
+
+    StateError; RuntimeError if it is closed, or something moves in it.
 
     With ``clock`` "keep" the guest's clocks go on from the moment of the save, all but the RTC.
     With "now" they have gone on since, by as much as the host's wall clock.
 
     Nothing happens in the guest until ``catch_up``.  If ``data`` is refused, some parts may have
-    taken theirs: the machine must not start, but may be given another state.
+    taken theirs: the machine must not go on, but may be given another state.
     """
     _refuse_if_closed(vm, "restore()")
-    if has_begun:
-        raise RuntimeError("restore() comes before start() and run()")
+    if runner is not None:
+        if not (runner.is_still or (runner.is_over and runner.stopped)):
+            raise RuntimeError("a state is put back into a machine that is quiesced or has ended")
+        for loop in loops:
+            if runner.is_over:
+                settle_vcpu(loop.vcpu)
+            forget_vcpu(loop.vcpu)
+        # KVM keeps each source's level of a line, which no chip's state has.
+        vm.irq_line(layout.SERIAL_IRQ, False)
     fields = Fields("machine", data)
     vcpus, chips, on_board = (fields.take(name) for name in ("vcpus", "chips", "board"))
     saved_ns = fields.integer("realtime_ns", 0, _MOST_NS)

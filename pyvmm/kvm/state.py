@@ -17,6 +17,7 @@ rings the doorbells again.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 
@@ -39,6 +40,8 @@ _UNLISTED_MSRS = (
 """The MTRRs: KVM gives and takes them, but KVM_GET_MSR_INDEX_LIST does not have them."""
 _MSRS_AT_ONCE = 256  # the kernel's MAX_IO_MSRS
 _MOST_MSRS = 4096
+_MOST_ACCESSES = 1 << 16
+"""Exits by which one instruction of the guest may still be completed."""
 _MOST_XSAVE_BYTES = 1 << 16
 _TOLERANCE_PPM = 250  # the kernel's tsc_tolerance_ppm: no scaling below that
 
@@ -70,12 +73,39 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, object]:
     state["xcrs"] = _get(fd, state_abi.KVM_GET_XCRS) if has_xcrs else None
     state["debugregs"] = _get(fd, state_abi.KVM_GET_DEBUGREGS)
     state["lapic"] = _get_unless(fd, irqchip_abi.KVM_GET_LAPIC, errno.EINVAL)
-    has_khz = kvm.check_extension(state_abi.KVM_CAP_GET_TSC_KHZ)
-    state["tsc_khz"] = ioctl(fd, state_abi.KVM_GET_TSC_KHZ) if has_khz else None
+    state["tsc_khz"] = tsc_khz_of(vcpu, kvm)
     state["tsc_offset"] = tsc.offset_of(vcpu)
     state["msrs"] = [[index, value] for index, value in _get_msrs(vcpu, _msr_indices(kvm)).items()]
     state["events"] = _get(fd, state_abi.KVM_GET_VCPU_EVENTS)  # last: all others may change it
     return state
+
+
+def forget_vcpu(vcpu: Vcpu) -> None:
+    """Drop what a vCPU that has run keeps in KVM, and no ``restore_vcpu`` replaces; KvmError."""
+    vcpu.get_mp_state()  # an INIT or SIPI that waits happens now, and not after the restore
+    # A local APIC that is restored starts its timer with the deadline of before.
+    with contextlib.suppress(KvmError):  # a KVM without the MSR has no such timer
+        vcpu.set_msrs({tsc.TSC_DEADLINE: 0})
+
+
+def settle_vcpu(vcpu: Vcpu) -> None:
+    """Complete the access of a vCPU's last exit; KvmError if it does not end.
+
+    An access that KVM_RUN left to user space is completed by the next KVM_RUN, which would put its
+    result into a state that was restored meanwhile.  With an exit requested, KVM_RUN does that
+    before it enters the guest, and does not enter.
+    """
+    vcpu.request_exit()
+    for _ in range(_MOST_ACCESSES):
+        try:
+            vcpu.run()
+        except InterruptedError:
+            break
+        except BlockingIOError:
+            continue
+    else:
+        raise KvmError("KVM_RUN", errno.EBUSY, "an access of the guest does not end")
+    vcpu.clear_exit_request()
 
 
 def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
@@ -132,6 +162,13 @@ def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
         _set_msrs(vcpu, {tsc.TSC: (msrs[tsc.TSC] + _FAR_TICKS) & _MASK}, fields)
     _set_msrs(vcpu, msrs, fields)
     put("events", state_abi.KVM_SET_VCPU_EVENTS, events)
+
+
+def tsc_khz_of(vcpu: Vcpu, kvm: Kvm) -> int | None:
+    """Return the rate of the vCPU's TSC in kHz; None if KVM does not tell."""
+    if not kvm.check_extension(state_abi.KVM_CAP_GET_TSC_KHZ):
+        return None
+    return ioctl(vcpu.fd, state_abi.KVM_GET_TSC_KHZ)
 
 
 def save_vm(vm: Vm) -> dict[str, object]:
