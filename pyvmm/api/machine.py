@@ -91,7 +91,7 @@ class Machine(RunningMachine):
         paused one stays paused.  One that has ended (panicked, powered off, stopped) is paused
         then, without an outcome: ``resume`` it.  A time limit starts anew.
 
-        Everything that the guest has printed stays in ``console.text``.  SnapshotError if there is no such
+        All that the guest has printed stays in ``console.text``.  SnapshotError if there is no such
         moment.  RuntimeError in a hook.
         """
         with self._lifetime.rewinding():
