@@ -13,26 +13,18 @@ from types import MappingProxyType
 from pyvmm.board.agent import load_initrd_of, plug_agent_port
 from pyvmm.board.board import Board
 from pyvmm.board.consoles import Consoles
+from pyvmm.board.cpus import check_cpus, make_loops
 from pyvmm.board.describe import describe
 from pyvmm.board.disks import plug_disks
+from pyvmm.board.ports import add_endings, add_ports
 from pyvmm.config import RunConfig, VhostUserDiskConfig
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
-from pyvmm.devices.debug_exit import DebugExit
-from pyvmm.devices.i8042 import I8042
-from pyvmm.devices.pci_host import PciHost
-from pyvmm.devices.power import Power
-from pyvmm.devices.pvpanic import PvPanic
-from pyvmm.devices.rtc import Rtc
 from pyvmm.errors import ConfigError
-from pyvmm.kvm.abi import (
-    KVM_CAP_MAX_VCPUS,
-    KVM_CAP_READONLY_MEM,
-    KVM_CAP_TSC_DEADLINE_TIMER,
-)
-from pyvmm.kvm.handles import Kvm, Vcpu, Vm
+from pyvmm.kvm.abi import KVM_CAP_READONLY_MEM
+from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
@@ -41,12 +33,14 @@ from pyvmm.run.verdict import Evidence, Verdict
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
-from pyvmm.x86 import cpu, cpuid, layout
-from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
+from pyvmm.x86 import cpu, layout
 from pyvmm.x86.image import Kernel
 from pyvmm.x86.loader import load_kernel
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from pyvmm.board.origin import Base, Origin
     from pyvmm.virtio.port.device import PortDevice
 
 
@@ -55,26 +49,31 @@ def build(
     *,
     report: Callable[[str], None],
     devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
+    origin: Origin | None = None,
 ) -> Machine:
     """Return a machine that is ready to run.
 
     ``devices`` are virtio devices of the caller's own, by name; the guest finds them behind
     pyvmm's.  They belong to the machine from now on, which closes them.
 
+    With ``origin`` no kernel is loaded, and the guest is told of nothing: its RAM has all that.
+    The machine is ready once ``restore`` has given it the rest of the snapshot.
+
     ConfigError for files and options that cannot work, HostError for a host that cannot; both
     before any vCPU has run, and with everything opened so far closed again.
     """
     with contextlib.ExitStack() as stack:
         _own(devices, stack)
-        memory = stack.enter_context(_make_memory(config, devices.values()))
-        kernel = load_kernel(memory, config.kernel)
-        initrd = load_initrd_of(config, memory, kernel, report)
+        memory = stack.enter_context(_make_memory(config, devices.values(), origin))
+        kernel = origin.kernel if origin else load_kernel(memory, config.kernel)
+        initrd = None if origin else load_initrd_of(config, memory, kernel, report)
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         verdict = Verdict(runner, is_linux=kernel.is_linux)
         watch = ConsoleWatch(verdict.hear)
         timer = BootTimer()
 
         board = Board(memory, stack, maps_pages=config.mmio == "mapped", report=report)
+        board.add_part("console watch", watch)
         made = plug_disks(board, config, runner, stack, report)
         console = stack.enter_context(contextlib.closing(_open_console(config)))
         output = OutputBuffer(
@@ -86,12 +85,13 @@ def build(
         agent_port = plug_agent_port(board, config)
         for name, device in devices.items():
             board.plug(device, name)
-        _add_ports(board, config, timer)
-        _add_endings(board, verdict, report)
-        describe(board, config, kernel, initrd)
+        add_ports(board, config, timer)
+        add_endings(board, verdict, report)
+        if origin is None:
+            describe(board, config, kernel, initrd)
 
         kvm = stack.enter_context(Kvm())
-        _check_cpus(kvm, config.cpus)
+        check_cpus(kvm, config.cpus)
         vm = stack.enter_context(kvm.create_vm())
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
@@ -101,13 +101,16 @@ def build(
         board.connect(vm)
         vcpus = [stack.enter_context(vm.create_vcpu(index)) for index in range(config.cpus)]
         consoles.add_serial_port(vm, vcpus, kvm.ring_page, watch, stack)
-        loops = _make_loops(config, kvm, vm, vcpus, board, runner, consoles)
-        # The others wait, in the kernel, for the first one's INIT and SIPI.
-        cpu.setup_boot(memory, vcpus[0], kernel)
+        cpuid = origin.cpuid if origin else None
+        loops = make_loops(config, kvm, vm, vcpus, board, runner, consoles, cpuid)
+        if origin is None:
+            # The others wait, in the kernel, for the first one's INIT and SIPI.
+            cpu.setup_boot(memory, vcpus[0], kernel)
         return Machine(
             config=config, kernel=kernel, board=board, vm=vm, runner=runner, loops=loops,
             timer=timer, watch=watch, verdict=verdict, console=console, output=output,
-            consoles=consoles, made=made, agent_port=agent_port, resources=stack.pop_all(),
+            consoles=consoles, made=made, agent_port=agent_port, own_devices=tuple(devices),
+            needs_state=origin is not None, resources=stack.pop_all(),
         )
 
 
@@ -119,45 +122,17 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         own(devices, stack)
 
 
-def _make_memory(config: RunConfig, devices: Iterable[VirtioDevice]) -> GuestMemory:
+def _make_memory(
+    config: RunConfig, devices: Iterable[VirtioDevice], origin: Origin | None
+) -> GuestMemory:
     """Return the guest's RAM: memory that can be shared if another process serves a device."""
+    if origin is not None:
+        return GuestMemory(layout.ram_ranges(config.memory_bytes), image=origin.image)
     shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
     shared = shared or any(device.is_served_elsewhere for device in devices)
     return GuestMemory(layout.ram_ranges(config.memory_bytes), shared=shared)
 
 
-def _make_loops(
-    config: RunConfig,
-    kvm: Kvm,
-    vm: Vm,
-    vcpus: Sequence[Vcpu],
-    board: Board,
-    runner: Runner,
-    consoles: Consoles,
-) -> list[VcpuLoop]:
-    """Give each of ``vcpus`` its CPUID; return what runs them."""
-    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-    loops: list[VcpuLoop] = []
-    for index, vcpu in enumerate(vcpus):
-        vcpu.set_cpuid(cpuid.build(
-            kvm.supported_cpuid(), config.cpu, index,
-            vcpu_count=config.cpus, tsc_deadline=tsc_deadline,
-            memory_end=board.memory.regions[-1].end,
-        ))
-        loops.append(VcpuLoop(
-            vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
-            describe=functools.partial(cpu.describe_vcpu, board.memory, vcpu),
-            at_end=consoles.finish, can_be_woken=vm.can_wake,
-        ))
-    return loops
-
-
-def _check_cpus(kvm: Kvm, cpus: int) -> None:
-    """ConfigError if this KVM gives no VM so many vCPUs."""
-    # Documentation/virt/kvm/api.rst, 4.7: without the capability, what a KVM has always had.
-    limit = kvm.check_extension(KVM_CAP_MAX_VCPUS) or 4
-    if cpus > limit:
-        raise ConfigError(f"--cpus {cpus}", f"this host's KVM allows at most {limit}")
 
 
 def _open_console(config: RunConfig) -> Console:
@@ -178,35 +153,6 @@ def _open_console(config: RunConfig) -> Console:
     return Console.open(config.console)
 
 
-def _add_ports(board: Board, config: RunConfig, timer: BootTimer) -> None:
-    """Add the ports that only answer."""
-    board.add_port("boot timer", layout.BOOT_TIMER_PORT, timer)
-    board.add_port("PCI host bridge", layout.PCI_PORT, PciHost())
-    if config.rtc == "utc":
-        board.add_port("RTC", layout.RTC_INDEX, Rtc())
-
-
-def _add_endings(board: Board, verdict: Verdict, report: Callable[[str], None]) -> None:
-    """Add the ports by which a guest ends the run, or says why it is about to."""
-    def ends_in(kind: Kind) -> Callable[[], None]:
-        return lambda: verdict.end(kind)
-
-    board.add_part("verdict", verdict)
-    keyboard = I8042(ends_in(Kind.RESET))
-    board.add_part("i8042", keyboard)
-    board.pio.add(layout.I8042_DATA, 1, keyboard.data_port)
-    board.pio.add(layout.I8042_COMMAND, 1, keyboard.command_port)
-    power = Power(
-        s5_sleep_type=S5_SLEEP_TYPE, reset_value=RESET_VALUE,
-        on_power_off=ends_in(Kind.POWER_OFF), on_reset=ends_in(Kind.RESET),
-    )
-    board.add_port("power", layout.SLEEP_CONTROL_PORT, power)
-    board.add_port("pvpanic", layout.PVPANIC_PORT, PvPanic(
-        verdict.panic_reported,
-        lambda: report("the guest has panicked; its crash kernel takes over"),
-    ))
-    debug_exit = DebugExit(lambda byte: verdict.end(Kind.GUEST_STATUS, byte))
-    board.add_port("debug exit", layout.DEBUG_EXIT_PORT, debug_exit)
 
 
 def _can_map_pages(config: RunConfig, kvm: Kvm, report: Callable[[str], None]) -> bool:
@@ -237,12 +183,22 @@ class Machine:
         consoles: Consoles,
         made: contextlib.ExitStack,
         agent_port: PortDevice | None,
+        own_devices: tuple[str, ...],
+        needs_state: bool,
         resources: contextlib.ExitStack,
     ) -> None:
+        self.config = config
         self.kernel = kernel
         self.board = board
-        self._vm = vm
-        self._config = config
+        self.vm = vm
+        self.own_devices = own_devices
+        """The names of the virtio devices that a script brought."""
+        self.timeout_s = config.timeout_s
+        """The run's limit of time in seconds, None for none; until it starts."""
+        self.clone_id: UUID | None = None
+        """Fresh for each clone and at each rewind; None before any of both."""
+        self.base: Base | None = None
+        """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
         self.runner = runner
         self.loops = loops
         self._timer = timer
@@ -257,7 +213,8 @@ class Machine:
         self._has_begun = threading.Lock()  # taken once, never released
         self._judging = threading.Lock()
         self._outcome: Outcome | None = None
-        self._is_restored: bool | None = False  # None: not all parts took their states
+        # None: not all parts have a state.
+        self._is_restored: bool | None = None if needs_state else False
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
@@ -306,8 +263,8 @@ class Machine:
             raise RuntimeError("a machine runs once: build another one")
         self._made.pop_all()
         self.console.begin()
-        if self._config.timeout_s is not None:
-            self.runner.finish_after(self._config.timeout_s, Outcome(Kind.TIMEOUT))
+        if self.timeout_s is not None:
+            self.runner.finish_after(self.timeout_s, Outcome(Kind.TIMEOUT))
         self._verdict.doubt_silence(self.runner.report)
         if self._is_restored:
             from pyvmm.board.state import catch_up
@@ -340,7 +297,7 @@ class Machine:
         from pyvmm.board.state import save_machine
 
         runner = self.runner if self._has_begun.locked() else None
-        return save_machine(self.loops, self._vm, self.board, runner)
+        return save_machine(self.loops, self.vm, self.board, runner)
 
     def restore(self, data: object) -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
@@ -351,7 +308,7 @@ class Machine:
         from pyvmm.board.state import restore_machine
 
         self._is_restored = None
-        restore_machine(self.loops, self._vm, self.board, self._has_begun.locked(), data)
+        restore_machine(self.loops, self.vm, self.board, self._has_begun.locked(), data)
         self._is_restored = True
 
     @property
@@ -384,6 +341,9 @@ class Machine:
         # A thread stuck in a system call still uses them; they then live as long as the process.
         if self.runner.stopped:
             self._resources.close()
+            base, self.base = self.base, None
+            if base is not None:
+                base.close()
 
     def __enter__(self) -> Machine:
         return self

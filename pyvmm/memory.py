@@ -12,10 +12,11 @@ import ctypes
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from pyvmm.errors import GuestMemoryError, HostError
+from pyvmm.startup.types import Protocol, Record
 
 PAGE_SIZE = 4096
 HUGE_PAGE = 2 << 20
@@ -27,20 +28,50 @@ _MAP_FAILED = (1 << 64) - 1
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
+class RamLayer(Record, kw_only=False):
+    """A file that holds ``runs``, ``(offset, length)`` in bytes, of a RAM image; None: all of it.
+
+    A byte of the image is at the same offset in the file.
+    """
+
+    fd: int
+    runs: tuple[tuple[int, int], ...] | None
+
+
+class MappableImage(Protocol):
+    """The content of all RAM, as ``pyvmm.ram.image`` keeps it.  Regions follow without gaps."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the RAM in bytes."""
+
+    @property
+    def layers(self) -> Sequence[RamLayer]:
+        """The files, each over those before it; the first one holds everything."""
+
+    def share(self) -> MappableImage:
+        """Return another handle of the same image; each is closed once."""
+
+    def close(self) -> None:
+        """Give up this handle."""
+
+
 class Region:
     """``length`` bytes of RAM at guest physical ``gpa``: ``view``.
 
-    They begin at ``offset`` in ``GuestMemory.fd``, if there is one.
+    They begin at ``offset`` in ``GuestMemory.fd``, if there is one, and at ``position`` in an
+    image.
     """
 
-    __slots__ = ("end", "gpa", "length", "offset", "view")
+    __slots__ = ("end", "gpa", "length", "offset", "position", "view")
 
-    def __init__(self, gpa: int, view: memoryview, offset: int = 0) -> None:
+    def __init__(self, gpa: int, view: memoryview, offset: int = 0, position: int = 0) -> None:
         self.gpa = gpa
         self.view = view
         self.length = len(view)
         self.end = gpa + self.length
         self.offset = offset
+        self.position = position
 
     @property
     def host_address(self) -> int:
@@ -59,11 +90,21 @@ class GuestMemory:
     Host and guest address of a region agree modulo 2 MiB, from 1 GiB on modulo 1 GiB.  If they did
     not, KVM would map pages of 4 KiB whatever the host has: a boot makes 3.5 times the exits then.
     A region under 2 MiB has no room for a huge page.
+
+    With an ``image`` RAM begins as the image is.  Reads share its pages, and a page that is written
+    becomes this memory's own.  A forked child has the RAM only inside ``copied_by_fork``.
     """
 
-    def __init__(self, ranges: Sequence[tuple[int, int]], *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        shared: bool = False,
+        image: MappableImage | None = None,
+    ) -> None:
         offsets, total = _place(ranges)
         self.fd: int | None = None
+        self.image: MappableImage | None = None
         self._map: mmap.mmap | None = None
         try:
             if shared:
@@ -79,11 +120,20 @@ class GuestMemory:
         with contextlib.suppress(OSError):
             self._map.madvise(mmap.MADV_HUGEPAGE, start, total)
         self._closed = False
+        self._start, self._extent = start, total
+        position, regions = 0, []
         with memoryview(self._map) as root:
-            self.regions = tuple(
-                Region(gpa, root[start + offset : start + offset + length], offset)
-                for (gpa, length), offset in zip(ranges, offsets, strict=True)
-            )
+            for (gpa, length), offset in zip(ranges, offsets, strict=True):
+                view = root[start + offset : start + offset + length]
+                regions.append(Region(gpa, view, offset, position))
+                position += length
+        self.regions = tuple(regions)
+        self._advise_fork(mmap.MADV_DONTFORK)
+        if image is not None:
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self.close)
+                self.map_image(image)
+                on_error.pop_all()
 
     @classmethod
     def over(cls, buffer: bytearray | mmap.mmap, gpa: int = 0) -> GuestMemory:
@@ -97,6 +147,7 @@ class GuestMemory:
         """Return a memory without RAM; ``add`` gives it regions that somebody else owns."""
         memory = cls.__new__(cls)
         memory.fd = None
+        memory.image = None
         memory._map = None
         memory._closed = False
         memory.regions = ()
@@ -165,6 +216,67 @@ class GuestMemory:
         """Store ``value`` as ``size`` little-endian bytes; OverflowError if it does not fit."""
         self.write(gpa, value.to_bytes(size, "little"))
 
+    def map_image(self, image: MappableImage) -> None:
+        """Make all RAM what ``image`` holds, at the host addresses that it has; keep a share of it.
+
+        Nobody may use RAM meanwhile.  ValueError for RAM that is shared or somebody else's, or not
+        the image's size.  HostError if the host cannot: RAM is then lost.
+        """
+        if self._map is None or self.fd is not None:
+            raise ValueError("only private RAM can be mapped over an image")
+        if image.size_bytes != self.size_bytes:
+            raise ValueError(f"the image has {image.size_bytes} bytes, RAM {self.size_bytes}")
+        share, libc = image.share(), _libc()
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+        try:
+            for layer in share.layers:
+                runs = ((0, image.size_bytes),) if layer.runs is None else layer.runs
+                for place, length, offset in self._places(runs):
+                    _mmap(libc, place, length, flags, layer.fd, offset)
+        except OSError as error:
+            share.close()
+            hint = "; a diff needs many mappings (vm.max_map_count)"
+            raise HostError(f"cannot map an image of guest RAM: {error}{hint}") from error
+        self._advise_fork(mmap.MADV_DONTFORK)
+        if self.image is not None:
+            self.image.close()
+        self.image = share
+
+    def _places(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+        """Yield host address, length and position of each part of ``runs`` in one region."""
+        for region in self.regions:
+            base, stop = region.position, region.position + region.length
+            address = region.host_address
+            for offset, length in runs:
+                first, last = max(offset, base), min(offset + length, stop)
+                if first < last:
+                    yield address + first - base, last - first, first
+
+    def drop_own_pages(self) -> None:
+        """Make RAM again what the image holds; nobody may use it meanwhile.
+
+        ValueError without an image.
+        """
+        if self._map is None or self.image is None:
+            raise ValueError("RAM that has no image cannot go back to it")
+        self._map.madvise(mmap.MADV_DONTNEED, self._start, self._extent)
+
+    @contextlib.contextmanager
+    def copied_by_fork(self) -> Iterator[None]:
+        """Let a child that is forked inside have a copy of the RAM.
+
+        Otherwise a fork takes longer, and after it every page that the guest writes is copied.
+        """
+        self._advise_fork(mmap.MADV_DOFORK)
+        try:
+            yield
+        finally:
+            self._advise_fork(mmap.MADV_DONTFORK)
+
+    def _advise_fork(self, advice: int) -> None:
+        if self._map is not None:
+            self._map.madvise(advice, self._start, self._extent)
+
     def close(self) -> None:
         """Unmap the RAM; idempotent.
 
@@ -182,6 +294,8 @@ class GuestMemory:
             self._map = None
         if self.fd is not None:
             os.close(self.fd)
+        if self.image is not None:
+            self.image.close()
 
     def __enter__(self) -> GuestMemory:
         return self
@@ -253,17 +367,19 @@ def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
     address, length = ctypes.c_void_p, ctypes.c_size_t
-    libc.mmap.argtypes = (address, length, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.mmap.argtypes = (address, length, *[ctypes.c_int] * 3, ctypes.c_int64)
     libc.mremap.argtypes = (address, length, length, ctypes.c_int, address)
     libc.munmap.argtypes = (address, length)
     return libc
 
 
-def _mmap(libc: ctypes.CDLL, place: int | None, length: int, flags: int, fd: int) -> int:
+def _mmap(
+    libc: ctypes.CDLL, place: int | None, length: int, flags: int, fd: int, offset: int = 0
+) -> int:
     """Return the address of a new writable mapping; OSError."""
-    found: int = libc.mmap(place, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    found: int = libc.mmap(place, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
     if found == _MAP_FAILED:
-        raise OSError(ctypes.get_errno(), "mmap")
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return found
 
 

@@ -11,6 +11,7 @@ from pyvmm.console.queries import QueryWatch
 from pyvmm.console.typed import EscapeFilter
 from pyvmm.console.watch import SENT_LIMIT, ConsoleWatch, Finding
 from pyvmm.report import escape
+from pyvmm.run.io_loop import Deadline
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.verdict import Verdict
 
@@ -33,10 +34,11 @@ class _Run:
         """See ``Run.finish``."""
         self.calls.append(f"finish {outcome}")
 
-    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
+    def finish_after(self, delay_s: float, outcome: Outcome) -> Deadline:
         """See ``Run.finish_after``."""
         assert delay_s > 0
         self.calls.append(f"after {outcome}")
+        return Deadline(lambda: None, lambda _: None)
 
     def call_after(self, delay_s: float, callback: Callable[[], None]) -> None:
         """See ``Run.call_after``."""

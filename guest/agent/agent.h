@@ -8,15 +8,17 @@
 #include <stdint.h>
 #include <sys/types.h>
 enum {
-	VERSION = 1, HEADER = 12, MAX_PAYLOAD = 65536, MAX_JOBS = 16, WINDOW = 262144,
+	VERSION = 2, HEADER = 12, MAX_PAYLOAD = 65536, MAX_JOBS = 16, WINDOW = 262144,
 	MAX_TEXT = 1024, MAX_PING = 64, LAST_SIGNAL = 64, PATH_BYTES = 4096,
 	SLOTS = 2 * MAX_JOBS,	/* jobs of a host that went away stay until their process ends */
 	CHUNK = 32768 - HEADER,	/* a virtio port takes 32 KiB a call */
 	RESERVE = 4096,		/* what answers to one frame, and an EXIT, need at most */
 };
 enum { HELLO = 1, DATA, CREDIT, EXIT, PONG,
-       START = 16, RUN, PUT, GET, READ, WRITE, KILL, PING };
+       START = 16, RUN, PUT, GET, READ, WRITE, KILL, PING, CLONE };
 enum { HAS_INPUT = 1, EXACT_ENV = 2 };
+enum { SET_CLOCK = 1, SEED_BYTES = 64, CLONE_BYTES = 4 + 4 + 8 + 16 + SEED_BYTES };
+enum { RESEEDED = 1, CLOCK_SET = 2, HAS_HOOK = 4 };
 enum { EXITED, SIGNALLED, FAILED };
 
 struct output {		/* a pipe from a job, -1 at its end */
@@ -74,8 +76,9 @@ _Noreturn void fail_at(const char *path);
 size_t read_some(int fd, void *data, size_t size, const char *path);
 void write_all(int fd, const void *data, size_t size, const char *path);
 
-/* command.c, transfer.c, tar_read.c, tar_write.c: what a child does */
+/* clone.c, command.c, transfer.c, tar_read.c, tar_write.c: what a child does */
 
+void be_clone(const uint8_t *payload);
 void run(const uint8_t *payload);
 void read_file(const char *path);
 void write_file(const char *path, mode_t mode);
@@ -85,6 +88,9 @@ void get(const char *path);
 /* jobs.c */
 
 extern struct job jobs[SLOTS];
+
+/* A job with a standard error, a time limit and a status of its own. */
+static inline bool is_command(int kind) { return kind == RUN || kind == CLONE; }
 
 struct job *find(uint32_t id);
 void start_job(int kind, uint32_t id, const uint8_t *payload);

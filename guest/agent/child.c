@@ -105,6 +105,7 @@ _Noreturn void child(int kind, const uint8_t *payload, int pipes[4][2])
 	case PUT: put((const char *)payload); break;
 	case GET: get((const char *)payload); break;
 	case READ: read_file((const char *)payload); break;
+	case CLONE: be_clone(payload); break;
 	case WRITE: write_file((const char *)payload + 4, get32(payload) & 07777); break;
 	}
 	_exit(0);

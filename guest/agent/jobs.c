@@ -22,7 +22,7 @@ void close_pipes(struct job *job)
 
 void signal_job(struct job *job, int number)
 {
-	if (job->kind != RUN)
+	if (!is_command(job->kind))
 		number = SIGKILL;
 	job->is_killed |= number == SIGKILL;
 	if (!job->pid) {	/* it has ended; what it left is taken, unless nobody waits for it */
@@ -67,7 +67,7 @@ void start_job(int kind, uint32_t id, const uint8_t *payload)
 	int pipes[4][2] = { { -1, -1 }, { -1, -1 }, { -1, -1 }, { -1, -1 } };
 	struct job *job = NULL;
 	int count = 0, error = 0;
-	uint32_t limit_ms = kind == RUN ? get32(payload + 4) : 0;
+	uint32_t limit_ms = is_command(kind) ? get32(payload + 4) : 0;
 	sigset_t all, before;
 	for (struct job *j = jobs; j < jobs + SLOTS; j++) {
 		count += j->is_used && j->id;
@@ -114,7 +114,7 @@ void start_job(int kind, uint32_t id, const uint8_t *payload)
 		drop(&job->input);
 	for (int i = 0; i < 2; i++)
 		job->outputs[i] = (struct output){ pipes[i + 1][0], WINDOW, -1, false };
-	if (kind != RUN) {	/* only a command has a standard error, and PUT and WRITE give nothing */
+	if (!is_command(kind)) {	/* only it has a standard error, and PUT and WRITE give nothing */
 		job->outputs[1].is_told = true;
 		drop(&job->outputs[1].fd);
 		if (job->has_input) {
@@ -152,7 +152,7 @@ static void tell_exit(struct job *job)
 	if (n >= 4) {
 		message[n] = 0;
 		put_exit(job->id, FAILED, false, get32((uint8_t *)message), message + 4);
-	} else if (job->kind == RUN) {
+	} else if (is_command(job->kind)) {
 		put_exit(job->id, is_signal ? SIGNALLED : EXITED, job->is_timed_out, value, "");
 	} else if (is_signal && job->is_killed) {
 		put_exit(job->id, FAILED, false, ECANCELED, "the host ended it");

@@ -84,6 +84,17 @@ static const char *take_start(int kind, uint32_t id, const uint8_t *payload, siz
 	return NULL;
 }
 
+static const char *take_clone(uint32_t id, const uint8_t *payload, size_t size)
+{
+	if (size != CLONE_BYTES || !id || get32(payload) > SET_CLOCK)
+		return "CLONE";
+	for (struct job *job = jobs; job < jobs + SLOTS; job++)
+		if (job->is_used && job->id)
+			return "CLONE behind a job";
+	start_job(CLONE, id, payload);
+	return NULL;
+}
+
 static const char *take(int type, int stream, uint32_t id, const uint8_t *payload, size_t size)
 {
 	struct job *job;
@@ -92,6 +103,7 @@ static const char *take(int type, int stream, uint32_t id, const uint8_t *payloa
 	case CREDIT: return size == 4 ? take_credit(id, stream, get32(payload)) : "CREDIT";
 	case RUN: case PUT: case GET: case READ: case WRITE:
 		return take_start(type, id, payload, size);
+	case CLONE: return take_clone(id, payload, size);
 	case KILL:
 		if (size != 4 || !get32(payload) || get32(payload) > LAST_SIGNAL)
 			return "KILL without a signal";

@@ -7,8 +7,10 @@ the link, with one line that says how, until it closes the port and opens it aga
 
 from __future__ import annotations
 
+from pyvmm.agent.clone import CloneAnswer, CloneNotice, CloneTelling
 from pyvmm.agent.job import Job, JobEnd, JobEvents, JobResult
 from pyvmm.agent.protocol import (
+    CLONE_VERSION,
     EXIT,
     EXIT_TIMED_OUT,
     HEADER,
@@ -20,6 +22,7 @@ from pyvmm.agent.protocol import (
     MAX_PAYLOAD,
     MAX_TEXT,
     MIN_WINDOW,
+    OLDEST_VERSION,
     START,
     STDERR,
     STDOUT,
@@ -38,6 +41,7 @@ from pyvmm.startup.types import TYPE_CHECKING, Record, StrEnum, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from uuid import UUID
 
 __all__ = [
     "AgentLink", "Hello", "Job", "JobEnd", "JobEvents", "JobResult", "LinkState", "RunRequest",
@@ -57,7 +61,7 @@ class LinkState(StrEnum):
     """The state of a link."""
 
     WAITING = "waiting"
-    """No agent has said HELLO yet."""
+    """No agent has said HELLO yet, or it has not answered that its guest is a clone."""
     READY = "ready"
     LOST = "lost"
     """The agent closed its port or broke the protocol: see ``AgentLink.problem``."""
@@ -79,15 +83,24 @@ class AgentLink:
 
     ``on_state()`` is called after every change of ``state``; ``wake()`` when ``output`` has
     something after it had nothing.  Neither may raise.
+
+    ``notice()`` returns the notice to a guest that is a clone, None for any other.  An agent that
+    has not answered it is told before it is READY, and again after the number has changed.
     """
 
-    def __init__(self, *, on_state: Callable[[], None], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, *, on_state: Callable[[], None], wake: Callable[[], None],
+        notice: Callable[[], CloneNotice | None] = lambda: None,
+    ) -> None:
         self.state = LinkState.WAITING
         self.problem = ""
         """One printable line that says why the link is LOST."""
         self.hello: Hello | None = None
+        self.clone: CloneAnswer | None = None
+        """The guest's answer to the last notice."""
         self._on_state = on_state
         self._wake = wake
+        self._notice = notice
         self._is_open = False
         self._in = bytearray()
         self._noise = 0
@@ -115,7 +128,7 @@ class AgentLink:
         """Take the news that the guest opened or closed the port."""
         if is_open:
             if self._is_open:
-                self._lose("the agent in the guest closed its port")
+                self.lose("the agent in the guest closed its port")
             self._is_open = True
             self._forget()
             if self.state is LinkState.LOST:
@@ -123,8 +136,8 @@ class AgentLink:
                 self._on_state()
         elif self._is_open:
             self._is_open = False
-            if self.state is LinkState.READY:
-                self._lose("the agent in the guest closed its port: it was killed, or the guest "
+            if self.hello is not None:
+                self.lose("the agent in the guest closed its port: it was killed, or the guest "
                            "is going down")
 
     def feed(self, data: bytes) -> None:
@@ -132,7 +145,7 @@ class AgentLink:
         if not self._is_open or self.state is LinkState.LOST:
             return
         self._in += data
-        if self.state is LinkState.WAITING and not self._find_hello():
+        if self.hello is None and not self._find_hello():
             return
         taken, at = self._in, 0
         while len(taken) - at >= HEADER.size and self._in is taken:
@@ -205,6 +218,8 @@ class AgentLink:
     def _check_ready(self) -> None:
         if self.state is LinkState.LOST:
             raise AgentError(self.problem)
+        if self.hello is not None and self.state is not LinkState.READY:
+            raise AgentError("the agent in the guest has not yet dealt with being in a clone")
         if self.state is not LinkState.READY:
             raise AgentError("no agent in the guest has come forward yet")
 
@@ -224,10 +239,14 @@ class AgentLink:
                 f"the agent in the guest has {len(self._jobs)} jobs, as many as it takes: wait "
                 "for one to end"
             )
+        return self._start(kind, payload, events, self.window if has_input else 0, outputs)
+
+    def _start(
+        self, kind: FrameType, payload: bytes, events: JobEvents, room: int, outputs: Sequence[int]
+    ) -> Job:
         self._last_id = self._last_id % 0xFFFF_FFFF + 1
         while self._last_id in self._jobs:
             self._last_id = self._last_id % 0xFFFF_FFFF + 1
-        room = self.window if has_input else 0
         job = Job(self, self._last_id, events, room=room, outputs=outputs)
         self._jobs[job.id] = job
         self._send(frame(kind, 0, job.id, payload))
@@ -281,7 +300,7 @@ class AgentLink:
 
     def _take(self, kind: int, stream: int, number: int, payload: bytes) -> str:
         """Take a frame; return how it breaks the protocol, or ""."""
-        if self.state is LinkState.WAITING:
+        if self.hello is None:
             return self._take_hello(payload)
         job = self._jobs.get(number)
         match kind:
@@ -308,16 +327,34 @@ class AgentLink:
         if not HELLO.size <= len(payload) <= HELLO.size + MAX_TEXT:
             return f"HELLO of {len(payload)} bytes"
         _magic, version, max_jobs, window = HELLO.unpack_from(payload)
-        if version < VERSION:
+        if version < OLDEST_VERSION:
             return f"version {version} of the protocol; this host speaks {VERSION}"
         if not 0 < max_jobs <= MAX_JOBS or not MIN_WINDOW <= window <= WINDOW:
             return f"HELLO with {max_jobs} jobs at a time and a window of {window} bytes"
         text = printable(payload[HELLO.size :], MAX_TEXT)
         self.hello = Hello(version=version, max_jobs=max_jobs, window=window, text=text)
         self._send(frame(FrameType.START, 0, 0, START.pack(HOST_MAGIC, VERSION)))
+        notice = self._notice()
+        if notice is None or not self.is_due(notice.clone_id):
+            self._get_ready(self.clone)
+        elif version < CLONE_VERSION:
+            self._get_ready(CloneAnswer(clone_id=notice.clone_id, is_told=False))
+        else:
+            telling = CloneTelling(notice, self._get_ready)
+            telling.job = self._start(
+                FrameType.CLONE, notice.payload(), telling, 0, (STDOUT, STDERR)
+            )
+        return ""
+
+    def is_due(self, clone_id: UUID | None) -> bool:
+        """True if the guest has not answered that it is the clone ``clone_id``."""
+        told = None if self.clone is None else self.clone.clone_id
+        return clone_id is not None and clone_id != told
+
+    def _get_ready(self, clone: CloneAnswer | None) -> None:
+        self.clone = clone
         self.state = LinkState.READY
         self._on_state()
-        return ""
 
     def _take_exit(self, job: Job, payload: bytes) -> str:
         if not EXIT.size <= len(payload) <= EXIT.size + MAX_TEXT:
@@ -340,10 +377,10 @@ class AgentLink:
 
     def _broken(self, how: str) -> None:
         """End the link with a guest that lies."""
-        self._lose(f"the agent in the guest broke its protocol: it sent {how}")
+        self.lose(f"the agent in the guest broke its protocol: it sent {how}")
 
-    def _lose(self, problem: str) -> None:
-        """End the link: every job is lost."""
+    def lose(self, problem: str) -> None:
+        """End the link, with every job, until the guest opens the port anew."""
         jobs = list(self._jobs.values())
         self._forget()
         if self.state is not LinkState.LOST:

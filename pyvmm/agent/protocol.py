@@ -1,4 +1,4 @@
-"""The agent's protocol, version 1: numbers and layouts (docs/agent.md; guest/agent/agent.h).
+"""The agent's protocol, version 2: numbers and layouts (docs/agent.md; guest/agent/agent.h).
 
 Both sides send frames over one virtio-console port.  A frame has a header of 12 bytes, little-
 endian: bytes of the payload, type, stream, id of the job.  Its payload follows.
@@ -11,7 +11,10 @@ import struct
 from pyvmm.errors import AgentError
 from pyvmm.startup.types import IntEnum, IntFlag, Record
 
-VERSION = 1
+VERSION = 2
+OLDEST_VERSION = 1
+CLONE_VERSION = 2
+"""From this version on the agent understands CLONE."""
 PORT_NAME = "org.pyvmm.agent"
 """The virtio-console port by which agent and host find each other."""
 GUEST_MAGIC = b"PYVMMAGT"
@@ -71,6 +74,7 @@ class FrameType(IntEnum):
     WRITE = 21
     KILL = 22
     PING = 23
+    CLONE = 24
 
 
 class RunFlag(IntFlag):

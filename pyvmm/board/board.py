@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from pyvmm.board.bus import Bus
 from pyvmm.board.slot import Slot, eventfd
+from pyvmm.board.vmgenid import VmGenId
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vm
 from pyvmm.memory import GuestMemory
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Board:
     """``pio``, ``mmio`` and ``slots``, in the order in which the guest finds them.
 
-    ``parts`` are all others that have a state, by name.
+    ``parts`` are all others that have a state, by name; ``vmgenid`` is one of them.
 
     Devices are plugged in first; no KVM is needed for that.  Then ``describe`` tells the guest of
     them.  ``map_memory`` comes before KVM's interrupt chips: afterwards each change of memory waits
@@ -48,6 +49,8 @@ class Board:
         self._report = report
         self._extra_sources: list[tuple[str, IoSource]] = []
         self._is_hurried = False
+        self.vmgenid = VmGenId(memory)
+        self.add_part("VM generation ID", self.vmgenid)
 
     def plug(self, device: VirtioDevice, name: str = "", *, at_exit: bool = False) -> Slot:
         """Give ``device`` the next slot, which owns it from now on, and return the slot.
@@ -121,6 +124,7 @@ class Board:
         ignored_ack_fd = eventfd(self._stack) if self._maps_pages else None
         for slot in self.slots:
             slot.connect(vm, ignored_ack_fd)
+        self.vmgenid.connect(vm)
 
     def refresh(self) -> None:
         """Have every device look at the host again, on its own thread; from any thread."""

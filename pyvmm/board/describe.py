@@ -38,5 +38,6 @@ def describe(
                 for base, gsi in places
             ],
         )
+        board.vmgenid.show()
     write_reset_vector(board.memory)
     write_boot_info(board.memory, kernel, cmdline, initrd, rsdp=rsdp)

@@ -82,8 +82,8 @@ def catch_up(loops: Sequence[VcpuLoop], board: Board, consoles: Consoles) -> Non
 
     Otherwise a doorbell that was rung before the save, an interrupt on its way through an eventfd
     and the level of the UART's line would be lost.  So each queue of an active device is served
-    once, its driver gets one interrupt, and each device looks at the host.  kvm-clock tells the
-    guest that it was paused.
+    once, its driver gets one interrupt, and each device looks at the host.  A clone learns that it
+    is one.  kvm-clock tells the guest that it was paused.
     """
     consoles.uart.drive_line()
     for slot in board.slots:
@@ -92,6 +92,7 @@ def catch_up(loops: Sequence[VcpuLoop], board: Board, consoles: Consoles) -> Non
                 slot.serve(queue)
             os.eventfd_write(slot.irq_fd, 1)
         slot.refresh()
+    board.vmgenid.notify()
     for loop in loops:
         loop.vcpu.note_pause()
 

@@ -53,6 +53,8 @@ class OutputBuffer:
         self._data = bytearray()
         self._ours = bytearray()
         self._open = True
+        self._observed_bytes = 0
+        """The number of waiting bytes that were observed before they are shown."""
         self.as_shown: Callable[[bytes], bytes] = bytes
         """Turns the guest's bytes into those that are written, as many; ``observe`` gets the
         guest's."""
@@ -125,8 +127,27 @@ class OutputBuffer:
             if done:
                 self.line_ended = chunk[done - 1] == 0x0A
             if waiting is self._data:
-                self._observe(chunk[:done])
+                known = min(self._observed_bytes, done)
+                self._observed_bytes -= known
+                if known < done:
+                    self._observe(chunk[known:done])
         return shown[:done] if waiting is self._data else b""
+
+    def observe_all(self) -> None:
+        """Have the observers see the waiting bytes now, before they are shown.
+
+        Call it in the draining thread.
+        """
+        with self._lock:
+            ahead = bytes(self._data[self._observed_bytes :])
+            self._observed_bytes = len(self._data)
+        if ahead:
+            self._observe(ahead)
+
+    def reopen(self, fd: int | None) -> None:
+        """Take bytes for ``fd`` again, after ``shut`` and ``give_up``: another run begins."""
+        self.fd = fd
+        self._open = True
 
     def give_up(self) -> None:
         """Show the waiting bytes to the observer only, because the host takes no more."""

@@ -79,6 +79,33 @@ class ConsoleWatch:
         self._has_told_unfinished = False
         self._sent: dict[int, bytearray] = {}
 
+    def save(self) -> dict[str, object]:
+        """Return how far it has read (docs/architecture.md, "State")."""
+        return {
+            "has_printed": self._has_printed, "has_stamps": self._has_stamps,
+            "has_panicked": self._has_panicked, "last_words": self._last_words,
+            "has_told_unfinished": self._has_told_unfinished,
+            "unfinished": self._lines.unfinished,
+        }
+
+    def restore(self, data: object) -> None:
+        """Take what ``save`` returned; StateError.  No vCPU's own bytes are known then."""
+        from pyvmm.state import Fields  # not on the boot path
+
+        fields = Fields("console watch", data)
+        signs = {
+            name: fields.boolean(name) for name in
+            ("has_printed", "has_stamps", "has_panicked", "has_told_unfinished")
+        }
+        last_words = fields.octets("last_words", 0, LineWatch.LIMIT)
+        unfinished = fields.octets("unfinished", 0, LineWatch.LIMIT)
+        fields.end()
+        self._has_printed, self._has_stamps = signs["has_printed"], signs["has_stamps"]
+        self._has_panicked = signs["has_panicked"]
+        self._has_told_unfinished = signs["has_told_unfinished"]
+        self._last_words, self._lines.unfinished = last_words, unfinished
+        self._sent.clear()
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes of console output."""
         if not self._has_printed:

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable
 from pyvmm.devices.byte_device import ByteDevice
 from pyvmm.startup.types import IntEnum, Record
 
+MAX_NS = (1 << 63) - 1
+"""The latest time, and the highest count, that a state may have."""
+
 
 class Stage(IntEnum):
     """Marks that begin a stage."""
@@ -69,14 +72,25 @@ class BootTimer(ByteDevice):
         return self._dropped
 
     def save(self) -> dict[str, object]:
-        """Return an empty state.  The marks belong to the run that made them."""
-        return {}
+        """Return the marks, with times in ns (docs/architecture.md, "State")."""
+        with self._lock:
+            marks = [[mark.value, round(mark.at_s * 1e9)] for mark in self._marks]
+            return {"marks": marks, "dropped": self._dropped}
 
     def restore(self, data: object) -> None:
-        """Take what ``save`` returned; StateError."""
+        """Take what ``save`` returned; StateError.
+
+        The times are those of the host on which the marks were made.
+        """
         from pyvmm.state import Fields  # not on the boot path
 
-        Fields("boot timer", data).end()
+        fields = Fields("boot timer", data)
+        marks = fields.pairs("marks", self.MAX_MARKS, (0xFF, MAX_NS))
+        dropped = fields.integer("dropped", 0, MAX_NS)
+        fields.end()
+        with self._lock:
+            self._marks = [Mark(value, at_ns / 1e9) for value, at_ns in marks]
+            self._dropped = dropped
 
     def read_byte(self, offset: int) -> int:
         """Write-only: reads as an unmapped port does."""

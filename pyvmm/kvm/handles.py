@@ -236,7 +236,7 @@ class Vm(_Handle):
 class Vcpu(_Handle):
     """One virtual CPU and its run page; used by one thread, except ``request_exit``."""
 
-    __slots__ = ("_map", "_ring", "enter", "index", "kvm", "page")
+    __slots__ = ("_map", "_ring", "cpuid", "enter", "index", "kvm", "page")
 
     def __init__(
         self, fd: int, mapping: mmap.mmap, index: int = 0, kvm: Kvm | None = None
@@ -249,6 +249,8 @@ class Vcpu(_Handle):
         self.enter = vcpu_entry(fd)
         """KVM_RUN itself, for a loop that cannot afford ``run``; raises the kernel's OSError."""
         self.page = RunPage(mapping)
+        self.cpuid = b""
+        """CPUID's answers in the guest, as ``struct kvm_cpuid2``; empty before ``set_cpuid``."""
 
     def __enter__(self) -> Vcpu:
         return self
@@ -322,9 +324,11 @@ class Vcpu(_Handle):
             refused = list(msrs)[count]
             raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {refused:#x} refused")
 
-    def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
-        """Set CPUID's answers in the guest; before the first run."""
-        ioctl(self.fd, abi.KVM_SET_CPUID2, cpuid_entry.pack(entries))
+    def set_cpuid(self, entries: Iterable[CpuidEntry] | bytes) -> None:
+        """Set CPUID's answers in the guest, or those that ``cpuid`` had; before the first run."""
+        packed = bytearray(entries) if isinstance(entries, bytes) else cpuid_entry.pack(entries)
+        ioctl(self.fd, abi.KVM_SET_CPUID2, packed)
+        self.cpuid = bytes(packed)
 
     def translate(self, linear_address: int) -> int | None:
         """Return the guest physical address that the vCPU's page tables give; None if unmapped."""

@@ -121,7 +121,7 @@ class VmSnapshot:
 
 
 class _Held:
-    """What has to be given back: the process that makes clones, a temporary directory."""
+    """All that has to be given back: the process that makes clones, a temporary directory."""
 
     def __init__(self) -> None:
         self.temporary: str | None = None

@@ -37,6 +37,11 @@ class HaltWatch:
         self._inspected_s = now_s
         self.due_s = now_s + FIRST_WINDOW_S
 
+    def forget(self, now_s: float, cpu_time_s: float) -> None:
+        """Expect no halt that was announced, and begin a new window."""
+        self._announced_until_s = now_s
+        self.start_anew(now_s, cpu_time_s)
+
     def announce(self, now_s: float) -> None:
         """Expect a halt: the guest says that it halts."""
         self._announced_until_s = now_s + ANNOUNCED_S

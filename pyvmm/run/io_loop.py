@@ -143,11 +143,33 @@ class IoLoop:
         When this returns, no pass of ``source`` is under way, but for the caller's own.  So a call
         from another thread waits for the end of the loop's present pass.
         """
-        self._do_between_passes(lambda: self._forget_source(source), None)
+        self.do_between_passes(lambda: self._forget_source(source), None)
+
+    def do_between_passes(
+        self, action: Callable[[], None], timeout_s: float | None = None
+    ) -> bool:
+        """Have ``action`` done in the loop's thread and wait; return True once it was.
+
+        In that very thread, or if no thread runs the loop, do ``action`` at once.
+        """
+        done: list[bool] = []
+
+        def act() -> None:
+            action()
+            done.append(True)
+            with self._lock:
+                self._news.notify_all()
+
+        with self._lock:
+            if self._ident in (0, threading.get_ident()):
+                action()
+                return True
+            self._add_request(act)
+            return self._news.wait_for(lambda: bool(done), timeout_s)
 
     def wait_for_pass(self, timeout_s: float | None) -> bool:
         """Wait for the end of the pass under way; False after ``timeout_s`` seconds."""
-        return self._do_between_passes(lambda: None, timeout_s)
+        return self.do_between_passes(lambda: None, timeout_s)
 
     def call_at(self, at_s: float, action: Callable[[], None]) -> Deadline:
         """Call ``action`` in the loop's thread at ``at_s`` (time.monotonic) or soon after."""
@@ -315,26 +337,6 @@ class IoLoop:
             self._requests.pop(0)()
 
     # Helpers
-
-    def _do_between_passes(self, action: Callable[[], None], timeout_s: float | None) -> bool:
-        """Have ``action`` done in the loop's thread and wait; return True once it was.
-
-        In that very thread, or if no thread runs the loop, do ``action`` at once.
-        """
-        done: list[bool] = []
-
-        def act() -> None:
-            action()
-            done.append(True)
-            with self._lock:
-                self._news.notify_all()
-
-        with self._lock:
-            if self._ident in (0, threading.get_ident()):
-                action()
-                return True
-            self._add_request(act)
-            return self._news.wait_for(lambda: bool(done), timeout_s)
 
     def _request(self, action: Callable[[], object]) -> None:
         """Call ``action`` where it may change ``_due_s``: at once in the loop's own thread."""

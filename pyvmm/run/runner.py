@@ -22,9 +22,11 @@ from pyvmm.console.output import DRAIN_TIMEOUT_S, STALL_S, OutputBuffer, OutputP
 from pyvmm.console.place import Console
 from pyvmm.run.console_output import PluggedOutput
 from pyvmm.run.halts import HaltWatch
-from pyvmm.run.io_loop import IoLoop, IoSource
+from pyvmm.run.io_loop import Deadline, IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.run.pausing import PausableRun
 from pyvmm.run.signals import KICK_SIGNAL, KickHandler
+from pyvmm.run.stillness import Stillness
 from pyvmm.run.threads import RunThreads, culprit_of, do_all, left_s, place_of
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
@@ -34,8 +36,10 @@ ASKED_FOR = (Kind.QUIT, Kind.STOPPED, Kind.TIMEOUT, Kind.SIGNAL)
 """Ends that somebody outside asked for: nobody then waits for a reader of the console."""
 
 
-class Runner:
+class Runner(PausableRun):
     """Runs vCPUs, I/O workers and the console until somebody calls ``finish``; once.
+
+    Once, that is, unless ``run_again`` has it run on from a state of before.
 
     Either ``run`` in the thread that keeps house, or ``start`` and ``wait``.  All methods may be
     called from any thread.  A method that waits raises RuntimeError in the run's own threads,
@@ -57,22 +61,22 @@ class Runner:
             raise
         self.input_waits = False
         """True if typed bytes wait for room in the guest; whoever holds the bytes sets it."""
-        self.is_quiesced = False
-        """True if ``quiesce`` was asked for and not taken back."""
-        # Re-entrant: a handler of a signal that arrives under it may call resume().
-        self._quiesce_lock = threading.RLock()
         self._has_begun = threading.Lock()
         self._is_over = threading.Event()
         # Appending is atomic, so also safe in a signal handler that interrupts an append.
         self._outcomes: list[Outcome] = []
-        self._halts = HaltWatch(time.monotonic())
-        self._next_halt_check = self.loop.call_at(self._halts.due_s, self._check_halts)
-        self._threads = RunThreads(self._fail_in)
         self._house: threading.Thread | None = None
         """The thread that keeps house, while it does."""
         self._own_house: threading.Thread | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what one run needs for itself."""
+        self._halts = HaltWatch(time.monotonic())
+        self._next_halt_check = self.loop.call_at(self._halts.due_s, self._check_halts)
+        self._threads = RunThreads(self._fail_in)
         self._vcpus = Vcpus(KICK_SIGNAL)
-        self._io_loops: list[IoLoop] = []
+        self._stillness = Stillness(self._vcpus, self.loop)
 
     # The end
 
@@ -81,13 +85,34 @@ class Runner:
         self._outcomes.append(outcome)
         self.loop.stop()
 
-    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
+    def finish_after(self, delay_s: float, outcome: Outcome) -> Deadline:
         """End the run with ``outcome`` in ``delay_s`` seconds, if nothing else ended it before."""
-        self.call_after(delay_s, functools.partial(self.finish, outcome))
+        return self.call_after(delay_s, functools.partial(self.finish, outcome))
 
-    def call_after(self, delay_s: float, callback: Callable[[], None]) -> None:
+    def call_after(self, delay_s: float, callback: Callable[[], None]) -> Deadline:
         """Call ``callback`` once, in the thread that keeps house, in ``delay_s`` seconds."""
-        self.loop.call_at(time.monotonic() + delay_s, callback)
+        return self.loop.call_at(time.monotonic() + delay_s, callback)
+
+    def forget_halts(self) -> None:
+        """Take back ``watch_for_halt``: the guest is another one now; by ``in_house``."""
+        self._halts.forget(time.monotonic(), self._vcpus.cpu_time_s())
+
+    def in_house(self, action: Callable[[], None]) -> None:
+        """Do ``action`` in the thread that keeps house, and wait; at once if none does.
+
+        Nothing else is shown, timed or handed over meanwhile.  Errors are the caller's.
+        """
+        errors: list[BaseException] = []
+
+        def act() -> None:
+            try:
+                action()
+            except BaseException as error:
+                errors.append(error)
+
+        self.loop.do_between_passes(act)
+        if errors:
+            raise errors[0]
 
     def watch_for_halt(self) -> None:
         """End the run once all vCPUs halt with interrupts off: the guest said that it halts."""
@@ -134,85 +159,17 @@ class Runner:
         """Have ``tell`` called once every thread of the run was stopped; before the run."""
         self._at_over.append(tell)
 
-    # Pausing
-
-    def begin_pause(self) -> None:
-        """Ask every vCPU to pause, without waiting for it; see ``pause``."""
-        self._vcpus.begin_pause()
-
-    def pause(self, timeout_s: float | None = None) -> bool:
-        """Pause the guest: True once every vCPU has left KVM_RUN and waits for ``resume``.
-
-        Before the run, return True at once: the guest will start paused.  False, without a pause,
-        if the run is over or ends meanwhile, even by a vCPU that fails, or if another thread
-        resumes the guest.  False too after ``timeout_s`` seconds (None: no limit): a vCPU at a
-        device, say at a full console, parks only when its access is done.  Then the pause stays
-        asked for, and no vCPU enters the guest.
-
-        RuntimeError in a thread of the run: it would wait for itself, or for a thread that needs
-        it.
-
-        Time goes on: the host's clock, the guest's, ``finish_after``.  Whatever ends a run ends a
-        paused one.  The threads of the devices go on too and serve the requests in the rings.
-        Interrupts, those of the timers in KVM too, wait for the guest.  kvm-clock tells the guest
-        of the pause, so that its watchdogs see no lock-up.
-        """
-        self.refuse_own_threads("pause()")
-        self._vcpus.begin_pause()
-        return self._vcpus.wait_until_parked(timeout_s)
-
-    def quiesce(self, timeout_s: float | None = None) -> bool:
-        """Pause the guest and park the threads of its devices: True once nothing of it moves.
-
-        Then no request is served, no typed byte is handed over and nobody writes guest RAM, until
-        ``resume``.  The thread that keeps house goes on: it shows what the guest has printed, and
-        deadlines end the run.  False, timeouts and errors are as for ``pause``; a device thread
-        parks when its pass is done.
-        """
-        self.refuse_own_threads("quiesce()")
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._quiesce_lock:
-            self.is_quiesced = True
-            self._vcpus.begin_pause()
-            loops = list(self._io_loops)
-            for loop in loops:
-                loop.begin_park()
-        return (
-            self._vcpus.wait_until_parked(left_s(until_s))
-            and all(loop.wait_until_parked(left_s(until_s)) for loop in loops)
-            # The house may have been handing over a byte when this began.
-            and self.loop.wait_for_pass(left_s(until_s))
-            and self._vcpus.wait_until_parked(0.0)
-        )
-
-    def resume(self) -> None:
-        """Let a paused or quiesced guest go on; nothing if it is neither.  Once is enough."""
-        with self._quiesce_lock:
-            was_quiesced, self.is_quiesced = self.is_quiesced, False
-            for loop in self._io_loops:
-                loop.resume()
-            self._vcpus.resume()
-        if was_quiesced:
-            self.loop.wake()  # for typed bytes that wait
-
-    @property
-    def is_still(self) -> bool:
-        """True while the guest is quiesced: each vCPU and each thread of a device is parked."""
-        return (
-            self.is_quiesced
-            and self._vcpus.wait_until_parked(0.0)
-            and all(loop.wait_until_parked(0.0) for loop in self._io_loops)
-        )
-
-    @property
-    def is_paused(self) -> bool:
-        """True if a pause was asked for and not taken back."""
-        return self._vcpus.is_paused
+    # The state of the run
 
     @property
     def has_begun(self) -> bool:
         """True once the run was asked for, and after its end."""
         return self._has_begun.locked()
+
+    @property
+    def is_over(self) -> bool:
+        """True once the run has ended and its threads were stopped."""
+        return self._is_over.is_set()
 
     @property
     def has_resting_vcpus(self) -> bool:
@@ -238,7 +195,44 @@ class Runner:
 
         When this raises, no thread is left.
         """
-        self._begin(console, output, at_end)
+        self._begin()
+        self._start(vcpus, workers, console, output, at_end)
+
+    def run_again(
+        self,
+        *,
+        vcpus: Sequence[VcpuLoop],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
+        console: Console,
+        output: OutputBuffer,
+        at_end: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """Start anew, paused, after the end of the run; the arguments are those of ``run``.
+
+        Before it, ``on_wake`` and ``when_over`` must be given again what they were given.
+        RuntimeError while anything of the last run is left.
+        """
+        if not (self.is_over and self.stopped):
+            raise RuntimeError("a run begins anew only when it is over and its threads are gone")
+        self.loop = IoLoop(woken=self._look)
+        self._prepare()
+        self._stillness.begin_pause()
+        for vcpu in vcpus:
+            vcpu.run_again()
+        output.reopen(console.output_fd)
+        self._outcomes.clear()
+        self._is_over.clear()
+        self._start(vcpus, workers, console, output, at_end)
+
+    def _start(
+        self,
+        vcpus: Sequence[VcpuLoop],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
+        console: Console,
+        output: OutputBuffer,
+        at_end: Sequence[Callable[[], None]],
+    ) -> None:
+        self._set_up(console, output, at_end)
 
         def keep_house() -> None:
             self._house = threading.current_thread()
@@ -273,7 +267,8 @@ class Runner:
         never holds up another.  The calls in ``at_end`` are made before the threads are joined,
         because a thread may be waiting for a peer.
         """
-        self._begin(console, output, at_end)
+        self._begin()
+        self._set_up(console, output, at_end)
         self._house = threading.current_thread()
         try:
             self._start_threads(vcpus, workers)
@@ -325,13 +320,15 @@ class Runner:
 
     # Beginning and ending
 
-    def _begin(
-        self, console: Console, output: OutputBuffer, at_end: Sequence[Callable[[], None]]
-    ) -> None:
+    def _begin(self) -> None:
         if self._workers_wake_fd < 0:
             raise RuntimeError("this runner was closed")
         if not self._has_begun.acquire(blocking=False):
             raise RuntimeError("a runner runs once: make another")
+
+    def _set_up(
+        self, console: Console, output: OutputBuffer, at_end: Sequence[Callable[[], None]]
+    ) -> None:
         self._console, self._output, self._at_end = console, output, at_end
         shown = None if console.screen is None else console.screen.queries.feed
         self._pump = OutputPump(output, self._lose_output, shown, console.has_reader)
@@ -352,10 +349,7 @@ class Runner:
             self._threads.spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
         for name, sources in workers:
             loop = IoLoop(sources, self._workers_wake_fd)
-            with self._quiesce_lock:
-                self._io_loops.append(loop)
-                if self.is_quiesced:
-                    loop.begin_park()
+            self._stillness.add(loop)
             self._threads.spawn(name, loop.run)
 
     def _fail_in(self, name: str, error: BaseException) -> None:
@@ -384,8 +378,7 @@ class Runner:
             self._at_over.clear()
 
     def _stop_threads(self) -> None:
-        for io_loop in self._io_loops:
-            io_loop.stop()
+        self._stillness.stop_loops()
         self._vcpus.stop()
         stuck = self._threads.join(JOIN_TIMEOUT_S)
         if stuck:

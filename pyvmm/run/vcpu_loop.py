@@ -105,7 +105,7 @@ class VcpuLoop:
         self._at_end = at_end
         self._can_be_woken = can_be_woken
         self.exits = Exits()
-        """How often the guest was left, once ``run`` has returned."""
+        """How often the guest was left in each ``run`` that has returned."""
 
     def run(self) -> None:
         """Enter the guest again and again."""
@@ -158,7 +158,13 @@ class VcpuLoop:
         finally:
             self._at_end()
             ios, mmios = ios + self.answered_io, mmios + self.answered_mmio
-            self.exits = Exits(mmio=mmios, io=ios, other=every - mmios - ios)
+            self.answered_io = self.answered_mmio = 0
+            self.exits += Exits(mmio=mmios, io=ios, other=every - mmios - ios)
+
+    def run_again(self) -> None:
+        """Get ready for another ``run``, after one that has returned."""
+        self.stopping = self.inspect = self.is_halted = False
+        self.vcpu.clear_exit_request()
 
     def _rare_exit(self, reason: int) -> bool:
         """Return True if the vCPU may be entered again; else end the run."""

@@ -15,7 +15,10 @@ from pyvmm.console.watch import Finding, Sign
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import Exit, HltExit, ShutdownExit, SystemEventExit
 from pyvmm.run.outcome import MAYBE_SILENT, Kind, Outcome
-from pyvmm.startup.types import Protocol
+from pyvmm.startup.types import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pyvmm.run.io_loop import Deadline
 
 PANIC_GRACE_S = 2.0
 """Seconds after a panic's first line in which the guest may go on printing or reboot."""
@@ -39,10 +42,10 @@ class Run(Protocol):
     def finish(self, outcome: Outcome) -> None:
         """See ``Runner.finish``."""
 
-    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
+    def finish_after(self, delay_s: float, outcome: Outcome) -> Deadline:
         """See ``Runner.finish_after``."""
 
-    def call_after(self, delay_s: float, callback: Callable[[], None]) -> None:
+    def call_after(self, delay_s: float, callback: Callable[[], None]) -> object:
         """See ``Runner.call_after``."""
 
     def watch_for_halt(self) -> None:
@@ -101,13 +104,26 @@ class Verdict:
         self.evidence = Evidence()
         self._run = run
         self._is_linux = is_linux
+        self._is_deaf = False
+        self._ends: list[Deadline] = []
+        """Ends of the run that the evidence has made due."""
 
     def save(self) -> dict[str, object]:
         """Return the evidence so far (docs/architecture.md, "State"), without its time."""
         return {k: v for k, v in vars(self.evidence).items() if k != "user_space_seen_s"}
 
+    def forget_ends(self) -> None:
+        """Take back the ends that are due, because the guest is another one now.
+
+        From now on until ``restore`` nothing is heard: it is of the guest that was.
+        """
+        self._is_deaf = True
+        while self._ends:
+            self._ends.pop().cancel()
+
     def restore(self, data: object) -> None:
         """Take what ``save`` returned; StateError."""
+        self._is_deaf = False
         from pyvmm.run.verdict_state import restore_evidence  # not on the boot path
 
         restore_evidence(self.evidence, data)
@@ -125,6 +141,8 @@ class Verdict:
 
     def hear(self, finding: Finding) -> None:
         """Take ``finding`` from the console as evidence."""
+        if self._is_deaf:
+            return
         seen = self.evidence
         match finding.sign:
             case Sign.FIRST_OUTPUT:
@@ -162,9 +180,9 @@ class Verdict:
 
     def _finish_soon(self) -> None:
         """End the run after PANIC_GRACE_S, in which the guest may reboot or print more."""
-        self._run.finish_after(
+        self._ends.append(self._run.finish_after(
             PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self.evidence.panic_reason)
-        )
+        ))
 
     def doubt_silence(
         self, report: Callable[[str], None], incomplete_kvm: str = INCOMPLETE_KVM

@@ -23,3 +23,5 @@ def restore_evidence(evidence: Evidence, data: object) -> None:
     texts["mount_error"] = texts["mount_error"] or ""
     for name, value in (signs | texts).items():
         setattr(evidence, name, value)
+    if not evidence.reached_init:
+        evidence.user_space_seen_s = None

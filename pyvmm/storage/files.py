@@ -114,6 +114,11 @@ def logical_block_size(fd: int) -> int:
     return int.from_bytes(size, "little")
 
 
+def set_lock(fd: int, kind: int) -> None:
+    """Lock the whole file, F_RDLCK or F_WRLCK, for as long as ``fd`` is open; OSError."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+
+
 def lock_disk(fd: int, path: str, read_only: bool, report: Callable[[str], None]) -> None:
     """Lock the whole file for as long as ``fd`` is open.
 
@@ -122,7 +127,7 @@ def lock_disk(fd: int, path: str, read_only: bool, report: Callable[[str], None]
     """
     kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        set_lock(fd, kind)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             remedy = (

@@ -13,6 +13,7 @@
     0x0_0009_fc00  +-------------------------+  end of low RAM (e820)
                    | MP table, then holes    |
     0x0_000e_0000  | ACPI tables             |
+    0x0_000f_0000  | VM generation ID        |
     0x0_000f_fff0  | reset vector            |
     0x0_0010_0000  +-------------------------+
                    | kernel, then initrd at  |
@@ -49,6 +50,9 @@ MP_TABLE = LOW_RAM_END
 ACPI_TABLES = 0xE0000
 """The RSDP, before all other tables: the first place where kernels scan for it."""
 ACPI_TABLES_END = 0xF0000
+VMGENID_GPA = 0xF0028
+"""16 bytes in a page of their own, as its specification has it.  Kernels look for other tables at
+multiples of 16 bytes, so these random ones begin at none."""
 RESET_VECTOR = 0xFFFF0
 """f000:fff0, where a PC's CPUs start; a kernel that reboots "by BIOS" jumps there."""
 HIGH_RAM_START = 0x100000
@@ -74,6 +78,9 @@ BOOT_TIMER_PORT = 0xF8
 PVPANIC_PORT = 0x505
 SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, RESET_PORT = 0x600, 0x601, 0x602
 """The power device's registers of one byte each, which the guest finds in ACPI's FADT."""
+GED_GSI = 15
+"""The line of ACPI's generic event device: on a PC the second IDE channel's, so nobody else's here.
+Edge-triggered."""
 VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14, 16, 17, 18, 19, 20, 21, 22, 23)
 """GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses, then the
 IOAPIC's own."""

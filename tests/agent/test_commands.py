@@ -36,7 +36,7 @@ def ended(events: Events) -> tuple[JobEnd, int]:
 
 def test_says_who_it_is(rig: AgentRig) -> None:
     assert rig.link.hello is not None
-    assert rig.link.hello.text.startswith("pyvmm-agent 1 on Linux ")
+    assert rig.link.hello.text.startswith("pyvmm-agent 2 on Linux ")
 
 
 def test_both_outputs_come_apart_and_the_status_comes_last(rig: AgentRig) -> None:

@@ -26,6 +26,7 @@ from pyvmm.agent.protocol import (
     MAX_PAYLOAD,
     START,
     U32,
+    VERSION,
     WINDOW,
     FrameType,
     frame,
@@ -107,7 +108,7 @@ def test_hello_makes_a_link_ready_and_is_answered_with_start() -> None:
     assert host.states == [LinkState.READY]
     assert host.link.hello is not None
     assert host.link.hello.text == r"agent\x1b\n"
-    assert host.sent() == [(FrameType.START, 0, 0, START.pack(HOST_MAGIC, 1))]
+    assert host.sent() == [(FrameType.START, 0, 0, START.pack(HOST_MAGIC, VERSION))]
     assert host.link.free_jobs == MAX_JOBS
 
 
@@ -356,7 +357,7 @@ def test_a_guest_that_breaks_the_protocol_loses_the_link_with_one_line(
 
 
 @pytest.mark.parametrize(("said", "problem"), [
-    (hello(version=0), "version 0 of the protocol; this host speaks 1"),
+    (hello(version=0), "version 0 of the protocol; this host speaks 2"),
     (hello(jobs=0), "HELLO with 0 jobs at a time and a window of 262144 bytes"),
     (hello(jobs=17), "HELLO with 17 jobs"),
     (hello(window=4095), "window of 4095 bytes"),
@@ -378,7 +379,7 @@ def test_a_newer_agent_is_told_the_version_of_the_host() -> None:
     host.link.opened(True)
     host.link.feed(hello(version=7))
     assert host.link.state is LinkState.READY
-    assert START.unpack(host.sent()[0][3]) == (HOST_MAGIC, 1)
+    assert START.unpack(host.sent()[0][3]) == (HOST_MAGIC, VERSION)
 
 
 def test_a_guests_reason_is_printable(host: Host) -> None:

@@ -27,6 +27,7 @@ from pyvmm.agent.protocol import (
 from tests.support.checked_agent import build_checked_agent
 from tests.support.patience import patient
 
+CLONE = bytes(4) + U32.pack(20000) + bytes(88)
 START_FRAME = frame(FrameType.START, 0, 0, START.pack(HOST_MAGIC, 1))
 
 
@@ -101,6 +102,8 @@ LIES = {
     "a path that is none": frame(FrameType.GET, 0, 1, b"etc"),
     "a command whose texts are not complete": run_frame(1, b"a")[:-1] + b"b",
     "KILL without a signal": frame(FrameType.KILL, 0, 1, U32.pack(65)),
+    "CLONE": frame(FrameType.CLONE, 0, 1, bytes(95)),
+    "CLONE behind a job": run_frame(1, b"sleep", b"9") + frame(FrameType.CLONE, 0, 2, CLONE),
     "a long PING": frame(FrameType.PING, 0, 0, bytes(65)),
 }
 

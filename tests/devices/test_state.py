@@ -75,7 +75,7 @@ def _pvpanic() -> Board:
 
 
 def _boot_timer() -> Board:
-    part = BootTimer()
+    part = BootTimer(lambda: 1.5)
     return Board(part, [(part, 0)], [])
 
 

@@ -15,6 +15,7 @@ from pyvmm.console.watch import ConsoleWatch, Finding, Sign
 from pyvmm.errors import StateError
 from pyvmm.kvm import abi
 from pyvmm.kvm.exits import HltExit, InternalErrorExit, ShutdownExit, SystemEventExit, UnknownExit
+from pyvmm.run.io_loop import Deadline
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.verdict import SILENCE_S, Verdict, outcome_of_exit, outcome_of_halt
 from tests.support.states import is_plain, spoilt
@@ -35,9 +36,10 @@ class FakeRun:
     def finish(self, outcome: Outcome) -> None:
         self.finished.append(outcome)
 
-    def finish_after(self, delay_s: float, outcome: Outcome) -> None:
+    def finish_after(self, delay_s: float, outcome: Outcome) -> Deadline:
         assert delay_s > 0
         self.later.append(outcome)
+        return Deadline(lambda: None, lambda _: None)
 
     def call_after(self, delay_s: float, callback: Callable[[], None]) -> None:
         self.calls.append((delay_s, callback))

@@ -181,7 +181,7 @@ def test_an_interrupt_that_is_in_nobodys_state_is_sent_after_the_restore(tmp_pat
         wait_for_rounds(machine, STOPS[0])
         slot = machine.board.slots[0]
         # From here on an interrupt gets no further than the eventfd.
-        machine._vm.irqfd(slot.irq_fd, slot.gsi, deassign=True)
+        machine.vm.irqfd(slot.irq_fd, slot.gsi, deassign=True)
         before = -1
         while rounds_done(machine) != before:
             before = rounds_done(machine)
@@ -241,8 +241,8 @@ def test_every_device_on_a_bus_that_has_a_state_is_saved(tmp_path: Path) -> None
     assert isinstance(on_board, dict)
     assert list(on_board["slots"]) == ["virtio0", "console", "entropy"]
     assert sorted(on_board["parts"]) == [
-        "PCI host bridge", "RTC", "boot timer", "debug exit", "hvc0", "i8042", "power", "pvpanic",
-        "serial", "verdict",
+        "PCI host bridge", "RTC", "VM generation ID", "boot timer", "console watch", "debug exit",
+        "hvc0", "i8042", "power", "pvpanic", "serial", "verdict",
     ]
 
 

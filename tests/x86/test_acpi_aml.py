@@ -40,6 +40,7 @@ DefinitionBlock ("", "SSDT", 2, "PYVMM ", "EMITTER ", 1)
         Method (_STA, 0, NotSerialized) { Return (0x0F) }
         Method (SER, 2, Serialized) { Name (LOCA, Zero) Return (Zero) }
         Method (LVL, 7, Serialized, 3) { Return (\\TEXT) }
+        Method (EVT, 1, Serialized) { If (Arg0 == 15) { Notify (\\DEV0.SUB, 0x80) } }
     }
     Name (\\DEV0.SUB.DEEP, Zero)
 }
@@ -77,6 +78,13 @@ def everything() -> bytes:
                 "SER", aml.name("LOCA", aml.integer(0)), aml.return_(aml.integer(0)), arguments=2
             ),
             aml.method("LVL", aml.return_(aml.path("\\TEXT")), arguments=7, sync_level=3),
+            aml.method(
+                "EVT",
+                aml.if_equal(
+                    aml.FIRST_ARGUMENT, aml.integer(15), aml.notify("\\DEV0.SUB", 0x80)
+                ),
+                arguments=1,
+            ),
         ),
         aml.name("\\DEV0.SUB.DEEP", aml.integer(0)),
     ))

@@ -204,9 +204,44 @@ def test_the_other_devices(tmp_path: Path) -> None:
         ("PEVT", "QEMU0001", "0505", "0505", "01", "})"),
         ("RTC", "PNP0B00", "0070", "0070", "02", "})"),
     ]
-    (serial_irq,) = re.findall(r"Interrupt \(.*ActiveHigh.*\s+\{\s+0x(\w+),", source)
-    assert int(serial_irq, 16) == layout.SERIAL_IRQ
+    lines = re.findall(r"Interrupt \(.*ActiveHigh.*\s+\{\s+0x(\w+),", source)
+    assert [int(line, 16) for line in lines] == [layout.SERIAL_IRQ, layout.GED_GSI]
     assert re.search(r"Name \(\\_S5, Package \(0x04\).*\s+\{\s+0x05,", source)
+
+
+def test_a_clone_is_told_of_its_new_generation_by_a_line_of_its_own(tmp_path: Path) -> None:
+    source = disassemble(found_tables(written())[b"DSDT"][1], tmp_path)
+    (low, high) = re.findall(
+        r"Device \(VGEN\)\s+\{\s+Name \(_HID, \"PYVM0001\"\).*\s+"
+        r"Name \(_CID, Package \(0x02\).*\s+\{\s+\"VM_Gen_Counter\",\s+\"VMGENCTR\"\s+\}\)\s+"
+        r"Name \(_DDN, \"VM_Gen_Counter\"\).*\s+"
+        r"Name \(ADDR, Package \(0x02\).*\s+\{\s+(\w+),\s+(\w+)\s+\}\)",
+        source,
+    )[0]
+    assert (int(low, 16), high) == (layout.VMGENID_GPA, "Zero")
+    ((line, asked),) = re.findall(
+        r"Device \(GED\)\s+\{\s+Name \(_HID, \"ACPI0013\".*\s+Name \(_UID, Zero\).*\s+"
+        r"Name \(_CRS, ResourceTemplate \(\).*\s+\{\s+"
+        r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, \)\s+\{\s+(0x\w+),\s+"
+        r"\}\s+\}\)\s+Method \(_EVT, 1, Serialized\).*\s+\{\s+If \(\(Arg0 == (0x\w+)\)\)\s+"
+        r"\{\s+Notify \(\\_SB\.VGEN, 0x80\)",
+        source,
+    )
+    assert int(line, 16) == int(asked, 16) == layout.GED_GSI
+    lines = [layout.SERIAL_IRQ, layout.GED_GSI, *layout.VIRTIO_IRQS]
+    assert len(set(lines)) == len(lines)
+    reserved = [
+        (gpa, gpa + length)
+        for gpa, length, kind in e820_map([(0, RAM_BYTES)]) if kind == E820_TYPE_RESERVED
+    ]
+    assert any(
+        layout.VMGENID_GPA in range(start, end) and layout.VMGENID_GPA + 15 in range(start, end)
+        for start, end in reserved
+    )
+    # Its specification: a multiple of 8, in a page with nothing else that anybody maps.
+    assert layout.VMGENID_GPA % 8 == 0
+    page = layout.VMGENID_GPA // 4096
+    assert page not in ((layout.ACPI_TABLES_END - 1) // 4096, layout.RESET_VECTOR // 4096)
 
 
 def test_without_a_clock_there_is_none(tmp_path: Path) -> None:

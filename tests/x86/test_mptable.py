@@ -50,4 +50,4 @@ def test_linux_finds_cpus_ioapic_and_lines(cpus: int) -> None:
     assert struct.unpack_from("<I", ioapic, 4) == (0xFEC00000,)
     lines = {entry[5]: (entry[6], entry[7]) for entry in entries if entry[0] == 3}
     assert lines == {line: (ioapic[1], line) for line in range(24) if line != 2}
-    assert {layout.SERIAL_IRQ, *layout.VIRTIO_IRQS} <= lines.keys()
+    assert {layout.SERIAL_IRQ, layout.GED_GSI, *layout.VIRTIO_IRQS} <= lines.keys()

@@ -39,7 +39,14 @@ _BUFFER_OP = b"\x11"
 _PACKAGE_OP = b"\x12"
 _METHOD_OP = b"\x14"
 _DEVICE_OP = b"\x5b\x82"
+_NOTIFY_OP = b"\x86"
+_LEQUAL_OP = b"\x93"
+_IF_OP = b"\xa0"
 _RETURN_OP = b"\xa4"
+
+# 20.2.6.1 Arg Objects Encoding
+FIRST_ARGUMENT = b"\x68"
+"""Arg0 of the method."""
 
 
 def package_length(content_bytes: int) -> bytes:
@@ -171,6 +178,16 @@ def method(where: str, *terms: bytes, arguments: int = 0, sync_level: int | None
 def return_(value: bytes) -> bytes:
     """End the method with ``value``."""
     return _RETURN_OP + value
+
+
+def if_equal(left: bytes, right: bytes, *terms: bytes) -> bytes:
+    """Run ``terms`` if the values ``left`` and ``right`` are equal."""
+    return _packaged(_IF_OP, _LEQUAL_OP + left + right + b"".join(terms))
+
+
+def notify(where: str, value: int) -> bytes:
+    """Tell the driver of the device at path ``where`` of the event ``value``: 5.6.6."""
+    return _NOTIFY_OP + path(where) + integer(value)
 
 
 def _packaged(opcode: bytes, content: bytes) -> bytes:

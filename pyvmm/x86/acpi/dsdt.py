@@ -12,6 +12,9 @@ from pyvmm.x86.acpi import aml, resources
 S5_SLEEP_TYPE = 5
 """SLP_TYP of the sleep control register that means soft off."""
 
+_GENERATION_COUNTER = "VGEN"
+_ID_HAS_CHANGED = 0x80  # the first value that is the device's own to give a meaning
+
 
 class VirtioMmioDevice(Record):
     """A virtio-mmio transport: ``length`` bytes of registers at ``base``, interrupting ``gsi``.
@@ -32,6 +35,7 @@ def definition_block(vcpu_count: int, devices: Sequence[VirtioMmioDevice], *, rt
     if rtc:
         terms.append(_rtc())
     terms += [_virtio_mmio(index, device) for index, device in enumerate(devices)]
+    terms += [_generation_counter(), _event_device()]
     # 7.4.2 \_Sx: of the four elements a hardware-reduced platform uses the first.
     s5 = aml.package(*map(aml.integer, (S5_SLEEP_TYPE, 0, 0, 0)))
     return aml.scope("\\_SB", *terms) + aml.name("\\_S5", s5)
@@ -79,6 +83,43 @@ def _rtc() -> bytes:
         aml.name("_CRS", resources.template(
             resources.io_ports(layout.RTC_INDEX, layout.RTC_DATA + 1 - layout.RTC_INDEX)
         )),
+    )
+
+
+def _generation_counter() -> bytes:
+    """Microsoft's Virtual Machine Generation ID: 16 bytes of RAM that change with each clone.
+
+    Windows knows it by the longer _CID, Linux by either.  The address is in two halves.
+    """
+    return aml.device(
+        _GENERATION_COUNTER,
+        aml.name("_HID", aml.string("PYVM0001")),
+        aml.name("_CID", aml.package(aml.string("VM_Gen_Counter"), aml.string("VMGENCTR"))),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(
+            aml.integer(layout.VMGENID_GPA & 0xFFFF_FFFF), aml.integer(layout.VMGENID_GPA >> 32)
+        )),
+    )
+
+
+def _event_device() -> bytes:
+    """5.6.9 Interrupt-signaled ACPI Events: the only events of a hardware-reduced platform.
+
+    The one event is that the machine has a new generation ID.
+    """
+    return aml.device(
+        "GED",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", resources.template(resources.interrupt(layout.GED_GSI))),
+        aml.method(
+            "_EVT",
+            aml.if_equal(
+                aml.FIRST_ARGUMENT, aml.integer(layout.GED_GSI),
+                aml.notify(f"\\_SB.{_GENERATION_COUNTER}", _ID_HAS_CHANGED),
+            ),
+            arguments=1,
+        ),
     )
 
 

@@ -1,0 +1,203 @@
+"""Guest RAM into a file or a memfd: sparse, with a CRC32 for every MiB, without copies."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pyvmm.errors import HostError
+from pyvmm.memory import GuestMemory, Region
+from pyvmm.ram.image import MOST_LAYERS, RamImage, new_memfd
+from pyvmm.ram.pages import held_runs, own_runs
+from pyvmm.ram.runs import MOST_RUNS, Run, coarser
+
+CHUNK = 1 << 20
+"""Bytes under one CRC32."""
+_BLOCK = 64 << 10
+"""Bytes that become a hole if all are zero."""
+_ZEROES = bytes(_BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An image that was written: ``held_bytes`` of data, the rest is holes.
+
+    ``crcs`` has a CRC32 for each chunk that is not all zero.  Of a diff it covers only the bytes in
+    ``runs``, one behind the other; of a whole image, whose ``runs`` is None, all of the chunk.
+    """
+
+    held_bytes: int
+    crcs: dict[int, int]
+    runs: tuple[Run, ...] | None
+
+
+def write_ram(memory: GuestMemory, fd: int, *, own_only: bool = False) -> Written:
+    """Write all RAM, or its own pages only, into the empty file ``fd``; nobody may use it.
+
+    A byte's offset is its position: regions follow without gaps.  OSError, as ENOSPC.  A diff has
+    at most MOST_RUNS runs, with neighbours of own pages if need be.
+    """
+    return RamWriter(memory, fd).write(own_only=own_only)
+
+
+def image_in_memory(memory: GuestMemory) -> RamImage:
+    """Return an image of RAM in a sealed memfd; nobody may use the RAM.  HostError.
+
+    RAM over an image that never changes needs only its own pages: they become one more layer.
+    """
+    base = memory.image
+    fd = new_memfd(memory.size_bytes)
+    try:
+        if isinstance(base, RamImage) and base.is_immutable and len(base.layers) < MOST_LAYERS:
+            runs = own_runs(memory)
+            if len(runs) <= MOST_RUNS:
+                RamWriter(memory, fd).copy(runs)
+                return base.over_memfd(fd, runs)
+        RamWriter(memory, fd).copy(held_runs(memory))
+        return RamImage.from_memfd(fd, memory.size_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise HostError(f"cannot keep RAM in memory: {error}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def chunk_crcs(fd: int, size_bytes: int, runs: Sequence[Run] | None) -> Iterator[tuple[int, int]]:
+    """Yield number and CRC32 of each chunk of an image in ``fd``, as ``Written.crcs`` has them.
+
+    Chunks that are all zero have one, too, or none: ``zero_crc`` tells theirs.  OSError.
+    """
+    buffer = bytearray(CHUNK)
+    for chunk, parts in _by_chunk(((0, size_bytes),) if runs is None else runs):
+        crc = 0
+        for offset, length in parts:
+            with memoryview(buffer)[:length] as view:
+                got = os.preadv(fd, [view], offset)
+                if got != length:
+                    raise HostError(f"the image of RAM ends at {offset + got}")
+                crc = zlib.crc32(view, crc)
+        yield chunk, crc
+
+
+def zero_crc(length: int) -> int:
+    """Return the CRC32 of ``length`` zeroes."""
+    return _crc_of_zeroes(length, 0)
+
+
+def _crc_of_zeroes(length: int, crc: int) -> int:
+    while length:
+        step = min(length, _BLOCK)
+        crc = zlib.crc32(_ZEROES if step == _BLOCK else memoryview(_ZEROES)[:step], crc)
+        length -= step
+    return crc
+
+
+def _by_chunk(runs: Iterable[Run]) -> Iterator[tuple[int, list[Run]]]:
+    """Yield the number of each chunk that ``runs`` touch, and the parts of them in it."""
+    number, parts = -1, list[Run]()
+    for offset, length in runs:
+        end = offset + length
+        while offset < end:
+            chunk = offset // CHUNK
+            stop = min(end, (chunk + 1) * CHUNK)
+            if chunk != number:
+                if parts:
+                    yield number, parts
+                number, parts = chunk, []
+            parts.append((offset, stop - offset))
+            offset = stop
+    if parts:
+        yield number, parts
+
+
+class RamWriter:
+    """One writing of ``memory`` into ``fd``, as ``write_ram`` does it.
+
+    Once it is made, ``write`` needs no lock of the C library's: a forked child may call it.
+    """
+
+    def __init__(self, memory: GuestMemory, fd: int) -> None:
+        self._memory = memory
+        self._fd = fd
+        self._held_bytes = 0
+        compare = ctypes.CDLL(None).memcmp
+        compare.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
+        self._differ: Callable[[int, bytes, int], int] = compare
+
+    def write(
+        self, *, own_only: bool = False, before_chunk: Callable[[], None] | None = None
+    ) -> Written:
+        """Write; call ``before_chunk`` before each chunk that may hold data.  OSError."""
+        size_bytes = self._memory.size_bytes
+        os.ftruncate(self._fd, size_bytes)
+        own = own_runs(self._memory)
+        runs = coarser(own, size_bytes) if own_only else held_runs(self._memory, own)
+        crcs = {}
+        for chunk, parts in _by_chunk(runs):
+            if before_chunk is not None:
+                before_chunk()
+            crc, at = 0, chunk * CHUNK
+            held_before = self._held_bytes
+            for offset, length in parts:
+                if not own_only:
+                    crc = _crc_of_zeroes(offset - at, crc)
+                crc = self._write_part(offset, length, crc)
+                at = offset + length
+            if self._held_bytes != held_before:
+                if not own_only:
+                    crc = _crc_of_zeroes(min((chunk + 1) * CHUNK, size_bytes) - at, crc)
+                crcs[chunk] = crc
+        return Written(self._held_bytes, crcs, tuple(runs) if own_only else None)
+
+    def copy(self, runs: Iterable[Run]) -> None:
+        """Write ``runs`` and no CRCs; OSError."""
+        for part in parts_in_regions(self._memory, runs):
+            self._write_blocks(*part)
+
+    def _write_part(self, offset: int, length: int, crc: int) -> int:
+        """Write a part of RAM; return the CRC of it behind ``crc``."""
+        for region, start, size in parts_in_regions(self._memory, [(offset, length)]):
+            self._write_blocks(region, start, size)
+            with region.view[start : start + size] as part:
+                crc = zlib.crc32(part, crc)
+        return crc
+
+    def _write_blocks(self, region: Region, start: int, size: int) -> None:
+        """Write the blocks that are not all zero, neighbours at once."""
+        address, end = region.host_address, start + size
+        begin = start
+        for at in range(start, end, _BLOCK):
+            step = min(_BLOCK, end - at)
+            if not self._differ(address + at, _ZEROES, step):
+                self._put(region, begin, at)
+                begin = at + step
+        self._put(region, begin, end)
+
+    def _put(self, region: Region, start: int, end: int) -> None:
+        if start < end:
+            write_all(self._fd, region.view, start, end, region.position)
+            self._held_bytes += end - start
+
+
+def parts_in_regions(
+    memory: GuestMemory, runs: Iterable[Run]
+) -> Iterator[tuple[Region, int, int]]:
+    """Yield for each part of ``runs`` its region, and its start and length there."""
+    for offset, length in runs:
+        end = offset + length
+        for region in memory.regions:
+            start = max(offset, region.position)
+            stop = min(end, region.position + region.length)
+            if start < stop:
+                yield region, start - region.position, stop - start
+
+
+def write_all(fd: int, view: memoryview, start: int, end: int, position: int) -> None:
+    """Write ``view[start:end]`` to the file, in which ``view`` begins at ``position``; OSError."""
+    while start < end:
+        with view[start:end] as part:
+            start += os.pwrite(fd, part, position + start)

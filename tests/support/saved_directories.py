@@ -1,0 +1,100 @@
+"""Directories of snapshots with a small RAM and made-up records, as ``Writer`` makes them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+from pyvmm.snapshot.files import layout
+from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam
+from pyvmm.snapshot.files.writer import Writer
+
+MIB = 1 << 20
+REGIONS = ((0, 640 << 10), (MIB, 3 * MIB))
+
+
+def ram_content(size_bytes: int, mark: int = 1) -> bytearray:
+    """RAM of which one page in eight holds something."""
+    ram = bytearray(size_bytes)
+    for at in range(0, size_bytes, 8 * 4096):
+        ram[at : at + 4096] = struct.pack("<QQ", mark, at) * 256
+    return ram
+
+
+def crcs_of(ram: bytes | bytearray, runs: tuple[tuple[int, int], ...] | None) -> dict[int, int]:
+    """The CRC32 of each chunk of ``ram``, as the record has them."""
+    found = {}
+    for at in range(0, len(ram), layout.CHUNK_BYTES):
+        end = min(at + layout.CHUNK_BYTES, len(ram))
+        part = ram[at:end] if runs is None else b"".join(
+            ram[max(start, at) : min(start + length, end)] for start, length in runs
+        )
+        if any(part):
+            found[at // layout.CHUNK_BYTES] = zlib.crc32(part)
+    return found
+
+
+def write_sparse(fd: int, ram: bytes | bytearray) -> int:
+    """Write the pages of ``ram`` that are not zero; return how many bytes."""
+    os.ftruncate(fd, len(ram))
+    held = 0
+    for at in range(0, len(ram), 4096):
+        if any(page := ram[at : at + 4096]):
+            os.pwrite(fd, page, at)
+            held += len(page)
+    return held
+
+
+def make_saved(
+    path: Path,
+    *,
+    mark: int = 1,
+    overlays: dict[int, bytes] | None = None,
+    disks: int = 2,
+    base: tuple[Path, bytes] | None = None,
+    runs: tuple[tuple[int, int], ...] = ((MIB, 8192), (2 * MIB, 4096)),
+    host: object = None,
+) -> bytes:
+    """Make a snapshot at ``path``, a diff over ``base`` (path, id) if there is one; its id."""
+    overlays = {0: b"overlay" * 100} if overlays is None else overlays
+    size = sum(length for _, length in REGIONS)
+    about = About.new()
+    with Writer(path) as writer:
+        ram = ram_content(size, mark)
+        if base is not None:
+            whole, ram = ram, bytearray(size)
+            for start, length in runs:
+                ram[start : start + length] = whole[start : start + length]
+        fd = writer.create(layout.RAM)
+        try:
+            held = write_sparse(fd, ram)
+        finally:
+            os.close(fd)
+        for index, content in overlays.items():
+            Path(writer.path_of(layout.overlay_name(index))).write_bytes(content)
+        saved_ram = SavedRam(
+            regions=REGIONS, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
+            runs=None if base is None else runs,
+        )
+        writer.finish({
+            "about": about.record(),
+            "host": host,
+            "config": {"memory_bytes": size},
+            "kernel": None,
+            "ram": saved_ram.record(),
+            "disks": [
+                SavedDisk(
+                    index=index, location=f"/images/disk{index}.img", size_bytes=MIB, stamp_ns=7,
+                    read_only=False,
+                    overlay_bytes=len(overlays[index]) if index in overlays else None,
+                ).record()
+                for index in range(disks)
+            ],
+            "machine": {"vcpus": {"vcpu0": {"regs": bytes(range(144)), "mark": mark}}},
+            "clock": {"realtime_ns": 1},
+            "console": None,
+            "base": None if base is None else Base.over(str(base[0]), base[1], str(path)).record(),
+        })
+    return about.id
