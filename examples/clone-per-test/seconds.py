@@ -1,6 +1,6 @@
 """Run the same tests on clones and on boots; print the seconds of each.
 
-    python3 compare.py [TESTS]        # 100 of them, unless you say otherwise
+    python3 seconds.py [TESTS]        # 100 of them, unless you say otherwise
 """
 
 from __future__ import annotations
