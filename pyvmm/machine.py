@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from pyvmm.board.origin import Base, Origin
+    from pyvmm.run.io_loop import Deadline
     from pyvmm.virtio.port.device import PortDevice
 
 
@@ -199,11 +200,13 @@ class Machine:
         """Fresh for each clone and at each rewind; None before any of both."""
         self.base: Base | None = None
         """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
+        self.checkpoints: Base | None = None
+        """The moments that ``snapshot/checkpoints.py`` keeps, which ``close`` frees."""
         self.runner = runner
         self.loops = loops
         self._timer = timer
-        self._watch = watch
-        self._verdict = verdict
+        self.watch = watch
+        self.verdict = verdict
         self.console = console
         self.output = output
         self.consoles = consoles
@@ -211,7 +214,10 @@ class Machine:
         self._made = made
         self._resources = resources
         self._has_begun = threading.Lock()  # taken once, never released
-        self._judging = threading.Lock()
+        # Re-entrant: a handler of a signal that arrives under it may call wait() or close().
+        self.lock = threading.RLock()
+        """Held while the machine is saved, rewound, judged or closed."""
+        self._time_limit: Deadline | None = None
         self._outcome: Outcome | None = None
         # None: not all parts have a state.
         self._is_restored: bool | None = None if needs_state else False
@@ -219,10 +225,7 @@ class Machine:
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
         self._begin()
-        self.runner.run(
-            vcpus=self.loops, workers=self.board.workers, console=self.console,
-            output=self.output, at_end=[self.board.hurry],
-        )
+        self._run_by(self.runner.run)
         outcome = self.wait()
         assert outcome is not None  # without a limit of time
         return outcome
@@ -230,7 +233,17 @@ class Machine:
     def start(self) -> None:
         """Start the guest, in threads of its own; once."""
         self._begin()
-        self.runner.start(
+        self._run_by(self.runner.start)
+
+    def run_again(self) -> None:
+        """Start a run that is over anew, paused, once ``put_back`` has given it a state."""
+        with self.lock:
+            self.board.calm()
+            self._run_by(self.runner.run_again)
+            self._outcome = None
+
+    def _run_by(self, run: Callable[..., object]) -> None:
+        run(
             vcpus=self.loops, workers=self.board.workers, console=self.console,
             output=self.output, at_end=[self.board.hurry],
         )
@@ -243,10 +256,12 @@ class Machine:
         outcome = self.runner.wait(timeout_s)
         if outcome is None:
             return None
-        with self._judging:
+        with self.lock:
+            if not self.runner.is_over:
+                return outcome  # and rewound meanwhile
             if self._outcome is None:
-                self._watch.end()
-                self._outcome = self._verdict.judge(outcome, self._runs_program)
+                self.watch.end()
+                self._outcome = self.verdict.judge(outcome, self._runs_program)
             return self._outcome
 
     def stop(self, outcome: Outcome) -> Outcome | None:
@@ -263,14 +278,19 @@ class Machine:
             raise RuntimeError("a machine runs once: build another one")
         self._made.pop_all()
         self.console.begin()
-        if self.timeout_s is not None:
-            self.runner.finish_after(self.timeout_s, Outcome(Kind.TIMEOUT))
-        self._verdict.doubt_silence(self.runner.report)
+        self.verdict.doubt_silence(self.runner.report)
         if self._is_restored:
-            from pyvmm.board.state import catch_up
+            self.catch_up()
+        self.limit_time()
 
-            catch_up(self.loops, self.board, self.consoles)
-            self._verdict.go_on()
+    def limit_time(self) -> None:
+        """Have the run end after ``timeout_s``, if there is one, from now on."""
+        if self._time_limit is not None:
+            self._time_limit.cancel()
+        if self.timeout_s is not None:
+            self._time_limit = self.runner.finish_after(
+                self.timeout_s, Outcome(Kind.TIMEOUT)
+            )
 
     def _runs_program(self) -> bool:
         vcpus = (loop.vcpu for loop in self.loops)
@@ -299,17 +319,37 @@ class Machine:
         runner = self.runner if self._has_begun.locked() else None
         return save_machine(self.loops, self.vm, self.board, runner)
 
-    def restore(self, data: object) -> None:
+    def restore(self, data: object, *, clock: str = "keep") -> None:
         """Take what ``save`` of a machine of the same configuration returned; StateError.
 
+        ``clock`` is "keep" or "now": see ``board.state.restore_machine``.
         RAM is the caller's to copy, before this.  RuntimeError once the machine has started.  A
         machine whose state was refused does not start, but may be given another one.
         """
         from pyvmm.board.state import restore_machine
 
+        if self._has_begun.locked():
+            raise RuntimeError("restore() comes before start() and run()")
         self._is_restored = None
-        restore_machine(self.loops, self.vm, self.board, self._has_begun.locked(), data)
+        restore_machine(self.loops, self.vm, self.board, None, data, clock=clock)
         self._is_restored = True
+
+    def put_back(self, data: object) -> None:
+        """Take a state again that this machine has had, also once it has started; StateError.
+
+        RAM and disks are the caller's, before this.  RuntimeError unless the machine is quiesced
+        or has ended; ``catch_up`` comes right before it goes on.
+        """
+        from pyvmm.board.state import restore_machine
+
+        restore_machine(self.loops, self.vm, self.board, self.runner, data)
+
+    def catch_up(self) -> None:
+        """Do what no state has, right before a restored guest goes on."""
+        from pyvmm.board.state import catch_up
+
+        catch_up(self.loops, self.board, self.consoles)
+        self.verdict.go_on()
 
     @property
     def is_paused(self) -> bool:
@@ -319,7 +359,7 @@ class Machine:
     @property
     def evidence(self) -> Evidence:
         """All that is known of the guest: how far it came, what it said of its end."""
-        return self._verdict.evidence
+        return self.verdict.evidence
 
     @property
     def marks(self) -> tuple[Mark, ...]:
@@ -339,11 +379,13 @@ class Machine:
     def close(self) -> None:
         """Release the VM, its memory, disks and console; idempotent."""
         # A thread stuck in a system call still uses them; they then live as long as the process.
-        if self.runner.stopped:
-            self._resources.close()
-            base, self.base = self.base, None
-            if base is not None:
-                base.close()
+        with self.lock:
+            if self.runner.stopped:
+                kept, self.checkpoints, self.base = (self.checkpoints, self.base), None, None
+                self._resources.close()
+                for moments in kept:
+                    if moments is not None:
+                        moments.close()
 
     def __enter__(self) -> Machine:
         return self

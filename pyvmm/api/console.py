@@ -167,6 +167,18 @@ class ConsoleHandle:
                 waiting = bytes(self._typed[:4096])
         return bool(waiting)
 
+    def begin_anew(self, unfinished: bytes) -> None:
+        """The guest is an earlier one, which has printed ``unfinished`` of its line.
+
+        ``text`` keeps all that was printed.  ``expect`` looks behind it from now on, and typed
+        bytes that the guest has not got are forgotten.
+        """
+        with self._news:
+            self._expected_to = self._kept_from + len(self._kept)
+            self._typed.clear()
+            self._lines.unfinished = unfinished
+            self._is_over = False
+
     def end(self) -> None:
         """The run is over: nobody need wait any longer."""
         with self._news:

@@ -41,6 +41,10 @@ class HookCalls:
         self._finish = finish
         self._has_failed = False
 
+    def begin_anew(self) -> None:
+        """Call hooks again: the guest is as it was before the one that raised."""
+        self._has_failed = False
+
     def ask(
         self,
         name: str,

@@ -170,6 +170,10 @@ class Hooks:
                 device.put_before_backend(wrap)
             self._disks[name].hooks += (hook,)
 
+    def begin_anew(self) -> None:
+        """Call hooks again, after one that raised: the machine was rewound."""
+        self._calls.begin_anew()
+
     def run_hook(self, name: str, hook: Callable[..., object], value: object) -> None:
         """Call ``hook(value)``, which the method ``name`` has installed; any answer will do."""
         self._calls.ask(name, (hook,), (value,), lambda answer: answer)

@@ -23,7 +23,7 @@ class Lifetime:
         self._what = what
         # Re-entrant, so that a handler of a signal that calls stop() inside start() is told so.
         self._lock = threading.RLock()
-        self._is_starting = False
+        self._busy_with = ""
         self._pid = os.getpid()
         self.is_closed = False
 
@@ -38,11 +38,27 @@ class Lifetime:
         """Hold up every ``stop`` and ``close`` of other threads meanwhile."""
         with self._lock:
             self.check_open("start()")
-            self._is_starting = True
+            self._busy_with = "start()"
             try:
                 yield
             finally:
-                self._is_starting = False
+                self._busy_with = ""
+
+    @contextlib.contextmanager
+    def rewinding(self) -> Iterator[None]:
+        """Hold up every ``stop`` and ``close`` of other threads meanwhile, which end the new run.
+
+        RuntimeError in a thread of the run.
+        """
+        self.check_open("rewind()")
+        self._runner.refuse_own_threads("rewind()")  # not under the lock, which a close may hold
+        with self._lock:
+            self.check_open("rewind()")
+            self._busy_with = "rewind()"
+            try:
+                yield
+            finally:
+                self._busy_with = ""
 
     def has_begun(self, call: str) -> bool:
         """Wait for a start under way; True if the run has begun.
@@ -52,8 +68,10 @@ class Lifetime:
         self._check_process(call)
         self._runner.refuse_own_threads(call)
         with self._lock:
-            if self._is_starting:
-                raise RuntimeError(f"{call} inside start() would wait for ever: use another thread")
+            if self._busy_with:
+                raise RuntimeError(
+                    f"{call} inside {self._busy_with} would wait for ever: use another thread"
+                )
             return self._runner.has_begun
 
     def close(self, stop: Callable[[], object], free: Callable[[], None]) -> None:

@@ -73,8 +73,7 @@ class Machine:
         )
         """The guest's output and a keyboard: see ``ConsoleHandle``."""
         self._machine.output.add_observer(self.console.feed)
-        runner.on_wake(self._hand_over)
-        runner.when_over(self.console.end)
+        self._attach()
 
     # Running
 
@@ -170,6 +169,48 @@ class Machine:
         self._lifetime.check_open("on_request()")
         self._hooks.on_request(disk, hook)
 
+    # Time travel
+
+    def checkpoint(self) -> int:
+        """Keep this moment in memory, to return to it; return its number.
+
+        Cheap enough for one every 100 ms: only what the guest has written since the last one is
+        copied.  A running guest is paused meanwhile, and runs on.  The oldest checkpoints make
+        room for new ones: at most 1024 are kept, and 1 GiB to undo what was written.
+
+        SnapshotError for a run that is over, and for disks that cannot be brought back: those
+        written in place, or by another process.  RuntimeError in a hook.
+        """
+        self._lifetime.check_open("checkpoint()")
+        from pyvmm.snapshot.checkpoints import checkpoints_of
+
+        return checkpoints_of(self._machine).take()
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The numbers of the checkpoints that there are, the oldest first."""
+        if self._machine.checkpoints is None:
+            return ()
+        from pyvmm.snapshot.checkpoints import checkpoints_of
+
+        return checkpoints_of(self._machine).numbers
+
+    def rewind(self, number: int | None = None) -> None:
+        """Return to checkpoint ``number`` and forget those after it.
+
+        None is the newest moment that was kept: a checkpoint, a snapshot that was taken after it,
+        or the snapshot from which the machine was cloned.  A guest that runs goes on running, a
+        paused one stays paused.  One that has ended (panicked, powered off, stopped) is paused
+        then, without an outcome: ``resume`` it.  A time limit starts anew.
+
+        What the guest has printed stays in ``console.text``.  SnapshotError if there is no such
+        moment.  RuntimeError in a hook.
+        """
+        with self._lifetime.rewinding():
+            from pyvmm.snapshot.checkpoints import checkpoints_of
+
+            checkpoints_of(self._machine).rewind(number, attach=self._attach_anew)
+
     # Facts
 
     @property
@@ -193,6 +234,18 @@ class Machine:
         return self._machine.evidence
 
     # Parts
+
+    def _attach(self) -> None:
+        """Have the runner of a run that is about to begin tell us what we need."""
+        self._machine.runner.on_wake(self._hand_over)
+        self._machine.runner.when_over(self.console.end)
+
+    def _attach_anew(self, begins_anew: bool) -> None:
+        """Look at a guest that was rewound, in a new run if ``begins_anew``."""
+        self.console.begin_anew(self._machine.watch.unfinished)
+        self._hooks.begin_anew()
+        if begins_anew:
+            self._attach()
 
     def _hand_over(self) -> None:
         """Offer typed bytes to the guest, in the thread that keeps house."""

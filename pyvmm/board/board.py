@@ -146,6 +146,12 @@ class Board:
 
         state.restore_board(self, data)
 
+    def calm(self) -> None:
+        """Let all who serve devices take their time again: another run begins."""
+        self._is_hurried = False
+        for slot in self.slots:
+            slot.device.hurry(float("inf"))
+
     def hurry(self) -> None:
         """Give all who serve devices, together, LAST_WAIT_S from the first call on.
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyvmm.board.board import Board
 from pyvmm.config import AnyDiskConfig, DiskConfig, RunConfig
+from pyvmm.errors import SnapshotError
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
+
+if TYPE_CHECKING:
+    from pyvmm.storage.frozen import FrozenDisk
+    from pyvmm.virtio.block import BlockDevice
 
 START_S = 30.0
 """How long all that serve a run's disks, together, may take to agree on them."""
@@ -35,6 +41,63 @@ def plug_disks(
         device = _open_disk(disk, index, runner, stack, report, until_s, made)
         board.plug(device, f"virtio{index}", at_exit=config.serve == "exit")
     return made
+
+
+def check_disks(board: Board, *, into_directory: bool, to_rewind: bool = False) -> None:
+    """Raise SnapshotError, naming the disk and the remedy, unless every disk can be frozen.
+
+    A snapshot into a directory needs more of a disk, and so does one to which the machine itself
+    shall be able to return.
+    """
+    from pyvmm.storage.freezing import check_freezable
+
+    for device in _disks(board):
+        check_freezable(device.disk, into_directory=into_directory, to_rewind=to_rewind)
+
+
+def freeze_disks(board: Board) -> list[FrozenDisk]:
+    """Return every disk as it is now, immutable, in order, for the caller to close.
+
+    No device serves a request meanwhile.  The machine goes on with the same bytes; its writes do
+    not change what is returned.  SnapshotError or OSError, and nothing is left to close.
+    """
+    from pyvmm.storage.freezing import freeze
+
+    with contextlib.ExitStack() as stack:
+        frozen = []
+        for device in _disks(board):
+            frozen.append(freeze(device.disk))
+            stack.callback(frozen[-1].close)
+        stack.pop_all()
+        return frozen
+
+
+def revert_disks(board: Board, frozen: Sequence[FrozenDisk]) -> None:
+    """Give every disk the bytes of ``frozen``, which ``freeze_disks`` returned; SnapshotError.
+
+    No device serves a request meanwhile.  ``frozen`` stays the caller's.
+    """
+    from pyvmm.storage.freezing import revert
+
+    check_disks(board, into_directory=False, to_rewind=True)
+    for device, disk in zip(_disks(board), frozen, strict=True):
+        revert(device.disk, disk)
+
+
+def _disks(board: Board) -> list[BlockDevice]:
+    """Return the disks of ``board``, in order; SnapshotError if another process serves one."""
+    from pyvmm.virtio.block import BlockDevice
+
+    disks = []
+    for slot in board.slots:
+        if isinstance(slot.device, BlockDevice):
+            disks.append(slot.device)
+        elif slot.device.is_served_elsewhere:
+            raise SnapshotError(
+                slot.name, "is a disk that another process serves (vhost-user), which could "
+                "change it; have pyvmm serve it: --disk FILE,snapshot"
+            )
+    return disks
 
 
 def _open_disk(

@@ -6,14 +6,20 @@ Loaded only where a machine is saved or restored.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 
 from pyvmm.board.bus import BusDevice
-from pyvmm.kvm.handles import Vm
+from pyvmm.kvm.handles import Vcpu, Vm
+from pyvmm.kvm.state import forget_vcpu, settle_vcpu
+from pyvmm.kvm.tsc import align
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 from pyvmm.state import Fields
+from pyvmm.x86 import layout
+
+_MOST_NS = (1 << 63) - 1
 
 if TYPE_CHECKING:
     from pyvmm.board.board import Board
@@ -48,32 +54,59 @@ def save_machine(
     _refuse_if_closed(vm, "save()")
     _refuse_if_moving(runner)
     on_board = board.save()
-    state = {
+    state: dict[str, object] = {
         "board": on_board,
         "vcpus": {name: vcpu.save() for name, vcpu in _vcpus(loops).items()},
         "chips": vm.save(),
     }
+    state["realtime_ns"] = time.time_ns()  # right behind kvm-clock, the last of the chips
     _refuse_if_moving(runner)
     return state
 
 
 def restore_machine(
-    loops: Sequence[VcpuLoop], vm: Vm, board: Board, has_begun: bool, data: object
+    loops: Sequence[VcpuLoop],
+    vm: Vm,
+    board: Board,
+    runner: Runner | None,
+    data: object,
+    *,
+    clock: str = "keep",
 ) -> None:
-    """Give a machine the state ``data``; StateError, RuntimeError if it is closed or has started.
+    """Give a machine the state ``data``; ``runner`` runs it if it has started.
+
+    StateError; RuntimeError if it is closed, or something moves in it.
+
+    With ``clock`` "keep" the guest's clocks go on from the moment of the save, all but the RTC.
+    With "now" they have gone on since, by as much as the host's wall clock.
 
     Nothing happens in the guest until ``catch_up``.  If ``data`` is refused, some parts may have
-    taken theirs: the machine must not start, but may be given another state.
+    taken theirs: the machine must not go on, but may be given another state.
     """
     _refuse_if_closed(vm, "restore()")
-    if has_begun:
-        raise RuntimeError("restore() comes before start() and run()")
+    if runner is not None:
+        if not (runner.is_still or (runner.is_over and runner.stopped)):
+            raise RuntimeError("a state is put back into a machine that is quiesced or has ended")
+        for loop in loops:
+            if runner.is_over:
+                settle_vcpu(loop.vcpu)
+            forget_vcpu(loop.vcpu)
+        # KVM keeps each source's level of a line, which no chip's state has.
+        vm.irq_line(layout.SERIAL_IRQ, False)
     fields = Fields("machine", data)
     vcpus, chips, on_board = (fields.take(name) for name in ("vcpus", "chips", "board"))
+    saved_ns = fields.integer("realtime_ns", 0, _MOST_NS)
     fields.end()
-    # In this order: KVM gives each later vCPU the TSC of the first.
-    restore_named("vcpus", _vcpus(loops), vcpus)
-    vm.restore(chips)
+    # Never backwards, where the host's clock was set or the snapshot comes from another host.
+    advance_ns = max(0, time.time_ns() - saved_ns) if clock == "now" else 0
+    by_name = _vcpus(loops)
+    fields = Fields("vcpus", vcpus)
+    states = {vcpu: fields.take(name) for name, vcpu in by_name.items()}
+    fields.end()
+    for vcpu, state in states.items():
+        vcpu.restore(state, advance_ns)
+    align(states)
+    vm.restore(chips, advance_ns)
     board.restore(on_board)
 
 
@@ -143,7 +176,7 @@ def restore_named(what: str, parts: Mapping[str, Part], data: object) -> None:
         part.restore(state)
 
 
-def _vcpus(loops: Sequence[VcpuLoop]) -> dict[str, Part]:
+def _vcpus(loops: Sequence[VcpuLoop]) -> dict[str, Vcpu]:
     return {f"vcpu{loop.vcpu.index}": loop.vcpu for loop in loops}
 
 

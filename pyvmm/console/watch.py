@@ -106,6 +106,11 @@ class ConsoleWatch:
         self._last_words, self._lines.unfinished = last_words, unfinished
         self._sent.clear()
 
+    @property
+    def unfinished(self) -> bytes:
+        """The start of the line that has no end yet."""
+        return self._lines.unfinished
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes of console output."""
         if not self._has_printed:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from pyvmm.agent.clone import CloneNotice
 from pyvmm.agent.link import AgentLink, LinkState
 from pyvmm.startup.types import Protocol
 
@@ -42,11 +43,12 @@ class AgentBridge:
     """Connects ``port`` with a link of its own.
 
     ``wake`` has ``pump`` called in the control thread; ``on_state`` is called there after each
-    change of the link's state.
+    change of the link's state.  ``notice`` is the link's.
     """
 
     def __init__(
-        self, port: Port, *, wake: Callable[[], None], on_state: Callable[[], None]
+        self, port: Port, *, wake: Callable[[], None], on_state: Callable[[], None],
+        notice: Callable[[], CloneNotice | None],
     ) -> None:
         self._port = port
         self._wake = wake
@@ -58,7 +60,7 @@ class AgentBridge:
         self._is_short = False
         """True if the port holds bytes back until there is room for them."""
         self._has_hung_up = False
-        self.link = AgentLink(on_state=self._state_changed, wake=wake)
+        self.link = AgentLink(on_state=self._state_changed, wake=wake, notice=notice)
         port.connect(on_data=self._take, on_room=wake, on_open=self._open)
 
     # The device's thread

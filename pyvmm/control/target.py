@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 from pyvmm.api.vcpus import Registers, VcpuHandle
 from pyvmm.control.agent_bridge import Port
+from pyvmm.control.saves import Saves
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Outcome
-from pyvmm.startup.types import Protocol
+from pyvmm.startup.types import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 MAX_TYPED_BYTES = 1 << 20
 """Bytes for the console that may wait until the guest reads them."""
@@ -25,6 +29,14 @@ class Target(Protocol):
     vcpu_count: int
     agent_port: Port | None
     """The port of the agent in the guest; None if the machine has none."""
+    saves: Saves | None
+    """The machine's snapshots and checkpoints; None if it cannot be saved."""
+    sets_clock: bool
+    """True if the agent of a clone must set its guest's date to this host's."""
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """The number of the clone that the machine is, another after each rewind."""
 
     def observe(self, console: Callable[[bytes], None], woken: Callable[[], None]) -> None:
         """Have ``console`` called with the guest's output, and ``woken`` when a pause may have
@@ -74,6 +86,8 @@ class MachineTarget:
         self._lock = threading.Lock()
         self.vcpu_count = len(self._vcpus)
         self.agent_port: Port | None = machine.agent_port
+        self.saves: Saves | None = None
+        self.sets_clock = False
         version = machine.kernel.version
         self.facts = {
             **config_facts,
@@ -102,6 +116,11 @@ class MachineTarget:
     def resume(self) -> None:
         """See ``Target``."""
         self._runner.resume()
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """See ``Target``."""
+        return None
 
     @property
     def is_paused(self) -> bool:

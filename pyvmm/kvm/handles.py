@@ -217,11 +217,14 @@ class Vm(_Handle):
 
         return save_vm(self)
 
-    def restore(self, data: object) -> None:
-        """Take what ``save`` returned, once the chips and all vCPUs are made; StateError."""
+    def restore(self, data: object, advance_ns: int = 0) -> None:
+        """Take what ``save`` returned, once the chips and all vCPUs are made; StateError.
+
+        For the guest ``advance_ns`` nanoseconds have passed since the save.
+        """
         from pyvmm.kvm.state import restore_vm
 
-        restore_vm(self, data)
+        restore_vm(self, data, advance_ns)
 
     def create_vcpu(self, index: int) -> Vcpu:
         """Create vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
@@ -373,11 +376,14 @@ class Vcpu(_Handle):
 
         return save_vcpu(self)
 
-    def restore(self, data: object) -> None:
-        """Take what ``save`` returned, after ``set_cpuid`` and before the first run; StateError."""
+    def restore(self, data: object, advance_ns: int = 0) -> None:
+        """Take what ``save`` returned, after ``set_cpuid`` and before the first run; StateError.
+
+        The TSC has counted on for ``advance_ns`` nanoseconds since the save.
+        """
         from pyvmm.kvm.state import restore_vcpu
 
-        restore_vcpu(self, data)
+        restore_vcpu(self, data, advance_ns)
 
     def close(self) -> None:
         """Unmap the run page and close the fd; idempotent."""

@@ -5,8 +5,8 @@ KVM gave.  KVM checks them itself when it takes them back, and a refusal is a St
 
 The order of the ioctls matters; it is Firecracker's.  A vCPU is saved only after KVM_RUN was
 interrupted: until then KVM may owe it the end of a port or memory access.  Everything is restored
-before any vCPU runs: first the vCPUs in their order, then the VM.  KVM then gives each later vCPU
-the TSC of vCPU 0, because its own, read some microseconds later, is that close.
+before any vCPU runs: first the vCPUs in their order, then their TSCs together (``tsc.py``), then
+the VM.
 
 Two saves of one state differ only in clocks that go on: among the MSRs the TSC and Hyper-V's two,
 and besides kvm-clock, a running local APIC timer, and the load times of the PIT.
@@ -17,11 +17,12 @@ rings the doorbells again.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 
 from pyvmm.errors import HostError, KvmError, StateError
-from pyvmm.kvm import abi, irqchip_abi, state_abi
+from pyvmm.kvm import abi, irqchip_abi, state_abi, tsc
 from pyvmm.kvm.ioctl import ioctl, msr_buffer
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.state import Fields
@@ -29,8 +30,7 @@ from pyvmm.state import Fields
 if TYPE_CHECKING:
     from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 
-_MSR_TSC, _MSR_TSC_DEADLINE = 0x10, 0x6E0
-LAST_MSRS = (_MSR_TSC, _MSR_TSC_DEADLINE)
+LAST_MSRS = (tsc.TSC, tsc.TSC_DEADLINE)
 """Restored in this order, after all others: KVM compares a deadline with the TSC at once."""
 _FAR_TICKS, _MASK = 1 << 43, (1 << 64) - 1
 """Much more than a second of any TSC."""
@@ -40,6 +40,8 @@ _UNLISTED_MSRS = (
 """The MTRRs: KVM gives and takes them, but KVM_GET_MSR_INDEX_LIST does not have them."""
 _MSRS_AT_ONCE = 256  # the kernel's MAX_IO_MSRS
 _MOST_MSRS = 4096
+_MOST_ACCESSES = 1 << 16
+"""Exits by which one instruction of the guest may still be completed."""
 _MOST_XSAVE_BYTES = 1 << 16
 _TOLERANCE_PPM = 250  # the kernel's tsc_tolerance_ppm: no scaling below that
 
@@ -73,13 +75,46 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, object]:
     state["lapic"] = _get_unless(fd, irqchip_abi.KVM_GET_LAPIC, errno.EINVAL)
     has_khz = kvm.check_extension(state_abi.KVM_CAP_GET_TSC_KHZ)
     state["tsc_khz"] = ioctl(fd, state_abi.KVM_GET_TSC_KHZ) if has_khz else None
+    state["tsc_offset"] = tsc.offset_of(vcpu)
     state["msrs"] = [[index, value] for index, value in _get_msrs(vcpu, _msr_indices(kvm)).items()]
     state["events"] = _get(fd, state_abi.KVM_GET_VCPU_EVENTS)  # last: all others may change it
     return state
 
 
-def restore_vcpu(vcpu: Vcpu, data: object) -> None:
-    """Give ``vcpu`` the state that ``save_vcpu`` returned; StateError."""
+def forget_vcpu(vcpu: Vcpu) -> None:
+    """Drop what a vCPU that has run keeps in KVM, and no ``restore_vcpu`` replaces; KvmError."""
+    vcpu.get_mp_state()  # an INIT or SIPI that waits happens now, and not after the restore
+    # A local APIC that is restored starts its timer with the deadline of before.
+    with contextlib.suppress(KvmError):  # a KVM without the MSR has no such timer
+        vcpu.set_msrs({tsc.TSC_DEADLINE: 0})
+
+
+def settle_vcpu(vcpu: Vcpu) -> None:
+    """Complete the access of a vCPU's last exit; KvmError if it does not end.
+
+    An access that KVM_RUN left to user space is completed by the next KVM_RUN, which would put its
+    result into a state that was restored meanwhile.  With an exit requested, KVM_RUN does that
+    before it enters the guest, and does not enter.
+    """
+    vcpu.request_exit()
+    for _ in range(_MOST_ACCESSES):
+        try:
+            vcpu.run()
+        except InterruptedError:
+            break
+        except BlockingIOError:
+            continue
+    else:
+        raise KvmError("KVM_RUN", errno.EBUSY, "an access of the guest does not end")
+    vcpu.clear_exit_request()
+
+
+def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
+    """Give ``vcpu`` the state that ``save_vcpu`` returned; StateError.
+
+    Its TSC counts on from the moment of the save, or ``advance_ns`` after it.  ``tsc.align`` comes
+    once all vCPUs are restored.
+    """
     fields = Fields(f"vcpu{vcpu.index}", data)
     tsc_khz = fields.optional_integer("tsc_khz", 1, (1 << 31) - 1)
     mp_state = fields.integer("mp_state", 0, abi.KVM_MP_STATE_SIPI_RECEIVED)
@@ -95,8 +130,11 @@ def restore_vcpu(vcpu: Vcpu, data: object) -> None:
     debugregs = fields.octets("debugregs", *_exactly(state_abi.KVM_SET_DEBUGREGS))
     lapic = fields.optional_octets("lapic", _size(state_abi.KVM_SET_LAPIC))
     msrs = dict(fields.pairs("msrs", _MOST_MSRS, ((1 << 32) - 1, (1 << 64) - 1)))
+    fields.optional_integer("tsc_offset", 0, _MASK)
     events = fields.octets("events", *_exactly(state_abi.KVM_SET_VCPU_EVENTS))
     fields.end()
+    if advance_ns and tsc_khz is not None and tsc.TSC in msrs:
+        msrs[tsc.TSC] = msrs[tsc.TSC] + tsc.ticks(tsc_khz, advance_ns) & _MASK
     _match(fields, "lapic", lapic, _get_unless(vcpu.fd, irqchip_abi.KVM_GET_LAPIC, errno.EINVAL))
     if vcpu.kvm is not None:
         has_xcrs = vcpu.kvm.check_extension(state_abi.KVM_CAP_XCRS)
@@ -119,10 +157,10 @@ def restore_vcpu(vcpu: Vcpu, data: object) -> None:
     put("debugregs", state_abi.KVM_SET_DEBUGREGS, debugregs)
     if lapic is not None:  # before the MSRs: without it a TSC_DEADLINE is lost silently
         put("lapic", state_abi.KVM_SET_LAPIC, lapic)
-    if vcpu.index == 0 and _MSR_TSC in msrs:
+    if vcpu.index == 0 and tsc.TSC in msrs:
         # A TSC within a second of KVM's own counts as an attempt to synchronise vCPUs, and KVM
         # keeps its own: Linux before 6.7 does so even for a VM's first write.  So lead it away.
-        _set_msrs(vcpu, {_MSR_TSC: (msrs[_MSR_TSC] + _FAR_TICKS) & _MASK}, fields)
+        _set_msrs(vcpu, {tsc.TSC: (msrs[tsc.TSC] + _FAR_TICKS) & _MASK}, fields)
     _set_msrs(vcpu, msrs, fields)
     put("events", state_abi.KVM_SET_VCPU_EVENTS, events)
 
@@ -138,10 +176,11 @@ def save_vm(vm: Vm) -> dict[str, object]:
     return state
 
 
-def restore_vm(vm: Vm, data: object) -> None:
+def restore_vm(vm: Vm, data: object, advance_ns: int = 0) -> None:
     """Give the chips the state that ``save_vm`` returned; StateError.
 
-    kvm-clock goes on from the moment of the save: the time between has not passed for the guest.
+    kvm-clock goes on from the moment of the save: the time between has not passed for the guest, or
+    only ``advance_ns`` of it.
     """
     fields = Fields("chips", data)
     chips = {name: fields.optional_octets(name, _CHIP_BYTES) for name in _CHIPS}
@@ -158,7 +197,10 @@ def restore_vm(vm: Vm, data: object) -> None:
         here = _get_unless(vm.fd, irqchip_abi.KVM_GET_IRQCHIP, errno.ENXIO, asked)
         _match(fields, name, chips[name], here)
     _match(fields, "pit2", pit2, _get_unless(vm.fd, state_abi.KVM_GET_PIT2, errno.ENXIO))
-    clock.flags = 0  # a KVM_CLOCK_REALTIME would add the time that has passed since
+    # KVM_CLOCK_REALTIME would have KVM add the time that has passed.  The caller does so by the
+    # same clock, because not every KVM can, and the TSC must have the same time added.
+    clock.flags = 0
+    clock.clock = clock.clock + advance_ns & _MASK
 
     put = _Putter(vm.fd, fields)
     if pit2 is not None:

@@ -122,6 +122,13 @@ class kvm_clock_data(Structure):
     ]
 
 
+class kvm_device_attr(Structure):
+    _fields_ = [*_each(_u32, "flags group"), *_each(_u64, "attr addr")]
+
+
+KVM_VCPU_TSC_CTRL = 0  # the group of attributes of a vCPU that is about its TSC
+KVM_VCPU_TSC_OFFSET = 0
+
 KVM_IRQCHIP_PIC_MASTER = 0
 KVM_IRQCHIP_PIC_SLAVE = 1
 
@@ -154,6 +161,8 @@ KVM_SET_XCRS = _IOW(0xA7, kvm_xcrs)
 KVM_GET_SREGS2 = _IOR(0xCC, kvm_sregs2)  # KVM_CAP_SREGS2
 KVM_SET_SREGS2 = _IOW(0xCD, kvm_sregs2)
 KVM_GET_XSAVE2 = _IOR(0xCF, kvm_xsave)  # KVM_CAP_XSAVE2
+KVM_SET_DEVICE_ATTR = _IOW(0xE1, kvm_device_attr)  # KVM_CAP_VCPU_ATTRIBUTES
+KVM_GET_DEVICE_ATTR = _IOW(0xE2, kvm_device_attr)
 
 IOCTL_NAMES = MappingProxyType(
     {

@@ -123,13 +123,14 @@ class Runner(PausableRun):
         ``timeout_s`` seconds."""
         self.refuse_own_threads("wait()")
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        if not self._is_over.wait(timeout_s):
+        outcomes, is_over, house = self._outcomes, self._is_over, self._own_house
+        if not is_over.wait(timeout_s):
             return None
-        if self._own_house is not None:
-            self._own_house.join(left_s(until_s))
-            if self._own_house.is_alive():
+        if house is not None:
+            house.join(left_s(until_s))
+            if house.is_alive():
                 return None
-        return self._outcomes[0]
+        return outcomes[0]
 
     def stop(self, outcome: Outcome) -> Outcome | None:
         """End the run with ``outcome``, wait for the end, and return the outcome of the run.
@@ -165,6 +166,11 @@ class Runner(PausableRun):
     def has_begun(self) -> bool:
         """True once the run was asked for, and after its end."""
         return self._has_begun.locked()
+
+    @property
+    def is_ending(self) -> bool:
+        """True once ``finish`` was called."""
+        return bool(self._outcomes)
 
     @property
     def is_over(self) -> bool:
@@ -220,8 +226,7 @@ class Runner(PausableRun):
         for vcpu in vcpus:
             vcpu.run_again()
         output.reopen(console.output_fd)
-        self._outcomes.clear()
-        self._is_over.clear()
+        self._outcomes, self._is_over = [], threading.Event()
         self._start(vcpus, workers, console, output, at_end)
 
     def _start(

@@ -30,7 +30,7 @@ class Stillness:
         self._loops: list[IoLoop] = []
         self._is_held = False
         self._stays_paused = self._stays_quiesced = False
-        """What ``let_go`` leaves."""
+        """The state that ``let_go`` leaves."""
 
     def add(self, loop: IoLoop) -> None:
         """Park ``loop``, of a thread of a device, with the others; before it runs."""

@@ -8,8 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from pyvmm.peers.wait_limit import WaitLimit
+from pyvmm.startup.types import Record
 from pyvmm.storage.backend import BlockBackend, buffers_slice, check_range
 from pyvmm.storage.fault_script import Effect, Fault, Operation
+
+
+class FaultState(Record):
+    """``faults``, how many operations each has counted, and the errno of a latched flush."""
+
+    faults: tuple[Fault, ...]
+    counts: tuple[int, ...]
+    flush_errno: int
 
 
 class FaultyBackend:
@@ -39,6 +48,29 @@ class FaultyBackend:
         self.block_size = backend.block_size
         self.can_discard = backend.can_discard
         self.can_write_zeroes = backend.can_write_zeroes
+
+    @property
+    def inner(self) -> BlockBackend:
+        """The disk behind the faults."""
+        return self._backend
+
+    @classmethod
+    def of_state(cls, backend: BlockBackend, state: FaultState) -> FaultyBackend:
+        """Return ``backend`` behind the faults of ``state``, which go on counting."""
+        disk = cls(backend, state.faults)
+        disk.restore(state)
+        return disk
+
+    def save(self) -> FaultState:
+        """Return the state of the faults."""
+        return FaultState(
+            faults=self._faults, counts=tuple(self._counts), flush_errno=self._flush_errno
+        )
+
+    def restore(self, state: FaultState) -> None:
+        """Go back to ``state``, of the same faults."""
+        self._counts = list(state.counts)
+        self._flush_errno = state.flush_errno
 
     @property
     def size_bytes(self) -> int:

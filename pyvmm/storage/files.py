@@ -17,6 +17,11 @@ from pyvmm.storage.backend import SECTOR_SIZE
 _FLOCK = struct.Struct("hhqqi4x")
 # The errors of file systems without locks.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+# Where copy_file_range is not known, or not between these files.
+_CANNOT_COPY = frozenset(
+    {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+)
+_COPY_CHUNK = 1 << 20
 
 # linux/falloc.h
 KEEP_SIZE = 0x01
@@ -139,3 +144,23 @@ def lock_disk(fd: int, path: str, read_only: bool, report: Callable[[str], None]
         if error.errno not in _NO_LOCKS:
             raise ConfigError(path, f"cannot be locked: {error.strerror}") from error
         report(f"{path}: its file system has no locks; do not attach it twice")
+
+
+def copy_range(source: int, source_at: int, target: int, target_at: int, length: int) -> None:
+    """Copy bytes between descriptors, in the kernel or by sharing blocks where it can; OSError."""
+    is_in_kernel = True
+    while length:
+        done = 0
+        if is_in_kernel:
+            try:
+                done = os.copy_file_range(source, target, length, source_at, target_at)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+        if not done:
+            is_in_kernel = False
+            data = os.pread(source, min(length, _COPY_CHUNK), source_at)
+            if not data:
+                raise OSError(errno.EIO, "the file has become shorter")
+            done = os.pwrite(target, data, target_at)
+        source_at, target_at, length = source_at + done, target_at + done, length - done

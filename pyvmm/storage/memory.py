@@ -31,6 +31,12 @@ class MemoryBackend:
         self.can_discard = self.can_write_zeroes = not self.read_only
         self.size_bytes = self.refresh_size()
 
+    def duplicate_for_reading(self) -> MemoryBackend:
+        """Return the same buffer as a read-only disk of its own."""
+        disk = MemoryBackend(self._buffer, read_only=True)
+        disk.size_bytes = self.size_bytes
+        return disk
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """See ``BlockBackend.readv``."""
         with self._open(offset, sum(map(len, buffers))) as disk:

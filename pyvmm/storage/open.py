@@ -160,53 +160,54 @@ def open_overlay(
     With "" for ``path`` the file has no name and is gone with the overlay.  ``stack`` closes what
     was opened if the caller fails; ``made`` is explained at ``open_backend``.  ConfigError.
     """
+    if not path:
+        return _open_private(base, location, stack, report)
     from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
     from pyvmm.storage.raw import RawBackend
 
-    name, keep = path, bool(path)
-    if not keep:
-        name = f"{snapshot_directory()}/pyvmm-{os.getpid()}-{os.urandom(8).hex()}.snapshot"
-    new = _create(name, store_bytes(base.size_bytes), is_temporary=not keep)
-    # Remove the new file again unless it becomes an overlay; without a name, remove it always.
+    new = _create(path, store_bytes(base.size_bytes))
+    # Remove the new file again unless it becomes an overlay.
     remove = contextlib.ExitStack()
     if new is not None:
         remove.callback(new.undo)
     with remove:
-        # A file that has no name any more is called by its directory.
-        place = f"{snapshot_directory()} (a snapshot's writes go there; TMPDIR names another)"
-        store = RawBackend(name, report=report, called="" if keep else place)
+        store = RawBackend(path, report=report)
         stack.callback(store.close)
         stamp = _stamp(location)
         try:
             if new is not None:
                 format_store(store, base.size_bytes, stamp)
-                if keep:
-                    store.flush()
-                    _sync_directory(name)
-            overlay = OverlayBackend(
-                base, store, name=name, base_stamp=stamp, keep=keep, report=report
-            )
+                store.flush()
+                _sync_directory(path)
+            overlay = OverlayBackend(base, store, name=path, base_stamp=stamp, report=report)
         except OSError as error:
-            raise ConfigError(
-                name, f"cannot be made an overlay: {error.strerror}{_tmpdir_hint(not keep)}"
-            ) from error
-        if keep:
-            made.push(remove.pop_all())
-            stack.callback(made.close)
+            raise ConfigError(path, f"cannot be made an overlay: {error.strerror}") from error
+        made.push(remove.pop_all())
+        stack.callback(made.close)
         return overlay
 
 
-def snapshot_directory() -> str:
-    """Return the directory of a snapshot's file without a name: TMPDIR, or /var/tmp."""
-    return os.environ.get("TMPDIR") or "/var/tmp"  # /tmp is often memory
+def _open_private(
+    base: BlockBackend, location: str, stack: contextlib.ExitStack, report: Callable[[str], None]
+) -> BlockBackend:
+    """Return ``base`` under a file without a name that takes the writes."""
+    from pyvmm.storage.frozen import FrozenDisk
+    from pyvmm.storage.private import PrivateDisk
+    from pyvmm.storage.scratch import snapshot_directory
 
-
-def _tmpdir_hint(is_temporary: bool) -> str:
-    """Return how to have a temporary file elsewhere, to be appended to an error."""
-    if not is_temporary:
-        return ""
-    directory = snapshot_directory()
-    return f"; set TMPDIR, which is {directory} now, to a directory with room that you may write"
+    disk = PrivateDisk(FrozenDisk.of_base(base, location, read_only=False), report=report)
+    stack.callback(disk.close)
+    try:
+        disk.make_room()
+    except OSError as error:
+        directory = snapshot_directory()
+        raise ConfigError(
+            directory,
+            f"no file of {base.size_bytes} bytes can be made there for a snapshot's writes: "
+            f"{error.strerror}; set TMPDIR, which is {directory} now, to a directory with room "
+            "that you may write",
+        ) from error
+    return disk
 
 
 class _NewFile(Record):
@@ -234,7 +235,7 @@ class _NewFile(Record):
                 os.truncate(self.path, 0)
 
 
-def _create(path: str, length: int, *, is_temporary: bool) -> _NewFile | None:
+def _create(path: str, length: int) -> _NewFile | None:
     """Make a file of ``length`` bytes without data, or find one; None if it holds data.
 
     An interrupted run may leave such an empty file behind.
@@ -250,9 +251,7 @@ def _create(path: str, length: int, *, is_temporary: bool) -> _NewFile | None:
     except ValueError as error:
         raise ConfigError(repr(path), f"is no file name: {error}") from error
     except OSError as error:
-        raise ConfigError(
-            path, f"cannot be made: {error.strerror}{_tmpdir_hint(is_temporary)}"
-        ) from error
+        raise ConfigError(path, f"cannot be made: {error.strerror}") from error
     status = os.fstat(fd)
     new = _NewFile(path=path, identity=(status.st_dev, status.st_ino), is_ours=is_ours)
     try:
@@ -263,9 +262,7 @@ def _create(path: str, length: int, *, is_temporary: bool) -> _NewFile | None:
         if is_ours:
             new.undo()
         problem = "no room for" if error.errno == errno.ENOSPC else "cannot be made"
-        raise ConfigError(
-            path, f"{problem} {length} bytes: {error.strerror}{_tmpdir_hint(is_temporary)}"
-        ) from error
+        raise ConfigError(path, f"{problem} {length} bytes: {error.strerror}") from error
     finally:
         os.close(fd)
     return new

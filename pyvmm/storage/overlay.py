@@ -11,20 +11,18 @@ from __future__ import annotations
 import errno
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from pyvmm.errors import ConfigError
-from pyvmm.storage.backend import (
-    SECTOR_SIZE,
-    BlockBackend,
-    BufferCursor,
-    check_range,
-)
+from pyvmm.startup.types import TYPE_CHECKING
+from pyvmm.storage.backend import SECTOR_SIZE, BlockBackend, check_range
+from pyvmm.storage.bitmap import BLOCK_SIZE, PAGE_SIZE, BlockBitmap, block_count, page_count
+from pyvmm.storage.copy_on_write import CopyOnWrite
 
-BLOCK_SIZE = 4096
-"""Bytes of a block, which is copied when a part of it is written."""
-_PAGE_SIZE = 4096  # of the bitmap
-_BLOCKS_PER_PAGE = _PAGE_SIZE * 8
+if TYPE_CHECKING:
+    from pyvmm.storage.frozen import FrozenDisk
+
+
 _NAME = "overlay"
 
 # char magic[8]; le32 version; le32 block_size; le64 size_bytes; le64 data_offset;
@@ -37,16 +35,12 @@ BITMAP_OFFSET = 4096
 
 def store_bytes(size_bytes: int) -> int:
     """Return the size of the store of a disk of ``size_bytes``; nearly all of it stays a hole."""
-    return _data_offset(size_bytes) + _blocks(size_bytes) * BLOCK_SIZE
+    return data_offset(size_bytes) + block_count(size_bytes) * BLOCK_SIZE
 
 
-def _blocks(size_bytes: int) -> int:
-    return -(-size_bytes // BLOCK_SIZE)
-
-
-def _data_offset(size_bytes: int) -> int:
-    pages = -(-_blocks(size_bytes) // _BLOCKS_PER_PAGE)
-    return BITMAP_OFFSET + pages * _PAGE_SIZE
+def data_offset(size_bytes: int) -> int:
+    """Return where the disk's bytes begin in the store of a disk of ``size_bytes``."""
+    return BITMAP_OFFSET + page_count(size_bytes) * PAGE_SIZE
 
 
 def format_store(store: BlockBackend, size_bytes: int, base_stamp: int = 0) -> None:
@@ -55,26 +49,22 @@ def format_store(store: BlockBackend, size_bytes: int, base_stamp: int = 0) -> N
     ``base_stamp`` is any number that changes when the base does: its mtime in ns.
     """
     fields = _HEADER.pack(
-        _MAGIC, _VERSION, BLOCK_SIZE, size_bytes, _data_offset(size_bytes), base_stamp
+        _MAGIC, _VERSION, BLOCK_SIZE, size_bytes, data_offset(size_bytes), base_stamp
     )
     header = (fields + zlib.crc32(fields).to_bytes(4, "little")).ljust(SECTOR_SIZE, b"\0")
     store.writev([memoryview(header)], 0)
 
 
-class OverlayBackend:
+class OverlayBackend(CopyOnWrite):
     """``base`` with what was written over it, which is kept in ``store``; owns both.
 
     ``name`` is the store's, for messages.  ConfigError, naming it, if it is no store, or one for a
-    disk of another size.  With ``keep`` False the store will not be opened again, so flushes do
-    nothing.  ``report`` takes a line if a store that holds blocks was made with another
-    ``base_stamp``, and if ``close`` cannot save what was never flushed.
+    disk of another size.  ``report`` takes a line if a store that holds blocks was made with
+    another ``base_stamp``, and if ``close`` cannot save what was never flushed.
 
     Bits of blocks written since the last flush are only in memory.  ``flush`` makes the blocks
     stable, writes the bits, and makes these stable.
     """
-
-    read_only = False
-    can_write_zeroes = True
 
     def __init__(
         self,
@@ -83,10 +73,9 @@ class OverlayBackend:
         *,
         name: str,
         base_stamp: int = 0,
-        keep: bool = True,
         report: Callable[[str], None],
     ) -> None:
-        if _check_store(store, base.size_bytes, name) != base_stamp:
+        if check_store(store, base.size_bytes, name) != base_stamp:
             if _holds_any(store, base.size_bytes):
                 report(
                     f"{name}: its base was changed or copied after the overlay was made; "
@@ -94,38 +83,24 @@ class OverlayBackend:
                 )
             else:  # nothing in it depends on what the base was
                 format_store(store, base.size_bytes, base_stamp)
-        self.size_bytes = base.size_bytes
-        self.block_size = base.block_size
+        super().__init__(base.size_bytes, base.block_size, BlockBitmap(self._load_page))
         self.can_discard = store.can_discard
-        self._base = base
+        self.base = base
         self._store = store
         self._name = name
-        self._keep = keep
         self._report = report
-        self._data = _data_offset(self.size_bytes)
-        self._pages: dict[int, bytearray] = {}
-        self._dirty: set[int] = set()
-        self.extra_calls = 0
-        self.merges = False
+        self._data = data_offset(self.size_bytes)
+        # Pages with bits of blocks that were written since the last flush.
+        self._dirty = self._bitmap.changed
         # The errno, not the error, whose traceback would keep the caller's buffers.
         self._failed_errno = 0
         self._closed = False
 
-    def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """See ``BlockBackend.readv``."""
-        length = sum(map(len, buffers))
-        check_range(_NAME, offset, length, self.size_bytes)
-        cursor = BufferCursor(buffers)
-        for start, count, is_held in self._runs(offset, length):
-            if count == length:
-                part = buffers
-            else:
-                part = cursor.take(count)
-                self.extra_calls += 1
-            if is_held:
-                self._store.readv(part, self._data + start)
-            else:
-                self._base.readv(part, start)
+    def _place(self) -> tuple[BlockBackend, int]:
+        return self._store, self._data
+
+    def _read_below(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self.base.readv(buffers, offset)
 
     def writev(
         self, buffers: Sequence[memoryview], offset: int, *, durable: bool = False
@@ -134,72 +109,69 @@ class OverlayBackend:
         length = sum(map(len, buffers))
         check_range(_NAME, offset, length, self.size_bytes)
         self._check_latch(durable)
-        is_sync = durable and self._keep
-        is_held = all(held for _, _, held in self._runs(offset, length))
-        if is_held and not (is_sync and self._dirty):
+        if self._holds_all(offset, length) and not (durable and self._dirty):
             # In place: the bits are stable already.
             try:
-                self._store.writev(buffers, self._data + offset, durable=is_sync)
+                self._store.writev(buffers, self._data + offset, durable=durable)
             except OSError as error:
-                if is_sync:
+                if durable:
                     self._latch(error)
                 raise
             return
-        head, tail = self._block_edges(offset, length)
-        whole = [memoryview(head), *buffers, memoryview(tail)]
-        self._store.writev(whole, self._data + offset - len(head))
-        self._hold(offset, length)
-        if is_sync:
+        self._write_whole_blocks(buffers, offset, length)
+        if durable:
             self.flush()
 
     def flush(self) -> None:
         """See ``BlockBackend.flush``."""
         self._check_latch(True)
-        if not self._keep:
-            return
         try:
             self._store.flush()
             if self._dirty:
                 for page in sorted(self._dirty):
-                    place = BITMAP_OFFSET + page * _PAGE_SIZE
-                    self._store.writev([memoryview(self._pages[page])], place)
+                    place = BITMAP_OFFSET + page * PAGE_SIZE
+                    self._store.writev([memoryview(self._bitmap.page(page))], place)
                 self._store.flush()
                 self._dirty.clear()
         except OSError as error:
             self._latch(error)
             raise
 
-    def discard(self, offset: int, length: int) -> None:
-        """See ``BlockBackend.discard``: holes in the store; the bits stay.
-
-        Blocks that the store holds read as zero from then on, all others as before.
-        """
-        check_range(_NAME, offset, length, self.size_bytes)
-        self._store.discard(self._data + offset, length)
-
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """See ``BlockBackend.write_zeroes``: the blocks are held, as holes with ``unmap``."""
-        check_range(_NAME, offset, length, self.size_bytes)
-        if not length:
-            return
-        head, tail = self._block_edges(offset, length)
-        self._store.write_zeroes(self._data + offset, length, unmap=unmap)
-        if head:
-            self._store.writev([memoryview(head)], self._data + offset - len(head))
-            self.extra_calls += 1
-        if tail:
-            self._store.writev([memoryview(tail)], self._data + offset + length)
-            self.extra_calls += 1
-        self._hold(offset, length)
-
-    def refresh_size(self) -> int:
-        """Return the size that the base had when the overlay was made: an overlay keeps it."""
-        return self.size_bytes
-
     def hurry(self, until_s: float) -> None:
         """See ``BlockBackend.hurry``."""
-        self._base.hurry(until_s)
+        self.base.hurry(until_s)
         self._store.hurry(until_s)
+
+    def freeze(self) -> FrozenDisk:
+        """Return a copy of what the store holds, over the same base, for the caller to close.
+
+        The store goes on as the place of this disk's writes: a flush must end there.  It is only
+        read.  OSError if there is no room for the copy.
+        """
+        from pyvmm.storage.frozen import FrozenDisk, duplicate_base
+        from pyvmm.storage.saving import copy_blocks
+        from pyvmm.storage.scratch import take_stripe
+
+        location = getattr(self.base, "path", self._name)
+        below = FrozenDisk.of_base(duplicate_base(self.base), location, read_only=False)
+        stripe = None
+        try:
+            stripe = take_stripe(None, below.stripe_bytes, self._report)
+            bitmap = BlockBitmap()
+            for start, length, is_held in self._bitmap.runs(0, self.size_bytes):
+                if is_held:
+                    copy_blocks(
+                        self._store, self._data + start, stripe.store, stripe.offset + start, length
+                    )
+                    bitmap.hold(start, length)
+            if not bitmap.pages:
+                return below.share()
+            taken, stripe = stripe, None
+            return below.with_layer(taken, bitmap)
+        finally:
+            if stripe is not None:
+                stripe.free()
+            below.close()
 
     def close(self) -> None:
         """Save the bits of written blocks, and close store and base; idempotent.
@@ -210,7 +182,7 @@ class OverlayBackend:
         if self._closed:
             return
         self._closed = True
-        if self._dirty and self._keep:
+        if self._dirty:
             try:
                 self.flush()
             except OSError as error:
@@ -218,72 +190,12 @@ class OverlayBackend:
         try:
             self._store.close()
         finally:
-            self._base.close()
+            self.base.close()
 
-    # Which blocks are held ---------------------------------------------------------------------
-
-    def _page(self, index: int) -> bytearray:
-        """Page ``index`` of the bitmap, read when it is first needed.
-
-        Bit n % 8 of byte n // 8 (of the whole bitmap) belongs to block n.
-        """
-        page = self._pages.get(index)
-        if page is None:
-            page = bytearray(_PAGE_SIZE)
-            self._store.readv([memoryview(page)], BITMAP_OFFSET + index * _PAGE_SIZE)
-            self._pages[index] = page
+    def _load_page(self, index: int) -> bytearray:
+        page = bytearray(PAGE_SIZE)
+        self._store.readv([memoryview(page)], BITMAP_OFFSET + index * PAGE_SIZE)
         return page
-
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield the bytes from ``offset`` as (offset, length, True if the store holds them)."""
-        position, end = offset, offset + length
-        while position < end:
-            block = position // BLOCK_SIZE
-            page, first = divmod(block, _BLOCKS_PER_PAGE)
-            last = min(_BLOCKS_PER_PAGE, first + _blocks(end) - block)
-            some = self._page(page)[first // 8 : -(-last // 8)]
-            bits = int.from_bytes(some, "little") >> first % 8
-            left = last - first
-            bits &= (1 << left) - 1
-            while left:
-                is_held = bool(bits & 1)
-                # The lowest bit that differs from the run, or everything that is left.
-                other = bits ^ ((1 << left) - 1) if is_held else bits
-                count = (other & -other).bit_length() - 1 if other else left
-                stop = min(end, (position // BLOCK_SIZE + count) * BLOCK_SIZE)
-                yield position, stop - position, is_held
-                position = stop
-                bits >>= count
-                left -= count
-
-    def _hold(self, offset: int, length: int) -> None:
-        """Mark the blocks of these bytes as held by the store."""
-        block, end = offset // BLOCK_SIZE, _blocks(offset + length)
-        while block < end:
-            index, first = divmod(block, _BLOCKS_PER_PAGE)
-            last = min(_BLOCKS_PER_PAGE, first + end - block)
-            page = self._page(index)
-            low, high = first // 8, -(-last // 8)
-            old = int.from_bytes(page[low:high], "little")
-            new = old | ((1 << (last - first)) - 1) << first % 8
-            if new != old:
-                page[low:high] = new.to_bytes(high - low, "little")
-                self._dirty.add(index)
-            block += last - first
-
-    def _block_edges(self, offset: int, length: int) -> tuple[bytearray, bytearray]:
-        """Return the bytes of the first block before, and of the last block behind, these bytes.
-
-        At the end of the disk the last block is cut off.
-        """
-        start = offset // BLOCK_SIZE * BLOCK_SIZE
-        end = offset + length
-        head = bytearray(offset - start)
-        tail = bytearray(min(_blocks(end) * BLOCK_SIZE, self.size_bytes) - end)
-        self.readv([memoryview(head)], start)
-        self.readv([memoryview(tail)], end)
-        self.extra_calls += bool(head) + bool(tail)
-        return head, tail
 
     def _check_latch(self, durable: bool) -> None:
         if durable and self._failed_errno:
@@ -295,22 +207,22 @@ class OverlayBackend:
 
 def _holds_any(store: BlockBackend, size_bytes: int) -> bool:
     """True if ``store`` holds any block of a disk of ``size_bytes``."""
-    page = bytearray(_PAGE_SIZE)
-    for offset in range(BITMAP_OFFSET, _data_offset(size_bytes), _PAGE_SIZE):
+    page = bytearray(PAGE_SIZE)
+    for offset in range(BITMAP_OFFSET, data_offset(size_bytes), PAGE_SIZE):
         store.readv([memoryview(page)], offset)
         if any(page):
             return True
     return False
 
 
-def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:
+def check_store(store: BlockBackend, size_bytes: int, name: str) -> int:
     """Return the stamp of the base; ConfigError unless ``store`` fits a disk of ``size_bytes``."""
     sector = bytearray(SECTOR_SIZE)
     try:
         store.readv([memoryview(sector)], 0)
     except OSError as error:
         raise ConfigError(name, f"cannot be read: {error.strerror}") from error
-    magic, version, block_size, disk_bytes, data_offset, stamp = _HEADER.unpack_from(sector)
+    magic, version, block_size, disk_bytes, data_at, stamp = _HEADER.unpack_from(sector)
     if magic != _MAGIC:
         from pyvmm.storage.image_kinds import kind_of_head
 
@@ -327,7 +239,7 @@ def _check_store(store: BlockBackend, size_bytes: int, name: str) -> int:
         raise ConfigError(
             name, f"belongs to a base of {disk_bytes} bytes, and this one has {size_bytes}"
         )
-    if (block_size, data_offset) != (BLOCK_SIZE, _data_offset(size_bytes)):
+    if (block_size, data_at) != (BLOCK_SIZE, data_offset(size_bytes)):
         raise ConfigError(name, "has a damaged header (it does not fit its own size)")
     if store.size_bytes < store_bytes(size_bytes):
         raise ConfigError(

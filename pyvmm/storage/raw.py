@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ class RawBackend:
     takes a line about an oddity that is no reason to refuse, and one for each kind of error that
     the host answers later.  These lines call the file ``called``, or by its path.
 
+    ``fd``, if given, is a descriptor of it, which is locked already or needs no lock; the disk
+    owns it from now on.  Any number of threads may read at once, beside one that writes.
+
     Writes never make the file grow, not even one that somebody has truncated meanwhile: beyond its
     end they are EIO, as reads are.  CPython itself retries interrupted system calls (PEP 475).
     """
@@ -49,26 +53,49 @@ class RawBackend:
 
     def __init__(
         self, path: str, *, read_only: bool = False, report: Callable[[str], None],
-        called: str = "",
+        called: str = "", fd: int | None = None,
     ) -> None:
         self.path = path
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
         self.size_bytes = 0
         self._report = report
-        self._errors = HostErrors(called or path, report)
+        self._called = called or path
+        self._errors = HostErrors(self._called, report)
         self._flush_errno = 0
         self._closed = False
-        self._fd = open_disk(path, read_only)
+        self._fd = open_disk(path, read_only) if fd is None else fd
         try:
-            check_disk(self._fd, path)
-            lock_disk(self._fd, path, read_only, report)
+            if fd is None:
+                check_disk(self._fd, path)
+                lock_disk(self._fd, path, read_only, report)
             self.block_size = logical_block_size(self._fd)
             self._may_shrink = stat.S_ISREG(os.fstat(self._fd).st_mode)
             self.refresh_size()
         except BaseException:
             self.close()
             raise
+
+    def duplicate_for_reading(self) -> RawBackend:
+        """Return the same file as a read-only disk of its own; both hold the file's lock.
+
+        The lock lasts until the last of them is closed.
+        """
+        disk = RawBackend(
+            self.path, read_only=True, report=self._report, called=self._called,
+            fd=fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, 0),
+        )
+        disk.size_bytes = self.size_bytes
+        return disk
+
+    def fileno(self) -> int:
+        """Return the file's descriptor, which stays this disk's."""
+        return self._fd
+
+    def extend(self, length: int) -> None:
+        """Make the file ``length`` bytes long, for an owner that uses it as a store; OSError."""
+        os.ftruncate(self._fd, length)
+        self.size_bytes = length
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         """See ``BlockBackend.readv``.  EIO if the file ends early."""

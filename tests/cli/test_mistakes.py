@@ -24,12 +24,13 @@ PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "kernel build": ["d
         "test": ["--kernel", "k"],
         "export": ["--disk", "d", "--socket", "s"],
         "ctl SOCKET type": ["t"], "ctl SOCKET put": ["a", "/b"], "ctl SOCKET get": ["/a", "b"],
-        "ctl SOCKET memory": ["0", "1"]}
+        "ctl SOCKET memory": ["0", "1"], "ctl SOCKET snapshot": ["a"]}
 """The words that make the rest of a command line complete."""
 NO_COMMAND = {
     "lab": "lab: no command given", "test": "test: has nothing to do",
     "ctl SOCKET run": "ctl run: names no command",
     "ctl SOCKET registers": "SOCKET: No such file",  # of vCPU 0
+    "ctl SOCKET rewind": "SOCKET: No such file",  # to the newest
 }
 
 

@@ -133,7 +133,8 @@ def test_a_vcpu_is_saved_in_an_order_that_loses_nothing(rig: Rig) -> None:
     assert is_plain(state)
     assert rig.names() == [
         "GET_MP_STATE", "GET_REGS", "GET_SREGS2", "GET_XSAVE2", "GET_XCRS", "GET_DEBUGREGS",
-        "GET_LAPIC", "GET_TSC_KHZ", "GET_MSR_INDEX_LIST", "GET_MSRS", "GET_VCPU_EVENTS",
+        "GET_LAPIC", "GET_TSC_KHZ", "GET_DEVICE_ATTR", "GET_MSR_INDEX_LIST", "GET_MSRS",
+        "GET_VCPU_EVENTS",
     ]
     assert state["xsave"] == bytes([0x5A]) * 8192
     assert state["sregs"] is None
@@ -183,13 +184,31 @@ def test_the_first_vcpus_tsc_is_set_twice_so_that_kvm_takes_it(rig: Rig) -> None
         assert all(abs(tsc - 0x11) > 1 << 40 for tsc in written[:-1])
 
 
+def test_time_that_has_passed_is_in_the_tsc_and_in_kvm_clock(rig: Rig) -> None:
+    state, chips = rig.vcpu.save() | {"tsc_khz": 2_000_000}, rig.vm.save()
+    rig.kernel.calls.clear()
+    rig.vcpu.restore(state, 3_000_000_000)
+    rig.vm.restore(chips, 3_000_000_000)
+    tscs = [
+        struct.unpack_from("<Q", data, 16 + 16 * at)[0]
+        for name, data in rig.kernel.calls if name == "KVM_SET_MSRS" and isinstance(data, bytes)
+        for at in range((len(data) - 8) // 16)
+        if struct.unpack_from("<I", data, 8 + 16 * at)[0] == 0x10
+    ]
+    assert tscs == [0x11 + 6_000_000_000]
+    clock = next(data for name, data in rig.kernel.calls if name == "KVM_SET_CLOCK")
+    assert isinstance(clock, bytes)
+    assert struct.unpack_from("<Q", clock)[0] == 0x5A5A_5A5A_5A5A_5A5A + 3_000_000_000
+
+
 def test_an_old_kvm_is_asked_for_what_it_has(old: Rig) -> None:
+    old.kernel.answers["KVM_GET_DEVICE_ATTR"] = OSError(errno.ENXIO, "no attributes")
     state = old.vcpu.save()
     assert old.names() == [
         "GET_MP_STATE", "GET_REGS", "GET_SREGS", "GET_XSAVE", "GET_DEBUGREGS", "GET_LAPIC",
-        "GET_MSR_INDEX_LIST", "GET_MSRS", "GET_VCPU_EVENTS",
+        "GET_DEVICE_ATTR", "GET_MSR_INDEX_LIST", "GET_MSRS", "GET_VCPU_EVENTS",
     ]
-    assert [state[name] for name in ("sregs2", "xcrs", "tsc_khz")] == [None] * 3
+    assert [state[name] for name in ("sregs2", "xcrs", "tsc_khz", "tsc_offset")] == [None] * 4
     old.vcpu.restore(state)
     assert old.changes() == [
         "SET_MP_STATE", "SET_REGS", "SET_SREGS", "SET_XSAVE", "SET_DEBUGREGS", "SET_LAPIC",

@@ -16,6 +16,7 @@ from tests.support.patience import patient
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 KERNEL, VMLINUX = BUILD / "bzImage", BUILD / "vmlinux"
+TWICE = BUILD / "twice" / "bzImage"  # the same, and it finds disks by the command line too
 IMAGE = BUILD / "test.img"  # as build/root.img was before anybody booted it
 TOOLS = BUILD / "tools.img"  # the same, with fio, mke2fs, e2fsck and blkdiscard; boot it with ,ro
 USER_SPACE = "pyvmm-init: user space reached"

@@ -15,7 +15,7 @@ def comparable_vcpu(state: dict[str, object]) -> dict[str, object]:
     state = copy.deepcopy(state)
     msrs = state["msrs"]
     assert isinstance(msrs, list)
-    del state["msrs"]
+    del state["msrs"], state["tsc_offset"]
     return state | {
         f"MSR {index:#x}": hex(value) for index, value in msrs if index not in MAY_DIFFER
     }

@@ -15,6 +15,12 @@ MIB = 1 << 20
 REGIONS = ((0, 640 << 10), (MIB, 3 * MIB))
 
 
+def make_writable(path: Path) -> None:
+    """Let a test damage the files of the snapshot at ``path``."""
+    for file in path.iterdir():
+        file.chmod(0o600)
+
+
 def ram_content(size_bytes: int, mark: int = 1) -> bytearray:
     """RAM of which one page in eight holds something."""
     ram = bytearray(size_bytes)
@@ -56,10 +62,11 @@ def make_saved(
     base: tuple[Path, bytes] | None = None,
     runs: tuple[tuple[int, int], ...] = ((MIB, 8192), (2 * MIB, 4096)),
     host: object = None,
+    regions: tuple[tuple[int, int], ...] = REGIONS,
 ) -> bytes:
     """Make a snapshot at ``path``, a diff over ``base`` (path, id) if there is one; its id."""
     overlays = {0: b"overlay" * 100} if overlays is None else overlays
-    size = sum(length for _, length in REGIONS)
+    size = sum(length for _, length in regions)
     about = About.new()
     with Writer(path) as writer:
         ram = ram_content(size, mark)
@@ -75,7 +82,7 @@ def make_saved(
         for index, content in overlays.items():
             Path(writer.path_of(layout.overlay_name(index))).write_bytes(content)
         saved_ram = SavedRam(
-            regions=REGIONS, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
+            regions=regions, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
             runs=None if base is None else runs,
         )
         writer.finish({

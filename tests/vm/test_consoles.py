@@ -13,6 +13,7 @@ from tests.support.guest import (
     KERNEL,
     TIMEOUT_S,
     TOOLS,
+    TWICE,
     USER_SPACE,
     Run,
     boot,
@@ -102,15 +103,15 @@ def test_fault_34_an_initramfs_whose_console_is_a_module_can_say_why_it_gives_up
 
 
 @pytest.mark.parametrize(("kernel", "append"), [
-    (Path("acpi"), ""), (Path("acpi"), "acpi=off"), (STABLE, "acpi=off"), (BACKPORTS, "pci=off"),
-], ids=str)
+    (KERNEL, ""), (TWICE, ""), (TWICE, "acpi=off"), (STABLE, "acpi=off"), (BACKPORTS, "pci=off"),
+], ids=["ours", "twice", "twice without ACPI", "stable without ACPI", "backports without PCI"])
 def test_fault_28_no_kernel_complains_that_there_is_no_pci(
     kernel: str | Path, append: str
 ) -> None:
     """pci=off is the user's wish, and Linux's answer to it."""
     if isinstance(kernel, Path):
         seen = boot("--disk", f"{TOOLS},ro", append=f"{append} {run_in_guest('exit 0')}",
-                    kernel=KERNEL.parent / kernel / "bzImage")
+                    kernel=kernel)
     else:
         seen = boot_stock(kernel, "exit 0", append=f"{append} rootdelay=1 panic=-1")
     finds_disks = isinstance(kernel, Path) or append != "acpi=off"

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guest import BUILD, IMAGE, KERNEL, Run, boot, run_in_guest, sparse
+from tests.support.guest import IMAGE, KERNEL, TWICE, Run, boot, run_in_guest, sparse
 from tests.support.stock import STABLE, boot_stock
 
 pytestmark = pytest.mark.kvm
 
-ACPI_KERNEL = BUILD / "acpi" / "bzImage"
 NAMES = [f"vd{letter}" for letter in "abcdefgh"]
 DEVICES = 10
 NUMBERS = [f"virtio{index}" for index in range(DEVICES)]
@@ -51,18 +50,21 @@ def check(run: Run) -> None:
     assert run.lines("to ") == ["/dev/hvc0"], seen
 
 
-def test_all_of_them_by_the_command_line(disks: list[str]) -> None:
-    check(boot("--disk", ROOT, *disks,
-               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=KERNEL))
+@pytest.mark.parametrize("cpus", [1, 8])
+def test_all_of_them_by_acpi(disks: list[str], cpus: int) -> None:
+    run = boot("--disk", ROOT, *disks, "--cpus", str(cpus),
+               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=KERNEL)
+    check(run)
+    assert "can't request region" not in run.console, "it does not read the command line"
 
 
-def test_all_of_them_by_acpi(disks: list[str]) -> None:
+def test_all_of_them_by_debians_kernel(disks: list[str]) -> None:
     check(boot_stock(STABLE, SHOW, *disks, "--cpus", "2", root=ROOT, append=CONSOLES))
 
 
 def test_a_kernel_that_is_told_twice_sees_each_once(disks: list[str]) -> None:
     run = boot("--disk", ROOT, *disks, "--cpus", "2",
-               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
+               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=TWICE)
     check(run)
     # Why none is seen twice: Linux gives the registers to one.
     assert run.console.count("can't request region for resource") == DEVICES
@@ -71,12 +73,12 @@ def test_a_kernel_that_is_told_twice_sees_each_once(disks: list[str]) -> None:
 @pytest.mark.parametrize("way", ["acpi", "cmdline"])
 def test_such_a_kernel_may_be_told_once(disks: list[str], way: str) -> None:
     run = boot("--disk", ROOT, *disks, "--discovery", way,
-               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
+               append=f"{CONSOLES} {run_in_guest(SHOW)}", kernel=TWICE)
     check(run)
     assert "can't request region" not in run.console
 
 
 def test_a_kernel_with_acpi_switched_off_takes_the_command_line(disks: list[str]) -> None:
     run = boot("--disk", ROOT, *disks,
-               append=f"{CONSOLES} acpi=off {run_in_guest(SHOW)}", kernel=ACPI_KERNEL)
+               append=f"{CONSOLES} acpi=off {run_in_guest(SHOW)}", kernel=TWICE)
     check(run)

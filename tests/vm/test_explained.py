@@ -14,7 +14,7 @@ from pyvmm.cli.main import main
 from pyvmm.cli.run import COMMAND, config_from
 from pyvmm.startup.options import parse_options
 from tests.support.disk_heads import file_system
-from tests.support.guest import BUILD, IMAGE, KERNEL, TOOLS, boot, run_in_guest
+from tests.support.guest import BUILD, IMAGE, KERNEL, TOOLS, TWICE, boot, run_in_guest
 from tests.support.kernels import lacking
 from tests.support.stock import BACKPORTS, STABLE, stock_kernel
 
@@ -41,7 +41,8 @@ def test_a_root_that_is_not_there_is_a_panic_with_a_remedy() -> None:
 
 @pytest.mark.parametrize(("disk", "options", "lacks"), [
     (file_system("xfs"), (), "CONFIG_XFS_FS (root file system xfs): a root of xfs"),
-    (None, ("--discovery", "acpi"), "CONFIG_ACPI (virtio-mmio discovery by ACPI): no disk"),
+    (None, ("--discovery", "cmdline"),
+     "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES (virtio-mmio discovery with acpi=off): no disk"),
 ])
 def test_what_the_kernel_lacks_is_read_from_it_after_a_panic_and_said_before_the_next(
     tmp_path: Path, disk: bytes | None, options: tuple[str, ...], lacks: str
@@ -57,10 +58,9 @@ def test_what_the_kernel_lacks_is_read_from_it_after_a_panic_and_said_before_the
 
 
 def test_a_kernel_that_waits_for_its_root_in_vain() -> None:
-    run = boot("--disk", f"{IMAGE},snapshot", "--discovery", "acpi", append="rootwait",
-               timeout_s=10)
+    run = boot("--disk", f"{IMAGE},snapshot", append="acpi=off rootwait", timeout_s=10)
     assert run.status == 124, run.console + run.messages
-    assert "the kernel lacks CONFIG_ACPI (virtio-mmio discovery by ACPI)" in run.messages
+    assert "the kernel lacks CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES" in run.messages
 
 
 def test_an_ext2_root_is_mounted_by_ext4(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_an_ext2_root_is_mounted_by_ext4(tmp_path: Path) -> None:
     assert "Requested init /nothing failed" in run.messages, run.console + run.messages
 
 
-@pytest.mark.parametrize("kernel", ["ours", "acpi", STABLE, BACKPORTS])
+@pytest.mark.parametrize("kernel", ["ours", "twice", STABLE, BACKPORTS])
 def test_nothing_is_said_of_kernels_that_boot(
     capsys: pytest.CaptureFixture[str], kernel: str
 ) -> None:
@@ -85,11 +85,11 @@ def test_nothing_is_said_of_kernels_that_boot(
         path = stock.vmlinuz
         disk += ["--initrd", str(stock.initramfs), "--append", "root=/dev/vda"]
     else:
-        path = {"ours": KERNEL, "acpi": BUILD / "twice/bzImage"}[kernel]
-        ways += [["--discovery", "cmdline", "--cpus", "4"], ["--append", "acpi=off"],
-                 ["--initrd", str(BUILD / "initramfs.cpio.gz")]]
-    if kernel != "ours":
-        ways += [["--discovery", "acpi", "--cpus", "4"]]
+        path = {"ours": KERNEL, "twice": TWICE}[kernel]
+        ways += [["--initrd", str(BUILD / "initramfs.cpio.gz")]]
+    ways += [["--discovery", "acpi", "--cpus", "4"]]
+    if kernel == "twice":
+        ways += [["--discovery", "cmdline", "--cpus", "4"], ["--append", "acpi=off"]]
     assert main(["kernel", "inspect", str(path)]) == 0
     assert "missing  " in capsys.readouterr().out
     for way in ways:

@@ -72,8 +72,8 @@ _EXTRA_CALL_WORK = 16 << 10
 class BlockDevice(RingDevice):
     """A disk of whole sectors over ``backend``, which belongs to the caller.
 
-    The rate limiter reads ``clock``, in seconds.  Several devices of one disk share ``limiter``;
-    without it the device has its own.
+    It stays ``disk``, whatever is put before it.  The rate limiter reads ``clock``, in seconds.
+    Several devices of one disk share ``limiter``; without it the device has its own.
     """
 
     device_type = DeviceType.BLOCK
@@ -87,7 +87,7 @@ class BlockDevice(RingDevice):
         limiter: RateLimiter | None = None,
     ) -> None:
         self._config = config
-        self._backend = backend
+        self.disk = self._backend = backend
         self._clock = clock
         self._read_only = config.read_only or backend.read_only
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")

@@ -1,0 +1,209 @@
+"""Moments of one machine, kept in memory, to which it can return (docs/time-travel.md)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from pyvmm.board.disks import check_disks, freeze_disks, revert_disks
+from pyvmm.errors import SnapshotError
+from pyvmm.machine import Machine
+from pyvmm.ram.journal import RamJournal
+from pyvmm.snapshot.rewind import WayBack, put_back
+from pyvmm.snapshot.still import check_open, still
+from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
+
+if TYPE_CHECKING:
+    from pyvmm.ram.image import RamImage
+    from pyvmm.storage.frozen import FrozenDisk
+
+MAX_BYTES = 1 << 30
+"""RAM that is kept to undo what a guest has written between checkpoints, unless told otherwise."""
+MAX_COUNT = 1024
+"""Checkpoints that are kept at most: for each there are some 50 kB of state, besides RAM."""
+CALL = "checkpoint()"
+
+
+class _Facts(Protocol):
+    state: dict[str, object]
+
+
+class _Snapshot(Protocol):
+    """The part of ``snapshot.Snapshot`` that this file needs."""
+
+    image: RamImage
+    disks: Sequence[FrozenDisk]
+    facts: _Facts
+
+
+class Checkpoint(Record, kw_only=False):
+    """A moment: all but RAM, which the journal has by ``number``.
+
+    ``base`` is the snapshot that was the machine's newest then.
+    """
+
+    number: int
+    state: dict[str, object]
+    disks: Sequence[FrozenDisk]
+    base: object
+
+    def close(self) -> None:
+        """Free the disks."""
+        for disk in self.disks:
+            disk.close()
+
+
+class Checkpoints:
+    """The checkpoints of ``machine``, and its way back to them or to its newest snapshot.
+
+    Only the pages that were written since the last checkpoint are copied.  Those that undo them
+    take ``max_bytes`` at most, and there are ``max_count`` checkpoints at most: the oldest one goes
+    first, and ``dropped`` counts them.  All methods may be called from any thread that is none of
+    the run; the machine's lock is held meanwhile.
+    """
+
+    def __init__(
+        self, machine: Machine, *, max_bytes: int = MAX_BYTES, max_count: int = MAX_COUNT
+    ) -> None:
+        self._machine = machine
+        self._max_bytes = max_bytes
+        self._max_count = max_count
+        self._journal: RamJournal | None = None
+        self._kept: deque[Checkpoint] = deque()
+        self._base_before: object = None
+        """The machine's snapshot when it took its newest checkpoint, or went back to one."""
+        self.dropped = 0
+        """The number of checkpoints that went to make room."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The checkpoints that there are, the oldest first; a number is never given twice."""
+        return tuple(kept.number for kept in list(self._kept))
+
+    @property
+    def held_bytes(self) -> int:
+        """The RAM that the checkpoints take to be undone."""
+        return 0 if self._journal is None else self._journal.held_bytes
+
+    def take(self) -> int:
+        """Keep this moment; return its number.
+
+        SnapshotError for disks that cannot be brought back, before the guest is held; and for a
+        machine that has not started or is over.
+        """
+        machine = self._machine
+        check_disks(machine.board, into_directory=False, to_rewind=True)
+        if machine.board.memory.fd is not None:
+            raise SnapshotError(CALL, "another process shares the guest's RAM, and may write it")
+        with machine.lock, still(machine, CALL), contextlib.ExitStack() as undo:
+            disks = freeze_disks(machine.board)
+            for disk in disks:
+                undo.callback(disk.close)
+            state = machine.save()
+            if self._journal is None:
+                self._journal = RamJournal(machine.board.memory, max_bytes=self._max_bytes)
+            try:
+                number = self._journal.checkpoint()
+            finally:
+                self._drop(self._journal.numbers)
+            undo.pop_all()
+            self._base_before = machine.base
+            self._kept.append(Checkpoint(number, state, disks, machine.base))
+            while len(self._kept) > self._max_count:
+                self._kept.popleft().close()
+                self.dropped += 1
+        return number
+
+    def rewind(
+        self,
+        number: int | None = None,
+        *,
+        attach: Callable[[bool], None] = lambda _begins_anew: None,
+    ) -> None:
+        """Take the machine back to checkpoint ``number``; those after it are forgotten.
+
+        None is the newest moment: a checkpoint, or the snapshot that was taken after it, or the one
+        from which the machine was cloned.  SnapshotError if there is none, or no such checkpoint.
+        See ``snapshot.rewind`` for ``attach`` and all else.
+        """
+        machine = self._machine
+        with machine.lock:
+            kept = self._find(number)
+            if kept is None:
+                self._go_back_to_base(attach)
+            else:
+                self._go_back(kept, attach)
+
+    def close(self) -> None:
+        """Forget all checkpoints, before the machine is closed; idempotent."""
+        with self._machine.lock:
+            while self._kept:
+                self._kept.pop().close()
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+
+    def _find(self, number: int | None) -> Checkpoint | None:
+        """Return the checkpoint to go back to; None for the machine's snapshot; SnapshotError."""
+        base = self._machine.base
+        if number is None:
+            if self._kept and (base is None or base is self._base_before):
+                return self._kept[-1]
+            if base is None:
+                raise SnapshotError(
+                    "rewind()", "there is no checkpoint and no snapshot to go back to"
+                )
+            return None
+        for kept in self._kept:
+            if kept.number == number:
+                return kept
+        held = f"{self._kept[0].number} to {self._kept[-1].number}" if self._kept else "none"
+        raise SnapshotError(f"checkpoint {number}", f"is not held; there are {held}")
+
+    def _go_back(self, kept: Checkpoint, attach: Callable[[bool], None]) -> None:
+        machine, journal = self._machine, self._journal
+        assert journal is not None  # there are checkpoints
+
+        def bring_back() -> None:
+            journal.rewind(kept.number)
+            revert_disks(machine.board, kept.disks)
+
+        put_back(machine, WayBack(state=kept.state, bring_back=bring_back, attach=attach))
+        while self._kept[-1] is not kept:
+            self._kept.pop().close()
+        self._base_before = machine.base
+
+    def _go_back_to_base(self, attach: Callable[[bool], None]) -> None:
+        machine, base = self._machine, self._machine.base
+        snapshot: _Snapshot = base  # type: ignore[assignment]
+        memory = machine.board.memory
+
+        def bring_back() -> None:
+            if memory.image is not None and memory.image.layers == snapshot.image.layers:
+                memory.drop_own_pages()
+            else:
+                memory.map_image(snapshot.image)
+            revert_disks(machine.board, snapshot.disks)
+
+        way = WayBack(state=snapshot.facts.state, bring_back=bring_back, attach=attach)
+        put_back(machine, way)
+        while self._kept and self._kept[-1].base is base:
+            self._kept.pop().close()
+        self._base_before = None
+
+    def _drop(self, numbers: tuple[int, ...]) -> None:
+        """Forget the checkpoints whose RAM the journal has forgotten to make room."""
+        while self._kept and self._kept[0].number not in numbers:
+            self._kept.popleft().close()
+            self.dropped += 1
+
+
+def checkpoints_of(machine: Machine) -> Checkpoints:
+    """Return the checkpoints of ``machine``, which closes them."""
+    with machine.lock:
+        check_open(machine, CALL)
+        found = machine.checkpoints
+        if not isinstance(found, Checkpoints):
+            found = machine.checkpoints = Checkpoints(machine)
+        return found

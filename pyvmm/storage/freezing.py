@@ -1,0 +1,131 @@
+"""Freeze a disk that a device uses, and take it back: by its kind (docs/disks.md, "Frozen disks").
+
+A disk can be frozen if nobody writes it in place.  The device keeps its backend object: the layers
+below are exchanged.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import SnapshotError
+from pyvmm.storage.backend import BlockBackend
+from pyvmm.storage.faulty import FaultyBackend
+from pyvmm.storage.frozen import FrozenDisk, duplicate_base
+from pyvmm.storage.memory import MemoryBackend
+from pyvmm.storage.overlay import OverlayBackend
+from pyvmm.storage.private import PrivateDisk
+from pyvmm.storage.raw import RawBackend
+
+_READABLE_TWICE = (RawBackend, MemoryBackend)
+
+
+def check_freezable(
+    backend: BlockBackend, *, into_directory: bool, to_rewind: bool = False
+) -> None:
+    """Raise SnapshotError, naming the disk and the remedy, unless ``backend`` can be frozen.
+
+    A snapshot in a directory needs more of it, and so does one to which the machine that goes on
+    shall be able to return.
+    """
+    problem = _problem(backend, into_directory, to_rewind)
+    if problem:
+        raise SnapshotError(_subject(backend), problem)
+
+
+def _problem(backend: BlockBackend, into_directory: bool, to_rewind: bool) -> str:
+    """Return why ``backend`` cannot be frozen, and the remedy; "" if it can."""
+    if isinstance(backend, FaultyBackend):
+        if into_directory:
+            return (
+                "has faults=, whose counts are not kept in a directory; leave it out, or take the "
+                "snapshot in memory"
+            )
+        return _problem(backend.inner, into_directory, to_rewind)
+    base = backend
+    if isinstance(backend, PrivateDisk):
+        base = backend.frozen.base
+    elif isinstance(backend, OverlayBackend):
+        base = backend.base
+        if to_rewind:
+            return (
+                "has overlay=FILE, and a rewind would undo writes that were flushed to that file; "
+                "use ,snapshot instead"
+            )
+    elif not (backend.read_only and isinstance(backend, _READABLE_TWICE)) and not _is_nbd(base):
+        return (
+            "is written in place, so a snapshot would change with it; add ,snapshot or "
+            ",overlay=FILE (in a script: pyvmm.Overlay)"
+        )
+    if _is_nbd(base):
+        return "is on an NBD server, where others could change it; copy it to a file"
+    if isinstance(backend, OverlayBackend) and not isinstance(base, _READABLE_TWICE):
+        return "has overlay=FILE over a disk that cannot be read twice; use a file as the base"
+    if into_directory and not isinstance(base, RawBackend):
+        return (
+            "lives in this process, and a directory can only name files; use a file, or take the "
+            "snapshot in memory"
+        )
+    return ""
+
+
+def freeze(backend: BlockBackend) -> FrozenDisk:
+    """Return ``backend`` as it is now, immutable, for the caller to close.
+
+    ``backend`` goes on with layers of its own.  Nobody uses it meanwhile.  SnapshotError, of
+    ``check_freezable``; OSError if there is no room.
+    """
+    check_freezable(backend, into_directory=False)
+    if isinstance(backend, FaultyBackend):
+        inner = freeze(backend.inner)
+        try:
+            return inner.with_faults(backend.save())
+        finally:
+            inner.close()
+    if isinstance(backend, PrivateDisk):
+        frozen = backend.freeze()
+        if frozen.faults is None:
+            return frozen
+        try:  # a frozen disk behind faults, which are not this one's
+            return frozen.with_faults(None)
+        finally:
+            frozen.close()
+    if isinstance(backend, OverlayBackend):
+        return backend.freeze()
+    return FrozenDisk.of_base(duplicate_base(backend), _subject(backend), read_only=True)
+
+
+def revert(backend: BlockBackend, frozen: FrozenDisk) -> None:
+    """Make ``backend`` the same as ``frozen`` again, and forget what was written since.
+
+    Nobody uses it meanwhile.  SnapshotError if its kind cannot, or ``frozen`` is no state of it.
+    """
+    check_freezable(backend, into_directory=False, to_rewind=True)
+    if isinstance(backend, FaultyBackend):
+        if frozen.faults is None:
+            raise SnapshotError(_subject(backend), "has faults, and had none in the snapshot")
+        revert(backend.inner, frozen)
+        backend.restore(frozen.faults)
+    elif isinstance(backend, PrivateDisk):
+        if frozen.size_bytes != backend.size_bytes:
+            raise SnapshotError(
+                _subject(backend),
+                f"has {backend.size_bytes} bytes, and {frozen.size_bytes} in the snapshot",
+            )
+        backend.revert(frozen)
+    elif isinstance(backend, (RawBackend, MemoryBackend)):
+        backend.size_bytes = frozen.size_bytes  # it may have grown
+
+
+def _subject(backend: BlockBackend) -> str:
+    """Return the disk's name in messages."""
+    if isinstance(backend, FaultyBackend):
+        return _subject(backend.inner)
+    if isinstance(backend, PrivateDisk):
+        return backend.frozen.location
+    if isinstance(backend, OverlayBackend):
+        return _subject(backend.base)
+    return str(getattr(backend, "path", None) or getattr(backend, "uri", type(backend).__name__))
+
+
+def _is_nbd(backend: BlockBackend) -> bool:
+    """True for an NBD server's disk; its module need not be loaded for that."""
+    return type(backend).__module__ == "pyvmm.storage.nbd"
