@@ -18,7 +18,8 @@ HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
 COMMANDS = (
-    "run", "restore", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel", "image", "lab",
+    "run", "restore", "snapshot", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel",
+    "image", "lab",
 )
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
@@ -28,6 +29,7 @@ pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 commands:
   run      boot a kernel:  pyvmm run --kernel build/bzImage --disk build/root.img
   restore  go on from a machine that was saved:  pyvmm restore DIR
+  snapshot look into saved machines, check them, merge them:  pyvmm snapshot info DIR
   test     boot, run one command in the guest and exit with its status:
            pyvmm test --kernel K --disk D -- CMD...
   matrix   many such tests from one file, several at a time:  pyvmm matrix boot.toml
@@ -134,6 +136,11 @@ def _run_command(command: str, args: list[str], signals: SignalsAsTheyAre) -> in
 
             with signals:
                 return lab_main(rest)
+        case "snapshot":
+            from pyvmm.cli.snapshot import snapshot_main
+
+            with signals:
+                return snapshot_main(rest)
         case "ps":
             from pyvmm.cli.ps import ps_main
 

@@ -58,10 +58,7 @@ class RamJournal:
         for some that may be forgotten.
         """
         is_mapped = self._is_mapped
-        if is_mapped or not self._numbers:
-            runs = own_runs(self._memory) if is_mapped else held_runs(self._memory)
-        else:
-            runs = list(joined(self._differences()))
+        runs = own_runs(self._memory) if is_mapped else list(joined(self._differences()))
         undo = self._make_undo(runs) if self._numbers else None
         try:
             self._write(runs)

@@ -12,7 +12,7 @@ from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory, Region
 from pyvmm.ram.image import MOST_LAYERS, RamImage, new_memfd
 from pyvmm.ram.pages import held_runs, own_runs
-from pyvmm.ram.runs import MOST_RUNS, Run, coarser
+from pyvmm.ram.runs import MOST_RUNS, Run, coarser, total
 
 CHUNK = 1 << 20
 """Bytes under one CRC32."""
@@ -124,9 +124,8 @@ class RamWriter:
         self._memory = memory
         self._fd = fd
         self._held_bytes = 0
-        compare = ctypes.CDLL(None).memcmp
-        compare.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
-        self._differ: Callable[[int, bytes, int], int] = compare
+        self._differ: Callable[[int, bytes, int], int] = ctypes.CDLL(None).memcmp
+        self._differ.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
 
     def write(
         self, *, own_only: bool = False, before_chunk: Callable[[], None] | None = None
@@ -153,34 +152,35 @@ class RamWriter:
                 crcs[chunk] = crc
         return Written(self._held_bytes, crcs, tuple(runs) if own_only else None)
 
-    def copy(self, runs: Iterable[Run]) -> None:
-        """Write ``runs`` and no CRCs; OSError."""
-        for part in parts_in_regions(self._memory, runs):
-            self._write_blocks(*part)
+    def copy(self, runs: Iterable[Run]) -> list[Run]:
+        """Write ``runs`` and no CRCs; return the parts of them that are not all zero.  OSError."""
+        written = []
+        for region, start, size in parts_in_regions(self._memory, runs):
+            for begin, end in self._not_zero(region, start, size):
+                write_all(self._fd, region.view, begin, end, region.position)
+                written.append((region.position + begin, end - begin))
+        return written
 
     def _write_part(self, offset: int, length: int, crc: int) -> int:
         """Write a part of RAM; return the CRC of it behind ``crc``."""
+        self._held_bytes += total(self.copy([(offset, length)]))
         for region, start, size in parts_in_regions(self._memory, [(offset, length)]):
-            self._write_blocks(region, start, size)
             with region.view[start : start + size] as part:
                 crc = zlib.crc32(part, crc)
         return crc
 
-    def _write_blocks(self, region: Region, start: int, size: int) -> None:
-        """Write the blocks that are not all zero, neighbours at once."""
+    def _not_zero(self, region: Region, start: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end in ``region`` of neighbouring blocks that are not all zero."""
         address, end = region.host_address, start + size
         begin = start
         for at in range(start, end, _BLOCK):
             step = min(_BLOCK, end - at)
             if not self._differ(address + at, _ZEROES, step):
-                self._put(region, begin, at)
+                if begin < at:
+                    yield begin, at
                 begin = at + step
-        self._put(region, begin, end)
-
-    def _put(self, region: Region, start: int, end: int) -> None:
-        if start < end:
-            write_all(self._fd, region.view, start, end, region.position)
-            self._held_bytes += end - start
+        if begin < end:
+            yield begin, end
 
 
 def parts_in_regions(

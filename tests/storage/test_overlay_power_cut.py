@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import closing
 
 import pytest
 
@@ -74,6 +75,14 @@ def record(seed: int) -> RecordingBackend:
                 store.note((first, data, False))
                 disk.writev([memoryview(data)], offset, durable=True)
                 store.note((first, data, True))
+            case 6:
+                # A snapshot only reads the store.
+                before = bytearray(len(BASE))
+                disk.readv([memoryview(before)], 0)
+                with closing(disk.freeze()) as frozen:
+                    after = bytearray(len(BASE))
+                    frozen.readv([memoryview(after)], 0)
+                assert before == after
             case 5 if number > 60:
                 disk.close()  # saves bits, but like any disk promises nothing
                 disk = OverlayBackend(MemoryBackend(BASE), store, name="o", report=pytest.fail)

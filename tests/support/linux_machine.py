@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +49,7 @@ def linux_config(
         kernel, initrd = stock_kernel(stock).vmlinuz, stock_kernel(stock).initramfs
         append = f"root=/dev/vda {append}"
     return RunConfig(
-        kernel=kernel, initrd=initrd, disks=tuple(disks), cpus=cpus, memory_bytes=160 * MIB,
+        kernel=kernel, initrd=initrd, disks=tuple(disks), cpus=cpus, memory_bytes=256 * MIB,
         append=f"quiet console={console} pyvmm.shell {append}", console=str(folder / "console"),
         timeout_s=patient(900),
     )
@@ -184,8 +183,3 @@ def copied(path: str, folder: Path) -> str:
                 out.write(source.read(end - at))
                 at = end
     return str(target)
-
-
-def clones(saved: Saved, folder: Path, names: Sequence[str]) -> dict[str, LinuxMachine]:
-    """Return machines restored from ``saved``, by name, not started."""
-    return {name: LinuxMachine.restored(saved, folder / name) for name in names}

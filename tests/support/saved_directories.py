@@ -7,11 +7,14 @@ import struct
 import zlib
 from pathlib import Path
 
+from pyvmm.kvm.cpuid_entry import CpuidEntry, pack
 from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam
+from pyvmm.snapshot.files.host import host_record
 from pyvmm.snapshot.files.writer import Writer
 
 MIB = 1 << 20
+CPU = [CpuidEntry(0, 0, False, 1, *struct.unpack("<III", b"GenuntelineI"))]
 REGIONS = ((0, 640 << 10), (MIB, 3 * MIB))
 
 
@@ -37,7 +40,7 @@ def crcs_of(ram: bytes | bytearray, runs: tuple[tuple[int, int], ...] | None) ->
         part = ram[at:end] if runs is None else b"".join(
             ram[max(start, at) : min(start + length, end)] for start, length in runs
         )
-        if any(part):
+        if part != bytes(len(part)):
             found[at // layout.CHUNK_BYTES] = zlib.crc32(part)
     return found
 
@@ -47,7 +50,8 @@ def write_sparse(fd: int, ram: bytes | bytearray) -> int:
     os.ftruncate(fd, len(ram))
     held = 0
     for at in range(0, len(ram), 4096):
-        if any(page := ram[at : at + 4096]):
+        page = ram[at : at + 4096]
+        if page != bytes(len(page)):
             os.pwrite(fd, page, at)
             held += len(page)
     return held
@@ -61,7 +65,6 @@ def make_saved(
     disks: int = 2,
     base: tuple[Path, bytes] | None = None,
     runs: tuple[tuple[int, int], ...] = ((MIB, 8192), (2 * MIB, 4096)),
-    host: object = None,
     regions: tuple[tuple[int, int], ...] = REGIONS,
 ) -> bytes:
     """Make a snapshot at ``path``, a diff over ``base`` (path, id) if there is one; its id."""
@@ -87,9 +90,9 @@ def make_saved(
         )
         writer.finish({
             "about": about.record(),
-            "host": host,
-            "config": {"memory_bytes": size},
-            "kernel": None,
+            "host": host_record(supported=CPU, given=[pack(CPU)] * 2, tsc_khz=2_000_000),
+            "config": {"memory_bytes": size, "cmdline": None, "append": "console=ttyS0"},
+            "kernel": {"path": "/boot/bzImage", "version": "6.1.0-47-amd64 (debian)"},
             "ram": saved_ram.record(),
             "disks": [
                 SavedDisk(

@@ -29,7 +29,9 @@ def test_a_directory_comes_back(tmp_path: Path) -> None:
         ]
         assert saved.overlay_path(0) == f"{path}/disk0.overlay"
         assert saved.overlay_path(1) is None
-        assert saved.record("config") == {"memory_bytes": saved.ram.size_bytes}
+        config = saved.record("config")
+        assert isinstance(config, dict)
+        assert config["memory_bytes"] == saved.ram.size_bytes
         with pytest.raises(SnapshotError, match="has no record 'nothing'"):
             saved.record("nothing")
 
