@@ -97,10 +97,10 @@ class Running:
             gc.freeze()  # the present objects stay: no collection need look at them
             gc.enable()  # cli.main disabled the collector, and says why
             outcome = run_at_terminal(machine, snapshot)
+            if self._control is not None:
+                outcome = _end_control(self._control, machine, outcome)
             status = outcome.exit_status if snapshot is None else snapshot.end(outcome)
             end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-            if self._control is not None:
-                self._control.end(outcome)
             missing = self._bundle.left_out()
         gc.unfreeze()
         if not machine.console_line_ended:
@@ -137,6 +137,18 @@ class Running:
             lines.append(f"exits: {machine.exits}")
             lines.append(f"ran {end_s - self._started_s:.2f} s, exit status {status}")
         return lines
+
+
+def _end_control(control: RunControl, machine: Machine, outcome: Outcome) -> Outcome:
+    """Tell all clients of the end with ``outcome``; return that of the run's last end.
+
+    A client may rewind the machine: then its run goes on, in threads of its own.
+    """
+    while control.end(outcome):
+        last = machine.wait()
+        assert last is not None  # without a limit of time
+        outcome = last
+    return outcome
 
 
 def _lines_of(outcome: Outcome) -> list[str]:

@@ -115,7 +115,6 @@ class Session:
             self.ended = None
             self.agent.begin_again()
         self._take_back(rewound)
-        self.agent.refresh()
         self._tell({
             "event": "rewound", "paused": self.target.is_paused, **self.clone_state(),
         })

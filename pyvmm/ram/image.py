@@ -74,7 +74,7 @@ class RamImage:
         return type(self)(self.size_bytes, self._used_again())
 
     def close(self) -> None:
-        """Give up this handle; idempotent.  What is mapped stays mapped."""
+        """Give up this handle; idempotent.  Mappings stay."""
         with self._lock:
             if self._is_closed:
                 return

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pyvmm.errors import HostError, SnapshotError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.ram.image import JournalImage
-from pyvmm.ram.pages import held_runs, own_runs
-from pyvmm.ram.runs import Run, joined, union
+from pyvmm.ram.pages import drop_own, held_runs, own_runs
+from pyvmm.ram.runs import Run, coarser, joined, union
 from pyvmm.ram.write import parts_in_regions, write_all
 from pyvmm.storage.files import KEEP_SIZE, PUNCH_HOLE, fallocate
 
@@ -25,7 +25,7 @@ class RamJournal:
     """Checkpoints of ``memory``, which is mapped over the newest one from then on.
 
     The first checkpoint copies what RAM holds, once; each further one only the pages that were
-    written since.  What they held before goes into an undo log, the oldest of which is forgotten
+    written since.  Their former content goes into an undo log, the oldest of which is forgotten
     when all are over ``max_bytes``.  The newest checkpoint needs none: it is always there.
 
     Nobody may use the RAM during ``checkpoint`` and ``rewind``.  If somebody else maps an image
@@ -63,7 +63,7 @@ class RamJournal:
         try:
             self._write(runs)
             if is_mapped:
-                self._memory.drop_own_pages()
+                self._memory.drop_own_pages(coarser(runs, self._memory.size_bytes))
             else:
                 self._memory.map_image(self._newest)
         except OSError as error:
@@ -92,7 +92,7 @@ class RamJournal:
         except OSError as error:
             raise HostError(f"cannot go back to checkpoint {number}: {error}") from error
         if self._is_mapped:
-            self._memory.drop_own_pages()
+            drop_own(self._memory)
         else:
             self._memory.map_image(self._newest)
 

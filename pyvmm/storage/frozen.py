@@ -20,7 +20,7 @@ from pyvmm.storage.layers import (
     read_pieces,
 )
 from pyvmm.storage.memory import MemoryBackend
-from pyvmm.storage.overlay import data_offset
+from pyvmm.storage.overlay_format import data_offset
 from pyvmm.storage.raw import RawBackend
 from pyvmm.storage.scratch import Stripe
 

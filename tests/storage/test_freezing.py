@@ -20,7 +20,7 @@ from pyvmm.storage.freezing import check_freezable, freeze, revert
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource, open_backend
-from pyvmm.storage.overlay import store_bytes
+from pyvmm.storage.overlay_format import store_bytes
 from pyvmm.storage.raw import RawBackend
 from tests.support.nbd_servers import nbdkit
 from tests.support.raw_disks import opened
@@ -199,6 +199,25 @@ def test_a_disk_reverts_only_to_one_of_its_size(
     )))
     with pytest.raises(SnapshotError, match=f"has {SIZE} bytes, and {2 * SIZE} in the snapshot"):
         revert(disk, frozen)
+
+
+def test_no_room_for_the_copy_of_an_overlay(
+    base: Path, scratch: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = from_source(stack, location=str(base), snapshot=True, overlay=f"{base}.o")
+    write(disk, b"w" * 512, 0)
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    def fail(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for call in ("copy_file_range", "ftruncate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(SnapshotError, match=f"copied to {scratch}: No space.*TMPDIR"):
+                freeze(disk)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+    stack.enter_context(closing(freeze(disk)))
 
 
 # Saved ones -------------------------------------------------------------------------------------
