@@ -58,19 +58,21 @@ def with_control(args: SimpleNamespace, run: Callable[[RunControl | None], int])
 class Running:
     """One run of a machine.
 
+    With ``sets_clock`` the guest's agent sets its date to the host's.
     ``started_s`` is the time at which the process was started.  Modules come from ``bundle``
     until the guest runs.
     """
 
     def __init__(
         self, *, verbose: bool, timing: bool, started_s: float, bundle: Bundle,
-        control: RunControl | None,
+        control: RunControl | None, sets_clock: bool = False,
     ) -> None:
         self._verbose = verbose
         self._timing = timing
         self._started_s = started_s
         self._bundle = bundle
         self._control = control
+        self._sets_clock = sets_clock
 
     def run(
         self,
@@ -90,7 +92,9 @@ class Running:
             stack.enter_context(machine)
             tell(machine, report)
             if self._control is not None:
-                self._control.attach(machine, config, report)
+                self._control.attach(
+                    machine, config, report, sets_clock=self._sets_clock
+                )
             snapshot = None if warm is None else warm(machine, report)
             guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             self._bundle.__exit__()
