@@ -79,6 +79,10 @@ WARM_PORT = 0xF9
 PVPANIC_PORT = 0x505
 SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, RESET_PORT = 0x600, 0x601, 0x602
 """The power device's registers of one byte each, which the guest finds in ACPI's FADT."""
+S5_SLEEP_TYPE = 5
+"""SLP_TYP of the sleep control register that means soft off."""
+RESET_VALUE = 1
+"""The value that a guest writes to the reset register."""
 GED_GSI = 23
 """The line of ACPI's generic event device, edge-triggered.  It is one that only the IOAPIC has: a
 guest that has set up neither it nor the 8259s, and lets interrupts in, must not get this one."""
