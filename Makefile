@@ -271,7 +271,7 @@ dev: .venv/.dev-installed ## the same, with what the tests and linters need
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-bench: dev kernel image build/tools.img ## every figure beside its peers; ARGS='--quick', '--only device'
+bench: dev kernel image build/tools.img build/twice/bzImage ## every figure beside its peers; ARGS='--quick', '--only device'
 	@$(call need,$(BENCH_PACKAGES) $(LAB_PACKAGES))
 	$(BIN)/python -m bench.run $(ARGS)
 

@@ -59,7 +59,7 @@ def _requests_per_second(disk: str, cpus: int, place: str) -> list[int]:
     command: list[str] = [
         sys.executable, "-m", "pyvmm", "run", "--kernel", str(KERNEL),
         "--disk", f"{TOOLS_IMAGE},ro", "--disk", disk, "--cpus", str(cpus), "--serve", place,
-        "--timeout", "100",
+        "--discovery", "cmdline", "--timeout", "100",
         "--append", f'quiet pyvmm.run="{script}"',
     ]
     done = subprocess.run(

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     )
     from pyvmm.api.hook_calls import REFUSE
     from pyvmm.api.machine import Machine
+    from pyvmm.api.snapshot import Snapshot
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
-    from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError
+    from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError, SnapshotError
     from pyvmm.launcher.command import Command
     from pyvmm.launcher.completed import Completed
     from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
@@ -96,6 +97,8 @@ __all__ = [
     "RootNotMounted",
     "RunFailed",
     "RunTimeout",
+    "Snapshot",
+    "SnapshotError",
     "TripleFault",
     "VhostUserDisk",
     "Vm",
@@ -145,6 +148,8 @@ _PLACES = {
     "RootNotMounted": "pyvmm.testing.verdicts",
     "RunFailed": "pyvmm.testing.verdicts",
     "RunTimeout": "pyvmm.testing.verdicts",
+    "Snapshot": "pyvmm.api.snapshot",
+    "SnapshotError": "pyvmm.errors",
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
     "Vm": "pyvmm.launcher.vm",

@@ -15,6 +15,7 @@ ALLOWED = {
     ("cli/descriptors.py", "sys.stdout"), ("cli/descriptors.py", "sys.stderr"),
     # A script's own way out, for lines that are escaped before.
     ("api/machine.py", "logging.getLogger"), ("api/lifetime.py", "warnings.warn"),
+    ("api/snapshot.py", "warnings.warn"),
     ("launcher/session.py", "logging.getLogger"), ("launcher/session.py", "warnings.warn"),
     # Silenced: a library tells in tracebacks what we say in a line.
     ("matrix/cluster.py", "logging.getLogger"),
@@ -22,9 +23,10 @@ ALLOWED = {
     ("launcher/vm.py", "sys.stdout"), ("launcher/vm.py", "sys.stderr"),
     ("launcher/command.py", "sys.stdout"), ("launcher/command.py", "sys.stderr"),
     # Given to a Reporter.
-    ("cli/run.py", "sys.stderr"), ("cli/export.py", "sys.stderr"),
+    ("cli/running.py", "sys.stderr"), ("cli/export.py", "sys.stderr"),
     # Flushed, not written.
     ("__main__.py", "sys.stdout"), ("console/place.py", "sys.stdout"),
+    ("cli/fork_server.py", "sys.stdout"),
     ("pytest_plugin/lab.py", "sys.stdout"), ("pytest_plugin/lab.py", "sys.stderr"),
     # The guest's console, and what we write to its terminal: our own control sequences.
     ("console/output.py", "write_now"), ("console/place.py", "Outlet"),

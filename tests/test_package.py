@@ -55,7 +55,7 @@ def test_a_wheel_builds_an_image_of_busybox(installed: Path, tmp_path: Path) -> 
     listed = subprocess.run(
         [find_tool("debugfs", "e2fsprogs"), "-R", "ls -p /sbin", tmp_path / "root.img"],
         capture_output=True, text=True, check=True).stdout
-    for name in ("init", "pyvmm-exit", "pyvmm-mark"):
+    for name in ("init", "pyvmm-exit", "pyvmm-mark", "pyvmm-warm"):
         assert f"/{name}/" in listed
 
 

@@ -66,7 +66,10 @@ class ControlTarget(Target):
         """Serve the lines of ``data``, which come in two pieces."""
         loop = IoLoop()
         try:
-            session = Session(StandInTarget(), loop, lambda event: None)
+            session = Session(
+                StandInTarget(), loop, tell=lambda event: None, take_back=lambda rewound: None,
+                idle=lambda: None,
+            )
             reader = LineReader(1024)
             half = len(data) // 2
             for piece in (data[:half], data[half:], b"\n"):

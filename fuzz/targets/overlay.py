@@ -8,14 +8,10 @@ import zlib
 from fuzz.source import Source
 from fuzz.target import Target
 from pyvmm.errors import ConfigError
+from pyvmm.storage.bitmap import BLOCK_SIZE
 from pyvmm.storage.memory import MemoryBackend
-from pyvmm.storage.overlay import (
-    BITMAP_OFFSET,
-    BLOCK_SIZE,
-    OverlayBackend,
-    format_store,
-    store_bytes,
-)
+from pyvmm.storage.overlay import OverlayBackend
+from pyvmm.storage.overlay_format import BITMAP_OFFSET, format_store, store_bytes
 
 _SIZES = (16 * BLOCK_SIZE, 15 * BLOCK_SIZE + 512, 512, BLOCK_SIZE, 9 * BLOCK_SIZE - 512)
 _HEADER_BYTES = 40

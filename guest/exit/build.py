@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build pyvmm-exit and pyvmm-mark, which our images carry as data of the package.
+"""Build pyvmm-exit, pyvmm-mark and pyvmm-warm, which our images carry as data of the package.
 
     python3 guest/exit/build.py        writes them into pyvmm/linux/images
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parents[1] / "pyvmm/linux/images"
-NAMES = ("pyvmm-exit", "pyvmm-mark")
+NAMES = ("pyvmm-exit", "pyvmm-mark", "pyvmm-warm")
 COMPILER = "gcc (Debian 12.2.0-14+deb12u1) 12.2.0"
 """Made the files in the repository: another one may make others."""
 FLAGS = ("-Os", "-Wall", "-Wextra", "-Werror", "-static", "-nostdlib", "-ffreestanding",
@@ -33,7 +33,7 @@ def build(out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Build pyvmm-exit and pyvmm-mark.")
+    parser = argparse.ArgumentParser(description="Build pyvmm-exit, pyvmm-mark and pyvmm-warm.")
     parser.add_argument("--out", type=Path, default=TARGET, metavar="DIR")
     build(parser.parse_args(arguments).out.resolve())
     return 0

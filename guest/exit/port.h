@@ -17,7 +17,7 @@ static long system_call(long number, long a, long b, long c)
 }
 
 /* `stack` is what the kernel hands to a program: argc, then argv[0], argv[1], ... */
-static unsigned char byte_argument(const long *stack)
+__attribute__((unused)) static unsigned char byte_argument(const long *stack)
 {
 	const char *text = stack[0] > 1 ? (const char *)stack[2] : "0";
 	unsigned char value = 0;

@@ -19,9 +19,13 @@ from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from uuid import UUID
+
     from pyvmm.api.hook_calls import Refusal
     from pyvmm.api.hooked_bus import Access
     from pyvmm.api.hooked_disk import DiskRequest
+    from pyvmm.api.snapshot import Snapshot
     from pyvmm.kvm.exits import Exit
     from pyvmm.run.verdict import Evidence
 
@@ -54,11 +58,28 @@ class Machine:
             raise TypeError(f"Machine takes a MachineConfig, not {type(config).__name__}")
         if report is not None and not callable(report):
             raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
-        _check_devices(devices)
-        self._report = report or _log
+        check_devices(devices)
+        self._report = report or log_line
         self._is_built = False
-        self._machine = built.build(config.run_config(), report=self._tell, devices=devices)
-        runner = self._machine.runner
+        self._take(built.build(config.run_config(), report=self._tell, devices=devices))
+
+    @classmethod
+    def _of(
+        cls,
+        make: Callable[[Callable[[str], None]], built.Machine],
+        report: Callable[[str], None] | None,
+    ) -> Machine:
+        """Return the machine that ``make`` makes; it is told who takes its lines."""
+        machine = cls.__new__(cls)
+        machine._report = report or log_line
+        machine._is_built = False
+        machine._take(make(machine._tell))
+        return machine
+
+    def _take(self, machine: built.Machine) -> None:
+        """Become the face of ``machine``, which was just built."""
+        self._machine = machine
+        runner = machine.runner
         self._lifetime = Lifetime(runner, "the machine")
         self._hooks = Hooks(self._machine)
         self._is_built = True
@@ -211,7 +232,38 @@ class Machine:
 
             checkpoints_of(self._machine).rewind(number, attach=self._attach_anew)
 
+    # Snapshots
+
+    def snapshot(
+        self,
+        dir: str | PathLike[str] | None = None,  # noqa: A002 - as in `pyvmm restore DIR`
+        *,
+        live: bool = False,
+        diff: bool = False,
+    ) -> Snapshot:
+        """Save the whole machine as it is now, for clones to go on from: see ``Snapshot``.
+
+        In memory, or in the directory ``dir``, which is made and never overwritten.  A guest that
+        runs is paused meanwhile, and runs on afterwards.  With ``live`` it is paused only for
+        milliseconds, and a child process copies its RAM.  With ``diff`` the directory has only
+        what differs from the one that the machine was cloned from.
+
+        SnapshotError for a machine that cannot be saved: disks that are written in place, or that
+        another process serves.  RuntimeError in a hook, which would wait for itself.
+        """
+        self._lifetime.check_open("snapshot()")
+        from pyvmm import Snapshot  # by the face, because its module imports this one
+        from pyvmm.snapshot.capture import take
+
+        return Snapshot(take(self._machine, dir, live=live, diff=diff), self._report)
+
     # Facts
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """The number of a clone, fresh for each and at each rewind; None for a machine that
+        booted."""
+        return self._machine.clone_id
 
     @property
     def is_paused(self) -> bool:
@@ -265,7 +317,7 @@ class Machine:
         return self._machine.stop(Outcome(Kind.STOPPED))
 
 
-def _check_devices(devices: object) -> None:
+def check_devices(devices: object) -> None:
     """Raise TypeError unless ``devices`` are virtio devices by name."""
     if not isinstance(devices, Mapping):
         raise TypeError(
@@ -282,7 +334,7 @@ def _check_devices(devices: object) -> None:
             raise TypeError(f"device {name}: must be a VirtioDevice, not {what}")
 
 
-def _log(line: str) -> None:
+def log_line(line: str) -> None:
     import logging
 
     logging.getLogger("pyvmm").warning("%s", escape(line))

@@ -59,7 +59,7 @@ def freeze_disks(board: Board) -> list[FrozenDisk]:
     """Return every disk as it is now, immutable, in order, for the caller to close.
 
     No device serves a request meanwhile.  The machine goes on with the same bytes; its writes do
-    not change what is returned.  SnapshotError or OSError, and nothing is left to close.
+    not change what is returned.  SnapshotError, and nothing is left to close.
     """
     from pyvmm.storage.freezing import freeze
 

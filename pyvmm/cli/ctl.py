@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from pyvmm.cli import ctl_agent
+from pyvmm.cli import ctl_agent, ctl_snapshot
 from pyvmm.cli.parse import parse_seconds, parse_size
 from pyvmm.config import format_size
 from pyvmm.control.client import Client
@@ -44,6 +44,7 @@ examples:
   pyvmm ctl vm.sock put module.ko /tmp/
   pyvmm ctl vm.sock get /var/log .
   pyvmm ctl vm.sock type 'echo hello'
+  pyvmm ctl vm.sock snapshot booted && pyvmm restore booted
 """
 
 _VERBOSE = Option(name="--verbose", short="-v", help="-vv: tracebacks of errors")
@@ -112,6 +113,7 @@ COMMAND = Command(
         ),
         Command(name="ctl SOCKET refresh", description="have the disks look how large they are",
                 options=(_VERBOSE,)),
+        *ctl_snapshot.COMMANDS,
     ),
 )
 
@@ -156,10 +158,22 @@ def _status(client: Client, args: SimpleNamespace) -> int:
         ("runs", f"{status['running_s']:.1f} s{paused}"),
         ("agent", f"{status['agent']}{problem}"),
         ("console", f"{status['console_bytes']} bytes printed"),
+        *((("clone", _clone_of(status)),) if status.get("clone_id") else ()),
         *((("ended", outcome["text"]),) if outcome else ()),
     ):
         show(f"{name:8} {value}")
     return 0
+
+
+def _clone_of(status: Mapping[str, Any]) -> str:
+    """Return which clone a machine is, and how its guest took it."""
+    told = status.get("clone")
+    if told is None:
+        return str(status["clone_id"])
+    if not told["told"]:
+        return f"{status['clone_id']}; its agent is too old to be told"
+    seeded = "new random numbers" if told["reseeded"] else "the old random numbers"
+    return f"{status['clone_id']}; {seeded}, hook: {told['hook']}"
 
 
 def _pause(client: Client, args: SimpleNamespace) -> int:
@@ -290,9 +304,12 @@ _CHECKS: Mapping[str, Callable[[SimpleNamespace], None]] = MappingProxyType({
     "pause": _check_timeout, "wait": _check_timeout, "registers": _check_registers,
     "memory": _check_memory, "type": _check_text, "run": ctl_agent.check_run,
     "put": ctl_agent.check_put, "get": ctl_agent.check_get,
+    "snapshot": ctl_snapshot.check_snapshot, "rewind": ctl_snapshot.check_rewind,
 })
 _VERBS: Mapping[str, Callable[[Client, SimpleNamespace], int]] = MappingProxyType({
     "status": _status, "pause": _pause, "resume": _resume, "stop": _stop, "wait": _wait,
     "type": _type, "registers": _registers, "memory": _memory, "refresh": _refresh,
     "run": ctl_agent.run, "put": ctl_agent.put, "get": ctl_agent.get,
+    "snapshot": ctl_snapshot.snapshot, "checkpoint": ctl_snapshot.checkpoint,
+    "rewind": ctl_snapshot.rewind,
 })

@@ -9,12 +9,17 @@ import sys
 import pyvmm
 from pyvmm.cli.descriptors import open_standard_descriptors
 from pyvmm.errors import PyvmmError
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HOST_ERROR_STATUS = 125
 _SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
 
 COMMANDS = (
-    "run", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel", "image", "lab",
+    "run", "restore", "snapshot", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel",
+    "image", "lab",
 )
 USAGE = """\
 usage: pyvmm COMMAND [OPTIONS]
@@ -23,6 +28,8 @@ pyvmm is a KVM hypervisor in pure Python: it boots Linux from a disk image.
 
 commands:
   run      boot a kernel:  pyvmm run --kernel build/bzImage --disk build/root.img
+  restore  go on from a machine that was saved:  pyvmm restore DIR
+  snapshot look into saved machines, check them, merge them:  pyvmm snapshot info DIR
   test     boot, run one command in the guest and exit with its status:
            pyvmm test --kernel K --disk D -- CMD...
   matrix   many such tests from one file, several at a time:  pyvmm matrix boot.toml
@@ -57,78 +64,16 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
     """Run ``pyvmm`` with ``args``; return the exit status."""
     open_standard_descriptors()
     command = args[0] if args else ""
-    rest = args[1:]
+    return guarded(command, args[1:], lambda: _run_command(command, args, signals))
+
+
+def guarded(command: str, rest: list[str], run: Callable[[], int]) -> int:
+    """Return what ``run`` returns, which is ``command`` with the words ``rest``.
+
+    An error is one line and status 125.
+    """
     try:
-        match command:
-            case "run":
-                # Objects made until the guest runs live as long as the process: looking for
-                # garbage among them takes 1 ms of 20.  run_main enables the collector again.
-                gc.disable()
-                from pyvmm.startup.bundle import Bundle, default_path
-
-                with Bundle(default_path()) as bundle:
-                    from pyvmm.cli.run import run_main
-
-                    return run_main(rest, bundle)
-            case "export":
-                from pyvmm.cli.export import export_main
-
-                return export_main(rest)
-            case "doctor":
-                from pyvmm.cli.doctor import doctor_main
-
-                return doctor_main(rest)
-            case "kernel":
-                from pyvmm.cli.kernel import kernel_main
-
-                with signals:
-                    return kernel_main(rest)
-            case "image":
-                from pyvmm.cli.image import image_main
-
-                with signals:
-                    return image_main(rest)
-            case "lab":
-                from pyvmm.cli.lab import lab_main
-
-                with signals:
-                    return lab_main(rest)
-            case "ps":
-                from pyvmm.cli.ps import ps_main
-
-                return ps_main(rest)
-            case "ctl":
-                from pyvmm.cli.ctl import ctl_main
-
-                with signals:
-                    return ctl_main(rest)
-            case "test":
-                from pyvmm.cli.test import boot_test_main
-
-                with signals:
-                    return boot_test_main(rest)
-            case "matrix":
-                from pyvmm.cli.matrix import matrix_main
-
-                with signals:
-                    return matrix_main(rest)
-            case "--version" | "-V":
-                from pyvmm.report import show
-
-                show(f"pyvmm {pyvmm.__version__}")
-                return 0
-            case "--help" | "-h" | "help":
-                from pyvmm.report import show
-
-                for line in USAGE.splitlines():
-                    show(line)
-                return 0
-            case "":
-                _complain(*USAGE.splitlines())
-                return HOST_ERROR_STATUS
-            case _:
-                say_error(_no_such_command(args))
-                return HOST_ERROR_STATUS
+        return run()
     except PyvmmError as error:
         show_traceback(rest)
         say_error(str(_shortage(command, error) or error))
@@ -144,6 +89,94 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
         return 128 + _SIGINT
     finally:
         gc.enable()
+
+
+def _run_command(command: str, args: list[str], signals: SignalsAsTheyAre) -> int:
+    """Run ``command``, the first word of ``args``, and return the exit status."""
+    rest = args[1:]
+    match command:
+        case "run":
+            # Objects made until the guest runs live as long as the process: looking for
+            # garbage among them takes 1 ms of 20.  run_main enables the collector again.
+            gc.disable()
+            from pyvmm.startup.bundle import Bundle, default_path
+
+            with Bundle(default_path()) as bundle:
+                from pyvmm.cli.run import run_main
+
+                return run_main(rest, bundle)
+        case "restore":
+            gc.disable()  # as for a run
+            from pyvmm.startup.bundle import Bundle, default_path
+
+            with Bundle(default_path("restore")) as bundle:
+                from pyvmm.cli.restore import restore_main
+
+                return restore_main(rest, bundle)
+        case "export":
+            from pyvmm.cli.export import export_main
+
+            return export_main(rest)
+        case "doctor":
+            from pyvmm.cli.doctor import doctor_main
+
+            return doctor_main(rest)
+        case "kernel":
+            from pyvmm.cli.kernel import kernel_main
+
+            with signals:
+                return kernel_main(rest)
+        case "image":
+            from pyvmm.cli.image import image_main
+
+            with signals:
+                return image_main(rest)
+        case "lab":
+            from pyvmm.cli.lab import lab_main
+
+            with signals:
+                return lab_main(rest)
+        case "snapshot":
+            from pyvmm.cli.snapshot import snapshot_main
+
+            with signals:
+                return snapshot_main(rest)
+        case "ps":
+            from pyvmm.cli.ps import ps_main
+
+            return ps_main(rest)
+        case "ctl":
+            from pyvmm.cli.ctl import ctl_main
+
+            with signals:
+                return ctl_main(rest)
+        case "test":
+            from pyvmm.cli.test import boot_test_main
+
+            with signals:
+                return boot_test_main(rest)
+        case "matrix":
+            from pyvmm.cli.matrix import matrix_main
+
+            with signals:
+                return matrix_main(rest)
+        case "--version" | "-V":
+            from pyvmm.report import show
+
+            show(f"pyvmm {pyvmm.__version__}")
+            return 0
+        case "--help" | "-h" | "help":
+            from pyvmm.report import show
+
+            for line in USAGE.splitlines():
+                show(line)
+            return 0
+        case "":
+            _complain(*USAGE.splitlines())
+            return HOST_ERROR_STATUS
+        case _:
+            say_error(_no_such_command(args))
+            return HOST_ERROR_STATUS
 
 
 def _no_such_command(args: list[str]) -> str:
@@ -164,7 +197,7 @@ def _no_such_command(args: list[str]) -> str:
 
 def _shortage(command: str, error: Exception) -> PyvmmError | None:
     """Return the error for too few open files; None if ``command`` reports that itself."""
-    if command in ("run", "export"):
+    if command in ("run", "restore", "export"):
         return None
     from pyvmm.cli.descriptors import MANY_FILES, shortage
 

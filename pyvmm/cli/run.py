@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import functools
 import os
-import sys
-import time
 
-import pyvmm
 from pyvmm.cli.first_look import has_known_configuration, root_is_special
 from pyvmm.cli.parse import parse_console, parse_cpus, parse_disk, parse_memory, parse_seconds
+from pyvmm.cli.running import STATUSES, Running, has_control, process_start_s, with_control
 from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
-from pyvmm.devices.boot_timer import timing_lines
 from pyvmm.errors import PyvmmError
-from pyvmm.report import Reporter, end_line, say
-from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
+from pyvmm.report import Reporter, say
 from pyvmm.startup.commands import Command, Option
 from pyvmm.startup.options import parse_options
 from pyvmm.startup.types import TYPE_CHECKING
@@ -29,28 +24,20 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
 
-EPILOG = """\
+EPILOG = f"""\
 exit status:
-  0-119  what the guest reported through I/O port 0xf4 (119 for anything larger); 0 too when it
-         rebooted, powered off or halted on purpose
-  121    kernel panic; a kernel that gave up, halted or rebooted before it started an init; a
-         halt without a word printed
-  122    triple fault        123    KVM internal error
-  124    timeout               125    bad option, bad file or unusable host
-  128+n  stopped by signal n
-
+{STATUSES}
 keys, when standard input is a terminal:
   Ctrl-A x quits, Ctrl-A p pauses and resumes, Ctrl-A ? helps, Ctrl-A Ctrl-A sends Ctrl-A; all
-  others go to the guest.
+  others go to the guest.  With --snapshot, Ctrl-A s takes the snapshot.
 
 examples:
   pyvmm run --kernel build/bzImage --disk build/root.img
   pyvmm run --kernel build/bzImage --disk build/root.img --append pyvmm.run='uname -a' --timeout 60
   pyvmm run --kernel build/vmlinux --disk root.img,ro --disk data.img,serial=d --console log
+  pyvmm run --kernel build/bzImage --disk root.img,snapshot --snapshot warm --snapshot-at 'login:'
 """
 
-
-_QUIET = (Kind.GUEST_STATUS, Kind.RESET, Kind.SHUTDOWN, Kind.POWER_OFF, Kind.QUIT, Kind.STOPPED)
 
 COMMAND = Command(
     name="run",
@@ -104,6 +91,17 @@ COMMAND = Command(
         Option(name="--control-fd", metavar="N",
                help="the same for the process at the other end of connected socket N, which is "
                "inherited; its end stops the machine"),
+        Option(name="--snapshot", metavar="DIR",
+               help="save the whole machine in the new directory DIR, once, when the guest is "
+               "warm; pyvmm restore DIR goes on from there, as often as you like "
+               "(docs/snapshots.md)"),
+        Option(name="--snapshot-at", metavar="RE",
+               help="the guest is warm when a line of its console matches; else when it says so at "
+               "a port (pyvmm-warm in our image), or at Ctrl-A s"),
+        Option(name="--snapshot-exit",
+               help="end the run once the snapshot is there, with status 0; 125 if there is none"),
+        Option(name="--snapshot-live",
+               help="let the guest go on while its RAM is written"),
         Option(name="--timing",
                help="say how long start-up, kernel, init and user space took (the guest's init "
                "marks them: docs/devices.md)"),
@@ -142,14 +140,9 @@ def config_from(args: SimpleNamespace) -> RunConfig:
         serve=args.serve,
         rtc=args.rtc,
         discovery=args.discovery,
-        timing=args.timing,
+        timing=bool(args.timing),
         agent="inject" if args.agent else "image" if has_control(args) else "none",
     )
-
-
-def has_control(args: SimpleNamespace) -> bool:
-    """True if the options in ``args`` let other programs drive the machine."""
-    return args.control is not None or args.control_fd is not None
 
 
 def run_main(argv: list[str], bundle: Bundle) -> int:
@@ -157,106 +150,47 @@ def run_main(argv: list[str], bundle: Bundle) -> int:
 
     Modules come from ``bundle`` until the guest runs.
     """
-    started_s = _process_start_s()
+    started_s = process_start_s()
     if not argv:
         from pyvmm.cli.newcomer import show_first_steps
 
         return show_first_steps()
     args = parse_options(COMMAND, argv)
-    if not has_control(args):
-        return _run_main(args, started_s, bundle, None)
-    from pyvmm.control.run_control import RunControl
-
-    with RunControl(args.control, args.control_fd, pyvmm.__version__) as control:
-        try:
-            return _run_main(args, started_s, bundle, control)
-        except Exception as error:
-            control.failed(error)
-            raise
+    return with_control(args, functools.partial(_run, args, started_s, bundle))
 
 
-def _run_main(
+def _run(
     args: SimpleNamespace, started_s: float, bundle: Bundle, control: RunControl | None
 ) -> int:
+    """Build and run the machine of ``args``; see ``run_main``."""
     config = config_from(args)
+    running = Running(
+        verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
+        control=control,
+    )
+    warm = None
+    if args.snapshot is not None or args.snapshot_at or args.snapshot_exit or args.snapshot_live:
+        from pyvmm.cli.warm import prepare
+
+        warm = prepare(args)
+
+    def make(report: Reporter) -> tuple[Machine, RunConfig]:
+        from pyvmm.machine import build
+
+        return build(config, report=report), config
+
+    def tell(machine: Machine, report: Reporter) -> None:
+        _warn(config, machine, report)
+        if args.verbose:
+            report(f"{config.kernel}: {machine.kernel.describe()}")
+
     try:
-        return _run(args, config, started_s, bundle, control)
+        return running.run(make, tell, warm)
     except (OSError, PyvmmError) as error:
         from pyvmm.cli.descriptors import needed_descriptors, refuse_shortage
 
         refuse_shortage(error, needed_descriptors(config), "this run")
         raise
-
-
-def _run(
-    args: SimpleNamespace, config: RunConfig, started_s: float, bundle: Bundle,
-    control: RunControl | None,
-) -> int:
-    """Build and run the machine of ``config``; see ``run_main``."""
-    from pyvmm.cli.session import run_at_terminal
-    from pyvmm.machine import build
-
-    with (
-        contextlib.closing(Reporter(sys.stderr)) as report,
-        build(config, report=report) as machine,
-    ):
-        _warn(config, machine, report)
-        if args.verbose:
-            report(f"{config.kernel}: {machine.kernel.describe()}")
-        if control is not None:
-            control.attach(machine, config, report)
-        guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        bundle.__exit__()
-        gc.freeze()  # the present objects stay: no collection need look at them
-        gc.enable()  # cli.main disabled the collector, and says why
-        outcome = run_at_terminal(machine)
-        end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        if control is not None:
-            control.end(outcome)
-        missing = bundle.left_out()
-    gc.unfreeze()
-    if not machine.console_line_ended:
-        end_line()
-    lines = []
-    if args.timing:
-        lines += timing_lines(
-            machine.marks, process_start_s=started_s, guest_start_s=guest_start_s, end_s=end_s
-        )
-    if args.verbose and (user_space_s := machine.evidence.user_space_seen_s) is not None:
-        lines.append(f"user space after {user_space_s - started_s:.2f} s")
-    if args.verbose or outcome.kind not in _QUIET or outcome.value > MAX_GUEST_STATUS:
-        lines += _lines_of(outcome)
-    if args.verbose:
-        lines.append(f"exits: {machine.exits}")
-        lines.append(f"ran {end_s - started_s:.2f} s, exit status {outcome.exit_status}")
-    for line in lines:
-        say(line)
-    # Last, because explaining may take seconds: whoever does not wait has seen the rest.
-    if machine.evidence.wants_explanation(outcome):
-        # The outcome stands, even if no descriptor is left to read a remedy with.
-        with contextlib.suppress(OSError, ImportError):
-            for line in _explain(config, outcome, machine):
-                say(line)
-    bundle.update(missing)
-    return outcome.exit_status
-
-
-def _lines_of(outcome: Outcome) -> list[str]:
-    """Return the lines that tell of ``outcome``: several if its detail is registers."""
-    text = str(outcome)
-    if outcome.kind in (Kind.TRIPLE_FAULT, Kind.INTERNAL_ERROR):  # our own line ends
-        return text.split("\n")
-    return [text]
-
-
-def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]:
-    from pyvmm.cli import explain
-
-    return explain.after(
-        config, outcome, machine.evidence,
-        is_known=has_known_configuration(config.kernel, machine.kernel.version),
-        is_linux=machine.kernel.is_linux, version=machine.kernel.version,
-    )
 
 
 def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
@@ -276,18 +210,3 @@ def _warn(config: RunConfig, machine: Machine, report: Reporter) -> None:
             f"--memory {format_size(config.memory_bytes)} is more than this host has "
             f"({host_bytes >> 20}M): it may be killed when the guest uses it"
         )
-
-
-def _process_start_s() -> float:
-    """Return when this process was started (before the interpreter was), on CLOCK_BOOTTIME."""
-    try:
-        fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            stat = os.read(fd, 4096)
-        finally:
-            os.close(fd)
-        # proc(5): field 22, starttime in clock ticks; fields are counted after the last ')'.
-        ticks = int(stat.rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return ticks / os.sysconf("SC_CLK_TCK")

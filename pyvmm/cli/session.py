@@ -16,26 +16,42 @@ from types import MappingProxyType
 from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.terminal import RawTerminal
-from pyvmm.console.typed import HELP, EscapeFilter, TypedInput
+from pyvmm.console.typed import EscapeFilter, TypedInput, help_text
 from pyvmm.machine import Machine
 from pyvmm.run.io_loop import Deadline, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from pyvmm.run.signals import JOB_SIGNALS, NOTICE_SIGNALS, REFRESH_SIGNAL, RESIZE_SIGNAL, Signals
+from pyvmm.startup.types import Protocol
 
 SWITCH_INTERVAL_S = 1e-4
 """A busy Python thread keeps the GIL for this long; 5 ms, the default, would starve a vCPU."""
 PAUSED, RESUMED = "\npaused; Ctrl-A p resumes\n", "\nresumed\n"
+BUSY = "\na snapshot is being taken; press the key again\n"
 
 
-def run_at_terminal(machine: Machine) -> Outcome:
-    """Run ``machine`` to its end in the main thread, with its signals and terminal."""
+class SnapshotKey(Protocol):
+    """Whoever takes a snapshot when a person types Ctrl-A s; ``cli/warm.py`` does."""
+
+    @property
+    def is_taking(self) -> bool:
+        """True while the snapshot is being taken, and the guest may be paused for it."""
+
+    def on_key(self) -> None:
+        """Begin to take it, without waiting for it."""
+
+
+def run_at_terminal(machine: Machine, snapshot: SnapshotKey | None = None) -> Outcome:
+    """Run ``machine`` to its end in the main thread, with its signals and terminal.
+
+    ``snapshot`` is begun by Ctrl-A s.
+    """
     notices: dict[int, Callable[[], None]] = {
         REFRESH_SIGNAL: machine.board.refresh, RESIZE_SIGNAL: machine.consoles.terminal_changed
     }
     return run_session(
         machine.runner, machine.run, console=machine.console, output=machine.output,
-        receive=machine.consoles.receive, notices=notices,
+        receive=machine.consoles.receive, notices=notices, snapshot=snapshot,
     )
 
 
@@ -47,13 +63,14 @@ def run_session(
     output: OutputBuffer,
     receive: Callable[[bytes], int],
     notices: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+    snapshot: SnapshotKey | None = None,
 ) -> Outcome:
     """Call ``run``, which runs ``runner`` in this thread, with the process's signals and terminal.
 
     ``receive`` takes typed bytes and returns how many it took.  ``notices`` are called, in this
     thread, after a signal among NOTICE_SIGNALS.
     """
-    session = _Session(runner, console, output, receive, notices)
+    session = _Session(runner, console, output, receive, notices, snapshot)
     switch_interval_s = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     if console.screen is not None:
@@ -79,19 +96,22 @@ class _Session:
         output: OutputBuffer,
         receive: Callable[[bytes], int],
         notices: Mapping[int, Callable[[], None]],
+        snapshot: SnapshotKey | None,
     ) -> None:
         self._runner = runner
         self._loop = runner.loop
         self._output = output
         self._receive = receive
         self._notices = notices
+        self._snapshot = snapshot
         self._noticed: set[int] = set()
         """Signals that came since the last look and do not end the run."""
         self.terminal = RawTerminal(console.input_fd, screen=console.screen)
         escapes = EscapeFilter(
             on_quit=lambda: runner.finish(Outcome(Kind.QUIT)),
             on_pause=self._toggle_pause,
-            on_help=lambda: output.say(HELP),
+            on_help=lambda: output.say(help_text(has_snapshot=snapshot is not None)),
+            on_snapshot=None if snapshot is None else snapshot.on_key,
         )
         self._typed = TypedInput(escapes, runner.report)
         self._input: IoSource | None = None
@@ -173,6 +193,9 @@ class _Session:
     # Keys
 
     def _toggle_pause(self) -> None:
+        if self._snapshot is not None and self._snapshot.is_taking:
+            self._output.say(BUSY)
+            return
         # Do not wait for the pause: a vCPU may have to wait for this thread.
         if self._runner.is_paused:
             self._runner.resume()

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 ESCAPE = 0x01  # Ctrl-A
-HELP = (
+_HELP = (
     "\nCtrl-A x  quit (the guest is stopped at once)\n"
     "Ctrl-A p  pause the guest, or resume it\n"
+)
+_HELP_SNAPSHOT = "Ctrl-A s  take the snapshot of --snapshot now\n"
+_HELP_END = (
     "Ctrl-A ?  this help\n"
     "Ctrl-A Ctrl-A  send Ctrl-A to the guest\n"
 )
+
+
+def help_text(*, has_snapshot: bool) -> str:
+    """Return the list of keys; ``has_snapshot`` is True if Ctrl-A s takes a snapshot."""
+    return _HELP + (_HELP_SNAPSHOT if has_snapshot else "") + _HELP_END
 
 
 class TypedInput:
@@ -65,17 +73,22 @@ class TypedInput:
 
 
 class EscapeFilter:
-    """Takes Ctrl-A sequences out of typed input; the rest is the guest's."""
+    """Takes Ctrl-A sequences out of typed input; the rest is the guest's.
+
+    Without ``on_snapshot`` Ctrl-A s is the guest's, too.
+    """
 
     def __init__(
         self,
         on_quit: Callable[[], None],
         on_pause: Callable[[], None],
         on_help: Callable[[], None],
+        on_snapshot: Callable[[], None] | None = None,
     ) -> None:
         self._on_quit = on_quit
         self._on_pause = on_pause
         self._on_help = on_help
+        self._on_snapshot = on_snapshot
         self._escaped = False
 
     def feed(self, data: bytes) -> bytes:
@@ -96,6 +109,8 @@ class EscapeFilter:
                     self._on_pause()
                 case "?" | "h" | "H":
                     self._on_help()
+                case "s" | "S" if self._on_snapshot is not None:
+                    self._on_snapshot()
                 case "\x01":
                     out.append(byte)
                 case _:

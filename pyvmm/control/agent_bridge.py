@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from pyvmm.agent.clone import CloneNotice
 from pyvmm.agent.link import AgentLink, LinkState
 from pyvmm.startup.types import Protocol
 
@@ -42,11 +43,12 @@ class AgentBridge:
     """Connects ``port`` with a link of its own.
 
     ``wake`` has ``pump`` called in the control thread; ``on_state`` is called there after each
-    change of the link's state.
+    change of the link's state.  ``notice`` is the link's.
     """
 
     def __init__(
-        self, port: Port, *, wake: Callable[[], None], on_state: Callable[[], None]
+        self, port: Port, *, wake: Callable[[], None], on_state: Callable[[], None],
+        notice: Callable[[], CloneNotice | None],
     ) -> None:
         self._port = port
         self._wake = wake
@@ -57,8 +59,9 @@ class AgentBridge:
         self._waiting_bytes = 0
         self._is_short = False
         """True if the port holds bytes back until there is room for them."""
-        self._has_hung_up = False
-        self.link = AgentLink(on_state=self._state_changed, wake=wake)
+        self._hears_port = False
+        """True while the link is told that the guest opened or closed the port."""
+        self.link = AgentLink(on_state=self._state_changed, wake=wake, notice=notice)
         port.connect(on_data=self._take, on_room=wake, on_open=self._open)
 
     # The device's thread
@@ -99,7 +102,9 @@ class AgentBridge:
             if isinstance(news, bytes):
                 self.link.feed(news)
             else:
+                self._hears_port = True
                 self.link.opened(news)
+                self._hears_port = False
             if has_room_again:
                 self._port.more_room()
                 break  # the other clients have their turn before the next bytes
@@ -110,6 +115,11 @@ class AgentBridge:
                 break  # there will be room, or no link
         if self._news:
             self._wake()
+
+    @property
+    def has_news(self) -> bool:
+        """True if the port has told what the link does not know yet."""
+        return bool(self._news)
 
     def end(self) -> None:
         """The run has ended: take the guest's last bytes, then lose the link."""
@@ -122,6 +132,7 @@ class AgentBridge:
         self.link.opened(False)
 
     def _state_changed(self) -> None:
-        if self.link.state is LinkState.LOST:
-            self._port.hang_up()  # nothing, if the guest has closed it
+        # A port that the guest has closed may be open again by now, for the next agent.
+        if self.link.state is LinkState.LOST and not self._hears_port:
+            self._port.hang_up()
         self._on_state()

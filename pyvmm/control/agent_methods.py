@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from pyvmm.agent.clone import HOOK
 from pyvmm.agent.link import AgentLink, Job, JobEvents, LinkState, RunRequest
 from pyvmm.agent.protocol import (
     LAST_SIGNAL,
@@ -21,6 +22,10 @@ from pyvmm.control.jobs import ClientJob, check_pipe
 from pyvmm.control.messages import Params, RequestError
 from pyvmm.errors import AgentError
 from pyvmm.run.io_loop import Deadline, IoLoop
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 MAX_JOBS = 32
 """Jobs of all clients together, with those whose output a client has not taken yet."""
@@ -33,12 +38,17 @@ class Agent:
     """The agent in the guest, for all clients; ``bridge`` is None if it has no port.
 
     ``is_brought`` is True if pyvmm brings the agent into the guest, False if the image may have it.
+    ``clone_id`` returns the number of the clone that the machine is now.
     """
 
-    def __init__(self, loop: IoLoop, bridge: AgentBridge | None, *, is_brought: bool) -> None:
+    def __init__(
+        self, loop: IoLoop, bridge: AgentBridge | None, *, is_brought: bool,
+        clone_id: Callable[[], UUID | None],
+    ) -> None:
         self._loop = loop
         self._bridge = bridge
         self._is_brought = is_brought
+        self._clone_id = clone_id
         self._jobs: list[ClientJob] = []
         self._waiting: list[tuple[Call, Deadline | None]] = []
         self._has_ended = False
@@ -48,26 +58,57 @@ class Agent:
         if self._bridge is None:
             return {"agent": "none", "problem": ""}
         link = self._bridge.link
-        return {"agent": str(link.state), "problem": link.problem}
+        return {"agent": str(link.state), "problem": link.problem or _hook_problem(link)}
+
+    def clone(self) -> dict[str, object] | None:
+        """Return the agent's answer to its being in a clone; None if there is none."""
+        answer = None if self._bridge is None else self._bridge.link.clone
+        if answer is None or answer.clone_id != self._clone_id():
+            return None
+        return {
+            "told": answer.is_told, "reseeded": answer.is_reseeded,
+            "clock_set": answer.is_clock_set, "hook": str(answer.hook), "value": answer.value,
+            "reason": answer.reason, "output": answer.output.decode("utf-8", "surrogateescape"),
+        }
+
+    def begin_again(self) -> None:
+        """The end of the run was taken back."""
+        self._has_ended = False
 
     def pump(self) -> None:
-        """Move bytes between the port and the link."""
+        """Move bytes between the port and the link.
+
+        A link of before a rewind is ended, unless the port has news of that itself.
+        """
         if self._bridge is not None and not self._has_ended:
             self._bridge.pump()
+            if self._is_stale(self._bridge.link) and not self._bridge.has_news:
+                self._bridge.link.lose("the machine was rewound")
+
+    def _is_stale(self, link: AgentLink) -> bool:
+        """True if the agent has answered before the machine was rewound."""
+        return link.state is LinkState.READY and link.is_due(self._clone_id())
 
     def link(self) -> AgentLink:
-        """Return the link; RequestError if there is none."""
+        """Return the link; RequestError if there is none, or it is one of before a rewind."""
+        link = self._present_link()
+        if self._is_stale(link):
+            raise RequestError("agent", "the machine was rewound: its agent has to come again")
+        return link
+
+    def _present_link(self) -> AgentLink:
         if self._has_ended:
             raise RequestError("ended", "the run has ended")
         if self._bridge is None:
             raise RequestError("agent", "this machine has no port for an agent")
+        self.pump()
         return self._bridge.link
 
     def wait(self, call: Call, timeout_s: float | None) -> None:
         """Answer once the agent is ready."""
-        link = self.link()
-        if link.state is LinkState.READY:
-            call.answer(_hello(link))
+        link = self._present_link()
+        if link.state is LinkState.READY and not self._is_stale(link):
+            _answer_ready(call, link)
             return
         deadline = None
         if timeout_s is not None:
@@ -79,9 +120,11 @@ class Agent:
         """The link's state may have changed."""
         if self._bridge is None or self._bridge.link.state is not LinkState.READY:
             return
+        if self._is_stale(self._bridge.link):
+            return
         for call, _ in list(self._waiting):
             self._forget(call)
-            call.answer(_hello(self._bridge.link))
+            _answer_ready(call, self._bridge.link)
 
     def end(self) -> None:
         """The run has ended: no job goes on."""
@@ -142,6 +185,8 @@ class Agent:
         link = self._bridge.link
         if link.state is LinkState.LOST:
             why = link.problem
+        elif link.hello is not None:
+            why = f"it has not yet dealt with being in a clone; its hook {HOOK} may still run"
         elif self._is_brought:
             why = "the guest may have no driver for virtio's console, or has not booted so far"
         else:
@@ -157,10 +202,19 @@ class Agent:
                 return
 
 
-def _hello(link: AgentLink) -> dict[str, object]:
+def _hook_problem(link: AgentLink) -> str:
+    """Return why the hook of a clone has failed, "" if it has not."""
+    return "" if link.clone is None or link.state is not LinkState.READY else link.clone.problem
+
+
+def _answer_ready(call: Call, link: AgentLink) -> None:
+    """Answer for an agent that takes orders; refuse if its guest is not fit for use."""
     hello = link.hello
     assert hello is not None  # the link is ready
-    return {"version": hello.version, "text": hello.text, "max_jobs": hello.max_jobs}
+    if problem := _hook_problem(link):
+        call.refuse("agent", f"{call.method}: {problem}")
+    else:
+        call.answer({"version": hello.version, "text": hello.text, "max_jobs": hello.max_jobs})
 
 
 # The methods

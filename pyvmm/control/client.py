@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any
 
 from pyvmm.control.messages import PROTOCOL, LineReader, RequestError, decode, encode
@@ -26,12 +27,16 @@ class ControlError(PyvmmError):
     """A machine in another process refused a request, or cannot be reached.
 
     ``kind`` is one of docs/control.md's kinds of errors; "closed" if the connection has ended
-    without an answer, "timeout" if there is none yet.
+    without an answer, "timeout" if there is none yet.  ``details`` are the fields that only errors
+    of this kind have.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(
+        self, kind: str, message: str, details: Mapping[str, object] = MappingProxyType({})
+    ) -> None:
         super().__init__(message)
         self.kind = kind
+        self.details = details
 
 
 class Pending(Future[dict[str, Any]]):
@@ -229,9 +234,8 @@ class Client:
         if pending is None:
             return
         if isinstance(error, dict):
-            pending.set_exception(
-                ControlError(str(error.get("kind", "")), str(error.get("message", "")))
-            )
+            kind, words = str(error.pop("kind", "")), str(error.pop("message", ""))
+            pending.set_exception(ControlError(kind, words, error))
         else:
             pending.set_result(message.get("result") or {})
 

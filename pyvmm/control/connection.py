@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from pyvmm.control.messages import (
     MAX_FDS,
@@ -47,9 +48,11 @@ class Call:
         """Send ``result``."""
         self._end({"id": self.id, "result": result})
 
-    def refuse(self, kind: str, message: str) -> None:
-        """Send an error."""
-        self._end({"id": self.id, "error": {"kind": kind, "message": message}})
+    def refuse(
+        self, kind: str, message: str, more: Mapping[str, object] = MappingProxyType({})
+    ) -> None:
+        """Send an error; ``more`` are fields of it that only its kind has."""
+        self._end({"id": self.id, "error": {"kind": kind, "message": message, **more}})
 
     def forget(self) -> None:
         """The client has gone: nobody waits for an answer."""

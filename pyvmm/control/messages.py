@@ -208,6 +208,20 @@ class Params:
         written as Python's surrogateescape does."""
         return self._text(name, self._take(name, default), most)
 
+    def optional_text(self, name: str, most: int) -> str | None:
+        """Return a text as ``text`` does; None if it is missing or null."""
+        if self._values.get(name) is None:
+            self._values.pop(name, None)
+            return None
+        return self.text(name, most)
+
+    def boolean(self, name: str) -> bool:
+        """Return true or false; False if it is missing."""
+        value = self._values.pop(name, False)
+        if not isinstance(value, bool):
+            raise self.error(name, f"must be true or false, not {type_of(value)}")
+        return value
+
     def data(self, name: str, most: int) -> bytes:
         """Return at most ``most`` bytes, which are written in base64."""
         value = self._take(name, None)

@@ -11,6 +11,7 @@ from pyvmm.control.agent_methods import AGENT_METHODS, Agent
 from pyvmm.control.connection import Call
 from pyvmm.control.messages import Params, RequestError
 from pyvmm.control.session import Session
+from pyvmm.control.snapshot_methods import SNAPSHOT_METHODS
 from pyvmm.control.target import MAX_TYPED_BYTES
 from pyvmm.errors import GuestMemoryError
 from pyvmm.run.outcome import Kind, Outcome
@@ -33,6 +34,9 @@ def _status(session: Session, call: Call, params: Params) -> None:
         "cpus": target.vcpu_count,
         "paused": target.is_paused,
         **session.agent.state(),
+        **session.clone_state(),
+        "clone": session.agent.clone(),
+        **({} if target.saves is None else target.saves.facts()),
         "console_bytes": session.console.end,
         "evidence": target.evidence(),
         "outcome": None if session.ended is None else session.ended["outcome"],
@@ -144,5 +148,6 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "disks.refresh": _refresh,
     "registers": _registers,
     "memory.read": _memory_read,
+    **SNAPSHOT_METHODS,
     **{name: _on_agent(method) for name, method in AGENT_METHODS.items()},
 })

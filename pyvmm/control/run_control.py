@@ -46,8 +46,14 @@ class RunControl:
                 self.__exit__()
                 raise ConfigError(f"--control {path}", error.problem) from error
 
-    def attach(self, machine: Machine, config: RunConfig, report: Callable[[str], None]) -> None:
-        """Serve ``machine``, which has not run yet."""
+    def attach(
+        self, machine: Machine, config: RunConfig, report: Callable[[str], None], *,
+        sets_clock: bool = False,
+    ) -> None:
+        """Serve ``machine``, which has not run yet.
+
+        With ``sets_clock`` the agent of a clone sets its guest's date to this host's.
+        """
         facts: dict[str, object] = {
             "pyvmm": self._version,
             "kernel": os.fspath(config.kernel),
@@ -57,15 +63,17 @@ class RunControl:
         }
         self._end_watch()
         self._server = Server(
-            MachineTarget(machine, facts), listener=self._listener, owner=self._owner,
-            report=report,
+            MachineTarget(machine, facts, sets_clock=sets_clock), listener=self._listener,
+            owner=self._owner, report=report,
         )
         self._server.start()
 
-    def end(self, outcome: Outcome) -> None:
-        """Tell all clients that the run has ended with ``outcome``; the machine is not closed."""
-        if self._server is not None:
-            self._server.end(outcome)
+    def end(self, outcome: Outcome) -> bool:
+        """Tell all clients that the run has ended with ``outcome``; the machine is not closed.
+
+        True if one of them has rewound the machine: its run goes on.
+        """
+        return self._server is not None and self._server.end(outcome)
 
     def failed(self, error: Exception) -> None:
         """Tell the owner that there was no run, because of ``error``."""
@@ -127,9 +135,11 @@ class OwnerWatch:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def owner_socket(text: str) -> socket.socket:
-    """Return the socket that ``--control-fd`` names; ConfigError if it names none."""
-    option = f"--control-fd {text}"
+def owner_socket(
+    text: str, *, option: str = "--control-fd", kind: int = socket.SOCK_STREAM
+) -> socket.socket:
+    """Return the socket that ``option`` names; ConfigError if it names none of ``kind``."""
+    option = f"{option} {text}"
     if not (text.isascii() and text.isdigit() and len(text) < 8):
         raise ConfigError(option, "is no number of a descriptor")
     try:
@@ -137,8 +147,9 @@ def owner_socket(text: str) -> socket.socket:
     except OSError as error:
         raise ConfigError(option, f"is no socket: {error.strerror}") from None
     try:
-        if found.family != socket.AF_UNIX or found.type != socket.SOCK_STREAM:
-            raise ConfigError(option, "is no Unix stream socket")
+        if found.family != socket.AF_UNIX or found.type != kind:
+            word = "stream" if kind == socket.SOCK_STREAM else "seqpacket"
+            raise ConfigError(option, f"is no Unix {word} socket")
         try:
             found.getpeername()
         except OSError as error:

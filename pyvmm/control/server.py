@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import queue
 import socket
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pyvmm.control.connection import Call, Connection
 from pyvmm.control.messages import PROTOCOL, Params, RequestError, encode, shorten
 from pyvmm.control.methods import METHODS
+from pyvmm.control.saves import Rewound
 from pyvmm.control.session import Session, ended_event
 from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
@@ -26,7 +28,9 @@ OWNER_LINGER_S = 10.0
 """The same if there is an owner: after a short run it may not have subscribed yet."""
 JOIN_S = 5.0
 ACCEPT_PAUSE_S = 0.5
-EVENTS = ("console", "state", "ended")
+WORK_S = 600.0
+"""Seconds that a snapshot may still take once the run has ended."""
+EVENTS = ("console", "state", "ended", "rewound")
 CONSOLE_EVENT_BYTES = 32 << 10
 CONSOLE_BACKLOG_BYTES = 128 << 10
 """So much of the console waits at a client's socket; the rest waits where all clients share it."""
@@ -66,9 +70,14 @@ class Server:
         """All connected clients."""
         self._ended: dict[str, object] | None = None
         """The event of the end, from the thread that owns the run."""
-        self._is_ending = False
+        self._is_ending = self._knows_end = False
+        self._ends: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """For the thread that owns the run: True, its end was taken back; False, all is told."""
+        self._taking_back = threading.Lock()
         self._loop = IoLoop(woken=self._look)
-        self._session = Session(target, self._loop, self._tell)
+        self._session = Session(
+            target, self._loop, tell=self._tell, take_back=self._take_back, idle=self._loop.wake
+        )
         target.observe(self._hear, self._loop.wake)
         self._doorway = None if listener is None else IoSource(
             listener.fileno(), self._accept, edge_triggered=False
@@ -79,14 +88,27 @@ class Server:
         """Begin to serve, in a thread of its own."""
         self._thread.start()
 
-    def end(self, outcome: Outcome) -> None:
-        """The run has ended: tell all clients, and wait a little until they have taken it."""
-        self._ended = ended_event(self._session.target, outcome)
+    def end(self, outcome: Outcome) -> bool:
+        """The run has ended: tell all clients, and wait a little until they have taken it.
+
+        True if one of them has rewound the machine: its run goes on.  An owner may do so until it
+        goes away, so for a machine that can be rewound it is waited for as long.
+        """
+        event = ended_event(self._session.target, outcome)
+        with self._taking_back:
+            if self._ends.empty():  # else the machine has left this end behind already
+                self._ended = event
         self._loop.wake()
-        self._thread.join(self._linger_s + JOIN_S)
+        while True:
+            try:
+                return self._ends.get(timeout=self._linger_s + JOIN_S)
+            except queue.Empty:
+                if not self._is_held:
+                    return False
 
     def close(self) -> None:
         """Stop serving; idempotent."""
+        self._session.worker.join(WORK_S)
         if self._thread.is_alive():
             self._loop.stop()
             self._thread.join(JOIN_S)
@@ -112,25 +134,51 @@ class Server:
         for connection in list(self._subscriptions):
             connection.close()
         self._loop.close()
+        self._ends.put(False)
 
     def _look(self) -> None:
         """Look at all that other threads have brought."""
         self._session.look()
         for connection in list(self._subscriptions):
             self._pump(connection)
-        if self._ended is not None and not self._is_ending:
+        if self._ended is not None and not self._knows_end:
+            self._knows_end = True
+            self._session.end(self._ended)
+            for connection in list(self._subscriptions):
+                connection.take_requests()  # a wait that was sent just before is answered, too
+                self._pump(connection)
+        if self._knows_end and not (self._is_ending or self._is_held):
             self._is_ending = True
-            self._finish(self._ended)
+            self._finish()
 
-    def _finish(self, ended: dict[str, object]) -> None:
+    @property
+    def _is_held(self) -> bool:
+        """True while the ended machine may be needed."""
+        saves = self._session.target.saves
+        has_owner = any(connection.is_owner for connection in list(self._subscriptions))
+        return self._session.worker.is_busy or (
+            has_owner and saves is not None and saves.can_rewind
+        )
+
+    def _take_back(self, rewound: Rewound) -> None:
+        """The machine was rewound; an end that it had is none any more."""
+        if not rewound.had_ended:
+            return
+        with self._taking_back:
+            self._ended = None
+            self._ends.put(True)
+        self._knows_end = False
+        for subscription in self._subscriptions.values():
+            subscription.knows_the_end = False
+
+    def _finish(self) -> None:
         if self._listener is not None and self._doorway is not None:
             self._loop.remove(self._doorway)
             self._listener.close()
-        self._session.end(ended)
         self._loop.call_in(LINGER_S, self._close_stuck)
         self._loop.call_in(self._linger_s, self._loop.stop)
         for connection in list(self._subscriptions):
-            connection.take_requests()  # a wait that was sent just before is answered, too
+            connection.take_requests()
             # A client that takes all of the console hears of the end behind it.
             self._pump(connection)
         self._stop_when_idle()
@@ -194,6 +242,7 @@ class Server:
             )
         if self._is_ending and not self._subscriptions:
             self._loop.stop()
+        self._loop.wake()  # an owner held the end
 
     def _serve(self, call: Call, params: Params) -> None:
         if call.method == "subscribe":
@@ -236,7 +285,7 @@ class Server:
         self._subscriptions[call.connection] = Subscription(frozenset(events), position)
         call.answer({
             "at": position, "paused": self._session.target.is_paused,
-            **self._session.agent.state(),
+            **self._session.agent.state(), **self._session.clone_state(),
         })
         self._pump(call.connection)
 
@@ -244,8 +293,9 @@ class Server:
         for connection, subscription in list(self._subscriptions.items()):
             if event["event"] in subscription.events:
                 # A guest may change it without end: a client that does not read gets the last one.
-                subscription.owes_state = connection.backlog >= CONSOLE_BACKLOG_BYTES
-                if not subscription.owes_state:
+                is_owed = event["event"] == "state" and connection.backlog >= CONSOLE_BACKLOG_BYTES
+                subscription.owes_state = subscription.owes_state or is_owed
+                if not subscription.owes_state or event["event"] != "state":
                     connection.send(event)
 
     def _on_room(self, connection: Connection) -> None:

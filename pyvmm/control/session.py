@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import time
 from collections.abc import Callable
 
+from pyvmm.agent.clone import HOOK_TIMEOUT_S, CloneNotice
 from pyvmm.control.agent_bridge import AgentBridge
 from pyvmm.control.agent_methods import Agent
 from pyvmm.control.connection import Call
 from pyvmm.control.console_log import ConsoleLog
+from pyvmm.control.saves import Rewound
 from pyvmm.control.target import Target
+from pyvmm.control.worker import Worker
 from pyvmm.errors import PyvmmError
 from pyvmm.run.io_loop import Deadline, IoLoop
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.startup.types import name_of
 
+LAB_SLOWNESS = 5
+"""The lab's emulated processor is slow: a hook has more time there."""
+_IN_THE_LAB = "PYVMM_LAB"
+"""``pyvmm.lab.INSIDE``, without the imports of the lab."""
 FIRST_LOOK_S, LAST_LOOK_S = 0.001, 0.05
 """Seconds between two looks whether the guest has paused: the pauses grow."""
 
@@ -22,23 +31,29 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.001, 0.05
 class Session:
     """The state of one run, for all clients; every method is called in the thread of ``loop``.
 
-    ``tell`` sends an event to those who subscribed to its kind.
+    ``tell`` sends an event to those who subscribed to its kind.  ``take_back`` is called when the
+    machine was rewound, ``idle`` when no work is left that was done beside the loop.
     """
 
     def __init__(
-        self, target: Target, loop: IoLoop, tell: Callable[[dict[str, object]], None]
+        self, target: Target, loop: IoLoop, *, tell: Callable[[dict[str, object]], None],
+        take_back: Callable[[Rewound], None], idle: Callable[[], None],
     ) -> None:
         self.target = target
         self.loop = loop
         self.console = ConsoleLog()
+        self.worker = Worker(loop, idle)
         port = target.agent_port
         bridge = None if port is None else AgentBridge(
-            port, wake=loop.wake, on_state=self._agent_changed
+            port, wake=loop.wake, on_state=self._agent_changed, notice=self._notice
         )
-        self.agent = Agent(loop, bridge, is_brought=target.facts.get("agent_way") == "inject")
+        self.agent = Agent(
+            loop, bridge, is_brought=target.facts.get("agent_way") == "inject",
+            clone_id=lambda: target.clone_id,
+        )
         self.ended: dict[str, object] | None = None
         """The event that tells of the end; None before it."""
-        self._tell = tell
+        self._tell, self._take_back = tell, take_back
         self._waiting: list[Call] = []
         self._told: dict[str, object] = self.state()
 
@@ -46,7 +61,10 @@ class Session:
 
     def state(self) -> dict[str, object]:
         """Return the event that tells of the present state."""
-        return {"event": "state", "paused": self.target.is_paused, **self.agent.state()}
+        return {
+            "event": "state", "paused": self.target.is_paused, **self.agent.state(),
+            **self.clone_state(),
+        }
 
     def look(self) -> None:
         """Look at what other threads have brought, and tell of a state that has changed."""
@@ -84,6 +102,37 @@ class Session:
         else:
             after_s = min(delay_s * 2, LAST_LOOK_S)
             self.loop.call_in(delay_s, lambda: self._await_pause(call, until_s, after_s))
+
+    # Clones and rewinds
+
+    def clone_state(self) -> dict[str, object]:
+        """Return the field that tells which clone the machine is."""
+        clone_id = self.target.clone_id
+        return {"clone_id": None if clone_id is None else str(clone_id)}
+
+    def rewound(self, call: Call, rewound: Rewound) -> None:
+        """The machine was rewound: take back its end, and have its agent told."""
+        if rewound.had_ended:
+            self.ended = None
+            self.agent.begin_again()
+        self._take_back(rewound)
+        self._tell({
+            "event": "rewound", "paused": self.target.is_paused, **self.clone_state(),
+            "unfinished": base64.b64encode(rewound.unfinished).decode(),
+        })
+        call.answer({"paused": self.target.is_paused, **self.clone_state()})
+        self.look()
+
+    def _notice(self) -> CloneNotice | None:
+        """Return the notice to the guest of a clone."""
+        clone_id = self.target.clone_id
+        if clone_id is None:
+            return None
+        slowness = LAB_SLOWNESS if os.environ.get(_IN_THE_LAB) else 1
+        return CloneNotice(
+            clone_id=clone_id, sets_clock=self.target.sets_clock,
+            hook_timeout_s=HOOK_TIMEOUT_S * slowness,
+        )
 
     # The end
 

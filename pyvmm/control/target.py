@@ -9,9 +9,14 @@ from collections.abc import Callable
 
 from pyvmm.api.vcpus import Registers, VcpuHandle
 from pyvmm.control.agent_bridge import Port
+from pyvmm.control.machine_saves import MachineSaves
+from pyvmm.control.saves import Saves
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Outcome
-from pyvmm.startup.types import Protocol
+from pyvmm.startup.types import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 MAX_TYPED_BYTES = 1 << 20
 """Bytes for the console that may wait until the guest reads them."""
@@ -25,6 +30,14 @@ class Target(Protocol):
     vcpu_count: int
     agent_port: Port | None
     """The port of the agent in the guest; None if the machine has none."""
+    saves: Saves | None
+    """The machine's snapshots and checkpoints; None if it cannot be saved."""
+    sets_clock: bool
+    """True if the agent of a clone must set its guest's date to this host's."""
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """The number of the clone that the machine is, another after each rewind."""
 
     def observe(self, console: Callable[[bytes], None], woken: Callable[[], None]) -> None:
         """Have ``console`` called with the guest's output, and ``woken`` when a pause may have
@@ -66,7 +79,9 @@ class Target(Protocol):
 class MachineTarget:
     """``machine`` as a ``Target``; made before its run."""
 
-    def __init__(self, machine: Machine, config_facts: dict[str, object]) -> None:
+    def __init__(
+        self, machine: Machine, config_facts: dict[str, object], *, sets_clock: bool = False
+    ) -> None:
         self._machine = machine
         self._runner = machine.runner
         self._vcpus = [VcpuHandle(loop, machine.runner) for loop in machine.loops]
@@ -74,6 +89,9 @@ class MachineTarget:
         self._lock = threading.Lock()
         self.vcpu_count = len(self._vcpus)
         self.agent_port: Port | None = machine.agent_port
+        self.saves: Saves | None = MachineSaves(machine, self._attach)
+        self.sets_clock = sets_clock
+        self._woken: Callable[[], None] = lambda: None
         version = machine.kernel.version
         self.facts = {
             **config_facts,
@@ -87,13 +105,9 @@ class MachineTarget:
     def observe(self, console: Callable[[bytes], None], woken: Callable[[], None]) -> None:
         """See ``Target``."""
         self._machine.output.add_observer(console)
-
-        def look() -> None:
-            self._hand_over()
-            woken()
-
+        self._woken = woken
         # Before the terminal's: of two who set input_waits, the last one knows both.
-        self._runner.on_wake(look)
+        self._attach(True)
 
     def begin_pause(self) -> None:
         """See ``Target``."""
@@ -102,6 +116,11 @@ class MachineTarget:
     def resume(self) -> None:
         """See ``Target``."""
         self._runner.resume()
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """See ``Target``."""
+        return self._machine.clone_id
 
     @property
     def is_paused(self) -> bool:
@@ -146,6 +165,19 @@ class MachineTarget:
             "panic_reason": seen.panic_reason if seen.has_panicked else "",
             "exits": {"mmio": exits.mmio, "io": exits.io, "other": exits.other},
         }
+
+    def _attach(self, begins_anew: bool) -> None:
+        """Look at each wake-up of a run that begins; no typed byte is for the guest before it."""
+        with self._lock:
+            self._typed.clear()
+        if not begins_anew:
+            return
+
+        def look() -> None:
+            self._hand_over()
+            self._woken()
+
+        self._runner.on_wake(look)
 
     def _hand_over(self) -> None:
         """Offer typed bytes to the guest, in the thread that keeps house."""

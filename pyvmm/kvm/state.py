@@ -73,8 +73,7 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, object]:
     state["xcrs"] = _get(fd, state_abi.KVM_GET_XCRS) if has_xcrs else None
     state["debugregs"] = _get(fd, state_abi.KVM_GET_DEBUGREGS)
     state["lapic"] = _get_unless(fd, irqchip_abi.KVM_GET_LAPIC, errno.EINVAL)
-    has_khz = kvm.check_extension(state_abi.KVM_CAP_GET_TSC_KHZ)
-    state["tsc_khz"] = ioctl(fd, state_abi.KVM_GET_TSC_KHZ) if has_khz else None
+    state["tsc_khz"] = tsc_khz_of(vcpu, kvm)
     state["tsc_offset"] = tsc.offset_of(vcpu)
     state["msrs"] = [[index, value] for index, value in _get_msrs(vcpu, _msr_indices(kvm)).items()]
     state["events"] = _get(fd, state_abi.KVM_GET_VCPU_EVENTS)  # last: all others may change it
@@ -163,6 +162,13 @@ def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
         _set_msrs(vcpu, {tsc.TSC: (msrs[tsc.TSC] + _FAR_TICKS) & _MASK}, fields)
     _set_msrs(vcpu, msrs, fields)
     put("events", state_abi.KVM_SET_VCPU_EVENTS, events)
+
+
+def tsc_khz_of(vcpu: Vcpu, kvm: Kvm) -> int | None:
+    """Return the rate of the vCPU's TSC in kHz; None if KVM does not tell."""
+    if not kvm.check_extension(state_abi.KVM_CAP_GET_TSC_KHZ):
+        return None
+    return ioctl(vcpu.fd, state_abi.KVM_GET_TSC_KHZ)
 
 
 def save_vm(vm: Vm) -> dict[str, object]:

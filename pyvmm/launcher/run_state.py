@@ -122,6 +122,13 @@ class RunState:
                 self.failure = error
         self.notify()
 
+    def begin_anew(self) -> None:
+        """The machine was rewound: if its run was over, it is not any more."""
+        with self._news:
+            self.ending = self.outcome = None
+            self.is_end_told = False
+        self.notify()
+
     def on_end(self, callback: Callable[[Outcome], object]) -> None:
         """See ``Vm.on_end``."""
         with self._news:

@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from uuid import UUID
 
 from pyvmm.api.config import MachineConfig
 from pyvmm.api.vcpus import Registers
@@ -23,7 +24,7 @@ from pyvmm.launcher.arguments import arguments_of
 from pyvmm.launcher.console import VmConsole
 from pyvmm.launcher.process import END_TIMEOUT_S, MachineProcess, VmProcess
 from pyvmm.launcher.run_state import RunState
-from pyvmm.launcher.stderr import StderrThread
+from pyvmm.launcher.stderr import StderrThread, log_line
 from pyvmm.report import escape
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
@@ -69,7 +70,8 @@ class Session:
         self.end_registers: Sequence[str] = ()
         self._end_values: Sequence[Mapping[str, str]] = ()
         self.is_paused = False
-        self._told = report or _log
+        self.clone_id: UUID | None = None
+        self._told = report or log_line
         self._stderr = StderrThread(
             process.stderr_fd, self.report, name=f"pyvmm VM {process.pid} stderr",
         )
@@ -129,7 +131,10 @@ class Session:
             outcome = self.wait(None)
             raise HostError(f"launch: {outcome.detail if outcome else error}") from None
         self._stderr.release()
-        self.call("subscribe", {"events": ["console", "state", "ended"], "console_from": 0})
+        told = self.call("subscribe", {
+            "events": ["console", "state", "ended", "rewound"], "console_from": 0,
+        })
+        self._take_clone_id(told)
 
     @property
     def pid(self) -> int:
@@ -204,6 +209,12 @@ class Session:
         """Send a request without waiting for its answer: see ``wait_for`` and ``result_of``."""
         self.check_open(method)
         self.state.raise_if_over(method)
+        return self.begin(method, params, fds)
+
+    def begin(
+        self, method: str, params: Mapping[str, object] | None = None, fds: Sequence[int] = ()
+    ) -> Pending:
+        """Send a request as ``send`` does, also once the run is over."""
         pending = self._client.begin(method, params, fds)
         pending.add_done_callback(self._on_answer)
         return pending
@@ -331,13 +342,28 @@ class Session:
                 self.console.lost_bytes += event["bytes"]
             case "state":
                 self.is_paused = bool(event["paused"])
+                self._take_clone_id(event)
                 self.state.notify()
+            case "rewound":
+                self.is_paused = bool(event["paused"])
+                self._take_clone_id(event)
+                self._begin_anew(base64.b64decode(event["unfinished"]))
             case "ended":
                 self.evidence = event["evidence"]
                 self.end_registers = tuple(event["registers"])
                 self._end_values = event.get("register_values", ())
                 told = event["outcome"]
                 self._over(Outcome(Kind[told["kind"]], told["value"], told["detail"]))
+
+    def _take_clone_id(self, told: Mapping[str, Any]) -> None:
+        text = told["clone_id"]
+        self.clone_id = None if text is None else UUID(text)
+
+    def _begin_anew(self, unfinished: bytes) -> None:
+        """The machine was rewound, from its end too."""
+        self.evidence, self.end_registers, self._end_values = {}, (), ()
+        self.state.begin_anew()
+        self.console.begin_anew(unfinished)
 
     def _on_answer(self, pending: Future[dict[str, Any]]) -> None:
         if pending.exception() is None and "paused" in pending.result():
@@ -371,11 +397,3 @@ def _died(status: int, last_words: str) -> str:
     """Return how a process ended that told no outcome."""
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
     return f"the process of the VM ended {how}{f': {last_words}' if last_words else ''}"
-
-
-def _log(line: str) -> None:
-    import logging
-
-    # A line that ends so tells of work under way, such as making an initramfs: nothing is odd.
-    level = logging.INFO if line.endswith("...") else logging.WARNING
-    logging.getLogger("pyvmm").log(level, "%s", escape(line))

@@ -69,3 +69,12 @@ class StderrThread:
         for line in lines:
             text = line[:MAX_LINE_BYTES].removeprefix(_PREFIX).decode("utf-8", "replace")
             self._report(text)
+
+
+def log_line(line: str) -> None:
+    """Give a line of the machine's process to the logger ``pyvmm``."""
+    import logging
+
+    # A line that ends so tells of work under way, such as making an initramfs: nothing is odd.
+    level = logging.INFO if line.endswith("...") else logging.WARNING
+    logging.getLogger("pyvmm").log(level, "%s", escape(line))

@@ -17,8 +17,10 @@ from pyvmm.startup.types import TYPE_CHECKING
 if TYPE_CHECKING:
     from os import PathLike
     from typing import BinaryIO
+    from uuid import UUID
 
     from pyvmm.errors import PyvmmError
+    from pyvmm.launcher.snapshot import VmSnapshot
     from pyvmm.run.outcome import Outcome
 
     Argument = str | bytes | PathLike[str]
@@ -98,6 +100,48 @@ class Vm:
     def registers(self, vcpu: int = 0) -> Registers:
         """Return the registers of a vCPU while the machine is paused, or after its end."""
         return self._session.registers(vcpu)
+
+    def snapshot(
+        self, directory: str | PathLike[str] | None = None, *, live: bool = False,
+        diff: bool = False,
+    ) -> VmSnapshot:
+        """Save the machine, which goes on, into the new ``directory``; see ``VmSnapshot.clone``.
+
+        Without one it is a temporary directory, which goes when the snapshot is closed.  With
+        ``live`` the guest runs on while its memory is written.  With ``diff`` only the pages are
+        saved that differ from the snapshot of which this machine is a clone.
+
+        SnapshotError for what cannot be saved, before the guest is paused: a disk that is written
+        in place, for instance.
+        """
+        from pyvmm.launcher.saving import snapshot
+
+        return snapshot(self._session, directory, live=live, diff=diff)
+
+    def checkpoint(self) -> int:
+        """Keep this moment in the memory of the machine's process; return its number."""
+        from pyvmm.launcher.saving import checkpoint
+
+        return checkpoint(self._session)
+
+    def rewind(self, number: int | None = None) -> None:
+        """Go back to checkpoint ``number``, or to the newest there is.
+
+        Without checkpoints a clone goes back to its snapshot.  A guest that ran runs on from
+        there.  One whose run has ended is paused then: ``outcome`` is None, and ``resume`` lets it
+        go on.  Its agent is told; commands of before are lost.  The console's ``text`` keeps all.
+
+        SnapshotError if there is nothing to go back to; EndedError if the machine's process has
+        gone with the end of its run, because there was nothing to go back to.
+        """
+        from pyvmm.launcher.saving import rewind
+
+        rewind(self._session, number)
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """The number of the clone that the guest is, new after each rewind; None for no clone."""
+        return self._session.clone_id
 
     def close(self) -> None:
         """Stop the machine and free all that it has; idempotent."""

@@ -3,7 +3,8 @@
 For every module Python asks for half a dozen names in as many system calls.  Then Python opens,
 examines and reads a ``.pyc``, with a page of Python code in between.  That is more work than the
 top level of most of our modules; where files are far (over 9p in the lab) it is 3 ms a module.
-So the first run leaves ``__pycache__/run.<tag>.bundle`` behind, and later runs import from it.
+So the first run leaves ``__pycache__/run.<tag>.bundle`` behind, and later runs import from it.  A
+restore has a bundle of its own, because every start reads the index of all that is in one.
 
 Half of the remaining time is Python's import machinery, 80 us a module.  So the loader of one of
 our modules first makes our modules that the ``import`` statements at its left edge name.  The
@@ -44,10 +45,11 @@ _OURS = os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
 
 
-def default_path() -> str:
-    """Return the path at which this Python and this copy of pyvmm have their bundle, if any."""
+def default_path(command: str = "run") -> str:
+    """Return the path at which this Python and this copy of pyvmm have the bundle of ``command``.
+    """
     tag = f"{sys.implementation.cache_tag}-{sys.hexversion:x}-O{sys.flags.optimize}"
-    return os.path.join(_OURS, "__pycache__", f"run.{tag}.bundle")
+    return os.path.join(_OURS, "__pycache__", f"{command}.{tag}.bundle")
 
 
 class Bundle:
@@ -57,7 +59,7 @@ class Bundle:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path = path
         self._entries = _read(path)
         self._known: set[str] = set()
 
@@ -141,7 +143,7 @@ class Bundle:
             if entry := _entry(name):
                 entries[name] = entry
         data = _encode(entries)
-        temporary = f"{self._path}.{os.urandom(8).hex()}"
+        temporary = f"{self.path}.{os.urandom(8).hex()}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = os.open(temporary, flags, 0o644)  # no umask lets other users write it
@@ -150,7 +152,7 @@ class Bundle:
             finally:
                 os.close(fd)
             if written == len(data):
-                os.replace(temporary, self._path)
+                os.replace(temporary, self.path)
             else:
                 _unlink(temporary)
         except OSError:
@@ -182,7 +184,7 @@ class _Loader:
         except (ValueError, EOFError, TypeError):  # damaged: the source is there
             with open(self._file, "rb") as source:  # noqa: PTH123 - pathlib takes 8 ms
                 code = compile(source.read(), self._file, "exec")
-            _unlink(default_path())
+            _unlink(self._bundle.path)
         self._code = b""
         exec(code, module.__dict__)
 

@@ -17,7 +17,7 @@ from pyvmm.storage.backend import SECTOR_SIZE
 _FLOCK = struct.Struct("hhqqi4x")
 # The errors of file systems without locks.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-# Where copy_file_range is not known, or not between these files.
+# The errors of copy_file_range if it is not known, or not between these files.
 _CANNOT_COPY = frozenset(
     {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 )

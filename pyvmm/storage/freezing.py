@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from pyvmm.errors import SnapshotError
 from pyvmm.storage.backend import BlockBackend
+from pyvmm.storage.bitmap import BlockBitmap
 from pyvmm.storage.faulty import FaultyBackend
 from pyvmm.storage.frozen import FrozenDisk, duplicate_base
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.overlay import OverlayBackend
 from pyvmm.storage.private import PrivateDisk
 from pyvmm.storage.raw import RawBackend
+from pyvmm.storage.saving import copy_blocks
+from pyvmm.storage.scratch import snapshot_directory, take_stripe
 
 _READABLE_TWICE = (RawBackend, MemoryBackend)
 
@@ -70,8 +73,8 @@ def _problem(backend: BlockBackend, into_directory: bool, to_rewind: bool) -> st
 def freeze(backend: BlockBackend) -> FrozenDisk:
     """Return ``backend`` as it is now, immutable, for the caller to close.
 
-    ``backend`` goes on with layers of its own.  Nobody uses it meanwhile.  SnapshotError, of
-    ``check_freezable``; OSError if there is no room.
+    ``backend`` goes on with layers of its own.  Nobody uses it meanwhile.  SnapshotError as of
+    ``check_freezable``, or if there is no room.
     """
     check_freezable(backend, into_directory=False)
     if isinstance(backend, FaultyBackend):
@@ -89,8 +92,40 @@ def freeze(backend: BlockBackend) -> FrozenDisk:
         finally:
             frozen.close()
     if isinstance(backend, OverlayBackend):
-        return backend.freeze()
+        try:
+            return _copied(backend)
+        except OSError as error:
+            raise SnapshotError(
+                _subject(backend), f"its overlay cannot be copied to {snapshot_directory()}: "
+                f"{error.strerror}; TMPDIR names another directory"
+            ) from error
     return FrozenDisk.of_base(duplicate_base(backend), _subject(backend), read_only=True)
+
+
+def _copied(overlay: OverlayBackend) -> FrozenDisk:
+    """Return a copy of the blocks that the store of ``overlay`` holds, over the same base.
+
+    The store stays the place of the overlay's writes, because a flush must end there.
+    """
+    base = duplicate_base(overlay.base)
+    below = FrozenDisk.of_base(base, _subject(overlay.base), read_only=False)
+    stripe = None
+    try:
+        bitmap, (store, data) = BlockBitmap(), overlay.place
+        for start, length in overlay.held_runs():
+            if stripe is None:
+                stripe = take_stripe(None, below.stripe_bytes, overlay.report)
+            copy_blocks(store, data + start, stripe.store, stripe.offset + start, length)
+            bitmap.hold(start, length)
+        if stripe is None:
+            return below.share()
+        frozen = below.with_layer(stripe, bitmap)
+        stripe = None
+        return frozen
+    finally:
+        if stripe is not None:
+            stripe.free()
+        below.close()
 
 
 def revert(backend: BlockBackend, frozen: FrozenDisk) -> None:

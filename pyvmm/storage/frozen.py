@@ -20,7 +20,7 @@ from pyvmm.storage.layers import (
     read_pieces,
 )
 from pyvmm.storage.memory import MemoryBackend
-from pyvmm.storage.overlay import data_offset
+from pyvmm.storage.overlay_format import data_offset
 from pyvmm.storage.raw import RawBackend
 from pyvmm.storage.scratch import Stripe
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from array import array
 
     from pyvmm.storage.faulty import FaultState
+
+
+_MAX_MAP_PAGES = 256
+"""Pages of the map that are kept, of 64 KiB each: those of 32 GiB of the disk."""
 
 
 class DiskFacts(Record):
@@ -62,7 +66,7 @@ class FrozenDisk:
         self.stamp_ns = facts.stamp_ns
         self.faults = faults
         self._tree = tree
-        self._newest = newest
+        self.newest = newest
         tree.add_disk(newest)
         # Made as far as it is needed; useless once the tree's epoch is another.
         self._blocks, self._epoch = blocks or ({}, tree.epoch)
@@ -118,11 +122,13 @@ class FrozenDisk:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that differ from the base, in whole blocks."""
-        total = 0
-        for _, count, number in pieces(self._page, 0, self.size_bytes):
-            total += block_count(count) * BLOCK_SIZE if number else 0
-        return total
+        """Bytes of blocks that are in a layer: what ``save_overlay`` writes."""
+        return sum(count for _, count, number in pieces(self._page, 0, self.size_bytes) if number)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the newest layer: what it takes to keep this disk beside the one below."""
+        return 0 if self.newest is None else self.newest.blocks * BLOCK_SIZE
 
     def share(self) -> FrozenDisk:
         """Return this disk, with one more owner."""
@@ -137,7 +143,7 @@ class FrozenDisk:
             self._shares -= 1
             is_last = not self._shares
         if is_last:
-            self._tree.remove_disk(self._newest)
+            self._tree.remove_disk(self.newest)
             self._blocks = {}
 
     def open(self, *, report: Callable[[str], None]) -> BlockBackend:
@@ -163,7 +169,7 @@ class FrozenDisk:
 
         OSError.  The caller keeps to the disk's size.
         """
-        if self._newest is None:
+        if self.newest is None:
             self._tree.read(0, buffers, offset)
             return 0
         tree, length = self._tree, sum(map(len, buffers))
@@ -188,7 +194,9 @@ class FrozenDisk:
         with self._tree.lock:
             if self._epoch != self._tree.epoch:
                 self._blocks, self._epoch = {}, self._tree.epoch
-            page = self._blocks[index] = map_page(self._newest, index)
+            if len(self._blocks) >= _MAX_MAP_PAGES:
+                del self._blocks[next(iter(self._blocks))]
+            page = self._blocks[index] = map_page(self.newest, index)
             return page
 
     def save_overlay(self, path: str) -> int | None:
@@ -235,7 +243,7 @@ class FrozenDisk:
 
     def with_layer(self, stripe: Stripe, bitmap: BlockBitmap) -> FrozenDisk:
         """Return this disk under a new layer, which takes over ``stripe`` and ``bitmap``."""
-        layer = Layer((stripe.store, stripe.offset), bitmap, stripe, self._newest)
+        layer = Layer((stripe.store, stripe.offset), bitmap, stripe, self.newest)
         self._tree.add_layer(layer)
         # The map moves on to the disk that is used from now on, or each of a hundred checkpoints
         # would keep one.  Readers of this disk keep the pages that they have.
@@ -254,18 +262,18 @@ class FrozenDisk:
     ) -> FrozenDisk:
         """Return this disk under the blocks that ``store`` has at ``data``; takes over ``store``.
         """
-        layer = Layer((store, data), bitmap, None, self._newest)
+        layer = Layer((store, data), bitmap, None, self.newest)
         self._tree.add_layer(layer)
         return FrozenDisk(self.facts, self._tree, layer)
 
     def with_faults(self, faults: FaultState | None) -> FrozenDisk:
         """Return the same disk behind ``faults``, for the caller to close."""
-        return FrozenDisk(self.facts, self._tree, self._newest, faults=faults)
+        return FrozenDisk(self.facts, self._tree, self.newest, faults=faults)
 
     def merge_layers(self) -> None:
         """Merge layers that no disk needs apart, within bounds."""
-        if self._newest is not None:
-            self._tree.merge_below(self._newest)
+        if self.newest is not None:
+            self._tree.merge_below(self.newest)
 
 
 def duplicate_base(base: BlockBackend) -> BlockBackend:

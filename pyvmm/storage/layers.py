@@ -11,11 +11,11 @@ reads once more.
 
 from __future__ import annotations
 
-import errno
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 
+from pyvmm.errors import HostError
 from pyvmm.storage.backend import BlockBackend, BufferCursor
 from pyvmm.storage.bitmap import BLOCK_SIZE, BLOCKS_PER_PAGE, BlockBitmap, bit_runs, block_count
 from pyvmm.storage.files import copy_range
@@ -117,7 +117,7 @@ class LayerTree:
             if self._next_number > max(_ENOUGH_NUMBERS, 2 * self._count):
                 self._renumber()
             if self._next_number > _MAX_NUMBER:
-                raise OSError(errno.EMFILE, f"a disk has at most {_MAX_NUMBER} layers")
+                raise HostError(f"a disk has at most {_MAX_NUMBER} frozen layers: close snapshots")
             layer.numbers.append(self._next_number)
             self.layers[self._next_number] = layer
             self._next_number += 1

@@ -162,7 +162,8 @@ def open_overlay(
     """
     if not path:
         return _open_private(base, location, stack, report)
-    from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
+    from pyvmm.storage.overlay import OverlayBackend
+    from pyvmm.storage.overlay_format import format_store, store_bytes
     from pyvmm.storage.raw import RawBackend
 
     new = _create(path, store_bytes(base.size_bytes))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.backend import BlockBackend, check_range, read_only_error
 from pyvmm.storage.bitmap import BlockBitmap
 from pyvmm.storage.copy_on_write import CopyOnWrite
-from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.scratch import ScratchFile, Stripe, take_stripe
+
+if TYPE_CHECKING:
+    from pyvmm.storage.frozen import FrozenDisk
 
 
 class PrivateDisk(CopyOnWrite):

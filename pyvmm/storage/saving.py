@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -10,11 +11,12 @@ from pyvmm.errors import ConfigError, SnapshotError
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.bitmap import PAGE_SIZE, BlockBitmap
 from pyvmm.storage.files import check_disk, copy_range, lock_disk
-from pyvmm.storage.overlay import (
+from pyvmm.storage.overlay_format import (
     BITMAP_OFFSET,
     check_store,
     data_offset,
     format_store,
+    load_page,
     store_bytes,
 )
 from pyvmm.storage.raw import RawBackend
@@ -148,10 +150,4 @@ def open_saved_layer(
     except ConfigError as error:
         store.close()
         raise SnapshotError(path, error.problem) from error
-
-    def load(index: int) -> bytearray:
-        page = bytearray(PAGE_SIZE)
-        store.readv([memoryview(page)], BITMAP_OFFSET + index * PAGE_SIZE)
-        return page
-
-    return store, BlockBitmap(load)
+    return store, BlockBitmap(functools.partial(load_page, store))

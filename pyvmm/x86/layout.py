@@ -75,6 +75,7 @@ RTC_INDEX, RTC_DATA = 0x70, 0x71
 DEBUG_EXIT_PORT = 0xF4
 PCI_PORT = 0xCF8
 BOOT_TIMER_PORT = 0xF8
+WARM_PORT = 0xF9
 PVPANIC_PORT = 0x505
 SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, RESET_PORT = 0x600, 0x601, 0x602
 """The power device's registers of one byte each, which the guest finds in ACPI's FADT."""

@@ -19,7 +19,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {command} " in out for command in ("run", "doctor", "lab"))
+    assert all(f"\n  {command} " in out for command in ("run", "restore", "doctor", "lab"))
 
 
 def test_no_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +34,7 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
     assert "boot: no such command" in err
 
 
-@pytest.mark.parametrize("command", ["run", "doctor", "lab"])
+@pytest.mark.parametrize("command", ["run", "restore", "doctor", "lab"])
 def test_each_command_has_help(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pyvmm", command, "--help"], capture_output=True, text=True,

@@ -19,7 +19,7 @@ from pyvmm.linux.requirements import BUILT_IN, known_options
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.verdict import Evidence
 from tests.support import disk_heads
-from tests.support.guest import KERNEL
+from tests.support.guest import KERNEL, TWICE
 from tests.support.kernels import COMPLETE_CONFIG, bzimage, lacking, with_ikconfig
 
 NO_ROOT = Outcome(Kind.PANIC, detail="VFS: Unable to mount root fs on unknown-block(0,0)")
@@ -269,10 +269,23 @@ def test_a_kernel_that_lacks_nothing_is_not_warned_of(rig: Rig, options: Argumen
     assert not re.search("^missing", rig.inspect(), re.MULTILINE)
 
 
+@pytest.mark.slow  # and needs build/twice/bzImage
+@pytest.mark.parametrize("options", [
+    (*PLAIN, *NO_ACPI), (*PLAIN, "--append", "acpi=off"),
+    (*PLAIN, "--cpus", "4", *NO_ACPI, "--append", "console=hvc0"),
+])
+def test_our_own_kernel_for_the_command_line_is_not_warned_of(
+    rig: Rig, options: Arguments
+) -> None:
+    rig.kernel = TWICE
+    rig.inspect()
+    assert rig.run(options)[0] == []
+
+
 @pytest.mark.slow  # and needs build/bzImage
 @pytest.mark.parametrize("options", [
-    PLAIN, (*PLAIN, "--append", "console=hvc0"), (*PLAIN, *NO_ACPI), (*PLAIN, "--cpus", "8"),
-    (*PLAIN, "--append", "acpi=off"), (*PLAIN, "--cpus", "4", *NO_ACPI, "--append", "console=hvc0"),
+    PLAIN, (*PLAIN, "--append", "console=hvc0"), (*PLAIN, "--cpus", "8"),
+    (*PLAIN, "--discovery", "acpi"),
     (*PLAIN, "--mmio", "trapped", "--serve", "exit", "--rtc", "none"),
     (*initrd(gzip.compress(b"070701")), *PLAIN), initrd(b"070701"), fs("ext2"), fs("ext3"),
     disk(disk_heads.gpt_disk(1, 2048, EXT4), *PARTITION),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyvmm.console.output import LineWatch, OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.terminal import RawTerminal
-from pyvmm.console.typed import EscapeFilter
+from pyvmm.console.typed import EscapeFilter, help_text
 from pyvmm.errors import ConfigError
 from tests.support.patience import patient
 
@@ -161,6 +161,22 @@ def test_ctrl_a_sequences(typed: bytes, passed: bytes, called: list[str]) -> Non
     assert whole.feed(typed) == passed
     assert calls == called
     assert b"".join(bytewise.feed(bytes([b])) for b in typed) == passed
+
+
+def test_ctrl_a_s_is_ours_only_if_there_is_a_snapshot_to_take() -> None:
+    calls: list[str] = []
+    keys = [functools.partial(calls.append, name) for name in ("quit", "pause", "help", "snapshot")]
+    assert EscapeFilter(*keys[:3]).feed(b"a\x01sb") == b"a\x01sb"
+    assert calls == []
+    assert EscapeFilter(*keys).feed(b"a\x01sb\x01S") == b"ab"
+    assert calls == ["snapshot", "snapshot"]
+
+
+@pytest.mark.parametrize("has_snapshot", [False, True])
+def test_the_help_has_the_keys_that_are_ours(has_snapshot: bool) -> None:
+    text = help_text(has_snapshot=has_snapshot)
+    assert ("Ctrl-A s" in text) == has_snapshot
+    assert all(f"Ctrl-A {key}" in text for key in ("x", "p", "?", "Ctrl-A"))
 
 
 def test_raw_mode_is_undone_also_after_an_error() -> None:

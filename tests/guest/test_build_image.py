@@ -67,7 +67,7 @@ def test_holds_init_busybox_and_its_applets(image: Path) -> None:
     assert "root:x:0:0" in debugfs(image, "cat /etc/passwd")
 
 
-@pytest.mark.parametrize("name", ["pyvmm-exit", "pyvmm-mark"])
+@pytest.mark.parametrize("name", ["pyvmm-exit", "pyvmm-mark", "pyvmm-warm"])
 def test_the_programs_for_our_ports_need_no_library(
     name: str, image: Path, tmp_path: Path
 ) -> None:

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from pyvmm.cli import ctl, doctor, export, image, kernel, lab, matrix, ps, run, test
+from pyvmm.cli import ctl, doctor, export, image, kernel, lab, matrix, ps, restore, run, test
 from pyvmm.errors import ConfigError
 from pyvmm.startup.commands import Command
 from pyvmm.startup.options import parse_options
 from pyvmm.startup.usage import argument_parser
 
 COMMANDS = [
-    run.COMMAND, test.COMMAND, doctor.COMMAND, export.COMMAND, lab.COMMAND, matrix.COMMAND,
-    ps.COMMAND, *kernel.COMMAND.verbs, *image.COMMAND.verbs, *ctl.COMMAND.verbs,
+    run.COMMAND, restore.COMMAND, test.COMMAND, doctor.COMMAND, export.COMMAND, lab.COMMAND,
+    matrix.COMMAND, ps.COMMAND, *kernel.COMMAND.verbs, *image.COMMAND.verbs, *ctl.COMMAND.verbs,
 ]
 BY_NAME = {command.name: command for command in COMMANDS}
 _VALUES = st.one_of(

@@ -14,6 +14,7 @@ import pytest
 
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.faulty import FaultyBackend
+from pyvmm.storage.freezing import freeze
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource, open_backend
 from tests.support.nbd_servers import nbdkit, qemu_nbd
@@ -55,6 +56,15 @@ def overlay(stack: ExitStack, directory: Path) -> BlockBackend:
     ))
 
 
+def clone(stack: ExitStack, directory: Path) -> BlockBackend:
+    """Over a frozen disk that has been written and put back, with a layer of its own."""
+    disk = snapshot(stack, directory)
+    for content in (bytes(len(CONTENT)), CONTENT):
+        disk.writev([memoryview(content)], 0)
+        frozen = stack.enter_context(closing(freeze(disk)))
+    return stack.enter_context(closing(frozen.open(report=print)))
+
+
 def faulty(stack: ExitStack, directory: Path) -> BlockBackend:
     return FaultyBackend(memory(stack, directory), ())
 
@@ -76,7 +86,7 @@ def nbd_qemu(stack: ExitStack, directory: Path) -> BlockBackend:
 
 
 KINDS: list[Open] = [
-    raw, memory, snapshot, overlay, faulty, recording, nbd_nbdkit, nbd_qemu
+    raw, memory, snapshot, overlay, clone, faulty, recording, nbd_nbdkit, nbd_qemu
 ]
 
 

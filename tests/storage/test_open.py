@@ -15,7 +15,8 @@ from pyvmm.storage.faulty import FaultyBackend
 from pyvmm.storage.files import KEEP_SIZE, fallocate
 from pyvmm.storage.nbd import NbdBackend
 from pyvmm.storage.open import DiskSource, open_backend
-from pyvmm.storage.overlay import OverlayBackend, store_bytes
+from pyvmm.storage.overlay import OverlayBackend
+from pyvmm.storage.overlay_format import store_bytes
 from pyvmm.storage.private import PrivateDisk
 from pyvmm.storage.raw import RawBackend
 from tests.support.nbd_servers import nbdkit
@@ -186,7 +187,7 @@ def test_fault_21_what_was_made_is_gone_when_opening_fails(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     overlay = str(tmp_path / name) if name else ""
     source = DiskSource(location=str(image), snapshot=True, overlay=overlay)
-    for place in ("pyvmm.storage.overlay.format_store", "os.ftruncate")[not name :]:
+    for place in ("pyvmm.storage.overlay_format.format_store", "os.ftruncate")[not name :]:
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             with pytest.raises(ConfigError, match="No space left") as caught:

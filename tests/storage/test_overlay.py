@@ -20,7 +20,8 @@ from pyvmm.storage.fault_script import parse_script
 from pyvmm.storage.faulty import FaultyBackend
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource, open_backend
-from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
+from pyvmm.storage.overlay import OverlayBackend
+from pyvmm.storage.overlay_format import format_store, store_bytes
 from tests.support.counted_buffers import CountedBuffers
 from tests.support.raw_disks import opened, room
 

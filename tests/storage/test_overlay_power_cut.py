@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from pyvmm.storage.freezing import freeze
 from pyvmm.storage.memory import MemoryBackend
-from pyvmm.storage.overlay import OverlayBackend, format_store, store_bytes
+from pyvmm.storage.open import DiskSource
+from pyvmm.storage.overlay import OverlayBackend
+from pyvmm.storage.overlay_format import format_store, store_bytes
 from tests.support.power_cut import RecordingBackend, power_cuts
 
 SECTORS = 8 * 40 + 3
@@ -42,12 +47,31 @@ class Model:
                 self.allowed[first + i].add(sector)
 
 
-def record(seed: int) -> RecordingBackend:
-    """The store of an overlay that was written, zeroed, discarded, flushed and reopened."""
+def new_store() -> bytearray:
+    """The store of an overlay that holds nothing."""
+    data = bytearray(store_bytes(len(BASE)))
+    format_store(MemoryBackend(data), len(BASE))
+    return data
+
+
+def saved_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytearray:
+    """A copy of a snapshot's overlay file, of blocks with the base's bytes."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "base").write_bytes(BASE)
+    os.utime(tmp_path / "base", ns=(0, 0))
+    source = DiskSource(location=str(tmp_path / "base"), snapshot=True)
+    with closing(source.open(report=pytest.fail)) as disk:
+        for offset in (0, 5000 // 512 * 512, 100 * 512):
+            disk.writev([memoryview(BASE[offset : offset + 9 * 512])], offset)
+        with closing(freeze(disk)) as frozen:
+            assert frozen.save_overlay(str(tmp_path / "o"))
+    return bytearray((tmp_path / "o").read_bytes())
+
+
+def record(seed: int, data: bytearray) -> RecordingBackend:
+    """The store ``data`` of an overlay that was written, zeroed, discarded, flushed, reopened."""
     rng = random.Random(seed)
-    memory = MemoryBackend(bytearray(store_bytes(len(BASE))))
-    format_store(memory, len(BASE))
-    store = RecordingBackend(memory)
+    store = RecordingBackend(MemoryBackend(data))
     disk = OverlayBackend(MemoryBackend(BASE), store, name="o", report=pytest.fail)
     for number in range(120):
         first = rng.randrange(SECTORS)
@@ -74,6 +98,14 @@ def record(seed: int) -> RecordingBackend:
                 store.note((first, data, False))
                 disk.writev([memoryview(data)], offset, durable=True)
                 store.note((first, data, True))
+            case 6:
+                # A snapshot only reads the store.
+                before = bytearray(len(BASE))
+                disk.readv([memoryview(before)], 0)
+                with closing(freeze(disk)) as frozen:
+                    after = bytearray(len(BASE))
+                    frozen.readv([memoryview(after)], 0)
+                assert before == after
             case 5 if number > 60:
                 disk.close()  # saves bits, but like any disk promises nothing
                 disk = OverlayBackend(MemoryBackend(BASE), store, name="o", report=pytest.fail)
@@ -85,7 +117,18 @@ def record(seed: int) -> RecordingBackend:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_what_was_flushed_survives_a_power_cut(seed: int) -> None:
-    store = record(seed)
+    check_cuts(seed, new_store())
+
+
+def test_a_snapshots_overlay_survives_power_cuts_in_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has a copy of it for its own."""
+    check_cuts(0, saved_store(tmp_path, monkeypatch))
+
+
+def check_cuts(seed: int, data: bytearray) -> None:
+    store = record(seed, data)
     for cut in power_cuts(store, random.Random(seed), CUTS // SEEDS):
         model = Model()
         for note in cut.notes:
@@ -112,4 +155,4 @@ def test_the_test_notices_a_flush_in_the_wrong_order(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(RecordingBackend, "flush", every_second)
     with pytest.raises(AssertionError):
-        test_what_was_flushed_survives_a_power_cut(0)
+        check_cuts(0, new_store())

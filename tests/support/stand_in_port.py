@@ -45,6 +45,10 @@ class StandInPort:
         self.killed: list[tuple[int, int]] = []
         """Jobs and signals."""
         self.hang_ups = 0
+        self.notices: list[bytes] = []
+        """What the agent was told of clones, and how its hook ends: None is never."""
+        self.hook_status: int | None = 0
+        self._held_notice = 0
         self.is_deaf = False
         """True if the guest reads nothing."""
         self._window = window
@@ -110,6 +114,15 @@ class StandInPort:
 
         self._todo.put(act)
 
+    def end_hook(self, status: int) -> None:
+        """The hook that ran on ends."""
+        self._todo.put(lambda: self._end_hook(status))
+
+    def _end_hook(self, status: int) -> None:
+        number = self._held_notice
+        self._say(FrameType.DATA, 1, number, b"\x07said by the hook")
+        self._say(FrameType.EXIT, 0, number, protocol.EXIT.pack(0, 0, 0, status))
+
     def hear(self) -> None:
         """The guest reads again."""
         self.is_deaf = False
@@ -160,6 +173,11 @@ class StandInPort:
         elif kind in (FrameType.PUT, FrameType.GET, FrameType.READ, FrameType.WRITE):
             skipped = 4 if kind == FrameType.WRITE else 0
             self._begin(number, [f"*{kind}"], payload[skipped:].decode())
+        elif kind == FrameType.CLONE:
+            self.notices.append(payload)
+            self._held_notice = number
+            if self.hook_status is not None:
+                self._end_hook(self.hook_status)
         elif kind == FrameType.PING:
             self._say(FrameType.PONG, 0, 0, payload)
         elif job is None:

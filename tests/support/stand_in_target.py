@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from pyvmm.api.vcpus import Registers
 from pyvmm.control.agent_bridge import Port
 from pyvmm.control.client import Client
+from pyvmm.control.saves import Saves
 from pyvmm.control.server import Server
 from pyvmm.errors import GuestMemoryError
 from pyvmm.run.outcome import Outcome
@@ -34,6 +36,9 @@ class StandInTarget:
         }
         self.vcpu_count = 2
         self.agent_port = port
+        self.saves: Saves | None = None
+        self.sets_clock = False
+        self.clone_id: UUID | None = None
         self.typed = b""
         self.refreshed = 0
         self.is_paused = self.is_stuck = False

@@ -12,7 +12,7 @@ from pyvmm.linux.cache import Say
 
 HERE = Path(__file__).resolve().parent
 INIT = HERE / "init"
-PROGRAMS = tuple(HERE / name for name in ("pyvmm-exit", "pyvmm-mark"))
+PROGRAMS = tuple(HERE / name for name in ("pyvmm-exit", "pyvmm-mark", "pyvmm-warm"))
 """Built by ``guest/exit/build.py``."""
 AGENT = HERE.parents[1] / "agent/pyvmm-agent"
 

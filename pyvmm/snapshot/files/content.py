@@ -204,6 +204,18 @@ def read_disks(data: object) -> tuple[SavedDisk, ...]:
     return tuple(SavedDisk.read(index, one) for index, one in enumerate(data))
 
 
+def read_files(data: object) -> dict[str, int]:
+    """Return the record ``files``: the CRC of each overlay by name; StateError."""
+    found: dict[str, int] = {}
+    fields = Fields(layout.FILES, {} if data is None else data)
+    for index in range(MAX_DISKS):
+        name = layout.overlay_name(index)
+        if isinstance(data, dict) and name in data:
+            found[name] = fields.integer(name, 0, 0xFFFF_FFFF)
+    fields.end()
+    return found
+
+
 def _crcs(fields: Fields, chunks: int) -> dict[int, int]:
     """Return the CRC of each chunk of RAM that has one; there are ``chunks`` chunks."""
     packed = fields.octets("crcs", 0, chunks * _CRC.size)

@@ -24,8 +24,9 @@ _HEADER_BYTES, _ENTRY_BYTES = 8, 40
 _XSAVE_LEAF = 0xD
 _ADDRESS_SIZES = 0x8000_0008
 _MOST_NAMES = 8
-# KVM has them in software for every guest, and older kernels do not list them as supported.
-_ALWAYS_THERE = frozenset({"hypervisor", "tsc_deadline_timer", "x2apic"})
+# KVM has them in software for every guest, and need not list them as supported; "ht" tells a guest
+# with several vCPUs of their topology.
+_ALWAYS_THERE = frozenset({"hypervisor", "tsc_deadline_timer", "x2apic", "ht"})
 # Registers of leaves, as offsets in an entry, that tell on which CPU of a host KVM was asked: older
 # kernels pass them on.  They are leaf 1 EBX, leaves 0xB and 0x1F EDX, leaf 0x8000001E EAX and EBX.
 _DIFFERING: Mapping[int, tuple[int, ...]] = MappingProxyType({
@@ -36,14 +37,14 @@ _Entries = dict[tuple[int, int], CpuidEntry]
 
 
 class SavedHost(Record):
-    """The record ``host``: ``given`` are the entries of each vCPU.
+    """The record ``host``: ``given`` are the packed entries of each vCPU (``Vcpu.cpuid``).
 
     ``supported`` is what the host's KVM offered then, packed, to see at once that this host is the
     same.
     """
 
     vendor: str
-    given: tuple[tuple[CpuidEntry, ...], ...]
+    given: tuple[bytes, ...]
     supported: bytes
     tsc_khz: int | None
 
@@ -51,16 +52,16 @@ class SavedHost(Record):
 def host_record(
     *,
     supported: Iterable[CpuidEntry],
-    given: Sequence[Sequence[CpuidEntry]],
+    given: Sequence[bytes | bytearray],
     tsc_khz: int | None,
 ) -> dict[str, object]:
-    """Return the record ``host``: ``supported`` is ``Kvm.supported_cpuid()``, ``given`` the entries
-    of each vCPU, ``tsc_khz`` the guest's TSC rate."""
+    """Return the record ``host``: ``supported`` is ``Kvm.supported_cpuid()``, ``given`` the packed
+    entries of each vCPU, ``tsc_khz`` the guest's TSC rate."""
     entries = list(supported)
     return {
         "vendor": _vendor(entries),
         "supported": _fingerprint(entries),
-        "cpuid": [bytes(cpuid_entry.pack(one)) for one in given],
+        "cpuid": [bytes(one) for one in given],
         "tsc_khz": tsc_khz,
     }
 
@@ -76,7 +77,7 @@ def read_host(data: object, *, name: str) -> SavedHost:
         fields.end()
         if not isinstance(packed, list) or not 1 <= len(packed) <= MAX_CPUS:
             raise fields.error("cpuid", f"is no list of 1 to {MAX_CPUS} vCPUs")
-        given = tuple(_unpack(fields, one) for one in packed)
+        given = tuple(_checked(fields, one) for one in packed)
     except StateError as error:
         raise SnapshotError(name, f"record {error.part}: {error.problem}") from None
     return SavedHost(vendor=vendor, given=given, supported=supported, tsc_khz=tsc_khz)
@@ -120,7 +121,9 @@ def _check_features(saved: SavedHost, name: str, supported: list[CpuidEntry]) ->
     words = [*WORDS, (_XSAVE_LEAF, 0, "eax"), (_XSAVE_LEAF, 0, "edx")]
     offered = _by_leaf(supported)
     missing: dict[str, None] = {}
-    for entries in map(_by_leaf, saved.given):
+    # KVM lets every vCPU have its own; pyvmm gives all of them the same features.
+    given = [_by_leaf(cpuid_entry.unpack(bytearray(packed))) for packed in saved.given]
+    for entries in given:
         for word in words:
             bits = _register(entries, word) & ~_register(offered, word)
             for bit in range(bits.bit_length()):
@@ -141,20 +144,21 @@ def _check_features(saved: SavedHost, name: str, supported: list[CpuidEntry]) ->
         )
     word = (_ADDRESS_SIZES, 0, "eax")
     own = _register(offered, word) & 0xFF
-    most = max(_register(_by_leaf(entries), word) & 0xFF for entries in saved.given)
+    most = max(_register(entries, word) & 0xFF for entries in given)
     if most > own:
         raise SnapshotError(
             name, f"its guest knows {most} bits of physical address, and this host has {own}"
         )
 
 
-def _unpack(fields: Fields, data: object) -> tuple[CpuidEntry, ...]:
+def _checked(fields: Fields, data: object) -> bytes:
+    """Return ``data`` if it is packed entries."""
     if not isinstance(data, bytes) or len(data) < _HEADER_BYTES:
         raise fields.error("cpuid", "has a vCPU without entries")
     count = int.from_bytes(data[:4], "little")
     if count > _MAX_ENTRIES or len(data) != _HEADER_BYTES + count * _ENTRY_BYTES:
         raise fields.error("cpuid", f"has {len(data)} bytes for {count} entries")
-    return tuple(cpuid_entry.unpack(bytearray(data)))
+    return data
 
 
 def _vendor(entries: Iterable[CpuidEntry]) -> str:

@@ -8,22 +8,28 @@ from types import MappingProxyType
 
 from pyvmm.config import MAX_DISKS
 from pyvmm.errors import SnapshotError
+from pyvmm.ram.runs import MOST_RUNS as MAX_RUNS
+
+__all__ = [
+    "CHUNK_BYTES", "FILES", "MAX_CHAIN", "MAX_RUNS", "RAM", "RECORDS", "STATE", "TEMPORARY",
+    "absolute", "is_file_name", "overlay_name",
+]
 
 STATE = "state"
+FILES = "files"
 RAM = "ram"
 TEMPORARY = ".tmp"
 """Behind the name of a directory in the making."""
 MAX_CHAIN = 8
 """Directories of a diff and its bases, down to the full one."""
-MAX_RUNS = 4096
 CHUNK_BYTES = 1 << 20
 """Bytes of RAM with a CRC of their own."""
 
 RECORDS: Mapping[str, int] = MappingProxyType({
     "about": 1, "host": 1, "config": 1, "kernel": 1, "ram": 1, "disks": 1, "machine": 1,
-    "clock": 1, "console": 1, "base": 1,
+    "base": 1, "files": 1,
 })  # fmt: skip
-"""The records that a ``state`` may have, and the version of each."""
+"""The records that a ``state`` may have, and the version of each.  ``Writer`` adds "files"."""
 
 _OVERLAY = ".overlay"
 _DISK = "disk"

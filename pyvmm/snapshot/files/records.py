@@ -24,6 +24,7 @@ MAX_STATE_BYTES = 16 << 20
 MAX_RECORDS = 64
 MAX_VALUES = 1 << 17
 """Values and keys in one file: more than ten times those of a machine with eight vCPUs."""
+MAX_NAME_BYTES = 32
 MAX_DEPTH = 24
 MAX_INTEGER_BYTES = 32
 _HEADER = struct.Struct("<8sHHI")
@@ -55,6 +56,8 @@ def encode(
         except TypeError as error:
             raise TypeError(f"record {key!r}: {error}") from None
         raw = key.encode("ascii")
+        if not key.isidentifier() or len(raw) > MAX_NAME_BYTES:
+            raise ValueError(f"{key!r} is no name of a record")
         pieces.append(_RECORD.pack(len(raw), 0, versions.get(key, 1), len(payload)) + raw + payload)
     total = _HEADER.size + 4 + sum(len(piece) + 4 for piece in pieces)
     if total > MAX_STATE_BYTES:
@@ -90,11 +93,11 @@ def decode(
         if stop + 4 > end:
             raise SnapshotError(name, f"is damaged: record {len(found)} is longer than the file")
         crc = zlib.crc32(memoryview(data)[at:stop], crc)
-        key = data[at + _RECORD.size : start].decode("ascii", "backslashreplace")
         if _U32.unpack_from(data, stop)[0] != crc:
-            raise SnapshotError(name, f"is damaged: the CRC of record {key!r} is wrong")
-        if zero or key in found or not key:
-            raise SnapshotError(name, f"is damaged: record {key!r} has a bad head, or comes twice")
+            raise SnapshotError(name, f"is damaged: the CRC of record {len(found)} is wrong")
+        key = data[at + _RECORD.size : start].decode("ascii", "replace")
+        if zero or key in found or name_bytes > MAX_NAME_BYTES or not key.isidentifier():
+            raise SnapshotError(name, f"is damaged: record {len(found)} has a bad head")
         if versions is not None and version > versions.get(key, 0):
             raise SnapshotError(
                 name, f"was made by a later pyvmm: record {key!r} has version {version}, this "

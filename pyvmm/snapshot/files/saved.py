@@ -8,8 +8,16 @@ import os
 import stat
 
 from pyvmm.errors import SnapshotError, StateError
+from pyvmm.ram.image import RamImage
 from pyvmm.snapshot.files import layout
-from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam, read_disks
+from pyvmm.snapshot.files.content import (
+    About,
+    Base,
+    SavedDisk,
+    SavedRam,
+    read_disks,
+    read_files,
+)
 from pyvmm.snapshot.files.records import MAX_STATE_BYTES, decode
 
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -36,6 +44,8 @@ class Saved:
         self.disks: tuple[SavedDisk, ...] = ()
         self.overlay_fds: dict[int, int] = {}
         """By the disk's index."""
+        self.crcs: dict[str, int] = {}
+        """CRCs of the overlays, by name (``sparse.sparse_crc``)."""
         self.base: Saved | None = None
         self.base_record: Base | None = None
         self.names: tuple[str, ...] = ()
@@ -63,6 +73,18 @@ class Saved:
     def overlay_path(self, index: int) -> str | None:
         """Return the path of what disk ``index`` has over its file; None if that is nothing."""
         return self.path_of(layout.overlay_name(index)) if index in self.overlay_fds else None
+
+    def open_ram(self) -> RamImage:
+        """Return the image of RAM, of this snapshot over its bases; SnapshotError.
+
+        The caller closes it; it remains when this object is closed.
+        """
+        first, *diffs = self.chain
+        image = RamImage.open_file(first.path_of(layout.RAM), self.ram.size_bytes)
+        for diff in diffs:
+            with image:
+                image = image.over(diff.path_of(layout.RAM), diff.ram.runs or ())
+        return image
 
     def record(self, name: str) -> object:
         """Return a record; SnapshotError if there is none of that name."""
@@ -143,6 +165,7 @@ def _open_one(path: str) -> Saved:
             saved.about = About.read(saved.record("about"))
             saved.ram = SavedRam.read(saved.record("ram"))
             saved.disks = read_disks(saved.record("disks"))
+            saved.crcs = read_files(saved.records.get(layout.FILES))
             saved.base_record = Base.read(saved.record("base"))
             if (saved.base_record is None) != (saved.ram.runs is None):
                 raise StateError("ram", "runs must be there exactly if there is a base")

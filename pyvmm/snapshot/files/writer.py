@@ -19,11 +19,13 @@ from collections.abc import Mapping
 from pyvmm.errors import SnapshotError
 from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.records import encode
+from pyvmm.snapshot.files.sparse import sparse_crc
 
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
-# The errors of kernels and file systems without renameat2, or without that flag.
+# The errors of kernels and file systems without renameat2 or its flag, and of those without locks.
 _NO_SUCH_RENAME = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 100
@@ -86,10 +88,14 @@ class Writer:
         """
         name = layout.STATE
         try:
+            crcs: dict[str, object] = {}
             for name in sorted(os.listdir(self._fd)):
-                self._settle(name)
+                if (crc := self._settle(name)) is not None:
+                    crcs[name] = crc
             name = layout.STATE
-            data = encode(state, name=f"{self.path}/{name}", versions=layout.RECORDS)
+            data = encode(
+                {**state, layout.FILES: crcs}, name=f"{self.path}/{name}", versions=layout.RECORDS
+            )
             self._write_state(data)
             name = ""
             os.fsync(self._fd)
@@ -146,8 +152,10 @@ class Writer:
     def _claim(self) -> int:
         """Make ``DIR.tmp``, or take over a leftover; return its descriptor, locked."""
         for _ in range(_TRIES):
+            is_ours = False
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.temporary_path, 0o700)
+                is_ours = True
             try:
                 fd = os.open(self.temporary_path, _DIRECTORY)
             except FileNotFoundError:
@@ -157,28 +165,48 @@ class Writer:
                     raise SnapshotError(
                         self.temporary_path, "is in the way, and is no directory; remove it"
                     ) from error
+                self._unmake(is_ours)
                 raise
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(fd, is_ours)
                 # Its maker may have finished or given up between our open and our lock.
                 if _is_at(fd, self.temporary_path):
-                    self._refuse_foreign(fd)
+                    self._make_private(fd)
                     return fd
-            except BlockingIOError:
+            except BaseException as error:
                 os.close(fd)
-                raise SnapshotError(
-                    self.path, f"another process makes this snapshot ({self.temporary_path} is "
-                    "locked); wait for it, or name another directory",
-                ) from None
-            except BaseException:
-                os.close(fd)
+                self._unmake(is_ours and isinstance(error, OSError))
                 raise
             os.close(fd)
         raise SnapshotError(self.temporary_path, "others make and remove it all the time")
 
-    def _refuse_foreign(self, fd: int) -> None:
-        found = os.fstat(fd)
-        if found.st_uid != os.geteuid():
+    def _unmake(self, is_ours: bool) -> None:
+        """Remove the empty directory that we have just made, if we have."""
+        if is_ours:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.temporary_path)
+
+    def _lock(self, fd: int, is_ours: bool) -> None:
+        """Lock the directory ``fd``, which we made or found; SnapshotError."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SnapshotError(
+                self.path, f"another process makes this snapshot ({self.temporary_path} is "
+                "locked); wait for it, or name another directory",
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if not is_ours:
+                raise SnapshotError(
+                    self.temporary_path, "is in the way, and its file system has no locks; remove "
+                    "it if no pyvmm writes it",
+                ) from error
+
+    def _make_private(self, fd: int) -> None:
+        """Keep others out of the directory ``fd``; SnapshotError if it is another user's."""
+        if os.fstat(fd).st_uid != os.geteuid():
             raise SnapshotError(
                 self.temporary_path, "is in the way, and belongs to another user; name another "
                 "directory",
@@ -198,8 +226,8 @@ class Writer:
         for name in names:
             os.unlink(name, dir_fd=self._fd)
 
-    def _settle(self, name: str) -> None:
-        """Make the file ``name`` stable and read-only."""
+    def _settle(self, name: str) -> int | None:
+        """Make the file ``name`` stable and read-only; return its CRC, None for RAM's."""
         self._check_name(name)
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
                      dir_fd=self._fd)
@@ -208,6 +236,7 @@ class Writer:
                 raise SnapshotError(f"{self.path}/{name}", "is no regular file")
             os.fchmod(fd, 0o400)
             os.fsync(fd)
+            return None if name == layout.RAM else sparse_crc(fd)
         finally:
             os.close(fd)
 

@@ -34,9 +34,10 @@ def test_no_option_stands_twice() -> None:
 
 def test_has_what_the_machine_offers() -> None:
     found = build.parse_config(build.FRAGMENT.read_text())
-    for name in ("SERIAL_8250_CONSOLE", "VIRTIO_MMIO_CMDLINE_DEVICES", "VIRTIO_BLK", "EXT4_FS",
+    for name in ("SERIAL_8250_CONSOLE", "ACPI", "VMGENID", "VIRTIO_BLK", "EXT4_FS",
                  "DEVTMPFS_MOUNT", "KVM_GUEST", "BLK_DEV_INITRD", "X86_IOPL_IOPERM"):
         assert found[f"CONFIG_{name}"] == "y"
+    assert found["CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES"] == "n", "each disk is announced once"
 
 
 def test_the_needs_of_a_foreign_configuration_are_options_of_ours() -> None:

@@ -150,8 +150,11 @@ def test_hostile_files_cost_little_memory_and_time() -> None:
     (sealed(b"n", form=0), "made by another pyvmm"),
     (sealed(b"n", version=2), "later pyvmm: record 'x' has version 2, this pyvmm knows 1"),
     (sealed(b"n", name=b"y"), "later pyvmm: record 'y' has version 1, this pyvmm knows no such"),
-    (sealed(b"n", b"n"), "comes twice"),
-    (sealed(b"n", name=b""), "bad head"),
+    (sealed(b"n", b"n"), "record 1 has a bad head"),
+    (sealed(b"n", name=b""), "record 0 has a bad head"),
+    (sealed(b"n", name=b"a b"), "record 0 has a bad head"),
+    (sealed(b"n", name=b"\xff"), "record 0 has a bad head"),
+    (sealed(b"n", name=b"x" * 33), "record 0 has a bad head"),
     (sealed(*[b"n"] * 65), "65 records, the limit is 64"),
     (b"", "is no state of a snapshot"),
     (b"#!/bin/sh\n", "is no state of a snapshot"),
@@ -165,7 +168,7 @@ def test_records_of_two_files_cannot_be_mixed() -> None:
     one = encode({"a": 1, "b": 1}, name="f")
     two = encode({"a": 2, "b": 2}, name="f")
     half = (len(one) - 20) // 2
-    with pytest.raises(SnapshotError, match="CRC of record 'b'"):
+    with pytest.raises(SnapshotError, match="CRC of record 1 is wrong"):
         decode(one[: 20 + half] + two[20 + half :], name="f")
 
 

@@ -1,0 +1,377 @@
+"""Snapshots of machines whose guests drive a disk, and clones that go on from them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from pyvmm.errors import SnapshotError
+from pyvmm.machine import Machine
+from pyvmm.report import Reporter
+from pyvmm.snapshot.capture import take
+from pyvmm.snapshot.opening import open_snapshot
+from pyvmm.snapshot.snapshot import Snapshot
+from tests.support.disk_guest import (
+    built,
+    disk_machine,
+    expected_disk,
+    rounds_done,
+    wait_for_rounds,
+)
+from tests.support.patience import patient
+from tests.support.snapshots import (
+    DONE,
+    STOPPED,
+    Resources,
+    comparable_machine,
+    finish,
+    read_disk,
+    snapshot_machine,
+)
+from tests.support.virtio_states import assert_plain
+
+pytestmark = pytest.mark.bare
+
+ROUNDS = 300
+WAIT_S = 30.0
+
+
+def clone_of(snapshot: Snapshot) -> Machine:
+    return snapshot.clone(report=Reporter())
+
+
+def at_rounds(machine: Machine, count: int) -> Machine:
+    machine.start()
+    wait_for_rounds(machine, count)
+    return machine
+
+
+def is_paused(machine: Machine) -> bool:
+    return machine.is_paused
+
+
+@pytest.mark.parametrize("place", ["in memory", "in a directory"])
+@pytest.mark.parametrize("serve", ["thread", "exit"])
+@pytest.mark.parametrize("mmio", ["mapped", "trapped"])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_guest_goes_on_in_clones_and_in_the_original(
+    tmp_path: Path, packed: bool, mmio: str, serve: str, place: str
+) -> None:
+    config = snapshot_machine(tmp_path, rounds=ROUNDS, packed=packed, mmio=mmio, serve=serve)
+    directory = tmp_path / "saved" if place == "in a directory" else None
+    with built(config) as machine:
+        at_rounds(machine, 20)
+        snapshot = take(machine, directory)
+        assert not is_paused(machine)
+        for _ in range(2):
+            with clone_of(snapshot) as clone:
+                assert comparable_machine(clone.save()) == comparable_machine(snapshot.facts.state)
+                assert rounds_done(clone) >= 20
+                finish(clone, ROUNDS)
+        finish_running(machine)
+    snapshot.close()
+    if directory is not None:
+        with open_snapshot(directory, report=Reporter()) as opened, clone_of(opened) as clone:
+            assert_plain(opened.facts.state)
+            assert comparable_machine(clone.save()) == comparable_machine(opened.facts.state)
+            finish(clone, ROUNDS)
+    assert (tmp_path / "disk.img").read_bytes() == bytes(len(expected_disk(0)))
+
+
+def finish_running(machine: Machine) -> None:
+    """Let a machine that runs go to its end."""
+    wait_for_rounds(machine, ROUNDS)
+    assert machine.consoles.receive(b"!") == 1
+    outcome = machine.wait(patient(WAIT_S))
+    assert outcome is not None
+    assert outcome.exit_status == 0
+    assert read_disk(machine) == expected_disk(ROUNDS)
+
+
+def test_typed_bytes_in_the_uart_are_the_clones_too(tmp_path: Path) -> None:
+    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+        at_rounds(machine, 20)
+        assert machine.consoles.receive(b"typed") == 5  # into the FIFO: the line goes up
+        with take(machine) as snapshot:
+            machine.stop(STOPPED)
+            for name in ("one", "two"):
+                path = tmp_path / name
+                with snapshot.clone(console=str(path), report=Reporter()) as clone:
+                    clone.start()
+                    assert clone.wait(patient(WAIT_S)) == DONE
+                assert path.read_bytes() == b"typed"
+
+
+@pytest.mark.parametrize("cpus", [2, 5, 8])
+def test_machines_of_several_vcpus_are_cloned(tmp_path: Path, cpus: int) -> None:
+    with built(snapshot_machine(tmp_path, rounds=ROUNDS, cpus=cpus)) as machine:
+        at_rounds(machine, 20)
+        with take(machine) as snapshot:
+            machine.stop(STOPPED)
+            with clone_of(snapshot) as clone:
+                finish(clone, ROUNDS)
+
+
+def test_a_clone_of_a_clone_of_a_clone_goes_on(tmp_path: Path) -> None:
+    machine = built(snapshot_machine(tmp_path, rounds=ROUNDS))
+    kept = []
+    for stop_at in (20, 90, 170):
+        at_rounds(machine, stop_at)
+        kept.append(take(machine))
+        machine.stop(STOPPED)
+        clone = clone_of(kept[-1])
+        machine.close()
+        machine = clone
+    with machine:
+        finish(machine, ROUNDS)
+    for snapshot in kept:  # each of the older ones is as it was
+        with snapshot, clone_of(snapshot) as clone:
+            finish(clone, ROUNDS)
+
+
+def test_a_machine_that_has_not_started_is_cloned(tmp_path: Path) -> None:
+    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+        snapshot = take(machine)
+        finish(machine, 3)
+    with snapshot, clone_of(snapshot) as clone:
+        with take(clone) as again, clone_of(again) as second:
+            finish(second, 3)
+        finish(clone, 3)
+
+
+# The state of the machine around a snapshot
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_paused_machine_stays_paused_and_a_running_one_runs(tmp_path: Path, live: bool) -> None:
+    with built(snapshot_machine(tmp_path, rounds=1 << 30)) as machine:
+        at_rounds(machine, 20)
+        take(machine, live=live).close()
+        assert not is_paused(machine)
+        wait_for_rounds(machine, rounds_done(machine) + 2)
+        assert machine.pause(patient(WAIT_S))
+        take(machine, live=live).close()
+        assert is_paused(machine)
+        assert not machine.runner.is_quiesced
+        assert machine.quiesce(patient(WAIT_S))
+        before = rounds_done(machine)
+        take(machine, live=live).close()
+        time.sleep(0.05)
+        assert machine.runner.is_still
+        assert rounds_done(machine) == before
+        machine.resume()
+        wait_for_rounds(machine, before + 2)
+
+
+def test_resume_in_the_midst_of_a_snapshot_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with built(snapshot_machine(tmp_path, rounds=1 << 30)) as machine:
+        at_rounds(machine, 20)
+        save = machine.save
+
+        def resumed_meanwhile() -> dict[str, object]:
+            before = rounds_done(machine)
+            other = threading.Thread(target=machine.resume)
+            other.start()
+            other.join()
+            time.sleep(0.05)
+            assert rounds_done(machine) == before
+            return save()
+
+        monkeypatch.setattr(machine, "save", resumed_meanwhile)
+        assert machine.pause(patient(WAIT_S))
+        with take(machine) as snapshot:
+            monkeypatch.undo()
+            assert not is_paused(machine), "the other thread's wish"
+            wait_for_rounds(machine, rounds_done(machine) + 2)
+            with clone_of(snapshot) as clone:
+                wait_for_rounds(at_rounds(clone, 1), rounds_done(clone) + 2)
+
+
+def test_a_guest_goes_on_after_a_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with built(snapshot_machine(tmp_path, rounds=1 << 30)) as machine:
+        at_rounds(machine, 20)
+        with monkeypatch.context() as patch:
+            patch.setattr("pyvmm.snapshot.writing.write_ram", refuse)
+            with pytest.raises(SnapshotError, match=r"saved/ram: cannot be written: No space left"):
+                take(machine, tmp_path / "saved")
+        assert sorted(path.name for path in tmp_path.glob("saved*")) == []
+        assert not is_paused(machine)
+        wait_for_rounds(machine, rounds_done(machine) + 2)
+        with take(machine, tmp_path / "saved") as snapshot, clone_of(snapshot) as clone:
+            wait_for_rounds(at_rounds(clone, 1), rounds_done(clone) + 2)
+
+
+@pytest.mark.parametrize("directory", [None, "saved"])
+def test_a_live_snapshot_has_ram_as_it_was_when_the_guest_went_on(
+    tmp_path: Path, directory: str | None
+) -> None:
+    place = None if directory is None else tmp_path / directory
+    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+        at_rounds(machine, 20)
+        with take(machine, place, live=True) as snapshot:
+            assert snapshot.facts.is_live
+            with clone_of(snapshot) as clone:
+                assert rounds_done(clone) < ROUNDS
+                finish(clone, ROUNDS)
+        finish_running(machine)
+
+
+# Diffs
+
+
+def test_a_chain_of_diffs_goes_on_where_the_last_was_taken(tmp_path: Path) -> None:
+    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+        at_rounds(machine, 20)
+        take(machine, tmp_path / "0").close()
+    counts = []
+    for number in range(1, 4):
+        with (
+            open_snapshot(tmp_path / f"{number - 1}", report=Reporter()) as snapshot,
+            clone_of(snapshot) as clone,
+        ):
+            at_rounds(clone, rounds_done(clone) + 40)
+            diff = take(clone, tmp_path / f"{number}", diff=True)
+            with diff, clone_of(diff) as again:
+                counts.append(rounds_done(again))
+            assert (tmp_path / f"{number}" / "ram").stat().st_blocks * 512 < 1 << 20
+    assert counts == sorted(counts)
+    for number in (3, 2, 0):
+        snapshot = open_snapshot(tmp_path / f"{number}", report=Reporter())
+        with snapshot, clone_of(snapshot) as clone:
+            finish(clone, ROUNDS)
+
+
+def test_a_diff_needs_a_directory_to_be_over(tmp_path: Path) -> None:
+    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+        with pytest.raises(SnapshotError, match=r"^snapshot\(\): a diff is a directory over"):
+            take(machine, tmp_path / "diff", diff=True)
+        with (
+            take(machine) as snapshot, clone_of(snapshot) as clone,
+            pytest.raises(SnapshotError, match="a diff is a directory over another one"),
+        ):
+            take(clone, tmp_path / "diff", diff=True)
+
+
+# The end of all, in any order
+
+
+@given(data=st.data())
+@settings(
+    suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=10,
+    phases=[Phase.explicit, Phase.generate],  # shrinking would boot guests for minutes
+)
+def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    config = snapshot_machine(
+        folder, rounds=ROUNDS,
+        packed=data.draw(st.booleans(), "packed"),
+        cpus=data.draw(st.sampled_from([1, 2]), "cpus"),
+        mmio=data.draw(st.sampled_from(["mapped", "trapped"]), "mmio"),
+        serve=data.draw(st.sampled_from(["thread", "exit"]), "serve"),
+    )
+    before = Resources.now()
+    machines, snapshots, number = [built(config)], list[Snapshot](), 0
+    at_rounds(machines[0], 10)
+    for _ in range(data.draw(st.integers(1, 8), "steps")):
+        step = data.draw(st.sampled_from(["snapshot", "clone", "close", "drop"]), "step")
+        if step == "snapshot" and machines:
+            number += 1
+            directory = folder / f"{number}" if data.draw(st.booleans(), "in a directory") else None
+            machine = data.draw(st.sampled_from(machines), "machine")
+            snapshots.append(take(machine, directory, live=data.draw(st.booleans(), "live")))
+        elif step == "clone" and snapshots:
+            machines.append(clone_of(data.draw(st.sampled_from(snapshots), "of")))
+            at_rounds(machines[-1], min(ROUNDS, rounds_done(machines[-1]) + 5))
+        elif step == "close" and machines:
+            machine = machines.pop(data.draw(st.integers(0, len(machines) - 1), "which"))
+            machine.stop(STOPPED)
+            machine.close()
+        elif step == "drop" and snapshots:
+            snapshots.pop(data.draw(st.integers(0, len(snapshots) - 1), "which")).close()
+    for machine in machines:
+        finish_running(machine)
+        machine.close()
+    for snapshot in snapshots:
+        snapshot.close()
+    assert Resources.now() == before
+
+
+def test_a_hundred_clones_at_once_leave_nothing(tmp_path: Path) -> None:
+    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+        at_rounds(machine, 20)
+        before = Resources.now()
+        snapshot = take(machine)
+        clones = [clone_of(snapshot) for _ in range(100)]
+        for clone in clones:
+            clone.start()
+        snapshot.close()
+        for clone in clones:
+            wait_for_rounds(clone, ROUNDS)
+        assert len({clone.clone_id for clone in clones}) == 100
+        for clone in clones:
+            assert read_disk_of_ended(clone) == expected_disk(ROUNDS)
+            clone.close()
+        assert Resources.now().without_image() == before.without_image()
+
+
+def read_disk_of_ended(machine: Machine) -> bytes:
+    machine.stop(STOPPED)
+    return read_disk(machine)
+
+
+# Refusals
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Machine]:
+    with built(disk_machine(tmp_path, rounds=1 << 30)) as machine:
+        yield at_rounds(machine, 3)
+
+
+@pytest.mark.parametrize("directory", [None, "saved"])
+def test_a_disk_written_in_place_is_refused_before_the_guest_is_paused(
+    running: Machine, tmp_path: Path, directory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hold(*_: object) -> bool:
+        raise AssertionError("the guest is held")
+
+    monkeypatch.setattr(running.runner, "hold", hold)
+    place = None if directory is None else tmp_path / directory
+    with pytest.raises(SnapshotError, match=r"disk\.img.*snapshot or .*overlay="):
+        take(running, place)
+    assert not running.is_paused
+    assert list(tmp_path.glob("saved*")) == []
+
+
+def test_a_directory_that_is_there_is_refused_before_the_guest_is_paused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "saved").mkdir()
+    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+        monkeypatch.setattr(machine.runner, "hold", None)
+        with pytest.raises(SnapshotError, match="saved: is there already"):
+            take(machine, tmp_path / "saved")
+
+
+def test_a_machine_that_has_ended_is_not_saved(tmp_path: Path) -> None:
+    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+        finish(machine, 3)
+        with pytest.raises(SnapshotError, match=r"^snapshot\(\): the run is over"):
+            take(machine)
+    with pytest.raises(RuntimeError, match="closed"):
+        take(machine)
