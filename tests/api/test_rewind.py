@@ -300,6 +300,12 @@ def test_a_stop_of_another_thread_ends_the_rewound_run(make: MakeMachine) -> Non
         echo(machine, "b")
 
 
+def rewind_for_ever(machine: pyvmm.Machine) -> None:
+    """Rewind ``machine`` until that raises."""
+    while True:
+        machine.rewind()
+
+
 def test_a_close_of_another_thread_waits_for_the_rewind(make: MakeMachine) -> None:
     for _ in range(5):
         machine = make(echoes())
@@ -308,8 +314,7 @@ def test_a_close_of_another_thread_waits_for_the_rewind(make: MakeMachine) -> No
         closer = threading.Thread(target=machine.close)
         closer.start()
         with pytest.raises(RuntimeError, match=r"^rewind\(\): the machine was closed$"):
-            while True:
-                machine.rewind()
+            rewind_for_ever(machine)
         closer.join(patient(WAIT_S))
 
 
