@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -59,8 +60,7 @@ class MappableImage(Protocol):
 class Region:
     """``length`` bytes of RAM at guest physical ``gpa``: ``view``.
 
-    They begin at ``offset`` in ``GuestMemory.fd``, if there is one, and at ``position`` in an
-    image.
+    They begin at ``offset`` in ``GuestMemory.fd``, if it has one, at ``position`` in an image.
     """
 
     __slots__ = ("end", "gpa", "length", "offset", "position", "view")
@@ -226,47 +226,45 @@ class GuestMemory:
             raise ValueError("only private RAM can be mapped over an image")
         if image.size_bytes != self.size_bytes:
             raise ValueError(f"the image has {image.size_bytes} bytes, RAM {self.size_bytes}")
-        share, libc = image.share(), _libc()
+        share, libc, base = image.share(), _libc(), _address_of(self._map)
         flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
         try:
             for layer in share.layers:
                 runs = ((0, image.size_bytes),) if layer.runs is None else layer.runs
-                for place, length, offset in self._places(runs):
-                    _mmap(libc, place, length, flags, layer.fd, offset)
+                for start, length, offset in self._places(runs):
+                    _mmap(libc, base + start, length, flags, layer.fd, offset)
         except OSError as error:
             share.close()
-            hint = "; a diff needs many mappings (vm.max_map_count)"
-            raise HostError(f"cannot map an image of guest RAM: {error}{hint}") from error
+            hint = "; see vm.max_map_count" if error.errno == errno.ENOMEM else ""
+            raise HostError(f"cannot map an image of RAM: {error.strerror}{hint}") from error
         self._advise_fork(mmap.MADV_DONTFORK)
         if self.image is not None:
             self.image.close()
         self.image = share
 
     def _places(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-        """Yield host address, length and position of each part of ``runs`` in one region."""
+        """Yield start in the mapping, length and position of each part of ``runs`` in a region."""
         for region in self.regions:
             base, stop = region.position, region.position + region.length
-            address = region.host_address
-            for offset, length in runs:
-                first, last = max(offset, base), min(offset + length, stop)
+            shift = self._start + region.offset - base
+            for position, length in runs:
+                first, last = max(position, base), min(position + length, stop)
                 if first < last:
-                    yield address + first - base, last - first, first
+                    yield first + shift, last - first, first
 
-    def drop_own_pages(self) -> None:
-        """Make RAM again what the image holds; nobody may use it meanwhile.
+    def drop_own_pages(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Make ``runs``, positions and lengths of whole pages, again as the image is.
 
-        ValueError without an image.
+        Nobody may use RAM meanwhile.  ValueError without an image.
         """
         if self._map is None or self.image is None:
             raise ValueError("RAM that has no image cannot go back to it")
-        self._map.madvise(mmap.MADV_DONTNEED, self._start, self._extent)
+        for start, length, _ in self._places(runs):
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
     @contextlib.contextmanager
     def copied_by_fork(self) -> Iterator[None]:
-        """Let a child that is forked inside have a copy of the RAM.
-
-        Otherwise a fork takes longer, and after it every page that the guest writes is copied.
-        """
+        """Let a child that is forked inside have a copy of RAM, which slows fork and guest."""
         self._advise_fork(mmap.MADV_DOFORK)
         try:
             yield

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import GuestMemoryError, HostError
-from pyvmm.memory import GuestMemory
+from pyvmm.memory import GuestMemory, RamLayer
 from pyvmm.x86 import layout
 
 LOW, GAP_END, HIGH = 0x8000, 0x20000, 0x4000
@@ -222,3 +223,103 @@ def test_a_region_that_overlaps_or_wraps_is_refused(gpa: int) -> None:
     with pytest.raises(GuestMemoryError):
         memory.add(0x2000, bytearray())
     assert len(memory.regions) == 1
+
+
+class Image:
+    """An image of one file, which counts the handles of it."""
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self.fd = fd
+        self.size_bytes = size_bytes
+        self.layers: tuple[RamLayer, ...] = (RamLayer(fd, None),)
+        self.handles = 1
+
+    def share(self) -> Image:
+        self.handles += 1
+        return self
+
+    def close(self) -> None:
+        self.handles -= 1
+
+
+@pytest.fixture
+def image() -> Iterator[Image]:
+    fd = os.memfd_create("image")
+    os.ftruncate(fd, LOW + HIGH)
+    os.pwrite(fd, b"low", 0x100)
+    os.pwrite(fd, b"high", LOW + 0x200)
+    yield Image(fd, LOW + HIGH)
+    os.close(fd)
+
+
+def test_ram_begins_as_its_image_and_never_changes_it(image: Image) -> None:
+    with GuestMemory([(0, LOW), (GAP_END, HIGH)], image=image) as memory:
+        assert memory.image is image
+        assert [region.position for region in memory.regions] == [0, LOW]
+        assert memory.read(0x100, 3) == b"low"
+        assert memory.read(GAP_END + 0x200, 4) == b"high"
+        memory.write(0x100, b"own")
+        memory.write(GAP_END + 0x200, b"mine")
+        assert os.pread(image.fd, 3, 0x100) == b"low"
+        memory.drop_own_pages([(LOW, 4096)])
+        assert memory.read(0x100, 3) == b"own"
+        assert memory.read(GAP_END + 0x200, 4) == b"high"
+        memory.drop_own_pages([(0, LOW + HIGH)])
+        assert memory.read(0x100, 3) == b"low"
+        assert image.handles == 2
+    assert image.handles == 1
+
+
+@pytest.mark.parametrize("ranges", [
+    [(0, 4 * MIB)],
+    [(0, 3 * MIB + 4096), (GIB, 2 * MIB)],
+    layout.ram_ranges(3 * GIB + 2 * MIB),
+])  # fmt: skip
+def test_an_image_takes_the_place_of_ram_at_the_same_addresses(
+    ranges: list[tuple[int, int]]
+) -> None:
+    size = sum(length for _, length in ranges)
+    fd = os.memfd_create("image")
+    os.ftruncate(fd, size)
+    with GuestMemory(ranges) as memory:
+        views = [memory.view(region.gpa, region.length) for region in memory.regions]
+        addresses = [region.host_address for region in memory.regions]
+        for region in memory.regions:
+            memory.write(region.gpa + 0x1000, b"lost")  # it may have got a huge page
+            os.pwrite(fd, b"kept", region.position + 0x1000)
+        image = Image(fd, size)
+        memory.map_image(image)
+        assert [region.host_address for region in memory.regions] == addresses
+        for view in views:
+            assert bytes(view[0x1000:0x1004]) == b"kept"
+            view.release()
+        memory.map_image(image)
+        assert image.handles == 2
+    assert image.handles == 1
+    os.close(fd)
+
+
+def test_an_image_of_another_size_is_refused(image: Image) -> None:
+    with pytest.raises(ValueError, match=f"image has {LOW + HIGH} bytes, RAM {LOW}"):
+        GuestMemory([(0, LOW)], image=image)
+    assert image.handles == 1
+
+
+def test_only_private_ram_has_an_image(image: Image) -> None:
+    for memory in (
+        GuestMemory([(0, LOW + HIGH)], shared=True), GuestMemory.over(bytearray(LOW + HIGH))
+    ):
+        with memory, pytest.raises(ValueError, match="private"):
+            memory.map_image(image)
+    with two_regions() as memory, pytest.raises(ValueError, match="no image"):
+        memory.drop_own_pages([(0, LOW)])
+
+
+def test_an_image_that_cannot_be_mapped_is_a_host_error(image: Image) -> None:
+    maps = Path("/proc/self/maps").read_text("ascii").count("\n")
+    image.layers = (RamLayer(image.fd, None), RamLayer(-1, ((0, LOW),)))
+    for _ in range(3):
+        with pytest.raises(HostError, match="cannot map an image of RAM: Bad file"):
+            GuestMemory([(0, LOW), (GAP_END, HIGH)], image=image)
+    assert image.handles == 1
+    assert Path("/proc/self/maps").read_text("ascii").count("\n") <= maps + 1

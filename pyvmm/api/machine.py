@@ -252,7 +252,7 @@ class Machine:
         another process serves.  RuntimeError in a hook, which would wait for itself.
         """
         self._lifetime.check_open("snapshot()")
-        from pyvmm.api.snapshot import Snapshot
+        from pyvmm import Snapshot  # by the face, because its module imports this one
         from pyvmm.snapshot.capture import take
 
         return Snapshot(take(self._machine, dir, live=live, diff=diff), self._report)

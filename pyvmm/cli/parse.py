@@ -46,6 +46,21 @@ def parse_size(option: str, text: str) -> int:
     return size_bytes
 
 
+def parse_moved_disks(texts: list[str]) -> dict[int, str]:
+    """Return the files of ``N=FILE``, by N; ConfigError."""
+    disks: dict[int, str] = {}
+    for text in texts:
+        number, equals, path = text.partition("=")
+        if not (equals and path and number.isascii() and number.isdigit() and len(number) < 4):
+            raise ConfigError(
+                f"--disk {text}", "is not N=FILE, the number of a disk (0 is /dev/vda) and its file"
+            )
+        if int(number) in disks:
+            raise ConfigError(f"--disk {text}", f"disk {int(number)} has a file already")
+        disks[int(number)] = path
+    return disks
+
+
 def parse_memory(option: str, text: str, least_bytes: int, most_bytes: int) -> int:
     """Return the bytes of RAM that ``text`` asks for; ConfigError naming ``option`` and limits.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyvmm.control.run_control import RunControl
     from pyvmm.machine import Machine
     from pyvmm.report import Reporter
-    from pyvmm.snapshot.snapshot import Snapshot  # type: ignore[import-not-found]
+    from pyvmm.snapshot.snapshot import Snapshot
     from pyvmm.startup.bundle import Bundle
 
 CLOCKS = ("keep", "now")
@@ -69,21 +69,6 @@ COMMAND = Command(
 )
 
 
-def disks_from(texts: list[str]) -> dict[int, str]:
-    """Return the files of ``N=FILE``, by N; ConfigError."""
-    disks: dict[int, str] = {}
-    for text in texts:
-        number, equals, path = text.partition("=")
-        if not (equals and path and number.isascii() and number.isdigit() and len(number) < 4):
-            raise ConfigError(
-                f"--disk {text}", "is not N=FILE, the number of a disk (0 is /dev/vda) and its file"
-            )
-        if int(number) in disks:
-            raise ConfigError(f"--disk {text}", f"disk {int(number)} has a file already")
-        disks[int(number)] = path
-    return disks
-
-
 def restore_main(argv: list[str], bundle: Bundle) -> int:
     """Run one clone of a snapshot to its end; return the exit status of its outcome.
 
@@ -101,21 +86,21 @@ def _restore(
     control: RunControl | None,
 ) -> int:
     """Make and run the clone that ``args`` ask for, of ``opened`` if that is the snapshot."""
-    from pyvmm.cli.parse import parse_console, parse_seconds
+    from pyvmm.cli.parse import parse_console, parse_moved_disks, parse_seconds
 
     if args.clock not in CLOCKS:
         raise ConfigError(f"--clock {args.clock}", f"is none of {', '.join(CLOCKS)}")
-    disks = disks_from(args.disk)
+    disks = parse_moved_disks(args.disk)
     console = parse_console(args.console)
     timeout_s = parse_seconds("--timeout", args.timeout) if args.timeout is not None else None
     running = Running(
         verbose=bool(args.verbose), timing=False, started_s=started_s, bundle=bundle,
-        control=control,
+        control=control, sets_clock=args.clock == "now",
     )
     configs: list[RunConfig] = []
 
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
-        from pyvmm.snapshot.opening import open_snapshot  # type: ignore[import-not-found]
+        from pyvmm.snapshot.opening import open_snapshot
 
         snapshot = opened or open_snapshot(args.directory, disks=disks, report=report)
         with contextlib.closing(snapshot):
@@ -151,6 +136,7 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
     import pyvmm.control.target  # noqa: F401 - for each clone's --control-fd
     from pyvmm.cli.fork_server import ForkServer
     from pyvmm.cli.main import guarded
+    from pyvmm.cli.parse import parse_moved_disks
     from pyvmm.control.run_control import owner_socket
     from pyvmm.report import say
     from pyvmm.snapshot.opening import open_snapshot
@@ -160,7 +146,7 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
             owner_socket(args.clones_fd, option="--clones-fd", kind=SOCK_SEQPACKET)
         ) as owner,
         contextlib.closing(
-            open_snapshot(args.directory, disks=disks_from(args.disk), report=say)
+            open_snapshot(args.directory, disks=parse_moved_disks(args.disk), report=say)
         ) as snapshot,
     ):
         snapshot.clone(report=say).close()

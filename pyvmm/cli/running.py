@@ -58,19 +58,21 @@ def with_control(args: SimpleNamespace, run: Callable[[RunControl | None], int])
 class Running:
     """One run of a machine.
 
+    With ``sets_clock`` the guest's agent sets its date to the host's.
     ``started_s`` is the time at which the process was started.  Modules come from ``bundle``
     until the guest runs.
     """
 
     def __init__(
         self, *, verbose: bool, timing: bool, started_s: float, bundle: Bundle,
-        control: RunControl | None,
+        control: RunControl | None, sets_clock: bool = False,
     ) -> None:
         self._verbose = verbose
         self._timing = timing
         self._started_s = started_s
         self._bundle = bundle
         self._control = control
+        self._sets_clock = sets_clock
 
     def run(
         self,
@@ -90,17 +92,19 @@ class Running:
             stack.enter_context(machine)
             tell(machine, report)
             if self._control is not None:
-                self._control.attach(machine, config, report)
+                self._control.attach(
+                    machine, config, report, sets_clock=self._sets_clock
+                )
             snapshot = None if warm is None else warm(machine, report)
             guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             self._bundle.__exit__()
             gc.freeze()  # the present objects stay: no collection need look at them
             gc.enable()  # cli.main disabled the collector, and says why
             outcome = run_at_terminal(machine, snapshot)
+            if self._control is not None:
+                outcome = _end_control(self._control, machine, outcome)
             status = outcome.exit_status if snapshot is None else snapshot.end(outcome)
             end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-            if self._control is not None:
-                self._control.end(outcome)
             missing = self._bundle.left_out()
         gc.unfreeze()
         if not machine.console_line_ended:
@@ -137,6 +141,18 @@ class Running:
             lines.append(f"exits: {machine.exits}")
             lines.append(f"ran {end_s - self._started_s:.2f} s, exit status {status}")
         return lines
+
+
+def _end_control(control: RunControl, machine: Machine, outcome: Outcome) -> Outcome:
+    """Tell all clients of the end with ``outcome``; return that of the run's last end.
+
+    A client may rewind the machine: then its run goes on, in threads of its own.
+    """
+    while control.end(outcome):
+        last = machine.wait()
+        assert last is not None  # without a limit of time
+        outcome = last
+    return outcome
 
 
 def _lines_of(outcome: Outcome) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from pyvmm.cli.parse import parse_moved_disks
 from pyvmm.cli.termination import sigterm_raises
 from pyvmm.config import format_size
 from pyvmm.report import say, show
@@ -30,8 +31,8 @@ examples:
   pyvmm snapshot merge tests-ready full
 """
 CHECK_DESCRIPTION = """\
-check reads all of a snapshot and of its bases, and compares every CRC.  Each thing that is wrong
-has a line, and the exit status is then 125.
+check reads all of a snapshot and of its bases, compares every CRC, and looks for the files under
+the disks.  Each thing that is wrong has a line, and the exit status is then 125.
 """
 MERGE_DESCRIPTION = """\
 merge makes OUT, a full snapshot, of DIR and its bases, which it checks.  OUT stands for the same
@@ -53,7 +54,11 @@ COMMAND = Command(
             name="snapshot check",
             description=CHECK_DESCRIPTION,
             words=(_DIRECTORY,),
-            options=(_VERBOSE,),
+            options=(
+                Option(name="--disk", metavar="N=FILE", many=True,
+                       help="disk N (0 is /dev/vda) has moved to FILE; repeat for more"),
+                _VERBOSE,
+            ),
         ),
         Command(
             name="snapshot merge",
@@ -125,16 +130,18 @@ def _mib(size_bytes: int) -> str:
 
 
 def _check(args: SimpleNamespace) -> int:
+    disks = parse_moved_disks(args.disk)
     with open_saved(args.directory) as saved:
-        found = list(problems(saved))
+        found = list(problems(saved, disks, report=say))
         for problem in found:
             say(str(problem))
         if found:
             return DAMAGED_STATUS
         bases = len(saved.chain) - 1
         chain = f", its {bases} base{'s' * (bases > 1)}" if bases else ""
-        show(f"{saved.path}: whole: state, {_mib(saved.ram.held_bytes)} of RAM, "
-             f"{len(saved.overlay_fds)} overlays{chain}")
+        disks_named = f"{len(saved.disks)} disk{'s' * (len(saved.disks) != 1)}"
+        show(f"{saved.path}: whole: state, {_mib(saved.ram.held_bytes)} of RAM, {disks_named}"
+             f"{chain}")
     return 0
 
 

@@ -185,8 +185,8 @@ class WarmSnapshot:
         self._has_written = True
         directory = self._plan.directory
         self._report(
-            f"snapshot {directory}: {_held_bytes(directory) / (1 << 20):.0f} MiB in "
-            f"{took_ms:.0f} ms; pyvmm restore {directory} goes on from there"
+            f"snapshot {directory}: {_held(directory)} in {took_ms:.0f} ms; "
+            f"pyvmm restore {directory} goes on from there"
         )
         if self._plan.exits:
             runner.finish(Outcome(Kind.STOPPED, detail="its snapshot is taken"))
@@ -208,7 +208,7 @@ def prepare(
     """
     plan = plan_from(args)
     # Not while the guest waits: importing this takes longer than the pause of a snapshot.
-    from pyvmm.snapshot.capture import check, take  # type: ignore[import-not-found]
+    from pyvmm.snapshot.capture import check, take
 
     def plug(machine: Machine, report: Callable[[str], None]) -> WarmSnapshot:
         check(machine, plan.directory)
@@ -228,10 +228,12 @@ def _reason(error: Exception, directory: str) -> str:
     return f"internal error: {type(error).__name__}: {error}"
 
 
-def _held_bytes(directory: str) -> int:
-    """Return the bytes that the files in ``directory`` take on their disk."""
+def _held(directory: str) -> str:
+    """Return how much the files in ``directory`` take on their disk: ``12 MiB``."""
     total = 0
     with os.scandir(directory) as entries:
         for entry in entries:
             total += entry.stat(follow_symlinks=False).st_blocks * 512
-    return total
+    if total < 10 << 20:
+        return f"{-(-total >> 10)} KiB"
+    return f"{total >> 20} MiB"

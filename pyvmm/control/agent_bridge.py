@@ -59,7 +59,8 @@ class AgentBridge:
         self._waiting_bytes = 0
         self._is_short = False
         """True if the port holds bytes back until there is room for them."""
-        self._has_hung_up = False
+        self._hears_port = False
+        """True while the link is told that the guest opened or closed the port."""
         self.link = AgentLink(on_state=self._state_changed, wake=wake, notice=notice)
         port.connect(on_data=self._take, on_room=wake, on_open=self._open)
 
@@ -101,7 +102,9 @@ class AgentBridge:
             if isinstance(news, bytes):
                 self.link.feed(news)
             else:
+                self._hears_port = True
                 self.link.opened(news)
+                self._hears_port = False
             if has_room_again:
                 self._port.more_room()
                 break  # the other clients have their turn before the next bytes
@@ -112,6 +115,11 @@ class AgentBridge:
                 break  # there will be room, or no link
         if self._news:
             self._wake()
+
+    @property
+    def has_news(self) -> bool:
+        """True if the port has told what the link does not know yet."""
+        return bool(self._news)
 
     def end(self) -> None:
         """The run has ended: take the guest's last bytes, then lose the link."""
@@ -124,6 +132,7 @@ class AgentBridge:
         self.link.opened(False)
 
     def _state_changed(self) -> None:
-        if self.link.state is LinkState.LOST:
-            self._port.hang_up()  # nothing, if the guest has closed it
+        # A port that the guest has closed may be open again by now, for the next agent.
+        if self.link.state is LinkState.LOST and not self._hears_port:
+            self._port.hang_up()
         self._on_state()

@@ -71,35 +71,43 @@ class Agent:
             "reason": answer.reason, "output": answer.output.decode("utf-8", "surrogateescape"),
         }
 
-    def refresh(self) -> None:
-        """The machine may have been rewound: its agent before that counts no more."""
-        if self._bridge is not None and not self._has_ended:
-            link = self._bridge.link
-            if link.state is LinkState.READY and link.is_due(self._clone_id()):
-                link.lose("the machine was rewound")
-
     def begin_again(self) -> None:
         """The end of the run was taken back."""
         self._has_ended = False
 
     def pump(self) -> None:
-        """Move bytes between the port and the link."""
+        """Move bytes between the port and the link.
+
+        A link of before a rewind is ended, unless the port has news of that itself.
+        """
         if self._bridge is not None and not self._has_ended:
             self._bridge.pump()
+            if self._is_stale(self._bridge.link) and not self._bridge.has_news:
+                self._bridge.link.lose("the machine was rewound")
+
+    def _is_stale(self, link: AgentLink) -> bool:
+        """True if the agent has answered before the machine was rewound."""
+        return link.state is LinkState.READY and link.is_due(self._clone_id())
 
     def link(self) -> AgentLink:
-        """Return the link; RequestError if there is none."""
+        """Return the link; RequestError if there is none, or it is one of before a rewind."""
+        link = self._present_link()
+        if self._is_stale(link):
+            raise RequestError("agent", "the machine was rewound: its agent has to come again")
+        return link
+
+    def _present_link(self) -> AgentLink:
         if self._has_ended:
             raise RequestError("ended", "the run has ended")
         if self._bridge is None:
             raise RequestError("agent", "this machine has no port for an agent")
-        self.refresh()
+        self.pump()
         return self._bridge.link
 
     def wait(self, call: Call, timeout_s: float | None) -> None:
         """Answer once the agent is ready."""
-        link = self.link()
-        if link.state is LinkState.READY:
+        link = self._present_link()
+        if link.state is LinkState.READY and not self._is_stale(link):
             _answer_ready(call, link)
             return
         deadline = None
@@ -110,8 +118,9 @@ class Agent:
 
     def look(self) -> None:
         """The link's state may have changed."""
-        self.refresh()
         if self._bridge is None or self._bridge.link.state is not LinkState.READY:
+            return
+        if self._is_stale(self._bridge.link):
             return
         for call, _ in list(self._waiting):
             self._forget(call)

@@ -46,8 +46,14 @@ class RunControl:
                 self.__exit__()
                 raise ConfigError(f"--control {path}", error.problem) from error
 
-    def attach(self, machine: Machine, config: RunConfig, report: Callable[[str], None]) -> None:
-        """Serve ``machine``, which has not run yet."""
+    def attach(
+        self, machine: Machine, config: RunConfig, report: Callable[[str], None], *,
+        sets_clock: bool = False,
+    ) -> None:
+        """Serve ``machine``, which has not run yet.
+
+        With ``sets_clock`` the agent of a clone sets its guest's date to this host's.
+        """
         facts: dict[str, object] = {
             "pyvmm": self._version,
             "kernel": os.fspath(config.kernel),
@@ -57,8 +63,8 @@ class RunControl:
         }
         self._end_watch()
         self._server = Server(
-            MachineTarget(machine, facts), listener=self._listener, owner=self._owner,
-            report=report,
+            MachineTarget(machine, facts, sets_clock=sets_clock), listener=self._listener,
+            owner=self._owner, report=report,
         )
         self._server.start()
 

@@ -19,6 +19,8 @@ class Rewound(Record):
 
     had_ended: bool
     """True if its run was over: its owner must run it again."""
+    unfinished: bytes = b""
+    """The beginning of a line that its console had printed."""
 
 
 class Saves(Protocol):

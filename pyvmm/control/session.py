@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import time
 from collections.abc import Callable
@@ -115,9 +116,9 @@ class Session:
             self.ended = None
             self.agent.begin_again()
         self._take_back(rewound)
-        self.agent.refresh()
         self._tell({
             "event": "rewound", "paused": self.target.is_paused, **self.clone_state(),
+            "unfinished": base64.b64encode(rewound.unfinished).decode(),
         })
         call.answer({"paused": self.target.is_paused, **self.clone_state()})
         self.look()

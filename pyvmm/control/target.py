@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from pyvmm.api.vcpus import Registers, VcpuHandle
 from pyvmm.control.agent_bridge import Port
+from pyvmm.control.machine_saves import MachineSaves
 from pyvmm.control.saves import Saves
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Outcome
@@ -78,7 +79,9 @@ class Target(Protocol):
 class MachineTarget:
     """``machine`` as a ``Target``; made before its run."""
 
-    def __init__(self, machine: Machine, config_facts: dict[str, object]) -> None:
+    def __init__(
+        self, machine: Machine, config_facts: dict[str, object], *, sets_clock: bool = False
+    ) -> None:
         self._machine = machine
         self._runner = machine.runner
         self._vcpus = [VcpuHandle(loop, machine.runner) for loop in machine.loops]
@@ -86,8 +89,9 @@ class MachineTarget:
         self._lock = threading.Lock()
         self.vcpu_count = len(self._vcpus)
         self.agent_port: Port | None = machine.agent_port
-        self.saves: Saves | None = None
-        self.sets_clock = False
+        self.saves: Saves | None = MachineSaves(machine, self._attach)
+        self.sets_clock = sets_clock
+        self._woken: Callable[[], None] = lambda: None
         version = machine.kernel.version
         self.facts = {
             **config_facts,
@@ -101,13 +105,9 @@ class MachineTarget:
     def observe(self, console: Callable[[bytes], None], woken: Callable[[], None]) -> None:
         """See ``Target``."""
         self._machine.output.add_observer(console)
-
-        def look() -> None:
-            self._hand_over()
-            woken()
-
+        self._woken = woken
         # Before the terminal's: of two who set input_waits, the last one knows both.
-        self._runner.on_wake(look)
+        self._attach(True)
 
     def begin_pause(self) -> None:
         """See ``Target``."""
@@ -120,7 +120,7 @@ class MachineTarget:
     @property
     def clone_id(self) -> UUID | None:
         """See ``Target``."""
-        return None
+        return self._machine.clone_id
 
     @property
     def is_paused(self) -> bool:
@@ -165,6 +165,19 @@ class MachineTarget:
             "panic_reason": seen.panic_reason if seen.has_panicked else "",
             "exits": {"mmio": exits.mmio, "io": exits.io, "other": exits.other},
         }
+
+    def _attach(self, begins_anew: bool) -> None:
+        """Look at each wake-up of a run that begins; no typed byte is for the guest before it."""
+        with self._lock:
+            self._typed.clear()
+        if not begins_anew:
+            return
+
+        def look() -> None:
+            self._hand_over()
+            self._woken()
+
+        self._runner.on_wake(look)
 
     def _hand_over(self) -> None:
         """Offer typed bytes to the guest, in the thread that keeps house."""

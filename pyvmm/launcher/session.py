@@ -347,7 +347,7 @@ class Session:
             case "rewound":
                 self.is_paused = bool(event["paused"])
                 self._take_clone_id(event)
-                self._begin_anew()
+                self._begin_anew(base64.b64decode(event["unfinished"]))
             case "ended":
                 self.evidence = event["evidence"]
                 self.end_registers = tuple(event["registers"])
@@ -359,11 +359,11 @@ class Session:
         text = told["clone_id"]
         self.clone_id = None if text is None else UUID(text)
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, unfinished: bytes) -> None:
         """The machine was rewound, from its end too."""
         self.evidence, self.end_registers, self._end_values = {}, (), ()
         self.state.begin_anew()
-        self.console.begin_anew(b"")
+        self.console.begin_anew(unfinished)
 
     def _on_answer(self, pending: Future[dict[str, Any]]) -> None:
         if pending.exception() is None and "paused" in pending.result():

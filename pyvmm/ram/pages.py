@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pyvmm.errors import HostError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.ram.image import RamImage
-from pyvmm.ram.runs import Run, joined, total, union
+from pyvmm.ram.runs import Run, coarser, joined, total, union
 
 # Of a pagemap entry's highest byte: bit 63 present, 62 swapped, 61 a page of a file (or shared).
 _OWN = bytes(int(top & 0xC0 != 0 and not top & 0x20) for top in range(256))
@@ -53,9 +53,18 @@ def own_bytes(memory: GuestMemory) -> int:
     return total(own_runs(memory))
 
 
-def held_runs(memory: GuestMemory, own: list[Run] | None = None) -> list[Run]:
+def drop_own(memory: GuestMemory) -> None:
+    """Make RAM again as its image is; nobody may use it meanwhile.  ValueError without an image.
+
+    Pages that were only read stay mapped: a guest that had to fault all of them in again would run
+    slower for a while, and to unmap them takes longer than to find the own pages.
+    """
+    memory.drop_own_pages(coarser(own_runs(memory), memory.size_bytes))
+
+
+def held_runs(memory: GuestMemory) -> list[Run]:
     """Return the parts of RAM that may not be zero: own pages, and data of the image."""
-    own = own_runs(memory) if own is None else own
+    own = own_runs(memory)
     return union(own, data_runs(memory.image)) if isinstance(memory.image, RamImage) else own
 
 

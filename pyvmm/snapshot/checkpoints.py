@@ -10,6 +10,7 @@ from pyvmm.board.disks import check_disks, freeze_disks, revert_disks
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.ram.journal import RamJournal
+from pyvmm.ram.pages import drop_own
 from pyvmm.snapshot.rewind import WayBack, put_back
 from pyvmm.snapshot.still import check_open, still
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
@@ -181,7 +182,7 @@ class Checkpoints:
 
         def bring_back() -> None:
             if memory.image is not None and memory.image.layers == snapshot.image.layers:
-                memory.drop_own_pages()
+                drop_own(memory)
             else:
                 memory.map_image(snapshot.image)
             revert_disks(machine.board, snapshot.disks)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pyvmm.snapshot.snapshot import Snapshot
 
 CLOCKS = ("keep", "now")
-"""What a clone's kvm-clock does: it goes on from the save, or the time since then has passed."""
+"""A clone's kvm-clock goes on from the save, or shows that time has passed since."""
 
 
 class Lines:

@@ -10,7 +10,7 @@ import pytest
 import pyvmm.cli.run
 import pyvmm.cli.warm  # noqa: F401 - a module that came from the bundle would keep that open
 from pyvmm.cli.main import main
-from pyvmm.cli.restore import disks_from
+from pyvmm.cli.parse import parse_moved_disks
 from pyvmm.errors import ConfigError
 from tests.support.tiny_guests import REPORT_0, write_guest
 
@@ -93,6 +93,6 @@ def test_a_restore_that_cannot_be_asked_for(
 
 
 def test_a_disk_is_named_by_its_number() -> None:
-    assert disks_from(["1=a=b", "0=/x"]) == {1: "a=b", 0: "/x"}
+    assert parse_moved_disks(["1=a=b", "0=/x"]) == {1: "a=b", 0: "/x"}
     with pytest.raises(ConfigError, match="--disk 0x1=a"):
-        disks_from(["0x1=a"])
+        parse_moved_disks(["0x1=a"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pyvmm.cli.main import main
 from pyvmm.snapshot.files.saved import open_saved
 from tests.support.guest import environment
 from tests.support.patience import patient
-from tests.support.saved_directories import MIB, make_saved, make_writable
+from tests.support.saved_directories import MIB, disk_image, make_saved, make_writable
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def test_info_is_a_table(warm: Path, capsys: pytest.CaptureFixture[str]) -> None
         "version   6.1.0-47-amd64 (debian)",
         "cpus      2, made for a host of GenuineIntel, TSC 2000.0 MHz",
         "memory    3712K, of which this snapshot holds 0.5 MiB",
-        "disk 0    /images/disk0.img (1M), 0.0 MiB written",
-        "disk 1    /images/disk1.img (1M), nothing written",
+        f"disk 0    {disk_image(0)} (1M), 0.0 MiB written",
+        f"disk 1    {disk_image(1)} (1M), nothing written",
         lines[-1],
     ]
     assert lines[-1].startswith("stored    0.")
@@ -67,14 +68,15 @@ def test_info_for_programs(warm: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert abs(time.time() - time.mktime(time.strptime(found["made"][:19], "%Y-%m-%dT%H:%M:%S"))
                + time.timezone) < patient(600)
     assert found["disks"][1] == {
-        "file": "/images/disk1.img", "size_bytes": MIB, "read_only": False, "overlay_bytes": None,
+        "file": str(disk_image(1)), "size_bytes": MIB, "read_only": False,
+        "overlay_bytes": None,
     }
 
 
 def test_check_says_that_all_is_well(warm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["snapshot", "check", str(warm)]) == 0
     assert capsys.readouterr().out == (
-        f"{warm}: whole: state, 0.5 MiB of RAM, 1 overlays\n"
+        f"{warm}: whole: state, 0.5 MiB of RAM, 2 disks\n"
     )
 
 
@@ -82,7 +84,9 @@ def test_check_has_a_line_for_each_problem(
     warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_writable(warm)
-    (warm / "disk0.overlay").write_bytes(b"x" * 700)
+    with (warm / "disk0.overlay").open("r+b") as file:
+        file.seek(9000)
+        file.write(b"changed")
     with (warm / "ram").open("r+b") as file:
         file.write(b"\x55")
     assert main(["snapshot", "check", str(warm)]) == 125
@@ -93,6 +97,17 @@ def test_check_has_a_line_for_each_problem(
         "at 0x0",
         f"pyvmm: {warm}/disk0.overlay: is damaged: its CRC is wrong",
     ]
+
+
+def test_check_looks_for_a_disk_where_it_is_told(
+    warm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = warm.parent / "copy.img"
+    shutil.copy(disk_image(1), copy)
+    assert main(["snapshot", "check", str(warm), "--disk", f"1={copy}"]) == 0
+    assert main(["snapshot", "check", str(warm), "--disk", f"1={warm.parent}/nowhere"]) == 125
+    assert "nowhere: is missing" in capsys.readouterr().err
+    assert refusal(capsys, "check", warm, "--disk", "x").startswith("--disk x: is not N=FILE")
 
 
 def test_merge_makes_a_full_snapshot(warm: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,16 +12,19 @@ import pytest
 from pyvmm.errors import SnapshotError
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import MOST_LAYERS, RamImage, new_memfd
+from pyvmm.ram.pages import drop_own
 from pyvmm.ram.runs import MOST_RUNS
 from pyvmm.ram.write import image_in_memory, write_ram
 from pyvmm.storage.files import set_lock
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, in_use, put, scattered
 
 
-def saved(path: Path, memory: GuestMemory, *, own_only: bool = False) -> list[tuple[int, int]]:
+def saved(
+    path: Path, memory: GuestMemory, *, over: RamImage | None = None
+) -> list[tuple[int, int]]:
     """Write ``memory`` into the file ``path``, as a snapshot does; return the runs."""
     with path.open("xb") as file:
-        written = write_ram(memory, file.fileno(), own_only=own_only)
+        written = write_ram(memory, file.fileno(), over=over)
     path.chmod(0o400)
     return list(written.runs or ())
 
@@ -43,7 +46,7 @@ def test_a_clone_begins_as_the_file_is_and_never_changes_it(ram_file: Path) -> N
         assert content(first) == content(second) == before
         scattered(first, seed=2)
         assert content(first) != before == content(second)
-        first.drop_own_pages()
+        drop_own(first)
         assert content(first) == before
     assert ram_file.read_bytes() == before
 
@@ -165,7 +168,7 @@ def test_a_chain_of_diffs_is_mapped_layer_over_layer(ram_file: Path, tmp_path: P
             put(memory, 3 * MIB, bytes([number]) * PAGE)  # the end of the first region
             expected = content(memory)
             diff = tmp_path / f"diff{number}"
-            runs = saved(diff, memory, own_only=True)
+            runs = saved(diff, memory, over=chain)
         base, chain = chain, chain.over(str(diff), runs)
         base.close()
     with chain:

@@ -13,7 +13,7 @@ import pytest
 
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
-from pyvmm.ram.pages import held_runs, own_bytes, own_runs
+from pyvmm.ram.pages import drop_own, held_runs, own_bytes, own_runs
 from pyvmm.ram.runs import Run
 from pyvmm.ram.write import image_in_memory
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, put, scattered
@@ -54,7 +54,7 @@ def test_own_pages_are_those_that_were_written(way: str, image: RamImage) -> Non
             put(memory, page * PAGE + chosen.randrange(PAGE), b"x")
         assert pages_of(own_runs(memory)) == written
         assert own_bytes(memory) == len(written) * PAGE
-        memory.drop_own_pages()
+        drop_own(memory)
         assert own_runs(memory) == []
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pyvmm.agent.binary import PROGRAM
 from pyvmm.control.run_control import owner_socket
 from pyvmm.control.server import Server
+from tests.support.stand_in_saves import StandInSaves
 from tests.support.stand_in_target import StandInTarget
 
 PIECE = 64 << 10
@@ -26,6 +27,14 @@ class AgentPort:
     """The agent's program behind a socket pair, as the port that a bridge takes."""
 
     def __init__(self) -> None:
+        self._start()
+        self._is_closed = self._was_hung_up = False
+        self._news = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wants_room = False
+        self._waiting = b""
+        self._thread: threading.Thread | None = None
+
+    def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self.agent = subprocess.Popen(
@@ -33,10 +42,6 @@ class AgentPort:
                 stdin=subprocess.DEVNULL,
             )
         self._socket.setblocking(False)
-        self._news = os.eventfd(0, os.EFD_NONBLOCK)
-        self._wants_room = False
-        self._waiting = b""
-        self._thread: threading.Thread | None = None
 
     def connect(
         self, *, on_data: Callable[[bytes], int], on_room: Callable[[], None],
@@ -62,11 +67,14 @@ class AgentPort:
         os.eventfd_write(self._news, 1)
 
     def hang_up(self) -> None:
+        """See ``Port.hang_up``; an agent opens its port again then."""
+        self._was_hung_up = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the agent, and free all descriptors."""
+        self._is_closed = True
         self.agent.kill()
         self.agent.wait()
         if self._thread is not None:
@@ -96,7 +104,14 @@ class AgentPort:
                     self._waiting = b""
                 if not self._waiting:
                     self._on_open(False)
-                    return
+                    if self._is_closed or not self._was_hung_up:
+                        return
+                    self._was_hung_up = False
+                    self.agent.wait()
+                    self._socket.close()
+                    self._start()
+                    self._on_open(True)
+                    continue
             self._waiting = self._waiting[self._on_data(self._waiting) :]
 
 
@@ -105,14 +120,18 @@ def main() -> None:
     port = AgentPort()
     target = StandInTarget()
     target.agent_port = port
+    target.saves = StandInSaves(target)
+    target.saves.on_rewind = port.hang_up
     server = Server(
         target, owner=owner_socket(sys.argv[-1].removeprefix("--control-fd=")),
         report=lambda line: print(f"pyvmm: {line}", file=sys.stderr),
     )
     server.start()
-    target.finished.wait()
-    assert target.outcome is not None
-    server.end(target.outcome)
+    is_on = True
+    while is_on:
+        target.finished.wait()
+        assert target.outcome is not None
+        is_on = server.end(target.outcome)
     server.close()
     port.close()
 

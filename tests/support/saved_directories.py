@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -12,10 +16,33 @@ from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam
 from pyvmm.snapshot.files.host import host_record
 from pyvmm.snapshot.files.writer import Writer
+from pyvmm.storage.raw import RawBackend
+from pyvmm.storage.saving import write_overlay
 
 MIB = 1 << 20
 CPU = [CpuidEntry(0, 0, False, 1, *struct.unpack("<III", b"GenuntelineI"))]
 REGIONS = ((0, 640 << 10), (MIB, 3 * MIB))
+
+
+@functools.cache
+def disk_image(index: int) -> Path:
+    """A disk of 1 MiB for snapshots to be made over, until the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="pyvmm-disks-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / f"disk{index}.img"
+    path.write_bytes(bytes([index + 1]) * MIB)
+    return path
+
+
+def make_overlay(path: str, index: int, content: bytes) -> None:
+    """Make the overlay ``path`` over disk ``index``: the disk begins with ``content``."""
+    held = content.ljust(-(-len(content) // 4096) * 4096, b"\0")
+
+    def copy(store: RawBackend, at: int, offset: int, length: int) -> None:
+        store.writev([memoryview(held)[offset : offset + length]], at)
+
+    stamp_ns = disk_image(index).stat().st_mtime_ns
+    write_overlay(path, MIB, stamp_ns, [(0, len(held))], copy)
 
 
 def make_writable(path: Path) -> None:
@@ -83,7 +110,7 @@ def make_saved(
         finally:
             os.close(fd)
         for index, content in overlays.items():
-            Path(writer.path_of(layout.overlay_name(index))).write_bytes(content)
+            make_overlay(writer.path_of(layout.overlay_name(index)), index, content)
         saved_ram = SavedRam(
             regions=regions, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
             runs=None if base is None else runs,
@@ -96,15 +123,14 @@ def make_saved(
             "ram": saved_ram.record(),
             "disks": [
                 SavedDisk(
-                    index=index, location=f"/images/disk{index}.img", size_bytes=MIB, stamp_ns=7,
-                    read_only=False,
-                    overlay_bytes=len(overlays[index]) if index in overlays else None,
+                    index=index, location=str(disk_image(index)), size_bytes=MIB,
+                    stamp_ns=disk_image(index).stat().st_mtime_ns, read_only=False,
+                    overlay_bytes=writer.size_of(layout.overlay_name(index))
+                    if index in overlays else None,
                 ).record()
                 for index in range(disks)
             ],
             "machine": {"vcpus": {"vcpu0": {"regs": bytes(range(144)), "mark": mark}}},
-            "clock": {"realtime_ns": 1},
-            "console": None,
             "base": None if base is None else Base.over(str(base[0]), base[1], str(path)).record(),
         })
     return about.id

@@ -11,6 +11,7 @@ import signal
 import struct
 import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.guest import KERNEL, command, environment
@@ -18,18 +19,21 @@ from tests.support.patience import patient
 
 
 class Terminal:
-    """A pseudo-terminal of ``rows`` and ``columns`` with ``pyvmm run`` in its foreground."""
+    """A pseudo-terminal of ``rows`` and ``columns`` with ``pyvmm run`` in its foreground.
+
+    ``words`` is another command line for it.
+    """
 
     def __init__(
-        self, *options: str, rows: int = 24, columns: int = 80, kernel: Path = KERNEL
+        self, *options: str, rows: int = 24, columns: int = 80, kernel: Path = KERNEL,
+        words: Sequence[str] = (),
     ) -> None:
         self.seen = b""
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-            os.execve(
-                command()[0], command(*options, kernel=kernel), environment()
-            )
+            argv = list(words) or command(*options, kernel=kernel)
+            os.execve(argv[0], argv, environment())
 
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
         """Read until ``text`` has been shown behind what was waited for before."""

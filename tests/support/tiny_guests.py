@@ -61,6 +61,11 @@ def echoes(*, slowness: int = 1) -> bytes:
     return listen + turn + b"\xe9" + (-(len(turn) + 5)).to_bytes(4, "little", signed=True)
 
 
+def echoes_once() -> bytes:
+    """Code that listens, sends one byte back, and goes on."""
+    return echoes()[:-5]
+
+
 def write_guest(path: Path, *code: bytes) -> Path:
     """A kernel file at ``path`` that does all of ``code``, in order."""
     whole = b"".join(code)

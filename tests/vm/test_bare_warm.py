@@ -108,7 +108,7 @@ def test_the_guest_says_when_and_goes_on(tmp_path: Path, take: Taking) -> None:
     assert rig.console.read_bytes() == b"before\nbehind\n"
     (line,) = rig.lines
     assert re.fullmatch(
-        rf"snapshot {re.escape(rig.directory)}: 3 MiB in \d+ ms; pyvmm restore "
+        rf"snapshot {re.escape(rig.directory)}: 3072 KiB in \d+ ms; pyvmm restore "
         rf"{re.escape(rig.directory)} goes on from there", line
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from pyvmm.errors import HostError, SnapshotError
 from pyvmm.ram.runs import Run, common, total
@@ -10,16 +10,34 @@ from pyvmm.ram.write import chunk_crcs, zero_crc
 from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.saved import Saved
 from pyvmm.snapshot.files.sparse import data_ranges, sparse_crc
+from pyvmm.storage.frozen import FrozenDisk
 
 
-def problems(saved: Saved) -> Iterator[SnapshotError]:
+def problems(
+    saved: Saved, disks: Mapping[int, str], *, report: Callable[[str], None]
+) -> Iterator[SnapshotError]:
     """Yield everything that is wrong with a snapshot that could be opened, and with its bases.
 
-    All of RAM and of the overlays is read.
+    All of RAM and of the overlays is read.  ``disks`` names the files under the guest's disks, by
+    index, that are at other places now.
     """
     for one in saved.chain:
         yield from content_problems(one)
     yield from _image_problems(saved)
+    for index in disks:
+        if index not in range(len(saved.disks)):
+            yield SnapshotError(
+                saved.path, f"has {len(saved.disks)} disks, and none of number {index}"
+            )
+    for disk in saved.disks:
+        try:
+            FrozenDisk.open_saved(
+                disks.get(disk.index, disk.location), saved.overlay_path(disk.index),
+                size_bytes=disk.size_bytes, stamp_ns=disk.stamp_ns, read_only=disk.read_only,
+                replaced=disk.index in disks, report=report,
+            ).close()
+        except SnapshotError as error:
+            yield error
 
 
 def content_problems(saved: Saved) -> Iterator[SnapshotError]:

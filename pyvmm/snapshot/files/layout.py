@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 20
 
 RECORDS: Mapping[str, int] = MappingProxyType({
     "about": 1, "host": 1, "config": 1, "kernel": 1, "ram": 1, "disks": 1, "machine": 1,
-    "clock": 1, "console": 1, "base": 1, "files": 1,
+    "base": 1, "files": 1,
 })  # fmt: skip
 """The records that a ``state`` may have, and the version of each.  ``Writer`` adds "files"."""
 

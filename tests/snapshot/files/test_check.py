@@ -12,7 +12,7 @@ import pytest
 from pyvmm.errors import SnapshotError
 from pyvmm.memory import GuestMemory
 from pyvmm.snapshot.files import layout
-from pyvmm.snapshot.files.check import problems
+from pyvmm.snapshot.files.check import content_problems, problems
 from pyvmm.snapshot.files.merge import merge
 from pyvmm.snapshot.files.saved import open_saved
 from tests.support.saved_directories import MIB, make_saved, make_writable, ram_content
@@ -24,7 +24,8 @@ FLIPS = 10_000
 def found(path: Path) -> list[str]:
     """The complaints of ``check`` about the directory ``path``, without its path."""
     with open_saved(path) as saved:
-        return [str(problem).removeprefix(f"{path}/") for problem in problems(saved)]
+        found = problems(saved, {}, report=print)
+        return [str(problem).removeprefix(f"{path}/") for problem in found]
 
 
 def ram_of(path: Path) -> bytes:
@@ -57,9 +58,10 @@ def test_each_of_10000_flips_in_ram_is_found(tmp_path: Path) -> None:
             at, bit = generator.randrange(size), 1 << generator.randrange(8)
             before = os.pread(file.fileno(), 1, at)
             os.pwrite(file.fileno(), bytes([before[0] ^ bit]), at)
-            assert [problem.subject for problem in problems(saved)] == [f"{path}/ram"], (at, bit)
+            found = content_problems(saved)
+            assert [problem.subject for problem in found] == [f"{path}/ram"], (at, bit)
             os.pwrite(file.fileno(), before, at)
-        assert list(problems(saved)) == []
+        assert list(content_problems(saved)) == []
 
 
 def test_each_damaged_chunk_is_counted(tmp_path: Path) -> None:
@@ -95,15 +97,36 @@ def test_holes_and_zeroes_are_the_same(tmp_path: Path) -> None:
 
 def test_flips_in_an_overlay_are_found(tmp_path: Path) -> None:
     path = tmp_path / "warm"
-    content = bytearray(300 << 10)
-    content[70_000:70_004] = b"data"
-    make_saved(path, overlays={1: bytes(content)})
+    make_saved(path, overlays={1: b"data" * 9000})
     make_writable(path)
-    for at in (0, 70_001, 200_000, len(content) - 1):
+    content = (path / "disk1.overlay").read_bytes()
+    for at in (0, 9, 4096, 5000, 8192 + 35_999, len(content) - 1):
         damaged = bytearray(content)
         damaged[at] ^= 4
         (path / "disk1.overlay").write_bytes(damaged)
-        assert found(path) == ["disk1.overlay: is damaged: its CRC is wrong"]
+        assert found(path)[0] == "disk1.overlay: is damaged: its CRC is wrong", at
+
+
+def test_a_disk_that_is_missing_or_changed_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "warm"
+    make_saved(path)
+    with open_saved(path) as saved:
+        disk = Path(saved.disks[1].location)
+        content, facts = disk.read_bytes(), disk.stat()
+        disk.rename(tmp_path / "moved")
+        try:
+            assert len(found(path)) == 1
+            assert found(path)[0].startswith(f"{disk}: is missing")
+            moved = {1: str(tmp_path / "moved")}
+            assert list(problems(saved, moved, report=print)) == []
+            lines = [str(one) for one in problems(saved, moved | {2: "x"}, report=print)]
+            assert lines == [f"{path}: has 2 disks, and none of number 2"]
+            disk.write_bytes(content)
+            os.utime(disk, ns=(facts.st_mtime_ns + 1, facts.st_mtime_ns + 1))
+            assert "changed since" in found(path)[0]
+        finally:
+            os.replace(tmp_path / "moved", disk)
+    assert found(path) == []
 
 
 @pytest.mark.parametrize("name", ["ram", "disk0.overlay"])

@@ -11,7 +11,7 @@ import pytest
 from pyvmm.errors import SnapshotError
 from pyvmm.snapshot.files.saved import open_saved
 from pyvmm.snapshot.files.writer import Writer
-from tests.support.saved_directories import REGIONS, make_saved
+from tests.support.saved_directories import REGIONS, disk_image, make_saved
 
 
 def test_a_directory_comes_back(tmp_path: Path) -> None:
@@ -24,9 +24,7 @@ def test_a_directory_comes_back(tmp_path: Path) -> None:
         assert saved.ram.runs is None
         assert os.fstat(saved.ram_fd).st_size == saved.ram.size_bytes
         assert saved.ram_layers == [(saved.ram_fd, None)]
-        assert [disk.location for disk in saved.disks] == [
-            "/images/disk0.img", "/images/disk1.img",
-        ]
+        assert [disk.location for disk in saved.disks] == [str(disk_image(0)), str(disk_image(1))]
         assert saved.overlay_path(0) == f"{path}/disk0.overlay"
         assert saved.overlay_path(1) is None
         config = saved.record("config")

@@ -313,7 +313,7 @@ def test_killed_at_any_moment_there_is_a_whole_snapshot_or_none(quick: Path) -> 
             machine = saved.record("machine")
             assert isinstance(machine, dict)
             assert machine["vcpus"]["vcpu0"]["mark"] == mark
-            assert list(problems(saved)) == []
+            assert list(problems(saved, {}, report=print)) == []
         shutil.rmtree(target)
         assert os.listdir(quick) == ["old"]
     assert {file.name: file.read_bytes() for file in (quick / "old").iterdir()} == old

@@ -1,0 +1,78 @@
+"""The snapshots and checkpoints of ``pyvmm run``'s own machine: see ``Saves``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvmm.control.saves import Rewound, Saved
+from pyvmm.errors import SnapshotError
+from pyvmm.machine import Machine
+
+
+class MachineSaves:
+    """``Saves`` of ``machine``.
+
+    ``attach`` is called before a guest that was rewound goes on, with True if its run begins anew.
+    A start loads none of the modules that save a machine.
+    """
+
+    def __init__(self, machine: Machine, attach: Callable[[bool], None]) -> None:
+        self._machine = machine
+        self._attach = attach
+        self._newest: Saved | None = None
+
+    @property
+    def can_rewind(self) -> bool:
+        """See ``Saves``."""
+        return self._machine.base is not None or bool(self._numbers())
+
+    def facts(self) -> dict[str, object]:
+        """See ``Saves``."""
+        known = self._newest
+        if known is None and self._machine.base is not None:
+            from pyvmm.snapshot.snapshot import Snapshot
+
+            base = self._machine.base
+            assert isinstance(base, Snapshot)
+            known = Saved(id=str(base.id), path=base.path)
+        return {
+            "snapshot": None if known is None else {"id": known.id, "path": known.path},
+            "checkpoints": list(self._numbers()),
+        }
+
+    def snapshot(self, directory: str | None, *, is_live: bool, is_diff: bool) -> Saved:
+        """See ``Saves``."""
+        from pyvmm.snapshot.capture import take
+
+        if directory is None and (is_live or is_diff):
+            raise SnapshotError("snapshot()", "live and diff are for a directory")
+        with take(self._machine, directory, live=is_live, diff=is_diff) as taken:
+            self._newest = Saved(id=str(taken.id), path=taken.path)
+        return self._newest
+
+    def checkpoint(self) -> int:
+        """See ``Saves``."""
+        from pyvmm.snapshot.checkpoints import checkpoints_of
+
+        return checkpoints_of(self._machine).take()
+
+    def rewind(self, number: int | None) -> Rewound:
+        """See ``Saves``."""
+        from pyvmm.snapshot.checkpoints import checkpoints_of
+
+        had_ended = False
+
+        def attach(begins_anew: bool) -> None:
+            nonlocal had_ended
+            had_ended = begins_anew
+            self._attach(begins_anew)
+
+        checkpoints_of(self._machine).rewind(number, attach=attach)
+        return Rewound(had_ended=had_ended, unfinished=self._machine.watch.unfinished)
+
+    def _numbers(self) -> tuple[int, ...]:
+        if self._machine.checkpoints is None:
+            return ()
+        from pyvmm.snapshot.checkpoints import checkpoints_of
+
+        return checkpoints_of(self._machine).numbers
