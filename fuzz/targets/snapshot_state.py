@@ -12,16 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fuzz.target import Target
+from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.errors import SnapshotError, StateError
+from pyvmm.snapshot.config_record import restore_config, restore_kernel, save_config
 from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam, read_disks, read_files
 from pyvmm.snapshot.files.host import check_host, host_record, read_host
 from pyvmm.snapshot.files.records import MAGIC, decode, encode
 from pyvmm.snapshot.files.saved import open_saved
+from pyvmm.storage.open import DiskSource
 
 _HEADER_BYTES = 16
 _PAGE = 4096
-_READERS = (About.read, Base.read, SavedRam.read, read_disks, read_files)
+_READERS = (About.read, Base.read, SavedRam.read, read_disks, read_files, restore_kernel)
+_SOURCE = DiskSource(location="/disk", snapshot=True)
 
 
 class StateTarget(Target):
@@ -49,6 +53,9 @@ class StateTarget(Target):
             for read in _READERS:
                 with contextlib.suppress(StateError):
                     read(value)
+            for sources in ([], [_SOURCE]):
+                with contextlib.suppress(StateError):
+                    restore_config(value, sources)
             with contextlib.suppress(SnapshotError):
                 host = read_host(value, name="f")
                 check_host(host, name="f", supported=[], tsc_khz=1, scales_tsc=False)
@@ -96,7 +103,12 @@ class StateTarget(Target):
         with_base = small | {
             "ram": diff.record(), "base": Base(path="../base", id=bytes(16)).record(),
         }
-        return [encode(one, name="f") for one in (small, more, with_base, host, {})]
+        config = save_config(RunConfig(kernel="/bzImage", disks=(DiskConfig(source=_SOURCE),)))
+        whole = [encode(one, name="f") for one in (small, more, with_base, {})]
+        # A record's payload alone: behind the header, the record's head and its name of one letter.
+        parts = [host, config, about, full.record(), disk.record()]
+        payloads = [encode({"x": one}, name="f")[_HEADER_BYTES + 4 + 9 : -4] for one in parts]
+        return [*whole, *payloads]
 
     def close(self) -> None:
         """Remove the directory; idempotent."""

@@ -230,10 +230,13 @@ class Vm(_Handle):
         """Create vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
         try:
-            return Vcpu(fd, mmap.mmap(fd, self._mmap_bytes), index, self._kvm)
+            page = mmap.mmap(fd, self._mmap_bytes)
         except OSError as error:
             os.close(fd)
             raise HostError(f"cannot map the run page of vCPU {index}: {error}") from error
+        with contextlib.suppress(OSError):  # a child that had it would keep the VM
+            page.madvise(mmap.MADV_DONTFORK)
+        return Vcpu(fd, page, index, self._kvm)
 
 
 class Vcpu(_Handle):

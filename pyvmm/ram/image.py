@@ -34,6 +34,7 @@ class RamImage:
         """Take over one use of each file."""
         self.size_bytes = size_bytes
         self._files = tuple(files)
+        self._layers = tuple(RamLayer(file.fd, runs) for file, runs in files)
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -67,7 +68,7 @@ class RamImage:
         """The files, each over those before it; ValueError if this handle is closed."""
         if self._is_closed:
             raise ValueError("the RAM image is closed")
-        return tuple(RamLayer(file.fd, runs) for file, runs in self._files)
+        return self._layers
 
     def share(self) -> RamImage:
         """Return another handle of this image; ValueError if this one is closed."""

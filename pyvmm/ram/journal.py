@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import mmap
 import os
 from collections import deque
@@ -12,13 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pyvmm.errors import HostError, SnapshotError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
+from pyvmm.ram.compare import differences
 from pyvmm.ram.image import JournalImage
 from pyvmm.ram.pages import drop_own, held_runs, own_runs
-from pyvmm.ram.runs import Run, coarser, joined, union
-from pyvmm.ram.write import parts_in_regions, write_all
+from pyvmm.ram.runs import Run, coarser, joined, parts_in_regions, union
+from pyvmm.ram.write import write_all
 from pyvmm.storage.files import KEEP_SIZE, PUNCH_HOLE, fallocate
-
-_BLOCK = 64 << 10
 
 
 class RamJournal:
@@ -58,7 +56,7 @@ class RamJournal:
         for some that may be forgotten.
         """
         is_mapped = self._is_mapped
-        runs = own_runs(self._memory) if is_mapped else list(joined(self._differences()))
+        runs = own_runs(self._memory) if is_mapped else self._differences()
         undo = self._make_undo(runs) if self._numbers else None
         try:
             self._write(runs)
@@ -112,29 +110,12 @@ class RamJournal:
         image = self._memory.image
         return isinstance(image, JournalImage) and image.fd == self._newest.fd
 
-    def _differences(self) -> Iterator[Run]:
-        """Yield the pages in which RAM differs from the newest checkpoint, by reading both."""
-        block = bytearray(_BLOCK)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(block))
-        compare = ctypes.CDLL(None).memcmp
-        compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-        looked_at = union(held_runs(self._memory), list(self._held_runs()))
-        for region, first, size in parts_in_regions(self._memory, looked_at):
-            for start in range(first, first + size, _BLOCK):
-                length = min(_BLOCK, first + size - start)
-                with memoryview(block)[:length] as view:
-                    os.preadv(self._newest.fd, [view], region.position + start)
-                here = region.host_address + start
-                if compare(here, address, length):
-                    for at in range(0, length, PAGE_SIZE):
-                        if compare(here + at, address + at, PAGE_SIZE):
-                            yield region.position + start + at, PAGE_SIZE
-
-    def _held_runs(self) -> Iterator[Run]:
-        return (
-            (start, end - start)
-            for start, end, is_held in self._pieces([(0, self._newest.size_bytes)]) if is_held
-        )
+    def _differences(self) -> list[Run]:
+        """Return the pages in which RAM differs from the newest checkpoint, by reading both."""
+        all_ram = [(0, self._newest.size_bytes)]
+        held = [(start, end - start) for start, end, is_held in self._pieces(all_ram) if is_held]
+        candidates = union(held_runs(self._memory), held)
+        return list(joined(differences(self._memory, self._newest, candidates)))
 
     def _pieces(self, runs: Iterable[Run]) -> Iterator[tuple[int, int, bool]]:
         """Yield start and end of each piece of ``runs``, and if the newest checkpoint holds it."""
@@ -171,8 +152,9 @@ class RamJournal:
         for offset, length in runs:
             first, count = offset // PAGE_SIZE, length // PAGE_SIZE
             self._held[first : first + count] = b"\1" * count
+        fd = self._newest.fd
         for region, start, length in parts_in_regions(self._memory, runs):
-            write_all(self._newest.fd, region.view, start, start + length, region.position)
+            write_all(fd, region.view, start, start + length, region.position)
 
     def _take_back(self, undo: _Undo) -> None:
         undo.apply()

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory
+from pyvmm.ram.image import RamImage
 from pyvmm.ram.write import RamWriter, Written
 
 # le32 errno (0: all is written); le32 CRCs; le64 held_bytes; le32 runs; le32 is a diff.
@@ -25,12 +26,12 @@ _CRC = struct.Struct("<II")
 _RUN = struct.Struct("<QQ")
 
 
-def fork_writer(memory: GuestMemory, fd: int, *, own_only: bool = False) -> LiveWriter:
+def fork_writer(memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> LiveWriter:
     """Have a child write ``memory``, as it is now, into ``fd`` as ``write_ram`` does; HostError.
 
     The guest must be quiesced, and may go on as soon as this returns.  ``fd`` stays the caller's.
     """
-    ram_writer = RamWriter(memory, fd)
+    ram_writer = RamWriter(memory, fd, over=over)
     layers = () if memory.image is None else memory.image.layers
     kept = sorted({fd, *(layer.fd for layer in layers)})
     reader, writer = os.pipe()  # both close on exec
@@ -40,7 +41,7 @@ def fork_writer(memory: GuestMemory, fd: int, *, own_only: bool = False) -> Live
         with memory.copied_by_fork():
             pid = os.fork()
             if not pid:
-                _child(ram_writer, writer, kept, own_only)
+                _child(ram_writer, writer, kept)
     except OSError as error:
         os.close(reader)
         raise HostError(f"cannot fork a process that writes RAM: {error}") from error
@@ -110,7 +111,7 @@ class LiveWriter:
             return 0
 
 
-def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int], own_only: bool) -> None:
+def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int]) -> None:
     """Write, answer, and end this process."""
     try:
         gc.disable()  # a finalizer of the parent's garbage could do anything
@@ -124,7 +125,7 @@ def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int], own_only: bool
                 os._exit(1)
 
         try:
-            answer = _pack(ram_writer.write(own_only=own_only, before_chunk=check_parent))
+            answer = _pack(ram_writer.write(before_chunk=check_parent))
         except OSError as error:
             answer = _HEAD.pack(error.errno or 5, 0, 0, 0, 0)
         at = 0

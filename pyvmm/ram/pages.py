@@ -62,9 +62,9 @@ def drop_own(memory: GuestMemory) -> None:
     memory.drop_own_pages(coarser(own_runs(memory), memory.size_bytes))
 
 
-def held_runs(memory: GuestMemory, own: list[Run] | None = None) -> list[Run]:
+def held_runs(memory: GuestMemory) -> list[Run]:
     """Return the parts of RAM that may not be zero: own pages, and data of the image."""
-    own = own_runs(memory) if own is None else own
+    own = own_runs(memory)
     return union(own, data_runs(memory.image)) if isinstance(memory.image, RamImage) else own
 
 

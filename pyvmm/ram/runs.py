@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from pyvmm.memory import PAGE_SIZE
+from pyvmm.memory import PAGE_SIZE, GuestMemory, Region
 
 Run = tuple[int, int]
 MOST_RUNS = 4096
@@ -68,3 +68,16 @@ def _widened(runs: Iterable[Run], granule: int, size_bytes: int) -> Iterator[Run
     for offset, length in runs:
         start = offset - offset % granule
         yield start, min(-(-(offset + length) // granule) * granule, size_bytes) - start
+
+
+def parts_in_regions(
+    memory: GuestMemory, runs: Iterable[Run]
+) -> Iterator[tuple[Region, int, int]]:
+    """Yield for each part of ``runs`` its region, and its start and length there."""
+    for offset, length in runs:
+        end = offset + length
+        for region in memory.regions:
+            start = max(offset, region.position)
+            stop = min(end, region.position + region.length)
+            if start < stop:
+                yield region, start - region.position, stop - start

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory, Region
+from pyvmm.ram.compare import differing_runs
 from pyvmm.ram.image import MOST_LAYERS, RamImage, new_memfd
 from pyvmm.ram.pages import held_runs, own_runs
-from pyvmm.ram.runs import MOST_RUNS, Run, coarser, total
+from pyvmm.ram.runs import MOST_RUNS, Run, coarser, parts_in_regions, total
 
 CHUNK = 1 << 20
 """Bytes under one CRC32."""
@@ -34,13 +35,14 @@ class Written:
     runs: tuple[Run, ...] | None
 
 
-def write_ram(memory: GuestMemory, fd: int, *, own_only: bool = False) -> Written:
-    """Write all RAM, or its own pages only, into the empty file ``fd``; nobody may use it.
+def write_ram(memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> Written:
+    """Write RAM into the empty file ``fd``, all of it or only where it differs from ``over``.
 
-    A byte's offset is its position: regions follow without gaps.  OSError, as ENOSPC.  A diff has
-    at most MOST_RUNS runs, with neighbours of own pages if need be.
+    Nobody may use RAM meanwhile.  A byte's offset is its position: regions follow without gaps.
+    OSError, as ENOSPC; HostError.  A diff has at most MOST_RUNS runs, with neighbours of the pages
+    that differ if need be.
     """
-    return RamWriter(memory, fd).write(own_only=own_only)
+    return RamWriter(memory, fd, over=over).write()
 
 
 def image_in_memory(memory: GuestMemory) -> RamImage:
@@ -117,24 +119,30 @@ def _by_chunk(runs: Iterable[Run]) -> Iterator[tuple[int, list[Run]]]:
 class RamWriter:
     """One writing of ``memory`` into ``fd``, as ``write_ram`` does it.
 
-    Once it is made, ``write`` needs no lock of the C library's: a forked child may call it.
+    Once it is made, ``write`` needs no lock of the C library's: a forked child may call it.  If RAM
+    is not mapped over ``over``, as after a checkpoint, both are compared when it is made.
     """
 
-    def __init__(self, memory: GuestMemory, fd: int) -> None:
+    def __init__(self, memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> None:
         self._memory = memory
         self._fd = fd
+        self._is_diff = over is not None
+        self._runs: Sequence[Run] | None = None
+        if over is not None and (memory.image is None or memory.image.layers != over.layers):
+            self._runs = differing_runs(memory, over)
         self._held_bytes = 0
         self._differ: Callable[[int, bytes, int], int] = ctypes.CDLL(None).memcmp
         self._differ.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
 
-    def write(
-        self, *, own_only: bool = False, before_chunk: Callable[[], None] | None = None
-    ) -> Written:
+    def write(self, *, before_chunk: Callable[[], None] | None = None) -> Written:
         """Write; call ``before_chunk`` before each chunk that may hold data.  OSError."""
-        size_bytes = self._memory.size_bytes
+        size_bytes, is_diff = self._memory.size_bytes, self._is_diff
         os.ftruncate(self._fd, size_bytes)
-        own = own_runs(self._memory)
-        runs = coarser(own, size_bytes) if own_only else held_runs(self._memory, own)
+        if is_diff:
+            own = own_runs(self._memory) if self._runs is None else self._runs
+            runs = coarser(own, size_bytes)
+        else:
+            runs = held_runs(self._memory)
         crcs = {}
         for chunk, parts in _by_chunk(runs):
             if before_chunk is not None:
@@ -142,15 +150,15 @@ class RamWriter:
             crc, at = 0, chunk * CHUNK
             held_before = self._held_bytes
             for offset, length in parts:
-                if not own_only:
+                if not is_diff:
                     crc = _crc_of_zeroes(offset - at, crc)
                 crc = self._write_part(offset, length, crc)
                 at = offset + length
             if self._held_bytes != held_before:
-                if not own_only:
+                if not is_diff:
                     crc = _crc_of_zeroes(min((chunk + 1) * CHUNK, size_bytes) - at, crc)
                 crcs[chunk] = crc
-        return Written(self._held_bytes, crcs, tuple(runs) if own_only else None)
+        return Written(self._held_bytes, crcs, tuple(runs) if is_diff else None)
 
     def copy(self, runs: Iterable[Run]) -> list[Run]:
         """Write ``runs`` and no CRCs; return the parts of them that are not all zero.  OSError."""
@@ -181,19 +189,6 @@ class RamWriter:
                 begin = at + step
         if begin < end:
             yield begin, end
-
-
-def parts_in_regions(
-    memory: GuestMemory, runs: Iterable[Run]
-) -> Iterator[tuple[Region, int, int]]:
-    """Yield for each part of ``runs`` its region, and its start and length there."""
-    for offset, length in runs:
-        end = offset + length
-        for region in memory.regions:
-            start = max(offset, region.position)
-            stop = min(end, region.position + region.length)
-            if start < stop:
-                yield region, start - region.position, stop - start
 
 
 def write_all(fd: int, view: memoryview, start: int, end: int, position: int) -> None:

@@ -105,13 +105,13 @@ def _take_in_memory(machine: Machine, live: bool) -> Snapshot:
 def _take_into(
     machine: Machine, writer: Writer, live: bool, base: Snapshot | None
 ) -> Snapshot:
-    about = About.new(live=live)
+    about, memory = About.new(live=live), machine.board.memory
     with contextlib.ExitStack() as undo:
         with still(machine, CALL):
             disks = _freeze(machine, undo)
             facts, host = _facts(machine, about), host_of(machine)
             ram = undo.enter_context(
-                WrittenRam(machine.board.memory, writer, live=live, own_only=base is not None)
+                WrittenRam(memory, writer, live=live, over=None if base is None else base.image)
             )
         image = finish_directory(writer, about, host, facts, ram, disks, base)
         undo.pop_all()

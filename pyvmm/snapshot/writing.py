@@ -40,7 +40,7 @@ class LiveImage:
         self._child: LiveWriter | None = None
         try:
             self._fd = new_memfd(memory.size_bytes)
-            self._child = fork_writer(memory, self._fd, own_only=self._base is not None)
+            self._child = fork_writer(memory, self._fd, over=self._base)
         except BaseException:
             self.close()
             raise
@@ -83,7 +83,9 @@ class WrittenRam:
     A context manager, which ends a child that still writes.
     """
 
-    def __init__(self, memory: GuestMemory, writer: Writer, *, live: bool, own_only: bool) -> None:
+    def __init__(
+        self, memory: GuestMemory, writer: Writer, *, live: bool, over: RamImage | None
+    ) -> None:
         self.regions = tuple((region.gpa, region.length) for region in memory.regions)
         self.size_bytes = memory.size_bytes
         self._writer = writer
@@ -91,9 +93,9 @@ class WrittenRam:
         self._fd = writer.create(RAM)
         try:
             if live:
-                self._child = fork_writer(memory, self._fd, own_only=own_only)
+                self._child = fork_writer(memory, self._fd, over=over)
             else:
-                self._written = write_ram(memory, self._fd, own_only=own_only)
+                self._written = write_ram(memory, self._fd, over=over)
         except OSError as error:
             self.close()
             raise writer.failed(error, RAM) from error

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import ctl, doctor, export, image, kernel, lab, matrix, ps, run, snapshot, test
+from pyvmm.cli import (
+    ctl,
+    doctor,
+    export,
+    image,
+    kernel,
+    lab,
+    matrix,
+    ps,
+    restore,
+    run,
+    snapshot,
+    test,
+)
 from pyvmm.cli.main import COMMANDS, main
 from pyvmm.cli.parse import parse_console
 from pyvmm.startup.commands import Command
@@ -17,7 +30,7 @@ from pyvmm.startup.commands import Command
 TABLES = [
     run.COMMAND, test.COMMAND, matrix.COMMAND, export.COMMAND, doctor.COMMAND, lab.COMMAND,
     ps.COMMAND, *kernel.COMMAND.verbs, *image.COMMAND.verbs, *ctl.COMMAND.verbs,
-    *snapshot.COMMAND.verbs,
+    restore.COMMAND, *snapshot.COMMAND.verbs,
 ]
 PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "kernel build": ["d"],
         "image build": ["--busybox", "o"], "matrix": ["f"],
@@ -26,7 +39,8 @@ PAST = {"kernel inspect": ["f"], "kernel fetch": ["debian"], "kernel build": ["d
         "export": ["--disk", "d", "--socket", "s"],
         "ctl SOCKET type": ["t"], "ctl SOCKET put": ["a", "/b"], "ctl SOCKET get": ["/a", "b"],
         "ctl SOCKET memory": ["0", "1"], "ctl SOCKET snapshot": ["a"],
-        "snapshot info": ["d"], "snapshot check": ["d"], "snapshot merge": ["d", "o"]}
+        "restore": ["d"], "snapshot info": ["d"], "snapshot check": ["d"],
+        "snapshot merge": ["d", "o"]}
 """The words that make the rest of a command line complete."""
 NO_COMMAND = {
     "lab": "lab: no command given", "test": "test: has nothing to do",

@@ -19,10 +19,12 @@ from pyvmm.storage.files import set_lock
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, in_use, put, scattered
 
 
-def saved(path: Path, memory: GuestMemory, *, own_only: bool = False) -> list[tuple[int, int]]:
+def saved(
+    path: Path, memory: GuestMemory, *, over: RamImage | None = None
+) -> list[tuple[int, int]]:
     """Write ``memory`` into the file ``path``, as a snapshot does; return the runs."""
     with path.open("xb") as file:
-        written = write_ram(memory, file.fileno(), own_only=own_only)
+        written = write_ram(memory, file.fileno(), over=over)
     path.chmod(0o400)
     return list(written.runs or ())
 
@@ -166,7 +168,7 @@ def test_a_chain_of_diffs_is_mapped_layer_over_layer(ram_file: Path, tmp_path: P
             put(memory, 3 * MIB, bytes([number]) * PAGE)  # the end of the first region
             expected = content(memory)
             diff = tmp_path / f"diff{number}"
-            runs = saved(diff, memory, own_only=True)
+            runs = saved(diff, memory, over=chain)
         base, chain = chain, chain.over(str(diff), runs)
         base.close()
     with chain:

@@ -60,17 +60,18 @@ def test_the_guest_goes_on_and_the_file_is_as_it_was(
     assert written.held_bytes == LARGE
 
 
-@pytest.mark.parametrize("own_only", [False, True])
-def test_the_answer_is_that_of_write_ram(own_only: bool, file: BinaryIO, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_diff", [False, True])
+def test_the_answer_is_that_of_write_ram(is_diff: bool, file: BinaryIO, tmp_path: Path) -> None:
     with GuestMemory(REGIONS) as memory:
         scattered(memory)
         image = image_in_memory(memory)
     with image, GuestMemory(REGIONS, image=image) as clone:
         scattered(clone, seed=2)
-        with fork_writer(clone, file.fileno(), own_only=own_only) as writer:
+        over = image if is_diff else None
+        with fork_writer(clone, file.fileno(), over=over) as writer:
             live = writer.wait(patient(60))
         with (tmp_path / "here").open("w+b") as other:
-            assert live == write_ram(clone, other.fileno(), own_only=own_only)
+            assert live == write_ram(clone, other.fileno(), over=over)
             assert other.read() == file.read()
 
 

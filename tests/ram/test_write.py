@@ -91,7 +91,7 @@ def test_a_diff_over_its_base_is_the_ram(
         for page, text in own:
             put(clone, page * PAGE + 99, text)
         fd = os.memfd_create("diff", os.MFD_ALLOW_SEALING)
-        written = write_ram(clone, fd, own_only=True)
+        written = write_ram(clone, fd, over=base)
         assert written.runs is not None
         check(fd, written)
         with base.over_memfd(fd, written.runs) as diff, GuestMemory(REGIONS, image=diff) as again:

@@ -6,6 +6,7 @@ import copy
 import struct
 
 TSC = 0x10
+_PPR = 0xA0
 MAY_DIFFER = {TSC, 0x4000_0010, 0x4000_0020}
 """MSRs that go on counting: the TSC, and Hyper-V's VP run time and reference time."""
 
@@ -13,8 +14,10 @@ MAY_DIFFER = {TSC, 0x4000_0010, 0x4000_0020}
 def comparable_vcpu(state: dict[str, object]) -> dict[str, object]:
     """``state`` of a vCPU without what goes on counting."""
     state = copy.deepcopy(state)
-    msrs = state["msrs"]
+    msrs, lapic = state["msrs"], state["lapic"]
     assert isinstance(msrs, list)
+    if isinstance(lapic, bytes):  # KVM computes the processor priority anew when it is needed
+        state["lapic"] = lapic[:_PPR] + bytes(4) + lapic[_PPR + 4 :]
     del state["msrs"], state["tsc_offset"]
     return state | {
         f"MSR {index:#x}": hex(value) for index, value in msrs if index not in MAY_DIFFER

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 
 from pyvmm.kvm.exits import HltExit
 from pyvmm.ram.journal import RamJournal
+from pyvmm.ram.live import fork_writer
 from pyvmm.ram.pages import drop_own, own_runs
 from pyvmm.ram.write import image_in_memory
 from tests.support.bare import LONG_MODE_ENTRY, BareMachine, bare_machine
+from tests.support.patience import patient
 
 pytestmark = pytest.mark.bare
 
@@ -51,3 +57,18 @@ def test_a_guest_goes_back_to_any_checkpoint() -> None:
             assert counted(machine) == 3
             journal.rewind(later)
             assert counted(machine) == 3
+
+
+def test_a_child_that_writes_ram_keeps_no_part_of_the_vm(tmp_path: Path) -> None:
+    """Else the VM, and the kernel's memory for it, lived as long as the child."""
+    with bare_machine() as machine, (tmp_path / "ram").open("xb") as file:
+        machine.load(COUNT, LONG_MODE_ENTRY)
+        counted(machine)
+        assert "kvm-vcpu" in Path("/proc/self/maps").read_text("ascii")
+        with fork_writer(machine.memory, file.fileno()) as writer:
+            os.kill(writer.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, writer.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            assert "kvm-vcpu" not in Path(f"/proc/{writer.pid}/maps").read_text("ascii")
+            os.kill(writer.pid, signal.SIGCONT)
+            writer.wait(patient(30))
+        assert counted(machine) == 2

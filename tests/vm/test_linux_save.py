@@ -30,7 +30,7 @@ def start_load(linux: LinuxMachine) -> None:
         fio = FIO.format(file=f"/dev/{disk}", size="2m")
         linux.run(
             f"(while {fio} >/mnt/{disk}.said 2>&1; grep -q ';t;0;0;' /mnt/{disk}.said; do"
-            f" echo passed >>/mnt/{disk}; done; echo broken >>/mnt/{disk}) &"
+            f" echo passed >>/mnt/{disk}; done; echo broken >>/mnt/{disk}) & true"
         )
 
 
