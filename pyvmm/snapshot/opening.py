@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from uuid import UUID
 
 from pyvmm.config import Source
 from pyvmm.errors import SnapshotError, StateError
@@ -97,7 +96,7 @@ def _read_facts(saved: Saved, cpuid: tuple[bytes, ...], sources: list[Source]) -
     if not isinstance(state, dict):
         raise StateError("machine", "the state is no dict")
     return Facts(
-        id=UUID(bytes=saved.id), made_ns=saved.about.made_ns, is_live=saved.about.is_live,
+        id=saved.id, made_ns=saved.about.made_ns, is_live=saved.about.is_live,
         config=config, kernel=restore_kernel(saved.record("kernel")), cpuid=cpuid,
         own_devices=own_devices, state=state,
     )
