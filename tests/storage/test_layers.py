@@ -137,6 +137,67 @@ def test_blocks_are_found_after_their_layers_were_merged(
     assert tree.layers == {}
 
 
+def test_a_layer_under_two_branches_stays(tmp_path: Path, stack: ExitStack) -> None:
+    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
+    write(disk, b"0" * (4 * BLOCK), 0)
+    frozen = freeze(disk)
+    clones = [stack.enter_context(closing(frozen.open(report=pytest.fail))) for _ in range(2)]
+    frozen.close()
+    disk.close()
+    for _ in range(3):
+        for number, clone in enumerate(clones):
+            write(clone, bytes([65 + number]) * BLOCK, number * BLOCK)
+            freeze(clone).close()
+    assert read(clones[0], 0, 4 * BLOCK) == b"A" * BLOCK + b"0" * (3 * BLOCK)
+    assert read(clones[1], 0, 4 * BLOCK) == b"0" * BLOCK + b"B" * BLOCK + b"0" * (2 * BLOCK)
+
+
+def test_a_read_during_a_merge_is_done_again(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer's place is looked up, the layer moves, its old place is freed; only then is it
+    read."""
+    monkeypatch.setattr(layers, "_CHEAP_BLOCKS", 0)
+    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
+    write(disk, b"1" * BLOCK, 0)
+    freeze(disk).close()
+    write(disk, b"2" * (2 * BLOCK), BLOCK)
+    frozen = stack.enter_context(closing(freeze(disk)))
+    real_read = layers.LayerTree.read
+    merged: list[int] = []
+
+    def late_read(
+        self: layers.LayerTree, number: int, buffers: list[memoryview], offset: int
+    ) -> None:
+        store, data = self.layers[number].place
+        if merged:
+            real_read(self, number, buffers, offset)
+            return
+        merged.append(number)
+        monkeypatch.setattr(layers, "_CHEAP_BLOCKS", 99)
+        frozen.merge_layers()
+        store.readv(buffers, data + offset)
+        assert bytes(buffers[0]) == bytes(BLOCK), "the old place is empty"
+
+    monkeypatch.setattr(layers.LayerTree, "read", late_read)
+    assert read(frozen, 0, BLOCK) == b"1" * BLOCK
+    assert len(layers_of(disk)) == 1
+
+
+def test_a_reader_keeps_its_map_while_the_disk_is_frozen_again(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
+    write(disk, b"1" * BLOCK, 0)
+    frozen = stack.enter_context(closing(freeze(disk)))
+    page = frozen.page_of_map(0)
+    assert page is not None
+    before = page[:]
+    write(disk, b"2" * (4 * BLOCK), 0)
+    freeze(disk).close()
+    assert page == before
+
+
 def test_big_layers_are_left_alone_until_there_are_too_many(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
