@@ -237,8 +237,9 @@ class FrozenDisk:
         return write_overlay(path, self.size_bytes, self.stamp_ns, runs, copy_unmoved)
 
     def hurry(self, until_s: float) -> None:
-        """See ``BlockBackend.hurry``: for the base."""
-        self.tree.base.hurry(until_s)
+        """See ``BlockBackend.hurry``: for the base, unless others use it too."""
+        if self._shares == 1 and self.tree.has_one_disk:
+            self.tree.base.hurry(until_s)
 
     # Disks derived from this one ------------------------------------------------------------------
 

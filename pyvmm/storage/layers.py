@@ -114,6 +114,11 @@ class LayerTree:
             if not self._disks:
                 self.base.close()
 
+    @property
+    def has_one_disk(self) -> bool:
+        """True if no second frozen disk is open."""
+        return self._disks == 1
+
     def add_layer(self, layer: Layer) -> None:
         """Number ``layer``, which stands on ``layer.below``."""
         with self.lock:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -199,6 +199,37 @@ def test_a_disk_reverts_only_to_one_of_its_size(
     )))
     with pytest.raises(SnapshotError, match=f"has {SIZE} bytes, and {2 * SIZE} in the snapshot"):
         revert(disk, frozen)
+
+
+def test_the_end_of_one_clone_does_not_hurry_the_others(stack: ExitStack) -> None:
+    class Slow(DiskWrapper):
+        until_s: float | None = None
+
+        def hurry(self, until_s: float) -> None:
+            self.until_s = until_s
+
+    base = Slow(MemoryBackend(bytes(SIZE)))
+    disk = from_api(stack, Overlay(cast(Any, base)))
+    frozen = freeze(disk)
+    clone = stack.enter_context(closing(frozen.open(report=pytest.fail)))
+    frozen.close()
+    clone.hurry(1.0)
+    assert base.until_s is None
+    clone.close()
+    disk.hurry(2.0)
+    assert base.until_s == 2.0
+
+
+def test_an_odd_base_is_mentioned_once(base: Path, stack: ExitStack) -> None:
+    with base.open("ab") as file:
+        file.write(b"odd")
+    lines: list[str] = []
+    source = DiskSource(location=str(base), read_only=True)
+    disk = stack.enter_context(closing(open_backend(source, report=lines.append)))
+    frozen = stack.enter_context(closing(freeze(disk)))
+    assert frozen.size_bytes == SIZE
+    assert content(stack.enter_context(closing(frozen.open(report=lines.append)))) == content(disk)
+    assert len(lines) == 1
 
 
 def test_no_room_for_the_copy_of_an_overlay(
