@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyvmm.launcher.command import Command
     from pyvmm.launcher.completed import Completed
     from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
+    from pyvmm.launcher.snapshot import VmSnapshot
     from pyvmm.launcher.vm import Vm, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
@@ -102,6 +103,7 @@ __all__ = [
     "TripleFault",
     "VhostUserDisk",
     "Vm",
+    "VmSnapshot",
     "__version__",
     "bare",
     "disk",
@@ -153,6 +155,7 @@ _PLACES = {
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
     "Vm": "pyvmm.launcher.vm",
+    "VmSnapshot": "pyvmm.launcher.snapshot",
     "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
     "launch": "pyvmm.launcher.vm",

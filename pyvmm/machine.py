@@ -249,8 +249,9 @@ class Machine:
         RuntimeError in a thread of the run, which would wait for itself.
         """
         outcome = self.runner.wait(timeout_s)
-        if outcome is None:
-            return None
+        return None if outcome is None else self._judge(outcome)
+
+    def _judge(self, outcome: Outcome) -> Outcome:
         with self.lock:
             if not self.runner.is_over:
                 return outcome  # and rewound meanwhile
@@ -264,7 +265,8 @@ class Machine:
 
         None if the run never began.  RuntimeError in a thread of the run.
         """
-        return None if self.runner.stop(outcome) is None else self.wait()
+        ended = self.runner.stop(outcome)
+        return None if ended is None else self._judge(ended)
 
     def _begin(self) -> None:
         if self._is_restored is None:

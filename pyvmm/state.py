@@ -17,7 +17,7 @@ class Fields:
 
     def __init__(self, part: str, data: object) -> None:
         self._part = part
-        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        if not isinstance(data, dict) or not {str}.issuperset(map(type, data)):
             raise StateError(part, "the state is no dict with text keys")
         self._data: dict[str, object] = dict(data)
 
@@ -73,15 +73,14 @@ class Fields:
         value = self.take(name)
         if not isinstance(value, list) or len(value) > most:
             raise self.error(name, f"is not a list of at most {most} pairs")
-        found = []
-        for pair in value:
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise self.error(name, "has an element that is not a list of two integers")
-            for number, limit in zip(pair, limits, strict=True):
-                if type(number) is not int or not 0 <= number <= limit:
-                    raise self.error(name, f"has an element that is not 0 to {limit:#x}")
-            found.append((pair[0], pair[1]))
-        return found
+        if not all(type(pair) is list and len(pair) == 2 for pair in value):
+            raise self.error(name, "has an element that is not a list of two integers")
+        for place, limit in enumerate(limits):
+            numbers = [pair[place] for pair in value]
+            is_right = {int}.issuperset(map(type, numbers))
+            if not is_right or (numbers and not 0 <= min(numbers) <= max(numbers) <= limit):
+                raise self.error(name, f"has an element that is not 0 to {limit:#x}")
+        return [(first, second) for first, second in value]
 
     def take(self, name: str) -> object:
         """Return the field ``name`` unchecked."""

@@ -16,7 +16,7 @@ ALLOWED = {
     # A script's own way out, for lines that are escaped before.
     ("api/machine.py", "logging.getLogger"), ("api/lifetime.py", "warnings.warn"),
     ("api/snapshot.py", "warnings.warn"),
-    ("launcher/session.py", "logging.getLogger"), ("launcher/session.py", "warnings.warn"),
+    ("launcher/stderr.py", "logging.getLogger"), ("launcher/session.py", "warnings.warn"),
     # Silenced: a library tells in tracebacks what we say in a line.
     ("matrix/cluster.py", "logging.getLogger"),
     # Parameters of the names that subprocess has for them: a command's output, not ours.

@@ -7,8 +7,8 @@ A failing ioctl is a ``KvmError`` that names it.  Closing is idempotent, and a c
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
+import itertools
 import mmap
 import os
 import sys
@@ -19,7 +19,7 @@ from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi, cpuid_entry
 from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import CoalescedRing, RunPage
-from pyvmm.kvm.ioctl import ioctl, msr_buffer, vcpu_entry
+from pyvmm.kvm.ioctl import MSR_ENTRY, MSR_HEAD, ioctl, msr_buffer, vcpu_entry
 from pyvmm.kvm.nmi import ioapic_can_wake, pit_can_wake
 
 DEFAULT_PATH = "/dev/kvm"
@@ -320,8 +320,8 @@ class Vcpu(_Handle):
         wanted = list(indices)
         buffer = msr_buffer(dict.fromkeys(wanted, 0))
         count = ioctl(self.fd, abi.KVM_GET_MSRS, buffer)
-        entries = (abi.kvm_msr_entry * count).from_buffer_copy(buffer, ctypes.sizeof(abi.kvm_msrs))
-        return {entry.index: entry.data for entry in entries}
+        found = MSR_ENTRY.iter_unpack(memoryview(buffer)[MSR_HEAD.size :])
+        return dict(itertools.islice(found, count))
 
     def set_msrs(self, msrs: Mapping[int, int]) -> None:
         """Set MSRs by index, in order; KvmError names the first that KVM refuses."""

@@ -12,12 +12,17 @@ import errno
 import fcntl
 import functools
 import os
+import struct
 import sys
 from collections.abc import Callable, Mapping
 
 from pyvmm.errors import KvmError
 from pyvmm.kvm import abi
 
+MSR_HEAD = struct.Struct("=I4x")
+"""kvm_msrs."""
+MSR_ENTRY = struct.Struct("=I4xQ")
+"""kvm_msr_entry."""
 _INT_MAX = (1 << 31) - 1
 _ULONG_MAX = (1 << 64) - 1
 
@@ -98,6 +103,10 @@ vcpu_entry = entry_by_fcntl if sys.version_info < (3, 14) else entry_by_libc
 
 def msr_buffer(msrs: Mapping[int, int]) -> bytearray:
     """Return ``msrs``, values by index, behind the header that counts them."""
-    head = bytes(abi.kvm_msrs(nmsrs=len(msrs)))
-    entries = (bytes(abi.kvm_msr_entry(index=i, data=value)) for i, value in msrs.items())
-    return bytearray(head + b"".join(entries))
+    buffer = bytearray(MSR_HEAD.size + MSR_ENTRY.size * len(msrs))
+    MSR_HEAD.pack_into(buffer, 0, len(msrs))
+    at = MSR_HEAD.size
+    for index, value in msrs.items():
+        MSR_ENTRY.pack_into(buffer, at, index, value)
+        at += MSR_ENTRY.size
+    return buffer

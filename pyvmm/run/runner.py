@@ -27,7 +27,7 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.pausing import PausableRun
 from pyvmm.run.signals import KICK_SIGNAL, KickHandler
 from pyvmm.run.stillness import Stillness
-from pyvmm.run.threads import RunThreads, culprit_of, do_all, left_s, place_of
+from pyvmm.run.threads import OneRun, RunThreads, culprit_of, do_all, place_of
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
 
@@ -62,16 +62,13 @@ class Runner(PausableRun):
         self.input_waits = False
         """True if typed bytes wait for room in the guest; whoever holds the bytes sets it."""
         self._has_begun = threading.Lock()
-        self._is_over = threading.Event()
-        # Appending is atomic, so also safe in a signal handler that interrupts an append.
-        self._outcomes: list[Outcome] = []
         self._house: threading.Thread | None = None
         """The thread that keeps house, while it does."""
-        self._own_house: threading.Thread | None = None
         self._prepare()
 
     def _prepare(self) -> None:
         """Make what one run needs for itself."""
+        self._this_run = OneRun(self.loop.stop)
         self._halts = HaltWatch(time.monotonic())
         self._next_halt_check = self.loop.call_at(self._halts.due_s, self._check_halts)
         self._threads = RunThreads(self._fail_in)
@@ -82,8 +79,7 @@ class Runner(PausableRun):
 
     def finish(self, outcome: Outcome) -> None:
         """End the run with ``outcome``; the first call wins.  Does not wait."""
-        self._outcomes.append(outcome)
-        self.loop.stop()
+        self._this_run.finish(outcome)
 
     def finish_after(self, delay_s: float, outcome: Outcome) -> Deadline:
         """End the run with ``outcome`` in ``delay_s`` seconds, if nothing else ended it before."""
@@ -122,15 +118,7 @@ class Runner(PausableRun):
         """Return the outcome once the run is over and every thread of it was stopped; None after
         ``timeout_s`` seconds."""
         self.refuse_own_threads("wait()")
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        outcomes, is_over, house = self._outcomes, self._is_over, self._own_house
-        if not is_over.wait(timeout_s):
-            return None
-        if house is not None:
-            house.join(left_s(until_s))
-            if house.is_alive():
-                return None
-        return outcomes[0]
+        return self._this_run.wait(timeout_s)
 
     def stop(self, outcome: Outcome) -> Outcome | None:
         """End the run with ``outcome``, wait for the end, and return the outcome of the run.
@@ -138,8 +126,9 @@ class Runner(PausableRun):
         None if the run never began; should it begin later, it ends at once.
         """
         self.refuse_own_threads("stop()")
-        self.finish(outcome)
-        return self.wait() if self._has_begun.locked() else None
+        run = self._this_run  # which another thread may rewind, so that there is another one
+        run.finish(outcome)
+        return run.wait(None) if self._has_begun.locked() else None
 
     # The console
 
@@ -170,19 +159,19 @@ class Runner(PausableRun):
     @property
     def is_ending(self) -> bool:
         """True once ``finish`` was called."""
-        return bool(self._outcomes)
+        return bool(self._this_run.outcomes)
 
     @property
     def is_over(self) -> bool:
         """True once the run has ended and its threads were stopped."""
-        return self._is_over.is_set()
+        return self._this_run.is_over.is_set()
 
     @property
     def has_resting_vcpus(self) -> bool:
         """True while no vCPU can be in the guest: before the run, in a pause, and afterwards."""
         if not self.has_begun:
             return True
-        if self._is_over.is_set():
+        if self.is_over:
             return not self._threads.are_alive
         return self._vcpus.wait_until_parked(0.0)
 
@@ -226,7 +215,6 @@ class Runner(PausableRun):
         for vcpu in vcpus:
             vcpu.run_again()
         output.reopen(console.output_fd)
-        self._outcomes, self._is_over = [], threading.Event()
         self._start(vcpus, workers, console, output, at_end)
 
     def _start(
@@ -249,10 +237,10 @@ class Runner(PausableRun):
 
         try:
             self._start_threads(vcpus, workers)
-            self._own_house = threading.Thread(target=keep_house, name="house", daemon=True)
-            self._own_house.start()
+            self._this_run.house = threading.Thread(target=keep_house, name="house", daemon=True)
+            self._this_run.house.start()
         except BaseException as error:
-            self._own_house = None
+            self._this_run.house = None
             self._fail_in("the start", error)
             self._end()
             raise
@@ -283,7 +271,7 @@ class Runner(PausableRun):
             raise
         finally:
             self._end()
-        return self._outcomes[0]
+        return self._this_run.outcomes[0]
 
     def close(self) -> None:
         """Close the runner's own eventfds; idempotent, before a run or after it."""
@@ -295,7 +283,7 @@ class Runner(PausableRun):
     @property
     def stopped(self) -> bool:
         """True if no thread of the run is left; only then may its parts be closed."""
-        own = self._own_house
+        own = self._this_run.house
         return not (self._threads.are_alive or (own is not None and own.is_alive()))
 
     # Keeping house
@@ -370,14 +358,14 @@ class Runner(PausableRun):
             self._output.shut()
             do_all(self._at_end, self.report)
             self._stop_threads()
-            is_hurried = self._outcomes[0].kind in ASKED_FOR
+            is_hurried = self._this_run.outcomes[0].kind in ASKED_FOR
             is_all = self._pump.finish(STALL_S if is_hurried else DRAIN_TIMEOUT_S)
             if not (is_all or self._console.has_reader()):
                 self.report(f"--console {self._console.name}: nobody has read this FIFO")
         finally:
             self._house = None
             self._looks.clear()  # no cycle of references keeps the machine's parts
-            self._is_over.set()
+            self._this_run.is_over.set()
             for tell in self._at_over:
                 tell()
             self._at_over.clear()

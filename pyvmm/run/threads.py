@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from pyvmm.run.outcome import Outcome
+
 
 class RunThreads:
     """Daemon threads: a thread stuck in a dead disk's system call must not keep the process.
@@ -46,6 +48,37 @@ class RunThreads:
 
     def __iter__(self) -> Iterator[threading.Thread]:
         return iter(list(self._threads))
+
+
+class OneRun:
+    """The end of one run: its outcomes, the first of which counts, and when it is over.
+
+    ``stop`` has the thread that keeps house end the run.  ``house`` is that thread, if it is the
+    run's own.
+    """
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        # Appending is atomic, so also safe in a signal handler that interrupts an append.
+        self.outcomes: list[Outcome] = []
+        self.is_over = threading.Event()
+        self.house: threading.Thread | None = None
+
+    def finish(self, outcome: Outcome) -> None:
+        """See ``Runner.finish``."""
+        self.outcomes.append(outcome)
+        self._stop()
+
+    def wait(self, timeout_s: float | None) -> Outcome | None:
+        """See ``Runner.wait``."""
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self.is_over.wait(timeout_s):
+            return None
+        if self.house is not None:
+            self.house.join(left_s(until_s))
+            if self.house.is_alive():
+                return None
+        return self.outcomes[0]
 
 
 def do_all(actions: Sequence[Callable[[], None]], report: Callable[[str], None]) -> None:

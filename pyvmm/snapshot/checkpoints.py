@@ -12,11 +12,11 @@ from pyvmm.machine import Machine
 from pyvmm.ram.journal import RamJournal
 from pyvmm.ram.pages import drop_own
 from pyvmm.snapshot.rewind import WayBack, put_back
+from pyvmm.snapshot.snapshot import Snapshot
 from pyvmm.snapshot.still import check_open, still
-from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
+from pyvmm.startup.types import TYPE_CHECKING, Record
 
 if TYPE_CHECKING:
-    from pyvmm.ram.image import RamImage
     from pyvmm.storage.frozen import FrozenDisk
 
 MAX_BYTES = 1 << 30
@@ -24,18 +24,6 @@ MAX_BYTES = 1 << 30
 MAX_COUNT = 1024
 """Checkpoints that are kept at most: for each there are some 50 kB of state, besides RAM."""
 CALL = "checkpoint()"
-
-
-class _Facts(Protocol):
-    state: dict[str, object]
-
-
-class _Snapshot(Protocol):
-    """The part of ``snapshot.Snapshot`` that this file needs."""
-
-    image: RamImage
-    disks: Sequence[FrozenDisk]
-    facts: _Facts
 
 
 class Checkpoint(Record, kw_only=False):
@@ -176,8 +164,8 @@ class Checkpoints:
         self._base_before = machine.base
 
     def _go_back_to_base(self, attach: Callable[[bool], None]) -> None:
-        machine, base = self._machine, self._machine.base
-        snapshot: _Snapshot = base  # type: ignore[assignment]
+        machine, snapshot = self._machine, self._machine.base
+        assert isinstance(snapshot, Snapshot)  # nothing else is ever under a machine
         memory = machine.board.memory
 
         def bring_back() -> None:
@@ -189,7 +177,7 @@ class Checkpoints:
 
         way = WayBack(state=snapshot.facts.state, bring_back=bring_back, attach=attach)
         put_back(machine, way)
-        while self._kept and self._kept[-1].base is base:
+        while self._kept and self._kept[-1].base is snapshot:
             self._kept.pop().close()
         self._base_before = None
 

@@ -14,6 +14,7 @@ from pyvmm.ram.image import RamImage
 from pyvmm.snapshot.shell import Lines, Shell
 from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.storage.frozen import FrozenDisk
+from pyvmm.virtio.block import BlockDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.x86.image import Kernel
 
@@ -131,7 +132,23 @@ class Snapshot:
             base.close()
             raise
         machine.base = base
+        try:
+            self._check_sizes(machine, disks)
+        except BaseException:
+            machine.close()
+            raise
         return Shell(machine, self, lines)
+
+    def _check_sizes(self, machine: Machine, disks: Mapping[int, Source]) -> None:
+        """Raise SnapshotError if one of ``disks`` has not the size that the guest knows."""
+        for index, source in disks.items():
+            device = machine.board.slots[index].device  # disks have the first slots
+            size = device.disk.size_bytes if isinstance(device, BlockDevice) else 0
+            if size != self.disks[index].size_bytes:
+                raise SnapshotError(
+                    f"disk {index}", f"{source.location} has {size} bytes, and the guest knows a "
+                    f"disk of {self.disks[index].size_bytes}"
+                )
 
     def clone(
         self,

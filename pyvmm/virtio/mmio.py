@@ -173,7 +173,7 @@ class MmioTransport:
         that was on its way is in no state.
         """
         with self._lock:
-            self._reset()
+            self._reset(shows_config=False)
             try:
                 self._restore(data)
             except StateError:
@@ -281,10 +281,11 @@ class MmioTransport:
         self._interrupt.notify_config()
         self._report(f"{self._device.name}: stopped until the guest resets it: {reason}")
 
-    def _reset(self) -> None:
+    def _reset(self, *, shows_config: bool = True) -> None:
         """Reset the device (2.4 "Device Reset").  The lock is held, so no pass is under way."""
         self._device.reset()
-        self._show_config()
+        if shows_config:
+            self._show_config()
         self._driver_features = 0
         self._driver_features_sel = 0
         self._queue_index = 0

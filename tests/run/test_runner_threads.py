@@ -32,7 +32,7 @@ def started() -> Iterator[Started]:
 
 
 def threads_of(started: Started) -> list[str]:
-    own = started.runner._own_house
+    own = started.runner._this_run.house
     threads = [*started.runner._threads, *([own] if own else [])]
     return sorted(thread.name for thread in threads if thread.is_alive())
 

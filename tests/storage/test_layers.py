@@ -115,6 +115,28 @@ def test_an_empty_top_is_no_layer(tmp_path: Path, stack: ExitStack) -> None:
     assert {one.layer_bytes for one in frozen} == {BLOCK}
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 4, 8, 16), (16, 8, 4, 2, 1), (1, 3, 2, 9, 1)])
+def test_blocks_are_found_after_their_layers_were_merged(
+    tmp_path: Path, stack: ExitStack, sizes: tuple[int, ...]
+) -> None:
+    """Into larger ones or smaller ones, and the result again; the disk is read in between."""
+    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
+    model = bytearray(64 * BLOCK)
+    for number, blocks in enumerate(sizes):
+        data = bytes([number + 1]) * (blocks * BLOCK)
+        write(disk, data, number * BLOCK)
+        model[number * BLOCK : number * BLOCK + len(data)] = data
+        freeze(disk).close()
+        assert read(disk, 0, len(model)) == model
+        assert len(layers_of(disk)) == 1
+    assert len(disk.frozen.tree.layers) == len(sizes)  # a number for each
+    with closing(freeze(disk)) as frozen:
+        disk.close()
+        assert read(frozen, 0, len(model)) == model
+        tree = frozen.tree
+    assert tree.layers == {}
+
+
 def test_big_layers_are_left_alone_until_there_are_too_many(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -93,10 +94,10 @@ def test_a_machine_returns_to_each_of_its_checkpoints(
         for number in reversed(kept):
             wait_for_rounds(machine, 150)
             moments.rewind(number)
-            assert not machine.is_paused
+            was_running = not machine.is_paused
             assert machine.pause(patient(WAIT_S))
             moments.rewind(number)
-            assert machine.is_paused
+            assert (was_running, machine.is_paused) == (True, True)
             with still(machine, "a test"):
                 state, memory, disk = kept[number]
                 assert disk_content(machine) == disk
@@ -186,12 +187,12 @@ def test_the_oldest_checkpoints_make_room_and_are_counted(tmp_path: Path) -> Non
         for goal in range(10, 60, 10):
             wait_for_rounds(machine, goal)
             moments.take()
-        assert moments.numbers == (3, 4, 5)
+        assert list(moments.numbers) == [3, 4, 5]
         assert moments.dropped == 2
         with pytest.raises(SnapshotError, match=r"^checkpoint 2: is not held; there are 3 to 5$"):
             moments.rewind(2)
         moments.rewind(3)
-        assert moments.numbers == (3,)
+        assert list(moments.numbers) == [3]
         finish(machine)
         moments.close()
 
@@ -218,7 +219,7 @@ def test_every_rewind_makes_another_clone(tmp_path: Path) -> None:
         moments = checkpoints_of(machine)
         moments.take()
         assert machine.clone_id is None
-        seen = set()
+        seen: set[UUID | None] = set()
         for _ in range(3):
             moments.rewind()
             seen.add(machine.clone_id)
@@ -233,7 +234,7 @@ def test_every_rewind_makes_another_clone(tmp_path: Path) -> None:
 def test_a_machine_without_a_moment_to_return_to_says_so(tmp_path: Path) -> None:
     with built(rewindable(tmp_path)) as machine:
         moments = checkpoints_of(machine)
-        with pytest.raises(SnapshotError, match=r"no checkpoint and no snapshot to go back to$"):
+        with pytest.raises(SnapshotError, match=r"no checkpoint and no snapshot"):
             moments.rewind()
         with pytest.raises(SnapshotError, match=r"^checkpoint 1: is not held; there are none$"):
             moments.rewind(1)
@@ -259,5 +260,5 @@ def test_a_closed_machine_is_not_rewound(tmp_path: Path) -> None:
         with pytest.raises(SnapshotError, match=r"^checkpoint\(\): the run is over$"):
             moments.take()
     for use in (moments.rewind, moments.take, lambda: checkpoints_of(machine)):
-        with pytest.raises((RuntimeError, SnapshotError), match="closed|no checkpoint"):
+        with pytest.raises((RuntimeError, SnapshotError), match=r"closed|no checkpoint"):
             use()

@@ -33,8 +33,9 @@ class FastSplitRing(SplitRing, FastRing):
     ) -> None:
         super().__init__(queue, memory, indirect=indirect, event_idx=event_idx)
         # The links of a plain chain in a table of its own.
-        to_read = tuple(NEXT | index + 1 << _NEXT_SHIFT for index in range(queue.max_size))
-        to_write = to_read[:1] + tuple(link | WRITE for link in to_read[1:])
+        one, end = 1 << _NEXT_SHIFT, queue.max_size + 1 << _NEXT_SHIFT
+        to_read = tuple(range(NEXT | one, NEXT | end, one))
+        to_write = to_read[:1] + tuple(range(NEXT | WRITE | one * 2, NEXT | WRITE | end, one))
         self._tables = PlainTables(
             memory, queue.descriptor_area, allowed=indirect, layout=_LINKED,
             reading=to_read, writing=to_write,
