@@ -239,6 +239,39 @@ def test_a_live_snapshot_has_ram_as_it_was_when_the_guest_went_on(
         finish_running(machine)
 
 
+def test_a_run_that_ends_in_the_midst_of_a_snapshot_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
+        at_rounds(machine, 20)
+        save = machine.save
+
+        def ended_meanwhile() -> dict[str, object]:
+            machine.runner.finish(DONE)
+            until_s = time.monotonic() + patient(WAIT_S)
+            while not machine.runner.is_over:
+                assert time.monotonic() < until_s
+                time.sleep(0.001)
+            return save()
+
+        monkeypatch.setattr(machine, "save", ended_meanwhile)
+        with pytest.raises(SnapshotError, match=r"^snapshot\(\): the run has ended meanwhile$"):
+            take(machine, tmp_path / "saved")
+        assert list(tmp_path.glob("saved*")) == []
+        assert machine.wait(patient(WAIT_S)) == DONE
+
+
+def test_a_machine_that_is_saved_often_does_not_grow(tmp_path: Path) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
+        at_rounds(machine, 20)
+        counts = []
+        for _ in range(40):
+            take(machine).close()
+            wait_for_rounds(machine, rounds_done(machine) + 2)
+            counts.append(len(Resources.now().descriptors))
+        assert max(counts[20:]) <= max(counts[:20])
+
+
 # Diffs
 
 
