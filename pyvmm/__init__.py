@@ -25,13 +25,13 @@ if TYPE_CHECKING:
         RawDisk,
     )
     from pyvmm.api.hook_calls import REFUSE
-    from pyvmm.api.machine import Machine
-    from pyvmm.api.snapshot import Snapshot
+    from pyvmm.api.machine import Machine, Snapshot
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
     from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError, SnapshotError
     from pyvmm.launcher.command import Command
     from pyvmm.launcher.completed import Completed
     from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
+    from pyvmm.launcher.snapshot import VmSnapshot
     from pyvmm.launcher.vm import Vm, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
@@ -102,6 +102,7 @@ __all__ = [
     "TripleFault",
     "VhostUserDisk",
     "Vm",
+    "VmSnapshot",
     "__version__",
     "bare",
     "disk",
@@ -148,11 +149,12 @@ _PLACES = {
     "RootNotMounted": "pyvmm.testing.verdicts",
     "RunFailed": "pyvmm.testing.verdicts",
     "RunTimeout": "pyvmm.testing.verdicts",
-    "Snapshot": "pyvmm.api.snapshot",
+    "Snapshot": "pyvmm.api.machine",
     "SnapshotError": "pyvmm.errors",
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
     "Vm": "pyvmm.launcher.vm",
+    "VmSnapshot": "pyvmm.launcher.snapshot",
     "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
     "launch": "pyvmm.launcher.vm",

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from pyvmm.board.agent import load_initrd_of, plug_agent_port
+from pyvmm.board.agent import plug_agent_port
 from pyvmm.board.board import Board
-from pyvmm.board.consoles import Consoles
+from pyvmm.board.consoles import Consoles, open_console
 from pyvmm.board.cpus import check_cpus, make_loops
-from pyvmm.board.describe import describe
 from pyvmm.board.disks import plug_disks
 from pyvmm.board.ports import add_endings, add_ports
 from pyvmm.config import RunConfig, VhostUserDiskConfig
@@ -22,7 +20,6 @@ from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.watch import ConsoleWatch
 from pyvmm.devices.boot_timer import BootTimer, Mark
-from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CAP_READONLY_MEM
 from pyvmm.kvm.handles import Kvm, Vm
 from pyvmm.memory import GuestMemory
@@ -33,16 +30,16 @@ from pyvmm.run.verdict import Evidence, Verdict
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
-from pyvmm.x86 import cpu, layout
-from pyvmm.x86.image import Kernel
-from pyvmm.x86.loader import load_kernel
+from pyvmm.x86 import layout
 
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from pyvmm.board.booting import Boot
     from pyvmm.board.origin import Base, Origin
     from pyvmm.run.io_loop import Deadline
     from pyvmm.virtio.port.device import PortDevice
+    from pyvmm.x86.image import Kernel
 
 
 def build(
@@ -66,8 +63,12 @@ def build(
     with contextlib.ExitStack() as stack:
         _own(devices, stack)
         memory = stack.enter_context(_make_memory(config, devices.values(), origin))
-        kernel = origin.kernel if origin else load_kernel(memory, config.kernel)
-        initrd = None if origin else load_initrd_of(config, memory, kernel, report)
+        boot: Boot | None = None
+        if origin is None:
+            boot = _load(config, memory, report)
+            kernel = boot.kernel
+        else:
+            kernel = origin.kernel
         runner = stack.enter_context(contextlib.closing(Runner(report)))
         verdict = Verdict(runner, is_linux=kernel.is_linux)
         watch = ConsoleWatch(verdict.hear)
@@ -76,7 +77,7 @@ def build(
         board = Board(memory, stack, maps_pages=config.mmio == "mapped", report=report)
         board.add_part("console watch", watch)
         made = plug_disks(board, config, runner, stack, report)
-        console = stack.enter_context(contextlib.closing(_open_console(config)))
+        console = stack.enter_context(contextlib.closing(open_console(config)))
         output = OutputBuffer(
             console.output_fd, runner.wake, watch.feed,
             write=console.outlet.write if console.outlet else None,
@@ -88,8 +89,8 @@ def build(
             board.plug(device, name)
         add_ports(board, config, timer)
         add_endings(board, verdict, report)
-        if origin is None:
-            describe(board, config, kernel, initrd)
+        if boot:
+            boot.describe(board)
 
         kvm = stack.enter_context(Kvm())
         check_cpus(kvm, config.cpus)
@@ -104,9 +105,8 @@ def build(
         consoles.add_serial_port(vm, vcpus, kvm.ring_page, watch, stack)
         cpuid = origin.cpuid if origin else None
         loops = make_loops(config, kvm, vm, vcpus, board, runner, consoles, cpuid)
-        if origin is None:
-            # The others wait, in the kernel, for the first one's INIT and SIPI.
-            cpu.setup_boot(memory, vcpus[0], kernel)
+        if boot:
+            boot.set_up(vcpus[0])
         return Machine(
             config=config, kernel=kernel, board=board, vm=vm, runner=runner, loops=loops,
             timer=timer, watch=watch, verdict=verdict, console=console, output=output,
@@ -123,6 +123,12 @@ def _own(devices: Mapping[str, VirtioDevice], stack: contextlib.ExitStack) -> No
         own(devices, stack)
 
 
+def _load(config: RunConfig, memory: GuestMemory, report: Callable[[str], None]) -> Boot:
+    from pyvmm.board.booting import Boot  # not for a machine of a snapshot
+
+    return Boot(config, memory, report)
+
+
 def _make_memory(
     config: RunConfig, devices: Iterable[VirtioDevice], origin: Origin | None
 ) -> GuestMemory:
@@ -132,26 +138,6 @@ def _make_memory(
     shared = any(isinstance(disk, VhostUserDiskConfig) for disk in config.disks)
     shared = shared or any(device.is_served_elsewhere for device in devices)
     return GuestMemory(layout.ram_ranges(config.memory_bytes), shared=shared)
-
-
-
-
-def _open_console(config: RunConfig) -> Console:
-    """The console; ConfigError if it is a file that the run reads or serves."""
-    files = [os.fspath(config.kernel)]
-    for disk in config.disks:
-        files += disk.files
-    if config.initrd is not None:
-        files.append(os.fspath(config.initrd))
-    if config.console not in ("stdio", "none"):
-        for path in files:
-            with contextlib.suppress(OSError, ValueError):
-                if os.path.samefile(config.console, path):
-                    raise ConfigError(
-                        f"--console {config.console}",
-                        f"is {path}, which this run uses; name another file",
-                    )
-    return Console.open(config.console)
 
 
 
@@ -196,8 +182,7 @@ class Machine:
         """The names of the virtio devices that a script brought."""
         self.timeout_s = config.timeout_s
         """The run's limit of time in seconds, None for none; until it starts."""
-        self.clone_id: UUID | None = None
-        """Fresh for each clone and at each rewind; None before any of both."""
+        self._is_clone = False
         self.base: Base | None = None
         """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
         self.checkpoints: Base | None = None
@@ -221,6 +206,16 @@ class Machine:
         self._outcome: Outcome | None = None
         # None: not all parts have a state.
         self._is_restored: bool | None = None if needs_state else False
+
+    @property
+    def clone_id(self) -> UUID | None:
+        """The clone that the guest is: fresh for each one and each rewind, None before both."""
+        return self.board.vmgenid.value if self._is_clone else None
+
+    def renew_clone_id(self) -> None:
+        """Make the guest another clone; ``catch_up`` tells it.  Its RAM must be in place."""
+        self.board.vmgenid.renew()
+        self._is_clone = True
 
     def run(self) -> Outcome:
         """Run the guest to its end, in the calling thread; once, and instead of ``start``."""
@@ -295,6 +290,8 @@ class Machine:
             )
 
     def _runs_program(self) -> bool:
+        from pyvmm.x86 import cpu  # a machine of a snapshot needs it only now
+
         vcpus = (loop.vcpu for loop in self.loops)
         return bool(self._timer.marks) or any(map(cpu.runs_program, vcpus))
 

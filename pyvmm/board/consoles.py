@@ -15,6 +15,7 @@ from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.watch import ConsoleWatch
 from pyvmm.devices.serial import Serial
+from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vcpu, Vm
 from pyvmm.run.io_loop import IoSource
 from pyvmm.startup.types import TYPE_CHECKING
@@ -96,3 +97,21 @@ class Consoles:
         self.uart.flush()
         if self._hvc0 is not None:
             self._hvc0.finish()
+
+
+def open_console(config: RunConfig) -> Console:
+    """Return the console; ConfigError if it is a file that the run reads or serves."""
+    files = [os.fspath(config.kernel)]
+    for disk in config.disks:
+        files += disk.files
+    if config.initrd is not None:
+        files.append(os.fspath(config.initrd))
+    if config.console not in ("stdio", "none"):
+        for path in files:
+            with contextlib.suppress(OSError, ValueError):
+                if os.path.samefile(config.console, path):
+                    raise ConfigError(
+                        f"--console {config.console}",
+                        f"is {path}, which this run uses; name another file",
+                    )
+    return Console.open(config.console)

@@ -13,7 +13,6 @@ from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS, KVM_CAP_TSC_DEADLINE_TIMER
 from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
-from pyvmm.x86 import cpu
 
 
 def check_cpus(kvm: Kvm, cpus: int) -> None:
@@ -44,7 +43,7 @@ def make_loops(
     for vcpu in vcpus:
         loops.append(VcpuLoop(
             vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
-            describe=functools.partial(cpu.describe_vcpu, board.memory, vcpu),
+            describe=functools.partial(_describe, board, vcpu),
             at_end=consoles.finish, can_be_woken=vm.can_wake,
         ))
     return loops
@@ -60,3 +59,9 @@ def describe_cpus(config: RunConfig, kvm: Kvm, vcpus: Sequence[Vcpu], memory_end
             kvm.supported_cpuid(), config.cpu, vcpu.index,
             vcpu_count=config.cpus, tsc_deadline=tsc_deadline, memory_end=memory_end,
         ))
+
+
+def _describe(board: Board, vcpu: Vcpu) -> str:
+    from pyvmm.x86 import cpu  # a machine of a snapshot needs it only now
+
+    return cpu.describe_vcpu(board.memory, vcpu)

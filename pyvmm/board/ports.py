@@ -16,7 +16,6 @@ from pyvmm.devices.rtc import Rtc
 from pyvmm.run.outcome import Kind
 from pyvmm.run.verdict import Verdict
 from pyvmm.x86 import layout
-from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
 
 
 def add_ports(board: Board, config: RunConfig, timer: BootTimer) -> None:
@@ -38,7 +37,7 @@ def add_endings(board: Board, verdict: Verdict, report: Callable[[str], None]) -
     board.pio.add(layout.I8042_DATA, 1, keyboard.data_port)
     board.pio.add(layout.I8042_COMMAND, 1, keyboard.command_port)
     power = Power(
-        s5_sleep_type=S5_SLEEP_TYPE, reset_value=RESET_VALUE,
+        s5_sleep_type=layout.S5_SLEEP_TYPE, reset_value=layout.RESET_VALUE,
         on_power_off=ends_in(Kind.POWER_OFF), on_reset=ends_in(Kind.RESET),
     )
     board.add_port("power", layout.SLEEP_CONTROL_PORT, power)

@@ -60,10 +60,14 @@ class VmGenId:
 
         The guest must be quiesced or not started, and its RAM in place.
         """
-        self._is_news = value.bytes_le != self._bytes
-        self._bytes = value.bytes_le
-        if self._is_shown:
-            self._write()
+        self._take(value.bytes_le)
+
+    def renew(self) -> None:
+        """Give the machine a new, random ID: see ``set``."""
+        octets = bytearray(os.urandom(_ID_BYTES))
+        octets[7] = octets[7] & 0x0F | 0x40  # RFC 9562, 5.4: version 4, with the first words
+        octets[8] = octets[8] & 0x3F | 0x80  # in the order of ``bytes_le``
+        self._take(bytes(octets))
 
     def notify(self) -> None:
         """Interrupt the guest if ``set`` has changed the ID since; once for each change."""
@@ -88,6 +92,12 @@ class VmGenId:
         is_shown = fields.boolean("is_shown")
         fields.end()
         self._bytes, self._is_shown, self._is_news = octets, is_shown, False
+
+    def _take(self, octets: bytes) -> None:
+        self._is_news = octets != self._bytes
+        self._bytes = octets
+        if self._is_shown:
+            self._write()
 
     def _write(self) -> None:
         self._memory.write(layout.VMGENID_GPA, self._bytes)

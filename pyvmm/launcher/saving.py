@@ -24,7 +24,7 @@ def snapshot(
     session: Session, directory: str | PathLike[str] | None, *, live: bool, diff: bool
 ) -> VmSnapshot:
     """See ``Vm.snapshot``."""
-    from pyvmm.launcher.snapshot import VmSnapshot  # most runs take none
+    from pyvmm import VmSnapshot  # by the face, because its module imports Vm
 
     def make(path: str) -> None:
         _call(session, "snapshot", {"dir": path, "live": live, "diff": diff})

@@ -41,6 +41,7 @@ class Zygote:
         self._answers: list[list[Any]] = []
         self._statuses: dict[int, int] = {}
         self._is_over = False
+        self._last_words: tuple[int | None, list[str]] | None = None
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with other:
@@ -134,7 +135,12 @@ class Zygote:
                 return
 
     def _lost(self) -> Exception:
-        """Return the error that the process has ended; it said why on its standard error."""
+        """Return the error that the process has ended; it said why on its standard error.
+
+        Under ``_lock``.
+        """
+        if self._last_words is not None:
+            return self._error(*self._last_words)
         try:
             status: int | None = self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -143,6 +149,10 @@ class Zygote:
         os.set_blocking(self._process.stderr.fileno(), False)
         text = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip()
         lines = [line.removeprefix("pyvmm: ") for line in text.split("\n") if line]
+        self._last_words = status, lines
+        return self._error(status, lines)
+
+    def _error(self, status: int | None, lines: list[str]) -> Exception:
         if status == 125 and lines:
             subject, _, problem = lines[-1].partition(": ")
             return SnapshotError(subject, problem)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
+from pyvmm.launcher.snapshot import VmSnapshot
 from pyvmm.launcher.vm import Vm, launch
 from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
@@ -183,9 +184,28 @@ class Guests:
 
     def boot(self, plan: Plan, nodeid: str) -> Guest:
         """Return a new guest, for the test ``nodeid``, that has booted."""
+        guest = self._add(lambda log: launch(plan.config, console_log=log), plan, nodeid)
+        guest.boot()
+        return guest
+
+    def clone(self, plan: Plan, snapshot: VmSnapshot, nodeid: str) -> Guest:
+        """Return a new guest, for the test ``nodeid``: a clone that takes orders."""
+        guest = self._add(
+            lambda log: snapshot.clone(console_log=log, timeout_s=plan.config.timeout_s),
+            plan, nodeid,
+        )
+        guest.boot()
+        return guest
+
+    def forget(self, guest: Guest) -> None:
+        """Have ``guest``, which was closed, closed no more."""
+        self.all.remove(guest)
+
+    def _add(self, start: Callable[[Path | None], Vm], plan: Plan, nodeid: str) -> Guest:
+        """Return the guest of the machine that ``start`` starts, whose console goes to a log."""
         log = self._log_file()
         number = f" {len(self.all) + 1}" if self.all else ""
-        vm = launch(plan.config, console_log=log)
+        vm = start(log)
         try:
             guest = Guest(
                 vm, plan, label=f"{self._label}{number}", log=log, is_shared=self._is_shared
@@ -195,7 +215,6 @@ class Guests:
             raise
         self.all.append(guest)
         guest.begin_test(nodeid)
-        guest.boot()
         return guest
 
     def shared(self, plan: Plan, nodeid: str) -> Guest:

@@ -39,6 +39,10 @@ class Logs:
             name += f"[{kernel}]"
         return self._new(*parts_of(nodeid), name)
 
+    def of_origin(self) -> Path | None:
+        """Return a new, empty file for a guest that is booted to be cloned."""
+        return self._new(f"cloned-{self._worker}" if self._worker else "cloned")
+
     def _new(self, *parts: str) -> Path | None:
         if self._directory is None:
             return None

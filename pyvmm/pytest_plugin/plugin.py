@@ -7,6 +7,7 @@ nothing of pyvmm that a session without virtual machines does not need.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,13 +17,14 @@ from pyvmm.pytest_plugin.options import Options, add_options, read_options
 if TYPE_CHECKING:
     from pyvmm.api.machine import Machine
     from pyvmm.launcher.vm import Vm
+    from pyvmm.pytest_plugin.clones import Origins
     from pyvmm.pytest_plugin.session import Scope, Session
 
 OPTIONS = pytest.StashKey[Options]()
 SESSION = pytest.StashKey["Session"]()
 FIXTURES = frozenset(
     ("vm", "vm_module", "vm_session", "pyvmm_boot", "pyvmm_boot_module", "pyvmm_boot_session",
-     "machine")
+     "vm_clone", "pyvmm_clone", "machine")
 )
 """A test that names one of these, itself or by its fixtures, has a virtual machine."""
 MARKER_LINE = (
@@ -254,6 +256,41 @@ def vm_module(request: pytest.FixtureRequest, _pyvmm_module: Scope) -> Vm:
 def vm_session(request: pytest.FixtureRequest, _pyvmm_session: Scope) -> Vm:
     """Return a virtual machine that all tests share."""
     return _pyvmm_session.shared(request.node)
+
+
+@pytest.fixture(scope="session")
+def _pyvmm_origins(request: pytest.FixtureRequest) -> Iterator[Origins]:
+    with session_of(request.config).origins() as origins:
+        yield origins
+
+
+def _prepare_nothing(_vm: Vm) -> None:
+    """The guest is saved as it has booted."""
+
+
+@pytest.fixture(scope="session")
+def pyvmm_prepare() -> Callable[[Vm], object]:
+    """Return the function that prepares a booted machine before it is cloned: yours, if need be.
+    """
+    return _prepare_nothing
+
+
+@pytest.fixture
+def pyvmm_clone(
+    _pyvmm_function: Scope, _pyvmm_origins: Origins, pyvmm_prepare: Callable[[Vm], object]
+) -> Callable[..., Vm]:
+    """Return a function that clones a machine, which the session boots once, for this test.
+
+    Its arguments are those of the marker, over which they win.  Each clone is a machine of its
+    own: what a test does to it no other test sees.
+    """
+    return partial(_pyvmm_function.clone, _pyvmm_origins, pyvmm_prepare)
+
+
+@pytest.fixture
+def vm_clone(pyvmm_clone: Callable[..., Vm]) -> Vm:
+    """Return a fresh clone, for this test alone, of a machine that the session boots once."""
+    return pyvmm_clone()
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from pyvmm.errors import PyvmmError
 from pyvmm.pytest_plugin import lab
+from pyvmm.pytest_plugin.clones import Origins
 from pyvmm.pytest_plugin.guests import Guest, Guests
 from pyvmm.pytest_plugin.kernels import ids_of
 from pyvmm.pytest_plugin.logs import Logs
@@ -140,6 +141,15 @@ class Session:
             finally:
                 self._machines.remove(own)
 
+    @contextlib.contextmanager
+    def origins(self) -> Iterator[Origins]:
+        """Make what the session's clones come from; it is removed when the context is left."""
+        guests = Guests(
+            label="vm that is cloned", log_file=self._logs.of_origin, is_shared=True
+        )
+        with contextlib.closing(Origins(guests)) as origins:
+            yield origins
+
     # Tests
 
     def begin_test(self, item: pytest.Item) -> None:
@@ -210,12 +220,7 @@ class Scope:
     def boot(self, **changes: object) -> Vm:
         """Boot a machine and return its ``Vm``; the arguments are those of the marker."""
         __tracebackhide__ = True
-        try:
-            own = checked("pyvmm_boot", changes, OF_ONE_BOOT)
-        except ArgumentsError as error:
-            raise TypeError(str(error)) from None
-        plan = self._session.plan(self._node, self._kernel, own)
-        self._session.check_host(plan)
+        plan = self._planned("pyvmm_boot", changes)
         nodeid = self._current(self._node)
         with self._noting(nodeid):
             return self.guests.boot(plan, nodeid).vm
@@ -230,6 +235,28 @@ class Scope:
             guest = self.guests.shared(plan, nodeid)
         self._session.use(guest, nodeid)
         return guest.vm
+
+    def clone(
+        self, origins: Origins, prepare: Callable[[Vm], object], **changes: object
+    ) -> Vm:
+        """Return the ``Vm`` of a new clone; the arguments are those of the marker."""
+        __tracebackhide__ = True
+        plan = self._planned("pyvmm_clone", changes)
+        nodeid = self._current(self._node)
+        snapshot = origins.snapshot(plan, nodeid, prepare)
+        with self._noting(nodeid):
+            return self.guests.clone(plan, snapshot, nodeid).vm
+
+    def _planned(self, call: str, changes: dict[str, object]) -> Plan:
+        """Return the plan for the arguments of ``call``; the test fails if it cannot be."""
+        __tracebackhide__ = True
+        try:
+            own = checked(call, changes, OF_ONE_BOOT)
+        except ArgumentsError as error:
+            raise TypeError(str(error)) from None
+        plan = self._session.plan(self._node, self._kernel, own)
+        self._session.check_host(plan)
+        return plan
 
     @contextlib.contextmanager
     def _noting(self, nodeid: str) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from uuid import UUID
 
 from pyvmm.board.disks import check_disks, freeze_disks
 from pyvmm.errors import HostError, SnapshotError, StateError
@@ -135,7 +134,7 @@ def _facts(machine: Machine, about: About) -> Facts:
     except StateError as error:
         raise SnapshotError(CALL, f"a part of the machine cannot be saved: {error}") from error
     return Facts(
-        id=UUID(bytes=about.id), made_ns=about.made_ns, is_live=about.is_live,
+        id=about.id, made_ns=about.made_ns, is_live=about.is_live,
         config=machine.config, kernel=machine.kernel,
         cpuid=tuple(loop.vcpu.cpuid for loop in machine.loops),
         own_devices=machine.own_devices, state=state,

@@ -6,7 +6,6 @@ back: RAM, disks, vCPUs, chips, devices, and what is known of the guest (docs/ti
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 
 from pyvmm.errors import SnapshotError
@@ -92,8 +91,7 @@ def _put_back_ended(machine: Machine, way: WayBack) -> None:
 def _bring_back(machine: Machine, way: WayBack) -> None:
     way.bring_back()
     machine.put_back(way.state)
-    machine.clone_id = uuid.uuid4()
-    machine.board.vmgenid.set(machine.clone_id)
+    machine.renew_clone_id()
 
 
 def _forget_present(machine: Machine) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 
 from pyvmm.errors import SnapshotError, StateError
@@ -69,5 +68,4 @@ def give_state(machine: Machine, snapshot: Snapshot, clock: str = "keep") -> Non
         machine.restore(snapshot.facts.state, clock=clock)
     except StateError as error:
         raise SnapshotError(snapshot.name, f"its state cannot be used: {error}") from error
-    machine.clone_id = uuid.uuid4()
-    machine.board.vmgenid.set(machine.clone_id)
+    machine.renew_clone_id()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from uuid import UUID
 
 from pyvmm.board.origin import Origin
 from pyvmm.config import DiskConfig, RunConfig, Source
@@ -13,20 +12,24 @@ from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine, build
 from pyvmm.ram.image import RamImage
 from pyvmm.snapshot.shell import Lines, Shell
-from pyvmm.startup.types import Record
+from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.storage.frozen import FrozenDisk
+from pyvmm.virtio.block import BlockDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.x86.image import Kernel
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 
 class Facts(Record):
     """All of a snapshot but its RAM and disks.
 
-    ``state`` is that of ``Machine.save``.  ``own_devices`` are the names of the virtio devices
-    that a script brought.
+    ``id`` has the 16 bytes of a UUID.  ``state`` is that of ``Machine.save``.  ``own_devices`` are
+    the names of the virtio devices that a script brought.
     """
 
-    id: UUID
+    id: bytes
     made_ns: int
     is_live: bool
     config: RunConfig
@@ -60,7 +63,9 @@ class Snapshot:
     @property
     def id(self) -> UUID:
         """The snapshot's own number."""
-        return self.facts.id
+        from uuid import UUID  # a restore does without: its imports take longer than the rest
+
+        return UUID(bytes=self.facts.id)
 
     @property
     def name(self) -> str:
@@ -127,7 +132,23 @@ class Snapshot:
             base.close()
             raise
         machine.base = base
+        try:
+            self._check_sizes(machine, disks)
+        except BaseException:
+            machine.close()
+            raise
         return Shell(machine, self, lines)
+
+    def _check_sizes(self, machine: Machine, disks: Mapping[int, Source]) -> None:
+        """Raise SnapshotError if one of ``disks`` has not the size that the guest knows."""
+        for index, source in disks.items():
+            device = machine.board.slots[index].device  # disks have the first slots
+            size = device.disk.size_bytes if isinstance(device, BlockDevice) else 0
+            if size != self.disks[index].size_bytes:
+                raise SnapshotError(
+                    f"disk {index}", f"{source.location} has {size} bytes, and the guest knows a "
+                    f"disk of {self.disks[index].size_bytes}"
+                )
 
     def clone(
         self,

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
 
+STILL_S = 30.0
+"""Seconds that a guest may take to come to rest: a disk may be slow, a console full."""
+
 
 @contextlib.contextmanager
-def still(machine: Machine, call: str) -> Iterator[None]:
+def still(machine: Machine, call: str, timeout_s: float = STILL_S) -> Iterator[None]:
     """Hold ``machine`` quiesced, with every byte of its console observed, for ``call``.
 
     Afterwards it is as it was: running, paused or quiesced, or as others asked for meanwhile.  It
-    cannot be closed meanwhile.  SnapshotError if its run is over or ends before it is still;
-    RuntimeError in a thread of the run, and for a machine that is being saved or rewound.
+    cannot be closed meanwhile.  SnapshotError if its run is over or ends before it is still, or if
+    that takes more than ``timeout_s`` seconds.  RuntimeError in a thread of the run, and for a
+    machine that is being saved or rewound.
     """
     runner = machine.runner
     runner.refuse_own_threads(call)
     with machine.lock:
         check_open(machine, call)
-        if not runner.hold(call):
-            raise SnapshotError(call, "the run is over")
+        until_s = time.monotonic() + timeout_s
+        if not runner.hold(call, timeout_s):
+            if time.monotonic() < until_s:
+                raise SnapshotError(call, "the run is over")
+            raise SnapshotError(
+                call, f"the guest did not come to rest in {timeout_s:g} s: a vCPU or a disk waits "
+                "for this host (does nobody read the console?)"
+            )
         try:
             runner.in_house(machine.output.observe_all)
             yield

@@ -65,7 +65,7 @@ class FrozenDisk:
         self.read_only = facts.read_only
         self.stamp_ns = facts.stamp_ns
         self.faults = faults
-        self._tree = tree
+        self.tree = tree
         self.newest = newest
         tree.add_disk(newest)
         # Made as far as it is needed; useless once the tree's epoch is another.
@@ -113,7 +113,7 @@ class FrozenDisk:
     @property
     def base(self) -> BlockBackend:
         """The disk below all layers, which stays this one's; its kind says what can be done."""
-        return self._tree.base
+        return self.tree.base
 
     @property
     def stripe_bytes(self) -> int:
@@ -123,7 +123,8 @@ class FrozenDisk:
     @property
     def held_bytes(self) -> int:
         """Bytes of blocks that are in a layer: what ``save_overlay`` writes."""
-        return sum(count for _, count, number in pieces(self._page, 0, self.size_bytes) if number)
+        found = pieces(self.page_of_map, 0, self.size_bytes)
+        return sum(count for _, count, number in found if number)
 
     @property
     def layer_bytes(self) -> int:
@@ -143,7 +144,7 @@ class FrozenDisk:
             self._shares -= 1
             is_last = not self._shares
         if is_last:
-            self._tree.remove_disk(self.newest)
+            self.tree.remove_disk(self.newest)
             self._blocks = {}
 
     def open(self, *, report: Callable[[str], None]) -> BlockBackend:
@@ -170,13 +171,13 @@ class FrozenDisk:
         OSError.  The caller keeps to the disk's size.
         """
         if self.newest is None:
-            self._tree.read(0, buffers, offset)
+            self.tree.read(0, buffers, offset)
             return 0
-        tree, length = self._tree, sum(map(len, buffers))
+        tree, length = self.tree, sum(map(len, buffers))
         while True:
             changes = tree.changes
             try:
-                parts = list(pieces(self._page, offset, length))
+                parts = list(pieces(self.page_of_map, offset, length))
                 read_pieces(tree, parts, buffers)
             except (OSError, KeyError):
                 if tree.changes == changes:
@@ -185,15 +186,15 @@ class FrozenDisk:
             if tree.changes == changes:
                 return len(parts) - 1
 
-    def _page(self, index: int) -> array[int] | None:
+    def page_of_map(self, index: int) -> array[int] | None:
         """Return page ``index`` of the map of the blocks, made when it is first needed."""
-        if self._epoch == self._tree.epoch:
+        if self._epoch == self.tree.epoch:
             blocks = self._blocks
             if index in blocks:
                 return blocks[index]
-        with self._tree.lock:
-            if self._epoch != self._tree.epoch:
-                self._blocks, self._epoch = {}, self._tree.epoch
+        with self.tree.lock:
+            if self._epoch != self.tree.epoch:
+                self._blocks, self._epoch = {}, self.tree.epoch
             if len(self._blocks) >= _MAX_MAP_PAGES:
                 del self._blocks[next(iter(self._blocks))]
             page = self._blocks[index] = map_page(self.newest, index)
@@ -208,14 +209,14 @@ class FrozenDisk:
         from pyvmm.storage.saving import copy_blocks, write_overlay
 
         def copy(store: RawBackend, at: int, offset: int, length: int) -> None:
-            tree = self._tree
-            for start, count, number in list(pieces(self._page, offset, length)):
+            tree = self.tree
+            for start, count, number in list(pieces(self.page_of_map, offset, length)):
                 source, data = tree.layers[number].place
                 copy_blocks(source, data + start, store, at + start - offset, count)
 
         runs = [
             (start, count)
-            for start, count, number in pieces(self._page, 0, self.size_bytes) if number
+            for start, count, number in pieces(self.page_of_map, 0, self.size_bytes) if number
         ]
         if not runs:
             return None
@@ -223,39 +224,40 @@ class FrozenDisk:
         def copy_unmoved(store: RawBackend, at: int, offset: int, length: int) -> None:
             """Copy once more if a layer has moved meanwhile."""
             while True:
-                changes = self._tree.changes
+                changes = self.tree.changes
                 try:
                     copy(store, at, offset, length)
                 except (OSError, KeyError):
-                    if self._tree.changes == changes:
+                    if self.tree.changes == changes:
                         raise
-                if self._tree.changes == changes:
+                if self.tree.changes == changes:
                     return
                 store.discard(at, length)  # where holes are, nothing is copied
 
         return write_overlay(path, self.size_bytes, self.stamp_ns, runs, copy_unmoved)
 
     def hurry(self, until_s: float) -> None:
-        """See ``BlockBackend.hurry``: for the base."""
-        self._tree.base.hurry(until_s)
+        """See ``BlockBackend.hurry``: for the base, unless others use it too."""
+        if self._shares == 1 and self.tree.has_one_disk:
+            self.tree.base.hurry(until_s)
 
     # Disks derived from this one ------------------------------------------------------------------
 
     def with_layer(self, stripe: Stripe, bitmap: BlockBitmap) -> FrozenDisk:
         """Return this disk under a new layer, which takes over ``stripe`` and ``bitmap``."""
         layer = Layer((stripe.store, stripe.offset), bitmap, stripe, self.newest)
-        self._tree.add_layer(layer)
+        self.tree.add_layer(layer)
         # The map moves on to the disk that is used from now on, or each of a hundred checkpoints
         # would keep one.  Readers of this disk keep the pages that they have.
         blocks: BlockMap = {}
-        with self._tree.lock:
-            epoch = self._tree.epoch
+        with self.tree.lock:
+            epoch = self.tree.epoch
             if self._epoch == epoch:
                 for index, page in self._blocks.items():
                     own = None if page is None else page[:]
                     blocks[index] = put_layer(own, layer, index)
             self._blocks = {}
-        return FrozenDisk(self.facts, self._tree, layer, blocks=(blocks, epoch))
+        return FrozenDisk(self.facts, self.tree, layer, blocks=(blocks, epoch))
 
     def with_saved_layer(
         self, store: RawBackend, data: int, bitmap: BlockBitmap
@@ -263,17 +265,17 @@ class FrozenDisk:
         """Return this disk under the blocks that ``store`` has at ``data``; takes over ``store``.
         """
         layer = Layer((store, data), bitmap, None, self.newest)
-        self._tree.add_layer(layer)
-        return FrozenDisk(self.facts, self._tree, layer)
+        self.tree.add_layer(layer)
+        return FrozenDisk(self.facts, self.tree, layer)
 
     def with_faults(self, faults: FaultState | None) -> FrozenDisk:
         """Return the same disk behind ``faults``, for the caller to close."""
-        return FrozenDisk(self.facts, self._tree, self.newest, faults=faults)
+        return FrozenDisk(self.facts, self.tree, self.newest, faults=faults)
 
     def merge_layers(self) -> None:
         """Merge layers that no disk needs apart, within bounds."""
         if self.newest is not None:
-            self._tree.merge_below(self.newest)
+            self.tree.merge_below(self.newest)
 
 
 def duplicate_base(base: BlockBackend) -> BlockBackend:

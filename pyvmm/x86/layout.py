@@ -79,12 +79,16 @@ WARM_PORT = 0xF9
 PVPANIC_PORT = 0x505
 SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, RESET_PORT = 0x600, 0x601, 0x602
 """The power device's registers of one byte each, which the guest finds in ACPI's FADT."""
-GED_GSI = 15
-"""The line of ACPI's generic event device: on a PC the second IDE channel's, so nobody else's here.
-Edge-triggered."""
-VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14, 16, 17, 18, 19, 20, 21, 22, 23)
+S5_SLEEP_TYPE = 5
+"""SLP_TYP of the sleep control register that means soft off."""
+RESET_VALUE = 1
+"""The value that a guest writes to the reset register."""
+GED_GSI = 23
+"""The line of ACPI's generic event device, edge-triggered.  It is one that only the IOAPIC has: a
+guest that has set up neither it nor the 8259s, and lets interrupts in, must not get this one."""
+VIRTIO_IRQS = (5, 6, 7, 9, 10, 11, 12, 14, 16, 17, 18, 19, 20, 21, 22, 15)
 """GSIs for virtio-mmio devices, in device order: ISA lines that nothing else here uses, then the
-IOAPIC's own."""
+IOAPIC's own, one ISA line at last."""
 MAX_VIRTIO_DEVICES = len(VIRTIO_IRQS)
 
 

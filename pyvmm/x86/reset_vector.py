@@ -11,7 +11,6 @@ import struct
 
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import layout
-from pyvmm.x86.acpi import RESET_VALUE
 
 # 16-bit code: mov $port, %dx; mov $value, %al; out %al, (%dx); hlt; jmp to the hlt
 _CODE = struct.Struct("<BHBBBB2s")
@@ -21,5 +20,5 @@ _MOV_DX, _MOV_AL, _OUT_DX_AL, _HLT, _JMP_TO_HLT = 0xBA, 0xB0, 0xEE, 0xF4, b"\xeb
 def write_reset_vector(memory: GuestMemory) -> None:
     """Write the code that pulls the reset register (``layout.RESET_PORT``)."""
     memory.write(layout.RESET_VECTOR, _CODE.pack(
-        _MOV_DX, layout.RESET_PORT, _MOV_AL, RESET_VALUE, _OUT_DX_AL, _HLT, _JMP_TO_HLT
+        _MOV_DX, layout.RESET_PORT, _MOV_AL, layout.RESET_VALUE, _OUT_DX_AL, _HLT, _JMP_TO_HLT
     ))

@@ -98,3 +98,17 @@ def test_a_bad_state_changes_nothing(rig: Rig, data: object, problem: str) -> No
     with pytest.raises(StateError, match=f"^VM generation ID: {problem}"):
         rig.vmgenid.restore(data)
     assert rig.vmgenid.save() == before
+
+
+def test_a_renewed_id_is_a_random_uuid_and_news(rig: Rig) -> None:
+    rig.vmgenid.show()
+    seen = {rig.vmgenid.value}
+    for _ in range(20):
+        rig.vmgenid.renew()
+        seen.add(rig.vmgenid.value)
+        assert rig.vmgenid.value.version == 4
+        assert rig.vmgenid.value.variant == uuid.RFC_4122
+        assert rig.in_ram == rig.vmgenid.value.bytes_le
+    assert len(seen) == 21
+    rig.vmgenid.notify()
+    assert rig.line == PULSE

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pyvmm.board.bus import Bus
 from pyvmm.devices.power import Power, Register
 from pyvmm.x86 import layout
-from pyvmm.x86.acpi import RESET_VALUE, S5_SLEEP_TYPE
+from pyvmm.x86.layout import RESET_VALUE, S5_SLEEP_TYPE
 
 SLP_EN = 0x20
 S5 = S5_SLEEP_TYPE << 2 | SLP_EN

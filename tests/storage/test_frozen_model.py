@@ -67,16 +67,19 @@ class Machines(RuleBasedStateMachine):
         self.directory = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         patch = self.stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("TMPDIR", str(self.directory))
-        patch.setattr(layers, "_ENOUGH_NUMBERS", 5)
         patch.setattr(layers, "_MAX_LAYERS", 4)
         self.open_disks: list[Disk] = []
         self.open_frozen: list[Frozen] = []
         self.number = 0
 
-    @initialize(target=disks, has_overlay=st.booleans(), cheap_blocks=st.sampled_from([0, 3, 99]))
-    def begin(self, has_overlay: bool, cheap_blocks: int) -> Disk:
+    @initialize(
+        target=disks, has_overlay=st.booleans(), cheap_blocks=st.sampled_from([0, 3, 99]),
+        numbers=st.sampled_from([5, 1000]),
+    )
+    def begin(self, has_overlay: bool, cheap_blocks: int, numbers: int) -> Disk:
         patch = self.stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(layers, "_CHEAP_BLOCKS", cheap_blocks)
+        patch.setattr(layers, "_ENOUGH_NUMBERS", numbers)
         base = self.directory / "base.img"
         content = b"".join(bytes([sector, 255]) * 256 for sector in range(SECTORS))
         base.write_bytes(content)

@@ -68,10 +68,10 @@ def saved_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytearray:
     return bytearray((tmp_path / "o").read_bytes())
 
 
-def record(seed: int, data: bytearray) -> RecordingBackend:
-    """The store ``data`` of an overlay that was written, zeroed, discarded, flushed, reopened."""
+def record(seed: int, file: bytearray) -> RecordingBackend:
+    """The store ``file`` of an overlay that was written, zeroed, discarded, flushed, reopened."""
     rng = random.Random(seed)
-    store = RecordingBackend(MemoryBackend(data))
+    store = RecordingBackend(MemoryBackend(file))
     disk = OverlayBackend(MemoryBackend(BASE), store, name="o", report=pytest.fail)
     for number in range(120):
         first = rng.randrange(SECTORS)
@@ -127,8 +127,8 @@ def test_a_snapshots_overlay_survives_power_cuts_in_a_clone(
     check_cuts(0, saved_store(tmp_path, monkeypatch))
 
 
-def check_cuts(seed: int, data: bytearray) -> None:
-    store = record(seed, data)
+def check_cuts(seed: int, file: bytearray) -> None:
+    store = record(seed, file)
     for cut in power_cuts(store, random.Random(seed), CUTS // SEEDS):
         model = Model()
         for note in cut.notes:

@@ -20,7 +20,6 @@ import pytest
 from pyvmm.devices.power import SLEEP_ENABLE, SLEEP_TYPE_SHIFT
 from pyvmm.devices.pvpanic import Event
 from pyvmm.x86 import layout
-from pyvmm.x86.acpi import S5_SLEEP_TYPE
 from tests.support.patience import patient
 from tests.support.tiny_guests import (
     HALT,
@@ -41,7 +40,7 @@ HELLO = prints(b"hello\n")
 
 
 POWER_OFF = out(
-    layout.SLEEP_CONTROL_PORT, S5_SLEEP_TYPE << SLEEP_TYPE_SHIFT | SLEEP_ENABLE
+    layout.SLEEP_CONTROL_PORT, layout.S5_SLEEP_TYPE << SLEEP_TYPE_SHIFT | SLEEP_ENABLE
 ) + SPIN
 PANIC = out(layout.PVPANIC_PORT, Event.PANICKED) + SPIN
 REPORTS_A_LINE = out(layout.PVPANIC_PORT, Event.CRASH_LOADED)

@@ -9,7 +9,6 @@ import pytest
 
 from pyvmm.devices.power import SLEEP_ENABLE, SLEEP_TYPE_SHIFT
 from pyvmm.x86 import layout
-from pyvmm.x86.acpi import S5_SLEEP_TYPE
 from tests.support.guest import command, environment
 from tests.support.kernels import bzimage
 from tests.support.patience import patient
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.bare
 
 ENTRY_64 = 0x200  # boot.rst, "64-bit Boot Protocol"
 POWER_OFF = out(
-    layout.SLEEP_CONTROL_PORT, S5_SLEEP_TYPE << SLEEP_TYPE_SHIFT | SLEEP_ENABLE
+    layout.SLEEP_CONTROL_PORT, layout.S5_SLEEP_TYPE << SLEEP_TYPE_SHIFT | SLEEP_ENABLE
 ) + SPIN
 IN_A_PROGRAM = bytes.fromhex(
     "b9000100c0"  # mov $0xc0000100, %ecx   MSR_FS_BASE

@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import layout
-from pyvmm.x86.acpi import RESET_VALUE, VirtioMmioDevice, write_acpi_tables
+from pyvmm.x86.acpi import VirtioMmioDevice, write_acpi_tables
 from pyvmm.x86.boot_params import E820_TYPE_RESERVED, e820_map
 from pyvmm.x86.mptable import write_mp_table
 from tests.support.iasl import compile_source, disassemble, without_writer
@@ -129,7 +129,7 @@ def test_fadt_is_hardware_reduced_and_names_the_power_registers(rtc: bool, tmp_p
     expected = {
         "Hardware Reduced": "1",
         "Reset Register Supported": "1",
-        "Value to cause reset": f"{RESET_VALUE:02X}",
+        "Value to cause reset": f"{layout.RESET_VALUE:02X}",
         "8042 Present on ports 60/64": "0",
         "VGA Not Present": "1",
         "CMOS RTC Not Present": "0" if rtc else "1",

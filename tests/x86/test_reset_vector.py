@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import layout
-from pyvmm.x86.acpi import RESET_VALUE
 from pyvmm.x86.reset_vector import write_reset_vector
 
 SOURCE = """
@@ -22,7 +21,7 @@ SOURCE = """
 
 def test_it_writes_the_reset_register_and_goes_no_further(tmp_path: Path) -> None:
     source, binary = tmp_path / "reset.S", tmp_path / "reset.bin"
-    source.write_text(SOURCE.format(port=layout.RESET_PORT, value=RESET_VALUE))
+    source.write_text(SOURCE.format(port=layout.RESET_PORT, value=layout.RESET_VALUE))
     subprocess.run(
         ["gcc", "-nostdlib", "-static", "-Wl,--oformat=binary,-Ttext=0,-e0,--build-id=none",
          "-o", binary, source],

@@ -9,9 +9,6 @@ from pyvmm.startup.types import Record
 from pyvmm.x86 import layout
 from pyvmm.x86.acpi import aml, resources
 
-S5_SLEEP_TYPE = 5
-"""SLP_TYP of the sleep control register that means soft off."""
-
 _GENERATION_COUNTER = "VGEN"
 _ID_HAS_CHANGED = 0x80  # the first value that is the device's own to give a meaning
 
@@ -37,7 +34,7 @@ def definition_block(vcpu_count: int, devices: Sequence[VirtioMmioDevice], *, rt
     terms += [_virtio_mmio(index, device) for index, device in enumerate(devices)]
     terms += [_generation_counter(), _event_device()]
     # 7.4.2 \_Sx: of the four elements a hardware-reduced platform uses the first.
-    s5 = aml.package(*map(aml.integer, (S5_SLEEP_TYPE, 0, 0, 0)))
+    s5 = aml.package(*map(aml.integer, (layout.S5_SLEEP_TYPE, 0, 0, 0)))
     return aml.scope("\\_SB", *terms) + aml.name("\\_S5", s5)
 
 

@@ -26,9 +26,6 @@ from pyvmm.x86 import layout
 from pyvmm.x86.acpi.dsdt import VirtioMmioDevice, definition_block
 from pyvmm.x86.image import align_up
 
-RESET_VALUE = 1
-"""The value that a guest writes to the reset register."""
-
 _OEM_ID, _OEM_TABLE_ID, _CREATOR_ID = b"PYVMM ", b"PYVMM   ", b"PYVM"
 _OEM_REVISION = _CREATOR_REVISION = 1
 _ALIGNMENT = 16
@@ -184,7 +181,7 @@ def _fadt(dsdt_gpa: int, *, rtc: bool) -> bytes:
         x_dsdt=dsdt_gpa,
         flags=features,
         reset_register=_byte_port(layout.RESET_PORT),
-        reset_value=RESET_VALUE,
+        reset_value=layout.RESET_VALUE,
         sleep_control=_byte_port(layout.SLEEP_CONTROL_PORT),
         sleep_status=_byte_port(layout.SLEEP_STATUS_PORT),
         minor_revision=_FADT_MINOR_REVISION,
