@@ -25,8 +25,7 @@ if TYPE_CHECKING:
         RawDisk,
     )
     from pyvmm.api.hook_calls import REFUSE
-    from pyvmm.api.machine import Machine
-    from pyvmm.api.snapshot import Snapshot
+    from pyvmm.api.machine import Machine, Snapshot
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
     from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError, SnapshotError
     from pyvmm.launcher.command import Command
@@ -150,7 +149,7 @@ _PLACES = {
     "RootNotMounted": "pyvmm.testing.verdicts",
     "RunFailed": "pyvmm.testing.verdicts",
     "RunTimeout": "pyvmm.testing.verdicts",
-    "Snapshot": "pyvmm.api.snapshot",
+    "Snapshot": "pyvmm.api.machine",
     "SnapshotError": "pyvmm.errors",
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",

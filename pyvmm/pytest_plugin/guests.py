@@ -190,7 +190,10 @@ class Guests:
 
     def clone(self, plan: Plan, snapshot: VmSnapshot, nodeid: str) -> Guest:
         """Return a new guest, for the test ``nodeid``: a clone that takes orders."""
-        guest = self._add(lambda log: snapshot.clone(console_log=log), plan, nodeid)
+        guest = self._add(
+            lambda log: snapshot.clone(console_log=log, timeout_s=plan.config.timeout_s),
+            plan, nodeid,
+        )
         guest.boot()
         return guest
 

@@ -6,7 +6,6 @@ import ctypes
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory, Region
@@ -14,6 +13,7 @@ from pyvmm.ram.compare import differing_runs
 from pyvmm.ram.image import MOST_LAYERS, RamImage, new_memfd
 from pyvmm.ram.pages import held_runs, own_runs
 from pyvmm.ram.runs import MOST_RUNS, Run, coarser, parts_in_regions, total
+from pyvmm.startup.types import Record
 
 CHUNK = 1 << 20
 """Bytes under one CRC32."""
@@ -22,8 +22,7 @@ _BLOCK = 64 << 10
 _ZEROES = bytes(_BLOCK)
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(Record, kw_only=False):
     """An image that was written: ``held_bytes`` of data, the rest is holes.
 
     ``crcs`` has a CRC32 for each chunk that is not all zero.  Of a diff it covers only the bytes in

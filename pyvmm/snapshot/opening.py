@@ -10,10 +10,9 @@ from types import MappingProxyType
 from pyvmm.config import Source
 from pyvmm.errors import SnapshotError, StateError
 from pyvmm.kvm.handles import Kvm
-from pyvmm.ram.image import RamImage
 from pyvmm.snapshot.config_record import restore_config, restore_kernel
 from pyvmm.snapshot.files.host import check_host, read_host
-from pyvmm.snapshot.files.layout import RAM, STATE
+from pyvmm.snapshot.files.layout import STATE
 from pyvmm.snapshot.files.saved import Saved, open_saved
 from pyvmm.snapshot.snapshot import Facts, Snapshot
 from pyvmm.storage.frozen import FrozenDisk
@@ -38,7 +37,7 @@ def open_snapshot(
                 raise SnapshotError(
                     saved.path, f"has {len(saved.disks)} disks, and none of number {index}"
                 )
-        image = _open_ram(saved)
+        image = saved.open_ram()
         stack.callback(image.close)
         frozen = []
         for disk in saved.disks:
@@ -57,20 +56,6 @@ def open_snapshot(
         saved.close()
         ours.pop_all()
         return Snapshot(facts, image, frozen, saved.path)
-
-
-def _open_ram(saved: Saved) -> RamImage:
-    """Return the image in the file ``ram`` over those of the snapshot's bases; SnapshotError."""
-    first, *more = saved.chain
-    image = RamImage.open_file(first.path_of(RAM), saved.ram.size_bytes)
-    for one in more:
-        assert one.ram.runs is not None  # ``open_saved`` has seen to it
-        below = image
-        try:
-            image = below.over(one.path_of(RAM), one.ram.runs)
-        finally:
-            below.close()
-    return image
 
 
 def _check_host(saved: Saved) -> tuple[bytes, ...]:
