@@ -24,7 +24,7 @@ from bench.figures import BenchError, Result, Sample
 from bench.host import Host, scratch_parent
 from bench.peers import PYVMM, Contender
 from bench.process import ROOT, environment
-from bench.rows import bare, boot, device, exits, guest_disk, ram
+from bench.rows import bare, boot, device, exits, guest_disk, ram, snapshot
 from bench.suite import Suite
 
 OUT = ROOT / "build" / "bench"
@@ -48,6 +48,7 @@ def suites(contenders: dict[str, tuple[Contender, ...]]) -> tuple[Suite, ...]:
         boot.MEMORY_SUITE,
         bare.exits_suite(ours),
         ram.suite(ours),
+        *snapshot.suites(ours),
     )
 
 

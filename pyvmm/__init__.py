@@ -25,15 +25,13 @@ if TYPE_CHECKING:
         RawDisk,
     )
     from pyvmm.api.hook_calls import REFUSE
-    from pyvmm.api.machine import Machine
-    from pyvmm.api.snapshot import Snapshot
+    from pyvmm.api.machine import Machine, Snapshot
     from pyvmm.config import VhostUserDiskConfig as VhostUserDisk
     from pyvmm.errors import AgentError, ConfigError, HostError, PyvmmError, SnapshotError
     from pyvmm.launcher.command import Command
     from pyvmm.launcher.completed import Completed
     from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
-    from pyvmm.launcher.snapshot import VmSnapshot
-    from pyvmm.launcher.vm import Vm, launch
+    from pyvmm.launcher.vm import Vm, VmSnapshot, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
     from pyvmm.testing.fail_on import FAIL_ON, FailOn
@@ -150,12 +148,12 @@ _PLACES = {
     "RootNotMounted": "pyvmm.testing.verdicts",
     "RunFailed": "pyvmm.testing.verdicts",
     "RunTimeout": "pyvmm.testing.verdicts",
-    "Snapshot": "pyvmm.api.snapshot",
+    "Snapshot": "pyvmm.api.machine",
     "SnapshotError": "pyvmm.errors",
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
     "Vm": "pyvmm.launcher.vm",
-    "VmSnapshot": "pyvmm.launcher.snapshot",
+    "VmSnapshot": "pyvmm.launcher.vm",
     "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
     "launch": "pyvmm.launcher.vm",

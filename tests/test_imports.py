@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.disk_heads import file_system
 from tests.support.kernels import COMPLETE_CONFIG, ElfSegment, bzimage, elf, with_ikconfig
+from tests.support.warm_runs import Warmed
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = (
@@ -26,12 +27,16 @@ ALLOWED = (
     "threading", "time", "types",
 )
 """All that a module on the boot path may import of the standard library."""
+RESTORE_ALLOWED = (*ALLOWED, "array", "zlib")
+"""The same for a restore, which checks CRCs and has the layers of frozen disks."""
 MAX_STANDARD = 45
 """Modules of the standard library that a bare interpreter does not have, with what they import."""
 
 CODE_BYTES = 930_000
 """Compiled code of ours in a run with one disk, by CPython 3.11: without docstrings, asserts and
 the names of files, which differ from checkout to checkout."""
+RESTORE_CODE_BYTES = 1_070_000
+"""The same of a restore with one disk."""
 HEADROOM = 1.05 if sys.version_info[:2] == (3, 11) else 1.3
 """Other Pythons compile to other code."""
 
@@ -115,6 +120,54 @@ def test_the_list_is_no_longer_than_need_be(tmp_path: Path, disk: Path) -> None:
     _, others = modules_of_a_run(tmp_path, "--disk", str(disk))
     built_in = set(sys.builtin_module_names) | {"os", "stat"}  # in a bare interpreter
     assert set(ALLOWED) - built_in - others == set()
+
+
+@pytest.fixture
+def warm(tmp_path: Path) -> Path:
+    """A snapshot of a bare guest with a disk, which ends with status 0 when it goes on."""
+    warmed = Warmed(tmp_path)
+    warmed.warm(REPORT_STATUS_0)
+    return warmed.directory
+
+
+def modules_of_a_restore(directory: Path, *options: str) -> tuple[set[str], set[str]]:
+    """Our modules, and others, that a whole ``pyvmm restore`` imports."""
+    code = (
+        "from pyvmm.cli.main import main\n"
+        "assert main(['restore', *sys.argv[1:]]) == 0"
+    )
+    found = new_modules(code, str(directory), "--console", "none", "--timeout", "20", *options)
+    ours = {name for name in found if name.partition(".")[0] == "pyvmm"}
+    return ours, found - ours
+
+
+@pytest.mark.bare
+def test_a_restore_imports_no_more_than_it_may(warm: Path) -> None:
+    allowed = new_modules("\n".join(f"import {name}" for name in (*RESTORE_ALLOWED, "__future__")))
+    ours, others = modules_of_a_restore(warm)
+    assert others - allowed == set()
+    assert len(others) <= MAX_STANDARD + len(set(RESTORE_ALLOWED) - set(ALLOWED))
+    for boots in (
+        "x86.acpi", "x86.loader", "x86.elf", "x86.bzimage", "x86.boot_params", "x86.cpuid",
+        "x86.cpu", "x86.mptable", "board.booting", "board.describe", "cli.run", "control",
+        "snapshot.capture", "snapshot.checkpoints", "snapshot.files.writer", "launcher", "linux.",
+    ):
+        found = sorted(
+            name for name in ours
+            if name == f"pyvmm.{boots}" or name.startswith(f"pyvmm.{boots.rstrip('.')}.")
+        )
+        assert found == [] or found == ["pyvmm.linux.command_line"], boots
+
+
+@pytest.mark.bare
+def test_a_restore_loads_no_more_code_of_ours_than_it_may(warm: Path) -> None:
+    ours, _ = modules_of_a_restore(warm)
+    size = code_bytes(ours)
+    assert size <= RESTORE_CODE_BYTES * HEADROOM, (
+        f"a restore loads {size} bytes of code in {len(ours)} modules: if all of it is needed, "
+        f"raise RESTORE_CODE_BYTES ({RESTORE_CODE_BYTES}) in this commit"
+    )
+    assert size >= RESTORE_CODE_BYTES / HEADROOM, f"{size} bytes: lower RESTORE_CODE_BYTES"
 
 
 def test_nothing_is_imported_while_the_guest_runs(tmp_path: Path, disk: Path) -> None:

@@ -14,8 +14,8 @@ ALLOWED = {
     # What is None because it was closed gets a /dev/null.
     ("cli/descriptors.py", "sys.stdout"), ("cli/descriptors.py", "sys.stderr"),
     # A script's own way out, for lines that are escaped before.
-    ("api/machine.py", "logging.getLogger"), ("api/lifetime.py", "warnings.warn"),
-    ("api/snapshot.py", "warnings.warn"),
+    ("api/running.py", "logging.getLogger"), ("api/lifetime.py", "warnings.warn"),
+    ("api/machine.py", "warnings.warn"),
     ("launcher/stderr.py", "logging.getLogger"), ("launcher/session.py", "warnings.warn"),
     # Silenced: a library tells in tracebacks what we say in a line.
     ("matrix/cluster.py", "logging.getLogger"),

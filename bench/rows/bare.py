@@ -48,11 +48,11 @@ def sample_start(
         with Watched(command, timeout_s=TIMEOUT_S) as process:
             seconds = process.wait_for(mark.encode()) - process.started_s
     else:
-        seconds = _until_first_run(host, command)
+        seconds = until_first_run(host, command)
     return {START.key: Reading(seconds * 1e3)}
 
 
-def _until_first_run(host: Host, command: list[str]) -> float:
+def until_first_run(host: Host, command: list[str]) -> float:
     """Seconds until the first KVM_RUN came back, by the process's own clock."""
     reader, writer = os.pipe()
     try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Callable
+from uuid import UUID
 
 from fuzz.checks import check_printable
 from fuzz.source import Source
 from fuzz.target import Target
+from pyvmm.agent.clone import MAX_HOOK_OUTPUT, CloneNotice
 from pyvmm.agent.link import AgentLink, Job, JobEnd, JobResult, LinkState, RunRequest
 from pyvmm.agent.protocol import (
     EXIT,
@@ -25,6 +27,8 @@ from pyvmm.agent.protocol import (
 from pyvmm.errors import AgentError
 
 _HELLO = frame(FrameType.HELLO, 0, 0, HELLO.pack(GUEST_MAGIC, 1, MAX_JOBS, WINDOW) + b"agent")
+_HELLO_2 = frame(FrameType.HELLO, 0, 0, HELLO.pack(GUEST_MAGIC, 2, MAX_JOBS, WINDOW) + b"agent")
+_NOTICE = CloneNotice(clone_id=UUID(int=1))
 _MOST_STEPS = 60
 _MOST_WAITING = 2 * (MAX_PAYLOAD + HEADER.size)
 _MOST_OUTPUT = MAX_JOBS * (2 * WINDOW + 4096)
@@ -74,11 +78,14 @@ class AgentTarget(Target):
         """Play the guest that ``data`` describes."""
         source = Source(data)
         states: list[str] = []
-        link = AgentLink(on_state=lambda: states.append(link.state), wake=lambda: None)
+        notice = _NOTICE if source.chance(128) else None
+        link = AgentLink(
+            on_state=lambda: states.append(link.state), wake=lambda: None, notice=lambda: notice
+        )
         jobs: list[_Job] = []
         link.opened(True)
         if source.chance(250):
-            link.feed(_HELLO)
+            link.feed(_HELLO_2 if source.chance(128) else _HELLO)
         for _ in range(_MOST_STEPS):
             if not source.more:
                 break
@@ -88,6 +95,11 @@ class AgentTarget(Target):
             assert (link.state is LinkState.LOST) == bool(link.problem)
             if link.problem:
                 check_printable(link.problem)
+            if link.clone is not None:
+                if link.clone.problem:
+                    check_printable(link.clone.problem)
+                assert len(link.clone.output) <= MAX_HOOK_OUTPUT
+                assert notice is not None
         link.opened(False)
         assert all(job.result is not None for job in jobs)
         assert all(a != b for a, b in itertools.pairwise(states)), states
@@ -100,7 +112,8 @@ class AgentTarget(Target):
                 link.sent(source.pick((1, 100, 1 << 20)))
             case 2:
                 link.opened(source.chance(200))
-                link.feed(_HELLO if source.chance(200) else source.take(source.bits(6)))
+                hello = source.pick((_HELLO, _HELLO_2))
+                link.feed(hello if source.chance(200) else source.take(source.bits(6)))
             case 3 if jobs:
                 _use(source.pick(jobs))
             case 4:

@@ -27,6 +27,8 @@ _SEEDS: tuple[tuple[str, dict[str, object]], ...] = (
     ("registers", {"vcpu": 1}), ("memory.read", {"gpa": 16, "length": 32}),
     ("agent.run", {"argv": ["ls", "\udcff"], "env": {"A": "b"}, "cwd": "/", "stdout": None}),
     ("agent.kill", {"request": 1, "signal": 9}), ("agent.put", {"path": "/tmp", "fd": 0}),
+    ("snapshot", {"dir": "/a", "live": True, "diff": False}), ("checkpoint", {}),
+    ("rewind", {"number": 1}),
     ("agent.write", {"path": "/f", "mode": 420, "fd": 0}), ("agent.wait", {"timeout_s": 0}),
 )
 

@@ -66,8 +66,8 @@ void be_clone(const uint8_t *payload)
 		return;
 	if (error)
 		fail(error, "%s: %s", hook, strerror(error));
-	if (!S_ISREG(st.st_mode) || !(st.st_mode & S_IXUSR) || st.st_mode & (S_IWGRP | S_IWOTH) ||
-	    st.st_uid != geteuid())
+	if (!S_ISREG(st.st_mode) || !(st.st_mode & S_IXUSR) || st.st_uid != geteuid() ||
+	    st.st_mode & S_IWOTH || (st.st_mode & S_IWGRP && st.st_gid != getegid()))
 		fail(EACCES, "%s: is no regular file that root owns and may execute, and nobody else "
 		     "may write", hook);
 	run_hook(id);

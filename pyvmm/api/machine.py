@@ -1,20 +1,20 @@
-"""``pyvmm.Machine``: a virtual machine for scripts and tests, in this process."""
+"""``pyvmm.Machine``, which can be saved, and ``pyvmm.Snapshot``, from which machines go on."""
 
 from __future__ import annotations
 
+import os
+import threading
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from pyvmm import machine as built
-from pyvmm.api.config import MachineConfig
-from pyvmm.api.console import ConsoleHandle
-from pyvmm.api.hooks import Hooks
-from pyvmm.api.lifetime import Lifetime
-from pyvmm.api.memory import MemoryHandle
-from pyvmm.api.vcpus import VcpuHandle
-from pyvmm.report import escape
-from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.run.vcpu_loop import Exits
+from pyvmm.api.config import as_disk_config, check_type
+from pyvmm.api.running import RunningMachine, check_devices, log_line
+from pyvmm.config import DiskConfig, Source
+from pyvmm.errors import SnapshotError
+from pyvmm.machine import Machine as CoreMachine
+from pyvmm.snapshot.shells import Shells
+from pyvmm.snapshot.snapshot import Snapshot as CoreSnapshot
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 
@@ -22,15 +22,12 @@ if TYPE_CHECKING:
     from os import PathLike
     from uuid import UUID
 
-    from pyvmm.api.hook_calls import Refusal
-    from pyvmm.api.hooked_bus import Access
-    from pyvmm.api.hooked_disk import DiskRequest
-    from pyvmm.api.snapshot import Snapshot
-    from pyvmm.kvm.exits import Exit
-    from pyvmm.run.verdict import Evidence
+    from pyvmm.api.config import AnyDisk
+
+MAX_PREPARED = 1000
 
 
-class Machine:
+class Machine(RunningMachine):
     """A machine made of ``config``: ``run()`` it, or ``start()`` and ``wait()``; once.
 
     A context manager: leaving it stops the machine and frees all that it has.  All methods may be
@@ -47,26 +44,10 @@ class Machine:
     its own thread, as ``wait`` in a hook would.
     """
 
-    def __init__(
-        self,
-        config: MachineConfig,
-        *,
-        report: Callable[[str], None] | None = None,
-        devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
-    ) -> None:
-        if not isinstance(config, MachineConfig):
-            raise TypeError(f"Machine takes a MachineConfig, not {type(config).__name__}")
-        if report is not None and not callable(report):
-            raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
-        check_devices(devices)
-        self._report = report or log_line
-        self._is_built = False
-        self._take(built.build(config.run_config(), report=self._tell, devices=devices))
-
     @classmethod
     def _of(
         cls,
-        make: Callable[[Callable[[str], None]], built.Machine],
+        make: Callable[[Callable[[str], None]], CoreMachine],
         report: Callable[[str], None] | None,
     ) -> Machine:
         """Return the machine that ``make`` makes; it is told who takes its lines."""
@@ -75,120 +56,6 @@ class Machine:
         machine._is_built = False
         machine._take(make(machine._tell))
         return machine
-
-    def _take(self, machine: built.Machine) -> None:
-        """Become the face of ``machine``, which was just built."""
-        self._machine = machine
-        runner = machine.runner
-        self._lifetime = Lifetime(runner, "the machine")
-        self._hooks = Hooks(self._machine)
-        self._is_built = True
-        self.memory = MemoryHandle(self._machine.board.memory)
-        """The guest's RAM: see ``MemoryHandle``."""
-        self.vcpus = tuple(VcpuHandle(loop, runner) for loop in self._machine.loops)
-        """The vCPUs, whose registers can be read and set while the machine is paused."""
-        self.console = ConsoleHandle(
-            refuse_own_threads=runner.refuse_own_threads, wake=runner.wake,
-            run_hook=self._hooks.run_hook,
-            has_begun=lambda: runner.has_begun,
-        )
-        """The guest's output and a keyboard: see ``ConsoleHandle``."""
-        self._machine.output.add_observer(self.console.feed)
-        self._attach()
-
-    # Running
-
-    def start(self) -> None:
-        """Start the guest in threads of its own, and return at once."""
-        with self._lifetime.starting():
-            self._machine.start()
-
-    def wait(self, timeout_s: float | None = None) -> Outcome | None:
-        """Return the outcome once the run is over; None if it is not after ``timeout_s`` seconds.
-        """
-        self._lifetime.check_open("wait()")
-        if not self._machine.runner.has_begun:
-            raise RuntimeError("wait(): the machine was not started")
-        return self._machine.wait(timeout_s)
-
-    def run(self) -> Outcome:
-        """Start the guest, wait for its end and return the outcome."""
-        self.start()
-        outcome = self.wait()
-        assert outcome is not None  # without a limit of time
-        return outcome
-
-    def stop(self) -> Outcome | None:
-        """End the run if it has not ended, and return its outcome; None if it never began."""
-        self._lifetime.check_open("stop()")
-        return self._end() if self._lifetime.has_begun("stop()") else None
-
-    def finish(self) -> None:
-        """Have the run end, without waiting for it: also in a hook."""
-        self._lifetime.check_open("finish()")
-        self._machine.runner.finish(Outcome(Kind.STOPPED))
-
-    def pause(self, timeout_s: float | None = None) -> bool:
-        """Pause the guest: True once every vCPU is out of it; see ``Runner.pause``."""
-        self._lifetime.check_open("pause()")
-        return self._machine.pause(timeout_s)
-
-    def quiesce(self, timeout_s: float | None = None) -> bool:
-        """Pause the guest and its devices, so that nothing of the machine moves."""
-        self._lifetime.check_open("quiesce()")
-        return self._machine.quiesce(timeout_s)
-
-    def resume(self) -> None:
-        """Let a paused or quiesced guest go on."""
-        self._lifetime.check_open("resume()")
-        self._machine.resume()
-
-    def refresh_disks(self) -> None:
-        """Have the disks look how large their files are, and tell the guest if one has grown."""
-        self._lifetime.check_open("refresh_disks()")
-        self._machine.board.refresh()
-
-    def close(self) -> None:
-        """Stop the machine and free all that it has; idempotent."""
-        self._lifetime.close(self._end, self._machine.close)
-        self.console.close()
-
-    def __del__(self) -> None:
-        if "_lifetime" in self.__dict__:
-            self._lifetime.forget(self.close)
-
-    def __enter__(self) -> Machine:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
-    # Hooks
-
-    def on_port(self, ports: int | range, hook: Callable[[Access], int | Refusal | None]) -> None:
-        """Have ``hook`` watch, answer or refuse accesses to ``ports``: see ``Hooks.on_port``."""
-        self._lifetime.check_open("on_port()")
-        self._hooks.on_port(ports, hook)
-
-    def on_mmio(
-        self, addresses: int | range, hook: Callable[[Access], int | Refusal | None]
-    ) -> None:
-        """Have ``hook`` watch, answer or refuse accesses to ``addresses``: see ``Hooks.on_mmio``.
-        """
-        self._lifetime.check_open("on_mmio()")
-        self._hooks.on_mmio(addresses, hook)
-
-    def on_exit(self, hook: Callable[[int, Exit], int | Refusal | None]) -> None:
-        """Have ``hook`` asked at every exit of every vCPU: see ``Hooks.on_exit``."""
-        self._lifetime.check_open("on_exit()")
-        self._hooks.on_exit(hook)
-
-    def on_request(
-        self, disk: int | str, hook: Callable[[DiskRequest], bytes | Refusal | None]
-    ) -> None:
-        """Have ``hook`` asked about each request to ``disk``: see ``Hooks.on_request``."""
-        self._lifetime.check_open("on_request()")
-        self._hooks.on_request(disk, hook)
 
     # Time travel
 
@@ -224,7 +91,7 @@ class Machine:
         paused one stays paused.  One that has ended (panicked, powered off, stopped) is paused
         then, without an outcome: ``resume`` it.  A time limit starts anew.
 
-        What the guest has printed stays in ``console.text``.  SnapshotError if there is no such
+        All that the guest has printed stays in ``console.text``.  SnapshotError if there is no such
         moment.  RuntimeError in a hook.
         """
         with self._lifetime.rewinding():
@@ -252,12 +119,9 @@ class Machine:
         another process serves.  RuntimeError in a hook, which would wait for itself.
         """
         self._lifetime.check_open("snapshot()")
-        from pyvmm import Snapshot  # by the face, because its module imports this one
         from pyvmm.snapshot.capture import take
 
         return Snapshot(take(self._machine, dir, live=live, diff=diff), self._report)
-
-    # Facts
 
     @property
     def clone_id(self) -> UUID | None:
@@ -265,76 +129,168 @@ class Machine:
         booted."""
         return self._machine.clone_id
 
-    @property
-    def is_paused(self) -> bool:
-        """True if a pause was asked for and not taken back."""
-        return self._machine.is_paused
+
+class Snapshot:
+    """A machine at one moment, from ``Machine.snapshot`` or ``Snapshot.open``; it never changes.
+
+    A context manager: leaving it frees the snapshot and what was prepared.  Its clones go on, and
+    may outlive it; so does the machine that it was taken of.  A snapshot in a directory is there
+    until somebody removes it.  All methods may be called from any thread.
+    """
+
+    def __init__(self, snapshot: CoreSnapshot, report: Callable[[str], None]) -> None:
+        self._snapshot = snapshot
+        self._report = report
+        self._shells = Shells(snapshot, report)
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._pid = os.getpid()
+
+    @classmethod
+    def open(
+        cls,
+        dir: str | PathLike[str],  # noqa: A002 - as in `pyvmm restore DIR`
+        *,
+        disks: Mapping[int, str | PathLike[str]] = MappingProxyType({}),
+        report: Callable[[str], None] | None = None,
+    ) -> Snapshot:
+        """Return the snapshot in the directory ``dir``.
+
+        ``disks`` names the files under the guest's disks, by index from 0, if they are at other
+        places now.  SnapshotError, in one line, for a directory that is damaged or of a later
+        version, for a disk that is missing or has changed, and if this host's processor lacks
+        something that the guest uses.
+        """
+        check_type("dir", dir, (str, os.PathLike), "a path")
+        from pyvmm.snapshot.opening import open_snapshot
+
+        tell = report or log_line
+        files = {}
+        for index, path in disks.items():
+            check_type("disks", index, int, "files by the disk's index")
+            files[index] = os.fspath(path)
+        return cls(open_snapshot(dir, disks=files, report=tell), tell)
 
     @property
-    def outcome(self) -> Outcome | None:
-        """The outcome, None before the end."""
-        return self._machine.wait(0.0) if self._machine.runner.has_begun else None
+    def id(self) -> UUID:
+        """The snapshot's own number."""
+        return self._snapshot.id
 
     @property
-    def exits(self) -> Exits:
-        """How often the guest was left for this process, by reason; once it has run."""
-        return self._machine.exits
+    def path(self) -> str | None:
+        """The snapshot's directory; None if it is in memory only."""
+        return self._snapshot.path
+
+    def clone(
+        self,
+        *,
+        disks: Mapping[int, AnyDisk] | None = None,
+        devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
+        console: str | PathLike[str] | None = None,
+        timeout_s: float | None = None,
+        clock: str = "keep",
+        report: Callable[[str], None] | None = None,
+    ) -> Machine:
+        """Return a machine that goes on from here once it is started, as often as you like.
+
+        Each has RAM and disks of its own: what one of them writes no other sees, and it is gone
+        with the machine.  ``disks`` replaces disks, by index from 0, with others of the same
+        content, such as ``Overlay(base, path)``.  ``devices`` are needed again if the saved
+        machine had any, with the same names.  ``console`` is a file that gets the guest's output
+        too.  The run ends after ``timeout_s`` seconds.  ``clock`` "keep" has the guest's clock go
+        on from the snapshot, "now" has it show that time has passed.
+
+        A prepared clone is taken if there is one, unless ``disks``, ``devices`` or ``console`` ask
+        for another machine.  SnapshotError, ConfigError, HostError.
+        """
+        check_type("timeout_s", timeout_s, (int, float, type(None)), "seconds or None")
+        check_type("console", console, (str, os.PathLike, type(None)), "a path or None")
+        check_devices(devices)
+        sources = {index: _source(index, disk) for index, disk in (disks or {}).items()}
+        snapshot = self._share("clone()")
+
+        def make(tell: Callable[[str], None]) -> CoreMachine:
+            shell = None
+            if not sources and not devices and console is None:
+                shell = self._shells.take()
+            if shell is None:
+                shell = snapshot.build_shell(
+                    console="none" if console is None else os.fspath(console), disks=sources,
+                    devices=devices, report=tell,
+                )
+            shell.lines.to = tell
+            return shell.become_clone(timeout_s=timeout_s, clock=clock)
+
+        try:
+            return Machine._of(make, report or self._report)
+        finally:
+            snapshot.close()
+
+    def prepare(self, n: int) -> None:
+        """Have ``n`` more clones prepared in the background; ``clone`` takes them, the fastest way.
+
+        Returns at once.  Each prepared clone has its VM already, but none of the guest's memory.
+        """
+        check_type("n", n, int, "a number of clones")
+        if not 0 <= n <= MAX_PREPARED:
+            raise ValueError(f"prepare({n}): must be from 0 to {MAX_PREPARED}")
+        with self._lock:
+            self._check_open("prepare()")
+            if self._snapshot.facts.own_devices:
+                raise SnapshotError(
+                    "prepare()", "this snapshot's clones need devices of your own, which only "
+                    "clone(devices=...) can give them"
+                )
+            self._shells.prepare(n)
 
     @property
-    def evidence(self) -> Evidence:
-        """The evidence so far, of the console and pvpanic: a panic, an init that started."""
-        return self._machine.evidence
+    def ready(self) -> int:
+        """The number of prepared clones that nobody has taken."""
+        return self._shells.ready
 
-    # Parts
+    def wait_until_prepared(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that ``prepare`` asked for is ready; False after ``timeout_s``."""
+        return self._shells.wait(timeout_s)
 
-    def _attach(self) -> None:
-        """Have the runner of a run that is about to begin tell us what we need."""
-        self._machine.runner.on_wake(self._hand_over)
-        self._machine.runner.when_over(self.console.end)
+    def close(self) -> None:
+        """Free the snapshot and what was prepared; idempotent.  Clones go on."""
+        with self._lock:
+            if self._is_closed or os.getpid() != self._pid:
+                return
+            self._is_closed = True
+        self._shells.close()
+        self._snapshot.close()
 
-    def _attach_anew(self, begins_anew: bool) -> None:
-        """Look at a guest that was rewound, in a new run if ``begins_anew``."""
-        self.console.begin_anew(self._machine.watch.unfinished)
-        self._hooks.begin_anew()
-        if begins_anew:
-            self._attach()
+    def __enter__(self) -> Snapshot:
+        return self
 
-    def _hand_over(self) -> None:
-        """Offer typed bytes to the guest, in the thread that keeps house."""
-        runner = self._machine.runner
-        if not runner.is_quiesced:
-            # Set before asking: room that comes after the answer makes another wake-up.
-            runner.input_waits = True
-            runner.input_waits = self.console.hand_over(self._machine.consoles.receive)
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
 
-    def _tell(self, line: str) -> None:
-        if self._is_built:
-            self._hooks.run_hook("report", self._report, line)
-        else:
-            self._report(line)
+    def __del__(self) -> None:
+        if "_pid" in self.__dict__ and not self._is_closed and os.getpid() == self._pid:
+            self.close()
+            warnings.warn("the snapshot was never closed", ResourceWarning, stacklevel=2)
 
-    def _end(self) -> Outcome | None:
-        return self._machine.stop(Outcome(Kind.STOPPED))
+    def _share(self, call: str) -> CoreSnapshot:
+        with self._lock:
+            self._check_open(call)
+            return self._snapshot.share()
+
+    def _check_open(self, call: str) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"{call}: the snapshot was closed")
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"{call}: the snapshot belongs to process {self._pid}")
 
 
-def check_devices(devices: object) -> None:
-    """Raise TypeError unless ``devices`` are virtio devices by name."""
-    if not isinstance(devices, Mapping):
-        raise TypeError(
-            f"devices are virtio devices by name, {{\"echo\": EchoDevice()}}, "
-            f"not {type(devices).__name__}"
+def _source(index: object, disk: AnyDisk) -> Source:
+    """Return ``disk`` as the source that takes the place of a frozen one."""
+    check_type("disks", index, int, "disks by their index")
+    config = as_disk_config(disk)
+    if not isinstance(config, DiskConfig):
+        raise SnapshotError(
+            f"disk {index}", "a disk that another process serves has a state of its own, and "
+            "cannot take a saved one's place"
         )
-    for name, device in devices.items():
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a device must be str, not {type(name).__name__}")
-        if not isinstance(device, VirtioDevice):
-            what = f"the class {device.__name__}" if isinstance(device, type) else (
-                type(device).__name__
-            )
-            raise TypeError(f"device {name}: must be a VirtioDevice, not {what}")
-
-
-def log_line(line: str) -> None:
-    import logging
-
-    logging.getLogger("pyvmm").warning("%s", escape(line))
+    return config.source

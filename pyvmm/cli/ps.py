@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from pyvmm.cli import restore as restore_command
 from pyvmm.cli import run as run_command
 from pyvmm.config import format_size
 from pyvmm.control.client import Client
@@ -26,7 +27,7 @@ MAX_WORDS = 5
 COLUMNS = ("pid", "age", "memory", "kernel", "agent", "socket")
 COMMAND = Command(
     name="ps",
-    description="List the virtual machines of pyvmm run on this host.",
+    description="List the virtual machines of pyvmm run and pyvmm restore on this host.",
     epilog="""\
 The agent's state is known of machines with --control whose socket may be used; "-" stands for
 what is not known or not there.  Other users' machines are listed as far as /proc shows them.
@@ -60,17 +61,25 @@ def machines(proc: str = "/proc") -> Iterator[dict[str, Any]]:
     for name in sorted(filter(str.isdecimal, os.listdir(proc)), key=int):
         with contextlib.suppress(OSError, PyvmmError, ValueError, SystemExit):
             folder = f"{proc}/{name}"
-            if words := run_words(_read(f"{folder}/cmdline").split(b"\0")[:-1]):
+            command_line = _read(f"{folder}/cmdline")
+            command, *words = machine_words(command_line.split(b"\0")[:-1]) or [""]
+            if command == "run":
                 yield _facts(int(name), folder, words)
+            elif command == "restore":
+                args = parse_options(restore_command.COMMAND, words)
+                # One that forks clones has no machine itself; its clones have its command line.
+                if args.clones_fd is None or _read(_parent(proc, folder)) == command_line:
+                    yield _clone_facts(int(name), folder, args)
 
 
-def run_words(argv: Sequence[bytes]) -> list[str]:
-    """Return the options of ``pyvmm run`` in the command line of a process; [] if it is none."""
+def machine_words(argv: Sequence[bytes]) -> list[str]:
+    """Return ``run`` or ``restore`` and its options, of a process's command line; [] if none."""
     words = [os.fsdecode(word) for word in argv]
     is_python = bool(words) and os.path.basename(words[0]).startswith("python")
     for place, word in enumerate(words[: MAX_WORDS if is_python else 1]):
         if os.path.basename(word) == "pyvmm":
-            return words[place + 2 :] if words[place + 1 : place + 2] == ["run"] else []
+            found = words[place + 1 :]
+            return found if found[:1] in (["run"], ["restore"]) else []
     return []
 
 
@@ -87,6 +96,30 @@ def _facts(pid: int, folder: str, words: list[str]) -> dict[str, Any]:
         "paused": status.get("paused"),
         "socket": args.control,
     }
+
+
+def _clone_facts(pid: int, folder: str, args: SimpleNamespace) -> dict[str, Any]:
+    status = _ask(args, folder)
+    directory = os.path.join(f"{folder}/cwd", args.directory)
+    memory = None
+    with contextlib.suppress(OSError):
+        memory = os.stat(f"{directory}/ram").st_size
+    return {
+        "pid": pid,
+        "uid": os.stat(folder).st_uid,
+        "age": round(_age_s(folder), 1),
+        "memory": memory,
+        "kernel": f"clone of {args.directory}",
+        "agent": status.get("agent"),
+        "paused": status.get("paused"),
+        "socket": args.control,
+    }
+
+
+def _parent(proc: str, folder: str) -> str:
+    """Return the file with the command line of the parent of the process in ``folder``."""
+    # proc(5): field 4, counted after the last ')'.
+    return f"{proc}/{int(_read(f'{folder}/stat').rpartition(b')')[2].split()[1])}/cmdline"
 
 
 def _ask(args: SimpleNamespace, folder: str) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.launcher.snapshot import VmSnapshot
-from pyvmm.launcher.vm import Vm, launch
+from pyvmm.launcher.vm import Vm, VmSnapshot, launch
 from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
 from pyvmm.report import escape
@@ -190,7 +189,10 @@ class Guests:
 
     def clone(self, plan: Plan, snapshot: VmSnapshot, nodeid: str) -> Guest:
         """Return a new guest, for the test ``nodeid``: a clone that takes orders."""
-        guest = self._add(lambda log: snapshot.clone(console_log=log), plan, nodeid)
+        guest = self._add(
+            lambda log: snapshot.clone(console_log=log, timeout_s=plan.config.timeout_s),
+            plan, nodeid,
+        )
         guest.boot()
         return guest
 

@@ -7,6 +7,7 @@ imports nothing, reports nothing, closes the descriptors that are not its own, a
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import select
@@ -18,20 +19,25 @@ from collections.abc import Sequence
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
+from pyvmm.ram.runs import USUAL_RUNS
 from pyvmm.ram.write import RamWriter, Written
 
-# le32 errno (0: all is written); le32 CRCs; le64 held_bytes; le32 runs; le32 is a diff.
+# le32 errno (0: all is written); le32 CRCs; le64 held_bytes; le32 runs; le32 is a diff.  With
+# _HOST_ERROR the text of one follows.
 _HEAD = struct.Struct("<IIQII")
 _CRC = struct.Struct("<II")
 _RUN = struct.Struct("<QQ")
+_HOST_ERROR = 0xFFFF_FFFF
 
 
-def fork_writer(memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> LiveWriter:
+def fork_writer(
+    memory: GuestMemory, fd: int, *, over: RamImage | None = None, most_runs: int = USUAL_RUNS
+) -> LiveWriter:
     """Have a child write ``memory``, as it is now, into ``fd`` as ``write_ram`` does; HostError.
 
     The guest must be quiesced, and may go on as soon as this returns.  ``fd`` stays the caller's.
     """
-    ram_writer = RamWriter(memory, fd, over=over)
+    ram_writer = RamWriter(memory, fd, over=over, most_runs=most_runs)
     layers = () if memory.image is None else memory.image.layers
     kept = sorted({fd, *(layer.fd for layer in layers)})
     reader, writer = os.pipe()  # both close on exec
@@ -127,7 +133,9 @@ def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int]) -> None:
         try:
             answer = _pack(ram_writer.write(before_chunk=check_parent))
         except OSError as error:
-            answer = _HEAD.pack(error.errno or 5, 0, 0, 0, 0)
+            answer = _HEAD.pack(error.errno or errno.EIO, 0, 0, 0, 0)
+        except HostError as error:
+            answer = _HEAD.pack(_HOST_ERROR, 0, 0, 0, 0) + str(error).encode()
         at = 0
         while at < len(answer):
             at += os.write(pipe, answer[at:])
@@ -157,8 +165,11 @@ def _pack(written: Written) -> bytes:
 
 
 def _unpack(answer: bytearray) -> Written:
-    """Return the result; OSError if it is an error, struct.error or ValueError if it is cut off."""
+    """Return the result, or raise the child's error; struct.error or ValueError if it is cut off.
+    """
     error, crcs, held_bytes, runs, is_diff = _HEAD.unpack_from(answer)
+    if error == _HOST_ERROR:
+        raise HostError(answer[_HEAD.size :].decode())
     if error:
         raise OSError(error, os.strerror(error))
     end = _HEAD.size + crcs * _CRC.size

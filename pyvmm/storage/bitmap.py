@@ -9,6 +9,7 @@ BLOCK_SIZE = 4096
 PAGE_SIZE = 4096
 """Bytes of a page of the bitmap."""
 BLOCKS_PER_PAGE = PAGE_SIZE * 8
+_BITS_AT_ONCE = 1024
 
 
 def block_count(size_bytes: int) -> int:
@@ -82,14 +83,24 @@ class BlockBitmap:
 
 def bit_runs(page: bytes | bytearray, first: int, last: int) -> Iterator[tuple[int, bool]]:
     """Yield the bits ``first`` to ``last`` - 1 of ``page`` as (how many are equal, set or not)."""
-    bits = int.from_bytes(page[first // 8 : -(-last // 8)], "little") >> first % 8
-    left = last - first
-    bits &= (1 << left) - 1
-    while left:
-        is_held = bool(bits & 1)
-        # The lowest bit that differs from the run, or everything that is left.
-        other = bits ^ ((1 << left) - 1) if is_held else bits
-        count = (other & -other).bit_length() - 1 if other else left
-        yield count, is_held
-        bits >>= count
-        left -= count
+    run, is_set = 0, False
+    while first < last:
+        # Operations on integers of a whole page would cost more than all else.
+        stop = min(last, (first // _BITS_AT_ONCE + 1) * _BITS_AT_ONCE)
+        left = stop - first
+        bits = int.from_bytes(page[first // 8 : -(-stop // 8)], "little") >> first % 8
+        bits &= (1 << left) - 1
+        first = stop
+        while left:
+            is_held = bool(bits & 1)
+            # The lowest bit that differs from the run, or everything that is left.
+            other = bits ^ ((1 << left) - 1) if is_held else bits
+            count = (other & -other).bit_length() - 1 if other else left
+            if run and is_held != is_set:
+                yield run, is_set
+                run = 0
+            run, is_set = run + count, is_held
+            bits >>= count
+            left -= count
+    if run:
+        yield run, is_set

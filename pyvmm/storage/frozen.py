@@ -123,7 +123,8 @@ class FrozenDisk:
     @property
     def held_bytes(self) -> int:
         """Bytes of blocks that are in a layer: what ``save_overlay`` writes."""
-        return sum(count for _, count, number in pieces(self._page, 0, self.size_bytes) if number)
+        found = pieces(self.page_of_map, 0, self.size_bytes)
+        return sum(count for _, count, number in found if number)
 
     @property
     def layer_bytes(self) -> int:
@@ -176,7 +177,7 @@ class FrozenDisk:
         while True:
             changes = tree.changes
             try:
-                parts = list(pieces(self._page, offset, length))
+                parts = list(pieces(self.page_of_map, offset, length))
                 read_pieces(tree, parts, buffers)
             except (OSError, KeyError):
                 if tree.changes == changes:
@@ -185,7 +186,7 @@ class FrozenDisk:
             if tree.changes == changes:
                 return len(parts) - 1
 
-    def _page(self, index: int) -> array[int] | None:
+    def page_of_map(self, index: int) -> array[int] | None:
         """Return page ``index`` of the map of the blocks, made when it is first needed."""
         if self._epoch == self.tree.epoch:
             blocks = self._blocks
@@ -209,13 +210,13 @@ class FrozenDisk:
 
         def copy(store: RawBackend, at: int, offset: int, length: int) -> None:
             tree = self.tree
-            for start, count, number in list(pieces(self._page, offset, length)):
+            for start, count, number in list(pieces(self.page_of_map, offset, length)):
                 source, data = tree.layers[number].place
                 copy_blocks(source, data + start, store, at + start - offset, count)
 
         runs = [
             (start, count)
-            for start, count, number in pieces(self._page, 0, self.size_bytes) if number
+            for start, count, number in pieces(self.page_of_map, 0, self.size_bytes) if number
         ]
         if not runs:
             return None
@@ -236,8 +237,9 @@ class FrozenDisk:
         return write_overlay(path, self.size_bytes, self.stamp_ns, runs, copy_unmoved)
 
     def hurry(self, until_s: float) -> None:
-        """See ``BlockBackend.hurry``: for the base."""
-        self.tree.base.hurry(until_s)
+        """See ``BlockBackend.hurry``: for the base, unless others use it too."""
+        if self._shares == 1 and self.tree.has_one_disk:
+            self.tree.base.hurry(until_s)
 
     # Disks derived from this one ------------------------------------------------------------------
 

@@ -28,12 +28,15 @@ BASE = 0
 _MAX_NUMBER = 0xFFFF
 _ENOUGH_NUMBERS = 8192
 """Used up by merging, they are given anew: the table of numbers stays short."""
-_CHEAP_BLOCKS = 1024
-"""Two layers are merged at once if one of them has no more blocks: 4 MiB."""
+_CHEAP_BLOCKS = 256
+"""Two layers are merged at once if one of them has no more blocks: 1 MiB."""
 _MAX_LAYERS = 64
 """With more, two are merged whatever it costs."""
 _MERGES_AT_ONCE = 4
 """A guest waits meanwhile.  The next snapshot goes on."""
+
+_CHUNK = 64
+_ONES, _ZEROES = b"\xff" * _CHUNK, bytes(_CHUNK)
 
 BlockMap = dict[int, "array[int] | None"]
 """By page of the bitmap: the number of the layer that has each block; None if the base has all."""
@@ -111,6 +114,11 @@ class LayerTree:
             if not self._disks:
                 self.base.close()
 
+    @property
+    def has_one_disk(self) -> bool:
+        """True if no second frozen disk is open."""
+        return self._disks == 1
+
     def add_layer(self, layer: Layer) -> None:
         """Number ``layer``, which stands on ``layer.below``."""
         with self.lock:
@@ -183,7 +191,7 @@ class LayerTree:
                 bits &= ~int.from_bytes(upper.bitmap.pages.get(index, b""), "little")
             page_at = index * BLOCKS_PER_PAGE * BLOCK_SIZE
             some = bits.to_bytes(len(page), "little")
-            for start, count in _held_runs(some, 0, BLOCKS_PER_PAGE):
+            for start, count in _held_runs(some):
                 offset = page_at + start * BLOCK_SIZE
                 copy_range(
                     source.fileno(), at + offset, target.fileno(), to + offset, count * BLOCK_SIZE
@@ -216,10 +224,10 @@ def _pairs(newest: Layer) -> Iterator[tuple[Layer, Layer]]:
         upper = lower
 
 
-def _held_runs(page: bytes | bytearray, first: int, last: int) -> Iterator[tuple[int, int]]:
+def _held_runs(page: bytes) -> Iterator[tuple[int, int]]:
     """Yield (first block, how many) for each run of set bits."""
-    position = first
-    for count, is_held in bit_runs(page, first, last):
+    position = 0
+    for count, is_held in bit_runs(page, 0, BLOCKS_PER_PAGE):
         if is_held:
             yield position, count
         position += count
@@ -247,9 +255,18 @@ def put_layer(page: array[int] | None, layer: Layer, index: int) -> array[int] |
         return page
     if page is None:
         page = array("H", bytes(2 * BLOCKS_PER_PAGE))
-    number = array("H", layer.numbers[:1])
-    for start, count in _held_runs(bits, 0, BLOCKS_PER_PAGE):
-        page[start : start + count] = number * count
+    # By bytes, not by runs: a guest may have written every second block, and waits meanwhile.
+    number = layer.numbers[0]
+    chunk_of_ones = array("H", [number]) * (8 * _CHUNK)
+    for at in range(0, len(bits), _CHUNK):
+        chunk = bits[at : at + _CHUNK]
+        if chunk == _ONES:
+            page[8 * at : 8 * (at + _CHUNK)] = chunk_of_ones
+        elif chunk != _ZEROES:
+            for block, byte in enumerate(chunk, at):
+                while byte:
+                    page[8 * block + byte.bit_length() - 1] = number
+                    byte ^= 1 << byte.bit_length() - 1
     return page
 
 

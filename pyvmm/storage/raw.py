@@ -60,8 +60,7 @@ class RawBackend:
         self.can_discard = self.can_write_zeroes = not read_only
         self.size_bytes = 0
         self._report = report
-        self._called = called or path
-        self._errors = HostErrors(self._called, report)
+        self._errors = HostErrors(called or path, report)
         self._flush_errno = 0
         self._closed = False
         self._fd = open_disk(path, read_only) if fd is None else fd
@@ -82,9 +81,11 @@ class RawBackend:
         The lock lasts until the last of them is closed.
         """
         disk = RawBackend(
-            self.path, read_only=True, report=self._report, called=self._called,
+            self.path, read_only=True, report=lambda line: None,
             fd=fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, 0),
         )
+        # Lines that were said are not said again.
+        disk._report, disk._errors = self._report, self._errors
         disk.size_bytes = self.size_bytes
         return disk
 

@@ -120,7 +120,16 @@ def test_a_hook_that_floods_is_read_to_its_end_and_little_is_kept(tmp_path: Path
     assert len(answer.problem) < 2000
 
 
-@pytest.mark.parametrize("mode", [0o644, 0o775, 0o757])
+def test_the_group_of_root_may_write_the_hook(tmp_path: Path) -> None:
+    """As it may after ``pyvmm image build --add``, for people with a umask of 002."""
+    path = write_hook(tmp_path, "exit 0", 0o775)
+    assert answer_of(tmp_path).hook is HookEnd.EXITED
+    if os.geteuid() == 0:
+        os.chown(path, 0, 1234)
+        assert answer_of(tmp_path).hook is HookEnd.FAILED
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o757])
 def test_a_hook_that_others_may_write_or_that_cannot_be_run_is_not_run(
     tmp_path: Path, mode: int
 ) -> None:

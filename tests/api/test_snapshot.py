@@ -123,6 +123,32 @@ def test_each_clone_has_a_number_of_its_own(config: Make) -> None:
                 assert len(numbers) == 5
 
 
+def test_a_line_that_was_half_printed_is_whole_in_the_clone(echo: pyvmm.Machine) -> None:
+    """The second half alone would say nothing of a panic."""
+    echo.console.write("\r\n[    1.000000] Kernel panic - not ")
+    echo.console.expect("- not ", patient(20))
+    with echo.snapshot() as snapshot, snapshot.clone(timeout_s=patient(30)) as clone:
+        clone.console.write("syncing: torn\r\n")
+        outcome = clone.run()
+        assert (outcome.kind, outcome.detail) == (pyvmm.Kind.PANIC, "torn")
+        assert clone.console.text == "syncing: torn\r\n"
+    assert not echo.evidence.has_panicked
+
+
+def test_the_clock_of_a_clone_goes_on_from_the_snapshot_or_from_now(config: Make) -> None:
+    def clock_ns(clone: pyvmm.Machine) -> int:
+        chips = clone._machine.save()["chips"]
+        assert isinstance(chips, dict)
+        return int.from_bytes(chips["clock"][:8], "little")
+
+    with pyvmm.Machine(config(COUNT)) as machine:
+        machine.start()
+        with machine.snapshot() as snapshot:
+            time.sleep(2.0)
+            with snapshot.clone() as kept, snapshot.clone(clock="now") as now:
+                assert clock_ns(now) - clock_ns(kept) > 1_500_000_000
+
+
 def test_a_clone_has_its_own_time_limit(config: Make) -> None:
     with pyvmm.Machine(config(COUNT, timeout_s=patient(600))) as machine:
         machine.start()

@@ -12,7 +12,7 @@ from bench.host import Host
 from bench.kvm_trace import difference, parse_histogram
 from bench.linux_guest import FioJob, boot, fio_jobs
 from bench.peers import Contender
-from bench.rows import bare, device, exits
+from bench.rows import bare, device, exits, ram
 from bench.rows import boot as boot_row
 
 QSD = (
@@ -114,3 +114,14 @@ def test_bare_guests_start_and_exit(tmp_path: Path) -> None:
     assert bare.START.key in bare.sample_start(host, ours, [bare.START.key])
     for contender in (ours, bare.IN_C):
         assert bare.EXITS.key in bare.sample_exits(host, contender, [bare.EXITS.key])
+
+
+def test_ram_is_measured_in_both_ways(tmp_path: Path) -> None:
+    wanted = [figure.key for figure in ram.suite(Contender(name="we")).figures]
+    ours, plain = (
+        ram.sample(Host(tmp_path, 0.1), contender, wanted)
+        for contender in (Contender(name="we", ours=True), ram.PLAIN)
+    )
+    assert sorted(ours) == sorted(plain) == sorted(wanted)
+    for key in ("ram.live", "ram.checkpoint"):
+        assert ours[key].value < plain[key].value

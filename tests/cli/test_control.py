@@ -316,18 +316,36 @@ def test_ps_lists_machines_and_asks_them(spinning: Run, tmp_path: Path) -> None:
     assert f"{spinning.process.pid} " not in listed()
 
 
-@pytest.mark.parametrize(("argv", "options"), [
-    (["python3", "-m", "pyvmm", "run", "--kernel", "k"], ["--kernel", "k"]),
-    (["python3", "-P", "-m", "pyvmm", "run"], []),
-    (["/venv/bin/python", "/venv/bin/pyvmm", "run", "--kernel=k"], ["--kernel=k"]),
-    (["pyvmm", "run", "--kernel", "k"], ["--kernel", "k"]),
+@pytest.mark.parametrize(("argv", "found"), [
+    (["python3", "-m", "pyvmm", "run", "--kernel", "k"], ["run", "--kernel", "k"]),
+    (["python3", "-P", "-m", "pyvmm", "run"], ["run"]),
+    (["/venv/bin/python", "/venv/bin/pyvmm", "run", "--kernel=k"], ["run", "--kernel=k"]),
+    (["pyvmm", "run", "--kernel", "k"], ["run", "--kernel", "k"]),
+    (["pyvmm", "restore", "warm"], ["restore", "warm"]),
+    (["pyvmm", "snapshot", "info", "restore"], []),
     (["python3", "-m", "pyvmm", "lab", "--", "pyvmm", "run", "--kernel", "k"], []),
     (["vim", "x", "pyvmm", "run"], []),
     (["grep", "pyvmm", "run", "notes"], []),
     ([], []),
 ])
-def test_a_machine_is_known_by_its_command_line(argv: list[str], options: list[str]) -> None:
-    assert ps.run_words([os.fsencode(word) for word in argv]) == options
+def test_a_machine_is_known_by_its_command_line(argv: list[str], found: list[str]) -> None:
+    assert ps.machine_words([os.fsencode(word) for word in argv]) == found
+
+
+def test_clones_are_listed_and_whoever_forks_them_is_not(tmp_path: Path) -> None:
+    forks = b"python\0-m\0pyvmm\0restore\0warm\0--clones-fd=5\0"
+    for pid, parent, cmdline in (
+        (7, 1, b"pyvmm\0restore\0warm\0"), (8, 1, forks), (9, 8, forks), (1, 0, b"init\0"),
+    ):
+        folder = tmp_path / str(pid)
+        (folder / "cwd" / "warm").mkdir(parents=True)
+        with (folder / "cwd" / "warm" / "ram").open("wb") as ram:
+            ram.truncate(64 << 20)
+        (folder / "cmdline").write_bytes(cmdline)
+        (folder / "stat").write_text(f"{pid} (a) b) S {parent} " + " ".join(["0"] * 17) + " 100 0")
+    found = list(ps.machines(str(tmp_path)))
+    assert [machine["pid"] for machine in found] == [7, 9]
+    assert {(one["kernel"], one["memory"]) for one in found} == {("clone of warm", 64 << 20)}
 
 
 def test_processes_that_end_or_lie_meanwhile_are_left_out(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pyvmm.control.client import Client, ControlError, Pending
 from pyvmm.run.outcome import Kind, Outcome
 from tests.support.patience import patient
 from tests.support.stand_in_port import StandInPort
+from tests.support.stand_in_saves import StandInSaves
 from tests.support.stand_in_target import Served, served, wait_until
 
 SEEDS = range(4)
@@ -34,10 +35,13 @@ class Subscriber:
 
     def __init__(self, rig: Served) -> None:
         self.heard = bytearray()
-        self.paused: list[bool] = []
+        self.states: list[dict[str, Any]] = []
+        self.rewound: list[str] = []
         self.ended: list[dict[str, Any]] = []
         self.client = rig.client(on_event=self._take)
-        answer = self.client.call("subscribe", {"events": ["console", "state", "ended"]})
+        answer = self.client.call("subscribe", {
+            "events": ["console", "state", "ended", "rewound"],
+        })
         self.start = answer["at"]
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -46,7 +50,9 @@ class Subscriber:
                 assert event["at"] == self.start + len(self.heard)
                 self.heard += base64.b64decode(event["data"])
             case "state":
-                self.paused.append(event["paused"])
+                self.states.append(event)
+            case "rewound":
+                self.rewound.append(event["clone_id"])
             case "ended":
                 self.ended.append(event)
 
@@ -63,6 +69,16 @@ class Model:
         self.waiting: list[Pending] = []
         self.sleeping: list[tuple[Client, Pending]] = []
         self.floods: list[tuple[Pending, int, threading.Thread, list[int]]] = []
+        self.saves = StandInSaves(rig.target)
+        self.saves.on_rewind = self._reconnect
+        rig.target.saves = self.saves
+        self.checkpoints = 0
+        self.clones: list[str] = []
+
+    def _reconnect(self) -> None:
+        """The port of a machine that was rewound is closed, and its agent comes forward again."""
+        self.port.shut()
+        self.port.open()
 
     @property
     def client(self) -> Client:
@@ -115,6 +131,7 @@ class Model:
         if len(self.sleeping) < 5:
             client = self.client
             self.sleeping.append((client, client.begin("agent.run", {"argv": ["sleep"]})))
+            client.call("status")  # a rewind that another client asks for comes behind it
 
     def kill(self) -> None:
         if self.sleeping:
@@ -128,10 +145,12 @@ class Model:
             return
         size = self.chance.randrange(300_000)
         reads, writes = os.pipe()
-        pending = self.client.begin(
+        client = self.client
+        pending = client.begin(
             "agent.run", {"argv": ["flood", str(size)], "stdout": 0}, [writes]
         )
         os.close(writes)
+        client.call("status")
         counts: list[int] = []
 
         def read() -> None:
@@ -152,6 +171,30 @@ class Model:
             thread.join(patient(20))
             assert counts == [size]
 
+    def checkpoint(self) -> None:
+        self.checkpoints += 1
+        assert self.client.call("checkpoint") == {"number": self.checkpoints}
+
+    def snapshot(self) -> None:
+        taken = self.client.call("snapshot", {"dir": "/a", "live": self.chance.random() < 0.5})
+        assert self.client.call("status")["snapshot"] == taken
+
+    def rewind(self) -> None:
+        if not self.saves.can_rewind:
+            return
+        self.clones.append(self.client.call("rewind")["clone_id"])
+        for _, pending in self.sleeping:
+            assert pending.result(patient(20))["kind"] == "lost"
+        for pending, size, thread, counts in self.floods:
+            kind = pending.result(patient(20))["kind"]
+            thread.join(patient(20))
+            assert counts[0] <= size
+            assert kind == "lost" or counts == [size]
+        self.sleeping, self.floods = [], []
+        self.client.call("agent.wait")
+        assert len(self.port.notices) == len(self.clones)
+        assert self.client.call("status")["clone_id"] == self.clones[-1]
+
     def come_and_go(self) -> None:
         """A fourth client leaves a command behind, which is killed."""
         with self.rig.client() as client:
@@ -166,8 +209,9 @@ class Model:
         for subscriber in self.subscribers:
             assert bytes(subscriber.heard) == bytes(self.printed[subscriber.start :])
             assert len(subscriber.ended) == 1
-            for one, next_one in zip(subscriber.paused, subscriber.paused[1:], strict=False):
+            for one, next_one in zip(subscriber.states, subscriber.states[1:], strict=False):
                 assert one != next_one
+            assert subscriber.rewound == self.clones
         for pending in self.waiting:
             assert pending.result(patient(20))["outcome"]["kind"] == "POWER_OFF"
         for _, pending in self.sleeping:
@@ -187,7 +231,8 @@ def test_any_legal_use_is_answered_as_the_model_says(
         steps: list[Callable[[], None]] = [
             model.print_out, model.print_out, model.pause, model.resume, model.registers,
             model.type, model.status, model.wait, model.echo, model.sleep, model.kill,
-            model.flood, model.end_flood, model.come_and_go,
+            model.flood, model.end_flood, model.come_and_go, model.checkpoint, model.snapshot,
+            model.rewind,
         ]
         for _ in range(STEPS):
             chance.choice(steps)()

@@ -43,7 +43,7 @@ TESTS = f"""{PREPARED}
             vm_clone.console.expect("never", timeout_s=60)
 
     def test_several(pyvmm_clone):
-        first, second = pyvmm_clone(), pyvmm_clone(timeout=100)
+        first, second = pyvmm_clone(), pyvmm_clone()
         assert first.pid != second.pid
         assert (first.outcome, second.outcome) == (None, None)
 """

@@ -17,7 +17,7 @@ from pyvmm.ram.write import image_in_memory, write_ram
 from tests.support.patience import patient
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, in_use, put, scattered
 
-THREADS, TURNS = 4, 25
+THREADS, TURNS = 4, 20
 
 
 def mappings() -> int:
@@ -69,14 +69,16 @@ def test_nothing_is_left_of_a_hundred_clones_in_four_threads(tmp_path: Path) -> 
         scattered(memory)
         write_ram(memory, file.fileno())
         expected = content(memory)
-    before, maps, descendants = in_use(), mappings(), children()
-    with RamImage.open_file(str(path), SIZE) as image, ThreadPoolExecutor(THREADS) as pool:
-        lives = [pool.submit(life, image, expected, seed) for seed in range(THREADS * TURNS)]
-        for one in lives:
-            one.result(patient(120))
-    assert in_use() == before
-    assert children() == descendants
-    assert mappings() <= maps + 4 * THREADS  # malloc's arenas of the threads
+    before, descendants, maps = in_use(), children(), list[int]()
+    for _ in range(2):
+        with RamImage.open_file(str(path), SIZE) as image, ThreadPoolExecutor(THREADS) as pool:
+            lives = [pool.submit(life, image, expected, seed) for seed in range(THREADS * TURNS)]
+            for one in lives:
+                one.result(patient(120))
+        assert in_use() == before
+        assert children() == descendants
+        maps.append(mappings())
+    assert maps[1] <= maps[0] + TURNS // 2  # the allocator's own; a leak is one a life
 
 
 def test_an_image_is_closed_once_whoever_is_last() -> None:

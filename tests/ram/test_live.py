@@ -97,6 +97,20 @@ def test_a_full_disk_arrives(
             fork_writer(memory, file.fileno()).wait(patient(60))
 
 
+def test_an_error_of_the_host_s_arrives_with_its_text(
+    file: BinaryIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(13, os.strerror(13), path)
+
+    with GuestMemory(REGIONS) as memory:
+        monkeypatch.setattr(os, "open", refuse)
+        writer = fork_writer(memory, file.fileno())
+        monkeypatch.undo()
+        with pytest.raises(HostError, match=r"pages of RAM are used.*Permission denied"):
+            writer.wait(patient(60))
+
+
 def test_a_child_that_hangs_meets_the_deadline_and_can_be_killed(
     large: GuestMemory, file: BinaryIO
 ) -> None:

@@ -3,63 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from pyvmm.storage.backend import BlockBackend
-from pyvmm.storage.freezing import freeze, revert
+from pyvmm.storage.freezing import revert
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.open import DiskSource, open_backend
+from tests.support.frozen_disks import BLOCK, content, frozen_of, opened_clone, write
 
-BLOCK = 4096
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the files without a name are."""
-    path = tmp_path / "scratch"
-    path.mkdir()
-    monkeypatch.setenv("TMPDIR", str(path))
-    return path
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.img"
-    path.write_bytes(b"".join(bytes([n]) * BLOCK for n in range(64)))
-    return path
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
+pytestmark = pytest.mark.usefixtures("scratch")
 
 
 def opened_snapshot(base: Path, stack: ExitStack, overlay: str = "") -> BlockBackend:
     source = DiskSource(location=str(base), snapshot=True, overlay=overlay)
     return stack.enter_context(closing(open_backend(source, report=pytest.fail)))
-
-
-def frozen_of(disk: BlockBackend, stack: ExitStack) -> FrozenDisk:
-    return stack.enter_context(closing(freeze(disk)))
-
-
-def opened_clone(frozen: FrozenDisk, stack: ExitStack) -> BlockBackend:
-    return stack.enter_context(closing(frozen.open(report=pytest.fail)))
-
-
-def content(disk: BlockBackend) -> bytes:
-    buffer = bytearray(disk.size_bytes)
-    disk.readv([memoryview(buffer)], 0)
-    return bytes(buffer)
-
-
-def write(disk: BlockBackend, data: bytes, offset: int) -> None:
-    disk.writev([memoryview(data)], offset)
 
 
 def open_descriptors() -> int:

@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -17,59 +16,17 @@ from pyvmm.storage import layers
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.freezing import freeze, revert
 from pyvmm.storage.frozen import FrozenDisk
-from pyvmm.storage.open import DiskSource, open_backend
 from pyvmm.storage.private import PrivateDisk
+from tests.support.frozen_disks import BLOCK, MIB, layers_of, read, snapshot_disk, write
 from tests.support.patience import patient
 
-BLOCK = 4096
-MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "scratch"
-    path.mkdir()
-    monkeypatch.setenv("TMPDIR", str(path))
-    return path
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-def snapshot_disk(stack: ExitStack, path: Path, size: int) -> PrivateDisk:
-    path.touch()
-    os.truncate(path, size)
-    source = DiskSource(location=str(path), snapshot=True)
-    disk = stack.enter_context(closing(open_backend(source, report=pytest.fail)))
-    assert isinstance(disk, PrivateDisk)
-    return disk
-
-
-def write(disk: BlockBackend, data: bytes, offset: int) -> None:
-    disk.writev([memoryview(data)], offset)
-
-
-def read(disk: BlockBackend | FrozenDisk, offset: int, length: int) -> bytes:
-    buffer = bytearray(length)
-    disk.readv([memoryview(buffer)], offset)
-    return bytes(buffer)
+pytestmark = pytest.mark.usefixtures("scratch")
 
 
 def room_of(disk: PrivateDisk) -> int:
     """Bytes that the files without a name take."""
     stores = {layer.place[0].fileno() for layer in layers_of(disk)}
     return sum(os.fstat(fd).st_blocks * 512 for fd in stores)
-
-
-def layers_of(disk: PrivateDisk) -> list[layers.Layer]:
-    found, layer = [], disk.frozen.newest
-    while layer is not None:
-        found.append(layer)
-        layer = layer.below
-    return found
 
 
 def test_checkpoints_for_hours_take_no_more_than_those_that_are_kept(
@@ -135,6 +92,67 @@ def test_blocks_are_found_after_their_layers_were_merged(
         assert read(frozen, 0, len(model)) == model
         tree = frozen.tree
     assert tree.layers == {}
+
+
+def test_a_layer_under_two_branches_stays(tmp_path: Path, stack: ExitStack) -> None:
+    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
+    write(disk, b"0" * (4 * BLOCK), 0)
+    frozen = freeze(disk)
+    clones = [stack.enter_context(closing(frozen.open(report=pytest.fail))) for _ in range(2)]
+    frozen.close()
+    disk.close()
+    for _ in range(3):
+        for number, clone in enumerate(clones):
+            write(clone, bytes([65 + number]) * BLOCK, number * BLOCK)
+            freeze(clone).close()
+    assert read(clones[0], 0, 4 * BLOCK) == b"A" * BLOCK + b"0" * (3 * BLOCK)
+    assert read(clones[1], 0, 4 * BLOCK) == b"0" * BLOCK + b"B" * BLOCK + b"0" * (2 * BLOCK)
+
+
+def test_a_read_during_a_merge_is_done_again(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer's place is looked up, the layer moves, its old place is freed; only then is it
+    read."""
+    monkeypatch.setattr(layers, "_CHEAP_BLOCKS", 0)
+    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
+    write(disk, b"1" * BLOCK, 0)
+    freeze(disk).close()
+    write(disk, b"2" * (2 * BLOCK), BLOCK)
+    frozen = stack.enter_context(closing(freeze(disk)))
+    real_read = layers.LayerTree.read
+    merged: list[int] = []
+
+    def late_read(
+        self: layers.LayerTree, number: int, buffers: list[memoryview], offset: int
+    ) -> None:
+        store, data = self.layers[number].place
+        if merged:
+            real_read(self, number, buffers, offset)
+            return
+        merged.append(number)
+        monkeypatch.setattr(layers, "_CHEAP_BLOCKS", 99)
+        frozen.merge_layers()
+        store.readv(buffers, data + offset)
+        assert bytes(buffers[0]) == bytes(BLOCK), "the old place is empty"
+
+    monkeypatch.setattr(layers.LayerTree, "read", late_read)
+    assert read(frozen, 0, BLOCK) == b"1" * BLOCK
+    assert len(layers_of(disk)) == 1
+
+
+def test_a_reader_keeps_its_map_while_the_disk_is_frozen_again(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
+    write(disk, b"1" * BLOCK, 0)
+    frozen = stack.enter_context(closing(freeze(disk)))
+    page = frozen.page_of_map(0)
+    assert page is not None
+    before = page[:]
+    write(disk, b"2" * (4 * BLOCK), 0)
+    freeze(disk).close()
+    assert page == before
 
 
 def test_big_layers_are_left_alone_until_there_are_too_many(
@@ -267,87 +285,3 @@ def test_readers_never_see_a_layer_that_moves(
     assert wrong == []
     assert not any(thread.is_alive() for thread in threads)
     assert len(layers_of(disk)) <= len(stable) + 2
-
-
-# A full file system -----------------------------------------------------------------------------
-
-
-def test_no_room_for_a_write_is_an_error_of_this_disk_alone(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, scratch: Path
-) -> None:
-    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
-    write(disk, b"1" * BLOCK, 0)
-    frozen = stack.enter_context(closing(freeze(disk)))
-    lines: list[str] = []
-    clone = stack.enter_context(closing(frozen.open(report=lines.append)))
-    other = stack.enter_context(closing(frozen.open(report=pytest.fail)))
-    write(other, b"o" * BLOCK, 0)
-
-    def fail(*_arguments: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", fail)
-        for _ in range(2):
-            with pytest.raises(OSError, match="No space left"):
-                write(clone, b"c" * 512, 512)
-    assert lines == [
-        f"{scratch} (a snapshot's writes go there; TMPDIR names another): a write failed: No space "
-        "left on device; the guest gets I/O errors (said once)"
-    ]
-    assert read(clone, 0, BLOCK) == b"1" * BLOCK
-    write(clone, b"c" * 512, 512)
-    assert read(clone, 0, 1024) == b"1" * 512 + b"c" * 512
-    assert read(other, 0, BLOCK) == b"o" * BLOCK
-
-
-def test_a_clone_whose_file_cannot_be_made_reads(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
-    write(disk, b"1" * BLOCK, 0)
-    frozen = stack.enter_context(closing(freeze(disk)))
-    lines: list[str] = []
-    clone = stack.enter_context(closing(frozen.open(report=lines.append)))
-    with monkeypatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path / "none"))
-        for _ in range(2):
-            with pytest.raises(OSError, match="No such file"):
-                write(clone, b"c" * 512, 512)
-    assert [line.partition(":")[2] for line in lines] == [
-        " no file can be made for what the guest writes: No such file or directory (TMPDIR names a "
-        "directory for it; said once)"
-    ]
-    assert read(clone, 0, BLOCK) == b"1" * BLOCK
-    write(clone, b"c" * 512, 512)
-
-
-def test_a_file_system_without_nameless_files(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, scratch: Path
-) -> None:
-    real_open = os.open
-
-    def open_named(path: str, flags: int, mode: int = 0o777) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "no")
-        return real_open(path, flags, mode)
-
-    monkeypatch.setattr(os, "open", open_named)
-    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
-    write(disk, b"1" * 512, 0)
-    assert read(disk, 0, 512) == b"1" * 512
-    assert list(scratch.iterdir()) == []
-
-
-def test_a_file_that_is_full_of_stripes_has_a_successor(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pyvmm.storage.scratch.MAX_FILE_BYTES", 3 * MIB)
-    disk = snapshot_disk(stack, tmp_path / "base.img", MIB)
-    kept = []
-    for number in range(8):
-        write(disk, bytes([number]) * 512, number * BLOCK)
-        kept.append(stack.enter_context(closing(freeze(disk))))
-    assert len({layer.place[0] for layer in layers_of(disk)}) == 3
-    for number, frozen in enumerate(kept):
-        assert read(frozen, number * BLOCK, 512) == bytes([number]) * 512

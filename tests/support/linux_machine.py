@@ -66,12 +66,17 @@ class Saved:
 
 
 class LinuxMachine:
-    """A machine of ``config``; its console is a file, which starts empty."""
+    """A machine of ``config``; its console is a file, which starts empty.
 
-    def __init__(self, config: RunConfig) -> None:
-        Path(config.console).unlink(missing_ok=True)
+    ``machine`` is one that has been made of it already, a clone.
+    """
+
+    def __init__(self, config: RunConfig, machine: Machine | None = None) -> None:
+        if machine is None:
+            Path(config.console).unlink(missing_ok=True)
+            machine = built(config)
         self.config = config
-        self.machine: Machine = built(config)
+        self.machine: Machine = machine
         self._heard = 0
         self._number = 0
 

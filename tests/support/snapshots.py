@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +47,16 @@ def read_disk(machine: Machine) -> bytes:
     backend = machine.board.slots[0].device._backend  # type: ignore[attr-defined]
     backend.readv([memoryview(data)], 0)
     return bytes(data)
+
+
+@contextlib.contextmanager
+def ending(machine: Machine) -> Iterator[Machine]:
+    """Stop and close ``machine`` at the end, whether or not it runs."""
+    try:
+        yield machine
+    finally:
+        machine.stop(STOPPED)
+        machine.close()
 
 
 def finish(machine: Machine, rounds: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.snapshot.files.layout import RECORDS
+from pyvmm.snapshot.files.records import decode, encode
 from tests.support.guest import environment
 from tests.support.patience import patient
 from tests.support.terminal import Terminal
@@ -265,6 +268,51 @@ def test_a_snapshot_that_is_damaged(warmed: Warmed) -> None:
     assert "ram: has 1048576 bytes instead of 33554432" in refusal(warmed)
     (warmed.directory / "ram").unlink()
     assert "ram: is missing" in refusal(warmed)
+
+
+def rewritten(directory: Path, versions: dict[str, int], **changes: object) -> None:
+    """Give the snapshot's ``state`` other ``versions`` of records, and ``changes`` of their values.
+    """
+    state = directory / "state"
+    known = dict(RECORDS)
+    values = decode(state.read_bytes(), name="state", versions=known)
+    for name, change in changes.items():
+        value = values[name]
+        assert isinstance(value, dict)
+        assert isinstance(change, dict)
+        value.update(change)
+    state.chmod(0o600)
+    state.write_bytes(encode(values, name="state", versions=known | versions))
+
+
+def test_a_snapshot_of_a_later_version(warmed: Warmed) -> None:
+    warmed.warm(REPORT_7)
+    rewritten(warmed.directory, {})
+    assert warmed.restore()[0] == 7
+    rewritten(warmed.directory, {"machine": RECORDS["machine"] + 1})
+    assert "was made by a later pyvmm" in refusal(warmed)
+
+
+def test_a_snapshot_of_another_cpu(warmed: Warmed) -> None:
+    warmed.warm(REPORT_7)
+    rewritten(warmed.directory, {}, host={"vendor": "HygonGenuine"})
+    line = refusal(warmed)
+    assert "HygonGenuine" in line
+    assert "cannot move between vendors" in line
+
+
+def test_a_snapshot_that_is_being_made(warmed: Warmed) -> None:
+    unfinished = warmed.folder / "warm.tmp"
+    unfinished.mkdir()
+    assert f"{unfinished} is an unfinished snapshot" in refusal(warmed)
+    warmed.directory = unfinished
+    assert "the process that made it has ended: remove it" in refusal(warmed)
+    maker = os.open(unfinished, os.O_RDONLY)
+    try:
+        fcntl.flock(maker, fcntl.LOCK_EX)
+        assert "which a process still writes" in refusal(warmed)
+    finally:
+        os.close(maker)
 
 
 def test_a_disk_that_has_changed_or_is_gone(warmed: Warmed) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from pyvmm.config import VhostUserDiskConfig
 from pyvmm.errors import SnapshotError
+from pyvmm.kvm.abi import KVM_MP_STATE_HALTED
 from pyvmm.machine import Machine
 from pyvmm.report import Reporter
 from pyvmm.snapshot.capture import take
+from pyvmm.snapshot.files.records import decode, encode
 from pyvmm.snapshot.opening import open_snapshot
 from pyvmm.snapshot.snapshot import Snapshot
+from pyvmm.virtio.rate_limit import RateLimit
 from tests.support.disk_guest import (
     built,
     disk_machine,
@@ -24,17 +31,19 @@ from tests.support.disk_guest import (
     rounds_done,
     wait_for_rounds,
 )
+from tests.support.export_process import Export
 from tests.support.patience import patient
 from tests.support.snapshots import (
     DONE,
     STOPPED,
     Resources,
     comparable_machine,
+    ending,
     finish,
     read_disk,
     snapshot_machine,
 )
-from tests.support.virtio_states import assert_plain
+from tests.support.virtio_states import assert_plain, junk, replaced, walk, without
 
 pytestmark = pytest.mark.bare
 
@@ -65,19 +74,20 @@ def test_a_guest_goes_on_in_clones_and_in_the_original(
 ) -> None:
     config = snapshot_machine(tmp_path, rounds=ROUNDS, packed=packed, mmio=mmio, serve=serve)
     directory = tmp_path / "saved" if place == "in a directory" else None
-    with built(config) as machine:
+    with ending(built(config)) as machine:
         at_rounds(machine, 20)
         snapshot = take(machine, directory)
         assert not is_paused(machine)
         for _ in range(2):
-            with clone_of(snapshot) as clone:
+            with ending(clone_of(snapshot)) as clone:
                 assert comparable_machine(clone.save()) == comparable_machine(snapshot.facts.state)
                 assert rounds_done(clone) >= 20
                 finish(clone, ROUNDS)
         finish_running(machine)
     snapshot.close()
     if directory is not None:
-        with open_snapshot(directory, report=Reporter()) as opened, clone_of(opened) as clone:
+        opened = open_snapshot(directory, report=Reporter())
+        with opened, ending(clone_of(opened)) as clone:
             assert_plain(opened.facts.state)
             assert comparable_machine(clone.save()) == comparable_machine(opened.facts.state)
             finish(clone, ROUNDS)
@@ -95,7 +105,7 @@ def finish_running(machine: Machine) -> None:
 
 
 def test_typed_bytes_in_the_uart_are_the_clones_too(tmp_path: Path) -> None:
-    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
         at_rounds(machine, 20)
         assert machine.consoles.receive(b"typed") == 5  # into the FIFO: the line goes up
         with take(machine) as snapshot:
@@ -110,11 +120,11 @@ def test_typed_bytes_in_the_uart_are_the_clones_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cpus", [2, 5, 8])
 def test_machines_of_several_vcpus_are_cloned(tmp_path: Path, cpus: int) -> None:
-    with built(snapshot_machine(tmp_path, rounds=ROUNDS, cpus=cpus)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS, cpus=cpus))) as machine:
         at_rounds(machine, 20)
         with take(machine) as snapshot:
             machine.stop(STOPPED)
-            with clone_of(snapshot) as clone:
+            with ending(clone_of(snapshot)) as clone:
                 finish(clone, ROUNDS)
 
 
@@ -131,16 +141,16 @@ def test_a_clone_of_a_clone_of_a_clone_goes_on(tmp_path: Path) -> None:
     with machine:
         finish(machine, ROUNDS)
     for snapshot in kept:  # each of the older ones is as it was
-        with snapshot, clone_of(snapshot) as clone:
+        with snapshot, ending(clone_of(snapshot)) as clone:
             finish(clone, ROUNDS)
 
 
 def test_a_machine_that_has_not_started_is_cloned(tmp_path: Path) -> None:
-    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=3))) as machine:
         snapshot = take(machine)
         finish(machine, 3)
-    with snapshot, clone_of(snapshot) as clone:
-        with take(clone) as again, clone_of(again) as second:
+    with snapshot, ending(clone_of(snapshot)) as clone:
+        with take(clone) as again, ending(clone_of(again)) as second:
             finish(second, 3)
         finish(clone, 3)
 
@@ -150,7 +160,7 @@ def test_a_machine_that_has_not_started_is_cloned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("live", [False, True])
 def test_a_paused_machine_stays_paused_and_a_running_one_runs(tmp_path: Path, live: bool) -> None:
-    with built(snapshot_machine(tmp_path, rounds=1 << 30)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
         at_rounds(machine, 20)
         take(machine, live=live).close()
         assert not is_paused(machine)
@@ -172,7 +182,7 @@ def test_a_paused_machine_stays_paused_and_a_running_one_runs(tmp_path: Path, li
 def test_resume_in_the_midst_of_a_snapshot_comes_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with built(snapshot_machine(tmp_path, rounds=1 << 30)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
         at_rounds(machine, 20)
         save = machine.save
 
@@ -191,7 +201,7 @@ def test_resume_in_the_midst_of_a_snapshot_comes_after_it(
             monkeypatch.undo()
             assert not is_paused(machine), "the other thread's wish"
             wait_for_rounds(machine, rounds_done(machine) + 2)
-            with clone_of(snapshot) as clone:
+            with ending(clone_of(snapshot)) as clone:
                 wait_for_rounds(at_rounds(clone, 1), rounds_done(clone) + 2)
 
 
@@ -201,7 +211,7 @@ def test_a_guest_goes_on_after_a_save_that_failed(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with built(snapshot_machine(tmp_path, rounds=1 << 30)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
         at_rounds(machine, 20)
         with monkeypatch.context() as patch:
             patch.setattr("pyvmm.snapshot.writing.write_ram", refuse)
@@ -210,7 +220,7 @@ def test_a_guest_goes_on_after_a_save_that_failed(
         assert sorted(path.name for path in tmp_path.glob("saved*")) == []
         assert not is_paused(machine)
         wait_for_rounds(machine, rounds_done(machine) + 2)
-        with take(machine, tmp_path / "saved") as snapshot, clone_of(snapshot) as clone:
+        with take(machine, tmp_path / "saved") as snapshot, ending(clone_of(snapshot)) as clone:
             wait_for_rounds(at_rounds(clone, 1), rounds_done(clone) + 2)
 
 
@@ -219,11 +229,11 @@ def test_a_live_snapshot_has_ram_as_it_was_when_the_guest_went_on(
     tmp_path: Path, directory: str | None
 ) -> None:
     place = None if directory is None else tmp_path / directory
-    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
         at_rounds(machine, 20)
         with take(machine, place, live=True) as snapshot:
             assert snapshot.facts.is_live
-            with clone_of(snapshot) as clone:
+            with ending(clone_of(snapshot)) as clone:
                 assert rounds_done(clone) < ROUNDS
                 finish(clone, ROUNDS)
         finish_running(machine)
@@ -233,33 +243,33 @@ def test_a_live_snapshot_has_ram_as_it_was_when_the_guest_went_on(
 
 
 def test_a_chain_of_diffs_goes_on_where_the_last_was_taken(tmp_path: Path) -> None:
-    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
         at_rounds(machine, 20)
         take(machine, tmp_path / "0").close()
     counts = []
     for number in range(1, 4):
         with (
             open_snapshot(tmp_path / f"{number - 1}", report=Reporter()) as snapshot,
-            clone_of(snapshot) as clone,
+            ending(clone_of(snapshot)) as clone,
         ):
             at_rounds(clone, rounds_done(clone) + 40)
             diff = take(clone, tmp_path / f"{number}", diff=True)
-            with diff, clone_of(diff) as again:
+            with diff, ending(clone_of(diff)) as again:
                 counts.append(rounds_done(again))
             assert (tmp_path / f"{number}" / "ram").stat().st_blocks * 512 < 1 << 20
     assert counts == sorted(counts)
     for number in (3, 2, 0):
         snapshot = open_snapshot(tmp_path / f"{number}", report=Reporter())
-        with snapshot, clone_of(snapshot) as clone:
+        with snapshot, ending(clone_of(snapshot)) as clone:
             finish(clone, ROUNDS)
 
 
 def test_a_diff_needs_a_directory_to_be_over(tmp_path: Path) -> None:
-    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=3))) as machine:
         with pytest.raises(SnapshotError, match=r"^snapshot\(\): a diff is a directory over"):
             take(machine, tmp_path / "diff", diff=True)
         with (
-            take(machine) as snapshot, clone_of(snapshot) as clone,
+            take(machine) as snapshot, ending(clone_of(snapshot)) as clone,
             pytest.raises(SnapshotError, match="a diff is a directory over another one"),
         ):
             take(clone, tmp_path / "diff", diff=True)
@@ -312,7 +322,7 @@ def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
 
 
 def test_a_hundred_clones_at_once_leave_nothing(tmp_path: Path) -> None:
-    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
         at_rounds(machine, 20)
         before = Resources.now()
         snapshot = take(machine)
@@ -339,7 +349,7 @@ def read_disk_of_ended(machine: Machine) -> bytes:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Machine]:
-    with built(disk_machine(tmp_path, rounds=1 << 30)) as machine:
+    with ending(built(disk_machine(tmp_path, rounds=1 << 30))) as machine:
         yield at_rounds(machine, 3)
 
 
@@ -362,16 +372,107 @@ def test_a_directory_that_is_there_is_refused_before_the_guest_is_paused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "saved").mkdir()
-    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=3))) as machine:
         monkeypatch.setattr(machine.runner, "hold", None)
         with pytest.raises(SnapshotError, match="saved: is there already"):
             take(machine, tmp_path / "saved")
 
 
 def test_a_machine_that_has_ended_is_not_saved(tmp_path: Path) -> None:
-    with built(snapshot_machine(tmp_path, rounds=3)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=3))) as machine:
         finish(machine, 3)
         with pytest.raises(SnapshotError, match=r"^snapshot\(\): the run is over"):
             take(machine)
     with pytest.raises(RuntimeError, match="closed"):
         take(machine)
+
+
+def test_a_served_disk_is_refused_before_the_guest_is_paused(tmp_path: Path) -> None:
+    (tmp_path / "exported.img").write_bytes(bytes(1 << 20))
+    config = snapshot_machine(tmp_path, rounds=1 << 30)
+    for place in (None, tmp_path / "saved"):
+        with Export(tmp_path / "exported.img", tmp_path / "socket"):
+            disks = (*config.disks, VhostUserDiskConfig(socket=str(tmp_path / "socket")))
+            with ending(built(config.replace(disks=disks))) as machine:
+                at_rounds(machine, 3)
+                with pytest.raises(SnapshotError, match=r"virtio1.*vhost-user.*have pyvmm serve"):
+                    take(machine, place)
+                assert not is_paused(machine)
+        (tmp_path / "socket").unlink(missing_ok=True)
+    assert not (tmp_path / "saved").exists()
+
+
+# A guest in the midst of something
+
+
+def test_a_guest_that_waits_in_hlt_is_woken_in_its_clone(tmp_path: Path) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=20))) as machine:
+        at_rounds(machine, 20)  # and waits for a typed byte, halted
+        until_s = time.monotonic() + patient(WAIT_S)
+        while True:
+            with take(machine) as snapshot:
+                state = snapshot.facts.state["vcpus"]
+                assert isinstance(state, dict)
+                if state["vcpu0"]["mp_state"] == KVM_MP_STATE_HALTED:
+                    with ending(clone_of(snapshot)) as clone:
+                        finish(clone, 20)
+                    break
+            assert time.monotonic() < until_s
+
+
+@pytest.mark.parametrize("serve", ["thread", "exit"])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_request_that_waits_for_its_turn_is_served_in_the_clone(
+    tmp_path: Path, packed: bool, serve: str
+) -> None:
+    config = snapshot_machine(tmp_path, rounds=60, packed=packed, serve=serve)
+    slow = config.disks[0].replace(rate_limit=RateLimit(ops_per_s=200, ops_burst=1))
+    with ending(built(config.replace(disks=(slow,)))) as machine:
+        at_rounds(machine, 5)
+        snapshots = [take(machine) for _ in range(5)]  # nearly always a request waits
+        for snapshot in snapshots:
+            with snapshot, ending(clone_of(snapshot)) as clone:
+                finish(clone, 60)
+        wait_for_rounds(machine, 60)
+
+
+# A state that somebody has spoilt
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], Path]:
+    """The records of a snapshot in a directory."""
+    folder = tmp_path_factory.mktemp("records")
+    with ending(built(snapshot_machine(folder, rounds=ROUNDS, cpus=2))) as machine:
+        at_rounds(machine, 20)
+        take(machine, folder / "saved").close()
+    return decode((folder / "saved" / "state").read_bytes(), name="state"), folder / "saved"
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_a_spoilt_record_is_one_error_or_accepted(
+    records: tuple[dict[str, object], Path], data: st.DataObject
+) -> None:
+    good, saved = records
+    path = data.draw(st.sampled_from([path for path, _ in walk(good)]), "path")
+    if data.draw(st.booleans(), "removed"):
+        spoilt = without(good, path)
+    else:
+        spoilt = replaced(good, path, data.draw(junk, "junk"))
+    assert isinstance(spoilt, dict)
+    try:
+        content = encode(spoilt, name="state")
+    except (TypeError, SnapshotError):
+        assume(False)
+    with TemporaryDirectory(dir=saved.parent) as folder:
+        other = Path(folder) / "other"
+        shutil.copytree(saved, other)
+        (other / "state").unlink()
+        (other / "state").write_bytes(content)
+        (other / "ram").chmod(0o400)
+        with (
+            contextlib.suppress(SnapshotError),
+            open_snapshot(other, report=Reporter()) as snapshot, clone_of(snapshot),
+        ):
+            pass
