@@ -131,6 +131,7 @@ class Model:
         if len(self.sleeping) < 5:
             client = self.client
             self.sleeping.append((client, client.begin("agent.run", {"argv": ["sleep"]})))
+            client.call("status")  # a rewind that another client asks for comes behind it
 
     def kill(self) -> None:
         if self.sleeping:
@@ -144,10 +145,12 @@ class Model:
             return
         size = self.chance.randrange(300_000)
         reads, writes = os.pipe()
-        pending = self.client.begin(
+        client = self.client
+        pending = client.begin(
             "agent.run", {"argv": ["flood", str(size)], "stdout": 0}, [writes]
         )
         os.close(writes)
+        client.call("status")
         counts: list[int] = []
 
         def read() -> None:

@@ -17,6 +17,7 @@ from pyvmm.agent import protocol
 from pyvmm.agent.protocol import FrameType, frame
 
 _PIECE = 16 << 10
+_START = frame(FrameType.START, 0, 0, protocol.START.pack(protocol.HOST_MAGIC, protocol.VERSION))
 _ROOM = 32 << 10
 """Bytes that the port takes for the guest at a time."""
 
@@ -59,6 +60,7 @@ class StandInPort:
         self._out = bytearray()
         self._in = bytearray()
         self._held = 0
+        self._is_started = False
         self._jobs: dict[int, GuestJob] = {}
         self.most_on_the_way = 0
         """The most bytes that waited for the host at a time."""
@@ -97,6 +99,8 @@ class StandInPort:
         """An agent comes forward."""
 
         def act() -> None:
+            self._in.clear()
+            self._is_started = False
             self._on_open(True)
             self._say(FrameType.HELLO, 0, 0, protocol.HELLO.pack(
                 protocol.GUEST_MAGIC, protocol.VERSION, 16, self._window
@@ -154,6 +158,15 @@ class StandInPort:
     def _take(self, data: bytes) -> None:
         self._held -= len(data)
         self._in += data
+        if not self._is_started:
+            # As the agent does: what comes before START was for the one before it.
+            at = self._in.find(_START)
+            if at < 0:
+                del self._in[: -len(_START)]
+                self._on_room()
+                return
+            del self._in[:at]
+            self._is_started = True
         while len(self._in) >= protocol.HEADER.size:
             length, kind, stream, number = protocol.HEADER.unpack_from(self._in)
             end = protocol.HEADER.size + length
