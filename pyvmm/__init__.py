@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from pyvmm.launcher.command import Command
     from pyvmm.launcher.completed import Completed
     from pyvmm.launcher.errors import CommandError, EndedError, OutputLimitError
-    from pyvmm.launcher.snapshot import VmSnapshot
-    from pyvmm.launcher.vm import Vm, launch
+    from pyvmm.launcher.vm import Vm, VmSnapshot, launch
     from pyvmm.run.outcome import Kind, Outcome
     from pyvmm.storage.backend import BlockBackend
     from pyvmm.testing.fail_on import FAIL_ON, FailOn
@@ -154,7 +153,7 @@ _PLACES = {
     "TripleFault": "pyvmm.testing.verdicts",
     "VhostUserDisk": "pyvmm.config:VhostUserDiskConfig",
     "Vm": "pyvmm.launcher.vm",
-    "VmSnapshot": "pyvmm.launcher.snapshot",
+    "VmSnapshot": "pyvmm.launcher.vm",
     "bare": "pyvmm.api.bare",
     "disk": "pyvmm.api.config",
     "launch": "pyvmm.launcher.vm",

@@ -26,13 +26,13 @@ if _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:  # else it 
 
 
 # Nothing below is needed before the signals are taken.
-from pyvmm.cli.main import (  # noqa: E402
+from pyvmm.cli.errors_told import (  # noqa: E402
     HOST_ERROR_STATUS,
-    SignalsAsTheyAre,
     output_failed,
     say_error,
     show_traceback,
 )
+from pyvmm.cli.main import SignalsAsTheyAre  # noqa: E402
 from pyvmm.cli.main import main as run_command  # noqa: E402
 
 

@@ -357,7 +357,7 @@ def _map_over(mapping: mmap.mmap, start: int, length: int, fd: int) -> None:
         raise
 
 
-def _address_of(mapping: mmap.mmap) -> int:
+def _address_of(mapping: mmap.mmap | memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
@@ -381,7 +381,7 @@ def _mmap(
     return found
 
 
-def replace_page(page: mmap.mmap, content: bytes) -> None:
+def replace_page(page: mmap.mmap | memoryview, content: bytes) -> None:
     """Swap in a new page with ``content``: a reader sees the old or the new content, never a mix.
 
     Plain stores arrive one by one.  Here another page takes the place of ``page`` with one mremap,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import time
 from collections.abc import Callable
 
@@ -11,7 +13,7 @@ from pyvmm.board.slot import Slot, eventfd
 from pyvmm.board.vmgenid import VmGenId
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vm
-from pyvmm.memory import GuestMemory
+from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.run.io_loop import LAST_WAIT_S, IoSource
 from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS
 from pyvmm.startup.types import TYPE_CHECKING
@@ -20,6 +22,10 @@ from pyvmm.x86 import layout
 
 if TYPE_CHECKING:
     from pyvmm.board.state import Chip, Part
+
+
+PAGES_SLOT = 8
+"""KVM's memory slot for the register pages; those below are RAM."""
 
 
 class Board:
@@ -49,6 +55,10 @@ class Board:
         self._report = report
         self._extra_sources: list[tuple[str, IoSource]] = []
         self._is_hurried = False
+        # All in one piece of memory, because each piece is a slot of KVM's, and each slot that is
+        # set waits until no vCPU of the host looks at the old ones: 1 to 8 ms.
+        self._pages = mmap.mmap(-1, layout.MAX_VIRTIO_DEVICES * PAGE_SIZE)
+        stack.callback(self._pages.close)
         self.vmgenid = VmGenId(memory)
         self.add_part("VM generation ID", self.vmgenid)
 
@@ -71,8 +81,8 @@ class Board:
         if any(slot.name == name for slot in self.slots):
             raise ValueError(f"two devices are named {name!r}: each needs a name of its own")
         slot = Slot(
-            index, device, name, self.memory, keep_used=self._maps_pages, at_exit=at_exit,
-            report=self._report,
+            index, device, name, self.memory, page=self._page(index),
+            keep_used=self._maps_pages, at_exit=at_exit, report=self._report,
         )
         self._stack.callback(slot.close)
         self._stack.callback(self.hurry)  # before the first of them is closed
@@ -115,9 +125,15 @@ class Board:
         self._maps_pages = self._maps_pages and can_map_pages
         for number, region in enumerate(self.memory.regions):
             vm.set_user_memory_region(number, region.gpa, region.length, region.host_address)
-        if self._maps_pages:
-            for slot in self.slots:
-                slot.map_page(vm)
+        if self._maps_pages and self.slots:
+            size = len(self.slots) * PAGE_SIZE
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
+            vm.set_user_memory_region(PAGES_SLOT, self.slots[0].base, size, address, read_only=True)
+
+    def _page(self, index: int) -> memoryview:
+        """Return the register page of slot ``index``."""
+        at = index * PAGE_SIZE
+        return memoryview(self._pages)[at : at + PAGE_SIZE]
 
     def connect(self, vm: Vm) -> None:
         """Connect every slot with the interrupt chips of ``vm``."""

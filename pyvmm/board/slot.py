@@ -14,34 +14,31 @@ device says that its configuration space is another.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Callable
 
 from pyvmm.kvm.handles import Vm
-from pyvmm.memory import PAGE_SIZE, GuestMemory
+from pyvmm.memory import GuestMemory
 from pyvmm.run.io_loop import IoSource
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.mmio import MmioTransport
 from pyvmm.virtio.spec import InterruptBit, Register
 from pyvmm.x86 import layout
 
-FIRST_PAGE_SLOT = 8
-"""KVM memory slots below it are RAM, those from it on register pages."""
-
 
 class Slot:
     """Slot ``index``: ``device`` behind a register page at ``base``, interrupting by line ``gsi``.
 
-    The slot owns the page, the device's eventfds and the device, and closes them.  A thread called
-    ``name`` has to serve ``sources``.  ``serve`` and ``refresh`` may be called from any thread.
+    The slot owns the device's eventfds and the device, and closes them; ``page`` is the board's.
+    A thread called ``name`` has to serve ``sources``.  ``serve`` and ``refresh`` may be called from
+    any thread.
 
     With ``keep_used`` InterruptStatus always says that there are used buffers, so that nobody need
     see its acknowledgement.  ``at_exit`` says where notifications are served; a device that is
     served elsewhere has its doorbells in any case.
 
-    A slot is made, mapped, connected and closed, in this order (``board.Board`` says why).
+    A slot is made, connected and closed, in this order (``board.Board`` says why).
     """
 
     def __init__(
@@ -51,6 +48,7 @@ class Slot:
         name: str,
         memory: GuestMemory,
         *,
+        page: memoryview,
         keep_used: bool,
         at_exit: bool,
         report: Callable[[str], None],
@@ -70,7 +68,7 @@ class Slot:
                 report=lambda line: report(f"{name}: {line}"),
                 # The thread does what a notification served at the exit leaves undone.
                 defer=self.serve,
-                keep_used=keep_used or device.is_served_elsewhere,
+                keep_used=keep_used or device.is_served_elsewhere, page=page,
             )
             stack.callback(self.transport.close)
             self._resources = stack.pop_all()
@@ -115,13 +113,6 @@ class Slot:
 
     # The slot as KVM sees it
 
-    def map_page(self, vm: Vm) -> None:
-        """Put the register page into the guest's address space, read-only."""
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self.transport.page))
-        vm.set_user_memory_region(
-            FIRST_PAGE_SLOT + self.index, self.base, PAGE_SIZE, address, read_only=True
-        )
-
     def connect(self, vm: Vm, ignored_ack_fd: int | None) -> None:
         """Have KVM take interrupts from our eventfds, and notifications to them; once.
 
@@ -140,7 +131,7 @@ class Slot:
                 vm.ioeventfd(doorbell, self.base + Register.QUEUE_NOTIFY, 4, datamatch=queue)
 
     def close(self) -> None:
-        """Stop and close the device, free its page and eventfds; idempotent."""
+        """Stop and close the device, free its eventfds; idempotent."""
         self._resources.close()
 
 

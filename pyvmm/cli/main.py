@@ -1,21 +1,13 @@
-"""``pyvmm``: find the subcommand, load only its code, turn errors into one line and status 125."""
+"""``pyvmm``: find the subcommand, load only its code, and have its errors told."""
 
 from __future__ import annotations
 
 import gc
 import os
-import sys
 
 import pyvmm
 from pyvmm.cli.descriptors import open_standard_descriptors
-from pyvmm.errors import PyvmmError
-from pyvmm.startup.types import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-HOST_ERROR_STATUS = 125
-_SIGINT, _SIGPIPE = 2, 13  # as in `signal`, whose imports would cost a start too much
+from pyvmm.cli.errors_told import HOST_ERROR_STATUS, complain, guarded, say_error
 
 COMMANDS = (
     "run", "restore", "snapshot", "test", "matrix", "ps", "ctl", "export", "doctor", "kernel",
@@ -65,30 +57,6 @@ def main(args: list[str], *, signals: SignalsAsTheyAre = _AS_THEY_ARE) -> int:
     open_standard_descriptors()
     command = args[0] if args else ""
     return guarded(command, args[1:], lambda: _run_command(command, args, signals))
-
-
-def guarded(command: str, rest: list[str], run: Callable[[], int]) -> int:
-    """Return what ``run`` returns, which is ``command`` with the words ``rest``.
-
-    An error is one line and status 125.
-    """
-    try:
-        return run()
-    except PyvmmError as error:
-        show_traceback(rest)
-        say_error(str(_shortage(command, error) or error))
-        return HOST_ERROR_STATUS
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError):
-            return output_failed(error)
-        show_traceback(rest)
-        # Neither the guest's fault nor the user's: this host lacks descriptors, threads or room.
-        say_error(str(_shortage(command, error) or f"this host: {error}"))
-        return HOST_ERROR_STATUS
-    except KeyboardInterrupt:
-        return 128 + _SIGINT
-    finally:
-        gc.enable()
 
 
 def _run_command(command: str, args: list[str], signals: SignalsAsTheyAre) -> int:
@@ -172,7 +140,7 @@ def _run_command(command: str, args: list[str], signals: SignalsAsTheyAre) -> in
                 show(line)
             return 0
         case "":
-            _complain(*USAGE.splitlines())
+            complain(*USAGE.splitlines())
             return HOST_ERROR_STATUS
         case _:
             say_error(_no_such_command(args))
@@ -193,45 +161,3 @@ def _no_such_command(args: list[str]) -> str:
     else:
         hint = did_you_mean(word, COMMANDS)
     return f"{word}: no such command; there are {', '.join(COMMANDS)}{hint} (pyvmm --help)"
-
-
-def _shortage(command: str, error: Exception) -> PyvmmError | None:
-    """Return the error for too few open files; None if ``command`` reports that itself."""
-    if command in ("run", "restore", "export"):
-        return None
-    from pyvmm.cli.descriptors import MANY_FILES, shortage
-
-    return shortage(error, MANY_FILES, f"pyvmm {command}")
-
-
-def output_failed(error: OSError) -> int:
-    """Discard further standard output, which takes no more, and return the exit status."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if isinstance(error, BrokenPipeError):
-        return 128 + _SIGPIPE  # the reader has gone: there is nobody left to tell
-    say_error(f"standard output: {error.strerror}")
-    return HOST_ERROR_STATUS
-
-
-def show_traceback(args: list[str]) -> None:
-    """Print the traceback of the present error, if ``args`` have -vv."""
-    if "-vv" in args or args.count("-v") + args.count("--verbose") > 1:
-        import traceback
-
-        for part in traceback.format_exception(*sys.exc_info()):
-            # A frame has two lines; an error's text is one line, whatever is in it.
-            _complain(*(part.splitlines() if part.startswith("  ") else [part.strip("\n")]))
-
-
-def _complain(*lines: str) -> None:
-    from pyvmm.report import complain
-
-    for line in lines:
-        complain(line)
-
-
-def say_error(line: str) -> None:
-    """Print one line on standard error, if there is one."""
-    from pyvmm.report import say
-
-    say(line)

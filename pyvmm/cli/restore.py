@@ -134,8 +134,8 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
 
     import pyvmm.cli.session
     import pyvmm.control.target  # noqa: F401 - for each clone's --control-fd
+    from pyvmm.cli.errors_told import guarded
     from pyvmm.cli.fork_server import ForkServer
-    from pyvmm.cli.main import guarded
     from pyvmm.cli.parse import parse_moved_disks
     from pyvmm.control.run_control import owner_socket
     from pyvmm.report import say

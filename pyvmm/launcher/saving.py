@@ -6,6 +6,7 @@ import os
 
 from pyvmm.control.client import ControlError, Pending
 from pyvmm.errors import HostError, SnapshotError
+from pyvmm.launcher.clones import Clones
 from pyvmm.launcher.session import Session
 from pyvmm.report import escape
 from pyvmm.startup.types import TYPE_CHECKING
@@ -14,26 +15,22 @@ if TYPE_CHECKING:
     from os import PathLike
     from typing import Any
 
-    from pyvmm.launcher.snapshot import VmSnapshot
-
 WORK_TIMEOUT_S = 900.0
 """Time for a snapshot to be written, behind those of other clients."""
 
 
 def snapshot(
     session: Session, directory: str | PathLike[str] | None, *, live: bool, diff: bool
-) -> VmSnapshot:
-    """See ``Vm.snapshot``."""
-    from pyvmm import VmSnapshot  # by the face, because its module imports Vm
-
+) -> Clones:
+    """Save the machine and return the clones of it; see ``Vm.snapshot``."""
     def make(path: str) -> None:
         _call(session, "snapshot", {"dir": path, "live": live, "diff": diff})
 
     if directory is None:
-        return VmSnapshot.in_temporary_directory(make)
+        return Clones.in_temporary_directory(make)
     path = os.path.abspath(os.fsdecode(directory))
     make(path)
-    return VmSnapshot(path)
+    return Clones(path)
 
 
 def checkpoint(session: Session) -> int:

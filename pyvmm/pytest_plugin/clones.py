@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from pyvmm.errors import PyvmmError
-from pyvmm.launcher.snapshot import VmSnapshot
-from pyvmm.launcher.vm import Vm
+from pyvmm.launcher.vm import Vm, VmSnapshot
 from pyvmm.pytest_plugin.guests import Guests
 from pyvmm.pytest_plugin.plan import Plan
 

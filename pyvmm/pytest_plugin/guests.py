@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.launcher.snapshot import VmSnapshot
-from pyvmm.launcher.vm import Vm, launch
+from pyvmm.launcher.vm import Vm, VmSnapshot, launch
 from pyvmm.pytest_plugin.logs import write_mark
 from pyvmm.pytest_plugin.plan import Plan
 from pyvmm.report import escape

@@ -15,6 +15,8 @@ from pyvmm.ram.runs import MOST_RUNS, Run
 from pyvmm.storage.files import set_lock
 
 MOST_LAYERS = 8
+_RUNS_IN_MEMORY = 256  # of all layers: a hundred clones fit into one process
+_FEW_RUNS = 32
 _KEEP_LENGTH = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _SEALS = _KEEP_LENGTH | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
@@ -69,6 +71,14 @@ class RamImage:
         if self._is_closed:
             raise ValueError("the RAM image is closed")
         return self._layers
+
+    @property
+    def room(self) -> int:
+        """The runs that a layer in memory over this image may have; 0 if there is to be none."""
+        if not self.is_immutable or len(self._files) >= MOST_LAYERS:
+            return 0
+        left = _RUNS_IN_MEMORY - sum(len(runs or ()) for _, runs in self._files)
+        return left if left >= _FEW_RUNS else 0
 
     def share(self) -> RamImage:
         """Return another handle of this image; ValueError if this one is closed."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
+from pyvmm.ram.runs import USUAL_RUNS
 from pyvmm.ram.write import RamWriter, Written
 
 # le32 errno (0: all is written); le32 CRCs; le64 held_bytes; le32 runs; le32 is a diff.  With
@@ -29,12 +30,14 @@ _RUN = struct.Struct("<QQ")
 _HOST_ERROR = 0xFFFF_FFFF
 
 
-def fork_writer(memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> LiveWriter:
+def fork_writer(
+    memory: GuestMemory, fd: int, *, over: RamImage | None = None, most_runs: int = USUAL_RUNS
+) -> LiveWriter:
     """Have a child write ``memory``, as it is now, into ``fd`` as ``write_ram`` does; HostError.
 
     The guest must be quiesced, and may go on as soon as this returns.  ``fd`` stays the caller's.
     """
-    ram_writer = RamWriter(memory, fd, over=over)
+    ram_writer = RamWriter(memory, fd, over=over, most_runs=most_runs)
     layers = () if memory.image is None else memory.image.layers
     kept = sorted({fd, *(layer.fd for layer in layers)})
     reader, writer = os.pipe()  # both close on exec

@@ -9,6 +9,8 @@ from pyvmm.memory import PAGE_SIZE, GuestMemory, Region
 Run = tuple[int, int]
 MOST_RUNS = 4096
 """Runs of one layer, because each is a mapping and a process has 65,530 of those."""
+USUAL_RUNS = 1024
+"""Runs of a diff that is written: several clones of it need to fit into one process."""
 
 
 def total(runs: Iterable[Run]) -> int:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory, Region
 from pyvmm.ram.compare import differing_runs
-from pyvmm.ram.image import MOST_LAYERS, RamImage, new_memfd
+from pyvmm.ram.image import RamImage, new_memfd
 from pyvmm.ram.pages import held_runs, own_runs
-from pyvmm.ram.runs import MOST_RUNS, Run, coarser, parts_in_regions, total
+from pyvmm.ram.runs import USUAL_RUNS, Run, coarser, parts_in_regions, total
 from pyvmm.startup.types import Record
 
 CHUNK = 1 << 20
@@ -38,7 +38,7 @@ def write_ram(memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> 
     """Write RAM into the empty file ``fd``, all of it or only where it differs from ``over``.
 
     Nobody may use RAM meanwhile.  A byte's offset is its position: regions follow without gaps.
-    OSError, as ENOSPC; HostError.  A diff has at most MOST_RUNS runs, with neighbours of the pages
+    OSError, as ENOSPC; HostError.  A diff has at most USUAL_RUNS runs, with neighbours of the pages
     that differ if need be.
     """
     return RamWriter(memory, fd, over=over).write()
@@ -47,17 +47,19 @@ def write_ram(memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> 
 def image_in_memory(memory: GuestMemory) -> RamImage:
     """Return an image of RAM in a sealed memfd; nobody may use the RAM.  HostError.
 
-    RAM over an image that never changes needs only its own pages: they become one more layer.
+    RAM over an image that never changes needs only its own pages: they become one more layer, if
+    they are not too scattered.
     """
     base = memory.image
     fd = new_memfd(memory.size_bytes)
     try:
-        if isinstance(base, RamImage) and base.is_immutable and len(base.layers) < MOST_LAYERS:
-            runs = own_runs(memory)
-            if len(runs) <= MOST_RUNS:
+        held = held_runs(memory)
+        if isinstance(base, RamImage) and base.room:
+            runs = coarser(own_runs(memory), memory.size_bytes, base.room)
+            if total(runs) <= total(held) // 2:
                 RamWriter(memory, fd).copy(runs)
                 return base.over_memfd(fd, runs)
-        RamWriter(memory, fd).copy(held_runs(memory))
+        RamWriter(memory, fd).copy(held)
         return RamImage.from_memfd(fd, memory.size_bytes)
     except OSError as error:
         os.close(fd)
@@ -122,7 +124,15 @@ class RamWriter:
     is not mapped over ``over``, as after a checkpoint, both are compared when it is made.
     """
 
-    def __init__(self, memory: GuestMemory, fd: int, *, over: RamImage | None = None) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        fd: int,
+        *,
+        over: RamImage | None = None,
+        most_runs: int = USUAL_RUNS,
+    ) -> None:
+        self._most_runs = most_runs
         self._memory = memory
         self._fd = fd
         self._is_diff = over is not None
@@ -139,7 +149,7 @@ class RamWriter:
         os.ftruncate(self._fd, size_bytes)
         if is_diff:
             own = own_runs(self._memory) if self._runs is None else self._runs
-            runs = coarser(own, size_bytes)
+            runs = coarser(own, size_bytes, self._most_runs)
         else:
             runs = held_runs(self._memory)
         crcs = {}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pyvmm.errors import HostError
 from pyvmm.kvm.state import tsc_khz_of
 from pyvmm.memory import GuestMemory
-from pyvmm.ram.image import MOST_LAYERS, RamImage, new_memfd
+from pyvmm.ram.image import RamImage, new_memfd
 from pyvmm.ram.live import LiveWriter, fork_writer
+from pyvmm.ram.runs import USUAL_RUNS
 from pyvmm.ram.write import write_ram
 from pyvmm.snapshot.config_record import save_config, save_kernel
 from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam
@@ -33,14 +34,15 @@ class LiveImage:
     def __init__(self, memory: GuestMemory) -> None:
         base = memory.image
         self._base: RamImage | None = None
-        if isinstance(base, RamImage) and base.is_immutable and len(base.layers) < MOST_LAYERS:
+        if isinstance(base, RamImage) and base.room:
             self._base = base.share()
         self._size_bytes = memory.size_bytes
         self._fd = -1
         self._child: LiveWriter | None = None
         try:
             self._fd = new_memfd(memory.size_bytes)
-            self._child = fork_writer(memory, self._fd, over=self._base)
+            most_runs = USUAL_RUNS if self._base is None else self._base.room
+            self._child = fork_writer(memory, self._fd, over=self._base, most_runs=most_runs)
         except BaseException:
             self.close()
             raise

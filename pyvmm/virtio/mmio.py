@@ -62,8 +62,9 @@ class MmioTransport:
         report: Callable[[str], None],
         defer: Callable[[int], None] | None = None,
         keep_used: bool = False,
+        page: memoryview | None = None,
     ) -> None:
-        self._page = RegisterPage(device.device_type)
+        self._page = RegisterPage(device.device_type, page)
         self.page = self._page.bytes
         self._device = device
         self._memory = memory
@@ -225,7 +226,7 @@ class MmioTransport:
         The device's backend stays open: it belongs to whoever made it.
         """
         with self._lock:
-            if self.page.closed:
+            if self._page.is_closed:
                 return
             self._device.reset()
             self._is_running = False

@@ -18,11 +18,13 @@ _ONES = 0xFFFF_FFFF
 class RegisterPage:
     """4 KiB of memory, ``bytes``, in which register ``r`` is word ``words[r // 4]``.
 
-    The guest may have it mapped, and read it at any time.
+    The guest may have it mapped, and read it at any time.  ``page`` is a page of the caller's, all
+    zero and shared memory; without one it makes its own.
     """
 
-    def __init__(self, device_type: int) -> None:
-        self.bytes = mmap.mmap(-1, PAGE_SIZE)
+    def __init__(self, device_type: int, page: memoryview | None = None) -> None:
+        self.bytes: mmap.mmap | memoryview = mmap.mmap(-1, PAGE_SIZE) if page is None else page
+        self.is_closed = False
         self.words = memoryview(self.bytes).cast("I")
         self.show(Register.MAGIC_VALUE, MAGIC)
         self.show(Register.VERSION, MMIO_VERSION)
@@ -73,6 +75,10 @@ class RegisterPage:
                 self.set_space(space, generation)
 
     def close(self) -> None:
-        """Free the page."""
+        """Free the page, or give the caller's up; once."""
+        self.is_closed = True
         self.words.release()
-        self.bytes.close()
+        if isinstance(self.bytes, memoryview):
+            self.bytes.release()
+        else:
+            self.bytes.close()

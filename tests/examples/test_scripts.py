@@ -67,6 +67,22 @@ def test_only_the_third_write_is_failed() -> None:
 
 
 @pytest.mark.kvm
+def test_a_guest_goes_back_to_before_its_panic() -> None:
+    done = run("time_travel", limit_s=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    taken = re.fullmatch(r"(\d+) checkpoints; then: kernel panic: .*sysrq.*", lines[0])
+    assert taken is not None, lines
+    assert int(taken[1]) > 5
+    assert re.fullmatch(r"back at checkpoint \d+, paused at rip 0x\w+", lines[1])
+    assert lines[2:] == [
+        "the guest has panicked: False",
+        "back at the first checkpoint, number 1, and on: it boots once more",
+        "the note was never written", "guest powered off",
+    ]
+
+
+@pytest.mark.kvm
 def test_the_third_write_to_a_disk_fails() -> None:
     done = run("faulty_disk", limit_s=240)
     assert done.stdout == (

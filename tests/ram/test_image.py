@@ -215,6 +215,25 @@ def test_an_image_in_memory_of_a_clone_holds_its_own_pages_only() -> None:
         assert second.layers[1].runs == ((2 * MIB, PAGE),)
 
 
+def test_a_hundred_clones_of_scattered_clones_fit_into_a_process() -> None:
+    """Each run is a mapping, of which a process has 65,530."""
+    size = 64 * MIB
+    with GuestMemory([(0, size)]) as memory:
+        for at in range(0, size, MIB):
+            memory.write(at, b"base" * 30_000)
+        image = image_in_memory(memory)
+    for generation in range(5):
+        with GuestMemory([(0, size)], image=image) as clone:
+            for at in range(generation, size // PAGE, 37):
+                clone.write(at * PAGE, b"own")
+            image.close()
+            image = image_in_memory(clone)
+            expected = content(clone)
+        assert sum(len(layer.runs or ()) for layer in image.layers) <= 256
+    with image, GuestMemory([(0, size)], image=image) as last:
+        assert content(last) == expected
+
+
 def test_images_of_images_without_end() -> None:
     memory = GuestMemory(REGIONS)
     for turn in range(3 * MOST_LAYERS):

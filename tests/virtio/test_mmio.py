@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 
 from pyvmm.virtio.register_page import VENDOR_ID
@@ -209,6 +211,7 @@ def test_one_interrupt_for_a_batch_and_none_when_unwanted(rig: Rig) -> None:
 def test_close_frees_the_page_and_stops_the_device(rig: Rig) -> None:
     rig.transport.close()
     rig.transport.close()
+    assert isinstance(rig.transport.page, mmap.mmap)
     assert rig.transport.page.closed
     assert not rig.device.is_activated
     assert rig.transport.service(0) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ import pytest
 import pyvmm
 from pyvmm.cli.fork_server import ForkServer
 from pyvmm.errors import SnapshotError
-from pyvmm.launcher.snapshot import VmSnapshot
+from pyvmm.launcher.clones import Clones
+from pyvmm.launcher.vm import VmSnapshot
 from tests.support.launched import is_there, until
 from tests.support.patience import patient
 
@@ -143,7 +145,7 @@ def test_a_temporary_directory_goes_with_the_snapshot(tmp_path: Path) -> None:
         made.append(path)
         os.mkdir(path)
 
-    with VmSnapshot.in_temporary_directory(make) as snapshot:
+    with contextlib.closing(Clones.in_temporary_directory(make)) as snapshot:
         assert snapshot.path == made[0]
         assert os.path.isdir(made[0])
     assert not os.path.exists(os.path.dirname(made[0]))
@@ -153,7 +155,7 @@ def test_a_temporary_directory_goes_with_the_snapshot(tmp_path: Path) -> None:
         raise SnapshotError("disk 0", "is written in place")
 
     with pytest.raises(SnapshotError):
-        VmSnapshot.in_temporary_directory(fail)
+        Clones.in_temporary_directory(fail)
     assert not os.path.exists(os.path.dirname(made[1]))
 
 

@@ -1,4 +1,4 @@
-"""``VmSnapshot``: a saved machine, of which each clone runs in a process of its own."""
+"""The processes of a snapshot's clones, and the one that forks them, behind ``VmSnapshot``."""
 
 from __future__ import annotations
 
@@ -19,23 +19,11 @@ from pyvmm.startup.types import TYPE_CHECKING
 if TYPE_CHECKING:
     from os import PathLike
 
-    from pyvmm.launcher.vm import Vm
-
 CLOCKS = ("keep", "now")
 
 
-class VmSnapshot:
-    """The snapshot in the directory ``path``; ``Vm.snapshot`` makes one, or open an old one.
-
-    Each clone is a process of its own, so one that breaks harms no other.  A process that has all
-    modules loaded forks them: a clone then costs a fraction of a start.  ``disks`` are other
-    places of the snapshot's disks, by number.
-
-    A context manager: leaving it ends that process, and removes the directory if the snapshot was
-    made without one.  Clones that still run go on.  All methods may be called from any thread.
-
-    SnapshotError, at the first clone, if the directory cannot be used.
-    """
+class Clones:
+    """The clones of the snapshot in the directory ``path``; see ``VmSnapshot``."""
 
     def __init__(
         self, path: str | PathLike[str], *,
@@ -48,9 +36,8 @@ class VmSnapshot:
         self._close = weakref.finalize(self, held.close)
 
     @classmethod
-    def in_temporary_directory(cls, make: Callable[[str], None]) -> VmSnapshot:
-        """Return the snapshot that ``make`` writes to the path it is given; it goes with ``close``.
-        """
+    def in_temporary_directory(cls, make: Callable[[str], None]) -> Clones:
+        """Have ``make`` write a snapshot to a path and return its clones; ``close`` removes it."""
         place = tempfile.mkdtemp(prefix="pyvmm-snapshot-", dir=os.environ.get("TMPDIR", "/var/tmp"))
         try:
             make(os.path.join(place, "snapshot"))
@@ -66,24 +53,16 @@ class VmSnapshot:
         """The snapshot's directory."""
         return self._path
 
-    def clone(
+    def start(
         self,
         *,
-        clock: str = "keep",
-        timeout_s: float | None = None,
-        console_log: str | PathLike[str] | int | None = None,
-        control: str | PathLike[str] | None = None,
-        report: Callable[[str], None] | None = None,
-    ) -> Vm:
-        """Return a new machine that goes on where the snapshot was made, running.
-
-        With ``clock="now"`` the guest's date is the host's; with ``"keep"`` it goes on from the
-        snapshot's.  After ``timeout_s`` seconds the run ends.  The rest is as for ``launch``.
-
-        SnapshotError if the snapshot cannot be used here, HostError for a host that cannot.
-        """
-        from pyvmm.launcher.vm import Vm  # which makes snapshots
-
+        clock: str,
+        timeout_s: float | None,
+        console_log: str | PathLike[str] | int | None,
+        control: str | PathLike[str] | None,
+        report: Callable[[str], None] | None,
+    ) -> Session:
+        """Start a clone and return its session; see ``VmSnapshot.clone``."""
         if clock not in CLOCKS:
             raise ConfigError(f"clock {clock!r}", f"is none of {', '.join(CLOCKS)}")
         if report is not None and not callable(report):
@@ -102,17 +81,11 @@ class VmSnapshot:
                 arguments.add_log(console_log)
                 words.append({"fd": 2, "before": "--console=/proc/self/fd/"})
             process = ForkedProcess.start(zygote, words, arguments.fds)
-        return Vm(Session.over(process, report))
+        return Session.over(process, report)
 
     def close(self) -> None:
         """End the process that makes clones, and remove a temporary directory; idempotent."""
         self._close()
-
-    def __enter__(self) -> VmSnapshot:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
     def _started(self) -> Zygote:
         words = [self._path]
