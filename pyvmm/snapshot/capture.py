@@ -133,6 +133,10 @@ def _facts(machine: Machine, about: About) -> Facts:
         state = machine.save()
     except StateError as error:
         raise SnapshotError(CALL, f"a part of the machine cannot be saved: {error}") from error
+    except RuntimeError as error:
+        if machine.runner.is_ending:  # a deadline, which no hold holds up
+            raise SnapshotError(CALL, "the run has ended meanwhile") from error
+        raise
     return Facts(
         id=about.id, made_ns=about.made_ns, is_live=about.is_live,
         config=machine.config, kernel=machine.kernel,
