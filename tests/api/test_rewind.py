@@ -158,8 +158,7 @@ def test_a_rewind_of_a_running_guest_gives_it_all_its_time_again(make: MakeMachi
     machine.start()
     echo(machine, "a")
     machine.checkpoint()
-    began_s = time.monotonic()
-    while time.monotonic() - began_s < 2.0:
+    for _ in range(20):
         time.sleep(0.1)
         machine.rewind()
     assert machine.outcome is None
