@@ -41,9 +41,16 @@ def take(
     """
     base = check(machine, directory, diff=diff)
     if directory is None:
-        return _take_in_memory(machine, live)
-    with Writer(directory) as writer:
-        return _take_into(machine, writer, live, base)
+        snapshot = _take_in_memory(machine, live)
+    else:
+        with Writer(directory) as writer:
+            snapshot = _take_into(machine, writer, live, base)
+    with machine.lock:
+        if machine.vm.fd >= 0:  # else it was closed while RAM was written
+            old, machine.newest = machine.newest, snapshot.share()
+            if old is not None:
+                old.close()
+    return snapshot
 
 
 def check(
@@ -133,6 +140,10 @@ def _facts(machine: Machine, about: About) -> Facts:
         state = machine.save()
     except StateError as error:
         raise SnapshotError(CALL, f"a part of the machine cannot be saved: {error}") from error
+    except RuntimeError as error:
+        if machine.runner.is_ending:  # a deadline, which no hold holds up
+            raise SnapshotError(CALL, "the run has ended meanwhile") from error
+        raise
     return Facts(
         id=about.id, made_ns=about.made_ns, is_live=about.is_live,
         config=machine.config, kernel=machine.kernel,

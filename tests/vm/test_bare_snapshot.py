@@ -20,6 +20,7 @@ from pyvmm.kvm.abi import KVM_MP_STATE_HALTED
 from pyvmm.machine import Machine
 from pyvmm.report import Reporter
 from pyvmm.snapshot.capture import take
+from pyvmm.snapshot.checkpoints import checkpoints_of
 from pyvmm.snapshot.files.records import decode, encode
 from pyvmm.snapshot.opening import open_snapshot
 from pyvmm.snapshot.snapshot import Snapshot
@@ -239,6 +240,39 @@ def test_a_live_snapshot_has_ram_as_it_was_when_the_guest_went_on(
         finish_running(machine)
 
 
+def test_a_run_that_ends_in_the_midst_of_a_snapshot_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
+        at_rounds(machine, 20)
+        save = machine.save
+
+        def ended_meanwhile() -> dict[str, object]:
+            machine.runner.finish(DONE)
+            until_s = time.monotonic() + patient(WAIT_S)
+            while not machine.runner.is_over:
+                assert time.monotonic() < until_s
+                time.sleep(0.001)
+            return save()
+
+        monkeypatch.setattr(machine, "save", ended_meanwhile)
+        with pytest.raises(SnapshotError, match=r"^snapshot\(\): the run has ended meanwhile$"):
+            take(machine, tmp_path / "saved")
+        assert list(tmp_path.glob("saved*")) == []
+        assert machine.wait(patient(WAIT_S)) == DONE
+
+
+def test_a_machine_that_is_saved_often_does_not_grow(tmp_path: Path) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
+        at_rounds(machine, 20)
+        counts = []
+        for _ in range(40):
+            take(machine).close()
+            wait_for_rounds(machine, rounds_done(machine) + 2)
+            counts.append(len(Resources.now().descriptors))
+        assert max(counts[20:]) <= max(counts[:20])
+
+
 # Diffs
 
 
@@ -277,10 +311,12 @@ def test_a_diff_needs_a_directory_to_be_over(tmp_path: Path) -> None:
 
 # The end of all, in any order
 
+STEPS = ("snapshot", "snapshot", "clone", "clone", "close", "drop", "checkpoint", "rewind")
+
 
 @given(data=st.data())
 @settings(
-    suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=10,
+    suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=15,
     phases=[Phase.explicit, Phase.generate],  # shrinking would boot guests for minutes
 )
 def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
@@ -297,8 +333,8 @@ def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
     before = Resources.now()
     machines, snapshots, number = [built(config)], list[Snapshot](), 0
     at_rounds(machines[0], 10)
-    for _ in range(data.draw(st.integers(1, 8), "steps")):
-        step = data.draw(st.sampled_from(["snapshot", "clone", "close", "drop"]), "step")
+    for _ in range(data.draw(st.integers(1, 10), "steps")):
+        step = data.draw(st.sampled_from(STEPS), "step")
         if step == "snapshot" and machines:
             number += 1
             directory = folder / f"{number}" if data.draw(st.booleans(), "in a directory") else None
@@ -311,6 +347,11 @@ def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
             machine = machines.pop(data.draw(st.integers(0, len(machines) - 1), "which"))
             machine.stop(STOPPED)
             machine.close()
+        elif step == "checkpoint" and machines:
+            checkpoints_of(data.draw(st.sampled_from(machines), "machine")).take()
+        elif step == "rewind" and machines:
+            with contextlib.suppress(SnapshotError):  # there may be nothing to go back to
+                checkpoints_of(data.draw(st.sampled_from(machines), "machine")).rewind()
         elif step == "drop" and snapshots:
             snapshots.pop(data.draw(st.integers(0, len(snapshots) - 1), "which")).close()
     for machine in machines:
@@ -337,6 +378,32 @@ def test_a_hundred_clones_at_once_leave_nothing(tmp_path: Path) -> None:
             assert read_disk_of_ended(clone) == expected_disk(ROUNDS)
             clone.close()
         assert Resources.now().without_image() == before.without_image()
+
+
+def test_clones_of_clones_are_made_by_many_threads_at_once(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(2):
+                with ending(clone_of(snapshot)) as clone:
+                    at_rounds(clone, rounds_done(clone) + 50)
+                    with take(clone) as own, ending(clone_of(own)) as second:
+                        finish(second, ROUNDS)
+        except BaseException as error:
+            errors.append(error)
+
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
+        at_rounds(machine, 20)
+        with take(machine) as snapshot:
+            before = Resources.now()
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert errors == []
+            assert Resources.now() == before
 
 
 def read_disk_of_ended(machine: Machine) -> bytes:
