@@ -178,10 +178,12 @@ vm-tests-%:
 power-cuts:
 	@$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS)
 
-soak: dev kernel image build/tools.img ## an hour of rings, 10,000 power cuts, a minute of load on four vCPUs
-	@$(call choose_host,)
+soak: needs ## an hour of rings, 10,000 power cuts, a minute of load on four vCPUs, 50 snapshots of Linux, 100 clones
+	@$(call choose_host,--memory 4G)
 	PYVMM_SOAK_S=$${PYVMM_SOAK_S:-3600} $(BIN)/python -m pytest -q -s --timeout 0 tests/virtio/ring/test_ring_model.py
 	PYVMM_STRESS_S=60 $$host $(BIN)/python -m pytest -q --timeout 1200 tests/vm/test_smp.py
+	PYVMM_SNAPSHOTS=50 PYVMM_CLONES=100 $$host $(BIN)/python -m pytest -q -s --timeout 0 \
+	  tests/vm/test_linux_snapshots.py tests/vm/test_linux_clones.py
 	PYVMM_POWER_CUTS=10000 $(BIN)/python -m pytest -q -m power_cut --timeout 7200 tests/vm
 
 fuzz: dev ## fuzz what reads untrusted bytes for T seconds (60) in all; ARGS='rings text' picks targets

@@ -185,6 +185,8 @@ class Machine:
         self._is_clone = False
         self.base: Base | None = None
         """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
+        self.newest: Base | None = None
+        """The one to go back to, which ``close`` gives up as well; None for none."""
         self.checkpoints: Base | None = None
         """The moments that ``snapshot/checkpoints.py`` keeps, which ``close`` frees."""
         self.runner = runner
@@ -380,7 +382,8 @@ class Machine:
         # A thread stuck in a system call still uses them; they then live as long as the process.
         with self.lock:
             if self.runner.stopped:
-                kept, self.checkpoints, self.base = (self.checkpoints, self.base), None, None
+                kept = self.checkpoints, self.base, self.newest
+                self.checkpoints = self.base = self.newest = None
                 self._resources.close()
                 for moments in kept:
                     if moments is not None:

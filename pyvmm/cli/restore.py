@@ -34,7 +34,7 @@ keys, when standard input is a terminal: as in pyvmm run.
 
 examples:
   pyvmm restore warm
-  pyvmm restore warm --console log --timeout 60 < commands
+  pyvmm restore warm --console log --timeout 60
   pyvmm restore warm --disk 0=/srv/images/root.img
 """
 

@@ -41,9 +41,16 @@ def take(
     """
     base = check(machine, directory, diff=diff)
     if directory is None:
-        return _take_in_memory(machine, live)
-    with Writer(directory) as writer:
-        return _take_into(machine, writer, live, base)
+        snapshot = _take_in_memory(machine, live)
+    else:
+        with Writer(directory) as writer:
+            snapshot = _take_into(machine, writer, live, base)
+    with machine.lock:
+        if machine.vm.fd >= 0:  # else it was closed while RAM was written
+            old, machine.newest = machine.newest, snapshot.share()
+            if old is not None:
+                old.close()
+    return snapshot
 
 
 def check(

@@ -29,13 +29,13 @@ CALL = "checkpoint()"
 class Checkpoint(Record, kw_only=False):
     """A moment: all but RAM, which the journal has by ``number``.
 
-    ``base`` is the snapshot that was the machine's newest then.
+    ``newest`` is the snapshot that was the machine's newest then.
     """
 
     number: int
     state: dict[str, object]
     disks: Sequence[FrozenDisk]
-    base: object
+    newest: object
 
     def close(self) -> None:
         """Free the disks."""
@@ -60,7 +60,7 @@ class Checkpoints:
         self._max_count = max_count
         self._journal: RamJournal | None = None
         self._kept: deque[Checkpoint] = deque()
-        self._base_before: object = None
+        self._newest_before: object = None
         """The machine's snapshot when it took its newest checkpoint, or went back to one."""
         self.dropped = 0
         """The number of checkpoints that went to make room."""
@@ -97,8 +97,8 @@ class Checkpoints:
             finally:
                 self._drop(self._journal.numbers)
             undo.pop_all()
-            self._base_before = machine.base
-            self._kept.append(Checkpoint(number, state, disks, machine.base))
+            self._newest_before = machine.newest
+            self._kept.append(Checkpoint(number, state, disks, machine.newest))
             while len(self._kept) > self._max_count:
                 self._kept.popleft().close()
                 self.dropped += 1
@@ -120,7 +120,7 @@ class Checkpoints:
         with machine.lock:
             kept = self._find(number)
             if kept is None:
-                self._go_back_to_base(attach)
+                self._go_back_to_newest(attach)
             else:
                 self._go_back(kept, attach)
 
@@ -135,11 +135,11 @@ class Checkpoints:
 
     def _find(self, number: int | None) -> Checkpoint | None:
         """Return the checkpoint to go back to; None for the machine's snapshot; SnapshotError."""
-        base = self._machine.base
+        newest = self._machine.newest
         if number is None:
-            if self._kept and (base is None or base is self._base_before):
+            if self._kept and (newest is None or newest is self._newest_before):
                 return self._kept[-1]
-            if base is None:
+            if newest is None:
                 raise SnapshotError(
                     "rewind()", "there is no checkpoint and no snapshot to go back to"
                 )
@@ -161,11 +161,11 @@ class Checkpoints:
         put_back(machine, WayBack(state=kept.state, bring_back=bring_back, attach=attach))
         while self._kept[-1] is not kept:
             self._kept.pop().close()
-        self._base_before = machine.base
+        self._newest_before = machine.newest
 
-    def _go_back_to_base(self, attach: Callable[[bool], None]) -> None:
-        machine, snapshot = self._machine, self._machine.base
-        assert isinstance(snapshot, Snapshot)  # nothing else is ever under a machine
+    def _go_back_to_newest(self, attach: Callable[[bool], None]) -> None:
+        machine, snapshot = self._machine, self._machine.newest
+        assert isinstance(snapshot, Snapshot)  # it is nothing else
         memory = machine.board.memory
 
         def bring_back() -> None:
@@ -173,13 +173,16 @@ class Checkpoints:
                 drop_own(memory)
             else:
                 memory.map_image(snapshot.image)
+                old, machine.base = machine.base, snapshot.share()
+                if old is not None:
+                    old.close()
             revert_disks(machine.board, snapshot.disks)
 
         way = WayBack(state=snapshot.facts.state, bring_back=bring_back, attach=attach)
         put_back(machine, way)
-        while self._kept and self._kept[-1].base is snapshot:
+        while self._kept and self._kept[-1].newest is snapshot:
             self._kept.pop().close()
-        self._base_before = None
+        self._newest_before = None
 
     def _drop(self, numbers: tuple[int, ...]) -> None:
         """Forget the checkpoints whose RAM the journal has forgotten to make room."""

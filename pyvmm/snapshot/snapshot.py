@@ -131,7 +131,7 @@ class Snapshot:
         except BaseException:
             base.close()
             raise
-        machine.base = base
+        machine.base, machine.newest = base, self.share()
         try:
             self._check_sizes(machine, disks)
         except BaseException:

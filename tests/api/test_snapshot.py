@@ -365,6 +365,7 @@ def test_a_snapshot_that_nobody_closes_says_so(config: Make) -> None:
     [
         ({"clock": "later"}, pyvmm.SnapshotError, "clock 'later': is none of keep, now"),
         ({"timeout_s": "soon"}, TypeError, "timeout_s must be seconds or None"),
+        ({"timeout_s": -1}, pyvmm.ConfigError, "--timeout -1: must be a number of seconds above"),
         ({"console": 1}, TypeError, "console must be a path or None"),
         ({"disks": {"vda": "x"}}, TypeError, "disks must be disks by their index"),
         ({"disks": {3: pyvmm.MemoryDisk(512)}}, pyvmm.SnapshotError, r"disk 3: is none of .* 1"),

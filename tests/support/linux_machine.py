@@ -14,9 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from uuid import UUID, uuid4
 
+import pytest
+
 from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.snapshot.snapshot import Snapshot
 from pyvmm.storage.open import DiskSource
 from tests.support.disk_guest import built, read_memory, write_memory
 from tests.support.guest import KERNEL, MIB, TOOLS, sparse
@@ -150,6 +153,14 @@ class LinuxMachine:
             if not disk.read_only:
                 disks[-1] = copied(disk.location, folder)
         return Saved(config=self.config, state=state, memory=memory, disks=tuple(disks))
+
+    @classmethod
+    def clone_of(cls, snapshot: Snapshot, console: Path) -> LinuxMachine:
+        """Return a clone, started; the new file ``console`` gets what it writes."""
+        console.unlink(missing_ok=True)
+        machine = snapshot.clone(console=str(console), report=pytest.fail)
+        machine.start()
+        return cls(machine.config.replace(console=str(console)), machine)
 
     @classmethod
     def restored(
