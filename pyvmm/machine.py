@@ -141,7 +141,6 @@ def _make_memory(
 
 
 
-
 def _can_map_pages(config: RunConfig, kvm: Kvm, report: Callable[[str], None]) -> bool:
     """True if KVM can map register pages; a line says so if ``config`` asks for more."""
     can = bool(kvm.check_extension(KVM_CAP_READONLY_MEM))
@@ -204,6 +203,9 @@ class Machine:
         # Re-entrant: a handler of a signal that arrives under it may call wait() or close().
         self.lock = threading.RLock()
         """Held while the machine is saved, rewound, judged or closed."""
+        self.moments = threading.RLock()
+        """Held even until a live snapshot is written; taken before ``lock`` (``snapshot/still``)."""
+        self.moment = ""
         self._time_limit: Deadline | None = None
         self._outcome: Outcome | None = None
         # None: not all parts have a state.

@@ -14,7 +14,7 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.snapshot.files.content import About
 from pyvmm.snapshot.files.writer import Writer
 from pyvmm.snapshot.snapshot import Facts, Snapshot
-from pyvmm.snapshot.still import still
+from pyvmm.snapshot.still import one_moment, still
 from pyvmm.snapshot.writing import LiveImage, WrittenRam, finish_directory, host_of
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.virtio.spec import DeviceType
@@ -39,17 +39,18 @@ def take(
     SnapshotError for a machine that cannot be saved, or a directory that cannot be made; where
     that can be known, before the guest is paused.  HostError.
     """
-    base = check(machine, directory, diff=diff)
-    if directory is None:
-        snapshot = _take_in_memory(machine, live)
-    else:
-        with Writer(directory) as writer:
-            snapshot = _take_into(machine, writer, live, base)
-    with machine.lock:
-        if machine.vm.fd >= 0:  # else it was closed while RAM was written
-            old, machine.newest = machine.newest, snapshot.share()
-            if old is not None:
-                old.close()
+    with one_moment(machine, CALL):
+        base = check(machine, directory, diff=diff)
+        if directory is None:
+            snapshot = _take_in_memory(machine, live)
+        else:
+            with Writer(directory) as writer:
+                snapshot = _take_into(machine, writer, live, base)
+        with machine.lock:
+            if machine.vm.fd >= 0:  # else it was closed while RAM was written
+                old, machine.newest = machine.newest, snapshot.share()
+                if old is not None:
+                    old.close()
     return snapshot
 
 

@@ -13,7 +13,7 @@ from pyvmm.ram.journal import RamJournal
 from pyvmm.ram.pages import drop_own
 from pyvmm.snapshot.rewind import WayBack, put_back
 from pyvmm.snapshot.snapshot import Snapshot
-from pyvmm.snapshot.still import check_open, still
+from pyvmm.snapshot.still import check_open, one_moment, still
 from pyvmm.startup.types import TYPE_CHECKING, Record
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ MAX_BYTES = 1 << 30
 """RAM that is kept to undo what a guest has written between checkpoints, unless told otherwise."""
 MAX_COUNT = 1024
 """Checkpoints that are kept at most: for each there are some 50 kB of state, besides RAM."""
-CALL = "checkpoint()"
+CALL, BACK = "checkpoint()", "rewind()"
 
 
 class Checkpoint(Record, kw_only=False):
@@ -85,7 +85,10 @@ class Checkpoints:
         check_disks(machine.board, into_directory=False, to_rewind=True)
         if machine.board.memory.fd is not None:
             raise SnapshotError(CALL, "another process shares the guest's RAM, and may write it")
-        with machine.lock, still(machine, CALL), contextlib.ExitStack() as undo:
+        with (
+            one_moment(machine, CALL), machine.lock, still(machine, CALL),
+            contextlib.ExitStack() as undo,
+        ):
             disks = freeze_disks(machine.board)
             for disk in disks:
                 undo.callback(disk.close)
@@ -117,7 +120,7 @@ class Checkpoints:
         See ``snapshot.rewind`` for ``attach`` and all else.
         """
         machine = self._machine
-        with machine.lock:
+        with one_moment(machine, BACK), machine.lock:
             kept = self._find(number)
             if kept is None:
                 self._go_back_to_newest(attach)
@@ -141,7 +144,7 @@ class Checkpoints:
                 return self._kept[-1]
             if newest is None:
                 raise SnapshotError(
-                    "rewind()", "there is no checkpoint and no snapshot to go back to"
+                    BACK, "there is no checkpoint and no snapshot to go back to"
                 )
             return None
         for kept in self._kept:

@@ -14,6 +14,26 @@ STILL_S = 30.0
 
 
 @contextlib.contextmanager
+def one_moment(machine: Machine, call: str) -> Iterator[None]:
+    """Wait until no other thread keeps a moment of ``machine`` or goes back to one; then for
+    ``call`` have them wait.
+
+    A live snapshot lasts until RAM is written: the child that writes it maps the memory that the
+    next checkpoint changes.  RuntimeError in a thread of the run, and in a handler of a signal that
+    arrives meanwhile.
+    """
+    machine.runner.refuse_own_threads(call)
+    with machine.moments:
+        if machine.moment:
+            raise RuntimeError(f"{call} inside {machine.moment} would wait for ever")
+        machine.moment = call
+        try:
+            yield
+        finally:
+            machine.moment = ""
+
+
+@contextlib.contextmanager
 def still(machine: Machine, call: str, timeout_s: float = STILL_S) -> Iterator[None]:
     """Hold ``machine`` quiesced, with every byte of its console observed, for ``call``.
 
