@@ -22,7 +22,6 @@ from pyvmm.snapshot.snapshot import Snapshot
 from pyvmm.storage.open import DiskSource
 from tests.support.guest import IMAGE, MIB
 from tests.support.linux_machine import LinuxMachine, linux_config
-from tests.support.patience import patient
 from tests.support.snapshots import Resources
 
 CLONES = int(os.environ.get("PYVMM_CLONES", "20"))
@@ -80,7 +79,7 @@ def try_clones(snapshot: Snapshot, consoles: Path, complaints: str) -> None:
             for number in range(CLONES)
         ]
         made_s = time.monotonic()
-        time.sleep(patient(IDLE_S))
+        time.sleep(IDLE_S)
         own = sorted(own_bytes(clone.machine.board.memory) for clone in clones)
         of_process = (anonymous_bytes() - anonymous) // CLONES
         maps = len(Path("/proc/self/maps").read_text().splitlines())
