@@ -39,12 +39,13 @@ class FioLoad:
 
     def __init__(self, linux: LinuxMachine, root: str = "") -> None:
         self._in_root = f"chroot {root} " if root else ""
-        assert linux.run("mount -t tmpfs none /mnt; dmesg -n 8") == ""
+        assert linux.run("mount -t tmpfs none /mnt; dmesg -n 1") == ""
         for name in ("dev", "mnt") if root else ():
             assert linux.run(f"mount --bind /{name} {root}/{name}") == ""
         fio = self._in_root + FIO.format(file="$2", size="2m")
         linux.type(f"cat >/mnt/load <<'X'\n{_SCRIPT.format(fio=fio)}X\n")
-        assert linux.run(_PREPARE) == ""
+        said = linux.run(_PREPARE)
+        assert said == "", said
         for disk, place in PLACES.items():
             linux.run(f"(exec </dev/null; sh /mnt/load {disk} {place}) & true")
 
