@@ -204,7 +204,7 @@ class Machine:
         self.lock = threading.RLock()
         """Held while the machine is saved, rewound, judged or closed."""
         self.moments = threading.RLock()
-        """Held even until a live snapshot is written; taken before ``lock`` (``snapshot/still``)."""
+        """Held until a live snapshot is written, too; taken before ``lock``: ``snapshot/still``."""
         self.moment = ""
         self._time_limit: Deadline | None = None
         self._outcome: Outcome | None = None

@@ -5,9 +5,10 @@ Loaded only where a machine is saved or restored.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pyvmm.board.bus import BusDevice
 from pyvmm.kvm.handles import Vcpu, Vm
@@ -52,16 +53,16 @@ def save_machine(
     UART takes what KVM has gathered for it, which may drive its line.
     """
     _refuse_if_closed(vm, "save()")
-    _refuse_if_moving(runner)
-    on_board = board.save()
-    state: dict[str, object] = {
-        "board": on_board,
-        "vcpus": {name: vcpu.save() for name, vcpu in _vcpus(loops).items()},
-        "chips": vm.save(),
-    }
-    state["realtime_ns"] = time.time_ns()  # right behind kvm-clock, the last of the chips
-    _refuse_if_moving(runner)
-    return state
+    with _held(runner):
+        on_board = board.save()
+        state: dict[str, object] = {
+            "board": on_board,
+            "vcpus": {name: vcpu.save() for name, vcpu in _vcpus(loops).items()},
+            "chips": vm.save(),
+        }
+        state["realtime_ns"] = time.time_ns()  # right behind kvm-clock, the last of the chips
+        _refuse_if_moving(runner)
+        return state
 
 
 def restore_machine(
@@ -183,6 +184,21 @@ def _vcpus(loops: Sequence[VcpuLoop]) -> dict[str, Vcpu]:
 def _refuse_if_closed(vm: Vm, call: str) -> None:
     if vm.fd < 0:
         raise RuntimeError(f"{call} needs an open machine: this one was closed")
+
+
+@contextlib.contextmanager
+def _held(runner: Runner | None) -> Iterator[None]:
+    """Hold a quiesced machine, unless it is held already: who resumes it is obeyed afterwards."""
+    _refuse_if_moving(runner)
+    if runner is None or runner.is_held:
+        yield
+        return
+    if not runner.hold("save()"):
+        raise RuntimeError("save(): the run has ended meanwhile")
+    try:
+        yield
+    finally:
+        runner.let_go()
 
 
 def _refuse_if_moving(runner: Runner | None) -> None:

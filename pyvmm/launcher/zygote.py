@@ -14,7 +14,13 @@ import time
 from collections.abc import Sequence
 
 from pyvmm.errors import HostError, SnapshotError
-from pyvmm.launcher.process import END_TIMEOUT_S, TERM_TIMEOUT_S, MachineProcess, environment
+from pyvmm.launcher.process import (
+    END_TIMEOUT_S,
+    TERM_TIMEOUT_S,
+    MachineProcess,
+    both_ends,
+    environment,
+)
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -181,12 +187,7 @@ class ForkedProcess(MachineProcess):
         """
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             try:
-                own, other = socket.socketpair()
-                ours.callback(own.close)
-                theirs.callback(other.close)
-                stderr_fd, stderr_end = os.pipe()
-                ours.callback(os.close, stderr_fd)
-                theirs.callback(os.close, stderr_end)
+                own, other, stderr_fd, stderr_end = both_ends(ours, theirs)
             except OSError as error:
                 raise HostError(f"clone: {error}") from error
             control = {"fd": 1, "before": "--control-fd="}

@@ -161,9 +161,11 @@ class Checkpoints:
             journal.rewind(kept.number)
             revert_disks(machine.board, kept.disks)
 
-        put_back(machine, WayBack(state=kept.state, bring_back=bring_back, attach=attach))
-        while self._kept[-1] is not kept:
-            self._kept.pop().close()
+        try:
+            put_back(machine, WayBack(state=kept.state, bring_back=bring_back, attach=attach))
+        finally:
+            while self._kept and self._kept[-1].number not in journal.numbers:
+                self._kept.pop().close()
         self._newest_before = machine.newest
 
     def _go_back_to_newest(self, attach: Callable[[bool], None]) -> None:

@@ -85,6 +85,7 @@ def _put_back_ended(machine: Machine, way: WayBack) -> None:
     _bring_back(machine, way)
     way.attach(True)
     machine.run_again()
+    machine.pause()  # the vCPUs are on their way to the gate
     machine.catch_up()
     machine.limit_time()
 

@@ -118,7 +118,7 @@ def test_a_child_that_hangs_meets_the_deadline_and_can_be_killed(
     with fork_writer(large, file.fileno()) as writer:
         stopped(writer)
         with pytest.raises(TimeoutError, match="not written"):
-            writer.wait(0.05)
+            writer.wait(timeout_s=0.05)
         os.kill(writer.pid, signal.SIGCONT)
         assert writer.wait(patient(60)).held_bytes == LARGE  # it may be waited for again
     with fork_writer(large, file.fileno()) as writer:

@@ -15,7 +15,7 @@ from tests.support.patience import patient
 PLACES = {"vdb": "/dev/vdb", "vdc": "/mnt/fs/load"}
 _KEPT = "dd if=/dev/vdb bs=64k skip=128 count=8 2>/dev/null | md5sum"
 _PREPARE = (
-    "mkdir /mnt/fs; mke2fs -q -t ext4 /dev/vdc; mount -t ext4 /dev/vdc /mnt/fs;"
+    "mkdir /mnt/fs; /sbin/mke2fs -q -t ext4 /dev/vdc; mount -t ext4 /dev/vdc /mnt/fs;"
     " dd if=/dev/urandom of=/mnt/fs/kept bs=64k count=8 2>/dev/null;"
     " dd if=/mnt/fs/kept of=/dev/vdb bs=64k seek=128 2>/dev/null; sync;"
     " md5sum </mnt/fs/kept >/mnt/sum; touch /mnt/vdb /mnt/vdc"
@@ -42,10 +42,9 @@ class FioLoad:
         assert linux.run("mount -t tmpfs none /mnt; dmesg -n 8") == ""
         for name in ("dev", "mnt") if root else ():
             assert linux.run(f"mount --bind /{name} {root}/{name}") == ""
-        assert linux.run(f"cat >/mnt/prepare <<'X'\n{_PREPARE}\nX") == ""
         fio = self._in_root + FIO.format(file="$2", size="2m")
         linux.type(f"cat >/mnt/load <<'X'\n{_SCRIPT.format(fio=fio)}X\n")
-        assert linux.run("sh /mnt/prepare") == ""
+        assert linux.run(_PREPARE) == ""
         for disk, place in PLACES.items():
             linux.run(f"(exec </dev/null; sh /mnt/load {disk} {place}) & true")
 

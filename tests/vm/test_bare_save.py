@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,33 @@ def test_a_machine_that_was_saved_goes_on_itself(tmp_path: Path) -> None:
         assert machine.consoles.receive(b"!") == 1
         assert machine.wait(patient(WAIT_S)) == DONE
     assert (tmp_path / "disk.img").read_bytes() == expected_disk(ROUNDS)
+
+
+def test_who_resumes_a_machine_while_it_is_saved_is_obeyed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with built(disk_machine(tmp_path, rounds=ROUNDS)) as machine:
+        machine.start()
+        wait_for_rounds(machine, STOPS[0])
+        assert machine.quiesce(patient(WAIT_S))
+        save, before = Vm.save, rounds_done(machine)
+
+        def resumed_meanwhile(vm: Vm) -> dict[str, object]:
+            other = threading.Thread(target=machine.resume)
+            other.start()
+            other.join()
+            time.sleep(0.05)
+            assert rounds_done(machine) == before
+            return save(vm)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Vm, "save", resumed_meanwhile)
+            state = machine.save()
+        wait_for_rounds(machine, ROUNDS)
+        assert not machine.is_paused
+        assert sorted(state) == ["board", "chips", "realtime_ns", "vcpus"]
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
 
 
 def test_a_machine_that_has_not_started_is_saved_too(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def start_load(linux: LinuxMachine) -> None:
     """Have fio write and verify each data disk for ever; a line in /mnt/DISK for each pass."""
     linux.run("mount -t tmpfs none /mnt; dmesg -n 8")
     for disk in DATA_DISKS:
+        linux.run(f"touch /mnt/{disk}")
         fio = FIO.format(file=f"/dev/{disk}", size="2m")
         linux.run(
             f"(while {fio} >/mnt/{disk}.said 2>&1; grep -q ';t;0;0;' /mnt/{disk}.said; do"
