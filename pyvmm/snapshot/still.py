@@ -34,31 +34,42 @@ def one_moment(machine: Machine, call: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def still(machine: Machine, call: str, timeout_s: float = STILL_S) -> Iterator[None]:
+def still(machine: Machine, call: str) -> Iterator[None]:
     """Hold ``machine`` quiesced, with every byte of its console observed, for ``call``.
 
     Afterwards it is as it was: running, paused or quiesced, or as others asked for meanwhile.  It
     cannot be closed meanwhile.  SnapshotError if its run is over or ends before it is still, or if
-    that takes more than ``timeout_s`` seconds.  RuntimeError in a thread of the run, and for a
+    that takes more than STILL_S seconds.  RuntimeError in a thread of the run, and for a
     machine that is being saved or rewound.
     """
     runner = machine.runner
     runner.refuse_own_threads(call)
     with machine.lock:
         check_open(machine, call)
-        until_s = time.monotonic() + timeout_s
-        if not runner.hold(call, timeout_s):
-            if time.monotonic() < until_s:
-                raise SnapshotError(call, "the run is over")
-            raise SnapshotError(
-                call, f"the guest did not come to rest in {timeout_s:g} s: a vCPU or a disk waits "
-                "for this host (does nobody read the console?)"
-            )
+        if not held(machine, call):
+            raise SnapshotError(call, "the run is over")
         try:
             runner.in_house(machine.output.observe_all)
             yield
         finally:
             runner.let_go()
+
+
+def held(machine: Machine, call: str) -> bool:
+    """Hold ``machine`` until ``let_go`` of its runner: see ``Runner.hold``.
+
+    False if its run is over or ends meanwhile.  SnapshotError if that takes more than STILL_S
+    seconds, and nothing is held then.
+    """
+    runner, until_s = machine.runner, time.monotonic() + STILL_S
+    if runner.hold(call, STILL_S):
+        return True
+    if runner.is_ending or time.monotonic() < until_s:
+        return False
+    raise SnapshotError(
+        call, f"the guest did not come to rest in {STILL_S:g} s: a vCPU or a disk waits for this "
+        "host (does nobody read the console?)"
+    )
 
 
 def check_open(machine: Machine, call: str) -> None:
