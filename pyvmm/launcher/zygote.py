@@ -89,7 +89,8 @@ class Zygote:
     def _answer(self) -> list[Any]:
         """Return the answer to the last message, under ``_lock``; SnapshotError, HostError.
 
-        An answer that comes after an interrupt is dropped, and its clone ends: its sockets are closed.
+        An answer that comes after an interrupt is dropped.  Its clone ends: its sockets are
+        closed.
         """
         until_s = time.monotonic() + ANSWER_TIMEOUT_S
         with self._news:
