@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, SnapshotError
 from pyvmm.launcher.arguments import Arguments
 from pyvmm.launcher.session import Session
 from pyvmm.launcher.zygote import ForkedProcess, Zygote
@@ -37,8 +37,18 @@ class Clones:
 
     @classmethod
     def in_temporary_directory(cls, make: Callable[[str], None]) -> Clones:
-        """Have ``make`` write a snapshot to a path and return its clones; ``close`` removes it."""
-        place = tempfile.mkdtemp(prefix="pyvmm-snapshot-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+        """Have ``make`` write a snapshot to a path and return its clones; ``close`` removes it.
+
+        SnapshotError without a directory for it.
+        """
+        parent = os.path.abspath(os.environ.get("TMPDIR") or "/var/tmp")
+        try:
+            place = tempfile.mkdtemp(prefix="pyvmm-snapshot-", dir=parent)
+        except OSError as error:
+            raise SnapshotError(
+                parent, f"has no room for a snapshot: {error.strerror}; TMPDIR names another "
+                "directory"
+            ) from error
         try:
             make(os.path.join(place, "snapshot"))
             found = cls(os.path.join(place, "snapshot"))

@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from pyvmm.board.disks import check_disks, freeze_disks
-from pyvmm.errors import HostError, SnapshotError, StateError
+from pyvmm.errors import HostError, SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.ram.image import MOST_LAYERS
 from pyvmm.ram.write import image_in_memory
@@ -14,7 +14,7 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.snapshot.files.content import About
 from pyvmm.snapshot.files.writer import Writer
 from pyvmm.snapshot.snapshot import Facts, Snapshot
-from pyvmm.snapshot.still import one_moment, still
+from pyvmm.snapshot.still import one_moment, state_of, still
 from pyvmm.snapshot.writing import LiveImage, WrittenRam, finish_directory, host_of
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.virtio.spec import DeviceType
@@ -137,19 +137,11 @@ def _freeze(machine: Machine, undo: contextlib.ExitStack) -> list[FrozenDisk]:
 
 def _facts(machine: Machine, about: About) -> Facts:
     """Return all of the machine but RAM and disks; SnapshotError if a part has no state to give."""
-    try:
-        state = machine.save()
-    except StateError as error:
-        raise SnapshotError(CALL, f"a part of the machine cannot be saved: {error}") from error
-    except RuntimeError as error:
-        if machine.runner.is_ending:  # a deadline, which no hold holds up
-            raise SnapshotError(CALL, "the run has ended meanwhile") from error
-        raise
     return Facts(
         id=about.id, made_ns=about.made_ns, is_live=about.is_live,
         config=machine.config, kernel=machine.kernel,
         cpuid=tuple(loop.vcpu.cpuid for loop in machine.loops),
-        own_devices=machine.own_devices, state=state,
+        own_devices=machine.own_devices, state=state_of(machine, CALL),
     )
 
 

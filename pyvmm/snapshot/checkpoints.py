@@ -13,7 +13,7 @@ from pyvmm.ram.journal import RamJournal
 from pyvmm.ram.pages import drop_own
 from pyvmm.snapshot.rewind import WayBack, put_back
 from pyvmm.snapshot.snapshot import Snapshot
-from pyvmm.snapshot.still import check_open, one_moment, still
+from pyvmm.snapshot.still import check_open, one_moment, state_of, still
 from pyvmm.startup.types import TYPE_CHECKING, Record
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Checkpoints:
         """Keep this moment; return its number.
 
         SnapshotError for disks that cannot be brought back, before the guest is held; and for a
-        machine that has not started or is over.
+        machine that is over, or has a part without a state.
         """
         machine = self._machine
         check_disks(machine.board, into_directory=False, to_rewind=True)
@@ -92,7 +92,7 @@ class Checkpoints:
             disks = freeze_disks(machine.board)
             for disk in disks:
                 undo.callback(disk.close)
-            state = machine.save()
+            state = state_of(machine, CALL)
             if self._journal is None:
                 self._journal = RamJournal(machine.board.memory, max_bytes=self._max_bytes)
             try:

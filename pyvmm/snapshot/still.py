@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from pyvmm.errors import SnapshotError
+from pyvmm.errors import SnapshotError, StateError
 from pyvmm.machine import Machine
 
 STILL_S = 30.0
@@ -70,6 +70,21 @@ def held(machine: Machine, call: str) -> bool:
         call, f"the guest did not come to rest in {STILL_S:g} s: a vCPU or a disk waits for this "
         "host (does nobody read the console?)"
     )
+
+
+def state_of(machine: Machine, call: str) -> dict[str, object]:
+    """Return the state of ``machine``, which is still: all but RAM and disks.
+
+    SnapshotError if a part has no state to give, and if the run ends meanwhile.
+    """
+    try:
+        return machine.save()
+    except StateError as error:
+        raise SnapshotError(call, f"a part of the machine cannot be saved: {error}") from error
+    except RuntimeError as error:
+        if machine.runner.is_ending:  # a deadline, which no hold holds up
+            raise SnapshotError(call, "the run has ended meanwhile") from error
+        raise
 
 
 def check_open(machine: Machine, call: str) -> None:

@@ -27,6 +27,9 @@ echo passed >>/mnt/$1
 [ ! -e /mnt/stop ] || {{ echo stopped >>/mnt/$1; exit; }}
 exec sh /mnt/load $1 $2
 """
+# Few bytes to type for what is asked again and again: in the lab each takes its time.
+_ASK = "p() { grep -c passed /mnt/vdb /mnt/vdc; cat /mnt/vd[bc] | grep -e broken -e stopped; }"
+_POLL_S = 2.0
 _FINISH = (
     f"umount /mnt/fs && e2fsck -fn /dev/vdc >/mnt/fsck 2>&1; echo fsck $?;"
     f" echo 3 >/proc/sys/vm/drop_caches; mount -o ro /dev/vdc /mnt/fs; cat /mnt/sum;"
@@ -46,18 +49,23 @@ class FioLoad:
         linux.type(f"cat >/mnt/load <<'X'\n{_SCRIPT.format(fio=fio)}X\n")
         said = linux.run(_PREPARE)
         assert said == "", said
+        assert linux.run(_ASK) == ""
         for disk, place in PLACES.items():
             linux.run(f"(exec </dev/null; sh /mnt/load {disk} {place}) & true")
+
+    def _look(self, linux: LinuxMachine) -> tuple[list[int], int]:
+        """How often fio found each disk right, and how many it has left; AssertionError if one was
+        wrong."""
+        said = linux.run("p").splitlines()
+        counts = [line.partition(":") for line in said[:2]]
+        assert [name for name, _, _ in counts] == ["/mnt/vdb", "/mnt/vdc"], said
+        assert set(said[2:]) <= {"stopped"}, linux.run("cat /mnt/*.said") + linux.complaints()
+        return [int(count) for _, _, count in counts], len(said) - 2
 
     def passes(self, linux: LinuxMachine) -> list[int]:
         """How often fio has found each disk right in ``linux``; AssertionError if it once did not.
         """
-        said = linux.run("grep -c passed /mnt/vdb /mnt/vdc; cat /mnt/vd[bc] | grep broken")
-        counts = [line.partition(":") for line in said.splitlines()]
-        assert [name for name, _, _ in counts] == ["/mnt/vdb", "/mnt/vdc"], (
-            said, linux.run("cat /mnt/*.said"), linux.complaints()
-        )
-        return [int(count) for _, _, count in counts]
+        return self._look(linux)[0]
 
     def wait_for_passes(self, linux: LinuxMachine, more: int) -> None:
         """Wait until fio has found each disk right ``more`` times more."""
@@ -67,16 +75,15 @@ class FioLoad:
             if all(one >= then + more for one, then in zip(now, before, strict=True)):
                 return
             assert time.monotonic() < until_s, (before, now)
-            time.sleep(0.5)
+            time.sleep(_POLL_S)
 
     def finish(self, linux: LinuxMachine) -> None:
         """End it behind the next pass, and check file system and sums: the run is good."""
         linux.run("touch /mnt/stop")
         until_s = time.monotonic() + patient(300)
-        while linux.run("cat /mnt/vd[bc] | grep -c stopped") != "2":
-            self.passes(linux)
+        while self._look(linux)[1] < len(PLACES):
             assert time.monotonic() < until_s, linux.run("tail -n 3 /mnt/vd[bc]")
-            time.sleep(0.5)
+            time.sleep(_POLL_S)
         fsck, *sums = linux.run(_FINISH).splitlines()
         assert fsck == "fsck 0", linux.run("cat /mnt/fsck")
         assert len(sums) == 3

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from pyvmm.errors import SnapshotError
 from pyvmm.ram.live import LiveWriter
 from pyvmm.ram.write import Written
 from pyvmm.snapshot.capture import take
 from pyvmm.snapshot.checkpoints import checkpoints_of
 from tests.support.disk_guest import built
 from tests.support.patience import patient
-from tests.support.snapshots import ending, snapshot_machine
+from tests.support.snapshots import STOPPED, ending, snapshot_machine
 
 pytestmark = pytest.mark.bare
 
@@ -61,3 +63,24 @@ def test_a_moment_inside_another_one_is_refused(
         with pytest.raises(RuntimeError, match=r"^checkpoint\(\) inside snapshot\(\) would wait"):
             take(machine, live=True)
         kept.take()
+
+
+def test_a_run_that_ends_in_the_midst_of_a_checkpoint_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
+        machine.start()
+        save = machine.save
+
+        def ended_meanwhile() -> dict[str, object]:
+            machine.runner.finish(STOPPED)
+            until_s = time.monotonic() + patient(30.0)
+            while not machine.runner.is_over:
+                assert time.monotonic() < until_s
+                time.sleep(0.001)
+            return save()
+
+        monkeypatch.setattr(machine, "save", ended_meanwhile)
+        with pytest.raises(SnapshotError, match=r"^checkpoint\(\): the run has ended meanwhile$"):
+            checkpoints_of(machine).take()
+        assert machine.wait(patient(30.0)) == STOPPED

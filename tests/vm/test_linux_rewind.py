@@ -24,8 +24,8 @@ PREPARE = (
     " md5sum a1 a2 a3 a4 >sums; sync; cd /"
 )
 LOAD = (
-    "(n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); dd if=/dev/urandom of=/tmp/m/b$((n%5))"
-    " bs=16k count=20 2>/dev/null; sync; rm -f /tmp/m/b$(((n+2)%5)); done; touch /tmp/stopped) &"
+    "{ (n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); dd if=/dev/urandom of=/tmp/m/b$((n%5))"
+    " bs=16k count=20 2>/dev/null; sync; rm -f /tmp/m/b$(((n+2)%5)); done; touch /tmp/stopped) & }"
 )
 CHECK = (
     "touch /tmp/stop; while [ ! -e /tmp/stopped ]; do sleep 0.1; done; umount /tmp/m &&"

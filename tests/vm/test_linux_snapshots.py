@@ -110,7 +110,7 @@ def snapshot_in_the_middle(linux: LinuxMachine, load: FioLoad, folder: Path) -> 
 
 def test_fio_verifies_two_disks_in_linux_and_in_every_clone(tmp_path: Path) -> None:
     """vdb has a split ring, vdc a packed one."""
-    config = saveable(linux_config(tmp_path), tmp_path / "overlay")
+    config = saveable(linux_config(tmp_path, console="hvc0"), tmp_path / "overlay")
     with LinuxMachine(config) as linux:
         with_split_ring(linux, 1)
         linux.begin()
