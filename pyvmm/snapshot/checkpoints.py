@@ -6,7 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from pyvmm.board.disks import check_disks, freeze_disks, revert_disks
+from pyvmm.board.disks import check_disks, check_way_back, freeze_disks, revert_disks
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.ram.journal import RamJournal
@@ -116,12 +116,14 @@ class Checkpoints:
         """Take the machine back to checkpoint ``number``; those after it are forgotten.
 
         None is the newest moment: a checkpoint, or the snapshot that was taken after it, or the one
-        from which the machine was cloned.  SnapshotError if there is none, or no such checkpoint.
+        from which the machine was cloned.  SnapshotError, before the guest is held: there is none,
+        or no such checkpoint, or a disk cannot be brought back.
         See ``snapshot.rewind`` for ``attach`` and all else.
         """
         machine = self._machine
         with one_moment(machine, BACK), machine.lock:
             kept = self._find(number)
+            check_way_back(machine.board, self._disks_of(kept))
             if kept is None:
                 self._go_back_to_newest(attach)
             else:
@@ -152,6 +154,13 @@ class Checkpoints:
                 return kept
         held = f"{self._kept[0].number} to {self._kept[-1].number}" if self._kept else "none"
         raise SnapshotError(f"checkpoint {number}", f"is not held; there are {held}")
+
+    def _disks_of(self, kept: Checkpoint | None) -> Sequence[FrozenDisk]:
+        """Return the disks of ``kept``, or of the machine's snapshot if that is None."""
+        if kept is not None:
+            return kept.disks
+        assert isinstance(self._machine.newest, Snapshot)  # it is nothing else
+        return self._machine.newest.disks
 
     def _go_back(self, kept: Checkpoint, attach: Callable[[bool], None]) -> None:
         machine, journal = self._machine, self._journal
