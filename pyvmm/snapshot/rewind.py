@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.snapshot.still import check_open, held
+from pyvmm.snapshot.still import check_open, held, let_go
 from pyvmm.startup.types import Record
 
 CALL = "rewind()"
@@ -72,7 +72,7 @@ def _put_back_alive(machine: Machine, way: WayBack) -> bool:
             runner.finish(Outcome(Kind.HOST_ERROR, detail=f"{CALL} failed: {error}"))
             raise
     finally:
-        runner.let_go()
+        let_go(machine)
     return True
 
 

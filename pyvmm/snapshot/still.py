@@ -52,7 +52,7 @@ def still(machine: Machine, call: str) -> Iterator[None]:
             runner.in_house(machine.output.observe_all)
             yield
         finally:
-            runner.let_go()
+            let_go(machine)
 
 
 def held(machine: Machine, call: str) -> bool:
@@ -70,6 +70,15 @@ def held(machine: Machine, call: str) -> bool:
         call, f"the guest did not come to rest in {STILL_S:g} s: a vCPU or a disk waits for this "
         "host (does nobody read the console?)"
     )
+
+
+def let_go(machine: Machine) -> None:
+    """End what ``held`` began, also if a KeyboardInterrupt comes just then."""
+    try:
+        machine.runner.let_go()
+    except BaseException:
+        machine.runner.let_go()
+        raise
 
 
 def state_of(machine: Machine, call: str) -> dict[str, object]:

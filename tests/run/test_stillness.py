@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyvmm.console.place import Console
-from pyvmm.run.io_loop import IoSource
+from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
 from tests.support.patience import patient
@@ -83,6 +83,20 @@ def test_only_one_holds_and_nobody_holds_his_own_thread(started: Started) -> Non
     assert started.runner.hold("a test", patient(DEADLINE_S))
     with pytest.raises(RuntimeError, match="is being saved or rewound already"):
         started.runner.hold("a test")
+    started.runner.let_go()
+
+
+@pytest.mark.parametrize("at", ["begin_park", "wait_until_parked", "wait_for_pass"])
+def test_ctrl_c_in_a_hold_lets_the_guest_go(
+    started: Started, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    started.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(IoLoop, at, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            started.runner.hold("a test", patient(DEADLINE_S))
+    assert state_of(started.runner) == (False, False)
+    assert started.runner.hold("a test", patient(DEADLINE_S))
     started.runner.let_go()
 
 
