@@ -65,7 +65,7 @@ def _check_host(saved: Saved) -> tuple[bytes, ...]:
     """
     host = read_host(saved.record("host"), name=saved.path_of(STATE))
     with Kvm() as kvm:
-        supported = kvm.supported_cpuid()
+        supported = kvm.packed_cpuid()
     check_host(host, name=saved.path, supported=supported, tsc_khz=None, scales_tsc=False)
     return host.given
 
