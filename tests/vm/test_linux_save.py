@@ -26,7 +26,7 @@ RANDOM = "dd if=/dev/urandom bs=32 count=1 2>/dev/null | od -An -v -tx1 | tr -d 
 
 def start_load(linux: LinuxMachine) -> None:
     """Have fio write and verify each data disk for ever; a line in /mnt/DISK for each pass."""
-    linux.run("mount -t tmpfs none /mnt; dmesg -n 8")
+    linux.run("mount -t tmpfs none /mnt")
     for disk in DATA_DISKS:
         linux.run(f"touch /mnt/{disk}")
         fio = FIO.format(file=f"/dev/{disk}", size="2m")
