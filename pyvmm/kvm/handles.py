@@ -94,12 +94,16 @@ class Kvm(_Handle):
 
     def supported_cpuid(self) -> list[CpuidEntry]:
         """Return the CPUID that this host can give a guest; KVM leaves the hypervisor bit clear."""
+        return cpuid_entry.unpack(self.packed_cpuid())
+
+    def packed_cpuid(self) -> bytearray:
+        """Return ``supported_cpuid`` as ``struct kvm_cpuid2`` has it."""
         count = 256
         while True:
             buffer = cpuid_entry.room_for(count)
             try:
                 ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, buffer)
-                return cpuid_entry.unpack(buffer)
+                return cpuid_entry.cut(buffer)
             except KvmError as error:
                 if error.errno != errno.E2BIG or count >= _MAX_CPUID_ENTRIES:
                     raise

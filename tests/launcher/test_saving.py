@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,3 +117,18 @@ def test_a_callback_may_not_wait_for_a_rewind(vm: pyvmm.Vm) -> None:
     vm.stop()
     assert is_over.wait(patient(10))
     assert raised == [RuntimeError]
+
+
+def test_a_wrong_type_is_an_error_that_names_the_argument(vm: pyvmm.Vm) -> None:
+    wrong: Any
+    for wrong, problem in ((5, "or None, not int"), (b"x", "or None, not bytes")):
+        with pytest.raises(TypeError, match=f"directory must be a path {problem}"):
+            vm.snapshot(wrong)
+    wrong = "no"
+    with pytest.raises(TypeError, match="live must be True or False, not str"):
+        vm.snapshot(live=wrong)
+    with pytest.raises(TypeError, match="diff must be True or False, not str"):
+        vm.snapshot(diff=wrong)
+    for wrong in ("1", True):
+        with pytest.raises(TypeError, match="number must be the number of a checkpoint or None"):
+            vm.rewind(wrong)

@@ -102,7 +102,8 @@ def comparable_machine(state: dict[str, object]) -> dict[str, object]:
     assert isinstance(board, dict)
     parts = {name: part for name, part in board["parts"].items() if name != "VM generation ID"}
     return {
-        name: value for name, value in state.items() if name != "realtime_ns"
+        name: value for name, value in state.items()
+        if name not in ("realtime_ns", "clock_ns", "tsc")
     } | {
         "vcpus": {name: comparable_vcpu(one) for name, one in vcpus.items()},
         "chips": comparable_chips(chips),

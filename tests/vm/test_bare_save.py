@@ -51,7 +51,7 @@ def comparable(state: dict[str, object]) -> dict[str, object]:
     return state | {
         "vcpus": {name: comparable_vcpu(one) for name, one in vcpus.items()},
         "chips": comparable_chips(chips),
-        "realtime_ns": None,
+        "realtime_ns": None, "clock_ns": None, "tsc": None,
     }
 
 
@@ -153,7 +153,7 @@ def test_who_resumes_a_machine_while_it_is_saved_is_obeyed_afterwards(
             state = machine.save()
         wait_for_rounds(machine, ROUNDS)
         assert not machine.is_paused
-        assert sorted(state) == ["board", "chips", "realtime_ns", "vcpus"]
+        assert sorted(state) == ["board", "chips", "clock_ns", "realtime_ns", "tsc", "vcpus"]
         assert machine.consoles.receive(b"!") == 1
         assert machine.wait(patient(WAIT_S)) == DONE
 
@@ -265,7 +265,7 @@ def test_every_device_on_a_bus_that_has_a_state_is_saved(tmp_path: Path) -> None
         assert len(found) > 8
         assert [device for device in found if device not in saved] == []
         state = machine.save()
-    assert sorted(state) == ["board", "chips", "realtime_ns", "vcpus"]
+    assert sorted(state) == ["board", "chips", "clock_ns", "realtime_ns", "tsc", "vcpus"]
     on_board = state["board"]
     assert isinstance(on_board, dict)
     assert list(on_board["slots"]) == ["virtio0", "console", "entropy"]
