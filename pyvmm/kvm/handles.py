@@ -86,8 +86,7 @@ class Kvm(_Handle):
 
     @property
     def ring_page(self) -> int:
-        """The page of gathered port writes, counted from the start of kvm_run; 0 if there is
-        none."""
+        """The page of gathered port writes, counted from kvm_run's; 0 if there is none."""
         if not self.check_extension(abi.KVM_CAP_COALESCED_PIO):
             return 0
         return self.check_extension(abi.KVM_CAP_COALESCED_MMIO)
@@ -222,9 +221,9 @@ class Vm(_Handle):
         return save_vm(self)
 
     def restore(self, data: object, advance_ns: int = 0) -> None:
-        """Take what ``save`` returned, once the chips and all vCPUs are made; StateError.
+        """Take what ``save`` returned, ``advance_ns`` ns later for the guest; StateError.
 
-        For the guest ``advance_ns`` nanoseconds have passed since the save.
+        The chips and all vCPUs must have been made.
         """
         from pyvmm.kvm.state import restore_vm
 
@@ -324,8 +323,7 @@ class Vcpu(_Handle):
         wanted = list(indices)
         buffer = msr_buffer(dict.fromkeys(wanted, 0))
         count = ioctl(self.fd, abi.KVM_GET_MSRS, buffer)
-        found = MSR_ENTRY.iter_unpack(memoryview(buffer)[MSR_HEAD.size :])
-        return dict(itertools.islice(found, count))
+        return dict(itertools.islice(MSR_ENTRY.iter_unpack(buffer[MSR_HEAD.size :]), count))
 
     def set_msrs(self, msrs: Mapping[int, int]) -> None:
         """Set MSRs by index, in order; KvmError names the first that KVM refuses."""
