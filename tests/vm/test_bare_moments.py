@@ -36,7 +36,7 @@ def test_a_checkpoint_waits_until_a_live_snapshot_is_written(
 
         def slow(writer: LiveWriter, timeout_s: float | None = None) -> Written:
             other.start()
-            other.join(0.3)
+            other.join(timeout=patient(0.3))
             assert not numbers
             return wait(writer, timeout_s)
 
