@@ -20,7 +20,6 @@ from pyvmm.storage.layers import (
     read_pieces,
 )
 from pyvmm.storage.memory import MemoryBackend
-from pyvmm.storage.overlay_format import data_offset
 from pyvmm.storage.raw import RawBackend
 from pyvmm.storage.scratch import Stripe
 
@@ -96,7 +95,7 @@ class FrozenDisk:
         Its base is the file ``location``, which must have ``size_bytes`` and, unless ``replaced``,
         the mtime ``stamp_ns``.  SnapshotError.
         """
-        from pyvmm.storage.saving import open_base, open_saved_layer
+        from pyvmm.storage.saved import open_base, open_saved_layer
 
         base = open_base(
             location, size_bytes=size_bytes, stamp_ns=stamp_ns, replaced=replaced, report=report
@@ -105,8 +104,7 @@ class FrozenDisk:
         if overlay_path is None:
             return disk
         try:
-            store, bitmap = open_saved_layer(overlay_path, size_bytes, report)
-            return disk.with_saved_layer(store, data_offset(size_bytes), bitmap)
+            return disk.with_saved_layer(*open_saved_layer(overlay_path, size_bytes, report))
         finally:
             disk.close()
 

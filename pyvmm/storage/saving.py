@@ -1,22 +1,18 @@
-"""Write the layers of a frozen disk to an overlay file, and open such a file as a frozen disk."""
+"""Write the layers of a frozen disk to an overlay file.  ``saved.py`` opens such a file."""
 
 from __future__ import annotations
 
 import errno
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 
-from pyvmm.errors import ConfigError, SnapshotError
 from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.bitmap import PAGE_SIZE, BlockBitmap
-from pyvmm.storage.files import check_disk, copy_range, lock_disk
+from pyvmm.storage.files import copy_range
 from pyvmm.storage.overlay_format import (
     BITMAP_OFFSET,
-    check_store,
     data_offset,
     format_store,
-    load_page,
     store_bytes,
 )
 from pyvmm.storage.raw import RawBackend
@@ -97,57 +93,3 @@ def write_overlay(
 
 def _say_nothing(line: str) -> None:
     """Take a line about an error that is raised as well."""
-
-
-def open_base(
-    location: str, *, size_bytes: int, stamp_ns: int, replaced: bool,
-    report: Callable[[str], None],
-) -> RawBackend:
-    """Return the file ``location``, locked for reading, as the base of a saved disk.
-
-    SnapshotError if it is missing, has another size or, unless ``replaced``, was changed since.
-    """
-    try:
-        base = RawBackend(location, read_only=True, report=report)
-    except ConfigError as error:
-        if not os.path.exists(location):
-            raise SnapshotError(
-                location, "is missing: the snapshot's disk is a difference from this file"
-            ) from error
-        raise SnapshotError(location, error.problem) from error
-    problem = ""
-    if base.size_bytes != size_bytes:
-        what = "has" if replaced else "was changed since the snapshot: it has"
-        problem = f"{what} {base.size_bytes} bytes, and the snapshot's disk {size_bytes}"
-    elif not replaced and os.fstat(base.fileno()).st_mtime_ns != stamp_ns:
-        problem = (
-            "was changed since the snapshot was taken (its time of modification differs); if it "
-            "is only a copy, name it again: --disk N=FILE"
-        )
-    if problem:
-        base.close()
-        raise SnapshotError(location, problem)
-    return base
-
-
-def open_saved_layer(
-    path: str, size_bytes: int, report: Callable[[str], None]
-) -> tuple[RawBackend, BlockBitmap]:
-    """Return the store in the overlay file ``path``, and its bitmap; SnapshotError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise SnapshotError(path, f"cannot be opened: {error.strerror}") from error
-    try:
-        check_disk(fd, path)
-        lock_disk(fd, path, True, report)
-    except ConfigError as error:
-        os.close(fd)
-        raise SnapshotError(path, error.problem) from error
-    store = RawBackend(path, read_only=True, report=report, fd=fd)
-    try:
-        check_store(store, size_bytes, path)
-    except ConfigError as error:
-        store.close()
-        raise SnapshotError(path, error.problem) from error
-    return store, BlockBitmap(functools.partial(load_page, store))
