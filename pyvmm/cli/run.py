@@ -189,7 +189,8 @@ def _run(
     try:
         return running.run(make, tell, warm)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import needed_descriptors, refuse_shortage
+        from pyvmm.cli.descriptors import needed_descriptors
+        from pyvmm.open_files import refuse_shortage
 
         refuse_shortage(error, needed_descriptors(config), "this run")
         raise
