@@ -52,7 +52,8 @@ COMMAND = Command(
     words=(Word(name="directory", metavar="DIR", help="the snapshot"),),
     options=(
         Option(name="--disk", metavar="N=FILE", many=True,
-               help="disk N (0 is /dev/vda) of the snapshot has moved to FILE; repeat for more"),
+               help="disk N (0 is /dev/vda) of the snapshot has moved to FILE, which must be the "
+               "same image: only its size can be compared; repeat for more"),
         Option(name="--clock", metavar="CLOCK", default="keep",
                help="keep: the guest's clock goes on from the snapshot's time; now: it shows the "
                "present time (default keep)"),
