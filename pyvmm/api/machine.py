@@ -23,6 +23,7 @@ from pyvmm.api.running import RunningMachine, check_devices, log_line
 from pyvmm.config import DiskConfig, Source
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine as CoreMachine
+from pyvmm.open_files import EnoughFiles
 from pyvmm.snapshot.shells import Shells
 from pyvmm.snapshot.snapshot import Snapshot as CoreSnapshot
 from pyvmm.startup.types import TYPE_CHECKING
@@ -80,9 +81,10 @@ class Machine(RunningMachine):
         written in place, or by another process.  RuntimeError in a hook.
         """
         self._lifetime.check_open("checkpoint()")
-        from pyvmm.snapshot.checkpoints import checkpoints_of
+        with EnoughFiles():
+            from pyvmm.snapshot.checkpoints import checkpoints_of
 
-        return checkpoints_of(self._machine).take()
+            return checkpoints_of(self._machine).take()
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
@@ -133,9 +135,10 @@ class Machine(RunningMachine):
         check_flag("live", live)
         check_flag("diff", diff)
         self._lifetime.check_open("snapshot()")
-        from pyvmm.snapshot.capture import take
+        with EnoughFiles():
+            from pyvmm.snapshot.capture import take
 
-        return Snapshot(take(self._machine, dir, live=live, diff=diff), self._report)
+            return Snapshot(take(self._machine, dir, live=live, diff=diff), self._report)
 
     @property
     def clone_id(self) -> UUID | None:
@@ -178,11 +181,12 @@ class Snapshot:
         check_path("dir", dir)
         check_files_by_index(disks)
         check_report(report)
-        from pyvmm.snapshot.opening import open_snapshot
-
         tell = report or log_line
         files = {index: os.fspath(path) for index, path in disks.items()}
-        return cls(open_snapshot(dir, disks=files, report=tell), tell)
+        with EnoughFiles():
+            from pyvmm.snapshot.opening import open_snapshot
+
+            return cls(open_snapshot(dir, disks=files, report=tell), tell)
 
     @property
     def id(self) -> UUID:
@@ -239,7 +243,8 @@ class Snapshot:
             return shell.become_clone(timeout_s=timeout_s, clock=clock)
 
         try:
-            return Machine._of(make, report or self._report)
+            with EnoughFiles():
+                return Machine._of(make, report or self._report)
         finally:
             snapshot.close()
 

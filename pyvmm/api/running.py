@@ -12,6 +12,7 @@ from pyvmm.api.hooks import Hooks
 from pyvmm.api.lifetime import Lifetime
 from pyvmm.api.memory import MemoryHandle
 from pyvmm.api.vcpus import VcpuHandle
+from pyvmm.open_files import EnoughFiles
 from pyvmm.report import escape
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.vcpu_loop import Exits
@@ -45,7 +46,8 @@ class RunningMachine:
         check_devices(devices)
         self._report = report or log_line
         self._is_built = False
-        self._take(built.build(config.run_config(), report=self._tell, devices=devices))
+        with EnoughFiles():
+            self._take(built.build(config.run_config(), report=self._tell, devices=devices))
 
     def _take(self, machine: built.Machine) -> None:
         """Become the face of ``machine``, which was just built."""
@@ -71,7 +73,7 @@ class RunningMachine:
 
     def start(self) -> None:
         """Start the guest in threads of its own, and return at once."""
-        with self._lifetime.starting():
+        with EnoughFiles(), self._lifetime.starting():
             self._machine.start()
 
     def wait(self, timeout_s: float | None = None) -> Outcome | None:

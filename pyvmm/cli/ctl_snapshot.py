@@ -36,7 +36,9 @@ COMMANDS = (
 
 
 def check_snapshot(args: SimpleNamespace) -> None:
-    """Make the directory absolute: the machine's process may be elsewhere."""
+    """Make the directory absolute: the machine's process may be elsewhere; SnapshotError."""
+    if not args.dir:
+        raise SnapshotError("snapshot ''", "names no directory")
     args.dir = os.path.abspath(args.dir)
 
 

@@ -1,11 +1,10 @@
-"""Standard input, output and error, whatever the caller left of them."""
+"""Standard input, output and error, whatever the caller left of them; and open files."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from pyvmm.errors import HostError
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
 
 MANY_FILES = 64
 """Enough open files for a command that does not count its own."""
-_EMFILE = 24
 
 
 def open_standard_descriptors() -> None:
@@ -68,40 +66,3 @@ def needed_for_export(disk: DiskConfig) -> int:
     """Return how many open files an export of ``disk`` needs while a front end uses it."""
     # Itself, the disk, a connection each way, 8 regions of memory, 8 that are on their way.
     return 40 + 3 * disk.queues + disk.source.snapshot
-
-
-def shortage(error: BaseException, needed: int, who: str) -> HostError | None:
-    """Return the error to report if too few open files caused ``error``; else None.
-
-    ``who`` needs ``needed`` open files.
-    """
-    cause: BaseException | None = error
-    while cause is not None and getattr(cause, "errno", None) != _EMFILE:
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return None
-    return HostError(too_few(max(needed, descriptor_limit() + 1), who))
-
-
-def refuse_shortage(error: BaseException, needed: int, who: str) -> None:
-    """Raise the error that ``shortage`` returns, if any.
-
-    No local keeps the exception, because its traceback would keep the caller's buffers alive.
-    """
-    if shortage(error, needed, who) is not None:
-        raise HostError(too_few(max(needed, descriptor_limit() + 1), who)) from error
-
-
-def too_few(needed: int, who: str) -> str:
-    """Return the line that says that ``who`` needs more open files than the limit."""
-    return (
-        f"too few open files: the limit is {descriptor_limit()}, {who} needs {needed}; "
-        f"raise it with `ulimit -n {needed}`"
-    )
-
-
-def descriptor_limit() -> int:
-    """Return how many files this process may have open."""
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

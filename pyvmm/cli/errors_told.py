@@ -44,7 +44,8 @@ def _shortage(command: str, error: Exception) -> PyvmmError | None:
     """Return the error for too few open files; None if ``command`` reports that itself."""
     if command in ("run", "restore", "export"):
         return None
-    from pyvmm.cli.descriptors import MANY_FILES, shortage
+    from pyvmm.cli.descriptors import MANY_FILES
+    from pyvmm.open_files import shortage
 
     return shortage(error, MANY_FILES, f"pyvmm {command}")
 

@@ -9,14 +9,12 @@ from types import SimpleNamespace
 
 from pyvmm.cli.descriptors import (
     allow_many_descriptors,
-    descriptor_limit,
     needed_for_export,
-    refuse_shortage,
-    too_few,
 )
 from pyvmm.cli.parse import parse_disk
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.open_files import descriptor_limit, refuse_shortage, too_few
 from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.report import RepeatFilter, Reporter
 from pyvmm.run.io_loop import IoSource

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from pyvmm.cli.descriptors import MANY_FILES, open_standard_descriptors, shortage
+from pyvmm.cli.descriptors import MANY_FILES, open_standard_descriptors
 from pyvmm.cli.parse import parse_memory, parse_seconds
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.lab import (
@@ -20,6 +20,7 @@ from pyvmm.lab import (
     run,
 )
 from pyvmm.numerals import shown, whole_number
+from pyvmm.open_files import shortage
 from pyvmm.report import say
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options

@@ -52,7 +52,8 @@ COMMAND = Command(
     words=(Word(name="directory", metavar="DIR", help="the snapshot"),),
     options=(
         Option(name="--disk", metavar="N=FILE", many=True,
-               help="disk N (0 is /dev/vda) of the snapshot has moved to FILE; repeat for more"),
+               help="disk N (0 is /dev/vda) of the snapshot has moved to FILE, which must be the "
+               "same image: only its size can be compared; repeat for more"),
         Option(name="--clock", metavar="CLOCK", default="keep",
                help="keep: the guest's clock goes on from the snapshot's time; now: it shows the "
                "present time (default keep)"),
@@ -118,7 +119,8 @@ def _restore(
     try:
         return running.run(make, tell)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import MANY_FILES, needed_descriptors, refuse_shortage
+        from pyvmm.cli.descriptors import MANY_FILES, needed_descriptors
+        from pyvmm.open_files import refuse_shortage
 
         needed = needed_descriptors(configs[0]) if configs else MANY_FILES
         refuse_shortage(error, needed, "this restore")

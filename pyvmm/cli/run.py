@@ -102,7 +102,8 @@ COMMAND = Command(
                help="the guest is warm when a line of its console matches; else when it says so at "
                "a port (pyvmm-warm in our image), or at Ctrl-A s"),
         Option(name="--snapshot-exit",
-               help="end the run once the snapshot is there, with status 0; 125 if there is none"),
+               help="end the run once the snapshot is there, with status 0, or 125 if it fails; a "
+               "run that ends without one has its own status, or 125 instead of 0"),
         Option(name="--snapshot-live",
                help="let the guest go on while its RAM is written"),
         Option(name="--timing",
@@ -189,7 +190,8 @@ def _run(
     try:
         return running.run(make, tell, warm)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import needed_descriptors, refuse_shortage
+        from pyvmm.cli.descriptors import needed_descriptors
+        from pyvmm.open_files import refuse_shortage
 
         refuse_shortage(error, needed_descriptors(config), "this run")
         raise

@@ -56,7 +56,8 @@ COMMAND = Command(
             words=(_DIRECTORY,),
             options=(
                 Option(name="--disk", metavar="N=FILE", many=True,
-                       help="disk N (0 is /dev/vda) has moved to FILE; repeat for more"),
+                       help="disk N (0 is /dev/vda) has moved to FILE, of which only the size "
+                       "can be compared; repeat for more"),
                 _VERBOSE,
             ),
         ),

@@ -15,6 +15,7 @@ from pyvmm.console.line_match import LineMatch, line_pattern
 from pyvmm.devices.warm_port import WarmPort
 from pyvmm.errors import ConfigError, PyvmmError, SnapshotError
 from pyvmm.machine import Machine
+from pyvmm.report import end_line
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.snapshot.files.layout import TEMPORARY
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
@@ -189,17 +190,25 @@ class WarmSnapshot:
         took_ms = (time.monotonic() - started_s) * 1e3
         self._has_written = True
         directory = self._plan.directory
-        self._report(
+        self._tell(
             f"snapshot {directory}: {_held(directory)} in {took_ms:.0f} ms; "
             f"pyvmm restore {directory} goes on from there"
         )
         if self._plan.exits:
             runner.finish(Outcome(Kind.STOPPED, detail="its snapshot is taken"))
 
+    def _tell(self, line: str) -> None:
+        """Report ``line``, on a line of its own if the guest's prompt is on a terminal."""
+        output = self._machine.output
+        if not output.line_ended:
+            end_line()
+            output.line_ended = True  # else the end of the run would begin another line
+        self._report(line)
+
     def _fail(self, reason: str) -> None:
         self._has_failed = True
         goes_on = "" if self._plan.exits else "; the guest goes on"
-        self._report(f"snapshot {self._plan.directory}: was not taken: {reason}{goes_on}")
+        self._tell(f"snapshot {self._plan.directory}: was not taken: {reason}{goes_on}")
         if self._plan.exits:
             self._machine.runner.finish(Outcome(Kind.STOPPED, detail="its snapshot has failed"))
 

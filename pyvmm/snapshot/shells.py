@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from pyvmm.errors import PyvmmError
+from pyvmm.open_files import MANY_MACHINES_NEED, shortage
 from pyvmm.snapshot.shell import Shell
 from pyvmm.snapshot.snapshot import Snapshot
 
@@ -79,7 +80,8 @@ class Shells:
         except (PyvmmError, OSError) as error:
             with self._lock:
                 self._to_make = 0
-            self._report(f"{self._snapshot.name}: no more clones are prepared: {error}")
+            reason = shortage(error, MANY_MACHINES_NEED, "a process with many machines") or error
+            self._report(f"{self._snapshot.name}: no more clones are prepared: {reason}")
         finally:
             with self._lock:
                 self._makers.discard(threading.current_thread())

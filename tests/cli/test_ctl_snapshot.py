@@ -35,6 +35,11 @@ def test_a_directory_is_named_from_where_the_user_is(rig: Served, tmp_path: Path
     ]
 
 
+def test_a_directory_without_a_name_is_refused_before_anybody_is_asked(rig: Served) -> None:
+    assert complaint(ctl(rig, "snapshot", "")) == "pyvmm: snapshot '': names no directory\n"
+    assert saves_of(rig).done == []
+
+
 def test_a_checkpoint_has_a_number_to_go_back_to(rig: Served) -> None:
     assert ctl(rig, "checkpoint").stdout == b"1\n"
     assert ctl(rig, "checkpoint").stdout == b"2\n"

@@ -148,6 +148,18 @@ def test_ctrl_a_s_takes_it_and_the_clone_has_the_same_keys(warmed: Warmed) -> No
     clone.close()
 
 
+def test_on_a_terminal_the_line_about_it_begins_a_line(warmed: Warmed) -> None:
+    words = warmed.run_words(
+        prints(b"login: "), SPIN, options=["--snapshot-at", "login: $", "--snapshot-exit"]
+    )
+    terminal = Terminal(words=words)
+    terminal.wait_for("login: \r\npyvmm: snapshot ")
+    assert terminal.status() == 0
+    shown = terminal.seen
+    assert shown.endswith(b"goes on from there\r\n"), "and no empty line"
+    terminal.close()
+
+
 # What restore shares with run
 
 

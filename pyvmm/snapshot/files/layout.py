@@ -56,7 +56,8 @@ def absolute(path: str | os.PathLike[str]) -> str:
         raise SnapshotError("the snapshot's directory", "has no name")
     if "\0" in text:
         raise SnapshotError(repr(text), "is no file name: it has a NUL")
-    return os.path.join(os.getcwd(), text).rstrip("/") or "/"
+    parts = os.path.join(os.getcwd(), text).split("/")
+    return "/" + "/".join(part for part in parts if part not in ("", "."))
 
 
 def no_such_disk(index: int, snapshot: str, count: int) -> SnapshotError:

@@ -68,7 +68,7 @@ class Saved:
 
     def path_of(self, name: str) -> str:
         """Return the path of the file ``name`` in the directory."""
-        return f"{self.path}/{name}"
+        return os.path.join(self.path, name)
 
     def overlay_path(self, index: int) -> str | None:
         """Return the path of what disk ``index`` has over its file; None if that is nothing."""
@@ -113,10 +113,15 @@ class Saved:
 def open_saved(path: str | os.PathLike[str]) -> Saved:
     """Return the snapshot in the directory ``path``, with all its bases.
 
+    ``path`` itself may be a symbolic link to the directory: it is followed once, here, so that a
+    link that is changed later mixes nothing.  No other link is followed: not those of the files,
+    nor that of a base.
+
     SnapshotError, naming the file and what is wrong with it.  Checked are the CRCs of ``state``
     and kinds and sizes of all files, not the contents of ``ram`` (``check`` reads it).
     """
-    top = saved = _open_one(layout.absolute(path))
+    place = layout.absolute(path)
+    top = saved = _open_one(os.path.realpath(place) if os.path.islink(place) else place)
     try:
         seen = {saved.id}
         while saved.base_record is not None:
@@ -158,7 +163,7 @@ def _open_one(path: str) -> Saved:
     saved = Saved(path)
     try:
         saved.names = tuple(sorted(os.listdir(folder)))
-        name = f"{path}/{layout.STATE}"
+        name = os.path.join(path, layout.STATE)
         data = _read_state(folder, path)
         saved.records = decode(data, name=name, versions=layout.RECORDS)
         try:
@@ -222,12 +227,14 @@ def _directory_problem(path: str, error: OSError) -> str:
         if os.path.islink(path):
             return "is a symbolic link; name the directory itself"
         return "is no directory, and a snapshot is one"
+    if error.errno == errno.EACCES:
+        return "cannot be opened: a snapshot is private to the user who made it, and to root"
     return f"cannot be opened: {error.strerror}"
 
 
 def _open_file(folder: int, path: str, name: str, size_bytes: int | None) -> int:
     """Return a descriptor of the regular file ``name``, of ``size_bytes``; SnapshotError."""
-    subject = f"{path}/{name}"
+    subject = os.path.join(path, name)
     try:
         fd = os.open(name, _FILE, dir_fd=folder)
     except FileNotFoundError:
@@ -258,7 +265,8 @@ def _read_state(folder: int, path: str) -> bytes:
         size = os.fstat(fd).st_size
         if size > MAX_STATE_BYTES:
             raise SnapshotError(
-                f"{path}/{layout.STATE}", f"has {size} bytes, the limit is {MAX_STATE_BYTES}"
+                os.path.join(path, layout.STATE),
+                f"has {size} bytes, the limit is {MAX_STATE_BYTES}",
             )
         pieces = []
         left = size

@@ -217,8 +217,9 @@ def test_notes_beside_the_files_harm_nobody(warm: Path) -> None:
 @pytest.mark.parametrize(("make", "problem"), [
     (lambda path: None, "no such directory"),
     (lambda path: path.write_bytes(b""), "is no directory, and a snapshot is one"),
-    (lambda path: path.symlink_to(path.parent / "warm"), "is a symbolic link"),
-    (lambda path: path.symlink_to("nowhere"), "is a symbolic link"),
+    (lambda path: path.symlink_to("nowhere"), "/nowhere: no such directory"),
+    (lambda path: path.symlink_to("other"), "/other: is a symbolic link"),
+    (lambda path: path.symlink_to("warm/ram"), "/warm/ram: is no directory"),
     (os.mkfifo, "is no directory"),
     (lambda path: path.mkdir(), "state: is missing: the directory is no snapshot"),
 ])
@@ -257,10 +258,44 @@ def test_a_name_may_end_in_a_slash_or_be_relative(
     warm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(warm.parent)
-    for path in ("warm", "warm/", "./warm//", f"{warm}/"):
+    for path in ("warm", "warm/", "./warm//", f"{warm}/", "warm/.", f"{warm.parent}/./warm"):
         with open_saved(path) as saved:
-            assert os.path.samefile(saved.path, warm)
-            assert os.path.isabs(saved.path)
+            assert saved.path == str(warm)
+    monkeypatch.chdir(warm)
+    with open_saved(".") as saved:
+        assert saved.path == str(warm)
+
+
+def test_a_link_to_the_directory_is_followed_once(warm: Path) -> None:
+    """As "latest" in CI: what it names is opened like any, and another target later is no matter.
+    """
+    latest = warm.parent / "latest"
+    latest.symlink_to("warm")
+    for path in (str(latest), f"{latest}/"):
+        with open_saved(path) as saved:
+            assert saved.path == str(warm)
+            latest.unlink()
+            latest.symlink_to("nowhere")
+            saved.open_ram().close()
+        latest.unlink()
+        latest.symlink_to("warm")
+    (warm / "ram").rename(warm.parent / "ram")
+    (warm / "ram").symlink_to(warm.parent / "ram")
+    assert f"{warm}/ram: is a symbolic link" in refusal(latest)
+
+
+def test_the_root_is_no_snapshot() -> None:
+    assert refusal(Path("/")) == "/state: is missing: the directory is no snapshot"
+
+
+def test_a_link_in_place_of_a_base_is_refused(tmp_path: Path) -> None:
+    full = make_saved(tmp_path / "full")
+    make_saved(tmp_path / "diff", base=(tmp_path / "full", full))
+    (tmp_path / "full").rename(tmp_path / "moved")
+    (tmp_path / "full").symlink_to("moved")
+    assert f"its base cannot be used: {tmp_path}/full: is a symbolic link" in refusal(
+        tmp_path / "diff"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root may read everything: it becomes nobody here")
@@ -277,7 +312,9 @@ def test_a_directory_that_may_not_be_read(warm: Path) -> None:
         [sys.executable, "-c", code, str(warm)], capture_output=True, text=True, check=True,
         timeout=patient(60),
     )
-    assert done.stdout == f"{warm}: cannot be opened: Permission denied\n"
+    assert done.stdout == (
+        f"{warm}: cannot be opened: a snapshot is private to the user who made it, and to root\n"
+    )
 
 
 # Bases --------------------------------------------------------------------------------------------
