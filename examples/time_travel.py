@@ -42,8 +42,8 @@ class Recorder:
             began_s = time.monotonic()
             try:
                 number = self._machine.checkpoint()
-            except pyvmm.SnapshotError:
-                return  # the run is over
+            except (pyvmm.SnapshotError, RuntimeError):
+                return  # the run is over, or the machine was closed
             self.pauses_s.append(time.monotonic() - began_s)
             if not self._machine.evidence.has_panicked:
                 self.before_panic = number

@@ -10,7 +10,7 @@ from pyvmm.numerals import SIZE_UNITS
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
-from pyvmm.x86.cpu_model import CpuModel
+from pyvmm.x86.cpu_mask import CpuModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -141,7 +141,6 @@ def _make_memory(
 
 
 
-
 def _can_map_pages(config: RunConfig, kvm: Kvm, report: Callable[[str], None]) -> bool:
     """True if KVM can map register pages; a line says so if ``config`` asks for more."""
     can = bool(kvm.check_extension(KVM_CAP_READONLY_MEM))
@@ -185,6 +184,8 @@ class Machine:
         self._is_clone = False
         self.base: Base | None = None
         """The snapshot over which RAM is mapped, which ``close`` gives up; None for none."""
+        self.newest: Base | None = None
+        """The one to go back to, which ``close`` gives up as well; None for none."""
         self.checkpoints: Base | None = None
         """The moments that ``snapshot/checkpoints.py`` keeps, which ``close`` frees."""
         self.runner = runner
@@ -202,6 +203,9 @@ class Machine:
         # Re-entrant: a handler of a signal that arrives under it may call wait() or close().
         self.lock = threading.RLock()
         """Held while the machine is saved, rewound, judged or closed."""
+        self.moments = threading.RLock()
+        """Held until a live snapshot is written, too; taken before ``lock``: ``snapshot/still``."""
+        self.moment = ""
         self._time_limit: Deadline | None = None
         self._outcome: Outcome | None = None
         # None: not all parts have a state.
@@ -380,7 +384,8 @@ class Machine:
         # A thread stuck in a system call still uses them; they then live as long as the process.
         with self.lock:
             if self.runner.stopped:
-                kept, self.checkpoints, self.base = (self.checkpoints, self.base), None, None
+                kept = self.checkpoints, self.base, self.newest
+                self.checkpoints = self.base = self.newest = None
                 self._resources.close()
                 for moments in kept:
                     if moments is not None:

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import ctl, doctor, export, image, kernel, lab, matrix, ps, run, snapshot, test
+from pyvmm.cli import (
+    ctl,
+    doctor,
+    export,
+    image,
+    kernel,
+    lab,
+    matrix,
+    ps,
+    restore,
+    run,
+    snapshot,
+    test,
+)
 from pyvmm.startup.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +105,7 @@ def test_a_broken_link_is_found(text: str, found: list[str], tmp_path: Path) -> 
 TABLES = {table.name: table for table in (
     run.COMMAND, export.COMMAND, doctor.COMMAND, kernel.COMMAND, lab.COMMAND, test.COMMAND,
     matrix.COMMAND, ps.COMMAND, ctl.COMMAND.replace(name="ctl"), image.COMMAND, snapshot.COMMAND,
+    restore.COMMAND,
 )}
 HELP = "\n".join(table.epilog for table in TABLES.values()).replace("\n  pyvmm", "\n$ pyvmm")
 TEXTS = {"help": HELP, **{str(page.relative_to(ROOT)): page.read_text() for page in PAGES}}

@@ -14,6 +14,7 @@ from pathlib import Path
 from fuzz.target import Target
 from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.errors import SnapshotError, StateError
+from pyvmm.kvm.cpuid_entry import pack
 from pyvmm.snapshot.config_record import restore_config, restore_kernel, save_config
 from pyvmm.snapshot.files import layout
 from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam, read_disks, read_files
@@ -58,7 +59,7 @@ class StateTarget(Target):
                     restore_config(value, sources)
             with contextlib.suppress(SnapshotError):
                 host = read_host(value, name="f")
-                check_host(host, name="f", supported=[], tsc_khz=1, scales_tsc=False)
+                check_host(host, name="f", supported=pack([]), tsc_khz=1, scales_tsc=False)
 
     def _read(self, data: bytes) -> None:
         line, state = "", None

@@ -8,6 +8,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from pyvmm.api.arguments import (
+    check_by_index,
+    check_checkpoint,
+    check_files_by_index,
+    check_flag,
+    check_path,
+    check_path_or_none,
+    check_report,
+    check_seconds,
+)
 from pyvmm.api.config import as_disk_config, check_type
 from pyvmm.api.running import RunningMachine, check_devices, log_line
 from pyvmm.config import DiskConfig, Source
@@ -94,6 +104,7 @@ class Machine(RunningMachine):
         All that the guest has printed stays in ``console.text``.  SnapshotError if there is no such
         moment.  RuntimeError in a hook.
         """
+        check_checkpoint(number)
         with self._lifetime.rewinding():
             from pyvmm.snapshot.checkpoints import checkpoints_of
 
@@ -118,6 +129,9 @@ class Machine(RunningMachine):
         SnapshotError for a machine that cannot be saved: disks that are written in place, or that
         another process serves.  RuntimeError in a hook, which would wait for itself.
         """
+        check_path_or_none("dir", dir)
+        check_flag("live", live)
+        check_flag("diff", diff)
         self._lifetime.check_open("snapshot()")
         from pyvmm.snapshot.capture import take
 
@@ -161,14 +175,13 @@ class Snapshot:
         version, for a disk that is missing or has changed, and if this host's processor lacks
         something that the guest uses.
         """
-        check_type("dir", dir, (str, os.PathLike), "a path")
+        check_path("dir", dir)
+        check_files_by_index(disks)
+        check_report(report)
         from pyvmm.snapshot.opening import open_snapshot
 
         tell = report or log_line
-        files = {}
-        for index, path in disks.items():
-            check_type("disks", index, int, "files by the disk's index")
-            files[index] = os.fspath(path)
+        files = {index: os.fspath(path) for index, path in disks.items()}
         return cls(open_snapshot(dir, disks=files, report=tell), tell)
 
     @property
@@ -203,9 +216,13 @@ class Snapshot:
         A prepared clone is taken if there is one, unless ``disks``, ``devices`` or ``console`` ask
         for another machine.  SnapshotError, ConfigError, HostError.
         """
-        check_type("timeout_s", timeout_s, (int, float, type(None)), "seconds or None")
-        check_type("console", console, (str, os.PathLike, type(None)), "a path or None")
+        check_seconds("timeout_s", timeout_s)
+        check_path_or_none("console", console)
+        check_type("clock", clock, str, "'keep' or 'now'")
+        check_report(report)
         check_devices(devices)
+        if disks is not None:
+            check_by_index(disks)
         sources = {index: _source(index, disk) for index, disk in (disks or {}).items()}
         snapshot = self._share("clone()")
 
@@ -250,6 +267,7 @@ class Snapshot:
 
     def wait_until_prepared(self, timeout_s: float | None = None) -> bool:
         """Wait until all that ``prepare`` asked for is ready; False after ``timeout_s``."""
+        check_seconds("timeout_s", timeout_s)
         return self._shells.wait(timeout_s)
 
     def close(self) -> None:
@@ -284,9 +302,8 @@ class Snapshot:
             raise RuntimeError(f"{call}: the snapshot belongs to process {self._pid}")
 
 
-def _source(index: object, disk: AnyDisk) -> Source:
+def _source(index: int, disk: AnyDisk) -> Source:
     """Return ``disk`` as the source that takes the place of a frozen one."""
-    check_type("disks", index, int, "disks by their index")
     config = as_disk_config(disk)
     if not isinstance(config, DiskConfig):
         raise SnapshotError(

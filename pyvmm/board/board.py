@@ -80,10 +80,15 @@ class Board:
         name = name or f"virtio{index}"
         if any(slot.name == name for slot in self.slots):
             raise ValueError(f"two devices are named {name!r}: each needs a name of its own")
-        slot = Slot(
-            index, device, name, self.memory, page=self._page(index),
-            keep_used=self._maps_pages, at_exit=at_exit, report=self._report,
-        )
+        page = self._page(index)
+        try:
+            slot = Slot(
+                index, device, name, self.memory, page=page,
+                keep_used=self._maps_pages, at_exit=at_exit, report=self._report,
+            )
+        except BaseException:
+            page.release()
+            raise
         self._stack.callback(slot.close)
         self._stack.callback(self.hurry)  # before the first of them is closed
         self.mmio.add(slot.base, layout.VIRTIO_MMIO_STRIDE, slot.transport)

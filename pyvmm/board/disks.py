@@ -72,6 +72,14 @@ def freeze_disks(board: Board) -> list[FrozenDisk]:
         return frozen
 
 
+def check_way_back(board: Board, frozen: Sequence[FrozenDisk]) -> None:
+    """Raise SnapshotError, naming the disk and the remedy, unless ``revert_disks`` can be done."""
+    from pyvmm.storage.freezing import check_revertible
+
+    for device, disk in zip(_disks(board), frozen, strict=True):
+        check_revertible(device.disk, disk)
+
+
 def revert_disks(board: Board, frozen: Sequence[FrozenDisk]) -> None:
     """Give every disk the bytes of ``frozen``, which ``freeze_disks`` returned; SnapshotError.
 
@@ -79,7 +87,7 @@ def revert_disks(board: Board, frozen: Sequence[FrozenDisk]) -> None:
     """
     from pyvmm.storage.freezing import revert
 
-    check_disks(board, into_directory=False, to_rewind=True)
+    check_way_back(board, frozen)
     for device, disk in zip(_disks(board), frozen, strict=True):
         revert(device.disk, disk)
 

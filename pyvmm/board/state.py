@@ -5,21 +5,22 @@ Loaded only where a machine is saved or restored.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pyvmm.board.bus import BusDevice
 from pyvmm.kvm.handles import Vcpu, Vm
 from pyvmm.kvm.state import forget_vcpu, settle_vcpu
-from pyvmm.kvm.tsc import align
+from pyvmm.kvm.tsc import align, lag, offset_of, sample
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 from pyvmm.state import Fields
 from pyvmm.x86 import layout
 
-_MOST_NS = (1 << 63) - 1
+_MOST_NS, _MOST_U64 = (1 << 63) - 1, (1 << 64) - 1
 
 if TYPE_CHECKING:
     from pyvmm.board.board import Board
@@ -52,16 +53,17 @@ def save_machine(
     UART takes what KVM has gathered for it, which may drive its line.
     """
     _refuse_if_closed(vm, "save()")
-    _refuse_if_moving(runner)
-    on_board = board.save()
-    state: dict[str, object] = {
-        "board": on_board,
-        "vcpus": {name: vcpu.save() for name, vcpu in _vcpus(loops).items()},
-        "chips": vm.save(),
-    }
-    state["realtime_ns"] = time.time_ns()  # right behind kvm-clock, the last of the chips
-    _refuse_if_moving(runner)
-    return state
+    with _held(runner):
+        on_board = board.save()
+        state: dict[str, object] = {
+            "board": on_board,
+            "vcpus": {name: vcpu.save() for name, vcpu in _vcpus(loops).items()},
+            "chips": vm.save(),
+        }
+        state["realtime_ns"] = time.time_ns()  # right behind kvm-clock, the last of the chips
+        state["clock_ns"], state["tsc"] = sample(vm, loops[0].vcpu)
+        _refuse_if_moving(runner)
+        return state
 
 
 def restore_machine(
@@ -96,6 +98,7 @@ def restore_machine(
     fields = Fields("machine", data)
     vcpus, chips, on_board = (fields.take(name) for name in ("vcpus", "chips", "board"))
     saved_ns = fields.integer("realtime_ns", 0, _MOST_NS)
+    saved_clock = fields.integer("clock_ns", 0, _MOST_U64), fields.integer("tsc", 0, _MOST_U64)
     fields.end()
     # Never backwards, where the host's clock was set or the snapshot comes from another host.
     advance_ns = max(0, time.time_ns() - saved_ns) if clock == "now" else 0
@@ -107,6 +110,9 @@ def restore_machine(
         vcpu.restore(state, advance_ns)
     align(states)
     vm.restore(chips, advance_ns)
+    # The vCPU's TSC and kvm-clock were set some time apart, and must agree again.
+    if offset_of(loops[0].vcpu) is not None:
+        align(states, lag(vm, loops[0].vcpu, saved_clock))
     board.restore(on_board)
 
 
@@ -183,6 +189,21 @@ def _vcpus(loops: Sequence[VcpuLoop]) -> dict[str, Vcpu]:
 def _refuse_if_closed(vm: Vm, call: str) -> None:
     if vm.fd < 0:
         raise RuntimeError(f"{call} needs an open machine: this one was closed")
+
+
+@contextlib.contextmanager
+def _held(runner: Runner | None) -> Iterator[None]:
+    """Hold a quiesced machine, unless it is held already: who resumes it is obeyed afterwards."""
+    _refuse_if_moving(runner)
+    if runner is None or runner.is_held:
+        yield
+        return
+    if not runner.hold("save()"):
+        raise RuntimeError("save(): the run has ended meanwhile")
+    try:
+        yield
+    finally:
+        runner.let_go()
 
 
 def _refuse_if_moving(runner: Runner | None) -> None:

@@ -6,7 +6,14 @@ from __future__ import annotations
 import contextlib
 import functools
 
-from pyvmm.cli.running import STATUSES, Running, process_start_s, with_control
+from pyvmm.cli.running import (
+    CONTROL_OPTIONS,
+    STATUSES,
+    VERBOSE_OPTION,
+    Running,
+    process_start_s,
+    with_control,
+)
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
@@ -34,7 +41,7 @@ keys, when standard input is a terminal: as in pyvmm run.
 
 examples:
   pyvmm restore warm
-  pyvmm restore warm --console log --timeout 60 < commands
+  pyvmm restore warm --console log --timeout 60
   pyvmm restore warm --disk 0=/srv/images/root.img
 """
 
@@ -54,17 +61,11 @@ COMMAND = Command(
                "stdio)"),
         Option(name="--timeout", metavar="S",
                help="stop the guest S seconds after it went on, with exit status 124"),
-        Option(name="--control", metavar="SOCKET",
-               help="let pyvmm ctl and other programs of this user drive the machine at a Unix "
-               "socket (docs/control.md)"),
-        Option(name="--control-fd", metavar="N",
-               help="the same for the process at the other end of connected socket N, which is "
-               "inherited; its end stops the machine"),
+        *CONTROL_OPTIONS,
         Option(name="--clones-fd", metavar="N",
                help="serve the owner of socket N, which is inherited: fork a clone for each of its "
                "messages (used by pyvmm.launch)"),
-        Option(name="--verbose", short="-v",
-               help="say how the run went, on standard error; -vv: tracebacks of errors too"),
+        VERBOSE_OPTION,
     ),
 )
 

@@ -7,7 +7,15 @@ import os
 
 from pyvmm.cli.first_look import has_known_configuration, root_is_special
 from pyvmm.cli.parse import parse_console, parse_cpus, parse_disk, parse_memory, parse_seconds
-from pyvmm.cli.running import STATUSES, Running, has_control, process_start_s, with_control
+from pyvmm.cli.running import (
+    CONTROL_OPTIONS,
+    STATUSES,
+    VERBOSE_OPTION,
+    Running,
+    has_control,
+    process_start_s,
+    with_control,
+)
 from pyvmm.config import DEFAULT_CMDLINE, RunConfig, format_size
 from pyvmm.errors import PyvmmError
 from pyvmm.report import Reporter, say
@@ -85,12 +93,7 @@ COMMAND = Command(
         Option(name="--agent",
                help="bring pyvmm's agent into the guest, by an initramfs: whatever the image is, "
                "it then takes orders (docs/devices.md)"),
-        Option(name="--control", metavar="SOCKET",
-               help="let pyvmm ctl and other programs of this user drive the machine at a Unix "
-               "socket (docs/control.md)"),
-        Option(name="--control-fd", metavar="N",
-               help="the same for the process at the other end of connected socket N, which is "
-               "inherited; its end stops the machine"),
+        *CONTROL_OPTIONS,
         Option(name="--snapshot", metavar="DIR",
                help="save the whole machine in the new directory DIR, once, when the guest is "
                "warm; pyvmm restore DIR goes on from there, as often as you like "
@@ -105,8 +108,7 @@ COMMAND = Command(
         Option(name="--timing",
                help="say how long start-up, kernel, init and user space took (the guest's init "
                "marks them: docs/devices.md)"),
-        Option(name="--verbose", short="-v",
-               help="say how the run went, on standard error; -vv: tracebacks of errors too"),
+        VERBOSE_OPTION,
     ),
     meant=("--kernel", "--disk"),
 )

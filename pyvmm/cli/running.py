@@ -12,6 +12,7 @@ import pyvmm
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
+from pyvmm.startup.commands import Option
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
 
+CONTROL_OPTIONS = (
+    Option(name="--control", metavar="SOCKET",
+           help="let pyvmm ctl and other programs of this user drive the machine at a Unix "
+           "socket (docs/control.md)"),
+    Option(name="--control-fd", metavar="N",
+           help="the same for the process at the other end of connected socket N, which is "
+           "inherited; its end stops the machine"),
+)
+VERBOSE_OPTION = Option(
+    name="--verbose", short="-v",
+    help="say how the run went, on standard error; -vv: tracebacks of errors too",
+)
 STATUSES = """\
   0-119  what the guest reported through I/O port 0xf4 (119 for anything larger); 0 too when it
          rebooted, powered off or halted on purpose

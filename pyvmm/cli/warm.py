@@ -16,6 +16,7 @@ from pyvmm.devices.warm_port import WarmPort
 from pyvmm.errors import ConfigError, PyvmmError, SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.snapshot.files.layout import TEMPORARY
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
 from pyvmm.x86 import layout
 
@@ -60,6 +61,10 @@ def plan_from(args: SimpleNamespace) -> WarmPlan:
         raise ConfigError("--snapshot", "names no directory")
     if os.path.lexists(directory):
         raise SnapshotError(option, "exists, and no snapshot is overwritten; name a new directory")
+    if os.path.abspath(directory).endswith(TEMPORARY):
+        raise SnapshotError(
+            option, f"ends in {TEMPORARY}, as unfinished snapshots do; name another directory"
+        )
     parent = os.path.dirname(os.path.abspath(directory))
     if not os.path.isdir(parent):
         raise SnapshotError(option, f"there is no directory {parent}")

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pyvmm.console.output import LineWatch
 from pyvmm.errors import ConfigError
 
+_CONTROLS = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
+"""Control sequences of a terminal, without those that have a text: colours, ash's ``ESC[6n``."""
+
 
 def line_pattern(option: str, text: str) -> re.Pattern[bytes]:
     """Return ``text`` compiled for lines of a console; ConfigError names ``option``."""
@@ -23,8 +26,8 @@ class LineMatch:
     """Calls ``on_match`` once, for the first line in which ``pattern`` is found.
 
     A line counts before its end has come, so that a prompt is found: ``$`` matches at the end of
-    the bytes so far.  The first LineWatch.LIMIT bytes of a line are searched.  ``feed`` belongs to
-    one thread.
+    the bytes so far.  Colours and other control sequences are left out.  The first LineWatch.LIMIT
+    bytes of a line are searched.  ``feed`` belongs to one thread.
     """
 
     def __init__(self, pattern: re.Pattern[bytes], on_match: Callable[[], None]) -> None:
@@ -42,6 +45,6 @@ class LineMatch:
             self._search(self._lines.unfinished)
 
     def _search(self, line: bytes) -> None:
-        if not self._is_found and self._pattern.search(line):
+        if not self._is_found and self._pattern.search(_CONTROLS.sub(b"", line)):
             self._is_found = True
             self._on_match()

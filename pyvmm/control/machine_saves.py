@@ -24,17 +24,17 @@ class MachineSaves:
     @property
     def can_rewind(self) -> bool:
         """See ``Saves``."""
-        return self._machine.base is not None or bool(self._numbers())
+        return self._machine.newest is not None or bool(self._numbers())
 
     def facts(self) -> dict[str, object]:
         """See ``Saves``."""
         known = self._newest
-        if known is None and self._machine.base is not None:
+        if known is None and self._machine.newest is not None:
             from pyvmm.snapshot.snapshot import Snapshot
 
-            base = self._machine.base
-            assert isinstance(base, Snapshot)
-            known = Saved(id=str(base.id), path=base.path)
+            newest = self._machine.newest
+            assert isinstance(newest, Snapshot)
+            known = Saved(id=str(newest.id), path=newest.path)
         return {
             "snapshot": None if known is None else {"id": known.id, "path": known.path},
             "checkpoints": list(self._numbers()),

@@ -44,6 +44,12 @@ def room_for(count: int) -> bytearray:
     return bytearray(bytes(abi.kvm_cpuid2(nent=count)) + bytes(count * _ENTRY.size))
 
 
+def cut(buffer: bytearray) -> bytearray:
+    """Return ``buffer`` without the room that KVM left."""
+    count = abi.kvm_cpuid2.from_buffer_copy(buffer).nent
+    return buffer[: ctypes.sizeof(abi.kvm_cpuid2) + count * _ENTRY.size]
+
+
 def unpack(buffer: bytearray) -> list[CpuidEntry]:
     """Return the entries that KVM wrote into ``buffer``."""
     count = abi.kvm_cpuid2.from_buffer_copy(buffer).nent

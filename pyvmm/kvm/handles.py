@@ -86,20 +86,23 @@ class Kvm(_Handle):
 
     @property
     def ring_page(self) -> int:
-        """The page of gathered port writes, counted from the start of kvm_run; 0 if there is
-        none."""
+        """The page of gathered port writes, counted from kvm_run's; 0 if there is none."""
         if not self.check_extension(abi.KVM_CAP_COALESCED_PIO):
             return 0
         return self.check_extension(abi.KVM_CAP_COALESCED_MMIO)
 
     def supported_cpuid(self) -> list[CpuidEntry]:
         """Return the CPUID that this host can give a guest; KVM leaves the hypervisor bit clear."""
+        return cpuid_entry.unpack(self.packed_cpuid())
+
+    def packed_cpuid(self) -> bytearray:
+        """Return ``supported_cpuid`` as ``struct kvm_cpuid2`` has it."""
         count = 256
         while True:
             buffer = cpuid_entry.room_for(count)
             try:
                 ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, buffer)
-                return cpuid_entry.unpack(buffer)
+                return cpuid_entry.cut(buffer)
             except KvmError as error:
                 if error.errno != errno.E2BIG or count >= _MAX_CPUID_ENTRIES:
                     raise
@@ -218,9 +221,9 @@ class Vm(_Handle):
         return save_vm(self)
 
     def restore(self, data: object, advance_ns: int = 0) -> None:
-        """Take what ``save`` returned, once the chips and all vCPUs are made; StateError.
+        """Take what ``save`` returned, ``advance_ns`` ns later for the guest; StateError.
 
-        For the guest ``advance_ns`` nanoseconds have passed since the save.
+        The chips and all vCPUs must have been made.
         """
         from pyvmm.kvm.state import restore_vm
 
@@ -320,8 +323,7 @@ class Vcpu(_Handle):
         wanted = list(indices)
         buffer = msr_buffer(dict.fromkeys(wanted, 0))
         count = ioctl(self.fd, abi.KVM_GET_MSRS, buffer)
-        found = MSR_ENTRY.iter_unpack(memoryview(buffer)[MSR_HEAD.size :])
-        return dict(itertools.islice(found, count))
+        return dict(itertools.islice(MSR_ENTRY.iter_unpack(buffer[MSR_HEAD.size :]), count))
 
     def set_msrs(self, msrs: Mapping[int, int]) -> None:
         """Set MSRs by index, in order; KvmError names the first that KVM refuses."""

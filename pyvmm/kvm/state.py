@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import struct
 
 from pyvmm.errors import HostError, KvmError, StateError
 from pyvmm.kvm import abi, irqchip_abi, state_abi, tsc
@@ -38,6 +39,9 @@ _UNLISTED_MSRS = (
     *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF,
 )  # fmt: skip
 """The MTRRs: KVM gives and takes them, but KVM_GET_MSR_INDEX_LIST does not have them."""
+_EMULATED_CPU = struct.pack("=4I", 1, 0, 0, 0x60FB1)
+"""The head of CPUID's leaf 1 for QEMU's own processor, which QEMU emulates, as in the lab."""
+_TSS_BUSY = 2  # of a segment's type
 _MSRS_AT_ONCE = 256  # the kernel's MAX_IO_MSRS
 _MOST_MSRS = 4096
 _MOST_ACCESSES = 1 << 16
@@ -145,10 +149,10 @@ def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
     put("mp_state", state_abi.KVM_SET_MP_STATE, bytes(abi.kvm_mp_state(mp_state=mp_state)))
     put("regs", abi.KVM_SET_REGS, regs)  # before events: it drops a pending exception
     if sregs2 is not None:  # before lapic: it has the APIC's base
-        put("sregs2", state_abi.KVM_SET_SREGS2, sregs2)
+        put("sregs2", state_abi.KVM_SET_SREGS2, _as_emulated(vcpu, sregs2))
         _set_cr8(vcpu, state_abi.kvm_sregs2.from_buffer_copy(sregs2).cr8)
     elif sregs is not None:
-        put("sregs", abi.KVM_SET_SREGS, sregs)
+        put("sregs", abi.KVM_SET_SREGS, _as_emulated(vcpu, sregs))
         _set_cr8(vcpu, abi.kvm_sregs.from_buffer_copy(sregs).cr8)
     if xcrs is not None:  # before xsave: it says which parts of that are there
         put("xcrs", state_abi.KVM_SET_XCRS, xcrs)
@@ -269,6 +273,20 @@ def _get_unless(fd: int, request: abi.Ioctl, absent: int, asked: bytes = b"") ->
             return None
         raise
     return bytes(data)
+
+
+def _as_emulated(vcpu: Vcpu, sregs: bytes) -> bytes:
+    """Return ``sregs``, of either kind, as QEMU's emulated SVM needs them; elsewhere unchanged.
+
+    KVM always tells a busy TSS (type 11).  QEMU's I/O permission check knows only one that is
+    available (type 9), as its own LTR leaves it: a program's IN or OUT would be SIGSEGV.
+    """
+    if _EMULATED_CPU not in vcpu.cpuid:
+        return sregs
+    changed = bytearray(sregs)
+    at = abi.kvm_sregs.tr.offset + abi.kvm_segment.type.offset
+    changed[at] &= ~_TSS_BUSY
+    return bytes(changed)
 
 
 def _set_cr8(vcpu: Vcpu, cr8: int) -> None:

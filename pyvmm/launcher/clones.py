@@ -10,7 +10,15 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 
-from pyvmm.errors import ConfigError
+from pyvmm.api.arguments import (
+    check_files_by_index,
+    check_path,
+    check_path_or_none,
+    check_report,
+    check_seconds,
+)
+from pyvmm.api.config import check_type
+from pyvmm.errors import ConfigError, SnapshotError
 from pyvmm.launcher.arguments import Arguments
 from pyvmm.launcher.session import Session
 from pyvmm.launcher.zygote import ForkedProcess, Zygote
@@ -29,16 +37,29 @@ class Clones:
         self, path: str | PathLike[str], *,
         disks: Mapping[int, str | PathLike[str]] | None = None,
     ) -> None:
-        self._path = os.path.abspath(os.fsdecode(path))
-        self._disks = {number: os.fsdecode(place) for number, place in (disks or {}).items()}
+        check_path("path", path)
+        if disks is not None:
+            check_files_by_index(disks)
+        self._path = os.path.abspath(path)
+        self._disks = {number: os.fspath(place) for number, place in (disks or {}).items()}
         self._held = held = _Held()
         # Also if nobody closes it, and at the interpreter's end.
         self._close = weakref.finalize(self, held.close)
 
     @classmethod
     def in_temporary_directory(cls, make: Callable[[str], None]) -> Clones:
-        """Have ``make`` write a snapshot to a path and return its clones; ``close`` removes it."""
-        place = tempfile.mkdtemp(prefix="pyvmm-snapshot-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+        """Have ``make`` write a snapshot to a path and return its clones; ``close`` removes it.
+
+        SnapshotError without a directory for it.
+        """
+        parent = os.path.abspath(os.environ.get("TMPDIR") or "/var/tmp")
+        try:
+            place = tempfile.mkdtemp(prefix="pyvmm-snapshot-", dir=parent)
+        except OSError as error:
+            raise SnapshotError(
+                parent, f"has no room for a snapshot: {error.strerror}; TMPDIR names another "
+                "directory"
+            ) from error
         try:
             make(os.path.join(place, "snapshot"))
             found = cls(os.path.join(place, "snapshot"))
@@ -63,17 +84,21 @@ class Clones:
         report: Callable[[str], None] | None,
     ) -> Session:
         """Start a clone and return its session; see ``VmSnapshot.clone``."""
+        check_type("clock", clock, str, "'keep' or 'now'")
+        check_seconds("timeout_s", timeout_s)
+        if not isinstance(console_log, int):
+            check_path_or_none("console_log", console_log)
+        check_path_or_none("control", control)
+        check_report(report)
         if clock not in CLOCKS:
             raise ConfigError(f"clock {clock!r}", f"is none of {', '.join(CLOCKS)}")
-        if report is not None and not callable(report):
-            raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
         zygote = self._started()
         with contextlib.closing(Arguments()) as arguments:
             words: list[str | dict[str, object]] = []
             if timeout_s is not None:
                 arguments.add("--timeout", repr(float(timeout_s)))
             if control is not None:
-                arguments.add("--control", os.path.abspath(os.fsdecode(control)))
+                arguments.add("--control", os.path.abspath(control))
             words += [f"--clock={clock}", *arguments.words]
             if console_log is None:
                 words.append("--console=none")

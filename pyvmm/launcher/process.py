@@ -86,12 +86,7 @@ class VmProcess(MachineProcess):
             raise HostError("launch: this Python does not know its own program (sys.executable)")
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             try:
-                own, other = socket.socketpair()
-                ours.callback(own.close)
-                theirs.callback(other.close)
-                stderr_fd, stderr_end = os.pipe()
-                ours.callback(os.close, stderr_fd)
-                theirs.callback(os.close, stderr_end)
+                own, other, stderr_fd, stderr_end = both_ends(ours, theirs)
                 process = subprocess.Popen(
                     [*PROGRAM, *arguments.words, f"--control-fd={other.fileno()}"],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr_end,
@@ -113,6 +108,22 @@ class VmProcess(MachineProcess):
     def wait_for_ever(self) -> int:
         """See ``MachineProcess.wait_for_ever``."""
         return self._process.wait()
+
+
+def both_ends(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket, int, int]:
+    """Return both ends of a process's socket, then of its standard error: ours, theirs; OSError.
+
+    The stacks close their own ends.
+    """
+    own, other = socket.socketpair()
+    ours.callback(own.close)
+    theirs.callback(other.close)
+    stderr_fd, stderr_end = os.pipe()
+    ours.callback(os.close, stderr_fd)
+    theirs.callback(os.close, stderr_end)
+    return own, other, stderr_fd, stderr_end
 
 
 def environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.api.arguments import check_checkpoint, check_flag, check_path_or_none
 from pyvmm.control.client import ControlError, Pending
 from pyvmm.errors import HostError, SnapshotError
 from pyvmm.launcher.clones import Clones
@@ -23,12 +24,16 @@ def snapshot(
     session: Session, directory: str | PathLike[str] | None, *, live: bool, diff: bool
 ) -> Clones:
     """Save the machine and return the clones of it; see ``Vm.snapshot``."""
+    check_path_or_none("directory", directory)
+    check_flag("live", live)
+    check_flag("diff", diff)
+
     def make(path: str) -> None:
         _call(session, "snapshot", {"dir": path, "live": live, "diff": diff})
 
     if directory is None:
         return Clones.in_temporary_directory(make)
-    path = os.path.abspath(os.fsdecode(directory))
+    path = os.path.abspath(directory)
     make(path)
     return Clones(path)
 
@@ -41,6 +46,7 @@ def checkpoint(session: Session) -> int:
 
 def rewind(session: Session, number: int | None) -> None:
     """See ``Vm.rewind``."""
+    check_checkpoint(number)
     session.check_open("rewind()")
     session.state.refuse_own_thread("rewind()")
     session.state.raise_if_failed()

@@ -125,9 +125,9 @@ class Vm:
         return checkpoint(self._session)
 
     def rewind(self, number: int | None = None) -> None:
-        """Go back to checkpoint ``number``, or to the newest there is.
+        """Go back to checkpoint ``number``, or to the newest checkpoint or snapshot there is.
 
-        Without checkpoints a clone goes back to its snapshot.  A guest that ran runs on from
+        A clone without either goes back to its own snapshot.  A guest that ran runs on from
         there.  One whose run has ended is paused then: ``outcome`` is None, and ``resume`` lets it
         go on.  Its agent is told; commands of before are lost.  The console's ``text`` keeps all.
 

@@ -14,7 +14,13 @@ import time
 from collections.abc import Sequence
 
 from pyvmm.errors import HostError, SnapshotError
-from pyvmm.launcher.process import END_TIMEOUT_S, TERM_TIMEOUT_S, MachineProcess, environment
+from pyvmm.launcher.process import (
+    END_TIMEOUT_S,
+    TERM_TIMEOUT_S,
+    MachineProcess,
+    both_ends,
+    environment,
+)
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,6 +45,8 @@ class Zygote:
         self._lock = threading.Lock()  # one fork at a time
         self._news = threading.Condition()
         self._answers: list[list[Any]] = []
+        self._unwanted = 0
+        """Answers that come to nobody: who waited was interrupted, or has given up."""
         self._statuses: dict[int, int] = {}
         self._is_over = False
         self._last_words: tuple[int | None, list[str]] | None = None
@@ -73,20 +81,33 @@ class Zygote:
                 socket.send_fds(self._socket, [json.dumps(list(words)).encode()], list(fds))
             except OSError:
                 raise self._lost() from None
-            with self._news:
-                until_s = time.monotonic() + ANSWER_TIMEOUT_S
+            kind, found = self._answer()
+        if kind == "failed":
+            raise HostError(f"clone: {found}")
+        return int(found)
+
+    def _answer(self) -> list[Any]:
+        """Return the answer to the last message, under ``_lock``; SnapshotError, HostError.
+
+        An answer that comes after an interrupt is dropped.  Its clone ends: its sockets are
+        closed.
+        """
+        until_s = time.monotonic() + ANSWER_TIMEOUT_S
+        with self._news:
+            try:
                 while not self._answers and not self._is_over:
                     if not self._news.wait(until_s - time.monotonic()):
                         raise HostError(
                             "clone: the process that makes clones has not answered in "
                             f"{ANSWER_TIMEOUT_S:g} s"
                         )
-                if not self._answers:
-                    raise self._lost()
-                kind, found = self._answers.pop(0)
-        if kind == "failed":
-            raise HostError(f"clone: {found}")
-        return int(found)
+            except BaseException:
+                self._unwanted += not self._answers
+                self._answers.clear()
+                raise
+            if not self._answers:
+                raise self._lost()
+            return self._answers.pop()
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
         """Return the exit status of a clone's process; None if it runs on after ``timeout_s``."""
@@ -128,6 +149,8 @@ class Zygote:
                     kind, *rest = json.loads(data)
                     if kind == "ended":
                         self._statuses[rest[0]] = rest[1]
+                    elif self._unwanted:
+                        self._unwanted -= 1
                     else:
                         self._answers.append([kind, *rest])
                 self._news.notify_all()
@@ -181,12 +204,7 @@ class ForkedProcess(MachineProcess):
         """
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             try:
-                own, other = socket.socketpair()
-                ours.callback(own.close)
-                theirs.callback(other.close)
-                stderr_fd, stderr_end = os.pipe()
-                ours.callback(os.close, stderr_fd)
-                theirs.callback(os.close, stderr_end)
+                own, other, stderr_fd, stderr_end = both_ends(ours, theirs)
             except OSError as error:
                 raise HostError(f"clone: {error}") from error
             control = {"fd": 1, "before": "--control-fd="}

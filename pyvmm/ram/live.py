@@ -43,18 +43,25 @@ def fork_writer(
     reader, writer = os.pipe()  # both close on exec
     # A signal of the terminal's, as Ctrl-C, is the parent's business alone.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    child: LiveWriter | None = None
     try:
         with memory.copied_by_fork():
             pid = os.fork()
             if not pid:
                 _child(ram_writer, writer, kept)
+        child = LiveWriter(pid, reader)
     except OSError as error:
         os.close(reader)
         raise HostError(f"cannot fork a process that writes RAM: {error}") from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(writer)
-    return LiveWriter(pid, reader)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except BaseException:  # a signal's handler that raises, such as Ctrl-C's
+            if child is not None:
+                child.kill()
+            raise
+    return child
 
 
 class LiveWriter:

@@ -70,6 +70,11 @@ class PausableRun(abc.ABC):
         self._stillness.let_go()
 
     @property
+    def is_held(self) -> bool:
+        """True between ``hold`` and ``let_go``."""
+        return self._stillness.is_held
+
+    @property
     def is_quiesced(self) -> bool:
         """True if ``quiesce`` was asked for and not taken back."""
         return self._stillness.is_quiesced

@@ -28,7 +28,8 @@ class Stillness:
         self._vcpus = vcpus
         self._house = house
         self._loops: list[IoLoop] = []
-        self._is_held = False
+        self.is_held = False
+        """True between ``hold`` and ``let_go``."""
         self._stays_paused = self._stays_quiesced = False
         """The state that ``let_go`` leaves."""
 
@@ -61,7 +62,7 @@ class Stillness:
         """See ``Runner.resume``."""
         with self._lock:
             self._stays_paused = self._stays_quiesced = False
-            if not self._is_held:
+            if not self.is_held:
                 self._go_on()
 
     def hold(self, timeout_s: float | None) -> bool:
@@ -69,21 +70,27 @@ class Stillness:
 
         False, and nothing held, where ``Runner.quiesce`` returns False.
         """
-        with self._lock:
-            if self._is_held:
-                raise RuntimeError("the machine is being saved or rewound already")
-            self._stays_paused, self._stays_quiesced = self._vcpus.is_paused, self.is_quiesced
-            self._is_held = True
-            loops = self._begin_quiesce()
-        if self._wait_until_still(loops, timeout_s):
-            return True
-        self.let_go()
-        return False
+        is_ours = is_still = False
+        try:
+            with self._lock:
+                if self.is_held:
+                    raise RuntimeError("the machine is being saved or rewound already")
+                self._stays_paused, self._stays_quiesced = self._vcpus.is_paused, self.is_quiesced
+                is_ours = self.is_held = True
+                loops = self._begin_quiesce()
+            is_still = self._wait_until_still(loops, timeout_s)
+        finally:  # also after a KeyboardInterrupt
+            if is_ours and not is_still:
+                self.let_go()
+        return is_still
 
     def let_go(self) -> None:
-        """Let the guest go on, or leave it paused or quiesced if that was asked for."""
+        """Let the guest go on, or leave it paused or quiesced if that was asked for.
+
+        Call it again if a KeyboardInterrupt ends it.
+        """
         with self._lock:
-            self._is_held = False
+            self.is_held = False
             if not self._stays_quiesced:
                 self._go_on(paused=self._stays_paused)
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from pyvmm.board.disks import check_disks, freeze_disks
-from pyvmm.errors import HostError, SnapshotError, StateError
+from pyvmm.errors import HostError, SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.ram.image import MOST_LAYERS
 from pyvmm.ram.write import image_in_memory
@@ -14,7 +14,7 @@ from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.snapshot.files.content import About
 from pyvmm.snapshot.files.writer import Writer
 from pyvmm.snapshot.snapshot import Facts, Snapshot
-from pyvmm.snapshot.still import still
+from pyvmm.snapshot.still import one_moment, state_of, still
 from pyvmm.snapshot.writing import LiveImage, WrittenRam, finish_directory, host_of
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.virtio.spec import DeviceType
@@ -39,11 +39,19 @@ def take(
     SnapshotError for a machine that cannot be saved, or a directory that cannot be made; where
     that can be known, before the guest is paused.  HostError.
     """
-    base = check(machine, directory, diff=diff)
-    if directory is None:
-        return _take_in_memory(machine, live)
-    with Writer(directory) as writer:
-        return _take_into(machine, writer, live, base)
+    with one_moment(machine, CALL):
+        base = check(machine, directory, diff=diff)
+        if directory is None:
+            snapshot = _take_in_memory(machine, live)
+        else:
+            with Writer(directory) as writer:
+                snapshot = _take_into(machine, writer, live, base)
+        with machine.lock:
+            if machine.vm.fd >= 0:  # else it was closed while RAM was written
+                old, machine.newest = machine.newest, snapshot.share()
+                if old is not None:
+                    old.close()
+    return snapshot
 
 
 def check(
@@ -129,15 +137,11 @@ def _freeze(machine: Machine, undo: contextlib.ExitStack) -> list[FrozenDisk]:
 
 def _facts(machine: Machine, about: About) -> Facts:
     """Return all of the machine but RAM and disks; SnapshotError if a part has no state to give."""
-    try:
-        state = machine.save()
-    except StateError as error:
-        raise SnapshotError(CALL, f"a part of the machine cannot be saved: {error}") from error
     return Facts(
         id=about.id, made_ns=about.made_ns, is_live=about.is_live,
         config=machine.config, kernel=machine.kernel,
         cpuid=tuple(loop.vcpu.cpuid for loop in machine.loops),
-        own_devices=machine.own_devices, state=state,
+        own_devices=machine.own_devices, state=state_of(machine, CALL),
     )
 
 

@@ -6,14 +6,14 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from pyvmm.board.disks import check_disks, freeze_disks, revert_disks
+from pyvmm.board.disks import check_disks, check_way_back, freeze_disks, revert_disks
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.ram.journal import RamJournal
 from pyvmm.ram.pages import drop_own
 from pyvmm.snapshot.rewind import WayBack, put_back
 from pyvmm.snapshot.snapshot import Snapshot
-from pyvmm.snapshot.still import check_open, still
+from pyvmm.snapshot.still import check_open, one_moment, state_of, still
 from pyvmm.startup.types import TYPE_CHECKING, Record
 
 if TYPE_CHECKING:
@@ -23,19 +23,19 @@ MAX_BYTES = 1 << 30
 """RAM that is kept to undo what a guest has written between checkpoints, unless told otherwise."""
 MAX_COUNT = 1024
 """Checkpoints that are kept at most: for each there are some 50 kB of state, besides RAM."""
-CALL = "checkpoint()"
+CALL, BACK = "checkpoint()", "rewind()"
 
 
 class Checkpoint(Record, kw_only=False):
     """A moment: all but RAM, which the journal has by ``number``.
 
-    ``base`` is the snapshot that was the machine's newest then.
+    ``newest`` is the snapshot that was the machine's newest then.
     """
 
     number: int
     state: dict[str, object]
     disks: Sequence[FrozenDisk]
-    base: object
+    newest: object
 
     def close(self) -> None:
         """Free the disks."""
@@ -60,7 +60,7 @@ class Checkpoints:
         self._max_count = max_count
         self._journal: RamJournal | None = None
         self._kept: deque[Checkpoint] = deque()
-        self._base_before: object = None
+        self._newest_before: object = None
         """The machine's snapshot when it took its newest checkpoint, or went back to one."""
         self.dropped = 0
         """The number of checkpoints that went to make room."""
@@ -79,17 +79,20 @@ class Checkpoints:
         """Keep this moment; return its number.
 
         SnapshotError for disks that cannot be brought back, before the guest is held; and for a
-        machine that has not started or is over.
+        machine that is over, or has a part without a state.
         """
         machine = self._machine
         check_disks(machine.board, into_directory=False, to_rewind=True)
         if machine.board.memory.fd is not None:
             raise SnapshotError(CALL, "another process shares the guest's RAM, and may write it")
-        with machine.lock, still(machine, CALL), contextlib.ExitStack() as undo:
+        with (
+            one_moment(machine, CALL), machine.lock, still(machine, CALL),
+            contextlib.ExitStack() as undo,
+        ):
             disks = freeze_disks(machine.board)
             for disk in disks:
                 undo.callback(disk.close)
-            state = machine.save()
+            state = state_of(machine, CALL)
             if self._journal is None:
                 self._journal = RamJournal(machine.board.memory, max_bytes=self._max_bytes)
             try:
@@ -97,8 +100,8 @@ class Checkpoints:
             finally:
                 self._drop(self._journal.numbers)
             undo.pop_all()
-            self._base_before = machine.base
-            self._kept.append(Checkpoint(number, state, disks, machine.base))
+            self._newest_before = machine.newest
+            self._kept.append(Checkpoint(number, state, disks, machine.newest))
             while len(self._kept) > self._max_count:
                 self._kept.popleft().close()
                 self.dropped += 1
@@ -113,14 +116,16 @@ class Checkpoints:
         """Take the machine back to checkpoint ``number``; those after it are forgotten.
 
         None is the newest moment: a checkpoint, or the snapshot that was taken after it, or the one
-        from which the machine was cloned.  SnapshotError if there is none, or no such checkpoint.
+        from which the machine was cloned.  SnapshotError, before the guest is held: there is none,
+        or no such checkpoint, or a disk cannot be brought back.
         See ``snapshot.rewind`` for ``attach`` and all else.
         """
         machine = self._machine
-        with machine.lock:
+        with one_moment(machine, BACK), machine.lock:
             kept = self._find(number)
+            check_way_back(machine.board, self._disks_of(kept))
             if kept is None:
-                self._go_back_to_base(attach)
+                self._go_back_to_newest(attach)
             else:
                 self._go_back(kept, attach)
 
@@ -135,13 +140,13 @@ class Checkpoints:
 
     def _find(self, number: int | None) -> Checkpoint | None:
         """Return the checkpoint to go back to; None for the machine's snapshot; SnapshotError."""
-        base = self._machine.base
+        newest = self._machine.newest
         if number is None:
-            if self._kept and (base is None or base is self._base_before):
+            if self._kept and (newest is None or newest is self._newest_before):
                 return self._kept[-1]
-            if base is None:
+            if newest is None:
                 raise SnapshotError(
-                    "rewind()", "there is no checkpoint and no snapshot to go back to"
+                    BACK, "there is no checkpoint and no snapshot to go back to"
                 )
             return None
         for kept in self._kept:
@@ -149,6 +154,13 @@ class Checkpoints:
                 return kept
         held = f"{self._kept[0].number} to {self._kept[-1].number}" if self._kept else "none"
         raise SnapshotError(f"checkpoint {number}", f"is not held; there are {held}")
+
+    def _disks_of(self, kept: Checkpoint | None) -> Sequence[FrozenDisk]:
+        """Return the disks of ``kept``, or of the machine's snapshot if that is None."""
+        if kept is not None:
+            return kept.disks
+        assert isinstance(self._machine.newest, Snapshot)  # it is nothing else
+        return self._machine.newest.disks
 
     def _go_back(self, kept: Checkpoint, attach: Callable[[bool], None]) -> None:
         machine, journal = self._machine, self._journal
@@ -158,14 +170,16 @@ class Checkpoints:
             journal.rewind(kept.number)
             revert_disks(machine.board, kept.disks)
 
-        put_back(machine, WayBack(state=kept.state, bring_back=bring_back, attach=attach))
-        while self._kept[-1] is not kept:
-            self._kept.pop().close()
-        self._base_before = machine.base
+        try:
+            put_back(machine, WayBack(state=kept.state, bring_back=bring_back, attach=attach))
+        finally:
+            while self._kept and self._kept[-1].number not in journal.numbers:
+                self._kept.pop().close()
+        self._newest_before = machine.newest
 
-    def _go_back_to_base(self, attach: Callable[[bool], None]) -> None:
-        machine, snapshot = self._machine, self._machine.base
-        assert isinstance(snapshot, Snapshot)  # nothing else is ever under a machine
+    def _go_back_to_newest(self, attach: Callable[[bool], None]) -> None:
+        machine, snapshot = self._machine, self._machine.newest
+        assert isinstance(snapshot, Snapshot)  # it is nothing else
         memory = machine.board.memory
 
         def bring_back() -> None:
@@ -173,13 +187,16 @@ class Checkpoints:
                 drop_own(memory)
             else:
                 memory.map_image(snapshot.image)
+                old, machine.base = machine.base, snapshot.share()
+                if old is not None:
+                    old.close()
             revert_disks(machine.board, snapshot.disks)
 
         way = WayBack(state=snapshot.facts.state, bring_back=bring_back, attach=attach)
         put_back(machine, way)
-        while self._kept and self._kept[-1].base is snapshot:
+        while self._kept and self._kept[-1].newest is snapshot:
             self._kept.pop().close()
-        self._base_before = None
+        self._newest_before = None
 
     def _drop(self, numbers: tuple[int, ...]) -> None:
         """Forget the checkpoints whose RAM the journal has forgotten to make room."""

@@ -13,7 +13,7 @@ from pyvmm.errors import ConfigError, StateError
 from pyvmm.state import Fields
 from pyvmm.virtio.rate_limit import RateLimit
 from pyvmm.x86 import layout
-from pyvmm.x86.cpu_model import CpuModel
+from pyvmm.x86.cpu_mask import CpuModel
 from pyvmm.x86.image import EntryKind, Kernel, KernelKind
 
 _TEXTS = ("append", "console", "mmio", "serve", "rtc", "discovery", "agent")

@@ -12,7 +12,7 @@ from pyvmm.errors import SnapshotError, StateError
 from pyvmm.kvm.handles import Kvm
 from pyvmm.snapshot.config_record import restore_config, restore_kernel
 from pyvmm.snapshot.files.host import check_host, read_host
-from pyvmm.snapshot.files.layout import STATE
+from pyvmm.snapshot.files.layout import STATE, no_such_disk
 from pyvmm.snapshot.files.saved import Saved, open_saved
 from pyvmm.snapshot.snapshot import Facts, Snapshot
 from pyvmm.storage.frozen import FrozenDisk
@@ -34,9 +34,7 @@ def open_snapshot(
         saved = stack.enter_context(open_saved(path))
         for index in disks:
             if index not in range(len(saved.disks)):
-                raise SnapshotError(
-                    saved.path, f"has {len(saved.disks)} disks, and none of number {index}"
-                )
+                raise no_such_disk(index, saved.path, len(saved.disks))
         image = saved.open_ram()
         stack.callback(image.close)
         frozen = []
@@ -65,7 +63,7 @@ def _check_host(saved: Saved) -> tuple[bytes, ...]:
     """
     host = read_host(saved.record("host"), name=saved.path_of(STATE))
     with Kvm() as kvm:
-        supported = kvm.supported_cpuid()
+        supported = kvm.packed_cpuid()
     check_host(host, name=saved.path, supported=supported, tsc_khz=None, scales_tsc=False)
     return host.given
 

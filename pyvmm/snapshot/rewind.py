@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.snapshot.still import check_open
+from pyvmm.snapshot.still import check_open, held, let_go
 from pyvmm.startup.types import Record
 
 CALL = "rewind()"
@@ -37,7 +37,8 @@ def put_back(machine: Machine, way: WayBack) -> None:
     then.  Each time the guest becomes another clone, with a ``clone_id`` of its own.
 
     RuntimeError for a machine that was not started, in a thread of the run, once the machine was
-    closed, and while it is saved or rewound.  If anything else fails, the machine has no whole
+    closed, and while it is saved or rewound.  SnapshotError, and the guest goes on as it was, if it
+    does not come to rest within STILL_S seconds.  If anything else fails, the machine has no whole
     guest any more: its run ends with HOST_ERROR, and the error is raised.
     """
     runner = machine.runner
@@ -56,7 +57,7 @@ def put_back(machine: Machine, way: WayBack) -> None:
 def _put_back_alive(machine: Machine, way: WayBack) -> bool:
     """Put back a machine whose run is not over; False, and nothing done, if it is ending."""
     runner = machine.runner
-    if not runner.hold(CALL):
+    if not held(machine, CALL):
         return False
     try:
         runner.in_house(lambda: _forget_present(machine))
@@ -71,7 +72,7 @@ def _put_back_alive(machine: Machine, way: WayBack) -> bool:
             runner.finish(Outcome(Kind.HOST_ERROR, detail=f"{CALL} failed: {error}"))
             raise
     finally:
-        runner.let_go()
+        let_go(machine)
     return True
 
 
@@ -84,6 +85,7 @@ def _put_back_ended(machine: Machine, way: WayBack) -> None:
     _bring_back(machine, way)
     way.attach(True)
     machine.run_again()
+    machine.pause()  # the vCPUs are on their way to the gate
     machine.catch_up()
     machine.limit_time()
 

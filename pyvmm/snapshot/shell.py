@@ -41,12 +41,12 @@ class Shell:
         """Give the machine its state and a new ``clone_id``; return it, ready to start.
 
         The run ends after ``timeout_s`` seconds.  ``clock`` is among CLOCKS.  SnapshotError if the
-        snapshot's state cannot be used; the machine is closed then.
+        snapshot's state cannot be used, ConfigError for such a time; the machine is closed then.
         """
         machine = self.machine
         try:
+            machine.timeout_s = machine.config.replace(timeout_s=timeout_s).timeout_s
             give_state(machine, self._snapshot, clock)
-            machine.timeout_s = timeout_s
         except BaseException:
             machine.close()
             raise

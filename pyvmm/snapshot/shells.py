@@ -22,7 +22,9 @@ class Shells:
     def __init__(self, snapshot: Snapshot, report: Callable[[str], None]) -> None:
         self._snapshot = snapshot
         self._report = report
-        self._lock = threading.Lock()
+        # Re-entrant, and ``close`` waits for no thread that calls it: a snapshot that nobody holds
+        # any more is closed by the garbage collector, in whichever thread that happens to be.
+        self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._ready: list[Shell] = []
         self._to_make = 0
@@ -60,35 +62,37 @@ class Shells:
         """Make no more, and free those that nobody has taken; idempotent."""
         with self._lock:
             self._is_closed, self._to_make = True, 0
-            self._news.wait_for(lambda: not self._makers)
+            self._news.wait_for(lambda: not self._makers - {threading.current_thread()})
             ready, self._ready = self._ready, []
         close_all(ready)
 
     def _make(self) -> None:
-        while self._begin_one():
-            try:
+        try:
+            while self._begin_one():
                 shell = self._snapshot.build_shell(report=self._report)
-            except PyvmmError as error:
                 with self._lock:
-                    self._to_make = 0
-                self._report(f"{self._snapshot.name}: no more clones are prepared: {error}")
-                continue
+                    is_wanted = not self._is_closed
+                    if is_wanted:
+                        self._ready.append(shell)
+                if not is_wanted:
+                    shell.close()
+        except (PyvmmError, OSError) as error:
             with self._lock:
-                is_wanted = not self._is_closed
-                if is_wanted:
-                    self._ready.append(shell)
-            if not is_wanted:
-                shell.close()
-        with self._lock:
-            self._makers.discard(threading.current_thread())
-            self._news.notify_all()
+                self._to_make = 0
+            self._report(f"{self._snapshot.name}: no more clones are prepared: {error}")
+        finally:
+            with self._lock:
+                self._makers.discard(threading.current_thread())
+                self._news.notify_all()
 
     def _begin_one(self) -> bool:
+        """Count one more as made; False, and the calling maker is none any more, if all are."""
         with self._lock:
-            if not self._to_make:
-                return False
-            self._to_make -= 1
-            return True
+            if self._to_make:
+                self._to_make -= 1
+                return True
+            self._makers.discard(threading.current_thread())
+            return False
 
 
 def close_all(shells: list[Shell]) -> None:

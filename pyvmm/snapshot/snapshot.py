@@ -11,6 +11,7 @@ from pyvmm.config import DiskConfig, RunConfig, Source
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine, build
 from pyvmm.ram.image import RamImage
+from pyvmm.snapshot.files.layout import no_such_disk
 from pyvmm.snapshot.shell import Lines, Shell
 from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.storage.frozen import FrozenDisk
@@ -131,7 +132,7 @@ class Snapshot:
         except BaseException:
             base.close()
             raise
-        machine.base = base
+        machine.base, machine.newest = base, self.share()
         try:
             self._check_sizes(machine, disks)
         except BaseException:
@@ -169,9 +170,7 @@ class Snapshot:
         saved = self.facts.config
         for index in disks:
             if index not in range(len(self.disks)):
-                raise SnapshotError(
-                    f"disk {index}", f"is none of {self.name}, which has {len(self.disks)}"
-                )
+                raise no_such_disk(index, self.name, len(self.disks))
         found: list[DiskConfig] = []
         for index, (config, frozen) in enumerate(zip(saved.disks, self.disks, strict=True)):
             assert isinstance(config, DiskConfig)  # no other is ever frozen

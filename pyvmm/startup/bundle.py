@@ -165,7 +165,7 @@ class _Loader:
     def __init__(
         self, bundle: Bundle, needs: tuple[str, ...], code: bytes | memoryview, file: str
     ) -> None:
-        self._bundle = bundle
+        self._bundle: Bundle | None = bundle
         self._needs = needs
         self._code = code
         self._file = file
@@ -176,15 +176,18 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         """Import the modules that ``module`` needs, then run its code."""
         module.__file__ = self._file
+        # With the last of them the bundle's mapping goes, which holds a descriptor.
+        bundle, self._bundle = self._bundle, None
         for name in self._needs:
-            if name not in sys.modules:
-                self._bundle.make(name)
+            if name not in sys.modules and bundle is not None:
+                bundle.make(name)
         try:
             code = marshal.loads(self._code)
         except (ValueError, EOFError, TypeError):  # damaged: the source is there
             with open(self._file, "rb") as source:  # noqa: PTH123 - pathlib takes 8 ms
                 code = compile(source.read(), self._file, "exec")
-            _unlink(self._bundle.path)
+            if bundle is not None:
+                _unlink(bundle.path)
         self._code = b""
         exec(code, module.__dict__)
 

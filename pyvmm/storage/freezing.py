@@ -128,23 +128,31 @@ def _copied(overlay: OverlayBackend) -> FrozenDisk:
         below.close()
 
 
-def revert(backend: BlockBackend, frozen: FrozenDisk) -> None:
-    """Make ``backend`` the same as ``frozen`` again, and forget what was written since.
-
-    Nobody uses it meanwhile.  SnapshotError if its kind cannot, or ``frozen`` is no state of it.
-    """
+def check_revertible(backend: BlockBackend, frozen: FrozenDisk) -> None:
+    """Raise SnapshotError if ``backend`` cannot become ``frozen``, or that is no state of it."""
     check_freezable(backend, into_directory=False, to_rewind=True)
     if isinstance(backend, FaultyBackend):
         if frozen.faults is None:
             raise SnapshotError(_subject(backend), "has faults, and had none in the snapshot")
+        check_revertible(backend.inner, frozen)
+    elif isinstance(backend, PrivateDisk) and frozen.size_bytes != backend.size_bytes:
+        raise SnapshotError(
+            _subject(backend),
+            f"has {backend.size_bytes} bytes, and {frozen.size_bytes} in the snapshot",
+        )
+
+
+def revert(backend: BlockBackend, frozen: FrozenDisk) -> None:
+    """Make ``backend`` the same as ``frozen`` again, and forget what was written since.
+
+    Nobody uses it meanwhile.  SnapshotError as of ``check_revertible``, and nothing is done.
+    """
+    check_revertible(backend, frozen)
+    if isinstance(backend, FaultyBackend):
+        assert frozen.faults is not None  # else the check has failed
         revert(backend.inner, frozen)
         backend.restore(frozen.faults)
     elif isinstance(backend, PrivateDisk):
-        if frozen.size_bytes != backend.size_bytes:
-            raise SnapshotError(
-                _subject(backend),
-                f"has {backend.size_bytes} bytes, and {frozen.size_bytes} in the snapshot",
-            )
         backend.revert(frozen)
     elif isinstance(backend, (RawBackend, MemoryBackend)):
         backend.size_bytes = frozen.size_bytes  # it may have grown

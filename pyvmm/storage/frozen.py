@@ -79,7 +79,7 @@ class FrozenDisk:
         stamp_ns = 0
         if isinstance(base, RawBackend):
             stamp_ns = os.fstat(base.fileno()).st_mtime_ns
-            location = os.path.abspath(location)
+            location = base.absolute_path
         facts = DiskFacts(
             location=location, size_bytes=base.size_bytes, block_size=base.block_size,
             read_only=read_only, stamp_ns=stamp_ns,

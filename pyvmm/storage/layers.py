@@ -12,16 +12,19 @@ reads once more.
 from __future__ import annotations
 
 import threading
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 from pyvmm.errors import HostError
+from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.backend import BlockBackend, BufferCursor
 from pyvmm.storage.bitmap import BLOCK_SIZE, BLOCKS_PER_PAGE, BlockBitmap, bit_runs, block_count
 from pyvmm.storage.files import copy_range
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.raw import RawBackend
 from pyvmm.storage.scratch import Stripe
+
+if TYPE_CHECKING:
+    from array import array
 
 BASE = 0
 """The number of the base in a map of blocks; layers are numbered from 1."""
@@ -53,6 +56,8 @@ class Layer:
         self, place: tuple[RawBackend, int], bitmap: BlockBitmap, stripe: Stripe | None,
         below: Layer | None,
     ) -> None:
+        import array  # noqa: F401 - put_layer needs it while the guest runs, which is too late
+
         self.place = place
         self.bitmap = bitmap
         self.blocks = bitmap.held_blocks()  # if it has a stripe
@@ -250,6 +255,8 @@ def map_page(newest: Layer | None, index: int) -> array[int] | None:
 
 def put_layer(page: array[int] | None, layer: Layer, index: int) -> array[int] | None:
     """Say in page ``index`` of a map that the blocks of ``layer`` are there; return the page."""
+    from array import array  # loaded with the first layer: most disks have none
+
     bits = layer.bitmap.peek(index)
     if bits is None:
         return page

@@ -55,7 +55,7 @@ class RawBackend:
         self, path: str, *, read_only: bool = False, report: Callable[[str], None],
         called: str = "", fd: int | None = None,
     ) -> None:
-        self.path = path
+        self.path = self.absolute_path = path
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
         self.size_bytes = 0
@@ -66,6 +66,7 @@ class RawBackend:
         self._fd = open_disk(path, read_only) if fd is None else fd
         try:
             if fd is None:
+                self.absolute_path = os.path.abspath(path)  # this process may change its directory
                 check_disk(self._fd, path)
                 lock_disk(self._fd, path, read_only, report)
             self.block_size = logical_block_size(self._fd)
@@ -84,6 +85,7 @@ class RawBackend:
             self.path, read_only=True, report=lambda line: None,
             fd=fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, 0),
         )
+        disk.absolute_path = self.absolute_path
         # Lines that were said are not said again.
         disk._report, disk._errors = self._report, self._errors
         disk.size_bytes = self.size_bytes

@@ -40,17 +40,15 @@ _REGISTER_SIZE = 4
 
 
 class MmioTransport:
-    """One virtio-mmio device: ``device`` behind a register page.
+    """One virtio-mmio device: ``device`` behind a register page, ``page`` if that is given.
 
-    ``raise_irq`` pulses the device's interrupt line; ``report`` says a line to the person who
-    runs the VMM.  ``defer`` has ``service`` called for a queue soon, by an I/O thread: it is asked
-    for that when a notification that arrived in ``write`` left work behind.  Without it that
-    work waits for the next notification.  All are called on the thread that called a method
-    here.  A guest can make no method raise.
+    ``raise_irq`` pulses the device's interrupt line; ``report`` tells the user a line.  ``defer``
+    has an I/O thread call ``service`` for a queue with work that ``write`` left behind, which else
+    waits for the next notification.  All run in the caller's thread.  A guest makes none raise.
 
-    ``keep_used`` is for devices whose interrupts do not come from here, or whose driver's
-    acknowledgements do not arrive here: InterruptStatus says from DRIVER_OK to reset that there
-    are used buffers.  A driver looks at its queues at every interrupt, and finds none or some.
+    With ``keep_used`` InterruptStatus says from DRIVER_OK to reset that there are used buffers,
+    because interrupts do not come from here, or acknowledgements do not arrive here.  A driver
+    looks at its queues at every interrupt, and finds none or some.
     """
 
     def __init__(

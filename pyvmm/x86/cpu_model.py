@@ -11,27 +11,10 @@ from types import MappingProxyType
 
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.abi import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE
-from pyvmm.startup.types import Record
 from pyvmm.x86.cpu_features import POSITIONS, WORDS, Word, with_dependents
-from pyvmm.x86.cpu_mask import OPTION, RegisterMask
+from pyvmm.x86.cpu_mask import OPTION, CpuModel, RegisterMask
 
 _TEMPLATE_SUFFIX = ".json"
-
-
-class CpuModel(Record):
-    """The host's CPU without the masked parts; with nested virtualization only if demanded.
-
-    ``functions`` are the only leaves left, or None for all.  Then ``masks`` apply, and then the
-    features in ``removed`` go, even those that a mask demands.  A feature takes all that depend on
-    it along, in whichever step it goes.  The features in ``required`` must be there in the end.
-    ``name`` is for messages.
-    """
-
-    name: str = "host"
-    functions: frozenset[int] | None = None
-    masks: tuple[RegisterMask, ...] = ()
-    removed: frozenset[str] = frozenset()
-    required: frozenset[str] = frozenset()
 
 
 def parse_cpu_option(text: str) -> CpuModel:

@@ -25,8 +25,8 @@ from pyvmm.x86.cpu_features import (
     bit_name,
     with_dependents,
 )
-from pyvmm.x86.cpu_mask import OPTION
-from pyvmm.x86.cpu_model import CpuModel, parse_cpu_option
+from pyvmm.x86.cpu_mask import OPTION, CpuModel
+from pyvmm.x86.cpu_model import parse_cpu_option
 
 __all__ = ["CpuModel", "build", "parse_cpu_option"]
 

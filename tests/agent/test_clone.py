@@ -21,19 +21,25 @@ from tests.support.patience import patient
 class ClonedRig(AgentRig):
     """An agent whose guest is a clone: its working directory has the hook."""
 
-    def __init__(self, cwd: Path, *, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self, cwd: Path, *, timeout_s: float = 20.0, sets_clock: bool = False
+    ) -> None:
         super().__init__(PROGRAM, cwd)
         self.clone_id = uuid4()
         self.link = AgentLink(
             on_state=self._note, wake=lambda: None,
-            notice=lambda: CloneNotice(clone_id=self.clone_id, hook_timeout_s=timeout_s),
+            notice=lambda: CloneNotice(
+                clone_id=self.clone_id, hook_timeout_s=timeout_s, sets_clock=sets_clock
+            ),
         )
         self.link.opened(True)
 
 
 @contextmanager
-def cloned(cwd: Path, *, timeout_s: float = 20.0) -> Iterator[ClonedRig]:
-    rig = ClonedRig(cwd, timeout_s=timeout_s)
+def cloned(
+    cwd: Path, *, timeout_s: float = 20.0, sets_clock: bool = False
+) -> Iterator[ClonedRig]:
+    rig = ClonedRig(cwd, timeout_s=timeout_s, sets_clock=sets_clock)
     try:
         yield rig
     finally:
@@ -74,6 +80,13 @@ def test_the_kernel_is_reseeded_only_with_the_right_to(tmp_path: Path) -> None:
              if line.startswith("CapEff")).split()[1], 16
     ) >> 21 & 1
     assert answer_of(tmp_path).is_reseeded == bool(may)
+
+
+def test_a_date_that_is_right_is_left_alone_and_told(tmp_path: Path) -> None:
+    with cloned(tmp_path, sets_clock=True) as rig:
+        rig.ready()
+        assert rig.link.clone is not None
+        assert rig.link.clone.is_clock_set
 
 
 def test_the_hook_gets_the_clones_number_and_nothing_to_read(tmp_path: Path) -> None:

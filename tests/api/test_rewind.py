@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 import pyvmm
 from pyvmm.errors import SnapshotError
 from tests.support.patience import patient
+from tests.support.rewound import WAIT_S, MakeMachine, ask_then, echo, machines_made
 from tests.support.tiny_guests import (
     HALT,
     REBOOT,
@@ -22,49 +21,14 @@ from tests.support.tiny_guests import (
     echoes,
     out,
     prints,
-    write_guest,
 )
-from tests.support.vhost_user_peers import open_fds
 
 pytestmark = pytest.mark.bare
 
-WAIT_S = 30.0
 POWER_OFF = out(0x600, 0x34)  # sleep control: S5, and go
-LISTEN = bytes.fromhex("66bafd03 ec a801 74fb 66baf803 ec")
-"""Wait for a byte, and have it in al."""
 
 
-def ask_then(*code: bytes) -> bytes:
-    """Code that waits for a byte and then does ``code``."""
-    return LISTEN + b"".join(code)
-
-
-MakeMachine = Callable[..., pyvmm.Machine]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeMachine]:
-    """Makes machines of some code, which are closed; nothing of them is left."""
-    made: list[pyvmm.Machine] = []
-    before = open_fds()
-
-    def make_one(*code: bytes, **more: Any) -> pyvmm.Machine:
-        kernel = write_guest(tmp_path / f"guest{len(made)}.elf", *code)
-        how = {"kernel": kernel, "timeout_s": patient(2 * WAIT_S), "memory": 16 << 20, **more}
-        made.append(pyvmm.Machine(pyvmm.MachineConfig(**how)))
-        return made[-1]
-
-    yield make_one
-    for machine in made:
-        machine.close()
-    assert open_fds() == before
-    assert threading.active_count() == 1
-
-
-def echo(machine: pyvmm.Machine, text: str) -> None:
-    """Have the guest echo ``text``."""
-    machine.console.write(text)
-    machine.console.expect(text, patient(WAIT_S))
+make = pytest.fixture(machines_made)
 
 
 def has_panicked(machine: pyvmm.Machine) -> bool:
@@ -158,8 +122,7 @@ def test_a_rewind_of_a_running_guest_gives_it_all_its_time_again(make: MakeMachi
     machine.start()
     echo(machine, "a")
     machine.checkpoint()
-    began_s = time.monotonic()
-    while time.monotonic() - began_s < 2.0:
+    for _ in range(20):
         time.sleep(0.1)
         machine.rewind()
     assert machine.outcome is None
@@ -364,11 +327,13 @@ def test_a_rewind_that_fails_ends_the_run(
     machine = make(echoes())
     machine.start()
     machine.checkpoint()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "pyvmm.memory.GuestMemory.drop_own_pages", lambda _: (_ for _ in ()).throw(OSError(12))
-        )
-        with pytest.raises(OSError, match="12"):
+        patch.setattr("pyvmm.memory.GuestMemory.drop_own_pages", fail)
+        with pytest.raises(OSError, match="no memory"):
             machine.rewind()
     outcome = machine.wait(patient(WAIT_S))
     assert outcome is not None
@@ -380,70 +345,3 @@ def test_a_rewind_that_fails_ends_the_run(
 
 
 # Snapshots
-
-
-def test_a_machine_goes_back_to_its_newest_moment_a_checkpoint_or_a_snapshot(
-    make: MakeMachine,
-) -> None:
-    machine = make(echoes())
-    machine.start()
-    echo(machine, "a")
-    first = machine.checkpoint()
-    echo(machine, "b")
-    with machine.snapshot():
-        echo(machine, "c")
-        machine.rewind()
-        assert list(machine.checkpoints) == [first], "it is before the snapshot"
-        echo(machine, "d")
-        second = machine.checkpoint()
-        echo(machine, "e")
-        machine.rewind()
-        assert list(machine.checkpoints) == [first, second]
-        machine.rewind(first)
-        echo(machine, "f")
-        machine.rewind()
-        assert list(machine.checkpoints) == [first]
-        echo(machine, "g")
-
-
-def test_a_clone_goes_back_to_its_snapshot_again_and_again(make: MakeMachine) -> None:
-    machine = make(prints(b"up"), ask_then(prints(b"down"), TRIPLE_FAULT))
-    machine.start()
-    machine.console.expect("up", patient(WAIT_S))
-    seen = {machine.clone_id}
-    with machine.snapshot() as snapshot, snapshot.clone() as clone:
-        seen.add(clone.clone_id)
-        clone.start()
-        for count in range(1, 6):
-            clone.console.write("!")
-            outcome = clone.wait(patient(WAIT_S))
-            assert outcome is not None
-            assert outcome.kind is pyvmm.Kind.TRIPLE_FAULT
-            assert clone.console.text == "down" * count
-            clone.rewind()
-            seen.add(clone.clone_id)
-            clone.resume()
-        number = clone.checkpoint()
-        clone.rewind()
-        assert list(clone.checkpoints) == [number]
-        clone.stop()
-    assert len(seen) == 7
-    assert machine.outcome is None
-
-
-def test_a_snapshot_of_a_rewound_machine_is_of_what_it_is_now(make: MakeMachine) -> None:
-    machine = make(echoes())
-    machine.start()
-    echo(machine, "a")
-    for _ in range(3):
-        machine.checkpoint()
-        echo(machine, "b")
-    machine.rewind(2)
-    with machine.snapshot() as snapshot:
-        echo(machine, "c")
-        for _ in range(2):
-            with snapshot.clone() as clone:
-                clone.start()
-                echo(clone, "d")
-    machine.rewind(1)
-    echo(machine, "e")

@@ -178,7 +178,9 @@ def rig(
 ) -> Rig:
     machine = StandIn(capsys)
     monkeypatch.setattr("pyvmm.machine.build", machine.build)
-    monkeypatch.setattr("pyvmm.cli.session.run_at_terminal", StandIn.run)
+    monkeypatch.setattr(
+        "pyvmm.cli.session.run_at_terminal", lambda machine, _snapshot: machine.run()
+    )
     monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
     return Rig(tmp_path, machine, capsys)
 

@@ -38,6 +38,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     (["--snapshot-live"], "--snapshot-live: goes with --snapshot DIR"),
     (["--snapshot", ""], "--snapshot: names no directory"),
     (["--snapshot", "/nonexistent/warm"], "there is no directory /nonexistent"),
+    (["--snapshot", "/tmp/warm.tmp/"], "ends in .tmp, as unfinished snapshots do"),
     (["--snapshot", "w", "--snapshot-at", "("], "is no regular expression"),
     (["--snapshot", "w", "--snapshot-at", ""], "matches every line"),
     (["--snapshot", "w", "--snapshot-exit", "--snapshot-live"], "leave out one of them"),

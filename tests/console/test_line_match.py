@@ -52,6 +52,15 @@ def test_a_prompt_is_found_before_its_line_ends() -> None:
     assert found("# $", b"~ # ") == 1
 
 
+@pytest.mark.parametrize("line", [
+    b"vm:~# \x1b[6n", b"\x1b[1;32mvm\x1b[0m:~# ", b"\x1b[?2004hvm:~# ", b"\x1bMvm:~# ",
+])
+def test_what_a_terminal_does_not_show_is_left_out(line: bytes) -> None:
+    """busybox's shell asks where the cursor is, behind each prompt."""
+    assert found("^vm:~# $", line) == 1
+    assert found("^vm:~# $", *(bytes([one]) for one in line)) == 1
+
+
 def test_a_line_without_an_end_stays_small() -> None:
     match = LineMatch(re.compile(b"never"), lambda: None)
     for _ in range(100):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.console.watch import SENT_LIMIT, ConsoleWatch, Finding, Sign, texts
+from pyvmm.errors import StateError
 
 PANIC = b"[    1.25] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n"
 STAMP = b"[    0.000000] Linux version 6.1\r\n"
@@ -172,3 +173,41 @@ def test_the_last_that_each_vcpu_has_sent_is_kept_and_no_more(heard: Heard) -> N
     heard = Heard()
     send(heard, *TORN, ("panic", much), ("tty", much))
     assert heard.hear() == []
+
+
+# Saved and restored
+
+CONSOLE = b"".join([
+    STAMP, b"some Kernel panic - not syncing: quoted\n", PANIC, b"PANIC: early exception 1\n",
+    b"reason\n\n -- System halted", b"\n---[ end Kernel panic - not syncing: x ]---\n",
+])
+
+
+@given(st.integers(0, len(CONSOLE)), st.integers(0, len(CONSOLE)))
+def test_a_restored_watch_goes_on_as_the_one_that_was_saved(first: int, second: int) -> None:
+    cut, end = sorted((first, second))
+    original, copy = Heard(), Heard()
+    original.watch.feed(CONSOLE[:cut])
+    state = original.watch.save()
+    copy.watch.feed(b"what another guest has said: [    0.1] Kernel panic - ")
+    copy.watch.restore(state)
+    assert copy.watch.save() == state
+    before, after = len(original.all), len(copy.all)
+    original.hear(CONSOLE[cut:end])
+    copy.hear(CONSOLE[cut:end])
+    assert copy.all[after:] == original.all[before:]
+
+
+@given(
+    st.sampled_from(sorted(ConsoleWatch(lambda _: None).save())),
+    st.none() | st.integers() | st.binary(max_size=2000) | st.booleans() | st.text(),
+)
+def test_a_bad_state_of_a_watch_is_refused_or_right(name: str, value: object) -> None:
+    watch = ConsoleWatch(lambda _: None)
+    state = watch.save() | {name: value}
+    try:
+        watch.restore(state)
+    except StateError:
+        assert watch.save() == ConsoleWatch(lambda _: None).save()
+    else:
+        assert watch.save() == state

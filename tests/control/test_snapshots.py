@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -266,8 +267,8 @@ def test_an_ended_machine_waits_for_its_owner_only_if_it_can_be_rewound() -> Non
         rig.owner.call("checkpoint")
         rig.target.finish(Outcome(Kind.RESET))
         wait_until(lambda: ended(rig) == ["RESET"])
-        with pytest.raises(queue.Empty):
-            rig.ends.get(timeout=0.2)
+        time.sleep(0.2)
+        assert rig.ends.empty()
         rig.owner.close()
         assert rig.ends.get(timeout=patient(10)) is False
 
@@ -280,8 +281,8 @@ def test_a_snapshot_under_way_is_finished_before_the_machine_goes() -> None:
         pending = rig.owner.begin("snapshot", {"dir": "/last"})
         assert saves.has_begun.wait(patient(10))
         rig.target.finish(Outcome(Kind.RESET))
-        with pytest.raises(queue.Empty):
-            rig.ends.get(timeout=0.2)
+        time.sleep(0.2)
+        assert rig.ends.empty()
         saves.may_go.set()
         assert pending.result(patient(10))["path"] == "/last"
         assert saves.done == ["snapshot /last"]

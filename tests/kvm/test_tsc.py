@@ -9,7 +9,7 @@ import pytest
 
 from pyvmm.errors import KvmError
 from pyvmm.kvm import abi, state_abi, tsc
-from pyvmm.kvm.handles import Vcpu
+from pyvmm.kvm.handles import Vcpu, Vm
 
 MOST = (1 << 64) - 1
 
@@ -100,3 +100,29 @@ def test_a_state_of_such_a_kvm_is_too(kernel: OffsetKernel) -> None:
 def test_ticks() -> None:
     assert tsc.ticks(2_596_090, 1_000_000_000) == 2_596_090_000
     assert tsc.ticks(1, 999_999) == 0
+
+
+def test_an_offset_may_go_forward_with_all_others(kernel: OffsetKernel) -> None:
+    tsc.align(vcpus(1000, 1000, 990), 15)
+    assert kernel.offsets == {0: 4, 1: 4, 2: MOST - 5}
+
+
+def test_the_clock_is_read_between_two_tscs_that_are_close(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = iter([100, 500, 1000, 1010, 2000, 2400, 3000, 3900, 4000, 4100])
+    clocks = iter([1, 2, 3, 4, 5])
+    monkeypatch.setattr(Vcpu, "get_msrs", lambda _vcpu, _indices: {tsc.TSC: next(reads)})
+
+    def ioctl(_fd: int, request: int, argument: object = None) -> int:
+        if request == state_abi.KVM_GET_TSC_KHZ:
+            return 2_000_000
+        assert isinstance(argument, state_abi.kvm_clock_data)
+        argument.clock = next(clocks)
+        return 0
+
+    monkeypatch.setattr(tsc, "ioctl", ioctl)
+    assert tsc.sample(Vm(-1, 0), Numbered(0)) == (2, 1005)
+    reads, clocks = iter([7000, 7000] * 5), iter([1002] * 5)
+    # 1000 ns later the TSC should be 2000 ticks farther; it is 5995.
+    assert tsc.lag(Vm(-1, 0), Numbered(0), (2, 1005)) == 1005 + 2000 - 7000

@@ -97,6 +97,26 @@ def test_many_threads_clone_at_once(tmp_path: Path) -> None:
     assert sorted(outputs) == [f"{number}\n" for number in range(8)]
 
 
+def test_an_answer_that_comes_too_late_is_nobody_else_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with VmSnapshot(tmp_path / "saved") as snapshot:
+        with snapshot.clone() as vm:
+            parent = parent_of(vm.pid)
+        os.kill(parent, signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr("pyvmm.launcher.zygote.ANSWER_TIMEOUT_S", 0.2)
+            with pytest.raises(pyvmm.HostError, match="has not answered in"):
+                snapshot.clone()
+        os.kill(parent, signal.SIGCONT)
+        with snapshot.clone() as vm:
+            vm.wait_for_agent(patient(20))
+            *late, last = children_of(parent)  # in the order in which they were forked
+            assert vm.pid == last
+            for pid in late:  # a stand-in without an owner may wait for ever
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_the_console_log_is_a_file_or_a_descriptor(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with VmSnapshot(tmp_path / "saved") as snapshot:
@@ -157,6 +177,22 @@ def test_a_temporary_directory_goes_with_the_snapshot(tmp_path: Path) -> None:
     with pytest.raises(SnapshotError):
         Clones.in_temporary_directory(fail)
     assert not os.path.exists(os.path.dirname(made[1]))
+
+
+@pytest.mark.parametrize("place", ["", ".", "none"])
+def test_a_temporary_directory_is_told_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", place)
+    if place == "none":
+        with pytest.raises(SnapshotError, match="none: has no room for a snapshot: No such file"):
+            Clones.in_temporary_directory(os.mkdir)
+        return
+    with contextlib.closing(Clones.in_temporary_directory(os.mkdir)) as snapshot:
+        assert os.path.dirname(os.path.dirname(snapshot.path)) == (
+            str(tmp_path) if place else "/var/tmp"
+        )
 
 
 def test_a_snapshot_that_nobody_closes_leaves_nothing(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_child_that_hangs_meets_the_deadline_and_can_be_killed(
     with fork_writer(large, file.fileno()) as writer:
         stopped(writer)
         with pytest.raises(TimeoutError, match="not written"):
-            writer.wait(0.05)
+            writer.wait(timeout_s=0.05)
         os.kill(writer.pid, signal.SIGCONT)
         assert writer.wait(patient(60)).held_bytes == LARGE  # it may be waited for again
     with fork_writer(large, file.fileno()) as writer:
@@ -269,3 +269,23 @@ def test_no_child_but_the_writer_has_the_ram() -> None:
             assert os.read(reader, 1) == (b"y" if is_meant else b"n")
             os.close(reader)
             os.close(writer)
+
+
+def test_ctrl_c_at_the_fork_leaves_nothing(file: BinaryIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_mask = signal.pthread_sigmask
+
+    def interrupted(how: int, mask: set[signal.Signals]) -> set[int | signal.Signals]:
+        old = set_mask(how, mask)
+        if how == signal.SIG_SETMASK:
+            raise KeyboardInterrupt
+        return old
+
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = sorted(os.listdir("/proc/self/fd")), children.read_text()
+    with GuestMemory(REGIONS) as memory:
+        scattered(memory)
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "pthread_sigmask", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fork_writer(memory, file.fileno())
+    assert (sorted(os.listdir("/proc/self/fd")), children.read_text()) == before

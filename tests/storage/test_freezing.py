@@ -208,3 +208,16 @@ def test_no_room_for_the_copy_of_an_overlay(
                 freeze(disk)
         assert sorted(os.listdir("/proc/self/fd")) == before
     stack.enter_context(closing(freeze(disk)))
+
+
+@pytest.mark.parametrize("overlay", ["", "o"], ids=["read-only", "base of an overlay"])
+def test_a_directory_that_was_left_since_is_still_the_base_s(
+    base: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, overlay: str
+) -> None:
+    monkeypatch.chdir(base.parent)
+    disk = from_source(
+        stack, location=base.name, read_only=not overlay, snapshot=bool(overlay),
+        overlay=overlay and f"{base}.{overlay}",
+    )
+    monkeypatch.chdir("/")
+    assert stack.enter_context(closing(freeze(disk))).location == str(base)

@@ -104,7 +104,7 @@ class LinuxMachine:
         """Return what it writes up to ``text``, behind what was waited for before."""
         until_s = time.monotonic() + patient(timeout_s)
         while True:
-            ended = self.machine.wait(0.05)
+            ended = self.machine.wait(timeout_s=0.05)
             new = self.shown[self._heard:]
             before, found, _ = new.partition(text)
             if found:

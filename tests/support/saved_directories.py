@@ -110,7 +110,11 @@ def make_saved(
         finally:
             os.close(fd)
         for index, content in overlays.items():
-            make_overlay(writer.path_of(layout.overlay_name(index)), index, content)
+            name = layout.overlay_name(index)
+            try:
+                make_overlay(writer.path_of(name), index, content)
+            except OSError as error:
+                raise writer.failed(error, name) from error
         saved_ram = SavedRam(
             regions=regions, crcs=crcs_of(ram, None if base is None else runs), held_bytes=held,
             runs=None if base is None else runs,

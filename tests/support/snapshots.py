@@ -12,13 +12,16 @@ from typing import NamedTuple
 
 from pyvmm.config import RunConfig
 from pyvmm.machine import Machine
+from pyvmm.report import Reporter
 from pyvmm.run.outcome import Kind, Outcome
+from pyvmm.snapshot.snapshot import Snapshot
 from pyvmm.storage.open import DiskSource
 from tests.support.disk_guest import (
     SECTORS,
     WAIT_S,
     disk_machine,
     expected_disk,
+    read_memory,
     wait_for_rounds,
 )
 from tests.support.kvm_states import comparable_chips, comparable_vcpu
@@ -102,9 +105,30 @@ def comparable_machine(state: dict[str, object]) -> dict[str, object]:
     assert isinstance(board, dict)
     parts = {name: part for name, part in board["parts"].items() if name != "VM generation ID"}
     return {
-        name: value for name, value in state.items() if name != "realtime_ns"
+        name: value for name, value in state.items()
+        if name not in ("realtime_ns", "clock_ns", "tsc")
     } | {
         "vcpus": {name: comparable_vcpu(one) for name, one in vcpus.items()},
         "chips": comparable_chips(chips),
         "board": board | {"parts": parts},
     }
+
+
+def clone_of(snapshot: Snapshot) -> Machine:
+    """A clone of ``snapshot``."""
+    return snapshot.clone(report=Reporter())
+
+
+def at_rounds(machine: Machine, count: int) -> Machine:
+    """``machine``, started, once its guest has gone through ``count`` rounds."""
+    machine.start()
+    wait_for_rounds(machine, count)
+    return machine
+
+
+def stop_and_save(machine: Machine) -> tuple[dict[str, object], list[bytes]]:
+    """Quiesce ``machine``, save it with its RAM, and end it."""
+    assert machine.quiesce(patient(WAIT_S))
+    state, memory = machine.save(), read_memory(machine)
+    assert machine.stop(STOPPED) == STOPPED
+    return state, memory

@@ -30,7 +30,7 @@ class Started:
         self.output = OutputBuffer(None, self.runner.wake, self.printed.extend)
 
     def start(self) -> None:
-        loop = VcpuLoop(
+        self.loop = loop = VcpuLoop(
             self.vcpu, pio=Bus("PIO", 0), mmio=Bus("MMIO", 12), describe=str,
             finish=self.runner.finish,
         )

@@ -82,27 +82,24 @@ def test_a_machine_returns_to_each_of_its_checkpoints(
         kept: dict[int, tuple[dict[str, object], list[bytes], bytes]] = {}
         for goal in (20, 60, 100):
             wait_for_rounds(machine, goal)
-            with still(machine, "a test"):
-                before = read_memory(machine), disk_content(machine)
-                machine.runner.pause()
+            assert machine.quiesce(patient(WAIT_S))  # in a pause, devices would go on
+            before = read_memory(machine), disk_content(machine)
             number = moments.take()
-            with still(machine, "a test"):
-                kept[number] = machine.save(), *before
-                assert (read_memory(machine), disk_content(machine)) == before
+            kept[number] = machine.save(), *before
+            assert (read_memory(machine), disk_content(machine)) == before
             machine.resume()
         assert moments.numbers == tuple(kept)
         for number in reversed(kept):
             wait_for_rounds(machine, 150)
             moments.rewind(number)
             was_running = not machine.is_paused
-            assert machine.pause(patient(WAIT_S))
+            assert machine.quiesce(patient(WAIT_S))
             moments.rewind(number)
-            assert (was_running, machine.is_paused) == (True, True)
-            with still(machine, "a test"):
-                state, memory, disk = kept[number]
-                assert disk_content(machine) == disk
-                assert differing_pages(read_memory(machine), memory) <= 1, "the generation ID"
-                assert comparable_rewound(machine.save()) == comparable_rewound(state)
+            assert (was_running, machine.runner.is_quiesced) == (True, True)
+            state, memory, disk = kept[number]
+            assert disk_content(machine) == disk
+            assert differing_pages(read_memory(machine), memory) <= 1, "the generation ID"
+            assert comparable_rewound(machine.save()) == comparable_rewound(state)
             assert moments.numbers[-1] == number
             machine.resume()
         finish(machine)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.errors import StateError
 from pyvmm.kvm.handles import Vcpu, Vm
-from pyvmm.machine import Machine
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.virtio.rate_limit import RateLimit
@@ -30,8 +26,9 @@ from tests.support.disk_guest import (
 )
 from tests.support.kvm_states import comparable_chips, comparable_vcpu
 from tests.support.patience import patient
+from tests.support.snapshots import stop_and_save
 from tests.support.vhost_user_peers import open_fds
-from tests.support.virtio_states import assert_plain, junk, replaced, walk, without
+from tests.support.virtio_states import assert_plain
 
 pytestmark = pytest.mark.bare
 
@@ -50,16 +47,8 @@ def comparable(state: dict[str, object]) -> dict[str, object]:
     return state | {
         "vcpus": {name: comparable_vcpu(one) for name, one in vcpus.items()},
         "chips": comparable_chips(chips),
-        "realtime_ns": None,
+        "realtime_ns": None, "clock_ns": None, "tsc": None,
     }
-
-
-def stop_and_save(machine: Machine) -> tuple[dict[str, object], list[bytes]]:
-    """Quiesce ``machine``, save it with its RAM, and end it."""
-    assert machine.quiesce(patient(WAIT_S))
-    state, memory = machine.save(), read_memory(machine)
-    assert machine.stop(STOPPED) == STOPPED
-    return state, memory
 
 
 @pytest.mark.parametrize("mmio", ["mapped", "trapped"])
@@ -128,6 +117,33 @@ def test_a_machine_that_was_saved_goes_on_itself(tmp_path: Path) -> None:
         assert machine.consoles.receive(b"!") == 1
         assert machine.wait(patient(WAIT_S)) == DONE
     assert (tmp_path / "disk.img").read_bytes() == expected_disk(ROUNDS)
+
+
+def test_who_resumes_a_machine_while_it_is_saved_is_obeyed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with built(disk_machine(tmp_path, rounds=ROUNDS)) as machine:
+        machine.start()
+        wait_for_rounds(machine, STOPS[0])
+        assert machine.quiesce(patient(WAIT_S))
+        save, before = Vm.save, rounds_done(machine)
+
+        def resumed_meanwhile(vm: Vm) -> dict[str, object]:
+            other = threading.Thread(target=machine.resume)
+            other.start()
+            other.join()
+            time.sleep(0.05)
+            assert rounds_done(machine) == before
+            return save(vm)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Vm, "save", resumed_meanwhile)
+            state = machine.save()
+        wait_for_rounds(machine, ROUNDS)
+        assert not machine.is_paused
+        assert sorted(state) == ["board", "chips", "clock_ns", "realtime_ns", "tsc", "vcpus"]
+        assert machine.consoles.receive(b"!") == 1
+        assert machine.wait(patient(WAIT_S)) == DONE
 
 
 def test_a_machine_that_has_not_started_is_saved_too(tmp_path: Path) -> None:
@@ -237,7 +253,7 @@ def test_every_device_on_a_bus_that_has_a_state_is_saved(tmp_path: Path) -> None
         assert len(found) > 8
         assert [device for device in found if device not in saved] == []
         state = machine.save()
-    assert sorted(state) == ["board", "chips", "realtime_ns", "vcpus"]
+    assert sorted(state) == ["board", "chips", "clock_ns", "realtime_ns", "tsc", "vcpus"]
     on_board = state["board"]
     assert isinstance(on_board, dict)
     assert list(on_board["slots"]) == ["virtio0", "console", "entropy"]
@@ -298,96 +314,3 @@ def test_a_closed_machine_takes_no_state(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^restore\(\) needs an open machine"):
         machine.restore(state)
     assert open_fds() == before
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, object], Machine]]:
-    """The state of a machine in the midst of its work, and another that takes bad ones."""
-    config = disk_machine(tmp_path_factory.mktemp("saved"), rounds=ROUNDS, cpus=2)
-    with built(config) as machine:
-        machine.start()
-        wait_for_rounds(machine, STOPS[0])
-        state, memory = stop_and_save(machine)
-    with built(config) as machine:
-        write_memory(machine, memory)
-        yield state, machine
-
-
-@pytest.mark.parametrize(
-    ("path", "problem"),
-    [
-        (("vcpus", "vcpu1"), r"^vcpus: vcpu1 is missing$"),
-        (("chips",), r"^machine: chips is missing$"),
-        (("board", "parts"), r"^board: parts is missing$"),
-        (("board", "parts", "i8042"), r"^parts: i8042 is missing$"),
-        (("board", "slots", "virtio0"), r"^slots: virtio0 is missing$"),
-        (("board", "slots", "virtio0", "gsi"), r"^slot virtio0: gsi is missing$"),
-    ],
-)
-def test_a_missing_name_is_one_state_error(
-    saved: tuple[dict[str, object], Machine], path: tuple[str, ...], problem: str
-) -> None:
-    state, machine = saved
-    with pytest.raises(StateError, match=problem):
-        machine.restore(without(state, path))
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "problem"),
-    [
-        ((), [], r"^machine: the state is no dict with text keys$"),
-        (("ram",), b"", r"^machine: has no field 'ram'$"),
-        (("vcpus", "vcpu2"), {}, r"^vcpus: has no field 'vcpu2'$"),
-        (("board", "parts", "floppy"), {}, r"^parts: has no field 'floppy'$"),
-        (("board", "slots", "virtio1"), {}, r"^slots: has no field 'virtio1'$"),
-        (("board", "slots", "virtio0", "base"), 0xD000_1000, r"^slot virtio0: base is not 0xd0000"),
-        (("board", "parts", "verdict", "panic"), 5, r"^verdict: panic is not None or a text"),
-        (("board", "parts", "hvc0", "held"), "", r"^hvc0: held is not 0 to 65536 bytes$"),
-        (("board", "slots", "virtio0", "transport", "status"), 999,
-         r"^virtio block device, transport: status is not an integer of 0 to 255$"),
-    ],
-)
-def test_a_name_or_a_value_too_many_is_one_state_error(
-    saved: tuple[dict[str, object], Machine], path: tuple[str, ...], value: object, problem: str
-) -> None:
-    state, machine = saved
-    with pytest.raises(StateError, match=problem):
-        machine.restore(replaced(state, path, value))
-
-
-@given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.too_slow])
-def test_a_spoilt_state_is_a_state_error_or_accepted(
-    saved: tuple[dict[str, object], Machine], data: st.DataObject
-) -> None:
-    state, machine = saved
-    path = data.draw(st.sampled_from([path for path, _ in walk(state)]), "path")
-    if data.draw(st.booleans(), "removed"):
-        spoilt = without(state, path)
-    else:
-        spoilt = replaced(state, path, data.draw(junk, "junk"))
-    with contextlib.suppress(StateError):
-        machine.restore(spoilt)
-
-
-def test_a_machine_whose_state_was_refused_does_not_start_until_it_has_a_good_one(
-    tmp_path: Path,
-) -> None:
-    config = disk_machine(tmp_path, rounds=ROUNDS)
-    with built(config) as machine:
-        machine.start()
-        wait_for_rounds(machine, STOPS[0])
-        state, memory = stop_and_save(machine)
-    with built(config) as machine:
-        write_memory(machine, memory)
-        with pytest.raises(StateError):
-            machine.restore(without(state, ("board", "slots", "entropy")))
-        for start in (machine.start, machine.run):
-            with pytest.raises(RuntimeError, match=r"^restore\(\) has failed: give the machine"):
-                start()
-        machine.restore(state)
-        machine.start()
-        wait_for_rounds(machine, ROUNDS)
-        assert machine.consoles.receive(b"!") == 1
-        assert machine.wait(patient(WAIT_S)) == DONE
-    assert (tmp_path / "disk.img").read_bytes() == expected_disk(ROUNDS)

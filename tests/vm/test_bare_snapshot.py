@@ -3,62 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.config import VhostUserDiskConfig
 from pyvmm.errors import SnapshotError
 from pyvmm.kvm.abi import KVM_MP_STATE_HALTED
 from pyvmm.machine import Machine
 from pyvmm.report import Reporter
 from pyvmm.snapshot.capture import take
-from pyvmm.snapshot.files.records import decode, encode
+from pyvmm.snapshot.checkpoints import checkpoints_of
 from pyvmm.snapshot.opening import open_snapshot
 from pyvmm.snapshot.snapshot import Snapshot
 from pyvmm.virtio.rate_limit import RateLimit
 from tests.support.disk_guest import (
     built,
-    disk_machine,
     expected_disk,
     rounds_done,
     wait_for_rounds,
 )
-from tests.support.export_process import Export
 from tests.support.patience import patient
 from tests.support.snapshots import (
     DONE,
     STOPPED,
     Resources,
+    at_rounds,
+    clone_of,
     comparable_machine,
     ending,
     finish,
     read_disk,
     snapshot_machine,
 )
-from tests.support.virtio_states import assert_plain, junk, replaced, walk, without
+from tests.support.virtio_states import assert_plain
 
 pytestmark = pytest.mark.bare
 
 ROUNDS = 300
 WAIT_S = 30.0
-
-
-def clone_of(snapshot: Snapshot) -> Machine:
-    return snapshot.clone(report=Reporter())
-
-
-def at_rounds(machine: Machine, count: int) -> Machine:
-    machine.start()
-    wait_for_rounds(machine, count)
-    return machine
 
 
 def is_paused(machine: Machine) -> bool:
@@ -239,48 +225,47 @@ def test_a_live_snapshot_has_ram_as_it_was_when_the_guest_went_on(
         finish_running(machine)
 
 
-# Diffs
-
-
-def test_a_chain_of_diffs_goes_on_where_the_last_was_taken(tmp_path: Path) -> None:
-    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
+def test_a_run_that_ends_in_the_midst_of_a_snapshot_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
         at_rounds(machine, 20)
-        take(machine, tmp_path / "0").close()
-    counts = []
-    for number in range(1, 4):
-        with (
-            open_snapshot(tmp_path / f"{number - 1}", report=Reporter()) as snapshot,
-            ending(clone_of(snapshot)) as clone,
-        ):
-            at_rounds(clone, rounds_done(clone) + 40)
-            diff = take(clone, tmp_path / f"{number}", diff=True)
-            with diff, ending(clone_of(diff)) as again:
-                counts.append(rounds_done(again))
-            assert (tmp_path / f"{number}" / "ram").stat().st_blocks * 512 < 1 << 20
-    assert counts == sorted(counts)
-    for number in (3, 2, 0):
-        snapshot = open_snapshot(tmp_path / f"{number}", report=Reporter())
-        with snapshot, ending(clone_of(snapshot)) as clone:
-            finish(clone, ROUNDS)
+        save = machine.save
+
+        def ended_meanwhile() -> dict[str, object]:
+            machine.runner.finish(DONE)
+            until_s = time.monotonic() + patient(WAIT_S)
+            while not machine.runner.is_over:
+                assert time.monotonic() < until_s
+                time.sleep(0.001)
+            return save()
+
+        monkeypatch.setattr(machine, "save", ended_meanwhile)
+        with pytest.raises(SnapshotError, match=r"^snapshot\(\): the run has ended meanwhile$"):
+            take(machine, tmp_path / "saved")
+        assert list(tmp_path.glob("saved*")) == []
+        assert machine.wait(patient(WAIT_S)) == DONE
 
 
-def test_a_diff_needs_a_directory_to_be_over(tmp_path: Path) -> None:
-    with ending(built(snapshot_machine(tmp_path, rounds=3))) as machine:
-        with pytest.raises(SnapshotError, match=r"^snapshot\(\): a diff is a directory over"):
-            take(machine, tmp_path / "diff", diff=True)
-        with (
-            take(machine) as snapshot, ending(clone_of(snapshot)) as clone,
-            pytest.raises(SnapshotError, match="a diff is a directory over another one"),
-        ):
-            take(clone, tmp_path / "diff", diff=True)
+def test_a_machine_that_is_saved_often_does_not_grow(tmp_path: Path) -> None:
+    with ending(built(snapshot_machine(tmp_path, rounds=1 << 30))) as machine:
+        at_rounds(machine, 20)
+        counts = []
+        for _ in range(40):
+            take(machine).close()
+            wait_for_rounds(machine, rounds_done(machine) + 2)
+            counts.append(len(Resources.now().descriptors))
+        assert max(counts[20:]) <= max(counts[:20])
 
 
 # The end of all, in any order
 
+STEPS = ("snapshot", "snapshot", "clone", "clone", "close", "drop", "checkpoint", "rewind")
+
 
 @given(data=st.data())
 @settings(
-    suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=10,
+    suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=15,
     phases=[Phase.explicit, Phase.generate],  # shrinking would boot guests for minutes
 )
 def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
@@ -297,8 +282,8 @@ def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
     before = Resources.now()
     machines, snapshots, number = [built(config)], list[Snapshot](), 0
     at_rounds(machines[0], 10)
-    for _ in range(data.draw(st.integers(1, 8), "steps")):
-        step = data.draw(st.sampled_from(["snapshot", "clone", "close", "drop"]), "step")
+    for _ in range(data.draw(st.integers(1, 10), "steps")):
+        step = data.draw(st.sampled_from(STEPS), "step")
         if step == "snapshot" and machines:
             number += 1
             directory = folder / f"{number}" if data.draw(st.booleans(), "in a directory") else None
@@ -311,6 +296,11 @@ def test_any_order_of_clones_snapshots_and_ends_leaves_nothing(
             machine = machines.pop(data.draw(st.integers(0, len(machines) - 1), "which"))
             machine.stop(STOPPED)
             machine.close()
+        elif step == "checkpoint" and machines:
+            checkpoints_of(data.draw(st.sampled_from(machines), "machine")).take()
+        elif step == "rewind" and machines:
+            with contextlib.suppress(SnapshotError):  # there may be nothing to go back to
+                checkpoints_of(data.draw(st.sampled_from(machines), "machine")).rewind()
         elif step == "drop" and snapshots:
             snapshots.pop(data.draw(st.integers(0, len(snapshots) - 1), "which")).close()
     for machine in machines:
@@ -339,67 +329,35 @@ def test_a_hundred_clones_at_once_leave_nothing(tmp_path: Path) -> None:
         assert Resources.now().without_image() == before.without_image()
 
 
+def test_clones_of_clones_are_made_by_many_threads_at_once(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(2):
+                with ending(clone_of(snapshot)) as clone:
+                    at_rounds(clone, rounds_done(clone) + 50)
+                    with take(clone) as own, ending(clone_of(own)) as second:
+                        finish(second, ROUNDS)
+        except BaseException as error:
+            errors.append(error)
+
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
+        at_rounds(machine, 20)
+        with take(machine) as snapshot:
+            before = Resources.now()
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert errors == []
+            assert Resources.now() == before
+
+
 def read_disk_of_ended(machine: Machine) -> bytes:
     machine.stop(STOPPED)
     return read_disk(machine)
-
-
-# Refusals
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Machine]:
-    with ending(built(disk_machine(tmp_path, rounds=1 << 30))) as machine:
-        yield at_rounds(machine, 3)
-
-
-@pytest.mark.parametrize("directory", [None, "saved"])
-def test_a_disk_written_in_place_is_refused_before_the_guest_is_paused(
-    running: Machine, tmp_path: Path, directory: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def hold(*_: object) -> bool:
-        raise AssertionError("the guest is held")
-
-    monkeypatch.setattr(running.runner, "hold", hold)
-    place = None if directory is None else tmp_path / directory
-    with pytest.raises(SnapshotError, match=r"disk\.img.*snapshot or .*overlay="):
-        take(running, place)
-    assert not running.is_paused
-    assert list(tmp_path.glob("saved*")) == []
-
-
-def test_a_directory_that_is_there_is_refused_before_the_guest_is_paused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "saved").mkdir()
-    with ending(built(snapshot_machine(tmp_path, rounds=3))) as machine:
-        monkeypatch.setattr(machine.runner, "hold", None)
-        with pytest.raises(SnapshotError, match="saved: is there already"):
-            take(machine, tmp_path / "saved")
-
-
-def test_a_machine_that_has_ended_is_not_saved(tmp_path: Path) -> None:
-    with ending(built(snapshot_machine(tmp_path, rounds=3))) as machine:
-        finish(machine, 3)
-        with pytest.raises(SnapshotError, match=r"^snapshot\(\): the run is over"):
-            take(machine)
-    with pytest.raises(RuntimeError, match="closed"):
-        take(machine)
-
-
-def test_a_served_disk_is_refused_before_the_guest_is_paused(tmp_path: Path) -> None:
-    (tmp_path / "exported.img").write_bytes(bytes(1 << 20))
-    config = snapshot_machine(tmp_path, rounds=1 << 30)
-    for place in (None, tmp_path / "saved"):
-        with Export(tmp_path / "exported.img", tmp_path / "socket"):
-            disks = (*config.disks, VhostUserDiskConfig(socket=str(tmp_path / "socket")))
-            with ending(built(config.replace(disks=disks))) as machine:
-                at_rounds(machine, 3)
-                with pytest.raises(SnapshotError, match=r"virtio1.*vhost-user.*have pyvmm serve"):
-                    take(machine, place)
-                assert not is_paused(machine)
-        (tmp_path / "socket").unlink(missing_ok=True)
-    assert not (tmp_path / "saved").exists()
 
 
 # A guest in the midst of something
@@ -434,45 +392,3 @@ def test_a_request_that_waits_for_its_turn_is_served_in_the_clone(
             with snapshot, ending(clone_of(snapshot)) as clone:
                 finish(clone, 60)
         wait_for_rounds(machine, 60)
-
-
-# A state that somebody has spoilt
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], Path]:
-    """The records of a snapshot in a directory."""
-    folder = tmp_path_factory.mktemp("records")
-    with ending(built(snapshot_machine(folder, rounds=ROUNDS, cpus=2))) as machine:
-        at_rounds(machine, 20)
-        take(machine, folder / "saved").close()
-    return decode((folder / "saved" / "state").read_bytes(), name="state"), folder / "saved"
-
-
-@given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
-def test_a_spoilt_record_is_one_error_or_accepted(
-    records: tuple[dict[str, object], Path], data: st.DataObject
-) -> None:
-    good, saved = records
-    path = data.draw(st.sampled_from([path for path, _ in walk(good)]), "path")
-    if data.draw(st.booleans(), "removed"):
-        spoilt = without(good, path)
-    else:
-        spoilt = replaced(good, path, data.draw(junk, "junk"))
-    assert isinstance(spoilt, dict)
-    try:
-        content = encode(spoilt, name="state")
-    except (TypeError, SnapshotError):
-        assume(False)
-    with TemporaryDirectory(dir=saved.parent) as folder:
-        other = Path(folder) / "other"
-        shutil.copytree(saved, other)
-        (other / "state").unlink()
-        (other / "state").write_bytes(content)
-        (other / "ram").chmod(0o400)
-        with (
-            contextlib.suppress(SnapshotError),
-            open_snapshot(other, report=Reporter()) as snapshot, clone_of(snapshot),
-        ):
-            pass

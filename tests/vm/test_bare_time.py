@@ -161,3 +161,25 @@ def test_the_tsc_goes_on_from_the_save_or_from_now(tmp_path: Path, clock: str) -
             assert GONE_S <= seconds < gone_s + SLACK_S
         else:
             assert seconds < SLACK_S
+
+
+@pytest.mark.parametrize("clock", ["keep", "now"])
+def test_the_tsc_and_kvm_clock_agree_as_before(tmp_path: Path, clock: str) -> None:
+    """Linux gives up a TSC that is a millisecond off."""
+    config = comparing(tmp_path, 2)
+    with built(config) as machine:
+        can_be_set = has_tsc_of_its_own(machine)
+    if not can_be_set:
+        pytest.skip("this KVM shows every guest the host's TSC")
+    with built(config) as machine:
+        state = machine.save()
+    for _ in range(3):
+        with built(config) as machine:
+            machine.restore(state, clock=clock)
+            saved_ns, saved_tsc = state["clock_ns"], state["tsc"]
+            assert isinstance(saved_ns, int)
+            assert isinstance(saved_tsc, int)
+            apart = tsc.lag(machine.vm, machine.loops[0].vcpu, (saved_ns, saved_tsc))
+            khz = ioctl(machine.loops[0].vcpu.fd, state_abi.KVM_GET_TSC_KHZ)
+            assert abs(apart) < khz / 2, "half a millisecond"
+            state = machine.save()

@@ -18,18 +18,19 @@ pytestmark = [pytest.mark.kvm, pytest.mark.timeout(1800)]
 
 REWINDS = 20
 PREPARE = (
-    "mount -t tmpfs none /tmp; mke2fs -q -t ext4 /dev/vdb; mkdir /tmp/m; mount /dev/vdb /tmp/m;"
-    " cd /tmp/m; for i in 1 2 3 4; do dd if=/dev/urandom of=a$i bs=64k count=8 2>/dev/null; done;"
+    "mount -t tmpfs none /tmp; /sbin/mke2fs -q -t ext4 /dev/vdb; mkdir /tmp/m;"
+    " mount /dev/vdb /tmp/m; cd /tmp/m;"
+    " for i in 1 2 3 4; do dd if=/dev/urandom of=a$i bs=64k count=8 2>/dev/null; done;"
     " md5sum a1 a2 a3 a4 >sums; sync; cd /"
 )
 LOAD = (
-    "(n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); dd if=/dev/urandom of=/tmp/m/b$((n%5))"
-    " bs=16k count=20 2>/dev/null; sync; rm -f /tmp/m/b$(((n+2)%5)); done; touch /tmp/stopped) &"
+    "{ (n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); dd if=/dev/urandom of=/tmp/m/b$((n%5))"
+    " bs=16k count=20 2>/dev/null; sync; rm -f /tmp/m/b$(((n+2)%5)); done; touch /tmp/stopped) & }"
 )
 CHECK = (
     "touch /tmp/stop; while [ ! -e /tmp/stopped ]; do sleep 0.1; done; umount /tmp/m &&"
-    " e2fsck -fn /dev/vdb >/tmp/fsck 2>&1; echo fsck $?; mount /dev/vdb /tmp/m && cd /tmp/m &&"
-    " md5sum -c sums; cd /"
+    " /sbin/e2fsck -fn /dev/vdb >/tmp/fsck 2>&1; echo fsck $?; mount /dev/vdb /tmp/m &&"
+    " cd /tmp/m && md5sum -c sums; cd /"
 )
 
 

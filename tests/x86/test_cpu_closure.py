@@ -21,8 +21,8 @@ from pyvmm.x86.cpu_features import (
     Word,
     with_dependents,
 )
-from pyvmm.x86.cpu_mask import RegisterMask
-from pyvmm.x86.cpu_model import CpuModel, parse_cpu_option
+from pyvmm.x86.cpu_mask import CpuModel, RegisterMask
+from pyvmm.x86.cpu_model import parse_cpu_option
 from pyvmm.x86.cpuid import build
 from tests.support.cpu_needs import NEEDS
 

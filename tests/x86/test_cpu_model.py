@@ -11,7 +11,8 @@ import pytest
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.handles import Kvm
-from pyvmm.x86.cpu_model import CpuModel, parse_cpu_option
+from pyvmm.x86.cpu_mask import CpuModel
+from pyvmm.x86.cpu_model import parse_cpu_option
 from pyvmm.x86.cpuid import build
 
 ALL = 0xFFFF_FFFF

@@ -26,9 +26,7 @@ def problems(
     yield from _image_problems(saved)
     for index in disks:
         if index not in range(len(saved.disks)):
-            yield SnapshotError(
-                saved.path, f"has {len(saved.disks)} disks, and none of number {index}"
-            )
+            yield layout.no_such_disk(index, saved.path, len(saved.disks))
     for disk in saved.disks:
         try:
             FrozenDisk.open_saved(

@@ -6,6 +6,7 @@ later.  So the vendor, each feature, the state components and the TSC rate are c
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -21,6 +22,7 @@ TSC_TOLERANCE_PPM = 250
 _MAX_TSC_KHZ = 100_000_000
 _MAX_ENTRIES = 1024
 _HEADER_BYTES, _ENTRY_BYTES = 8, 40
+_VENDOR = struct.Struct("=I12x4s4s4s12x")  # of an entry: function, and ebx ecx edx of leaf 0
 _XSAVE_LEAF = 0xD
 _ADDRESS_SIZES = 0x8000_0008
 _MOST_NAMES = 8
@@ -57,10 +59,10 @@ def host_record(
 ) -> dict[str, object]:
     """Return the record ``host``: ``supported`` is ``Kvm.supported_cpuid()``, ``given`` the packed
     entries of each vCPU, ``tsc_khz`` the guest's TSC rate."""
-    entries = list(supported)
+    packed = cpuid_entry.pack(supported)
     return {
-        "vendor": _vendor(entries),
-        "supported": _fingerprint(entries),
+        "vendor": _vendor(packed),
+        "supported": _fingerprint(packed),
         "cpuid": [bytes(one) for one in given],
         "tsc_khz": tsc_khz,
     }
@@ -87,23 +89,24 @@ def check_host(
     saved: SavedHost,
     *,
     name: str,
-    supported: Iterable[CpuidEntry],
+    supported: bytearray,
     tsc_khz: int | None,
     scales_tsc: bool,
 ) -> None:
     """Raise SnapshotError, about the snapshot ``name``, if this host cannot go on with its guest.
 
-    ``supported`` and ``tsc_khz`` are this host's; ``scales_tsc`` is KVM_CAP_TSC_CONTROL.
+    ``supported``, as ``Kvm.packed_cpuid`` returns it, and ``tsc_khz`` are this host's;
+    ``scales_tsc`` is KVM_CAP_TSC_CONTROL.
     """
-    entries = list(supported)
-    vendor = _vendor(entries)
+    vendor = _vendor(supported)
     if saved.vendor != vendor:
         raise SnapshotError(
             name, f"was made on a CPU of {saved.vendor!r}, and this host's is of {vendor!r}; a "
             "guest cannot move between vendors",
         )
-    if saved.supported != _fingerprint(entries):
-        _check_features(saved, name, entries)
+    # Bytes are compared first, because making objects of dozens of entries takes longer.
+    if saved.supported != _fingerprint(supported):
+        _check_features(saved, name, cpuid_entry.unpack(supported))
     if saved.tsc_khz is None or tsc_khz is None or scales_tsc:
         return
     if abs(saved.tsc_khz - tsc_khz) * 1_000_000 > TSC_TOLERANCE_PPM * tsc_khz:
@@ -161,24 +164,21 @@ def _checked(fields: Fields, data: object) -> bytes:
     return data
 
 
-def _vendor(entries: Iterable[CpuidEntry]) -> str:
-    for entry in entries:
-        if entry.function == 0:
-            raw = b"".join(
-                register.to_bytes(4, "little") for register in (entry.ebx, entry.edx, entry.ecx)
-            )
+def _vendor(packed: bytearray) -> str:
+    for function, ebx, ecx, edx in _VENDOR.iter_unpack(packed[_HEADER_BYTES:]):
+        if function == 0:
+            raw: bytes = ebx + edx + ecx
             return raw.decode("ascii", "backslashreplace")[:12]
     return ""
 
 
-def _fingerprint(entries: list[CpuidEntry]) -> bytes:
-    """Return the packed ``entries`` without the registers in which the CPUs of a host differ."""
-    packed = cpuid_entry.pack(entries)
-    for place, entry in enumerate(entries):
-        for offset in _DIFFERING.get(entry.function, ()):
-            at = _HEADER_BYTES + place * _ENTRY_BYTES + offset
-            packed[at : at + 4] = bytes(4)
-    return bytes(packed)
+def _fingerprint(packed: bytearray) -> bytes:
+    """Return the entries ``packed`` without the registers in which the CPUs of a host differ."""
+    found = bytearray(packed)
+    for at in range(_HEADER_BYTES, len(packed), _ENTRY_BYTES):
+        for offset in _DIFFERING.get(int.from_bytes(packed[at : at + 4], "little"), ()):
+            found[at + offset : at + offset + 4] = bytes(4)
+    return bytes(found)
 
 
 def _by_leaf(entries: Iterable[CpuidEntry]) -> _Entries:

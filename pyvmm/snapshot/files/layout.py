@@ -12,7 +12,7 @@ from pyvmm.ram.runs import MOST_RUNS as MAX_RUNS
 
 __all__ = [
     "CHUNK_BYTES", "FILES", "MAX_CHAIN", "MAX_RUNS", "RAM", "RECORDS", "STATE", "TEMPORARY",
-    "absolute", "is_file_name", "overlay_name",
+    "absolute", "is_file_name", "no_such_disk", "overlay_name",
 ]
 
 STATE = "state"
@@ -57,3 +57,11 @@ def absolute(path: str | os.PathLike[str]) -> str:
     if "\0" in text:
         raise SnapshotError(repr(text), "is no file name: it has a NUL")
     return os.path.join(os.getcwd(), text).rstrip("/") or "/"
+
+
+def no_such_disk(index: int, snapshot: str, count: int) -> SnapshotError:
+    """Return the error for a disk ``index`` that is none of the ``count`` of ``snapshot``."""
+    numbers = {0: "no disks", 1: "1 disk, number 0"}.get(
+        count, f"{count} disks, numbers 0 to {count - 1}"
+    )
+    return SnapshotError(f"disk {index}", f"{snapshot} has {numbers}")

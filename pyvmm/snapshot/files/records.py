@@ -231,10 +231,13 @@ class _Reader:
         """Return the value, and move behind it."""
         if depth > MAX_DEPTH:
             raise _TooMuchError(f"values more than {MAX_DEPTH} deep")
-        letter = self._take(1)
-        if letter == b"i":
-            value: int = _I64.unpack(self._take(8))[0]
+        at = self.at
+        letter = self._data[at : at + 1]
+        if letter == b"i" and at + 9 <= self._end:  # most values
+            self.at = at + 9
+            value: int = _I64.unpack_from(self._data, at + 1)[0]
             return value
+        self._skip(9 if letter == b"i" else 1)
         read = _READERS.get(letter)
         if read is not None:
             return read(self, depth)
@@ -245,20 +248,26 @@ class _Reader:
     def text(self, _depth: int = 0) -> str:
         """Return a text without its letter."""
         try:
-            return self._take(self._count()).decode("utf-8", "surrogatepass")
+            return self.octets(0).decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             raise _DamagedError("a text that is no UTF-8") from None
 
     def octets(self, _depth: int) -> bytes:
         """Return bytes without their letter."""
-        return self._take(self._count())
+        count = self._count()  # are there
+        at = self.at
+        self.at = stop = at + count
+        return self._data[at:stop]
 
     def integer(self, _depth: int) -> int:
         """Return a long integer without its letter."""
-        count = self._take(1)[0]
+        at = self.at
+        self._skip(1)
+        count = self._data[at]
         if count > MAX_INTEGER_BYTES:
             raise _TooMuchError(f"an integer of more than {MAX_INTEGER_BYTES} bytes")
-        return int.from_bytes(self._take(count), "little", signed=True)
+        self._skip(count)
+        return int.from_bytes(self._data[at + 1 : self.at], "little", signed=True)
 
     def items(self, depth: int) -> list[object]:
         """Return a list without its letter."""
@@ -280,18 +289,17 @@ class _Reader:
 
     def _count(self) -> int:
         """Return a length, or a number of items, each of which takes at least a byte."""
-        value: int = _U32.unpack(self._take(4))[0]
+        at = self.at
+        self._skip(4)
+        value: int = _U32.unpack_from(self._data, at)[0]
         if value > self._end - self.at:
             raise _DamagedError(f"a length of {value} with {self._end - self.at} bytes left")
         return value
 
-    def _take(self, count: int) -> bytes:
-        at = self.at
-        stop = at + count
-        if stop > self._end:
+    def _skip(self, count: int) -> None:
+        self.at += count
+        if self.at > self._end:
             raise _DamagedError("a value that is cut off")
-        self.at = stop
-        return self._data[at:stop]
 
 
 _CONSTANTS: Mapping[bytes, object] = {b"n": None, b"t": True, b"f": False}

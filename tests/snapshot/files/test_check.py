@@ -120,7 +120,7 @@ def test_a_disk_that_is_missing_or_changed_is_told(tmp_path: Path) -> None:
             moved = {1: str(tmp_path / "moved")}
             assert list(problems(saved, moved, report=print)) == []
             lines = [str(one) for one in problems(saved, moved | {2: "x"}, report=print)]
-            assert lines == [f"{path}: has 2 disks, and none of number 2"]
+            assert lines == [f"disk 2: {path} has 2 disks, numbers 0 to 1"]
             disk.write_bytes(content)
             os.utime(disk, ns=(facts.st_mtime_ns + 1, facts.st_mtime_ns + 1))
             assert "changed since" in found(path)[0]

@@ -42,7 +42,7 @@ def saved(
 def check(
     host: SavedHost, here: Sequence[CpuidEntry], tsc_khz: int = 2_000_000, *, scales: bool = False
 ) -> None:
-    check_host(host, name="DIR", supported=here, tsc_khz=tsc_khz, scales_tsc=scales)
+    check_host(host, name="DIR", supported=pack(here), tsc_khz=tsc_khz, scales_tsc=scales)
 
 
 def test_the_same_host_goes_on() -> None:
