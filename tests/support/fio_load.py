@@ -43,7 +43,7 @@ class FioLoad:
     def __init__(self, linux: LinuxMachine, root: str = "") -> None:
         self._in_root = f"chroot {root} " if root else ""
         assert linux.run("mount -t tmpfs none /mnt; dmesg -n 1") == ""
-        for name in ("dev", "mnt") if root else ():
+        for name in ("dev", "proc", "sys", "mnt") if root else ():
             assert linux.run(f"mount --bind /{name} {root}/{name}") == ""
         fio = self._in_root + FIO.format(file="$2", size="2m")
         linux.type(f"cat >/mnt/load <<'X'\n{_SCRIPT.format(fio=fio)}X\n")
