@@ -19,6 +19,7 @@ from bench.rows.bare import until_first_run
 from bench.suite import Reading, Suite
 from pyvmm.config import DiskConfig, RunConfig
 from pyvmm.machine import Machine, build
+from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.snapshot.capture import take
 from pyvmm.snapshot.checkpoints import checkpoints_of
 from pyvmm.snapshot.opening import open_snapshot
@@ -120,11 +121,15 @@ def now_s() -> float:
 
 @contextlib.contextmanager
 def _started(make: Callable[[], Machine]) -> Iterator[tuple[Machine, float]]:
-    """A machine that was made and started, and the time before that."""
+    """A machine that was made and started, and the time before that.  Its guest spins: it is ended.
+    """
     began_s = now_s()
     with make() as machine:
-        machine.start()
-        yield machine, began_s
+        try:
+            machine.start()
+            yield machine, began_s
+        finally:
+            machine.stop(Outcome(Kind.STOPPED))
 
 
 def sample_clones(
