@@ -54,10 +54,11 @@ def _problem(backend: BlockBackend, into_directory: bool, to_rewind: bool) -> st
                 "use ,snapshot instead"
             )
     elif not (backend.read_only and isinstance(backend, _READABLE_TWICE)) and not _is_nbd(base):
-        return (
-            "is written in place, so a snapshot would change with it; add ,snapshot or "
-            ",overlay=FILE (in a script: pyvmm.Overlay)"
+        remedy = (
+            "add ,snapshot (in a script: pyvmm.Overlay without a path)" if to_rewind else
+            "add ,snapshot or ,overlay=FILE (in a script: pyvmm.Overlay)"
         )
+        return f"is written in place, so a snapshot would change with it; {remedy}"
     if _is_nbd(base):
         return "is on an NBD server, where others could change it; copy it to a file"
     if isinstance(backend, OverlayBackend) and not isinstance(base, _READABLE_TWICE):
