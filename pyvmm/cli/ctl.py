@@ -159,10 +159,20 @@ def _status(client: Client, args: SimpleNamespace) -> int:
         ("agent", f"{status['agent']}{problem}"),
         ("console", f"{status['console_bytes']} bytes printed"),
         *((("clone", _clone_of(status)),) if status.get("clone_id") else ()),
+        *((("rewind", f"to {_moments_of(status)}"),) if _moments_of(status) else ()),
         *((("ended", outcome["text"]),) if outcome else ()),
     ):
         show(f"{name:8} {value}")
     return 0
+
+
+def _moments_of(status: Mapping[str, Any]) -> str:
+    """Return the moments that a machine can go back to; "" if there is none."""
+    snapshot, numbers = status.get("snapshot"), status.get("checkpoints")
+    found = [] if snapshot is None else [f"snapshot {snapshot['path'] or 'in memory'}"]
+    if numbers:
+        found.append(f"checkpoints {numbers[0]} to {numbers[-1]}")
+    return ", ".join(found)
 
 
 def _clone_of(status: Mapping[str, Any]) -> str:

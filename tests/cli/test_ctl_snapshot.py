@@ -43,8 +43,11 @@ def test_a_directory_without_a_name_is_refused_before_anybody_is_asked(rig: Serv
 def test_a_checkpoint_has_a_number_to_go_back_to(rig: Served) -> None:
     assert ctl(rig, "checkpoint").stdout == b"1\n"
     assert ctl(rig, "checkpoint").stdout == b"2\n"
+    assert b"rewind   to checkpoints 1 to 2\n" in ctl(rig, "status").stdout
+    assert ctl(rig, "snapshot", "/a").returncode == 0
+    assert b"rewind   to snapshot /a, checkpoints 1 to 2\n" in ctl(rig, "status").stdout
     assert ctl(rig, "rewind", "1").returncode == ctl(rig, "rewind").returncode == 0
-    assert saves_of(rig).done[2:] == ["rewind 1", "rewind None"]
+    assert saves_of(rig).done[3:] == ["rewind 1", "rewind None"]
 
 
 def test_status_tells_of_the_clone(rig: Served) -> None:
