@@ -155,10 +155,12 @@ class LinuxMachine:
         return Saved(config=self.config, state=state, memory=memory, disks=tuple(disks))
 
     @classmethod
-    def clone_of(cls, snapshot: Snapshot, console: Path) -> LinuxMachine:
+    def clone_of(
+        cls, snapshot: Snapshot, console: Path, *, clock: str = "keep"
+    ) -> LinuxMachine:
         """Return a clone, started; the new file ``console`` gets what it writes."""
         console.unlink(missing_ok=True)
-        machine = snapshot.clone(console=str(console), report=pytest.fail)
+        machine = snapshot.clone(console=str(console), clock=clock, report=pytest.fail)
         machine.start()
         return cls(machine.config.replace(console=str(console)), machine)
 

@@ -9,8 +9,10 @@ from uuid import UUID
 
 import pytest
 
+from pyvmm.snapshot.capture import take
+from pyvmm.storage.open import DiskSource
 from tests.support.guest import BUILD, FIO, MIB
-from tests.support.linux_machine import LinuxMachine, Saved, copied, linux_config
+from tests.support.linux_machine import LinuxMachine, Saved, linux_config
 from tests.support.patience import patient
 from tests.support.stock import BACKPORTS
 from tests.vm.test_bare_save import comparable
@@ -103,7 +105,8 @@ def test_clones_never_share_random_bytes(tmp_path: Path, stock: str | None) -> N
         linux.machine.start()
         linux.run(f"sleep 3; {RANDOM}; sleep 1")
         saved = linux.save(tmp_path / "saved")
-    assert random_bytes(saved, tmp_path, "untold", value) == 1, "the control: they are clones"
+    # The control: clones that are not told are alike, unless Linux reseeds by itself just then.
+    assert any(random_bytes(saved, tmp_path, f"untold{n}-", value) == 1 for n in range(4))
     assert random_bytes(saved, tmp_path, "told", None) == 2
 
 
@@ -173,10 +176,10 @@ def seconds_behind(linux: LinuxMachine) -> float:
 def test_debian_with_systemd_goes_on(tmp_path: Path) -> None:
     config = linux_config(tmp_path, cpus=2, stock=BACKPORTS, data_disks=0)
     disk = config.disks[0]
-    image = copied(str(BUILD / "debian.img"), tmp_path)
+    source = DiskSource(location=str(BUILD / "debian.img"), snapshot=True)
     config = config.replace(
-        disks=(disk.replace(source=disk.source.replace(location=image, read_only=False)),),  # type: ignore[union-attr]
-        memory_bytes=512 * MIB, append="root=/dev/vda rw quiet",
+        disks=(disk.replace(source=source),), memory_bytes=512 * MIB,
+        append="root=/dev/vda rw quiet",
     )
     with LinuxMachine(config) as linux:
         linux.begin("pyvmm login: ")
@@ -189,10 +192,10 @@ def test_debian_with_systemd_goes_on(tmp_path: Path) -> None:
             "cd /root; (for i in $(seq 100); do dd if=/dev/urandom of=f$i bs=64k count=4"
             " conv=fsync 2>/dev/null; md5sum f$i >>sums; done; touch all) & sleep 2"
         )
-        saved = linux.save(tmp_path / "saved")
+        # Not saved by hand: in the lab files are memory, as all these copies would be.
+        snapshot = take(linux.machine)
     for clock in ("keep", "now"):
-        with LinuxMachine.restored(saved, tmp_path / clock, clock=clock) as clone:
-            clone.machine.start()
+        with LinuxMachine.clone_of(snapshot, tmp_path / clock, clock=clock) as clone:
             clone.run("while [ ! -e all ]; do sleep 1; done; sync")
             clone.run("echo 3 >/proc/sys/vm/drop_caches")
             assert clone.run("md5sum -c sums | grep -vc OK") == "0"
@@ -206,3 +209,4 @@ def test_debian_with_systemd_goes_on(tmp_path: Path) -> None:
             outcome = clone.machine.wait(patient(300))
             assert outcome is not None
             assert outcome.exit_status == 0
+    snapshot.close()
