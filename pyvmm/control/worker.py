@@ -24,30 +24,33 @@ class Work(Generic[T]):
         self.call = call
         self._act, self._done = act, done
         self._result: list[T] = []
-        self._error: Exception | None = None
+        self._refusal: tuple[str, str, dict[str, object]] = ("host", "", {})
+        """Kind, text and details of the answer, if there is no result."""
 
     def run(self) -> None:
         """Do the work; whatever it raises is the request's answer."""
         try:
             self._result.append(self._act())
         except Exception as error:  # a client's request must not end the server
-            self._error = error
+            self._refusal = _refusal_of(self.call.method, error)
 
     def finish(self) -> None:
         """Answer the request."""
         if self._result:
             self._done(self._result.pop())
             return
-        method, error = self.call.method, self._error
-        if isinstance(error, SnapshotError):
-            self.call.refuse("snapshot", f"{method}: {error}", {
-                "subject": error.subject, "problem": error.problem,
-            })
-        elif isinstance(error, (PyvmmError, OSError, RuntimeError)):
-            self.call.refuse("host", f"{method}: {error}")
-        else:
-            name = type(error).__name__
-            self.call.refuse("host", f"{method}: internal error: {name}: {error}")
+        kind, text, details = self._refusal
+        self.call.refuse(kind, text, details)
+
+
+def _refusal_of(method: str, error: Exception) -> tuple[str, str, dict[str, object]]:
+    """Return the answer to a request whose work raised ``error``; nothing keeps the error."""
+    if isinstance(error, SnapshotError):
+        details: dict[str, object] = {"subject": error.subject, "problem": error.problem}
+        return "snapshot", f"{method}: {error}", details
+    if isinstance(error, (PyvmmError, OSError, RuntimeError)):
+        return "host", f"{method}: {error}", {}
+    return "host", f"{method}: internal error: {type(error).__name__}: {error}", {}
 
 
 class Worker:

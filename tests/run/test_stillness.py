@@ -21,12 +21,13 @@ END, STOPPED = Outcome(Kind.RESET), Outcome(Kind.STOPPED)
 
 @pytest.fixture
 def started() -> Iterator[Started]:
+    threads = threading.active_count()
     made = Started()
     yield made
     if not made.runner.stopped:
         made.runner.stop(END)
     made.close()
-    assert threading.active_count() == 1
+    assert threading.active_count() == threads
 
 
 def state_of(runner: Runner) -> tuple[bool, bool]:

@@ -23,7 +23,7 @@ def merge(saved: Saved, out: str | os.PathLike[str]) -> SavedRam:
     """
     for one in saved.chain:
         for problem in content_problems(one):
-            raise problem
+            raise SnapshotError(problem.subject, problem.problem)
     with Writer(out) as writer:
         written = _merge_ram(saved, writer)
         for index in saved.overlay_fds:
