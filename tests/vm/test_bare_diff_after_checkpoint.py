@@ -12,7 +12,7 @@ from pyvmm.snapshot.checkpoints import checkpoints_of
 from pyvmm.snapshot.opening import open_snapshot
 from tests.support.disk_guest import built, rounds_done, wait_for_rounds
 from tests.support.ram_images import content
-from tests.support.snapshots import finish, snapshot_machine
+from tests.support.snapshots import ending, finish, snapshot_machine
 
 pytestmark = pytest.mark.bare
 
@@ -22,13 +22,13 @@ MARK_GPA = 0xC0_0000
 
 @pytest.mark.parametrize("live", [False, True])
 def test_a_diff_after_checkpoints_has_all_since_its_base(tmp_path: Path, live: bool) -> None:
-    with built(snapshot_machine(tmp_path, rounds=ROUNDS)) as machine:
+    with ending(built(snapshot_machine(tmp_path, rounds=ROUNDS))) as machine:
         machine.start()
         wait_for_rounds(machine, 10)
         take(machine, tmp_path / "base").close()
     with open_snapshot(tmp_path / "base", report=Reporter()) as snapshot:
         clone = snapshot.clone(report=Reporter())
-    with clone:
+    with ending(clone):
         clone.start()
         wait_for_rounds(clone, rounds_done(clone) + 20)
         assert clone.pause(30)
@@ -40,7 +40,7 @@ def test_a_diff_after_checkpoints_has_all_since_its_base(tmp_path: Path, live: b
         take(clone, tmp_path / "diff", diff=True, live=live).close()
     with open_snapshot(tmp_path / "diff", report=Reporter()) as diff:
         again = diff.clone(report=Reporter())
-    with again:
+    with ending(again):
         memory = again.board.memory
         assert memory.read(MARK_GPA, 21) == b"before the checkpoint"
         assert memory.read(MARK_GPA + 0x10000, 8) == b"after it"
