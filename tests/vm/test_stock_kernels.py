@@ -58,8 +58,7 @@ def test_debians_kernel(name: str, cpus: int, ending: str) -> None:
 def test_our_kernel(cpus: int, ending: str) -> None:
     run = boot("--disk", f"{IMAGE},snapshot", "--cpus", str(cpus), "-v",
                append=run_in_guest(f"{SHOW_CPUS}; sleep 1; {ending}"))
-    # Without ACPI, powering off is no more than halting.
-    check(run, cpus, ending, ENDS["halt -f" if ending == "poweroff -f" else ending])
+    check(run, cpus, ending, ENDS[ending])
 
 
 def test_debians_vmlinux_is_entered_by_pvh_and_finds_acpi() -> None:
