@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable
+from typing import Any
 
+from pyvmm.control.client import ControlError
 from pyvmm.control.saves import Rewound, Saved
 from pyvmm.errors import SnapshotError
 from tests.support.patience import patient
-from tests.support.stand_in_target import StandInTarget
+from tests.support.stand_in_target import Served, StandInTarget
 
 
 class StandInSaves:
@@ -75,3 +77,16 @@ class StandInSaves:
             self.done.append(name)
         finally:
             self._running.release()
+
+
+def saves_of(rig: Served) -> StandInSaves:
+    """The stand-in that ``rig`` has."""
+    assert isinstance(rig.target.saves, StandInSaves)
+    return rig.target.saves
+
+
+def problem_of(pending: Any) -> ControlError:
+    """The error that answers a request."""
+    error = pending.exception(patient(10))
+    assert isinstance(error, ControlError)
+    return error
