@@ -15,7 +15,7 @@ from tests.support.patience import patient
 PLACES = {"vdb": "/dev/vdb", "vdc": "/mnt/fs/load"}
 _KEPT = "dd if=/dev/vdb bs=64k skip=128 count=8 2>/dev/null | md5sum"
 _PREPARE = (
-    "mkdir /mnt/fs; /sbin/mke2fs -q -t ext4 /dev/vdc; mount -t ext4 /dev/vdc /mnt/fs;"
+    "mkdir /mnt/fs; {in_root}/sbin/mke2fs -q -t ext4 /dev/vdc; mount -t ext4 /dev/vdc /mnt/fs;"
     " dd if=/dev/urandom of=/mnt/fs/kept bs=64k count=8 2>/dev/null;"
     " dd if=/mnt/fs/kept of=/dev/vdb bs=64k seek=128 2>/dev/null; sync;"
     " md5sum </mnt/fs/kept >/mnt/sum; touch /mnt/vdb /mnt/vdc"
@@ -31,8 +31,8 @@ exec sh /mnt/load $1 $2
 _ASK = "p() { grep -c passed /mnt/vdb /mnt/vdc; cat /mnt/vd[bc] | grep -e broken -e stopped; }"
 _POLL_S = 2.0
 _FINISH = (
-    f"umount /mnt/fs && e2fsck -fn /dev/vdc >/mnt/fsck 2>&1; echo fsck $?;"
-    f" echo 3 >/proc/sys/vm/drop_caches; mount -o ro /dev/vdc /mnt/fs; cat /mnt/sum;"
+    "umount /mnt/fs && {in_root}/sbin/e2fsck -fn /dev/vdc >/mnt/fsck 2>&1; echo fsck $?;"
+    " echo 3 >/proc/sys/vm/drop_caches; mount -o ro /dev/vdc /mnt/fs; cat /mnt/sum;"
     f" md5sum </mnt/fs/kept; {_KEPT}"
 )
 
@@ -47,7 +47,7 @@ class FioLoad:
             assert linux.run(f"mount --bind /{name} {root}/{name}") == ""
         fio = self._in_root + FIO.format(file="$2", size="2m")
         linux.type(f"cat >/mnt/load <<'X'\n{_SCRIPT.format(fio=fio)}X\n")
-        said = linux.run(_PREPARE)
+        said = linux.run(_PREPARE.format(in_root=self._in_root))
         assert said == "", said
         assert linux.run(_ASK) == ""
         for disk, place in PLACES.items():
@@ -84,7 +84,7 @@ class FioLoad:
         while self._look(linux)[1] < len(PLACES):
             assert time.monotonic() < until_s, linux.run("tail -n 3 /mnt/vd[bc]")
             time.sleep(_POLL_S)
-        fsck, *sums = linux.run(_FINISH).splitlines()
+        fsck, *sums = linux.run(_FINISH.format(in_root=self._in_root)).splitlines()
         assert fsck == "fsck 0", linux.run("cat /mnt/fsck")
         assert len(sums) == 3
         assert len(set(sums)) == 1, sums
