@@ -51,7 +51,8 @@ class FioLoad:
         assert said == "", said
         assert linux.run(_ASK) == ""
         for disk, place in PLACES.items():
-            linux.run(f"(exec </dev/null; sh /mnt/load {disk} {place}) & true")
+            # Not a job of the shell, which bash would tell of when it ends.
+            linux.run(f"( (exec </dev/null; sh /mnt/load {disk} {place}) & )")
 
     def _look(self, linux: LinuxMachine) -> tuple[list[int], int]:
         """How often fio found each disk right, and how many it has left; AssertionError if one was
