@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ class ForkServer:
             pid = os.fork()
             if pid == 0:
                 self._become(words, fds)
-            pidfd = os.pidfd_open(pid)
+            pidfd = _watch(pid)
             self._children[pidfd] = pid
             self._tell("started", pid)
             return pidfd
@@ -100,6 +101,16 @@ class ForkServer:
     def _tell(self, *words: object) -> None:
         with contextlib.suppress(ConnectionError):  # the next read sees the end
             self._owner.send(json.dumps(words).encode())
+
+
+def _watch(pid: int) -> int:
+    """Return a pidfd of the child ``pid``, which is ended if there can be none: OSError then."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _words(data: bytes, fds: Sequence[int]) -> list[str]:

@@ -19,7 +19,6 @@ class MachineSaves:
     def __init__(self, machine: Machine, attach: Callable[[bool], None]) -> None:
         self._machine = machine
         self._attach = attach
-        self._newest: Saved | None = None
 
     @property
     def can_rewind(self) -> bool:
@@ -28,15 +27,15 @@ class MachineSaves:
 
     def facts(self) -> dict[str, object]:
         """See ``Saves``."""
-        known = self._newest
-        if known is None and self._machine.newest is not None:
+        newest = self._machine.newest
+        known = None
+        if newest is not None:
             from pyvmm.snapshot.snapshot import Snapshot
 
-            newest = self._machine.newest
-            assert isinstance(newest, Snapshot)
-            known = Saved(id=str(newest.id), path=newest.path)
+            assert isinstance(newest, Snapshot)  # it is nothing else
+            known = {"id": str(newest.id), "path": newest.path}
         return {
-            "snapshot": None if known is None else {"id": known.id, "path": known.path},
+            "snapshot": known,
             "checkpoints": list(self._numbers()),
         }
 
@@ -47,8 +46,7 @@ class MachineSaves:
         if directory is None and (is_live or is_diff):
             raise SnapshotError("snapshot()", "live and diff are for a directory")
         with take(self._machine, directory, live=is_live, diff=is_diff) as taken:
-            self._newest = Saved(id=str(taken.id), path=taken.path)
-        return self._newest
+            return Saved(id=str(taken.id), path=taken.path)
 
     def checkpoint(self) -> int:
         """See ``Saves``."""

@@ -57,7 +57,10 @@ class RamJournal:
         """
         is_mapped = self._is_mapped
         runs = own_runs(self._memory) if is_mapped else self._differences()
-        undo = self._make_undo(runs) if self._numbers else None
+        try:
+            undo = self._make_undo(runs) if self._numbers else None
+        except OSError as error:  # nothing is written yet
+            raise HostError(f"cannot keep a checkpoint of RAM: {error}") from error
         try:
             self._write(runs)
             if is_mapped:
@@ -201,7 +204,7 @@ class _Undo:
             with contextlib.suppress(OSError):
                 self._data.madvise(mmap.MADV_HUGEPAGE)
             for offset, part in self._parts(self._data):
-                os.preadv(fd, [part], offset)
+                _read_all(fd, part, offset)
 
     def zero_pieces(self) -> Iterator[tuple[int, int]]:
         """Yield start and end of each piece that was a hole."""
@@ -229,3 +232,14 @@ class _Undo:
                 with whole[at : at + end - start] as part:
                     yield start, part
                 at += end - start
+
+
+def _read_all(fd: int, view: memoryview, offset: int) -> None:
+    """Fill ``view`` from ``offset`` on: one call reads 2 GiB at most.  OSError, HostError."""
+    at = 0
+    while at < len(view):
+        with view[at:] as rest:
+            got = os.preadv(fd, [rest], offset + at)
+        if not got:
+            raise HostError("the newest checkpoint of RAM is cut off")
+        at += got

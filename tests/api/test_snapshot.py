@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 import pyvmm
 from pyvmm.virtio.entropy.device import EntropyDevice
-from tests.support.kernels import ElfSegment, elf
+from tests.support.counting_guest import COUNT, COUNTER, Make, config_maker, count_of, wait_for_more
 from tests.support.patience import patient
 from tests.support.snapshots import Resources
 
@@ -26,27 +26,9 @@ ECHO_THEN_STATUS = bytes.fromhex(
     "ee ebeb"  # out dx, al; jmp again (to mov)
     "b003 e6f4 f4"
 )
-COUNT = bytes.fromhex("ff042500003000 ebf7")  # again: inc dword [0x300000]; jmp again
-COUNTER = 0x300000
 STATUS_3 = pyvmm.Outcome(pyvmm.Kind.GUEST_STATUS, 3)
 
-Make = Callable[..., pyvmm.MachineConfig]
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Make:
-    """Makes the configuration of a machine that runs some code and has a disk that can be saved."""
-    kernel, disk = tmp_path / "guest.elf", tmp_path / "disk.img"
-    disk.write_bytes(b"disk".ljust(1 << 20, b"\0"))
-
-    def make(code: bytes, **more: Any) -> pyvmm.MachineConfig:
-        kernel.write_bytes(elf(ElfSegment(data=code, p_memsz=4096)))
-        return pyvmm.MachineConfig(**{
-            "kernel": kernel, "timeout_s": patient(60), "disks": [pyvmm.Overlay(disk)],
-            "memory": "16M", **more,
-        })
-
-    return make
+config = pytest.fixture(config_maker)
 
 
 @pytest.fixture
@@ -56,18 +38,6 @@ def echo(config: Make) -> Iterator[pyvmm.Machine]:
         machine.start()
         machine.console.expect("ha", patient(20))
         yield machine
-
-
-def count_of(machine: pyvmm.Machine) -> int:
-    return int.from_bytes(machine.memory.read(COUNTER, 4), "little")
-
-
-def wait_for_more(machine: pyvmm.Machine, before: int) -> None:
-    """Wait until the guest has counted on."""
-    until_s = time.monotonic() + patient(20)
-    while count_of(machine) == before:
-        assert time.monotonic() < until_s
-        time.sleep(0.001)
 
 
 def test_a_script_talks_to_the_original_and_to_each_clone(echo: pyvmm.Machine) -> None:
@@ -267,71 +237,7 @@ def test_devices_of_ones_own_are_given_again(config: Make) -> None:
                 clone.start()
 
 
-def test_a_device_without_a_state_to_give_is_refused_and_the_guest_goes_on(config: Make) -> None:
-    class Stateless(EntropyDevice):
-        def save(self) -> dict[str, object]:
-            from pyvmm.errors import StateError
-
-            raise StateError("dice", "cannot be saved")
-
-    with pyvmm.Machine(config(COUNT), devices={"dice": Stateless()}) as machine:
-        machine.start()
-        with pytest.raises(pyvmm.SnapshotError, match="a part of the machine cannot be saved: dic"):
-            machine.snapshot()
-        before = count_of(machine)
-        wait_for_more(machine, before)
-
-
-def test_a_disk_of_ones_own_device_is_refused(config: Make) -> None:
-    from pyvmm.storage.memory import MemoryBackend
-    from pyvmm.virtio.block import BlockDevice
-    from pyvmm.virtio.block.config import BlockConfig
-
-    disk = BlockDevice(BlockConfig(), MemoryBackend(bytearray(4096), read_only=True))
-    with (
-        pyvmm.Machine(config(COUNT), devices={"extra": disk}) as machine,
-        pytest.raises(pyvmm.SnapshotError, match="device extra: is a disk of the script's"),
-    ):
-        machine.snapshot()
-
-
 # Misuse
-
-
-def test_disks_that_cannot_be_saved_are_refused_while_the_guest_runs(
-    config: Make, tmp_path: Path
-) -> None:
-    raw = tmp_path / "raw.img"
-    raw.write_bytes(bytes(4096))
-    with pyvmm.Machine(config(COUNT, disks=[raw])) as machine:
-        machine.start()
-        with pytest.raises(pyvmm.SnapshotError, match=r"raw\.img"):
-            machine.snapshot()
-        assert not machine.is_paused
-    with pyvmm.Machine(config(COUNT, disks=[pyvmm.MemoryDisk(4096, read_only=True)])) as machine:
-        machine.start()
-        with pytest.raises(pyvmm.SnapshotError, match="lives in this process, and a directory"):
-            machine.snapshot(tmp_path / "saved")
-        with machine.snapshot() as snapshot, snapshot.clone() as clone:
-            clone.start()
-    assert not (tmp_path / "saved").exists()
-
-
-def test_a_snapshot_in_a_thread_of_the_run_is_refused(config: Make) -> None:
-    errors: list[BaseException] = []
-
-    def hook(_access: object) -> None:
-        try:
-            machine.snapshot()
-        except BaseException as error:
-            errors.append(error)
-        machine.finish()
-
-    with pyvmm.Machine(config(bytes.fromhex("e699 ebfc"))) as machine:
-        machine.on_port(0x99, hook)
-        machine.run()
-    assert [type(error) for error in errors[:1]] == [RuntimeError]
-    assert "would wait for ever" in str(errors[0])
 
 
 def test_a_closed_snapshot_makes_no_clones(config: Make) -> None:

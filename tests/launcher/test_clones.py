@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -215,5 +217,27 @@ def test_the_fork_server_refuses_what_is_no_message(message: bytes) -> None:
         socket.send_fds(ours, [message], [ours.fileno()])
         kind, _ = json.loads(ours.recv(1 << 16))
         assert kind == "failed"
+        ours.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_child_that_the_fork_server_cannot_watch_is_ended(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def wait(_words: list[str]) -> int:
+        time.sleep(patient(60))
+        return 0
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    thread = threading.Thread(target=ForkServer(theirs, wait).serve)
+    with ours, theirs:
+        thread.start()
+        socket.send_fds(ours, [b"[]"], [ours.fileno()])
+        assert json.loads(ours.recv(1 << 16)) == ["failed", "[Errno 24] Too many open files"]
+        assert children_of(os.getpid()) == []
         ours.shutdown(socket.SHUT_RDWR)
         thread.join()

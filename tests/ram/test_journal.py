@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import time
@@ -195,6 +196,44 @@ def test_a_host_without_memory_leaves_ram_and_checkpoints_as_they_were(
         assert content(memory) == first_copy
         with pytest.raises(SnapshotError, match=f"checkpoint {second}"):
             journal.rewind(second)
+
+
+def test_an_undo_log_that_finds_no_memory_leaves_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with GuestMemory(REGIONS) as memory, RamJournal(memory, max_bytes=4 * MIB) as journal:
+        scattered(memory, seed=1)
+        first, first_copy = journal.checkpoint(), content(memory)
+        scattered(memory, seed=2)
+        now = content(memory)
+        with monkeypatch.context() as patched:
+            patched.setattr(mmap, "mmap", refuse)
+            with pytest.raises(HostError, match="Cannot allocate memory"):
+                journal.checkpoint()
+        assert content(memory) == now
+        assert journal.numbers == (first,)
+        journal.rewind(first)
+        assert content(memory) == first_copy
+
+
+def test_what_is_undone_may_take_several_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does beyond 2 GiB, of which one call reads no more."""
+    real = os.preadv
+
+    def little(fd: int, buffers: list[memoryview], at: int) -> int:
+        return real(fd, [buffers[0][: 16 * PAGE]], at)
+
+    monkeypatch.setattr(os, "preadv", little)
+    with GuestMemory(REGIONS) as memory, RamJournal(memory, max_bytes=4 * MIB) as journal:
+        put(memory, 0, bytes([1]) * (50 * PAGE))
+        first, first_copy = journal.checkpoint(), content(memory)
+        put(memory, 0, bytes([2]) * (50 * PAGE))
+        journal.checkpoint()
+        journal.rewind(first)
+        assert content(memory) == first_copy
 
 
 def test_without_checkpoints_there_is_no_way_back() -> None:

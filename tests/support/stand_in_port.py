@@ -47,7 +47,7 @@ class StandInPort:
         """Jobs and signals."""
         self.hang_ups = 0
         self.notices: list[bytes] = []
-        """What the agent was told of clones, and how its hook ends: None is never."""
+        """The notices of clones that the agent got, and how its hook ends: None is never."""
         self.hook_status: int | None = 0
         self._held_notice = 0
         self.is_deaf = False

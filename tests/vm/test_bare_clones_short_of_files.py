@@ -39,7 +39,7 @@ def files_left(count: int) -> Iterator[None]:
 
 
 def has_begun(snapshot: Snapshot, count: int) -> bool:
-    """Whether a clone can be made, and begun, with ``count`` more files; it is ended.
+    """True if a clone can be made, and begun, with ``count`` more files; it is ended.
 
     OSError and HostError are what says that it cannot.
     """

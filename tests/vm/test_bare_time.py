@@ -21,7 +21,7 @@ from tests.support.patience import patient
 pytestmark = pytest.mark.bare
 
 BACKWARDS, WORST, LAST, COUNTS = 0x3008, 0x3010, 0x3018, 0x3040
-"""Where guest/bare/compare_tscs.S counts."""
+"""GPAs of the counters of guest/bare/compare_tscs.S."""
 STOPPED = Outcome(Kind.STOPPED)
 READS = 1000
 WAIT_S = 30.0

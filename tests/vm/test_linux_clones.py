@@ -111,7 +111,7 @@ def try_clones(snapshot: Snapshot, consoles: Path, complaints: str) -> None:
 
 
 def answer(clone: LinuxMachine) -> tuple[str, str]:
-    """What the clone said: its note, and a random number."""
+    """The clone's answer: its note, and a random number."""
     clone.wait_for("\nis ", 600)
     note, number = clone.wait_for("\n").split()
     return note, number
