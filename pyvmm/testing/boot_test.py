@@ -174,6 +174,7 @@ class _Run:
             self._test.config(), console_log=self._test.console_log,
             report=report or self._note,
         ) as vm:
+            self._timeline.begin("kernel")
             watch = Watch(vm, self._test.fail_on)
             for observe in (self._timeline.feed, self._expectations.feed, on_console):
                 if observe is not None:

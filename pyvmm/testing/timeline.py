@@ -11,8 +11,8 @@ from pyvmm.console.watch import texts
 from pyvmm.startup.types import Record
 
 PHASES = ("start", "kernel", "user space", "agent", "command")
-"""The process and its machine; the kernel's boot; from its init on; from the agent's hello, with
-the files that are put; the command."""
+"""The process and its machine; the kernel's boot; from its init on, if it says when it starts one;
+from the agent's hello, with the files that are put; the command."""
 _RUNS, _AS_INIT = b"Run ", b" as init process"
 
 
@@ -53,9 +53,7 @@ class Timeline:
             self._on_phase(name)
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the console, which tell of two phases."""
-        if data:
-            self.begin("kernel")
+        """Take the next bytes of the console, where the kernel tells that it starts an init."""
         if self._begins[-1][0] == "kernel":
             self._lines.feed(data)
 
