@@ -135,11 +135,12 @@ def test_any_log_is_read(data: bytes) -> None:
     bad_message(kernel_messages(data), FAIL_ON)
 
 
-def test_phases_begin_by_what_the_console_tells() -> None:
+def test_user_space_begins_by_what_the_console_tells() -> None:
     begun: list[str] = []
     timeline = Timeline(begun.append)
+    timeline.begin("kernel")
     timeline.feed(b"")
-    assert begun == ["start"]
+    assert begun == ["start", "kernel"]
     timeline.feed(b"[    0.0] Linux version\n[    1.0] Run /sb")
     timeline.feed(b"in/init as init process\nRun x as init process\n")
     timeline.begin("agent")
@@ -157,5 +158,7 @@ def test_phases_begin_by_what_the_console_tells() -> None:
 
 def test_a_console_that_is_quiet_tells_of_no_phase() -> None:
     timeline = Timeline()
+    timeline.begin("kernel")
     timeline.begin("agent")
-    assert [phase.name for phase in timeline.phases] == ["start", "agent"]
+    timeline.feed(b"[    1.0] Run /init as init process\n")
+    assert [phase.name for phase in timeline.phases] == ["start", "kernel", "agent"]
