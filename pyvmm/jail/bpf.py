@@ -1,24 +1,26 @@
 """An assembler for the filters that seccomp(2) takes: classic BPF over one system call.
 
-A piece of code is a list of instructions in which every path returns.  So pieces are put together
-without labels: a test is followed by the piece for one answer, then by the piece for the other
-one.  Source: Documentation/userspace-api/seccomp_filter.rst, <linux/seccomp.h>, <linux/filter.h>.
+A filter is a graph of two kinds of nodes: ``Return`` ends with an action, ``Branch`` goes on to
+one of two nodes.  Equal nodes are one in the assembled program.  So nobody places labels, and a
+small table gives a small program, which the kernel loads sooner.
+
+Source: Documentation/userspace-api/seccomp_filter.rst, <linux/seccomp.h>, <linux/filter.h>.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 INSTRUCTION = struct.Struct("=HBBI")
 """struct sock_filter: code, jt, jf, k."""
-MAX_INSTRUCTIONS = 4096
-"""BPF_MAXINSNS."""
-_LONGEST_JUMP = 255
+LONGEST_JUMP = 255
 
-LOAD, JUMP, JUMP_IF_EQUAL, JUMP_IF_AT_LEAST, AND, RETURN = 0x20, 0x05, 0x15, 0x35, 0x54, 0x06
-"""BPF_LD|W|ABS, BPF_JMP|JA, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_ALU|AND|K, BPF_RET|K."""
+LOAD, AND, RETURN = 0x20, 0x54, 0x06
+"""BPF_LD|W|ABS, BPF_ALU|AND|K, BPF_RET|K."""
+IF_EQUAL, IF_AT_LEAST = 0x15, 0x35
+"""BPF_JMP|JEQ|K, BPF_JMP|JGE|K."""
 
 # struct seccomp_data.
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16
@@ -39,16 +41,35 @@ def refuse_with(error: int) -> int:
     return 0x0005_0000 | error
 
 
-class Instruction(NamedTuple):
-    """One struct sock_filter."""
+class Return(NamedTuple):
+    """The end: the action of the filter."""
 
-    code: int
-    constant: int = 0
-    if_true: int = 0
-    if_false: int = 0
+    action: int
 
 
-Code = list[Instruction]
+class Branch(NamedTuple):
+    """Loads, as ``(code, constant)``, then jumps to ``hit`` if any comparison of ``jumps`` holds.
+
+    Goes on to ``miss`` if none does.  A jump is ``(code, constant)`` too.
+    """
+
+    loads: tuple[tuple[int, int], ...]
+    jumps: tuple[tuple[int, int], ...]
+    hit: Return | Branch
+    miss: Return | Branch
+
+
+Node = Return | Branch
+
+
+class Program(NamedTuple):
+    """An assembled filter: an array of struct sock_filter.
+
+    The process's number, 32 bits wide, must be written at each of the offsets ``pid_places``.
+    """
+
+    data: bytes
+    pid_places: tuple[int, ...]
 
 
 class Test(NamedTuple):
@@ -64,30 +85,29 @@ class Test(NamedTuple):
 
 
 Alternatives = Sequence[Sequence[Test]]
-"""Allowed if all tests of any of them are true.  An empty alternative is always true."""
+"""True if all tests of any alternative are.  An empty alternative is always true."""
 
 
-def returns(action: int) -> Code:
-    """Return the code that ends with ``action``."""
-    return [Instruction(RETURN, action)]
+def decide(alternatives: Alternatives, otherwise: int) -> Node:
+    """Return the node that allows by ``alternatives``, else ends with the action ``otherwise``."""
+    node: Node = Return(otherwise)
+    for tests in reversed(_merged(alternatives)):
+        hit: Node = Return(ALLOW)
+        for test in reversed(tests):
+            hit = _choose(test, hit, node)
+        node = hit
+    return node
 
 
-def choose(test: Test, hit: Code, miss: Code) -> Code:
-    """Return the code that goes on with ``hit`` if ``test`` is true, else with ``miss``."""
-    offset = ARGUMENTS_OFFSET + 8 * test.argument  # x86 is little-endian: the lower half is first
-    code = [Instruction(LOAD, offset)]
+def _choose(test: Test, hit: Node, miss: Node) -> Node:
+    # x86 is little-endian: the lower half of an argument is the first.
+    loads = [(LOAD, ARGUMENTS_OFFSET + 8 * test.argument)]
     if test.mask != ALL_BITS:
-        code.append(Instruction(AND, test.mask))
-    *others, last = test.values
-    rest = _branch(JUMP_IF_EQUAL, last, hit, miss, longest=_LONGEST_JUMP - len(others))
-    to_hit = len(others) + rest[0].if_true
-    code += [
-        Instruction(JUMP_IF_EQUAL, value, if_true=to_hit - at) for at, value in enumerate(others)
-    ]
-    return code + rest
+        loads.append((AND, test.mask))
+    return Branch(tuple(loads), tuple((IF_EQUAL, value) for value in test.values), hit, miss)
 
 
-def merged(alternatives: Alternatives) -> Alternatives:
+def _merged(alternatives: Alternatives) -> Alternatives:
     """Return ``alternatives``, those of one test on the same bits of an argument made one."""
     values: dict[tuple[int, int], list[int]] = {}
     others: list[Sequence[Test]] = []
@@ -98,100 +118,94 @@ def merged(alternatives: Alternatives) -> Alternatives:
             values.setdefault((tests[0].argument, tests[0].mask), []).extend(tests[0].values)
         else:
             others.append(tests)
-    return [
-        *((Test(argument, tuple(dict.fromkeys(found)), mask),)
-          for (argument, mask), found in values.items()),
-        *others,
+    single = [
+        (Test(argument, tuple(dict.fromkeys(found)), mask),)
+        for (argument, mask), found in values.items()
     ]
+    return [*single, *others]
 
 
-def decide(alternatives: Alternatives, otherwise: int) -> Code:
-    """Return the code that allows by ``alternatives``, or ends with ``otherwise``."""
-    code = returns(otherwise)
-    for tests in reversed(alternatives):
-        hit = returns(ALLOW)
-        for test in reversed(tests):
-            hit = choose(test, hit, code)
-        code = hit
-    return code
+def filter_of(decisions: Mapping[int, Node], *, first: Iterable[int] = ()) -> Node:
+    """Return the filter that treats the system calls in ``decisions``, by number, as they say.
+
+    It kills the process for every other number, and for every other architecture (32-bit code).
+    The x32 ABI's numbers are above all others.  The numbers in ``first`` are looked for first.
+    """
+    killing = Return(KILL_PROCESS)
+    pieces: list[tuple[int, Node]] = [(0, killing)]
+    for number, node in sorted(decisions.items()):
+        if number not in first:
+            pieces += [(number, node), (number + 1, killing)]
+    node = _search(_without_repeats(pieces))
+    for number in first:
+        node = Branch((), ((IF_EQUAL, number),), decisions[number], node)
+    if isinstance(node, Branch):
+        node = node._replace(loads=((LOAD, NUMBER_OFFSET),))
+    is_ours = ((IF_EQUAL, AUDIT_ARCH_X86_64),)
+    return Branch(((LOAD, ARCHITECTURE_OFFSET),), is_ours, node, killing)
 
 
-def search(pieces: Sequence[tuple[int, Code]]) -> Code:
+def _without_repeats(pieces: Sequence[tuple[int, Node]]) -> list[tuple[int, Node]]:
+    """Return ``pieces`` without those that are good for no number, or repeat the one before."""
+    found: list[tuple[int, Node]] = []
+    for first, node in pieces:
+        if found and found[-1][0] == first:
+            found.pop()
+        if not found or found[-1][1] != node:
+            found.append((first, node))
+    return found
+
+
+def _search(pieces: Sequence[tuple[int, Node]]) -> Node:
     """Return a balanced search of the system call's number, which is loaded.
 
-    ``pieces`` are ascending ``(first number, code)``, from 0 on; each is good up to the next one.
+    ``pieces`` are ascending ``(first number, node)``; each is good up to the next one.
     """
     if len(pieces) == 1:
         return pieces[0][1]
     middle = len(pieces) // 2
-    return _branch(
-        JUMP_IF_AT_LEAST, pieces[middle][0], search(pieces[middle:]), search(pieces[:middle])
+    return Branch(
+        (), ((IF_AT_LEAST, pieces[middle][0]),), _search(pieces[middle:]), _search(pieces[:middle])
     )
 
 
-def _branch(
-    code: int, constant: int, hit: Code, miss: Code, *, longest: int = _LONGEST_JUMP
-) -> Code:
-    """Return a jump with the piece for each answer, over ``longest`` instructions at most.
-
-    The shorter piece comes first.
-    """
-    if len(miss) <= min(len(hit), longest):
-        return [Instruction(code, constant, if_true=len(miss)), *miss, *hit]
-    if len(hit) <= longest:
-        return [Instruction(code, constant, if_false=len(hit)), *hit, *miss]
-    far = Instruction(JUMP, len(hit))
-    return [Instruction(code, constant, if_true=1), far, *hit, *miss]
-
-
-def program(decisions: Mapping[int, Code], *, often: Sequence[int] = ()) -> Code:
-    """Return the filter that treats the system calls in ``decisions``, by number, as they say.
-
-    It kills the process for every other number, and for every other architecture (32-bit code).
-    The numbers of the x32 ABI are above all others.  ``often`` are looked for first.
-    """
-    killing = returns(KILL_PROCESS)
-    pieces: list[tuple[int, Code]] = [(0, killing)]
-    for number, code in sorted(decisions.items()):
-        if number not in often:
-            pieces += [(number, code), (number + 1, killing)]
-    code = search(_without_repeats(pieces))
-    for number in reversed(often):
-        code = _branch(JUMP_IF_EQUAL, number, decisions[number], code)
-    whole = [
-        Instruction(LOAD, ARCHITECTURE_OFFSET),
-        Instruction(JUMP_IF_EQUAL, AUDIT_ARCH_X86_64, if_true=1),
-        *killing,
-        Instruction(LOAD, NUMBER_OFFSET),
-        *code,
-    ]
-    if len(whole) > MAX_INSTRUCTIONS:
-        raise ValueError(f"a filter of {len(whole)} instructions: {MAX_INSTRUCTIONS} is the limit")
-    return whole
+def assemble(root: Node) -> Program:
+    """Return the program that begins at ``root``; ValueError if a jump in it is too long."""
+    places: dict[Node, int] = {}
+    end = 0
+    order = _in_order(root)
+    for node in order:
+        places[node] = end
+        end += 1 if isinstance(node, Return) else len(node.loads) + len(node.jumps)
+    data, pid_places = bytearray(), []
+    for node in order:
+        if isinstance(node, Return):
+            data += INSTRUCTION.pack(RETURN, 0, 0, node.action)
+            continue
+        for code, constant in node.loads:
+            data += INSTRUCTION.pack(code, 0, 0, constant)
+        for code, constant in node.jumps:
+            here = len(data) // INSTRUCTION.size
+            is_last = here + 1 == places[node] + len(node.loads) + len(node.jumps)
+            if_true = places[node.hit] - here - 1
+            if_false = places[node.miss] - here - 1 if is_last else 0
+            if max(if_true, if_false) > LONGEST_JUMP:
+                raise ValueError(f"a jump over {max(if_true, if_false)} instructions is too long")
+            if constant == OWN_PID:
+                pid_places.append(len(data) + 4)
+            data += INSTRUCTION.pack(code, if_true, if_false, constant)
+    return Program(bytes(data), tuple(pid_places))
 
 
-def _without_repeats(pieces: Sequence[tuple[int, Code]]) -> list[tuple[int, Code]]:
-    """Return ``pieces`` without those that are good for no number, or repeat the one before."""
-    found: list[tuple[int, Code]] = []
-    for first, code in pieces:
-        if found and found[-1][0] == first:
-            found.pop()
-        if not found or found[-1][1] != code:
-            found.append((first, code))
-    return found
+def _in_order(root: Node) -> list[Node]:
+    """Return every node once, each before those it leads to: BPF jumps only forward."""
+    found: dict[Node, None] = {}
 
+    def visit(node: Node) -> None:
+        if isinstance(node, Branch) and node not in found:
+            visit(node.hit)
+            visit(node.miss)
+        found.setdefault(node)
 
-def assemble(code: Code) -> bytes:
-    """Return the bytes of ``code``; struct.error if a jump is too long."""
-    return b"".join(
-        INSTRUCTION.pack(one.code, one.if_true, one.if_false, one.constant) for one in code
-    )
-
-
-def places_of_pid(code: Code) -> tuple[int, ...]:
-    """Return the offsets in the assembled ``code`` at which OWN_PID must be filled in."""
-    return tuple(
-        at * INSTRUCTION.size + 4
-        for at, one in enumerate(code)
-        if (one.code, one.constant) == (JUMP_IF_EQUAL, OWN_PID)
-    )
+    visit(root)
+    return list(reversed(found))

@@ -27,31 +27,31 @@ from __future__ import annotations
 '''
 
 
-def code_of(kind: str) -> bpf.Code:
+def filter_of(kind: str) -> bpf.Node:
     """Return the filter of ``kind``; it kills the process for all that the table does not name."""
-    decisions: dict[int, bpf.Code] = {}
     refused = {one.syscall: bpf.refuse_with(one.error) for one in REFUSED}
-    allowed: dict[str, list[tuple[bpf.Test, ...]]] = {}
+    allowed: dict[str, list[tuple[bpf.Test, ...]]] = {name: [] for name in refused}
     for rule in RULES:
         if kind in rule.kinds:
             allowed.setdefault(rule.syscall, []).append(rule.when)
-    for name in {*refused, *allowed}:
-        otherwise = refused.get(name, bpf.KILL_PROCESS)
-        decisions[NUMBERS[name]] = bpf.decide(bpf.merged(allowed.get(name, [])), otherwise)
-    return bpf.program(decisions, often=(NUMBERS["ioctl"],) if kind in VCPUS else ())
+    decisions = {
+        NUMBERS[name]: bpf.decide(alternatives, refused.get(name, bpf.KILL_PROCESS))
+        for name, alternatives in allowed.items()
+    }
+    # KVM_RUN is the one call whose arguments are looked at each time the guest exits.
+    return bpf.filter_of(decisions, first=(NUMBERS["ioctl"],) if kind in VCPUS else ())
 
 
 def programs_text() -> str:
     """Return the content of programs.py."""
     lines = [_HEAD, "PROGRAMS = {\n"]
     for kind in ALL:
-        code = code_of(kind)
-        data = bpf.assemble(code)
+        data, places = bpf.assemble(filter_of(kind))
         lines.append(f'    "{kind}": (\n')
         for at in range(0, len(data), _BYTES_A_LINE):
             piece = "".join(f"\\x{byte:02x}" for byte in data[at : at + _BYTES_A_LINE])
             lines.append(f'        b"{piece}"\n')
-        lines.append(f"        , {bpf.places_of_pid(code)},\n    ),\n")
+        lines.append(f"        , {places},\n    ),\n")
     return "".join([*lines, "}\n"])
 
 
