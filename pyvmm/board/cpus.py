@@ -45,6 +45,7 @@ def make_loops(
             vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
             describe=functools.partial(_describe, board, vcpu),
             at_end=consoles.finish, can_be_woken=vm.can_wake,
+            kind="vcpu-serving" if config.serve == "exit" else "vcpu",
         ))
     return loops
 

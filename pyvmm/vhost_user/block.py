@@ -83,6 +83,7 @@ class VhostUserBlock(VirtioDevice):
 
     device_type = DeviceType.BLOCK
     is_served_elsewhere = True
+    thread_kind = "disk-elsewhere"
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from pyvmm.errors import GuestError
 from pyvmm.memory import GuestMemory
-from pyvmm.storage.backend import BlockBackend
+from pyvmm.storage.backend import BlockBackend, thread_kind_of
 from pyvmm.virtio.block.config import (
     WRITEBACK_OFFSET,
     BlockConfig,
@@ -88,6 +88,7 @@ class BlockDevice(RingDevice):
     ) -> None:
         self._config = config
         self.disk = self._backend = backend
+        self.thread_kind = thread_kind_of(backend)
         self._clock = clock
         self._read_only = config.read_only or backend.read_only
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")
