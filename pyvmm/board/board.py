@@ -55,6 +55,7 @@ class Board:
         self._maps_pages = maps_pages
         self._report = report
         self._extra_sources: list[tuple[str, str, IoSource]] = []
+        self._own_descriptors: dict[int, str] = {}
         self._is_hurried = False
         # All in one piece of memory, because each piece is a slot of KVM's, and each slot that is
         # set waits until no vCPU of the host looks at the old ones: 1 to 8 ms.
@@ -127,6 +128,16 @@ class Board:
             sources.setdefault(name, []).append(source)
         return [Worker(name, kinds[name], found) for name, found in sources.items()]
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that all on the board keep open, each with a name."""
+        found = dict(self._own_descriptors)
+        found |= {source.fd: f"{name}: a source" for name, _, source in self._extra_sources}
+        if self.memory.fd is not None:
+            found[self.memory.fd] = "guest RAM"
+        for slot in self.slots:
+            found |= slot.descriptors()
+        return found
+
     def map_memory(self, vm: Vm, *, can_map_pages: bool) -> None:
         """Give ``vm`` all memory: RAM, and the register pages if they are to be mapped.
 
@@ -149,6 +160,8 @@ class Board:
     def connect(self, vm: Vm) -> None:
         """Connect every slot with the interrupt chips of ``vm``."""
         ignored_ack_fd = eventfd(self._stack) if self._maps_pages else None
+        if ignored_ack_fd is not None:
+            self._own_descriptors[ignored_ack_fd] = "acknowledgements that nobody reads"
         for slot in self.slots:
             slot.connect(vm, ignored_ack_fd)
         self.vmgenid.connect(vm)

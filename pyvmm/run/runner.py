@@ -282,6 +282,11 @@ class Runner(PausableRun):
             self._end()
         return self._this_run.outcomes[0]
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that the runner keeps open before its run, each with a name."""
+        found = {self._workers_wake_fd: "workers: wake"}
+        return found | {fd: f"house: {use}" for fd, use in self.loop.descriptors().items()}
+
     def close(self) -> None:
         """Close the runner's own eventfds; idempotent, before a run or after it."""
         self.loop.close()

@@ -288,6 +288,10 @@ class VhostUserBlock(VirtioDevice):
         # Edge-triggered, because a socket whose peer has gone stays readable.
         return (IoSource(self.fileno(), self.look),)
 
+    def descriptors(self) -> dict[int, str]:
+        """See ``VirtioDevice.descriptors``: those of the session with the back end."""
+        return self._frontend.descriptors()
+
     def hurry(self, until_s: float) -> None:
         """See ``VirtioDevice.hurry``: limit the wait of a vCPU for the back end in a reset."""
         self._frontend.limit_waits(until_s)

@@ -137,6 +137,10 @@ class VirtioDevice(abc.ABC):
         Called once, when the run ends, from any thread.
         """
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that the device itself keeps open, each with a name."""
+        return {}
+
     def close(self) -> None:  # noqa: B027 - most devices open nothing
         """Free what the device itself has opened; idempotent.  It has been reset before."""
 
