@@ -1,4 +1,4 @@
-"""``--jail``, ``--user`` and ``--cgroup``: from the options to a process in its jail (docs/jail.md).
+"""``--jail``, ``--user``, ``--cgroup``: from the options to a process in its jail (docs/jail.md).
 
 The steps themselves are in ``pyvmm.jail``; here are only their order in a start, and the lines.
 """
@@ -11,6 +11,7 @@ import stat
 
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.jail import MODES
 from pyvmm.report import say
 from pyvmm.startup.commands import Option
 from pyvmm.startup.types import TYPE_CHECKING
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from pyvmm.machine import Machine
 
-MODES = ("on", "off", "strict")
 JAIL_OPTIONS = (
     Option(name="--jail", metavar="MODE", default="on",
            help="on: give up every right that the guest does not need, before it runs; strict: the "
@@ -55,7 +55,8 @@ class Jail:
             if text is not None and not self.is_on:
                 raise ConfigError(f"{option} {text}", "is a part of the jail, and --jail is off")
         if args.user is not None or args.cgroup is not None:
-            from pyvmm.jail.root import parse_cgroup, parse_user
+            from pyvmm.jail.cgroup import parse_cgroup
+            from pyvmm.jail.root import parse_user
 
             self._user = None if args.user is None else parse_user(args.user)
             self._cgroup = None if args.cgroup is None else parse_cgroup(args.cgroup)
@@ -83,8 +84,6 @@ class Jail:
         reason = seccomp.why_not()
         if reason and self._is_strict:
             raise HostError(f"--jail strict: {reason}")
-        from pyvmm.jail.confine import Confinement
-        confine = lambda plan: Confinement(in_force=(),lacking=())  # TEMP
         done = confine(Plan(
             kept=tuple(kept), more_files=more_files, strict=self._is_strict,
             largest_file_bytes=None if may_grow else _largest_file_bytes(kept),
