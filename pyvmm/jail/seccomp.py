@@ -49,7 +49,11 @@ def enter(kind: str) -> None:
 
 
 def why_not() -> str:
-    """Return why this process can load no filter, in words; "" if it can.  Changes nothing."""
+    """Return why this process can have no filters, in words; "" if it can.  Changes nothing."""
+    try:
+        os.confstr("CS_GNU_LIBC_VERSION")
+    except ValueError:
+        return "they know the system calls of the GNU C library only"
     try:
         # Linux looks at the flags, then for the program, and only then at anything else.
         system_call(_SECCOMP, _SET_MODE_FILTER, _SPEC_ALLOW, 0)

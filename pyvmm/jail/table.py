@@ -168,15 +168,29 @@ ENTROPY = _rules("getrandom", ("entropy", "vcpu-serving", "control", HEIR), "ran
 FILE_IO = (
     *_rules("preadv pwritev preadv2 pwritev2 pread64 pwrite64", CLOSERS, "a disk's requests"),
     *_rules("fdatasync fallocate ftruncate copy_file_range", CLOSERS, "a disk's requests"),
-    *_rules("fsync readv writev sendfile", SAVER, "the files of a snapshot"),
+    *_rules("fsync", SAVER, "the files of a snapshot"),
 )
 
 PEER_IO = (
-    *_rules("sendto sendmsg recvfrom recvmsg shutdown", (*PEERS, "control", "main-export"),
-            "a socket it has"),
-    *_rules("getsockopt setsockopt getsockname getpeername", (*PEERS, "control", "main-export"),
-            "a socket it has"),
+    Rule(
+        "sendto", ALL, "a line, if standard error is a socket; a peer", "without an address",
+        (Condition(5, (0,)),),
+    ),
+    *_rules(
+        "sendmsg recvfrom recvmsg shutdown getsockopt setsockopt getsockname getpeername",
+        (*PEERS, "control", "main-export"), "a socket it has",
+    ),
     *_rules("accept4", ("control", "main-export"), "a new client"),
+    _one_of(
+        "fcntl", 1, {"F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC},
+        ("vcpu-elsewhere", "vcpu-serving"), "RAM for a back end that knows no memory slots",
+    ),
+    _one_of(
+        "fcntl", 1,
+        {"F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC, "F_GET_SEALS": fcntl.F_GET_SEALS,
+         "F_GETFL": fcntl.F_GETFL, "F_SETFL": fcntl.F_SETFL},
+        ("main-export",), "the descriptors that a front end sends",
+    ),
 )
 
 GUEST = (
@@ -234,7 +248,7 @@ STATE = (
     _one_of(
         "fcntl", 1,
         {"F_GETFD": fcntl.F_GETFD, "F_GETFL": fcntl.F_GETFL, "F_SETFL": fcntl.F_SETFL,
-         "F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC, "F_OFD_SETLK": fcntl.F_OFD_SETLK,
+         "F_OFD_SETLK": fcntl.F_OFD_SETLK,
          "F_ADD_SEALS": fcntl.F_ADD_SEALS, "F_GET_SEALS": fcntl.F_GET_SEALS},
         SAVER, "layers of disks, seals of images",
     ),
@@ -265,5 +279,7 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("madvise", errno.EINVAL, "advice that only makes something faster"),
     Refusal("prctl", errno.EINVAL, "names of threads and of memory"),
     Refusal("sysinfo", errno.EACCES, "the C library sorts with less memory then"),
+    Refusal("prlimit64", errno.EPERM, "an error tells how many files may be open"),
+    Refusal("getcpu", errno.ENOSYS, "an allocator asks which memory is near"),
 )
 """System calls that Python and the C library try, and can do without."""
