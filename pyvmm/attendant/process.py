@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from socket import AF_UNIX, SOCK_SEQPACKET, socket
 
-from pyvmm import __version__
 from pyvmm.attendant.beginning import Beginning
 from pyvmm.attendant.death import read_state, restore_terminal, tell
 from pyvmm.attendant.duties import Duties
@@ -17,8 +16,12 @@ from pyvmm.attendant.start import Kept
 from pyvmm.vhost_user.socket_name import SocketName
 
 
-def attend(make_duties: Callable[[Beginning, SocketName | None], Duties]) -> None:
+def attend(
+    make_duties: Callable[[Beginning, SocketName | None], Duties], *, version: str
+) -> None:
     """Serve the machine to its end.  ``make_duties`` returns what may be done for it.
+
+    ``version`` is pyvmm's.  A machine that another version has started is not served.
 
     The last arguments of the process are the word that woke it, "" if the machine's process has
     ended, and that process's state then.
@@ -29,7 +32,7 @@ def attend(make_duties: Callable[[Beginning, SocketName | None], Duties]) -> Non
         beginning = Beginning.read(connection.recv(MAX_BEGIN_BYTES))
     except ValueError:
         return  # pyvmm was upgraded while the guest ran
-    if beginning.version != __version__:
+    if beginning.version != version:
         return
     name = None
     if beginning.socket_name:

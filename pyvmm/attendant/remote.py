@@ -170,16 +170,12 @@ class RemoteAttendant:
         self._is_awake = False
         self._is_closed = False
 
-    def descriptors(self) -> dict[str, int]:
-        """Return the descriptors that a jailed process must keep for it, by name."""
-        found = {"attendant": self._channel.fd, "attendant's bell": self._wake_fd}
-        return {name: fd for name, fd in found.items() if fd >= 0}
+    def descriptors(self) -> dict[int, str]:
+        """See ``Attendant``."""
+        return {self._channel.fd: "attendant", self._wake_fd: "attendant's bell"}
 
     def wake(self) -> None:
-        """Have the attendant begin, and do not wait for it; idempotent.
-
-        It takes 50 ms, which nobody should wait for while a guest stands still.
-        """
+        """See ``Attendant``: to wake up takes it 50 ms."""
         with self._lock:
             if not self._is_awake:
                 self._is_awake = True

@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 
+import pyvmm
 from pyvmm.attendant.beginning import Beginning
 from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.process import attend
@@ -33,7 +34,7 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"pyvmm-attendant")
     try:
-        attend(duties_of)
+        attend(duties_of, version=pyvmm.__version__)
     except Exception as error:  # a defect of ours; its text may quote anybody
         say(f"internal error beside the machine: {type(error).__name__}: {error}")
     finally:
@@ -70,8 +71,8 @@ def config_of(beginning: Beginning) -> RunConfig:
         append=beginning.append, agent=beginning.agent, discovery=beginning.discovery,
         cpus=beginning.cpus,
         disks=tuple(
-            VhostUserDiskConfig(socket=f"{index}") if place == "-" else
-            DiskConfig(source=DiskSource(path=place, read_only=True))
+            VhostUserDiskConfig(socket=str(index)) if place == "-" else
+            DiskConfig(source=DiskSource(location=place, read_only=True))
             for index, place in enumerate(beginning.disks)
         ),
     )
