@@ -73,7 +73,7 @@ def freeze_disks(board: Board) -> list[FrozenDisk]:
 
 
 def prepare_scratch(board: Board, open_file: Callable[[], int]) -> None:
-    """Have ``open_file`` make the nameless files for what the guest writes, and make the first ones.
+    """Have ``open_file`` make the nameless files for what the guest writes, the first ones now.
 
     For a machine that goes into a jail, where a disk's thread can open nothing.
     """
