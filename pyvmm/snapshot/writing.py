@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from pyvmm.errors import HostError
+from pyvmm.kvm.answers import answers_of
 from pyvmm.kvm.state import tsc_khz_of
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage, new_memfd
@@ -172,7 +173,7 @@ def host_of(machine: Machine) -> dict[str, object]:
     kvm = vcpus[0].kvm
     assert kvm is not None  # ``build`` has made the vCPUs
     return host_record(
-        supported=kvm.supported_cpuid(), given=[vcpu.cpuid for vcpu in vcpus],
+        supported=answers_of(kvm).supported_cpuid(), given=[vcpu.cpuid for vcpu in vcpus],
         tsc_khz=tsc_khz_of(vcpus[0], kvm),
     )
 
