@@ -69,11 +69,6 @@ class Writer:
         except OSError as error:
             raise self._failed(error, name) from error
 
-    def path_of(self, name: str) -> str:
-        """Return the path of the file ``name``, for a callee that makes it itself."""
-        self._check_name(name)
-        return f"{self.temporary_path}/{name}"
-
     def reopen(self, name: str) -> int:
         """Return a descriptor, for reading, of the file ``name``, before ``finish`` or after it.
 
