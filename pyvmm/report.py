@@ -174,6 +174,10 @@ class Reporter:
             if outlet is not None:
                 outlet.close()
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptor that was opened for the lines, with a name, if there is one."""
+        return {} if self._outlet is None else self._outlet.descriptors()
+
     def _say_dropped(self) -> None:
         if self._dropped and self._print(f"({self._dropped} more lines like these were left out)"):
             self._dropped = 0
@@ -236,6 +240,7 @@ class Outlet:
 
     def __init__(self, fd: int, *, is_ours: bool = False) -> None:
         self._close: Callable[[], None] | None = None
+        self._fd, self._own_fd = fd, -1
         self.write: Callable[[bytes], int]
         """Write some of the bytes and return how many; BlockingIOError if none, OSError."""
         mode = os.fstat(fd).st_mode
@@ -244,7 +249,7 @@ class Outlet:
             import socket
 
             own = socket.socket(fileno=os.dup(fd))
-            self._close = own.close
+            self._close, self._own_fd = own.close, own.fileno()
             self.write = lambda data: own.send(data, socket.MSG_DONTWAIT)
         elif not is_ours and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -256,12 +261,17 @@ class Outlet:
                     fd, data, 1 if is_character else len(data)
                 )
             else:
-                self._close = functools.partial(os.close, again)
+                self._close, self._own_fd = functools.partial(os.close, again), again
                 self.write = functools.partial(os.write, again)
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptor that the outlet opened, with a name, if there is one."""
+        return {self._own_fd: f"write to {self._fd}"} if self._own_fd >= 0 else {}
 
     def close(self) -> None:
         """Close what the outlet opened, not ``fd``; idempotent.  ``write`` then raises OSError."""
         close, self._close = self._close, None
+        self._own_fd = -1
         self.write = _write_after_close
         if close is not None:
             close()

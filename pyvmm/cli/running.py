@@ -9,6 +9,7 @@ import sys
 import time
 
 import pyvmm
+from pyvmm.cli.jailed import Jail, close_kvm, descriptors_of, may_grow
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
@@ -77,13 +78,14 @@ class Running:
     """
 
     def __init__(
-        self, *, verbose: bool, timing: bool, started_s: float, bundle: Bundle,
+        self, *, verbose: bool, timing: bool, started_s: float, bundle: Bundle, jail: Jail,
         control: RunControl | None, sets_clock: bool = False,
     ) -> None:
         self._verbose = verbose
         self._timing = timing
         self._started_s = started_s
         self._bundle = bundle
+        self._jail = jail
         self._control = control
         self._sets_clock = sets_clock
 
@@ -109,6 +111,7 @@ class Running:
                     machine, config, report, sets_clock=self._sets_clock
                 )
             snapshot = None if warm is None else warm(machine, report)
+            self._enter_jail(machine, report)
             guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             self._bundle.__exit__()
             gc.freeze()  # the present objects stay: no collection need look at them
@@ -132,6 +135,16 @@ class Running:
                     say(line)
         self._bundle.update(missing)
         return status
+
+    def _enter_jail(self, machine: Machine, report: Reporter) -> None:
+        """Give up what the run does not need; from now on only what is open can be used."""
+        if not self._jail.is_on:
+            return
+        saves = self._control is not None
+        if not saves:
+            close_kvm(machine)
+        kept = descriptors_of(machine) | report.descriptors()
+        machine.runner.enter = self._jail.enter(kept, may_grow=saves or may_grow(machine))
 
     def _lines(
         self, machine: Machine, outcome: Outcome, status: int, guest_start_s: float, end_s: float

@@ -106,6 +106,16 @@ class Console:
             return (0, 0)
         return (columns, rows)
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors of the console, each with a name."""
+        found = {} if self.input_fd is None else {self.input_fd: "console input"}
+        if self.output_fd is not None:
+            found[self.output_fd] = "console output"
+        for part in (self.outlet, self.screen):
+            if part is not None:
+                found |= part.descriptors()
+        return found
+
     def begin(self) -> None:
         """Empty the file for a run that is about to start; a refused run leaves it as it was."""
         if self._is_emptied and self.output_fd is not None:

@@ -223,6 +223,11 @@ class Screen:
             with contextlib.suppress(OSError):
                 self._outlet.write(modes)
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that were opened for it, each with a name."""
+        own = {self._own_fd: "the terminal"} if self._own_fd >= 0 else {}
+        return {**own, **self._outlet.descriptors()}
+
     def close(self) -> None:
         """Close what was opened for it; idempotent."""
         self._outlet.close()

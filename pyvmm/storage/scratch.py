@@ -44,7 +44,7 @@ class ScratchFile:
             directory,
             report=report,
             called=f"{directory} (a snapshot's writes go there; TMPDIR names another)",
-            fd=_open_nameless(directory),
+            fd=open_nameless(directory),
         )
 
     def take(self) -> Stripe | None:
@@ -120,7 +120,7 @@ def take_stripe(
     return stripe
 
 
-def _open_nameless(directory: str) -> int:
+def open_nameless(directory: str) -> int:
     """Return a descriptor of a new file without a name."""
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
