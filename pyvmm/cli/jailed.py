@@ -1,4 +1,4 @@
-"""``--jail``, ``--user`` and ``--cgroup``: from the options to a process in its jail (docs/jail.md).
+"""``--jail``, ``--user``, ``--cgroup``: from the options to a process in its jail (docs/jail.md).
 
 The steps themselves are in ``pyvmm.jail``; here are only their order in a start, and the lines.
 """
@@ -11,6 +11,7 @@ import stat
 
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.jail import MODES
 from pyvmm.report import say
 from pyvmm.startup.commands import Option
 from pyvmm.startup.types import TYPE_CHECKING
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from pyvmm.machine import Machine
 
-MODES = ("on", "off", "strict")
 JAIL_OPTIONS = (
     Option(name="--jail", metavar="MODE", default="on",
            help="on: give up every right that the guest does not need, before it runs; strict: the "
@@ -50,17 +50,32 @@ class Jail:
         self.is_on = mode != "off"
         self._is_strict = mode == "strict"
         self._verbose: int = args.verbose
-        self._user, self._cgroup = None, None
+        self._user, self._cgroup, self._namespaces = None, None, None
         for option, text in (("--user", args.user), ("--cgroup", args.cgroup)):
             if text is not None and not self.is_on:
                 raise ConfigError(f"{option} {text}", "is a part of the jail, and --jail is off")
         if args.user is not None or args.cgroup is not None:
-            from pyvmm.jail.root import parse_cgroup, parse_user
+            from pyvmm.jail.cgroup import parse_cgroup
+            from pyvmm.jail.root import parse_user
 
             self._user = None if args.user is None else parse_user(args.user)
             self._cgroup = None if args.cgroup is None else parse_cgroup(args.cgroup)
         if not self.is_on:
             say("--jail off: a guest that breaks out has all rights of this process")
+        elif os.geteuid() == 0:
+            from pyvmm.jail.root import Namespaces
+
+            self._namespaces = Namespaces()  # made by a thread, while the machine is built
+
+    def wait(self) -> None:
+        """Wait until no thread of the jail's own is left: afterwards this process may fork."""
+        if self._namespaces is not None:
+            self._namespaces.wait()
+
+    def close(self) -> None:
+        """Free what was made for a jail that is not entered; idempotent."""
+        if self._namespaces is not None:
+            self._namespaces.close()
 
     def enter(
         self, kept: Mapping[int, str], *, more_files: int = 0, may_grow: bool = False
@@ -83,20 +98,18 @@ class Jail:
         reason = seccomp.why_not()
         if reason and self._is_strict:
             raise HostError(f"--jail strict: {reason}")
-        from pyvmm.jail.confine import Confinement
-        confine = lambda plan: Confinement(in_force=(),lacking=())  # TEMP
         done = confine(Plan(
             kept=tuple(kept), more_files=more_files, strict=self._is_strict,
             largest_file_bytes=None if may_grow else _largest_file_bytes(kept),
-            user=self._user, cgroup=self._cgroup,
+            user=self._user, cgroup=self._cgroup, namespaces=self._namespaces,
         ))
         in_force, lacking = list(done.in_force), list(done.lacking)
         if reason:
-            lacking.append(f"no filter of system calls: {reason}")
+            lacking.append(f"the jail lacks filters of system calls: {reason}")
         else:
             in_force.append("a filter of system calls for each thread")
         for line in lacking:
-            say(f"jail: {line}")
+            say(line)
         if self._verbose:
             say(f"jail: {'; '.join(in_force)}")
         return None if reason else seccomp.enter
@@ -119,6 +132,11 @@ def close_kvm(machine: Machine) -> None:
     kvm = machine.loops[0].vcpu.kvm
     assert kvm is not None  # ``build`` has made the vCPUs
     kvm.close()
+
+
+def files_of_a_run(machine: Machine) -> int:
+    """Return how many descriptors a run of ``machine`` makes for itself, all at one time."""
+    return len(machine.board.workers) + 2  # an epoll each; the pipe of the signals
 
 
 def may_grow(machine: Machine) -> bool:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pyvmm
-from pyvmm.cli.jailed import Jail, close_kvm, descriptors_of, may_grow
+from pyvmm.cli.jailed import Jail, close_kvm, descriptors_of, files_of_a_run, may_grow
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
@@ -103,6 +103,7 @@ class Running:
         from pyvmm.cli.session import run_at_terminal  # not for a mistake in the options
 
         with contextlib.closing(Reporter(sys.stderr)) as report, contextlib.ExitStack() as stack:
+            stack.callback(self._jail.close)
             machine, config = make(report)
             stack.enter_context(machine)
             tell(machine, report)
@@ -144,7 +145,9 @@ class Running:
         if not saves:
             close_kvm(machine)
         kept = descriptors_of(machine) | report.descriptors()
-        machine.runner.enter = self._jail.enter(kept, may_grow=saves or may_grow(machine))
+        machine.runner.enter = self._jail.enter(
+            kept, more_files=files_of_a_run(machine), may_grow=saves or may_grow(machine)
+        )
 
     def _lines(
         self, machine: Machine, outcome: Outcome, status: int, guest_start_s: float, end_s: float

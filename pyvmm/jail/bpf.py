@@ -72,11 +72,11 @@ class Program(NamedTuple):
     pid_places: tuple[int, ...]
 
 
-class Test(NamedTuple):
+class Condition(NamedTuple):
     """True if argument ``argument`` (0 to 5), of which only ``mask`` counts, is in ``values``.
 
-    Only the lower 32 bits are looked at.  So a test is good for arguments of 32 bits, and for flags
-    of which Linux heeds none above them.
+    Only the lower 32 bits are looked at.  So it is good for arguments of 32 bits, and for flags of
+    which Linux heeds none above them.
     """
 
     argument: int
@@ -84,42 +84,44 @@ class Test(NamedTuple):
     mask: int = ALL_BITS
 
 
-Alternatives = Sequence[Sequence[Test]]
-"""True if all tests of any alternative are.  An empty alternative is always true."""
+Alternatives = Sequence[Sequence[Condition]]
+"""True if all conditions of any alternative are.  An empty alternative is always true."""
 
 
 def decide(alternatives: Alternatives, otherwise: int) -> Node:
     """Return the node that allows by ``alternatives``, else ends with the action ``otherwise``."""
     node: Node = Return(otherwise)
-    for tests in reversed(_merged(alternatives)):
+    for conditions in reversed(_merged(alternatives)):
         hit: Node = Return(ALLOW)
-        for test in reversed(tests):
-            hit = _choose(test, hit, node)
+        for condition in reversed(conditions):
+            hit = _choose(condition, hit, node)
         node = hit
     return node
 
 
-def _choose(test: Test, hit: Node, miss: Node) -> Node:
+def _choose(condition: Condition, hit: Node, miss: Node) -> Node:
     # x86 is little-endian: the lower half of an argument is the first.
-    loads = [(LOAD, ARGUMENTS_OFFSET + 8 * test.argument)]
-    if test.mask != ALL_BITS:
-        loads.append((AND, test.mask))
-    return Branch(tuple(loads), tuple((IF_EQUAL, value) for value in test.values), hit, miss)
+    loads = [(LOAD, ARGUMENTS_OFFSET + 8 * condition.argument)]
+    if condition.mask != ALL_BITS:
+        loads.append((AND, condition.mask))
+    jumps = tuple((IF_EQUAL, value) for value in condition.values)
+    return Branch(tuple(loads), jumps, hit, miss)
 
 
 def _merged(alternatives: Alternatives) -> Alternatives:
-    """Return ``alternatives``, those of one test on the same bits of an argument made one."""
+    """Return ``alternatives``, those of one condition on the same bits of an argument made one."""
     values: dict[tuple[int, int], list[int]] = {}
-    others: list[Sequence[Test]] = []
-    for tests in alternatives:
-        if not tests:
+    others: list[Sequence[Condition]] = []
+    for conditions in alternatives:
+        if not conditions:
             return [()]
-        if len(tests) == 1:
-            values.setdefault((tests[0].argument, tests[0].mask), []).extend(tests[0].values)
+        if len(conditions) == 1:
+            (one,) = conditions
+            values.setdefault((one.argument, one.mask), []).extend(one.values)
         else:
-            others.append(tests)
+            others.append(conditions)
     single = [
-        (Test(argument, tuple(dict.fromkeys(found)), mask),)
+        (Condition(argument, tuple(dict.fromkeys(found)), mask),)
         for (argument, mask), found in values.items()
     ]
     return [*single, *others]

@@ -7,11 +7,12 @@ pyvmm.jail.generate``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from pyvmm.jail import bpf
 from pyvmm.jail.syscalls import NUMBERS
-from pyvmm.jail.table import ALL, REFUSED, RULES, VCPUS
+from pyvmm.jail.table import ALL, REFUSED, RULES, VCPUS, Refusal, Rule
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 _BYTES_A_LINE = 22
@@ -28,18 +29,27 @@ from __future__ import annotations
 
 
 def filter_of(kind: str) -> bpf.Node:
-    """Return the filter of ``kind``; it kills the process for all that the table does not name."""
-    refused = {one.syscall: bpf.refuse_with(one.error) for one in REFUSED}
-    allowed: dict[str, list[tuple[bpf.Test, ...]]] = {name: [] for name in refused}
-    for rule in RULES:
+    """Return the filter of ``kind``, as the table says."""
+    return filter_by(RULES, REFUSED, kind)
+
+
+def filter_by(rules: Iterable[Rule], refused: Iterable[Refusal], kind: str) -> bpf.Node:
+    """Return the filter of ``kind`` by other tables: all that they do not name ends the process.
+
+    KeyError for a system call that Linux does not have.
+    """
+    errors = {one.syscall: bpf.refuse_with(one.error) for one in refused}
+    allowed: dict[str, list[tuple[bpf.Condition, ...]]] = {name: [] for name in errors}
+    for rule in rules:
         if kind in rule.kinds:
             allowed.setdefault(rule.syscall, []).append(rule.when)
     decisions = {
-        NUMBERS[name]: bpf.decide(alternatives, refused.get(name, bpf.KILL_PROCESS))
+        NUMBERS[name]: bpf.decide(alternatives, errors.get(name, bpf.KILL_PROCESS))
         for name, alternatives in allowed.items()
     }
-    # KVM_RUN is the one call whose arguments are looked at each time the guest exits.
-    return bpf.filter_of(decisions, first=(NUMBERS["ioctl"],) if kind in VCPUS else ())
+    # KVM_RUN is the call that a guest's exit costs, so it is looked for first.
+    first = (NUMBERS["ioctl"],) if kind in VCPUS else ()
+    return bpf.filter_of(decisions, first=first)
 
 
 def programs_text() -> str:
@@ -48,10 +58,10 @@ def programs_text() -> str:
     for kind in ALL:
         data, places = bpf.assemble(filter_of(kind))
         lines.append(f'    "{kind}": (\n')
-        for at in range(0, len(data), _BYTES_A_LINE):
-            piece = "".join(f"\\x{byte:02x}" for byte in data[at : at + _BYTES_A_LINE])
-            lines.append(f'        b"{piece}"\n')
-        lines.append(f"        , {places},\n    ),\n")
+        pieces = [data[at : at + _BYTES_A_LINE] for at in range(0, len(data), _BYTES_A_LINE)]
+        texts = ["".join(f"\\x{byte:02x}" for byte in piece) for piece in pieces]
+        lines.append("\n".join(f'        b"{text}"' for text in texts) + ",\n")
+        lines.append(f"        {places},\n    ),\n")
     return "".join([*lines, "}\n"])
 
 

@@ -6,6 +6,7 @@ them with the binding's.
 
 from __future__ import annotations
 
+import termios
 from types import MappingProxyType
 
 KVM = MappingProxyType({
@@ -65,5 +66,12 @@ KVM = MappingProxyType({
     "KVM_GET_DEVICE_ATTR": 0x4018aee2,
 })
 """<linux/kvm.h>."""
-PAGEMAP_SCAN = 0xC060_6610
-"""<linux/fs.h>, from Linux 6.7 on."""
+
+_OTHERS = {
+    name: int(getattr(termios, name))
+    for name in (
+        "TCGETS", "TCSETS", "TCFLSH", "TIOCGPGRP", "TIOCGWINSZ", "TIOCOUTQ", "FIONBIO", "FIOCLEX",
+    )
+}
+REQUESTS = MappingProxyType({**KVM, **_OTHERS, "PAGEMAP_SCAN": 0xC060_6610})
+"""These, those of terminals and descriptors, and that of <linux/fs.h> from Linux 6.7 on."""

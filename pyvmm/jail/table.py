@@ -1,7 +1,7 @@
 """The table of system calls: which kind of thread may make which one, with what, and why.
 
 The filters (``programs.py``) and the tables of docs/jail.md are generated from it.  A system call
-that no rule names ends the process.
+that no rule names ends the process, but for those in ``REFUSED``, which fail.
 """
 
 from __future__ import annotations
@@ -10,59 +10,67 @@ import errno
 import fcntl
 import mmap
 import signal
-import termios
 from dataclasses import dataclass
 
-from pyvmm.jail.bpf import OWN_PID, Test
-from pyvmm.jail.ioctls import KVM, PAGEMAP_SCAN
+from pyvmm.jail.bpf import OWN_PID, Condition
+from pyvmm.jail.ioctls import KVM, REQUESTS
 
 KINDS = {
     "vcpu": "sits in KVM_RUN and answers port and register accesses",
-    "vcpu-elsewhere": "the same, of a machine with a disk that another process serves (vhost-user)",
+    "vcpu-elsewhere": "the same, of a machine with a disk that another process serves",
     "vcpu-serving": "the same, and serves disks itself (`--serve exit`)",
-    "disk": "serves the queues of a disk in a file or in memory",
-    "disk-network": "serves the queues of a disk behind an NBD server",
+    "disk": "serves the queues of a disk in files or memory",
+    "disk-network": "serves the queues of a disk on an NBD server",
     "disk-elsewhere": "watches the socket of a vhost-user back end",
-    "console": "serves the virtio console and the gathered bytes of the UART",
+    "console": "serves the virtio console and the UART's gathered bytes",
     "entropy": "serves the entropy device",
     "agent": "serves the port of the agent in the guest",
-    "device": "serves a device or a disk that a script brings (library only)",
-    "control": "talks to the clients of `--control` and to the agent",
-    "snapshot": "takes snapshots and checkpoints, and rewinds",
-    "main": "keeps house: console, keys, signals, deadlines, the start and the end of the others",
-    "main-export": "`pyvmm export`: serves a disk to another process's guest",
+    "device": "serves a device or disk that a script brings (library only)",
+    "control": "serves the clients of `--control`, and their jobs for the agent",
+    "snapshot": "saves and rewinds the machine; starts the threads of a rewound one",
+    "main": "keeps house: console, keys, signals, deadlines, and the end of all",
+    "main-export": "`pyvmm export`: serves a disk to another process",
+    "export-watch": "`pyvmm export`: ends a write that a peer makes wait",
 }
 """The kinds of threads, and what each does."""
 
 ALL = tuple(KINDS)
 VCPUS = ("vcpu", "vcpu-elsewhere", "vcpu-serving")
-FILES = ("vcpu-serving", "disk", "device", "control", "snapshot", "main", "main-export")
-"""Kinds that read, write, flush or close disks: the last ones for snapshots and at the end."""
-SOCKETS = (
-    "vcpu-elsewhere", "vcpu-serving", "disk-network", "disk-elsewhere", "console", "agent",
-    "device", "control", "snapshot", "main", "main-export",
+DISKS = ("vcpu-serving", "disk", "device")
+"""Kinds that read and write disks in files."""
+CLOSERS = (*DISKS, "main", "main-export")
+"""These, and the kinds that close disks: an overlay is flushed then."""
+PEERS = ("vcpu-elsewhere", "vcpu-serving", "disk-network", "disk-elsewhere", "device", "main")
+"""Kinds that speak to the server or the back end of a disk; ``main`` at the end."""
+SAVER = ("snapshot",)
+HEIRS_OF_SNAPSHOT = tuple(
+    kind for kind in KINDS if kind not in ("control", "main-export", "export-watch", "device")
 )
-SAVERS = ("control", "snapshot", "main")
-"""Kinds that take, or put back, the state of the whole machine."""
+"""Kinds that a snapshot's thread may start after the end of a run.  Such a thread has the filter of
+its maker besides its own, so ``snapshot`` has every rule of theirs."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``kinds`` may make the system call ``syscall`` if all tests of ``when`` are true.
+    """``kinds`` may make the system call ``syscall`` if all conditions of ``when`` are true.
 
-    ``condition`` says in words what ``when`` tests.  Rules for the same system call add up.
+    ``only`` says in words what ``when`` tests.  Rules for the same system call add up.
     """
 
     syscall: str
     kinds: tuple[str, ...]
     why: str
-    condition: str = ""
-    when: tuple[Test, ...] = ()
+    only: str = ""
+    when: tuple[Condition, ...] = ()
+
+    def __post_init__(self) -> None:
+        if "snapshot" not in self.kinds and set(self.kinds) & set(HEIRS_OF_SNAPSHOT):
+            object.__setattr__(self, "kinds", (*self.kinds, "snapshot"))
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """``syscall`` fails with ``error`` in every kind that has no rule for it; nothing is killed."""
+    """``syscall`` fails with ``error`` unless a rule allows it: the process goes on."""
 
     syscall: str
     error: int
@@ -75,155 +83,179 @@ def _rules(names: str, kinds: tuple[str, ...], why: str) -> tuple[Rule, ...]:
 
 def _ioctls(names: str, kinds: tuple[str, ...], why: str) -> tuple[Rule, ...]:
     return tuple(
-        Rule("ioctl", kinds, why, name, (Test(1, (REQUESTS[name],)),)) for name in names.split()
+        Rule("ioctl", kinds, why, name, (Condition(1, (REQUESTS[name],)),))
+        for name in names.split()
     )
 
 
-REQUESTS = {
-    **KVM,
-    "PAGEMAP_SCAN": PAGEMAP_SCAN,
-    **{name: getattr(termios, name) for name in (
-        "TCGETS", "TCSETS", "TCFLSH", "TIOCGPGRP", "TIOCGWINSZ", "TIOCOUTQ", "FIONBIO",
-        "FIOCLEX",
-    )},
-}
-"""The requests of ioctl that a rule names."""
+def _one_of(
+    syscall: str, argument: int, values: dict[str, int], kinds: tuple[str, ...], why: str,
+    *, mask: int = 0xFFFF_FFFF,
+) -> Rule:
+    """Return the rule that allows ``syscall`` with these values, by name, of one argument."""
+    return Rule(
+        syscall, kinds, why, ", ".join(values), (Condition(argument, tuple(values.values()), mask),)
+    )
 
-_FUTEX_OPERATIONS = (0, 1, 3, 4, 5, 9, 10)
-"""FUTEX_WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_BITSET and WAKE_BITSET."""
-_CLONE_THREAD_FLAGS = 0x3D0F00
-"""What pthread_create asks for: CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS,
-PARENT_SETTID and CHILD_CLEARTID."""
-_CLONE_FORK_FLAGS = 0x0120_0011
-"""What fork asks for: CLONE_CHILD_SETTID, CHILD_CLEARTID and SIGCHLD."""
-_PROT_EXEC = Test(2, (0,), mmap.PROT_EXEC)
-_NOT_EXECUTABLE = "without PROT_EXEC"
+
+_NOT_EXECUTABLE = Condition(2, (0,), mmap.PROT_EXEC)
+_ANONYMOUS = Condition(3, (mmap.MAP_ANONYMOUS,), mmap.MAP_ANONYMOUS)
+_OWN = Condition(0, (OWN_PID,))
+_MAPPERS = ("snapshot", "main-export", "device")
+_PYTHON = "memory for Python and the C library"
 
 MEMORY = (
-    Rule("mmap", ALL, "memory of Python and the C library", _NOT_EXECUTABLE, (_PROT_EXEC,)),
-    Rule("mprotect", ALL, "the C library's heaps of threads", _NOT_EXECUTABLE, (_PROT_EXEC,)),
-    *_rules("munmap mremap brk madvise", ALL, "memory of Python and the C library"),
+    Rule(
+        "mmap", tuple(kind for kind in ALL if kind not in _MAPPERS), _PYTHON,
+        "anonymous, without PROT_EXEC", (_NOT_EXECUTABLE, _ANONYMOUS),
+    ),
+    Rule(
+        "mmap", _MAPPERS, "RAM over an image, a peer's memory", "without PROT_EXEC",
+        (_NOT_EXECUTABLE,),
+    ),
+    Rule("mprotect", ALL, "heaps and stacks of threads", "without PROT_EXEC", (_NOT_EXECUTABLE,)),
+    *_rules("munmap mremap brk", ALL, _PYTHON),
+    _one_of(
+        "madvise", 2,
+        {"MADV_DONTNEED": 4, "MADV_FREE": 8, "MADV_HUGEPAGE": 14},
+        ALL, "the C library gives memory back",
+    ),
+    _one_of(
+        "madvise", 2, {"MADV_DONTFORK": 10, "MADV_DOFORK": 11, "MADV_GUARD_INSTALL": 102},
+        SAVER, "a child that copies RAM; the guard page of a new thread's stack",
+    ),
 )
 
 THREADS = (
-    Rule(
-        "futex", ALL, "locks, and the end of threads", "plain waits and wakes, no priorities",
-        (Test(1, _FUTEX_OPERATIONS, 0x7F),),
+    _one_of(
+        "futex", 1,
+        {"FUTEX_WAIT": 0, "WAKE": 1, "REQUEUE": 3, "CMP_REQUEUE": 4, "WAKE_OP": 5,
+         "WAIT_BITSET": 9, "WAKE_BITSET": 10},
+        ALL, "locks, conditions, the end of threads", mask=0x7F,
     ),
-    *_rules("rt_sigprocmask rt_sigreturn", ALL, "signals: the kick of a vCPU, and a person's"),
-    Rule("restart_syscall", ALL, "Linux goes on with a wait after SIGCONT"),
-    *_rules("getpid gettid", ALL, "the C library sends a signal to a thread, and in abort()"),
+    *_rules("rt_sigprocmask rt_sigreturn", ALL, "signals: a vCPU's kick, a person's"),
+    *_rules("restart_syscall", ALL, "Linux goes on with a wait after SIGCONT"),
+    *_rules("getpid gettid", ALL, "the C library, to signal a thread"),
     Rule(
-        "tgkill", ALL, "kick a vCPU out of KVM_RUN; abort()", "own threads; SIGRTMIN or SIGABRT",
-        (Test(0, (OWN_PID,)), Test(2, (signal.SIGRTMIN, signal.SIGABRT))),
+        "tgkill", ALL, "a vCPU's kick; abort()", "own process; SIGRTMIN, SIGABRT",
+        (_OWN, Condition(2, (signal.SIGRTMIN, signal.SIGABRT))),
     ),
-    *_rules("sched_yield", ALL, "the C library and Python wait for each other"),
-    *_rules("sched_getaffinity", ALL, "the C library's count of heaps"),
+    *_rules("sched_yield sched_getaffinity", ALL, "locks and heaps of the C library"),
     *_rules("exit exit_group", ALL, "the end of a thread, and of the process"),
 )
 
-CLOCKS = _rules(
-    "clock_gettime clock_nanosleep gettimeofday time getcpu", ALL,
-    "clocks, if the kernel has no clock page",
+TIME = _rules(
+    "clock_gettime clock_nanosleep", ALL,
+    "sleep; a clock that cannot be read without a call",
 )
 
-WAITING = (
-    *_rules("read write close", ALL, "doorbells, interrupts, pipes: descriptors that are open"),
+DESCRIPTORS = (
+    *_rules("read write close", ALL, "doorbells, interrupts, pipes: descriptors it has"),
     *_rules("epoll_wait epoll_ctl poll", ALL, "wait for them"),
-    *_rules("fstat", ALL, "the size and kind of an open file"),
+    *_rules("fstat lseek", ALL, "the kind and the length of an open file"),
 )
+
+ENTROPY = _rules("getrandom", ("entropy", "vcpu-serving", "snapshot"), "random bytes")
 
 FILE_IO = (
-    *_rules(
-        "preadv pwritev preadv2 pwritev2 pread64 pwrite64 readv writev lseek fdatasync fsync"
-        " fallocate ftruncate copy_file_range",
-        FILES, "requests of a disk",
-    ),
-    Rule("fcntl", FILES, "locks of disks, flags, seals, copies", "a few commands", (
-        Test(1, (
-            fcntl.F_GETFD, fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_DUPFD_CLOEXEC, fcntl.F_OFD_SETLK,
-            fcntl.F_ADD_SEALS, fcntl.F_GET_SEALS, 1024 + 10,
-        )),
-    )),
+    *_rules("preadv pwritev preadv2 pwritev2 pread64 pwrite64", CLOSERS, "a disk's requests"),
+    *_rules("fdatasync fallocate ftruncate copy_file_range", CLOSERS, "a disk's requests"),
+    *_rules("fsync readv writev sendfile", SAVER, "the files of a snapshot"),
 )
 
-SOCKET_IO = _rules(
-    "sendto sendmsg recvfrom recvmsg shutdown getsockopt setsockopt getsockname getpeername",
-    SOCKETS, "a socket that is open",
+PEER_IO = (
+    *_rules("sendto sendmsg recvfrom recvmsg shutdown", (*PEERS, "control", "main-export"),
+            "a socket it has"),
+    *_rules("getsockopt setsockopt getsockname getpeername", (*PEERS, "control", "main-export"),
+            "a socket it has"),
+    *_rules("accept4", ("control", "main-export"), "a new client"),
 )
 
-RANDOM = _rules("getrandom", ALL, "random numbers")
-
-VCPU_IOCTLS = (
+GUEST = (
     *_ioctls("KVM_RUN", VCPUS, "run the guest"),
     *_ioctls(
-        "KVM_GET_REGS KVM_GET_SREGS KVM_GET_MP_STATE KVM_TRANSLATE KVM_GET_LAPIC KVM_GET_IRQCHIP",
-        VCPUS, "tell a halt for good, and describe how a vCPU ended",
+        "KVM_GET_REGS KVM_GET_MP_STATE KVM_GET_LAPIC KVM_GET_IRQCHIP", VCPUS,
+        "tell a halt for good from one that an interrupt ends",
     ),
+    *_ioctls("KVM_GET_SREGS KVM_TRANSLATE", VCPUS, "describe how a vCPU ended"),
     *_ioctls("KVM_KVMCLOCK_CTRL", VCPUS, "tell the guest that it was paused"),
     *_ioctls(
-        "KVM_IRQ_LINE KVM_REGISTER_COALESCED_MMIO KVM_UNREGISTER_COALESCED_MMIO", ALL,
-        "the UART's interrupt, and its gathered bytes",
+        "KVM_IRQ_LINE KVM_REGISTER_COALESCED_MMIO KVM_UNREGISTER_COALESCED_MMIO",
+        (*VCPUS, "console", "main", "control"), "the UART's interrupt and its gathered bytes",
     ),
 )
 
-TERMINAL = _ioctls(
-    "TCGETS TCSETS TCFLSH TIOCGPGRP TIOCGWINSZ TIOCOUTQ", ("main", "console", "control"),
-    "the terminal's modes, size and owner",
-)
-
-DESCRIPTORS = _ioctls(
-    "FIONBIO FIOCLEX", ALL, "Python makes a descriptor non-blocking, or close on exec"
-)
-
-MAIN = (
-    *_rules("rt_sigaction sigaltstack", ("main", "main-export", "control"), "handlers at the end"),
-    *_rules("getpgrp getppid getpgid", ("main",), "tell whether the terminal is ours"),
+TERMINAL = (
+    *_ioctls("TCGETS TCSETS TCFLSH TIOCGPGRP TIOCOUTQ", ("main",), "the terminal of `pyvmm run`"),
+    *_ioctls("TIOCGWINSZ", ("main", "console", "vcpu"), "the terminal's size"),
+    *_rules("getpgrp getpgid", ("main",), "are we in the foreground of the terminal"),
+    *_rules("rt_sigaction", ("main", "main-export"), "handlers, at the end and for a stop"),
     Rule(
-        "kill", ("main", "control", "snapshot"), "end, or stop, this process itself",
-        "own process", (Test(0, (OWN_PID,)),),
+        "tgkill", ("main",), "Ctrl-Z: stop as the shell expects it", "own process; SIGTSTP",
+        (_OWN, Condition(2, (signal.SIGTSTP,))),
     ),
-    *_rules("dup dup3 eventfd2 epoll_create1 pipe2", SAVERS, "another run after a rewind"),
-    *_rules("set_robust_list rseq", SAVERS, "a new thread"),
-    *_rules("wait4", SAVERS, "the end of a child that wrote RAM"),
-    *_rules("accept4", ("control", "main-export"), "a new client"),
+    Rule("kill", ("main", "control"), "end this process", "own process", (_OWN,)),
+    *_rules("wait4", ("main", "snapshot"), "the end of the attendant; of a child that saved RAM"),
+)
+
+FLAGS = (
+    *_ioctls("FIONBIO", ("control", "main-export", *PEERS), "a descriptor that must not wait"),
+    *_ioctls("FIOCLEX", SAVER, "a descriptor that a child does not get"),
 )
 
 NEW_TASKS = (
     Rule(
-        "clone", SAVERS, "a new thread, after a rewind", "the flags of pthread_create",
-        (Test(0, (_CLONE_THREAD_FLAGS,)),),
+        "clone", SAVER, "the threads of a rewound machine", "the flags of pthread_create",
+        (Condition(0, (0x3D0F00,)),),
     ),
     Rule(
-        "clone", SAVERS, "a child that copies RAM while the guest goes on", "the flags of fork",
-        (Test(0, (_CLONE_FORK_FLAGS,)),),
+        "clone", SAVER, "a child that saves RAM while the guest runs", "the flags of fork",
+        (Condition(0, (0x0120_0011,)),),
     ),
+    *_rules("set_robust_list rseq", SAVER, "the C library, in a new thread"),
+    _one_of(
+        "prctl", 0, {"PR_SET_NAME": 15, "PR_SET_NO_NEW_PRIVS": 38}, SAVER,
+        "a new thread is named, and takes its filter",
+    ),
+    _one_of("seccomp", 0, {"SECCOMP_SET_MODE_FILTER": 1}, SAVER, "a new thread takes its filter"),
+    *_rules("eventfd2 epoll_create1 pipe2 close_range", SAVER, "what a new loop, or a child, has"),
 )
 
 STATE = (
-    *_rules("memfd_create", SAVERS, "RAM of a snapshot in memory"),
+    *_rules("memfd_create", SAVER, "RAM of a snapshot in memory"),
+    _one_of(
+        "fcntl", 1,
+        {"F_GETFD": fcntl.F_GETFD, "F_GETFL": fcntl.F_GETFL, "F_SETFL": fcntl.F_SETFL,
+         "F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC, "F_OFD_SETLK": fcntl.F_OFD_SETLK,
+         "F_ADD_SEALS": fcntl.F_ADD_SEALS, "F_GET_SEALS": fcntl.F_GET_SEALS},
+        SAVER, "layers of disks, seals of images",
+    ),
     *_ioctls(
         " ".join(name for name in KVM if name.startswith(("KVM_GET_", "KVM_SET_")) and name not in (
-            "KVM_SET_USER_MEMORY_REGION", "KVM_SET_TSS_ADDR", "KVM_SET_IDENTITY_MAP_ADDR",
-            "KVM_SET_CPUID2", "KVM_GET_API_VERSION", "KVM_GET_VCPU_MMAP_SIZE",
-            "KVM_GET_SUPPORTED_CPUID",
+            "KVM_GET_API_VERSION", "KVM_GET_VCPU_MMAP_SIZE", "KVM_GET_SUPPORTED_CPUID",
+            "KVM_GET_MSR_INDEX_LIST", "KVM_SET_USER_MEMORY_REGION", "KVM_SET_TSS_ADDR",
+            "KVM_SET_IDENTITY_MAP_ADDR", "KVM_SET_CPUID2", "KVM_GET_REGS", "KVM_GET_SREGS",
+            "KVM_GET_MP_STATE", "KVM_GET_LAPIC", "KVM_GET_IRQCHIP",
         )),
-        SAVERS, "the state of the vCPUs and the chips",
+        SAVER, "the state of the vCPUs and the chips",
     ),
-    *_ioctls("PAGEMAP_SCAN", SAVERS, "the pages that the guest has written"),
+    *_ioctls("PAGEMAP_SCAN", SAVER, "the pages that the guest has written"),
 )
 
 RULES: tuple[Rule, ...] = (
-    *MEMORY, *THREADS, *CLOCKS, *WAITING, *RANDOM, *FILE_IO, *SOCKET_IO, *VCPU_IOCTLS, *TERMINAL,
-    *DESCRIPTORS, *MAIN, *NEW_TASKS, *STATE,
+    *MEMORY, *THREADS, *TIME, *DESCRIPTORS, *ENTROPY, *FILE_IO, *PEER_IO, *GUEST, *TERMINAL, *FLAGS,
+    *NEW_TASKS, *STATE,
 )
 
-_NO_PATHS = "Python looks for a file, a source line or a module: it is told that it may not"
+_NO_PATHS = "Python looks for a source file or a module, the C library for a time zone"
 REFUSED: tuple[Refusal, ...] = (
     *(Refusal(name, errno.EACCES, _NO_PATHS) for name in (
-        "open", "openat", "stat", "lstat", "newfstatat", "statx", "access", "faccessat",
-        "faccessat2", "readlink", "readlinkat", "getcwd",
+        "open", "openat", "stat", "lstat", "newfstatat", "access", "readlink", "readlinkat",
+        "getcwd",
     )),
     Refusal("clone3", errno.ENOSYS, "the C library then asks clone, whose flags can be seen"),
+    Refusal("madvise", errno.EINVAL, "advice that only makes something faster"),
+    Refusal("prctl", errno.EINVAL, "names of threads and of memory"),
+    Refusal("sysinfo", errno.EACCES, "the C library sorts with less memory then"),
 )
-"""Refused rather than killed: a mistake of ours, or a library's habit, must not end the machine."""
+"""System calls that Python and the C library try, and can do without."""

@@ -94,6 +94,7 @@ class Session:
         try:
             return make_plan(
                 {**arguments_of(node), **changes}, kernel=kernel, disks=self._options.disks,
+                jail=self._options.jail,
                 root=self._config.rootpath, is_lab=bool(os.environ.get("PYVMM_LAB")),
                 in_process=in_process,
             )
