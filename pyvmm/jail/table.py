@@ -153,6 +153,10 @@ DESCRIPTORS = (
     *_rules("read write close", ALL, "doorbells, interrupts, pipes: descriptors it has"),
     *_rules("epoll_wait epoll_ctl poll", ALL, "wait for them"),
     *_rules("fstat lseek", ALL, "the kind and the length of an open file"),
+    _one_of(
+        "newfstatat", 3, {"AT_EMPTY_PATH": 0x1000}, ALL,
+        "the C library's fstat; with a path it tells only facts about a file",
+    ),
 )
 
 ENTROPY = _rules("getrandom", ("entropy", "vcpu-serving", "snapshot"), "random bytes")

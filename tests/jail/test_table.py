@@ -106,8 +106,9 @@ def test_no_kind_may(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_no_kind_opens_a_file_by_name(kind: str) -> None:
-    for name in ("open", "openat", "stat", "newfstatat", "readlink", "access"):
-        assert run(PROGRAMS[kind][0], NUMBERS[name], (0xFFFFFF9C, 1 << 40, 2)) != bpf.ALLOW
+    for name in ("open", "openat", "openat2", "open_by_handle_at", "creat"):
+        for flags in range(4):
+            assert run(PROGRAMS[kind][0], NUMBERS[name], (3, 1 << 40, flags)) != bpf.ALLOW
 
 
 @pytest.mark.parametrize("kind", ALL)
