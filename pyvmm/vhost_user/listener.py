@@ -7,7 +7,6 @@ killed is replaced.  A socket on which somebody answers is not, nor a file of an
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 from pyvmm import owners
 from pyvmm.errors import ConfigError
 from pyvmm.vhost_user.hints import lab_hint
+from pyvmm.vhost_user.socket_name import SocketName
 
 _MAX_PATH_BYTES = 107  # sun_path of unix(7), with its NUL
 _BACKLOG = 16
@@ -33,7 +33,7 @@ class Listener:
             )
         self.path = path
         self._directory = -1
-        self._identity: tuple[int, int] | None = None
+        self._name: SocketName | None = None
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._check_free()
@@ -89,18 +89,21 @@ class Listener:
         except OSError:
             os.unlink(temporary, dir_fd=self._directory)
             raise
-        self._identity = self._look()
+        self._name = SocketName.of(self._directory, path.name)
+        self._directory = -1  # the name's
 
-    def _look(self) -> tuple[int, int]:
-        status = os.stat(Path(self.path).name, dir_fd=self._directory, follow_symlinks=False)
-        return status.st_dev, status.st_ino
+    def give_name_away(self) -> SocketName:
+        """Return the socket's name, for the caller to remove; once, and before ``close``."""
+        name, self._name = self._name, None
+        assert name is not None  # nobody has it yet
+        return name
 
     def close(self) -> None:
         """Stop listening and remove the name, unless somebody else has it now; idempotent."""
+        if self._name is not None:
+            self._name.remove()
+            self._name = None
         if self._directory >= 0:
-            with contextlib.suppress(OSError):
-                if self._identity is not None and self._look() == self._identity:
-                    os.unlink(Path(self.path).name, dir_fd=self._directory)
             os.close(self._directory)
             self._directory = -1
         self.socket.close()
