@@ -14,6 +14,7 @@ MODE is one of
 * ``numbers``: every system call by its number, under the thread's filter;
 * ``real:KIND:ATTEMPT``: no child; the thread of that kind makes the attempt itself.
 
-REPORT becomes JSON: ``{"status": exit status, "kinds": {KIND: {ATTEMPT: RESULT}}}``.  A result is
-"killed" (SIGSYS), "errno N", "ok", "hung", or "signal N".  KIND "" stands for no filter.
+REPORT becomes JSON: ``{"status": exit status, "kinds": {KIND: {ATTEMPT: [RESULT, TABLE]}}}``.  A
+result is "killed" (SIGSYS), "errno N", "ok", "hung", or "signal N".  TABLE is what the written table
+has: "killed", "errno N" or "allowed".  KIND "" stands for no filter.
 """

@@ -10,11 +10,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from pyvmm.cli.main import main as run_pyvmm
 from pyvmm.jail import seccomp
+from pyvmm.jail.bpf import OWN_PID
+from pyvmm.jail.syscalls import NAMES
 from pyvmm.jail.table import ALL
-from tests.support.escape.attempts import X32, Attempt, Buffers, attempts
+from pyvmm.kvm import handles
+from tests.support.escape.attempts import X32, Attempt, Buffers, Machine, attempts
 from tests.support.escape.shared import (
     BEGUN,
     EXITED,
@@ -26,6 +30,7 @@ from tests.support.escape.shared import (
     Results,
 )
 from tests.support.patience import patient
+from tests.support.table_words import in_words, said
 
 UNFILTERED = ""
 KINDS = (UNFILTERED, *ALL)
@@ -47,8 +52,21 @@ class Escape:
         self._buffers = Buffers()
         self._enter = seccomp.enter
         self._has_tried_unfiltered = False
+        self._machine = Machine()
         self._limit_s = patient(HANGS_S)  # it looks at the host, which the jail forbids
         seccomp.enter = self.enter
+        self._watch(handles.Vm, "vm")
+        self._watch(handles.Vcpu, "vcpu")
+
+    def _watch(self, handle: type[handles.Vm | handles.Vcpu], field: str) -> None:
+        """Keep the descriptor of each new ``handle`` in mind."""
+        init = handle.__init__
+
+        def note(made: Any, fd: int, *rest: Any, **more: Any) -> None:
+            self._machine = self._machine._replace(**{field: fd})
+            init(made, fd, *rest, **more)
+
+        handle.__init__ = note  # type: ignore[method-assign]
 
     def enter(self, kind: str) -> None:
         """Stand in for ``seccomp.enter``."""
@@ -69,11 +87,14 @@ class Escape:
         """Return what is tried; a result's column is the attempt's place."""
         if self._mode == "numbers":
             return [Attempt(str(number), number, MINUS_ONE) for number in NUMBERS]
-        return attempts(self._buffers)
+        return attempts(self._buffers, self._machine)
 
     def _try_each(self, kind: str, found: list[Attempt]) -> None:
         """Make all of ``found``, each child as many as it survives."""
         row = KINDS.index(kind)
+        for column, one in enumerate(found):
+            arguments = (one.arguments + (0,) * 6)[:6]
+            self._results.expect(row, column, said(kind, NAMES.get(one.number, ""), arguments))
         for column in range(len(found)):
             if self._results.state(row, column) == UNTRIED:
                 pid = os.fork()
@@ -86,6 +107,8 @@ class Escape:
         try:
             if kind != UNFILTERED:
                 self._enter(kind)
+            else:
+                os.close(1)  # else the limit of open files would be what refuses
             # Without a filter an attempt may succeed, and spoil the next one: one each.
             last = first + 1 if kind == UNFILTERED else len(found)
             for column in range(first, last):
@@ -97,7 +120,10 @@ class Escape:
         os._exit(0)
 
     def _make(self, row: int, column: int, attempt: Attempt) -> None:
-        arguments = [ctypes.c_long(argument) for argument in attempt.arguments]
+        arguments = [
+            ctypes.c_long(os.getpid() if argument == OWN_PID else argument)
+            for argument in attempt.arguments
+        ]
         self._results.set(row, column, BEGUN)
         ctypes.set_errno(0)
         failed = self._libc.syscall(ctypes.c_long(attempt.number), *arguments) == -1
@@ -140,10 +166,11 @@ def run(report: str, mode: str, command: list[str]) -> int:
     if mode == "numbers":
         names = [str(number) for number in NUMBERS]
     else:
-        names = [one.name for one in attempts(Buffers())]
+        names = [one.name for one in attempts(Buffers(), Machine())]
     found = {
         kind: {
-            name: text for column, name in enumerate(names) if (text := results.text(row, column))
+            name: [text, in_words(results.expected(row, column))]
+            for column, name in enumerate(names) if (text := results.text(row, column))
         }
         for row, kind in enumerate(KINDS)
     }

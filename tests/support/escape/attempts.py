@@ -6,7 +6,6 @@ No attempt does harm if it succeeds: signals have number 0, mounts and new roots
 from __future__ import annotations
 
 import ctypes
-import gc
 import mmap
 import os
 import signal
@@ -14,6 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pyvmm.jail.bpf import OWN_PID
 from pyvmm.jail.ioctls import REQUESTS
 from pyvmm.jail.syscalls import NUMBERS
 
@@ -48,18 +48,20 @@ class Buffers:
         return ctypes.addressof(buffer)
 
 
-def _descriptor(kind: str) -> int:
-    """Return the descriptor of the machine's first "Vm" or "Vcpu"; -1 if there is none."""
-    from pyvmm.kvm import handles
+class Machine(NamedTuple):
+    """The descriptors of the machine that runs; -1 for none."""
 
-    wanted = getattr(handles, kind)
-    return next((one.fd for one in gc.get_objects() if isinstance(one, wanted)), -1)
+    vm: int = -1
+    vcpu: int = -1
 
 
-def attempts(buffers: Buffers) -> list[Attempt]:
-    """Return all attempts; to be called in a process that has a machine, and knows its parent."""
+def attempts(buffers: Buffers, machine: Machine) -> list[Attempt]:
+    """Return all attempts on ``machine``, on this process, and on its parent.
+
+    ``bpf.OWN_PID`` stands for the number of the process that makes an attempt.
+    """
     return [
-        *_files(buffers), *_programs(buffers), *_memory(buffers), *_machines(buffers),
+        *_files(buffers), *_programs(buffers), *_memory(buffers), *_machines(buffers, machine),
         *_processes(buffers), *_kernel(buffers), *_descriptors(buffers),
     ]
 
@@ -138,8 +140,8 @@ def _memory(buffers: Buffers) -> list[Attempt]:
     ]
 
 
-def _machines(buffers: Buffers) -> list[Attempt]:
-    vm, vcpu = _descriptor("Vm"), _descriptor("Vcpu")
+def _machines(buffers: Buffers, machine: Machine) -> list[Attempt]:
+    vm, vcpu = machine
     region = buffers.new(struct.pack("=IIQQQ", 30, 0, 1 << 40, PAGE, buffers.page))
     ioctl = NUMBERS["ioctl"]
     on_the_vm = [
@@ -178,7 +180,7 @@ def _processes(buffers: Buffers) -> list[Attempt]:
         *_named("setpriority", lambda _: (0, parent, -20), stopped=True),
         *_named("sched_setscheduler", lambda _: (0, 2, buffers.new(struct.pack("=i", 50))),
                 stopped=True),
-        *_named("kcmp", lambda _: (parent, os.getpid(), 0, 0, 0), stopped=True),
+        *_named("kcmp", lambda _: (parent, OWN_PID, 0, 0, 0), stopped=True),
         *_named("move_pages", lambda _: (parent, 0, 0, 0, 0, 0), stopped=True),
         *_named("setuid setgid", lambda _: (0,)),
         *_named("setresuid", lambda _: (1, 1, 1), stopped=True),
@@ -207,7 +209,7 @@ def _kernel(buffers: Buffers) -> list[Attempt]:
         *_named("fsopen", lambda _: (buffers.new(b"tmpfs"), 0), stopped=True),
         *_named("setns", lambda _: (0, 0), stopped=True),
         *_named("bpf", lambda _: (0, buffers.page, 72), stopped=True),
-        *_named("perf_event_open", lambda _: (buffers.page, parent_of_all(), -1, -1, 0),
+        *_named("perf_event_open", lambda _: (buffers.page, 1, -1, -1, 0),
                 stopped=True),
         *_named("io_uring_setup", lambda _: (1, buffers.page)),
         *_named("keyctl", lambda _: (0, -3, 0)),
@@ -261,10 +263,6 @@ def _descriptors(buffers: Buffers) -> list[Attempt]:
         *_named("linkat", lambda _: (0, buffers.new(b""), AT_FDCWD, buffers.new(b"/tmp/pyvmm-l"),
                                      0x1000), stopped=True),
         *_named("pidfd_getfd", lambda _: (0, 0, 0), stopped=True),
-        *_named("kill", lambda _: (os.getpid(), signal.SIGKILL * 0)),
+        Attempt("signal oneself", NUMBERS["kill"], (OWN_PID, 0)),
     ]
 
-
-def parent_of_all() -> int:
-    """Return the number of the first process."""
-    return 1
