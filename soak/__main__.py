@@ -156,9 +156,7 @@ def _leave_nothing(work: Work, scratch: str) -> None:
     except TrialError as error:
         left = str(error)
     if left:
-        work.failures += 1
-        work.journal.add({"left": left})
-        say(f"{work.part.name}: {left}")
+        work.leave(left)
 
 
 def _runs_linux() -> bool:

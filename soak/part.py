@@ -153,6 +153,13 @@ class Work:
                 self._shown_s = now_s
                 self.say(self.progress(now_s))
 
+    def leave(self, text: str) -> None:
+        """Note a failure of the whole part: something was left behind, or has grown."""
+        self.failures += 1
+        if self.only is None:
+            self.journal.add({"left": text})
+        self.say(f"{self.part.name}: FAILED: {text}")
+
     def progress(self, now_s: float) -> str:
         """Return a line on how far the work is."""
         done = self.part.things_done(self.journal.trials)

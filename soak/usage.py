@@ -74,9 +74,30 @@ class Drift:
         return f"{self.first} -> {self.last} ({self.percent:+.2f} %)"
 
 
-def drifts(samples: Sequence[Mapping[str, object]]) -> dict[str, Drift]:
-    """Return the drift of every resource by its name; empty if there are no samples."""
-    return {name: Drift.of(samples, name) for name in NAMES} if samples else {}
+def longest(
+    trials: Sequence[Mapping[str, object]], least: int
+) -> list[Mapping[str, object]]:
+    """Return the samples of the longest ``stretch`` in which one process was watched; none if
+    they are fewer than ``least``."""
+    stretches: dict[object, list[Mapping[str, object]]] = {}
+    for line in trials:
+        if "failed" not in line:
+            stretches.setdefault(line["stretch"], []).append(line)
+    found = max(stretches.values(), key=len, default=[])
+    return found if len(found) >= least else []
+
+
+def growth(samples: Sequence[Mapping[str, object]]) -> str:
+    """Return the resources that have grown by MOST_DRIFT and more; empty if none has."""
+    found = [(name, Drift.of(samples, name)) for name in NAMES] if samples else []
+    grown = [f"{name} {drift}" for name, drift in found if drift.percent >= MOST_DRIFT]
+    return f"grown: {', '.join(grown)}" if grown else ""
+
+
+def drift_figures(samples: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Return the drift of every resource, for a report; empty without samples."""
+    return {f"{name}, first to last quarter": str(Drift.of(samples, name))
+            for name in NAMES} if samples else {}
 
 
 def _median(values: Sequence[int]) -> int:

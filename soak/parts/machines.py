@@ -7,14 +7,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 
 import pyvmm
 from soak.part import Figures, Part, TrialError, Work
 from soak.processes import killed_at_last
 from soak.records import RecordsGuest, acknowledged, new_disk
-from soak.usage import MOST_DRIFT, Usage, drifts
+from soak.usage import Usage, drift_figures, growth, longest
 from tests.support.patience import patient
 from tests.support.tiny_guests import REPORT_7, SPIN, prints, write_guest
 
@@ -105,14 +104,8 @@ def run(work: Work) -> None:
         work.each(lambda trial: {
             "stretch": work.journal.legs, **_cycle(process, trial.number),
         })
-    grown = {
-        name: drift for name, drift in drifts(_longest(work.journal.trials)).items()
-        if drift.percent >= MOST_DRIFT
-    }
-    if grown:
-        text = ", ".join(f"{name} {drift}" for name, drift in grown.items())
-        work.failures += 1
-        work.journal.add({"left": f"grown: {text}"})
+    if found := growth(longest(work.journal.trials, LEAST_SAMPLES)):
+        work.leave(found)
 
 
 def _cycle(process: subprocess.Popen[bytes], number: int) -> Figures:
@@ -127,20 +120,12 @@ def _cycle(process: subprocess.Popen[bytes], number: int) -> Figures:
     return found
 
 
-def _longest(trials: Sequence[Figures]) -> list[Figures]:
-    """Return the longest stretch of trials in one process, if it is long enough."""
-    good = [line for line in trials if "failed" not in line]
-    stretches = [list(group) for _, group in groupby(good, key=lambda line: line["stretch"])]
-    longest = max(stretches, key=len, default=[])
-    return longest if len(longest) >= LEAST_SAMPLES else []
-
-
 def summary(trials: Sequence[Figures]) -> Figures:
     """Return the figures for the report."""
-    longest = _longest(trials)
-    found = {f"{name}, first to last quarter": str(drift)
-             for name, drift in drifts(longest).items()}
-    return {"machines": len(trials), "the most in one process": len(longest), **found}
+    samples = longest(trials, LEAST_SAMPLES)
+    return {
+        "machines": len(trials), "the most in one process": len(samples), **drift_figures(samples),
+    }
 
 
 PART = Part(
