@@ -16,60 +16,9 @@ from pyvmm.report import say
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Self
-
-    from pyvmm.errors import SnapshotError
     from pyvmm.run.outcome import Outcome
     from pyvmm.run.verdict import Evidence
-
-
-class SnapshotWriter(Protocol):
-    """A snapshot's directory in the making; see ``snapshot.files.writer.Writer``.
-
-    A context manager, which aborts unless ``finish`` was called.  One thread uses it.
-    """
-
-    @property
-    def path(self) -> str:
-        """The directory that there will be, as an absolute path."""
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes that the files take on their disk, once ``finish`` has returned."""
-
-    def create(self, name: str) -> int:
-        """Return a descriptor, for reading and writing, of a new file in the directory.
-
-        The caller closes it.  ``name`` is one that a snapshot has.  SnapshotError.
-        """
-
-    def reopen(self, name: str) -> int:
-        """Return a descriptor, for reading, of a file of the directory, finished or not.
-
-        The caller closes it.  SnapshotError.
-        """
-
-    def size_of(self, name: str) -> int:
-        """Return the size in bytes of the file ``name``, which is there.  SnapshotError."""
-
-    def failed(self, error: OSError, name: str = "ram") -> SnapshotError:
-        """Return the exception to raise after ``error`` at the file ``name``."""
-
-    def finish(self, state: Mapping[str, object]) -> None:
-        """Write ``state``, make everything stable, and give the directory its name.
-
-        SnapshotError: nothing is left then.
-        """
-
-    def abort(self) -> None:
-        """Remove everything that was made; idempotent, and nothing after ``finish``."""
-
-    def __enter__(self) -> Self:
-        """Return this."""
-
-    def __exit__(self, *_exc: object) -> None:
-        """Abort, unless ``finish`` was called."""
+    from pyvmm.snapshot.files.making import SnapshotWriter
 
 
 class Attendant(Protocol):
@@ -86,6 +35,12 @@ class Attendant(Protocol):
 
     def ended(self, outcome: Outcome, evidence: Evidence) -> None:
         """Print the explanation of a run that has ended, if there is one; this may take seconds."""
+
+    def wake(self) -> None:
+        """Make the next request quick, and do not wait for that; idempotent."""
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
 
     def close(self) -> None:
         """Do what comes last, and return once it is done; idempotent."""
@@ -118,6 +73,13 @@ class LocalAttendant:
         with contextlib.suppress(OSError, ImportError):
             for line in self._duties.explain(outcome, evidence):
                 say(line)
+
+    def wake(self) -> None:
+        """See ``Attendant``: nothing is slow here."""
+
+    def descriptors(self) -> dict[int, str]:
+        """See ``Attendant``."""
+        return {}
 
     def close(self) -> None:
         """See ``Attendant``."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 
+from pyvmm.cli.attended import Attendance
 from pyvmm.cli.jailed import JAIL_OPTIONS, Jail
 from pyvmm.cli.running import (
     CONTROL_OPTIONS,
@@ -99,7 +100,8 @@ def _restore(
     timeout_s = parse_seconds("--timeout", args.timeout) if args.timeout is not None else None
     running = Running(
         verbose=bool(args.verbose), timing=False, started_s=started_s, bundle=bundle,
-        jail=Jail(args), control=control, sets_clock=args.clock == "now",
+        jail=Jail(args), attendance=Attendance("restore", args), control=control,
+        sets_clock=args.clock == "now",
     )
     configs: list[RunConfig] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
+from pyvmm.cli.attended import Attendance
 from pyvmm.cli.first_look import has_known_configuration, root_is_special
 from pyvmm.cli.jailed import JAIL_OPTIONS, Jail
 from pyvmm.cli.parse import parse_console, parse_cpus, parse_disk, parse_memory, parse_seconds
@@ -171,7 +172,7 @@ def _run(
     config = config_from(args)
     running = Running(
         verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
-        jail=Jail(args), control=control,
+        jail=Jail(args), attendance=Attendance("run", args), control=control,
     )
     warm = None
     if args.snapshot is not None or args.snapshot_at or args.snapshot_exit or args.snapshot_live:

@@ -13,7 +13,6 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi, cpuid_entry
@@ -21,6 +20,10 @@ from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import CoalescedRing, RunPage
 from pyvmm.kvm.ioctl import MSR_ENTRY, MSR_HEAD, ioctl, map_over, msr_buffer, vcpu_entry
 from pyvmm.kvm.nmi import ioapic_can_wake, pit_can_wake
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.answers import Answers
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096
@@ -40,21 +43,17 @@ class _Handle:
         if fd >= 0:
             os.close(fd)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
 
 class Kvm(_Handle):
     """``/dev/kvm``: KvmError if it cannot be opened, HostError if it is not API version 12."""
 
-    __slots__ = ("api_version",)
+    __slots__ = ("answers", "api_version")
 
     def __init__(self, path: str = DEFAULT_PATH) -> None:
+        self.answers: Answers | None = None
         try:
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
@@ -109,7 +108,7 @@ class Kvm(_Handle):
                 count *= 2
 
     def create_vm(self) -> Vm:
-        """Return a VM with no memory and no vCPU.  It outlives this handle, but for ``save``."""
+        """Return a VM with no memory and no vCPU.  It outlives this handle (``kvm.answers``)."""
         return Vm(ioctl(self.fd, abi.KVM_CREATE_VM), self.vcpu_mmap_size, self)
 
 

@@ -70,6 +70,8 @@ class OverlayBackend(CopyOnWrite):
         self._data = data_offset(self.size_bytes)
         # Pages with bits of blocks that were written since the last flush.
         self._dirty = self._bitmap.changed
+        self.open_scratch: Callable[[], int] | None = None
+        """Makes the nameless file into which a frozen copy goes; None: ``nameless_file``."""
         # The errno, not the error, whose traceback would keep the caller's buffers.
         self._failed_errno = 0
         self._closed = False
@@ -134,6 +136,10 @@ class OverlayBackend(CopyOnWrite):
         for start, length, is_held in self._bitmap.runs(0, self.size_bytes):
             if is_held:
                 yield start, length
+
+    def use_scratch(self, open_file: Callable[[], int]) -> None:
+        """Have ``open_file`` make the files for frozen copies: a jailed process cannot."""
+        self.open_scratch = open_file
 
     def hurry(self, until_s: float) -> None:
         """See ``BlockBackend.hurry``."""
