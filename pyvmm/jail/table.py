@@ -202,6 +202,11 @@ PEER_IO = (
          "F_GETFL": fcntl.F_GETFL, "F_SETFL": fcntl.F_SETFL},
         ("main-export",), "the descriptors that a front end sends",
     ),
+    *_rules("eventfd2", ("main-export",), "a new front end"),
+    *_rules(
+        "readlinkat", ("main-export",),
+        "is it an eventfd that a front end sends; of a link by its path this tells the target",
+    ),
 )
 
 GUEST = (
