@@ -185,6 +185,7 @@ PEER_IO = (
         "sendmsg recvfrom recvmsg shutdown", (*PEERS, "control", "main-export"), "a socket it has"
     ),
     *_rules("accept4", ("control", "main-export"), "a new client"),
+    *_rules("geteuid", ("control", "main-export", HEIR), "whose client, whose file is it"),
     *_rules("getsockname", ("main", "control", "main-export"), "Python, of a socket's descriptor"),
     Rule(
         "getsockopt", ("main", "control", "main-export"), "Python, of a socket's descriptor",
