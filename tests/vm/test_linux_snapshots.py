@@ -98,7 +98,7 @@ def snapshot_in_the_middle(linux: LinuxMachine, load: FioLoad, folder: Path) -> 
                         load.finish(other)
                 # The pass that was under way wrote before the snapshot and writes in the clone.
                 load.finish(clone)
-                assert clone.complaints() == complaints
+                assert clone.complaints() == complaints, clone.run("dmesg | tail -n 80")
         print(
             f"snapshot {number + 1}, {way}: {taken_s - began_s:.1f} s, its clone good after"
             f" {time.monotonic() - taken_s:.1f} s", flush=True,
