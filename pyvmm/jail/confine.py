@@ -59,33 +59,33 @@ def confine(plan: Plan) -> Confinement:
     """
     _check_alone()
     steps = _Steps(plan.strict)
-    steps.take("no new privileges", privileges.no_new_privileges, "a program may gain privileges")
-    # First of all that needs rights: afterwards there is no path to the group.
+    steps.take("no new privileges", privileges.no_new_privileges, "programs may gain some")
+    # What needs rights or paths comes before all that takes them away.
     if plan.cgroup is not None:
         plan.cgroup.join()
         steps.in_force.append(f"cgroup {plan.cgroup.directory}")
     if plan.namespaces is not None:
-        steps.take("own namespaces and an empty root", plan.namespaces.enter,
-                   "other files, the network and IPC can be reached")
+        steps.take("an empty root and namespaces of its own", plan.namespaces.enter,
+                   "Landlock and the filter alone keep files and the network out of reach")
     if plan.user is not None:
         plan.user.become()
         steps.in_force.append(f"user {plan.user.uid}, group {plan.user.gid}")
-    steps.take("no capabilities", privileges.drop_capabilities, "capabilities stay")
-    # After the user: a change of the uid sets it anew.
-    steps.take("hidden memory", privileges.hide_memory, "this user's processes can read our memory")
-    steps.take("", privileges.no_implied_code, "all memory that can be read can be executed")
-    steps.take("no new code", privileges.no_new_code, "", is_extra=True)
+    steps.take("no capabilities", privileges.drop_capabilities, "those that it has stay")
+    # After the change of the user, which sets it anew.
+    steps.take("hidden memory", privileges.hide_memory, "this user's processes can read it")
+    steps.take("data that is no code", privileges.no_implied_code, "all of it can be executed")
+    steps.take("no new code", privileges.no_new_code, None)
     steps.take(f"{len(plan.kept)} descriptors", lambda: descriptors.close_others(plan.kept),
-               "inherited descriptors stay open")
+               "others that were inherited stay open")
     # Landlock needs a descriptor for a moment, so the limit of open files comes last.
     forbidden: list[str] = []
     steps.take("Landlock", lambda: forbidden.extend(landlock.forbid_all()),
-               "files can be opened by their paths")
+               "the filter alone keeps files out of reach")
     if forbidden:
         steps.in_force[-1] = f"Landlock ({', '.join(forbidden)})"
-    steps.take("limits of files, their size and core dumps", lambda: privileges.limit_resources(
+    steps.take("limits of files and core dumps", lambda: privileges.limit_resources(
         plan.kept, plan.more_files, plan.largest_file_bytes
-    ), "resources have no limits")
+    ), "there are none")
     return Confinement(in_force=tuple(steps.in_force), lacking=tuple(steps.lacking))
 
 
@@ -97,28 +97,22 @@ class _Steps:
         self.in_force: list[str] = []
         self.lacking: list[str] = []
 
-    def take(
-        self, name: str, step: Callable[[], object], danger: str, *, is_extra: bool = False
-    ) -> None:
-        """Call ``step``; if that fails, ``danger`` is what a guest that breaks out could use.
+    def take(self, name: str, step: Callable[[], object], otherwise: str | None) -> None:
+        """Call ``step``; ``otherwise`` is how things are if it fails.
 
-        A step that ``is_extra`` makes another one stronger: a host may lack it, as older kernels
-        do.
+        A step with None makes another one stronger.  Hosts may lack it, as older kernels do.
         """
         try:
             step()
         except OSError as error:
-            if not is_extra:
-                self._lacks(name, danger, error)
+            if otherwise is None:
+                return
+            line = f"the jail lacks {name}: {error.strerror}; {otherwise}"
+            if self._strict:
+                raise HostError(f"--jail strict: {line}") from error
+            self.lacking.append(line)
         else:
-            if name:
-                self.in_force.append(name)
-
-    def _lacks(self, name: str, danger: str, error: OSError) -> None:
-        line = f"the jail lacks {name}: {error.strerror}; {danger}"
-        if self._strict:
-            raise HostError(f"--jail strict: {line}") from error
-        self.lacking.append(line)
+            self.in_force.append(name)
 
 
 def _check_alone() -> None:
