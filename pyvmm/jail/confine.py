@@ -59,7 +59,7 @@ def confine(plan: Plan) -> Confinement:
     """
     _check_alone()
     steps = _Steps(plan.strict)
-    steps.take("no new privileges", privileges.no_new_privileges, "programs may gain some")
+    steps.take("no_new_privs", privileges.no_new_privileges, "programs may gain some")
     # What needs rights or paths comes before all that takes them away.
     if plan.cgroup is not None:
         plan.cgroup.join()
@@ -70,12 +70,12 @@ def confine(plan: Plan) -> Confinement:
     if plan.user is not None:
         plan.user.become()
         steps.in_force.append(f"user {plan.user.uid}, group {plan.user.gid}")
-    steps.take("no capabilities", privileges.drop_capabilities, "those that it has stay")
+    steps.take("empty capability sets", privileges.drop_capabilities, "those that it has stay")
     # After the change of the user, which sets it anew.
     steps.take("hidden memory", privileges.hide_memory, "this user's processes can read it")
-    steps.take("data that is no code", privileges.no_implied_code, "all of it can be executed")
-    steps.take("no new code", privileges.no_new_code, None)
-    steps.take(f"{len(plan.kept)} descriptors", lambda: descriptors.close_others(plan.kept),
+    steps.take("data that cannot be executed", privileges.no_implied_code, "all of it can be")
+    steps.take("W^X memory", privileges.no_new_code, None)
+    steps.take("closed descriptors", lambda: descriptors.close_others(plan.kept),
                "others that were inherited stay open")
     # Landlock needs a descriptor for a moment, so the limit of open files comes last.
     forbidden: list[str] = []
