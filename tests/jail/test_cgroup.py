@@ -12,8 +12,9 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.jail.cgroup import Cgroup, parse_cgroup
-from tests.support.apart import apart, become_nobody
+from tests.support.apart import EndedApartError, apart, become_nobody, refuse_calls
 
+WRITE = 1
 PLACE = "/sys/fs/cgroup/vm"
 
 
@@ -145,18 +146,17 @@ def test_a_process_joins_a_real_group_with_its_threads(new_group: Path) -> None:
     line, members = apart(body)
     assert line.endswith(f"/{new_group.name}")
     assert len(members) == 1
-    Cgroup(directory=str(new_group)).remove()
+    assert new_group.exists()
+
+
+def test_a_group_that_cannot_be_joined_is_not_left(new_group: Path) -> None:
+    def body(_: int) -> None:
+        refuse_calls(errno.EIO, WRITE)
+        Cgroup(directory=str(new_group)).join()
+
+    with pytest.raises(EndedApartError):  # it cannot write its result either
+        apart(body)
     assert not new_group.exists()
-
-
-def test_a_group_with_a_process_in_it_is_not_removed(new_group: Path) -> None:
-    def body(_: int) -> bool:
-        group = Cgroup(directory=str(new_group))
-        group.join()
-        group.remove()
-        return new_group.exists()
-
-    assert apart(body)
 
 
 def test_a_user_who_may_not_is_told(new_group: Path) -> None:

@@ -198,6 +198,20 @@ def test_strict_refuses_such_a_host(name: str) -> None:
         confined(lambda: refuse_calls(errno.ENOSYS, number), strict=True)
 
 
+@needs_root
+@pytest.mark.parametrize("number", [CREATE_RULESET, UNSHARE])
+def test_strict_refuses_before_anything_is_given_up(number: int) -> None:
+    """So whoever tells of it may still open a file, or import a module."""
+    def body(fd: int) -> tuple[bool, int]:
+        refuse_calls(errno.EPERM, number)
+        with pytest.raises(HostError):
+            confine(Plan(kept=(0, 1, 2, fd), strict=True, namespaces=Namespaces(),
+                         user=NOBODY_USER))
+        return os.path.exists("/proc"), os.getuid()
+
+    assert apart(body) == (True, 0)
+
+
 @needs_landlock
 def test_a_kernel_without_close_range_lacks_nothing() -> None:
     assert confined(lambda: refuse_calls(errno.ENOSYS, CLOSE_RANGE), strict=True).lacking == ()
