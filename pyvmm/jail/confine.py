@@ -133,11 +133,7 @@ def _check_alone() -> None:
 def _is_alone() -> bool:
     try:
         # unshare(2): it does nothing if this process has one thread, and fails otherwise.
-        system_call(_LANDLOCK = "Landlock", "the filter alone keeps files out of reach"
-_ROOT = ("an empty root and namespaces of its own",
-         "Landlock and the filter alone keep files and the network out of reach")
-"""Names of steps, and how things are without them."""
-_UNSHARE, _CLONE_THREAD)
+        system_call(_UNSHARE, _CLONE_THREAD)
     except OSError:  # also in a container that forbids the call
         # A directory's links: itself, its parent, and its subdirectories, one for each thread.
         return os.stat("/proc/self/task").st_nlink == 3
