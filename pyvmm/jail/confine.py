@@ -63,6 +63,11 @@ def confine(plan: Plan) -> Confinement:
     """
     _check_alone()
     steps = _Steps(plan.strict)
+    if plan.strict:
+        # While nothing is given up that the caller needs to tell of an error, such as files.
+        steps.try_out(*_LANDLOCK, landlock.abi)
+        if plan.namespaces is not None:
+            steps.try_out(*_ROOT, plan.namespaces.check)
     steps.take("no_new_privs", "programs may gain some", privileges.no_new_privileges)
     # What needs rights or paths comes before all that takes them away.
     if plan.cgroup is not None:
