@@ -38,14 +38,14 @@ read -r word
 read -r state <&4
 exec "$@" "$word" "$state" </dev/null
 """
-# An import fails if pyvmm was removed while the guest ran.
+# An import fails if pyvmm was removed, or half upgraded, while the guest ran.
 _PROGRAM = """\
 import sys
 sys.path.insert(0, sys.argv[1])
 try:
     from {0} import main
-except ImportError:
-    sys.exit()
+except ImportError as error:
+    sys.exit(f"pyvmm: the process beside the machine cannot begin: {{error}}")
 main()
 """
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pyvmm
+from pyvmm.board.disks import prepare_scratch
 from pyvmm.cli.attended import Attendance
 from pyvmm.cli.jailed import Jail, close_kvm, descriptors_of, files_of_a_run, may_grow
 from pyvmm.config import RunConfig
@@ -146,6 +147,8 @@ class Running:
         if not self._jail.is_on:
             return
         saves = self._control is not None
+        prepare_scratch(machine.board, attendant.scratch_file)
+        attendant.jailed()
         if not saves:
             close_kvm(machine)
         kept = descriptors_of(machine) | report.descriptors() | attendant.descriptors()
