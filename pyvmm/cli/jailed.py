@@ -29,10 +29,11 @@ JAIL_OPTIONS = (
            "on; docs/jail.md)"),
     Option(name="--user", metavar="USER[:GROUP]",
            help="as root: become this user, by name or number, before the guest runs"),
-    Option(name="--cgroup", metavar="DIR[,memory=SIZE][,cpus=N][,pids=N]",
+    Option(name="--cgroup", metavar="DIR[,memory=SIZE][,cpu=N][,pids=N]",
            help="as root: be in this directory of cgroup v2, made if it is missing, with these "
            "limits"),
 )
+OFF = "--jail off: a guest that breaks out has all rights of this process"
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
@@ -61,7 +62,7 @@ class Jail:
             self._user = None if args.user is None else parse_user(args.user)
             self._cgroup = None if args.cgroup is None else parse_cgroup(args.cgroup)
         if not self.is_on:
-            say("--jail off: a guest that breaks out has all rights of this process")
+            say(OFF)
         elif os.geteuid() == 0:
             from pyvmm.jail.root import Namespaces
 
