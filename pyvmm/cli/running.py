@@ -109,6 +109,8 @@ class Running:
                     machine, config, report, sets_clock=self._sets_clock
                 )
             snapshot = None if warm is None else warm(machine, report)
+            if self._control is not None:
+                self._control.start()
             guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             self._bundle.__exit__()
             gc.freeze()  # the present objects stay: no collection need look at them
