@@ -91,7 +91,7 @@ class Running:
         self,
         make: Callable[[Reporter], tuple[Machine, RunConfig]],
         tell: Callable[[Machine, Reporter], None],
-        warm: Callable[[Machine, Callable[[str], None]], WarmSnapshot] | None = None,
+        warm: Callable[..., WarmSnapshot] | None = None,
     ) -> int:
         """Run the machine that ``make`` returns to its end; return the exit status.
 
@@ -111,6 +111,8 @@ class Running:
             snapshot = None if warm is None else warm(machine, report)
             if self._control is not None:
                 self._control.start()
+            if snapshot is not None:
+                snapshot.start()
             guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             self._bundle.__exit__()
             gc.freeze()  # the present objects stay: no collection need look at them

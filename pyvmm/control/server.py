@@ -88,7 +88,7 @@ class Server:
     def start(self, enter: Callable[[str], None] | None = None) -> None:
         """Begin to serve, in threads of its own, which first confine themselves by ``enter``.
 
-        RuntimeError if this host has no thread left, HostError if it does not confine one.
+        HostError if this user has no thread left, or the host does not confine one.
         """
         threads = (self._session.worker.thread, self._thread)
         for thread in threads:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from pyvmm.errors import HostError
+
 
 class EnteredThread:
     """A daemon thread called ``name`` that calls ``body``.
@@ -22,9 +24,13 @@ class EnteredThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, enter: Callable[[str], None] | None = None) -> None:
-        """Start the thread; RuntimeError if this host has none left."""
+        """Start the thread; HostError if this user has none left."""
         self._enter = enter
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            name = self._thread.name
+            raise HostError(f"the thread {name!r} cannot be started: {error}") from None
 
     def wait(self) -> None:
         """Return once the thread is confined; raise what ``enter`` raised."""
