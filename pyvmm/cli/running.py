@@ -97,7 +97,7 @@ class Running:
         self,
         make: Callable[[Reporter], tuple[Machine, RunConfig]],
         tell: Callable[[Machine, Reporter], None],
-        warm: Callable[[Machine, Callable[[str], None]], WarmSnapshot] | None = None,
+        warm: Callable[..., WarmSnapshot] | None = None,
     ) -> int:
         """Run the machine that ``make`` returns to its end; return the exit status.
 
