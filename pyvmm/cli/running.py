@@ -121,9 +121,9 @@ class Running:
                         machine, config, report, sets_clock=self._sets_clock
                     )
                 snapshot = None if warm is None else warm(machine, report)
+                self._bundle.__exit__()  # before the jail: its file is mapped
                 self._enter_jail(machine, attendant, report)
                 guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-                self._bundle.__exit__()
                 gc.freeze()  # the present objects stay: no collection need look at them
                 gc.enable()  # cli.main disabled the collector, and says why
                 outcome = run_at_terminal(machine, snapshot)
