@@ -1,7 +1,8 @@
 """Landlock: no file can be opened by its path, no socket connected, no other process signalled.
 
-Open descriptors stay usable.  Source: Documentation/userspace-api/landlock.rst and
-<linux/landlock.h> of Linux 7.2.
+Open descriptors stay usable.  Landlock does not keep a process from asking for a file's status, or
+from changing its mode or owner, by its path: an empty root (``jail.root``) and the filter do.
+Source: Documentation/userspace-api/landlock.rst and <linux/landlock.h> of Linux 7.2.
 """
 
 from __future__ import annotations
@@ -47,17 +48,21 @@ def forbid_all() -> tuple[str, ...]:
     that it starts later.  ``no_new_privileges`` must be in force, and one descriptor be free.
     """
     version = abi()
-    files, network, scopes = (
-        sum(rights for since, rights in table if version >= since)
-        for table in (_FILES_BY_ABI, _NETWORK_BY_ABI, _SCOPES_BY_ABI)
-    )
-    attributes = _ATTRIBUTES.pack(files, network, scopes)
+    attributes = _attributes(version)
     ruleset = system_call(_CREATE_RULESET, attributes, len(attributes), 0)
     try:
         system_call(_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
     return _names(version)
+
+
+def _attributes(version: int) -> bytes:
+    """Return the ruleset of all rights that Landlock of ``version`` knows."""
+    return _ATTRIBUTES.pack(*(
+        sum(rights for since, rights in table if version >= since)
+        for table in (_FILES_BY_ABI, _NETWORK_BY_ABI, _SCOPES_BY_ABI)
+    ))
 
 
 def _names(version: int) -> tuple[str, ...]:

@@ -13,52 +13,54 @@ import os
 import struct
 
 from pyvmm.errors import HostError
+from pyvmm.jail import privileges
+from pyvmm.jail.calls import system_call
 from pyvmm.jail.programs import PROGRAMS
 
 _SECCOMP = 317
 _SET_MODE_FILTER = 1
 _SPEC_ALLOW = 1 << 2
-"""Without it Linux before 5.16 switches off speculation past stores for this thread, which makes
-the guest on it slower.  The filter is no defence against such attacks, nor is that needed: every
-thread of this process may read all of its memory."""
-_PR_SET_NO_NEW_PRIVS = 38
+"""Without it, Linux before 5.16 switches off speculation past stores for the thread, which slows
+the guest down.  A filter is no defence against attacks by speculation in any case: all threads of
+this process may read all of its memory."""
 _INSTRUCTION_BYTES = 8
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Program(ctypes.Structure):
-    """struct sock_fprog."""
-
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+_PROGRAM = struct.Struct("=H6xQ")
+"""struct sock_fprog: the number of instructions, and their address."""
 
 
 def enter(kind: str) -> None:
     """Put the calling thread under the filter of ``kind``, a key of ``table.KINDS``; for good.
 
-    Sets no_new_privs for the thread too, without which Linux lets only root do this.  HostError if
-    the kernel refuses; KeyError for an unknown kind.
+    Sets no_new_privs for the thread too, without which only root may do this.  HostError if the
+    kernel refuses; KeyError for an unknown kind.
     """
-    data, places = PROGRAMS[kind]
-    patched = bytearray(data)
-    for place in places:
-        struct.pack_into("=I", patched, place, os.getpid())
-    program = _Program(len(data) // _INSTRUCTION_BYTES, bytes(patched))
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or _load(ctypes.byref(program)):
+    data, pid_places = PROGRAMS[kind]
+    program = ctypes.create_string_buffer(data, len(data))
+    for place in pid_places:
+        struct.pack_into("=I", program, place, os.getpid())
+    header = _PROGRAM.pack(len(data) // _INSTRUCTION_BYTES, ctypes.addressof(program))
+    try:
+        privileges.no_new_privileges()
+        system_call(_SECCOMP, _SET_MODE_FILTER, _SPEC_ALLOW, header)
+    except OSError as error:
         raise HostError(
-            f"seccomp: no filter for a thread ({kind}): {os.strerror(ctypes.get_errno())}"
-        )
+            f"no filter for the system calls of a thread ({kind}): {error.strerror}"
+        ) from error
 
 
 def why_not() -> str:
-    """Return why this process can load no filter, in words; "" if it can.  Changes nothing."""
-    if not _load(None) or ctypes.get_errno() == errno.EFAULT:
-        return ""
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS):
-        return "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)"
-    return f"seccomp(2) is refused: {os.strerror(number)}; a container's own filter may do that"
-
-
-def _load(program: object) -> int:
-    result: int = _libc.syscall(_SECCOMP, _SET_MODE_FILTER, _SPEC_ALLOW, program)
-    return result
+    """Return why this process can have no filters, in words; "" if it can.  Changes nothing."""
+    try:
+        os.confstr("CS_GNU_LIBC_VERSION")
+    except ValueError:
+        return "they know the system calls of the GNU C library only"
+    try:
+        # Linux looks at the flags, then for the program, and only then at anything else.
+        system_call(_SECCOMP, _SET_MODE_FILTER, _SPEC_ALLOW, 0)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            return ""
+        if error.errno in (errno.EINVAL, errno.ENOSYS):
+            return "the kernel has no filters of system calls (CONFIG_SECCOMP_FILTER)"
+        return f"seccomp(2) is refused: {error.strerror}; the filter of a container may do that"
+    return ""

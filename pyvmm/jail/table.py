@@ -16,19 +16,20 @@ from pyvmm.jail.bpf import OWN_PID, Condition
 from pyvmm.jail.ioctls import KVM, REQUESTS
 
 KINDS = {
-    "vcpu": "sits in KVM_RUN and answers port and register accesses",
-    "vcpu-elsewhere": "the same, of a machine with a disk that another process serves",
-    "vcpu-serving": "the same, and serves disks itself (`--serve exit`)",
-    "disk": "serves the queues of a disk in files or memory",
-    "disk-network": "serves the queues of a disk on an NBD server",
-    "disk-elsewhere": "watches the socket of a vhost-user back end",
-    "console": "serves the virtio console and the UART's gathered bytes",
-    "entropy": "serves the entropy device",
-    "agent": "serves the port of the agent in the guest",
-    "device": "serves a device or disk that a script brings (library only)",
-    "control": "serves the clients of `--control`, and their jobs for the agent",
-    "snapshot": "saves and rewinds the machine; starts the threads of a rewound one",
-    "main": "keeps house: console, keys, signals, deadlines, and the end of all",
+    "vcpu": "Sits in KVM_RUN and answers port and register accesses",
+    "vcpu-elsewhere": "The same, in a machine with a disk that another process serves",
+    "vcpu-serving": "The same, and serves the disks itself (`--serve exit`)",
+    "disk": "Serves the queues of a disk in files or memory",
+    "disk-network": "Serves the queues of a disk on an NBD server",
+    "disk-elsewhere": "Watches the socket of a vhost-user back end",
+    "console": "Serves the virtio console and the UART's gathered bytes",
+    "entropy": "Serves the entropy device",
+    "agent": "Serves the port of the agent in the guest",
+    "device": "Serves a device or a disk that a script brings (only in the library)",
+    "control": "Serves the clients of `--control`, and their jobs for the agent",
+    "snapshot": "Saves and rewinds the machine, and starts the threads of a rewound one; so it has"
+    " all that those have, besides the following",
+    "main": "Keeps house: console, keys, signals, deadlines, and the end of all others",
     "main-export": "`pyvmm export`: serves a disk to another process",
     "export-watch": "`pyvmm export`: ends a write that a peer makes wait",
 }
@@ -42,12 +43,11 @@ CLOSERS = (*DISKS, "main", "main-export")
 """These, and the kinds that close disks: an overlay is flushed then."""
 PEERS = ("vcpu-elsewhere", "vcpu-serving", "disk-network", "disk-elsewhere", "device", "main")
 """Kinds that speak to the server or the back end of a disk; ``main`` at the end."""
-SAVER = ("snapshot",)
-HEIRS_OF_SNAPSHOT = tuple(
-    kind for kind in KINDS if kind not in ("control", "main-export", "export-watch", "device")
-)
-"""Kinds that a snapshot's thread may start after the end of a run.  Such a thread has the filter of
-its maker besides its own, so ``snapshot`` has every rule of theirs."""
+HEIR = "snapshot"
+"""It starts the threads of a rewound machine.  Such a thread stays under the filter of its maker,
+besides its own: so this kind has every rule of theirs."""
+SAVER = (HEIR,)
+_STARTED_BY_HEIR = {*ALL} - {"device", "control", "main-export", "export-watch"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,13 @@ class Rule:
     when: tuple[Condition, ...] = ()
 
     def __post_init__(self) -> None:
-        if "snapshot" not in self.kinds and set(self.kinds) & set(HEIRS_OF_SNAPSHOT):
-            object.__setattr__(self, "kinds", (*self.kinds, "snapshot"))
+        if HEIR not in self.kinds and _STARTED_BY_HEIR & {*self.kinds}:
+            object.__setattr__(self, "kinds", (*self.kinds, HEIR))
+
+    @property
+    def is_own_of_heir(self) -> bool:
+        """True if the heir has this rule for itself, and not for a thread that it starts."""
+        return not (_STARTED_BY_HEIR - {HEIR}) & {*self.kinds}
 
 
 @dataclass(frozen=True)
@@ -129,16 +134,19 @@ MEMORY = (
 THREADS = (
     _one_of(
         "futex", 1,
-        {"FUTEX_WAIT": 0, "WAKE": 1, "REQUEUE": 3, "CMP_REQUEUE": 4, "WAKE_OP": 5,
-         "WAIT_BITSET": 9, "WAKE_BITSET": 10},
-        ALL, "locks, conditions, the end of threads", mask=0x7F,
+        {"FUTEX_WAIT": 0, "FUTEX_WAKE": 1, "FUTEX_WAIT_BITSET": 9},
+        ALL, "locks, conditions, the end of threads", mask=0xFFFF_FFFF & ~0x180,
     ),
-    *_rules("rt_sigprocmask rt_sigreturn", ALL, "signals: a vCPU's kick, a person's"),
+    *_rules("rt_sigprocmask rt_sigreturn", ALL, "signals: a kick, a person's"),
     *_rules("restart_syscall", ALL, "Linux goes on with a wait after SIGCONT"),
     *_rules("getpid gettid", ALL, "the C library, to signal a thread"),
     Rule(
-        "tgkill", ALL, "a vCPU's kick; abort()", "own process; SIGRTMIN, SIGABRT",
-        (_OWN, Condition(2, (signal.SIGRTMIN, signal.SIGABRT))),
+        "tgkill", ALL, "abort(), after a defect of Python's", "own process; SIGABRT",
+        (_OWN, Condition(2, (signal.SIGABRT,))),
+    ),
+    Rule(
+        "tgkill", ("control", "main", "export-watch"), "bring a vCPU out of KVM_RUN, end a write",
+        "own process; SIGRTMIN", (_OWN, Condition(2, (signal.SIGRTMIN,))),
     ),
     *_rules("sched_yield sched_getaffinity", ALL, "locks and heaps of the C library"),
     *_rules("exit exit_group", ALL, "the end of a thread, and of the process"),
@@ -153,22 +161,40 @@ DESCRIPTORS = (
     *_rules("read write close", ALL, "doorbells, interrupts, pipes: descriptors it has"),
     *_rules("epoll_wait epoll_ctl poll", ALL, "wait for them"),
     *_rules("fstat lseek", ALL, "the kind and the length of an open file"),
+    _one_of(
+        "newfstatat", 3, {"AT_EMPTY_PATH": 0x1000}, ALL,
+        "the C library's fstat; with a path it tells only facts about a file",
+    ),
 )
 
-ENTROPY = _rules("getrandom", ("entropy", "vcpu-serving", "snapshot"), "random bytes")
+ENTROPY = _rules("getrandom", ("entropy", "vcpu-serving", "control", HEIR), "random bytes")
 
 FILE_IO = (
     *_rules("preadv pwritev preadv2 pwritev2 pread64 pwrite64", CLOSERS, "a disk's requests"),
     *_rules("fdatasync fallocate ftruncate copy_file_range", CLOSERS, "a disk's requests"),
-    *_rules("fsync readv writev sendfile", SAVER, "the files of a snapshot"),
+    *_rules("fsync", SAVER, "the files of a snapshot"),
 )
 
 PEER_IO = (
-    *_rules("sendto sendmsg recvfrom recvmsg shutdown", (*PEERS, "control", "main-export"),
-            "a socket it has"),
-    *_rules("getsockopt setsockopt getsockname getpeername", (*PEERS, "control", "main-export"),
-            "a socket it has"),
+    Rule(
+        "sendto", ALL, "a line, if standard error is a socket; a peer", "without an address",
+        (Condition(5, (0,)),),
+    ),
+    *_rules(
+        "sendmsg recvfrom recvmsg shutdown getsockopt setsockopt getsockname getpeername",
+        (*PEERS, "control", "main-export"), "a socket it has",
+    ),
     *_rules("accept4", ("control", "main-export"), "a new client"),
+    _one_of(
+        "fcntl", 1, {"F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC},
+        ("vcpu-elsewhere", "vcpu-serving"), "RAM for a back end that knows no memory slots",
+    ),
+    _one_of(
+        "fcntl", 1,
+        {"F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC, "F_GET_SEALS": fcntl.F_GET_SEALS,
+         "F_GETFL": fcntl.F_GETFL, "F_SETFL": fcntl.F_SETFL},
+        ("main-export",), "the descriptors that a front end sends",
+    ),
 )
 
 GUEST = (
@@ -226,7 +252,7 @@ STATE = (
     _one_of(
         "fcntl", 1,
         {"F_GETFD": fcntl.F_GETFD, "F_GETFL": fcntl.F_GETFL, "F_SETFL": fcntl.F_SETFL,
-         "F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC, "F_OFD_SETLK": fcntl.F_OFD_SETLK,
+         "F_OFD_SETLK": fcntl.F_OFD_SETLK,
          "F_ADD_SEALS": fcntl.F_ADD_SEALS, "F_GET_SEALS": fcntl.F_GET_SEALS},
         SAVER, "layers of disks, seals of images",
     ),
@@ -257,5 +283,7 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("madvise", errno.EINVAL, "advice that only makes something faster"),
     Refusal("prctl", errno.EINVAL, "names of threads and of memory"),
     Refusal("sysinfo", errno.EACCES, "the C library sorts with less memory then"),
+    Refusal("prlimit64", errno.EPERM, "an error tells how many files may be open"),
+    Refusal("getcpu", errno.ENOSYS, "an allocator asks which memory is near"),
 )
 """System calls that Python and the C library try, and can do without."""

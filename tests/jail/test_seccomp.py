@@ -176,8 +176,8 @@ def test_a_host_without_filters_is_told() -> None:
         timeout=patient(60),
     )
     assert done.stdout.splitlines() == [
-        "seccomp(2) is refused: Operation not permitted; a container's own filter may do that",
-        "seccomp: no filter for a thread (vcpu): Operation not permitted",
+        "seccomp(2) is refused: Operation not permitted; the filter of a container may do that",
+        "no filter for the system calls of a thread (vcpu): Operation not permitted",
     ], done.stderr
 
 
