@@ -124,6 +124,10 @@ class Server:
         elif not self._thread.has_begun:
             self._loop.close()
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors of its own thread, each with a name; before ``start``."""
+        return {fd: f"control: {use}" for fd, use in self._loop.descriptors().items()}
+
     @property
     def requests_under_way(self) -> int:
         """The number of requests that are not answered yet, of all clients together."""
