@@ -14,6 +14,7 @@ import socket
 import stat
 from pathlib import Path
 
+from pyvmm import owners
 from pyvmm.errors import ConfigError
 from pyvmm.vhost_user.hints import lab_hint
 from pyvmm.vhost_user.socket_name import SocketName
@@ -51,11 +52,13 @@ class Listener:
     def _check_free(self) -> None:
         """Raise ConfigError if the path is a socket in use or another kind of file."""
         try:
-            mode = Path(self.path).lstat().st_mode
+            found = Path(self.path).lstat()
         except FileNotFoundError:
             return
-        if not stat.S_ISSOCK(mode):
+        if not stat.S_ISSOCK(found.st_mode):
             raise ConfigError(self.path, "is there, and is no socket")
+        if owner := owners.foreign_owner(found):
+            raise ConfigError(self.path, f"belongs to {owner}; name another path")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
             caller.setblocking(False)
             answer = caller.connect_ex(self.path)
@@ -66,6 +69,12 @@ class Listener:
         path = Path(self.path)
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(path.parent, flags)
+        status = os.fstat(self._directory)
+        if problem := owners.problem(str(path.parent), status, on_the_way=True):
+            raise ConfigError(
+                str(path), f"its directory {problem}, so another user could put a socket in its "
+                "place; name a directory of your own, or a sticky one such as /tmp",
+            )
         temporary = f".pyvmm-{secrets.token_hex(6)}"
         # The socket's mode becomes the mode of the file that bind makes.  The way through the
         # directory's descriptor leaves room for a name of any length.

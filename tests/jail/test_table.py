@@ -19,23 +19,13 @@ from pyvmm.jail.table import ALL, KINDS, REFUSED, RULES, Rule
 from pyvmm.kvm import abi, irqchip_abi, state_abi
 from pyvmm.ram import pages
 from tests.support.bpf_interpreter import run
+from tests.support.table_words import said
 
 KILLED = bpf.KILL_PROCESS
 ODD = (0, 1, 2, 4, 5, 0x40, 0xFFFF, 0x7FFFFFFE, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 32, (1 << 64) - 1)
 """Arguments that no rule is about, and bits at the edges."""
 NOT_NUMBERS = (335, 400, 423, 512, 547, 600, 1 << 30, 1 << 30 | 1, 1 << 31, (1 << 32) - 1)
 """Numbers without a system call, and the x32 ABI's."""
-
-
-def said(kind: str, name: str, arguments: tuple[int, ...]) -> int:
-    """The action that the table has for a system call: read rule by rule, as a person would."""
-    for rule in RULES:
-        if rule.syscall == name and kind in rule.kinds and all(
-            arguments[one.argument] & 0xFFFFFFFF & one.mask in one.values for one in rule.when
-        ):
-            return bpf.ALLOW
-    errors = [one.error for one in REFUSED if one.syscall == name]
-    return bpf.refuse_with(errors[0]) if errors else KILLED
 
 
 def arguments_about(name: str) -> Iterator[tuple[int, ...]]:
