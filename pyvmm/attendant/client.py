@@ -36,6 +36,12 @@ class Attendant(Protocol):
     def ended(self, outcome: Outcome, evidence: Evidence) -> None:
         """Print the explanation of a run that has ended, if there is one; this may take seconds."""
 
+    def wake(self) -> None:
+        """Make the next request quick, and do not wait for that; idempotent."""
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+
     def close(self) -> None:
         """Do what comes last, and return once it is done; idempotent."""
 
@@ -67,6 +73,13 @@ class LocalAttendant:
         with contextlib.suppress(OSError, ImportError):
             for line in self._duties.explain(outcome, evidence):
                 say(line)
+
+    def wake(self) -> None:
+        """See ``Attendant``: nothing is slow here."""
+
+    def descriptors(self) -> dict[int, str]:
+        """See ``Attendant``."""
+        return {}
 
     def close(self) -> None:
         """See ``Attendant``."""

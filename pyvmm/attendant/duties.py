@@ -6,24 +6,14 @@ options of the start call for, and each of these things as often as that start c
 
 from __future__ import annotations
 
-from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
+from pyvmm.startup.types import TYPE_CHECKING, Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pyvmm.run.outcome import Outcome
     from pyvmm.run.verdict import Evidence
-
-
-class SocketName(Protocol):
-    """The name of a socket in the file system; ``vhost_user.listener.Listener`` has one."""
-
-    @property
-    def directory_fd(self) -> int:
-        """The descriptor through which ``remove`` reaches the name; -1 once it is removed."""
-
-    def remove(self) -> None:
-        """Remove the name, unless another process has it now; idempotent, no error."""
+    from pyvmm.vhost_user.socket_name import SocketName
 
 
 class Duties(Record):

@@ -133,6 +133,10 @@ class WarmSnapshot:
         self._thread.start(enter)
         self._thread.wait()
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+        return {} if self._line_end is None else self._line_end.descriptors()
+
     def on_key(self) -> None:
         """Begin the snapshot because a person asks for it, again if it has failed."""
         if not self._begin():

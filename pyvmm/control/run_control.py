@@ -22,6 +22,7 @@ from pyvmm.startup.types import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyvmm.snapshot.files.making import MakeWriter
     from pyvmm.vhost_user.listener import Listener
+    from pyvmm.vhost_user.socket_name import SocketName
 
 
 class RunControl:
@@ -74,6 +75,19 @@ class RunControl:
         ``enter`` first; see ``Server.start``."""
         assert self._server is not None  # ``attach`` comes before
         self._server.start(enter)
+
+    def give_name_away(self) -> SocketName | None:
+        """Return the name of the socket at ``path``, for the caller to remove; None for none."""
+        return None if self._listener is None else self._listener.give_name_away()
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+        found: dict[int, str] = {} if self._server is None else self._server.descriptors()
+        if self._listener is not None:
+            found[self._listener.fileno()] = "control: the socket that clients connect to"
+        if self._owner is not None:
+            found[self._owner.fileno()] = "control: the owner's socket"
+        return found
 
     def end(self, outcome: Outcome) -> bool:
         """Tell all clients that the run has ended with ``outcome``; the machine is not closed.

@@ -18,7 +18,7 @@ from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi, cpuid_entry
 from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import CoalescedRing, RunPage
-from pyvmm.kvm.ioctl import MSR_ENTRY, MSR_HEAD, ioctl, msr_buffer, vcpu_entry
+from pyvmm.kvm.ioctl import MSR_ENTRY, MSR_HEAD, ioctl, map_over, msr_buffer, vcpu_entry
 from pyvmm.kvm.nmi import ioapic_can_wake, pit_can_wake
 from pyvmm.startup.types import TYPE_CHECKING
 
@@ -232,7 +232,7 @@ class Vm(_Handle):
         """Create vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
         try:
-            page = mmap.mmap(fd, self._mmap_bytes)
+            page = map_over(fd, self._mmap_bytes)
         except OSError as error:
             os.close(fd)
             raise HostError(f"cannot map the run page of vCPU {index}: {error}") from error

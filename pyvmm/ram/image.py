@@ -9,6 +9,7 @@ import stat
 import threading
 from collections.abc import Sequence
 
+from pyvmm import owners
 from pyvmm.errors import HostError, SnapshotError
 from pyvmm.memory import PAGE_SIZE, RamLayer
 from pyvmm.ram.runs import MOST_RUNS, Run
@@ -199,6 +200,8 @@ def _checked(path: str, size_bytes: int, fd: int | None) -> int:
             raise SnapshotError(path, "is not a regular file")
         if facts.st_size != size_bytes:
             raise SnapshotError(path, f"has {facts.st_size} bytes, not {size_bytes} as the RAM")
+        if owner := owners.foreign_owner(facts):
+            raise SnapshotError(path, f"belongs to {owner}; {owners.COPY_IT}")
         if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise SnapshotError(path, "others may write it, under a running guest; chmod 0400")
         _lock(fd, path)

@@ -113,6 +113,10 @@ class FrozenDisk:
         """The disk below all layers, which stays this one's; its kind says what can be done."""
         return self.tree.base
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
+        return self.tree.descriptors()
+
     @property
     def stripe_bytes(self) -> int:
         """Bytes of a stripe for a layer over this disk."""

@@ -12,7 +12,12 @@ import errno
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from pyvmm.storage.backend import BlockBackend, check_range
+from pyvmm.storage.backend import (
+    BlockBackend,
+    check_range,
+    descriptors_of,
+    thread_kind_of,
+)
 from pyvmm.storage.bitmap import PAGE_SIZE, BlockBitmap
 from pyvmm.storage.copy_on_write import CopyOnWrite
 from pyvmm.storage.overlay_format import (
@@ -111,6 +116,15 @@ class OverlayBackend(CopyOnWrite):
         except OSError as error:
             self._latch(error)
             raise
+
+    @property
+    def thread_kind(self) -> str:
+        """The kind of the thread that serves it: see ``backend.thread_kind_of``."""
+        return thread_kind_of(self.base)
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
+        return {**descriptors_of(self.base), **descriptors_of(self._store)}
 
     @property
     def place(self) -> tuple[BlockBackend, int]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from pyvmm.startup.types import TYPE_CHECKING
-from pyvmm.storage.backend import BlockBackend, check_range, read_only_error
+from pyvmm.storage.backend import BlockBackend, check_range, read_only_error, thread_kind_of
 from pyvmm.storage.bitmap import BlockBitmap
 from pyvmm.storage.copy_on_write import CopyOnWrite
 from pyvmm.storage.scratch import ScratchFile, Stripe, nameless_file, take_stripe
@@ -42,6 +42,16 @@ class PrivateDisk(CopyOnWrite):
     def frozen(self) -> FrozenDisk:
         """The disk below, which stays this one's."""
         return self._frozen
+
+    @property
+    def thread_kind(self) -> str:
+        """The kind of the thread that serves it: see ``backend.thread_kind_of``."""
+        return thread_kind_of(self._frozen.base)
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
+        own = {} if self._top is None else self._top.store.descriptors()
+        return {**self._frozen.descriptors(), **own}
 
     def make_room(self) -> None:
         """Make the file for writes now; OSError if it cannot be made."""

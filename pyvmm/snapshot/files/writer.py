@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 
 from pyvmm.errors import SnapshotError
 from pyvmm.snapshot.files import layout
-from pyvmm.snapshot.files.records import encode
+from pyvmm.snapshot.files.finishing import write_failed, write_state
 from pyvmm.snapshot.files.sparse import sparse_crc
-from pyvmm.startup.types import Protocol
 
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
@@ -298,61 +297,13 @@ class Writer:
             os.close(fd)
 
     def _failed(self, error: OSError | ValueError, name: str = "") -> SnapshotError:
-        subject = f"{self.path}/{name}" if name else self.path
-        if isinstance(error, ValueError):
-            return SnapshotError(repr(subject), f"is no file name: {error}")
-        return SnapshotError(subject, f"cannot be written: {error.strerror}")
+        return write_failed(self.path, error, name)
 
 
 class _Place:
     """The file at which an error arises; "" for the directory."""
 
     name = ""
-
-
-class _InTheMaking(Protocol):
-    """What ``write_state`` needs of a writer."""
-
-    @property
-    def path(self) -> str:
-        """See ``Writer``."""
-
-    def create(self, name: str) -> int:
-        """See ``Writer``."""
-
-    def settle(self) -> Mapping[str, int]:
-        """See ``Writer``."""
-
-    def publish(self) -> None:
-        """See ``Writer``."""
-
-    def abort(self) -> None:
-        """See ``Writer``."""
-
-    def failed(self, error: OSError, name: str = ...) -> SnapshotError:
-        """See ``Writer``."""
-
-
-def write_state(writer: _InTheMaking, state: Mapping[str, object]) -> None:
-    """Settle the files, write ``state`` with their CRCs, and publish; see ``Writer.finish``."""
-    try:
-        data = encode(
-            {**state, layout.FILES: dict(writer.settle())}, name=f"{writer.path}/{layout.STATE}",
-            versions=layout.RECORDS,
-        )
-        fd = writer.create(layout.STATE)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-        except OSError as error:
-            raise writer.failed(error, layout.STATE) from error
-        finally:
-            os.close(fd)
-    except BaseException:
-        writer.abort()
-        raise
-    writer.publish()
 
 
 def rename_new(source: str, target: str) -> None:
