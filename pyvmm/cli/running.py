@@ -172,6 +172,7 @@ class Running:
         if not self._jail.is_on:
             return None
         prepare_scratch(machine.board, attendant.scratch_file)
+        attendant.jailed()
         close_kvm(machine)
         kept = descriptors_of(machine) | report.descriptors() | attendant.descriptors()
         more_files = files_of_a_run(machine)
