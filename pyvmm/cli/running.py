@@ -143,6 +143,7 @@ class Running:
                     self._control.start(enter)
                 if snapshot is not None:
                     snapshot.start(enter)
+                    attendant.wake()  # to make the directory, once the guest is warm
                 guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
                 gc.freeze()  # the present objects stay: no collection need look at them
                 gc.enable()  # cli.main disabled the collector, and says why

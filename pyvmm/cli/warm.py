@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     from pyvmm.snapshot.files.making import MakeWriter
 
-HOLD_S = 2.0
-"""The longest time that a vCPU waits at the warm port for the pause of a snapshot."""
+HOLD_S = 30.0
+"""The longest time that a vCPU waits at the warm port for the pause of a snapshot: the process that
+makes the directory may have to start first (``attendant/``), on a busy host."""
 POLL_S = 0.0005
 
 
