@@ -164,7 +164,8 @@ def test_verbose_says_what_is_in_force(tmp_path: Path, disk: str) -> None:
     with running(tmp_path, "--disk", disk) as run:
         line = run.said[-1]
         for part in (
-            "no_new_privs", "empty capability sets", "closed descriptors", "a filter of system calls",
+            "no_new_privs", "empty capability sets", "closed descriptors",
+            "a filter of system calls",
         ):
             assert part in line
         run.wait_for_guest()
