@@ -9,6 +9,7 @@ import fcntl
 import os
 import stat
 
+from pyvmm.board.disks import prepare_scratch
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.jail import MODES
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
+    from pyvmm.attendant.client import Attendant
     from pyvmm.machine import Machine
 
 JAIL_OPTIONS = (
@@ -34,6 +36,8 @@ JAIL_OPTIONS = (
            "limits"),
 )
 OFF = "--jail off: a guest that breaks out has all rights of this process"
+MANY_FILES = 512
+"""Descriptors of clients, of the files they send or ask for, and of snapshots, at one time."""
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
@@ -128,16 +132,27 @@ def descriptors_of(machine: Machine) -> dict[int, str]:
     return found
 
 
-def close_kvm(machine: Machine) -> None:
-    """Close /dev/kvm, with which another virtual machine could be made."""
+def open_beforehand(machine: Machine, attendant: Attendant, *, saves: bool) -> None:
+    """Open everything that a run of ``machine`` needs later; with ``saves`` it may be saved.
+
+    Close /dev/kvm, with which another virtual machine could be made.
+    """
+    prepare_scratch(machine.board, attendant.scratch_file)
     kvm = machine.loops[0].vcpu.kvm
     assert kvm is not None  # ``build`` has made the vCPUs
+    if saves:
+        from pyvmm.kvm.answers import answers_of
+        from pyvmm.ram.pages import keep_pagemap
+
+        answers_of(kvm).ask_all()
+        keep_pagemap(machine.board.memory)
     kvm.close()
 
 
-def files_of_a_run(machine: Machine) -> int:
-    """Return how many descriptors a run of ``machine`` makes for itself, all at one time."""
-    return len(machine.board.workers) + 2  # an epoll each; the pipe of the signals
+def files_of_a_run(machine: Machine, *, saves: bool) -> int:
+    """Return how many descriptors a run of ``machine`` opens or is sent, all at one time."""
+    own = len(machine.board.workers) + 2  # an epoll each; the pipe of the signals
+    return own + MANY_FILES if saves else own
 
 
 def may_grow(machine: Machine) -> bool:

@@ -10,7 +10,7 @@ import time
 
 import pyvmm
 from pyvmm.cli.attended import Attendance
-from pyvmm.cli.jailed import Jail, close_kvm, descriptors_of, files_of_a_run, may_grow
+from pyvmm.cli.jailed import Jail, descriptors_of, files_of_a_run, may_grow, open_beforehand
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
@@ -121,9 +121,9 @@ class Running:
                         machine, config, report, sets_clock=self._sets_clock
                     )
                 snapshot = None if warm is None else warm(machine, report)
+                self._bundle.__exit__()  # before the jail: its file is mapped
                 self._enter_jail(machine, attendant, report)
                 guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-                self._bundle.__exit__()
                 gc.freeze()  # the present objects stay: no collection need look at them
                 gc.enable()  # cli.main disabled the collector, and says why
                 outcome = run_at_terminal(machine, snapshot)
@@ -145,12 +145,13 @@ class Running:
         """Give up what the run does not need; from now on only what is open can be used."""
         if not self._jail.is_on:
             return
-        saves = self._control is not None
-        if not saves:
-            close_kvm(machine)
+        open_beforehand(machine, attendant, saves=self._attendance.saves)
         kept = descriptors_of(machine) | report.descriptors() | attendant.descriptors()
+        if self._control is not None:
+            kept |= self._control.descriptors()
         machine.runner.enter = self._jail.enter(
-            kept, more_files=files_of_a_run(machine), may_grow=saves or may_grow(machine)
+            kept, more_files=files_of_a_run(machine, saves=self._attendance.saves),
+            may_grow=self._attendance.saves or may_grow(machine),
         )
 
     def _lines(

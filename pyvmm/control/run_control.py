@@ -73,6 +73,15 @@ class RunControl:
         """Return the name of the socket at ``path``, for the caller to remove; None for none."""
         return None if self._listener is None else self._listener.give_name_away()
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that are kept open, each with a name; after ``attach``."""
+        found = {} if self._server is None else self._server.descriptors()
+        if self._listener is not None:
+            found[self._listener.fileno()] = "control: socket"
+        if self._owner is not None:
+            found[self._owner.fileno()] = "control: owner"
+        return found
+
     def end(self, outcome: Outcome) -> bool:
         """Tell all clients that the run has ended with ``outcome``; the machine is not closed.
 

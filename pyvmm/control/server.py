@@ -116,6 +116,10 @@ class Server:
         elif self._thread.ident is None:
             self._loop.close()
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors of its own thread, each with a name; before ``start``."""
+        return {fd: f"control: {use}" for fd, use in self._loop.descriptors().items()}
+
     @property
     def requests_under_way(self) -> int:
         """The number of requests that are not answered yet, of all clients together."""
