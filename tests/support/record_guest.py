@@ -1,10 +1,11 @@
 """Boot a guest that writes and fsyncs records, and keep a log of every write and flush it makes.
 
-    python -m tests.support.record_guest DISK SECONDS OUT
+    python -m tests.support.record_guest DISK SECONDS OUT VARIANT
 
 The guest mounts DISK, an ext4 image, writes ``record N`` into file ``rN``, fsyncs it and says
 ``ack N``, until it is stopped after SECONDS.  OUT is a pickle of the recorder's initial image and
-log, in which a Note N stands behind everything that was done before the host saw ``ack N``.
+log, in which a Note N stands behind everything that was done before the host saw ``ack N``; N is
+``WRITER-NUMBER``.  VARIANT is an index into VARIANTS.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm import machine
@@ -29,13 +31,41 @@ from pyvmm.storage.open import DiskSource, open_backend
 from tests.support.guest import KERNEL, TOOLS, run_in_guest
 from tests.support.power_cut import RecordingBackend
 
-SCRIPT = (
-    "mount -t tmpfs t /mnt; mkdir /mnt/d; mount /dev/vdb /mnt/d; i=0; while true; do i=$((i+1));"
-    " echo record $i > /mnt/d/r$i; sync /mnt/d/r$i; echo ack $i; done"
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A guest: its writers and vCPUs, and how its disk is offered and mounted."""
+
+    writers: int = 1
+    cpus: int = 1
+    disk: str = ""
+    mount: str = "-o defaults"
+
+    @property
+    def script(self) -> str:
+        """Return what the guest's shell does."""
+        writer = (
+            "(i=0; while true; do i=$((i+1)); echo record $w-$i > /mnt/d/r$w-$i;"
+            " sync /mnt/d/r$w-$i; echo ack $w-$i; done) &"
+        )
+        writers = " ".join(map(str, range(1, self.writers + 1)))
+        return (
+            f"mount -t tmpfs t /mnt; mkdir /mnt/d; mount {self.mount} /dev/vdb /mnt/d;"
+            f" for w in {writers}; do {writer} done; wait"
+        )
+
+
+VARIANTS = (
+    Variant(),
+    Variant(writers=4, cpus=4, disk=",queues=4"),
+    Variant(disk=",writeback=off"),
+    Variant(writers=2, mount="-o data=journal"),
 )
 
 
-def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
+def record(
+    disk: Path, seconds: float, variant: Variant
+) -> tuple[RecordingBackend, Outcome]:
     """Run the guest on ``disk`` for ``seconds`` after start; the recorder and the outcome."""
     recorders: list[RecordingBackend] = []
 
@@ -50,8 +80,8 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
         return recorders[-1]
 
     def on_line(line: bytes) -> None:
-        if match := re.fullmatch(rb"ack (\d+)", line):
-            recorders[0].note(int(match[1]))
+        if match := re.fullmatch(rb"ack (\d+-\d+)", line):
+            recorders[0].note(match[1].decode())
 
     lines = LineWatch(on_line)
 
@@ -65,8 +95,9 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
     storage_open.open_backend = open_recorded
     machine.ConsoleWatch = NotingWatch  # type: ignore[attr-defined]
     config = RunConfig(
-        kernel=KERNEL, disks=(parse_disk(f"{TOOLS},ro"), parse_disk(str(disk))),
-        append=f"quiet {run_in_guest(SCRIPT)}", timeout_s=seconds, console="none",
+        kernel=KERNEL, disks=(parse_disk(f"{TOOLS},ro"), parse_disk(f"{disk}{variant.disk}")),
+        append=f"quiet {run_in_guest(variant.script)}", timeout_s=seconds, console="none",
+        cpus=variant.cpus,
     )
     with machine.build(config, report=Reporter()) as built:
         outcome = built.run()
@@ -75,8 +106,8 @@ def record(disk: Path, seconds: float) -> tuple[RecordingBackend, Outcome]:
 
 def main() -> int:
     """Command line; 0 unless the guest ended by itself."""
-    disk, seconds, out = sys.argv[1:]
-    recorder, outcome = record(Path(disk), float(seconds))
+    disk, seconds, out, variant = sys.argv[1:]
+    recorder, outcome = record(Path(disk), float(seconds), VARIANTS[int(variant)])
     Path(out).write_bytes(pickle.dumps((bytes(recorder.initial), recorder.log)))
     print(outcome)
     return outcome.exit_status != 124

@@ -1,0 +1,183 @@
+"""``python -m soak``: do what is left of the parts, and report.  docs/reliability.md says more."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from pyvmm.numerals import whole_number
+from soak import report
+from soak.journal import BusyError, Journal
+from soak.part import Part, TrialError, Work
+from soak.parts import NAMES, load
+from soak.processes import ROOT, adopt_orphans, left_in, pyvmm, wait_until_alone
+
+OUT = ROOT / "build" / "soak"
+PAGE = ROOT / "docs" / "reliability.md"
+SCRATCH = Path("/dev/shm")
+FOUND, MISTAKE, INTERRUPTED = 1, 2, 130
+_MOST = 1_000_000_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit status: 0 if all is well, 1 if a trial failed, 130 if it was interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m soak",
+        description="Do what is left of the parts, in order, and write a report. Ctrl-C stops it; "
+                    "the same command goes on.",
+    )
+    parser.add_argument("words", nargs="*", metavar="PART[=SIZE]",
+                        help="parts, with another size than the usual one (default: all)")
+    parser.add_argument("--jobs", type=_count, default=2, help="trials at a time (default: 2)")
+    parser.add_argument("--out", type=Path, default=OUT, help="state and report")
+    parser.add_argument("--trial", type=_count, help="only that trial of PART, done or not")
+    parser.add_argument("--fresh", action="store_true", help="forget what was done of the parts")
+    parser.add_argument("--list", action="store_true", help="say what parts there are")
+    parser.add_argument("--publish", action="store_true",
+                        help=f"put the report into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--here", action="store_true",
+                        help="never in the lab (used by the soak itself)")
+    options = parser.parse_args(argv)
+    parts = [load(name) for name in NAMES]
+    if options.list:
+        for part in parts:
+            print(f"{part.name:12} {part.size:6} {part.things:22} {part.about}")
+        return 0
+    if options.publish:
+        report.publish(_reports(parts, options.out), PAGE)
+        return 0
+    try:
+        chosen = _chosen(options.words, {part.name: part for part in parts})
+    except ValueError as error:
+        parser.error(str(error))
+    if options.trial is not None and len(chosen) != 1:
+        parser.error("--trial: name its part")
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    adopt_orphans()
+    failures = 0
+    try:
+        for part, size in chosen:
+            failures += _soak(part, size, options)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on")
+        return INTERRUPTED
+    except BusyError as error:
+        say(str(error))
+        return MISTAKE
+    finally:
+        if not options.here:
+            report.write(_reports(parts, options.out), options.out)
+    if not options.here:
+        print(report.page([one for one in _reports(parts, options.out)
+                           if one["part"] in [part.name for part, _ in chosen]]))
+    return FOUND if failures else 0
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _chosen(words: Sequence[str], parts: dict[str, Part]) -> list[tuple[Part, int]]:
+    """Return the parts that ``words`` name, with their sizes; ValueError."""
+    found = []
+    for word in words or parts:
+        name, has_size, text = word.partition("=")
+        if name not in parts:
+            raise ValueError(f"{name}: none of {', '.join(parts)}")
+        size = whole_number(text, 1, _MOST) if has_size else parts[name].size
+        if size is None:
+            raise ValueError(f"{word}: the size must be a whole number from 1 on")
+        found.append((parts[name], size))
+    return found
+
+
+def _count(text: str) -> int:
+    number = whole_number(text, 0, _MOST)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number")
+    return number
+
+
+def _reports(parts: Sequence[Part], out: Path) -> list[report.Report]:
+    found = (report.report_of(part, _journal(out, part)) for part in parts)
+    return [one for one in found if one is not None]
+
+
+def _journal(out: Path, part: Part) -> Path:
+    return out / f"{part.name}.jsonl"
+
+
+def _soak(part: Part, size: int, options: argparse.Namespace) -> int:
+    """Do what is left of ``part``, here or in the lab; return how many trials have failed."""
+    path = _journal(options.out, part)
+    if options.fresh:
+        path.unlink(missing_ok=True)
+        shutil.rmtree(options.out / part.name, ignore_errors=True)
+    # In the lab a lock would not be seen from outside: the soak outside has it.
+    with Journal(path, is_locked=not options.here) as journal:
+        work = Work(
+            part=part, journal=journal, size=size, folder=options.out / part.name,
+            scratch=Path(), say=say, jobs=max(1, options.jobs), only=options.trial,
+        )
+        if work.left():
+            work.folder.mkdir(parents=True, exist_ok=True)
+            if part.linux and not options.here and not _runs_linux():
+                return _in_lab(part, size, options)
+            if options.trial is None:
+                journal.add(report.this_leg(size))
+            place = SCRATCH if SCRATCH.is_dir() else None
+            with tempfile.TemporaryDirectory(prefix="pyvmm-soak-", dir=place) as scratch:
+                work.scratch = Path(scratch)
+                part.run(work)
+                _leave_nothing(work, scratch)
+        say(work.progress(time.monotonic()))
+        return work.failures if options.trial is not None else journal.failures
+
+
+def _leave_nothing(work: Work, scratch: str) -> None:
+    """Note what the part has left behind: processes, files, sockets."""
+    try:
+        wait_until_alone()
+        left = left_in(scratch)
+    except TrialError as error:
+        left = str(error)
+    if left:
+        work.leave(left)
+
+
+def _runs_linux() -> bool:
+    return subprocess.run(pyvmm("doctor", "--quiet"), check=False).returncode == 0
+
+
+def _in_lab(part: Part, size: int, options: argparse.Namespace) -> int:
+    """Do the same in the lab, which writes the journal here as it goes."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    words = ["--here", f"{part.name}={size}", "--jobs", "1", "--out", str(options.out.resolve())]
+    if options.trial is not None:
+        words += ["--trial", str(options.trial)]
+    lab = pyvmm("lab", "--memory", "4G", "--rw", ROOT, "--rw", options.out.resolve(), "--")
+    done = subprocess.run([*lab, sys.executable, "-m", "soak", *words], cwd=ROOT, check=False)
+    if done.returncode in (INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise KeyboardInterrupt
+    if done.returncode not in (0, FOUND):
+        say(f"{part.name}: the lab ended with status {done.returncode}")
+        return 1
+    return int(done.returncode == FOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
