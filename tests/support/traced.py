@@ -39,6 +39,9 @@ _CLONE_THREAD = 0x0001_0000
 _SECCOMP_SET_MODE_FILTER = 1
 Call = tuple[str, str, tuple[int, ...]]
 """The kind of a thread, a system call's name, and its arguments."""
+_Thread = tuple[int, int, tuple[str, ...]]
+"""A thread's number, its process's, and the kinds whose filters it has."""
+_Instructions = tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -80,16 +83,12 @@ class Traced:
         return lines
 
 
-def _key(program: bytes) -> tuple[tuple[int, int, int, int], ...]:
-    """Return the instructions of a filter, but for the process's number in it."""
-    found = []
-    for code, if_true, if_false, constant in bpf.INSTRUCTION.iter_unpack(program):
-        found.append((code, if_true, if_false, constant))
-    return tuple(found)
-
-
-def _kinds_by_filter() -> dict[tuple[tuple[int, int, int, int], ...], str]:
-    return {_key(_without_pid(data, places)): kind for kind, (data, places) in PROGRAMS.items()}
+def _kinds_by_filter() -> dict[_Instructions, str]:
+    """Return the kind that has a filter, whose process's number is 0."""
+    return {
+        tuple(bpf.INSTRUCTION.iter_unpack(_without_pid(data, places))): kind
+        for kind, (data, places) in PROGRAMS.items()
+    }
 
 
 def _without_pid(data: bytes, places: Sequence[int]) -> bytes:
@@ -116,7 +115,9 @@ class _Reader:
     def read_all(self) -> Traced:
         """Return what all threads have called."""
         # A thread's parent has a file of its own, which has to be read first.
-        waiting = [(min(self._files), min(self._files), ())] if self._files else []
+        waiting: list[_Thread] = []
+        if self._files:
+            waiting.append((min(self._files), min(self._files), ()))
         begun: set[int] = set()
         while waiting:
             thread, process, kinds = waiting.pop()
@@ -127,7 +128,7 @@ class _Reader:
 
     def _read(
         self, thread: int, process: int, kinds: tuple[str, ...]
-    ) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+    ) -> Iterator[_Thread]:
         """Note the calls of ``thread``; yield the threads that it makes."""
         with self._files[thread].open(errors="replace") as lines:
             for line in lines:
