@@ -156,7 +156,10 @@ def files_of_a_run(machine: Machine, *, saves: bool) -> int:
 
 
 def may_grow(machine: Machine) -> bool:
-    """True if a file of ``machine`` may become longer: a person may make a disk larger."""
+    """True if a file of ``machine`` may become longer: a log, or a disk that a person enlarges."""
+    output_fd = machine.console.output_fd
+    if output_fd is not None and stat.S_ISREG(os.fstat(output_fd).st_mode):
+        return True
     return any(
         not (disk.read_only or (isinstance(disk, DiskConfig) and disk.source.snapshot))
         for disk in machine.config.disks

@@ -96,7 +96,7 @@ class Running:
         self,
         make: Callable[[Reporter], tuple[Machine, RunConfig]],
         tell: Callable[[Machine, Reporter], None],
-        warm: Callable[[Machine, Callable[[str], None]], WarmSnapshot] | None = None,
+        warm: Callable[..., WarmSnapshot] | None = None,
     ) -> int:
         """Run the machine that ``make`` returns to its end; return the exit status.
 
@@ -120,9 +120,14 @@ class Running:
                     self._control.attach(
                         machine, config, report, sets_clock=self._sets_clock
                     )
-                snapshot = None if warm is None else warm(machine, report)
+                snapshot = None
+                if warm is not None:
+                    snapshot = warm(machine, report, attendant.snapshot_writer)
                 self._bundle.__exit__()  # before the jail: its file is mapped
                 self._enter_jail(machine, attendant, report)
+                for served in self._control, snapshot:
+                    if served is not None:  # its threads are made now, because none is later
+                        served.start(machine.runner.enter)
                 guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
                 gc.freeze()  # the present objects stay: no collection need look at them
                 gc.enable()  # cli.main disabled the collector, and says why
@@ -146,6 +151,7 @@ class Running:
         if not self._jail.is_on:
             return
         open_beforehand(machine, attendant, saves=self._attendance.saves)
+        attendant.jailed()
         kept = descriptors_of(machine) | report.descriptors() | attendant.descriptors()
         if self._control is not None:
             kept |= self._control.descriptors()

@@ -129,7 +129,7 @@ def _take_into(
         image = finish_directory(writer, about, host, facts, ram, disks, base)
         undo.pop_all()
         ram.close()
-        return Snapshot(facts, image, disks, writer.path)
+        return Snapshot(facts, image, disks, writer.path, writer.held_bytes)
 
 
 def _freeze(machine: Machine, undo: contextlib.ExitStack) -> list[FrozenDisk]:
