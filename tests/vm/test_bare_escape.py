@@ -112,7 +112,15 @@ def served_at_exits(folder: Path) -> Iterator[tuple[str, ...]]:
     yield "--serve", "exit", "--disk", f"{folder}/disk.img"
 
 
+@contextlib.contextmanager
+def controlled(folder: Path) -> Iterator[tuple[str, ...]]:
+    yield "--control", f"{folder}/control", "--disk", f"{folder}/disk.img"
+
+
 @pytest.mark.parametrize(("kind", "machine"), [
+    ("control", controlled),
+    ("snapshot", controlled),
+    ("agent", controlled),
     ("vcpu-serving", served_at_exits),
     ("disk-network", nbd_disk),
     ("disk-elsewhere", vhost_user_disk),
