@@ -32,6 +32,10 @@ class TrialError(Exception):
     """A trial has found something that must not be; the text says it."""
 
 
+class PartError(Exception):
+    """A part cannot be done here and now, whatever its trials would say; it is not a failure."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One of the parts.
@@ -132,6 +136,9 @@ class Work:
         began_s = time.monotonic()
         try:
             figures = do(Trial(number, random.Random(f"{SEED} {self.part.name} {number}"), folder))
+        except PartError:
+            remove(folder)
+            raise
         except Exception as error:
             kept = self._keep(number, folder, error)
             self.ended(number, began_s, {"failed": f"{error} ({kept})"})
