@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,9 @@ from types import FrameType
 
 from pyvmm.numerals import whole_number
 from soak import report
+from soak.errors import PartError, TrialError
 from soak.journal import BusyError, Journal
-from soak.part import Part, PartError, TrialError, Work
+from soak.part import Part, Work
 from soak.parts import NAMES, load
 from soak.processes import ROOT, adopt_orphans, left_in, pyvmm, wait_until_alone
 
@@ -179,8 +181,11 @@ def _in_lab(part: Part, size: int, options: argparse.Namespace) -> int:
     words = ["--here", f"{part.name}={size}", "--jobs", "1", "--out", str(options.out.resolve())]
     if options.trial is not None:
         words += ["--trial", str(options.trial)]
-    lab = pyvmm("lab", "--memory", "4G", "--rw", ROOT, "--rw", options.out.resolve(), "--")
-    done = subprocess.run([*lab, sys.executable, "-m", "soak", *words], cwd=ROOT, check=False)
+    lab = pyvmm("lab", "--memory", "4G", "--rw", options.out.resolve(), "--")
+    done = subprocess.run(
+        [*lab, sys.executable, "-m", "soak", *words], cwd=ROOT, check=False,
+        env={**os.environ, report.COMMIT: report.commit()},
+    )
     if done.returncode in (INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise KeyboardInterrupt
     if done.returncode not in (0, FOUND):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from soak.part import TrialError
+from soak.errors import TrialError
 from tests.support.patience import patient
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.storage.open import DiskSource
-from soak.part import TrialError
+from soak.errors import TrialError
 from soak.processes import pyvmm
 from tests.support.bare import LONG_MODE_ENTRY, assemble
 from tests.support.kernels import ElfSegment, elf

@@ -12,7 +12,8 @@ import subprocess
 import threading
 from collections.abc import Sequence
 
-from soak.part import Figures, Part, PartError, Trial, TrialError, Work
+from soak.errors import PartError, TrialError
+from soak.part import Figures, Part, Trial, Work
 from tests.support.power_cut import Flush, NumberedCuts
 from tests.support.record_guest import VARIANTS
 from tests.support.recorded_guest import Recording, acknowledged, check_cut, recording

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from soak.errors import TrialError
 from soak.journal import read_lines
-from soak.part import Trial, TrialError
+from soak.part import Trial
 from soak.parts import bare_kills, faults
 from soak.parts.starts import WAYS
 from soak.processes import ROOT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from soak.part import TrialError
+from soak.errors import TrialError
 from soak.records import acknowledged, check_records, record
 
 

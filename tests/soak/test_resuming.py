@@ -64,6 +64,24 @@ def test_a_part_goes_on_after_a_signal(tmp_path: Path, number: signal.Signals) -
     assert report["figures"] == uncut["figures"], "a trial is the same whenever it is done"
 
 
+def test_a_second_ctrl_c_does_not_wait_for_a_long_trial(tmp_path: Path) -> None:
+    with begin(tmp_path, f"{TOY}=20", plant="lasts") as process:
+        until_s = time.monotonic() + patient(60)
+        while len(trials(tmp_path)) < 5:
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "the trials under way come to their end" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=patient(60))
+    assert process.returncode == 130, said
+    assert "FAILED" not in said
+    assert 3 not in trials(tmp_path)
+
+
 def test_a_part_is_enlarged_done_and_begun_anew(tmp_path: Path) -> None:
     assert soak(tmp_path, f"{TOY}=10")[0] == 0
     before = trials(tmp_path)

@@ -1,6 +1,7 @@
 """A part of the soak for tests: short trials, and some that do what must not be.
 
-``SOAK_TOY`` names what one in ten does: ``fails``, ``raises``, ``daemon``, ``file`` or ``none``.
+``SOAK_TOY`` names what one in ten does: ``fails``, ``raises``, ``daemon``, ``file``, ``cannot``,
+``lasts`` or ``none``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from soak.part import Figures, Part, PartError, Trial, TrialError, Work
+from soak.errors import PartError, TrialError
+from soak.part import Figures, Part, Trial, Work
 
 
 def _trial(trial: Trial) -> Figures:
@@ -25,6 +27,8 @@ def _trial(trial: Trial) -> Figures:
             subprocess.run(["setsid", "sh", "-c", "sleep 300 >/dev/null 2>&1 &"], check=True)
         case "file":
             (trial.folder.parent / "left").write_text("x")
+        case "lasts":
+            subprocess.run(["sleep", "300"], check=True)
         case "cannot":
             raise PartError("planted")
     return {"random": trial.random.random()}
