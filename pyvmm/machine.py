@@ -79,8 +79,7 @@ def build(
         made = plug_disks(board, config, runner, stack, report)
         console = stack.enter_context(contextlib.closing(open_console(config)))
         output = OutputBuffer(
-            console.output_fd, runner.wake, watch.feed,
-            write=console.outlet.write if console.outlet else None,
+            console.output_fd, runner.wake, watch.feed, write=console.write,
         )
         consoles = Consoles(config, board, console, output, runner.input_room)
         board.plug(EntropyDevice(), "entropy", at_exit=True)

@@ -45,8 +45,17 @@ def make_loops(
             vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
             describe=functools.partial(_describe, board, vcpu),
             at_end=consoles.finish, can_be_woken=vm.can_wake,
+            kind=_thread_kind(config, board),
         ))
     return loops
+
+
+def _thread_kind(config: RunConfig, board: Board) -> str:
+    """Return the kind of the vCPUs' threads, for a jail (docs/jail.md)."""
+    if config.serve == "exit":
+        return "vcpu-serving"
+    is_elsewhere = any(slot.device.is_served_elsewhere for slot in board.slots)
+    return "vcpu-elsewhere" if is_elsewhere else "vcpu"
 
 
 def describe_cpus(config: RunConfig, kvm: Kvm, vcpus: Sequence[Vcpu], memory_end: int) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 
+from pyvmm.cli.attended import Attendance
+from pyvmm.cli.jailed import JAIL_OPTIONS, Jail
 from pyvmm.cli.running import (
     CONTROL_OPTIONS,
     STATUSES,
@@ -63,6 +65,7 @@ COMMAND = Command(
         Option(name="--timeout", metavar="S",
                help="stop the guest S seconds after it went on, with exit status 124"),
         *CONTROL_OPTIONS,
+        *JAIL_OPTIONS,
         Option(name="--clones-fd", metavar="N",
                help="serve the owner of socket N, which is inherited: fork a clone for each of its "
                "messages (used by pyvmm.launch)"),
@@ -97,7 +100,8 @@ def _restore(
     timeout_s = parse_seconds("--timeout", args.timeout) if args.timeout is not None else None
     running = Running(
         verbose=bool(args.verbose), timing=False, started_s=started_s, bundle=bundle,
-        control=control, sets_clock=args.clock == "now",
+        jail=Jail(args), attendance=Attendance("restore", args), control=control,
+        sets_clock=args.clock == "now",
     )
     configs: list[RunConfig] = []
 

@@ -21,6 +21,7 @@ from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyvmm.vhost_user.listener import Listener
+    from pyvmm.vhost_user.socket_name import SocketName
 
 
 class RunControl:
@@ -67,6 +68,10 @@ class RunControl:
             owner=self._owner, report=report,
         )
         self._server.start()
+
+    def give_name_away(self) -> SocketName | None:
+        """Return the name of the socket at ``path``, for the caller to remove; None for none."""
+        return None if self._listener is None else self._listener.give_name_away()
 
     def end(self, outcome: Outcome) -> bool:
         """Tell all clients that the run has ended with ``outcome``; the machine is not closed.

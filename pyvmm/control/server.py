@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+from pyvmm import owners
 from pyvmm.control.connection import Call, Connection
 from pyvmm.control.messages import PROTOCOL, Params, RequestError, encode, shorten
 from pyvmm.control.methods import METHODS
@@ -214,14 +215,12 @@ class Server:
             self._loop.remove(doorway)
             self._loop.call_in(ACCEPT_PAUSE_S, lambda: self._loop.add(doorway))
             return
-        if len(self._subscriptions) < MAX_CLIENTS:
+        if not _is_of_trusted_user(client):
+            _hang_up(client, "refused", "this machine belongs to another user")
+        elif len(self._subscriptions) >= MAX_CLIENTS:
+            _hang_up(client, "limit", f"{MAX_CLIENTS} clients are connected already")
+        else:
             self._connect(client)
-            return
-        with client, contextlib.suppress(OSError):
-            client.setblocking(False)
-            client.send(encode({"id": None, "error": {
-                "kind": "limit", "message": f"{MAX_CLIENTS} clients are connected already",
-            }}))
 
     def _connect(self, client: socket.socket, *, is_owner: bool = False) -> None:
         connection = Connection(
@@ -328,3 +327,17 @@ class Server:
             subscription.knows_the_end = True
             connection.send(ended)
 
+
+def _is_of_trusted_user(client: socket.socket) -> bool:
+    """True for this user and root, whatever the mode of the socket's file has become."""
+    try:
+        return owners.is_trusted(owners.peer_uid(client))
+    except OSError:
+        return False
+
+
+def _hang_up(client: socket.socket, kind: str, message: str) -> None:
+    """Tell ``client`` why it is not served, if it takes that now, and close it."""
+    with client, contextlib.suppress(OSError):
+        client.setblocking(False)
+        client.send(encode({"id": None, "error": {"kind": kind, "message": message}}))

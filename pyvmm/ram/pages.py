@@ -38,14 +38,29 @@ def own_runs(memory: GuestMemory) -> list[Run]:
     """
     if memory.fd is not None:
         raise ValueError("shared RAM has no own pages")
-    try:
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise HostError(f"cannot see which pages of RAM are used: {error}") from error
+    if memory.pagemap_fd is not None:
+        return list(joined(_own_runs(memory, memory.pagemap_fd)))
+    pagemap = _open_pagemap()
     try:
         return list(joined(_own_runs(memory, pagemap)))
     finally:
         os.close(pagemap)
+
+
+def keep_pagemap(memory: GuestMemory) -> None:
+    """Open this process's page map for ``own_runs``, because a jailed process cannot; HostError.
+
+    ``memory`` closes it.  Nothing to do for shared memory, which has no own pages.
+    """
+    if memory.fd is None and memory.pagemap_fd is None:
+        memory.pagemap_fd = _open_pagemap()
+
+
+def _open_pagemap() -> int:
+    try:
+        return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"cannot see which pages of RAM are used: {error}") from error
 
 
 def own_bytes(memory: GuestMemory) -> int:
@@ -64,7 +79,11 @@ def drop_own(memory: GuestMemory) -> None:
 
 def held_runs(memory: GuestMemory) -> list[Run]:
     """Return the parts of RAM that may not be zero: own pages, and data of the image."""
-    own = own_runs(memory)
+    return with_image(own_runs(memory), memory)
+
+
+def with_image(own: list[Run], memory: GuestMemory) -> list[Run]:
+    """Return ``own``, the own pages, and the data of the image of ``memory``, if it has one."""
     return union(own, data_runs(memory.image)) if isinstance(memory.image, RamImage) else own
 
 

@@ -81,6 +81,13 @@ class Snapshot:
             self._shares += 1
         return self
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that it keeps open, each with a name."""
+        found = {layer.fd: "a snapshot's RAM" for layer in self.image.layers}
+        for disk in self.disks:
+            found |= disk.descriptors()
+        return found
+
     def close(self) -> None:
         """Give up a share."""
         with self._lock:

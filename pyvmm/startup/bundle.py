@@ -30,7 +30,7 @@ import sys
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any, Self
@@ -130,13 +130,17 @@ class Bundle:
             and _source(name)
         }
 
+    def is_worth_writing(self, names: Collection[str]) -> bool:
+        """True if ``update`` would write the modules ``names``."""
+        return len(names) >= WORTH_WRITING and not sys.dont_write_bytecode
+
     def update(self, names: Iterable[str]) -> None:
         """Write the file anew with the modules ``names`` too, if that is worth it and allowed.
 
         The write is atomic, and errors are ignored: a missing bundle only costs time.
         """
         added = set(names)
-        if len(added) < WORTH_WRITING or sys.dont_write_bytecode:
+        if not self.is_worth_writing(added):
             return
         entries = dict(self._entries)
         for name in added:

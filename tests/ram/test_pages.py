@@ -13,7 +13,7 @@ import pytest
 
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
-from pyvmm.ram.pages import drop_own, held_runs, own_bytes, own_runs
+from pyvmm.ram.pages import drop_own, held_runs, keep_pagemap, own_bytes, own_runs
 from pyvmm.ram.runs import Run
 from pyvmm.ram.write import image_in_memory
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, put, scattered
@@ -133,6 +133,24 @@ def test_what_is_held_is_the_image_s_data_and_the_own_pages(way: str, image: Ram
 def test_shared_memory_has_no_own_pages() -> None:
     with GuestMemory(REGIONS, shared=True) as memory, pytest.raises(ValueError, match="shared"):
         own_runs(memory)
+
+
+def test_a_kept_page_map_is_used_and_closed_with_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with GuestMemory(REGIONS) as memory:
+        keep_pagemap(memory)
+        keep_pagemap(memory)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        put(memory, PAGE, b"own")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", pytest.fail)
+            assert 1 in pages_of(own_runs(memory))
+    assert len(os.listdir("/proc/self/fd")) == before
+    with GuestMemory(REGIONS, shared=True) as memory:
+        keep_pagemap(memory)
+        assert memory.pagemap_fd is None
 
 
 def test_no_descriptor_is_left() -> None:

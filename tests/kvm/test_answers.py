@@ -1,0 +1,73 @@
+"""What /dev/kvm answered is kept for a process that has closed it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pyvmm.errors import HostError
+from pyvmm.kvm import state_abi
+from pyvmm.kvm.answers import Answers, answers_of
+from pyvmm.kvm.handles import Kvm
+
+pytestmark = pytest.mark.bare
+
+
+def test_a_vcpu_is_saved_and_restored_without_the_kvm_that_was_asked_before() -> None:
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        vm.create_irqchip()
+        with vm.create_vcpu(0) as vcpu:
+            expected = vcpu.save()
+            supported = kvm.supported_cpuid()
+            kvm.answers = None
+            answers_of(kvm).ask_all()
+            kvm.close()
+            state = vcpu.save()
+            assert set(state) == set(expected)
+            assert _indices(state["msrs"]) == _indices(expected["msrs"])
+            vcpu.restore(state)
+            assert answers_of(kvm).supported_cpuid() == supported
+            assert not [fd for fd in os.listdir("/proc/self/fd") if _leads_to_kvm(fd)]
+
+
+def test_each_answer_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = Kvm.check_extension
+
+    def count(kvm: Kvm, capability: int) -> int:
+        asked.append(capability)
+        return real(kvm, capability)
+
+    monkeypatch.setattr(Kvm, "check_extension", count)
+    with Kvm() as kvm:
+        answers = answers_of(kvm)
+        answers.ask_all()
+        before = list(asked)
+        answers.ask_all()
+        assert answers.capability(state_abi.KVM_CAP_XCRS) == 1
+        assert asked == before
+        assert len(set(asked)) == len(asked)
+        assert answers_of(kvm) is answers
+
+
+def test_what_was_not_asked_before_the_end_is_an_error() -> None:
+    kvm = Kvm()
+    kvm.close()
+    answers = Answers(kvm)
+    for ask in (answers.msr_indices, answers.supported_cpuid, lambda: answers.capability(1)):
+        with pytest.raises(HostError, match="only while the /dev/kvm that made it is open"):
+            ask()
+
+
+def _indices(msrs: object) -> list[int]:
+    assert isinstance(msrs, list)
+    assert msrs
+    return [index for index, _ in msrs]
+
+
+def _leads_to_kvm(fd: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "/dev/kvm"
+    except OSError:
+        return False
