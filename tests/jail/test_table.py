@@ -99,9 +99,9 @@ NEVER = """\
     unshare setns mount umount2 chroot pivot_root pidfd_open pidfd_getfd pidfd_send_signal keyctl
     add_key request_key open_by_handle_at init_module finit_module kexec_load setuid setgid capset
     kill tkill rt_sigqueueinfo rt_tgsigqueueinfo personality modify_ldt arch_prctl shmat
-    pkey_mprotect memfd_secret process_madvise openat2 unlink rename mkdir creat truncate chmod iopl ioperm
-    move_pages migrate_pages vmsplice remap_file_pages landlock_restrict_self setrlimit
-    kcmp reboot swapon acct quotactl syslog
+    pkey_mprotect memfd_secret process_madvise openat2 unlink rename mkdir creat truncate chmod
+    iopl ioperm move_pages migrate_pages vmsplice remap_file_pages landlock_restrict_self
+    setrlimit kcmp reboot swapon acct quotactl syslog
 """
 
 
