@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.jail import bpf, generate, ioctls
@@ -59,6 +59,7 @@ def test_each_filter_is_what_the_table_says(kind: str) -> None:
         assert run(program, number, arch=0x40000003) == KILLED  # 32-bit code
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(ALL), name=st.sampled_from(sorted({rule.syscall for rule in RULES})),
     arguments=st.tuples(*[st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from(
