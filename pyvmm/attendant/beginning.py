@@ -17,7 +17,7 @@ class Beginning(Record):
 
     ``version`` is pyvmm's: an attendant of another one does nothing.  ``kernel`` to ``discovery``
     are ``RunConfig``'s, ``disks`` the location of each disk whose first bytes are those in its
-    file, "-" for another one.  ``modules`` are those to put into the bundle of ``command``.
+    file, "-" for another one.  ``modules`` are those to put into ``bundle``.
 
     ``snapshot_path``, ``any_snapshot`` and ``most_scratch_files`` are ``Duties``'.  ``socket_name``
     is the name of a socket in the directory that is handed over, ``socket_device`` and
@@ -26,7 +26,7 @@ class Beginning(Record):
     """
 
     version: str
-    command: str
+    bundle: str
     kernel: str
     initrd: str | None = None
     cmdline: str | None = None

@@ -30,10 +30,9 @@ SCRATCH_FILES_OF_CLIENTS = 1 << 16
 
 
 class Attendance:
-    """The attendant that ``args``, the options of ``command`` ("run" or "restore"), call for."""
+    """The attendant that ``args``, the options of a command line, call for."""
 
-    def __init__(self, command: str, args: SimpleNamespace) -> None:
-        self._command = command
+    def __init__(self, args: SimpleNamespace) -> None:
         self._has_clients = args.control is not None or args.control_fd is not None
         self._snapshot_path: str | None = getattr(args, "snapshot", None)
         self.saves = self._has_clients or self._snapshot_path is not None
@@ -75,7 +74,7 @@ class Attendance:
 
         missing = bundle.left_out()
         beginning = Beginning(
-            version=pyvmm.__version__, command=self._command, kernel=os.fspath(config.kernel),
+            version=pyvmm.__version__, bundle=bundle.name, kernel=os.fspath(config.kernel),
             initrd=None if config.initrd is None else os.fspath(config.initrd),
             cmdline=config.cmdline, append=config.append, agent=config.agent,
             discovery=config.discovery, cpus=config.cpus,

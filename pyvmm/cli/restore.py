@@ -100,7 +100,7 @@ def _restore(
     timeout_s = parse_seconds("--timeout", args.timeout) if args.timeout is not None else None
     running = Running(
         verbose=bool(args.verbose), timing=False, started_s=started_s, bundle=bundle,
-        jail=Jail(args), attendance=Attendance("restore", args), control=control,
+        jail=Jail(args), attendance=Attendance(args), control=control,
         sets_clock=args.clock == "now",
     )
     configs: list[RunConfig] = []

@@ -172,7 +172,7 @@ def _run(
     config = config_from(args)
     running = Running(
         verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
-        jail=Jail(args), attendance=Attendance("run", args), control=control,
+        jail=Jail(args), attendance=Attendance(args), control=control,
     )
     warm = None
     if args.snapshot is not None or args.snapshot_at or args.snapshot_exit or args.snapshot_live:

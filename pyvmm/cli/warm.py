@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     from pyvmm.snapshot.files.making import MakeWriter
 
-HOLD_S = 2.0
-"""The longest time that a vCPU waits at the warm port for the pause of a snapshot."""
+HOLD_S = 30.0
+"""The longest time that a vCPU waits at the warm port for the pause of a snapshot: the process that
+makes the directory may have to start first (``attendant/``), on a busy host."""
 POLL_S = 0.0005
 
 
@@ -132,6 +133,10 @@ class WarmSnapshot:
         """Make the thread that takes it, which first confines itself by ``enter``; HostError."""
         self._thread.start(enter)
         self._thread.wait()
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+        return {} if self._line_end is None else self._line_end.descriptors()
 
     def on_key(self) -> None:
         """Begin the snapshot because a person asks for it, again if it has failed."""

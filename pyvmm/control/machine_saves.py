@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from pyvmm.snapshot.files.making import MakeWriter
 
 
-LATE_MODULES = ("pyvmm.snapshot.capture", "pyvmm.snapshot.checkpoints")
+LATE_MODULES = (
+    "pyvmm.attendant.handing", "pyvmm.attendant.remote_writer", "pyvmm.board.state",
+    "pyvmm.kvm.state", "pyvmm.run.verdict_state", "pyvmm.snapshot.capture",
+    "pyvmm.snapshot.checkpoints", "pyvmm.state", "pyvmm.storage.freezing", "pyvmm.storage.saving",
+    "uuid",
+)
 """A start loads none of the modules that save a machine: these, and all that they need."""
 
 

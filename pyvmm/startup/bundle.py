@@ -64,6 +64,11 @@ class Bundle:
         self.entries = _read(path)
         self._known: set[str] = set()
 
+    @property
+    def name(self) -> str:
+        """What ``default_path`` was given."""
+        return os.path.basename(self.path).partition(".")[0]
+
     def __enter__(self) -> Self:
         self._known = set(sys.modules)
         sys.meta_path.insert(0, self)
