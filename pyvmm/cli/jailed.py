@@ -39,6 +39,12 @@ OFF = "--jail off: a guest that breaks out has all rights of this process"
 FILES_OF_CLIENTS = 1024
 """Descriptors that a control socket's clients bring, with their snapshots and their programs."""
 FILES_OF_A_SNAPSHOT = 32
+LATE_MODULES = (
+    "pyvmm.attendant.beginning", "pyvmm.attendant.start", "pyvmm.jail.confine",
+    "pyvmm.jail.programs", "pyvmm.jail.root", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
+    "pyvmm.startup.late",
+)
+"""All that only a jailed start imports, when it enters its jail."""
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
