@@ -35,6 +35,8 @@ class Attendance:
     def __init__(self, args: SimpleNamespace) -> None:
         self._has_clients = args.control is not None or args.control_fd is not None
         self._snapshot_path: str | None = getattr(args, "snapshot", None)
+        self.saves = self._has_clients or self._snapshot_path is not None
+        """True if the machine may be saved while it runs."""
 
     def begin(
         self, config: RunConfig, machine: Machine, bundle: Bundle, control: RunControl | None, *,
@@ -45,7 +47,6 @@ class Attendance:
         From now on it has the name of the socket of ``control``.
         """
         name = None if control is None else control.give_name_away()
-        saves = self._has_clients or self._snapshot_path is not None
         most_files = SCRATCH_FILES_PER_DISK * len(config.disks)
         if self._has_clients:
             most_files = SCRATCH_FILES_OF_CLIENTS
@@ -63,7 +64,7 @@ class Attendance:
             return LocalAttendant(Duties(
                 explain=explained, tidy=lambda: bundle.update(missing), socket_name=name,
                 snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
-                most_scratch_files=most_files if saves else 0,
+                most_scratch_files=most_files if self.saves else 0,
             ))
         from pyvmm.attendant.beginning import Beginning
         from pyvmm.attendant.start import start
@@ -84,7 +85,7 @@ class Attendance:
             kernel_version=machine.kernel.version, is_linux=machine.kernel.is_linux,
             modules=tuple(missing) if bundle.is_worth_writing(missing) else (),
             snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
-            most_scratch_files=most_files if saves else 0,
+            most_scratch_files=most_files if self.saves else 0,
         )
         if name is not None:
             beginning = beginning.replace(
