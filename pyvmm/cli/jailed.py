@@ -9,7 +9,6 @@ import fcntl
 import os
 import stat
 
-from pyvmm.board.disks import prepare_scratch
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.jail import MODES
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
-    from pyvmm.attendant.client import Attendant
+    from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
 
@@ -37,8 +36,9 @@ JAIL_OPTIONS = (
            "limits"),
 )
 OFF = "--jail off: a guest that breaks out has all rights of this process"
-MANY_FILES = 512
-"""Descriptors of clients, of the files they send or ask for, and of snapshots, at one time."""
+FILES_OF_CLIENTS = 1024
+"""Descriptors that a control socket's clients bring, with their snapshots and their programs."""
+FILES_OF_A_SNAPSHOT = 32
 LATE_MODULES = (
     "pyvmm.attendant.beginning", "pyvmm.attendant.start", "pyvmm.jail.confine",
     "pyvmm.jail.programs", "pyvmm.jail.root", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
@@ -132,6 +132,8 @@ def descriptors_of(machine: Machine) -> dict[int, str]:
     found = machine.board.descriptors() | machine.runner.descriptors()
     found |= machine.console.descriptors()
     found[machine.vm.fd] = "KVM: the virtual machine"
+    if (pagemap_fd := machine.board.memory.pagemap_fd) is not None:
+        found[pagemap_fd] = "this process's page map"
     found |= {loop.vcpu.fd: f"KVM: vCPU {index}" for index, loop in enumerate(machine.loops)}
     for moment in (machine.base, machine.newest):
         if moment is not None:
@@ -139,45 +141,45 @@ def descriptors_of(machine: Machine) -> dict[int, str]:
     return found
 
 
-def hold_modules(bundle: Bundle) -> None:
-    """Have the modules at hand that a machine is saved and rewound with: see ``startup/late.py``.
+def prepare_saves(machine: Machine, bundle: Bundle) -> None:
+    """Have all at hand that ``machine`` is saved and rewound with, once nothing can be opened.
 
-    From now on ``bundle`` is left, and its code comes from memory.
+    Modules come from ``bundle``, or from memory from now on; HostError.
     """
     import array  # noqa: F401 - C extensions may be files that must be mapped
     import zlib  # noqa: F401
 
     from pyvmm.control import machine_saves
+    from pyvmm.kvm.answers import answers_of
+    from pyvmm.ram.pages import keep_pagemap
     from pyvmm.startup.late import LateModules
 
     LateModules(bundle, machine_saves.LATE_MODULES)
+    keep_pagemap(machine.board.memory)
+    answers_of(_kvm_of(machine)).ask_all()
 
 
-def open_beforehand(machine: Machine, attendant: Attendant, *, saves: bool) -> None:
-    """Open everything that a run of ``machine`` needs later; with ``saves`` it may be saved.
+def close_kvm(machine: Machine) -> None:
+    """Close /dev/kvm, with which another virtual machine could be made."""
+    _kvm_of(machine).close()
 
-    Close /dev/kvm, with which another virtual machine could be made.
-    """
-    prepare_scratch(machine.board, attendant.scratch_file)
+
+def _kvm_of(machine: Machine) -> Kvm:
     kvm = machine.loops[0].vcpu.kvm
     assert kvm is not None  # ``build`` has made the vCPUs
-    if saves:
-        from pyvmm.kvm.answers import answers_of
-        from pyvmm.ram.pages import keep_pagemap
-
-        answers_of(kvm).ask_all()
-        keep_pagemap(machine.board.memory)
-    kvm.close()
+    return kvm
 
 
-def files_of_a_run(machine: Machine, *, saves: bool) -> int:
-    """Return how many descriptors a run of ``machine`` opens or is sent, all at one time."""
-    own = len(machine.board.workers) + 2  # an epoll each; the pipe of the signals
-    return own + MANY_FILES if saves else own
+def files_of_a_run(machine: Machine) -> int:
+    """Return how many descriptors a run of ``machine`` makes for itself, all at one time."""
+    return len(machine.board.workers) + 2  # an epoll each; the pipe of the signals
 
 
 def may_grow(machine: Machine) -> bool:
-    """True if a file of ``machine`` may become longer: a person may make a disk larger."""
+    """True if a file of ``machine`` may become longer: a log, or a disk that a person enlarges."""
+    output_fd = machine.console.output_fd
+    if output_fd is not None and stat.S_ISREG(os.fstat(output_fd).st_mode):
+        return True
     return any(
         not (disk.read_only or (isinstance(disk, DiskConfig) and disk.source.snapshot))
         for disk in machine.config.disks

@@ -123,11 +123,12 @@ def _restore(
     try:
         return running.run(make, tell)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import MANY_FILES, needed_descriptors
-        from pyvmm.open_files import refuse_shortage
+        with contextlib.suppress(ImportError):  # in the jail
+            from pyvmm.cli.descriptors import MANY_FILES, needed_descriptors
+            from pyvmm.open_files import refuse_shortage
 
-        needed = needed_descriptors(configs[0]) if configs else MANY_FILES
-        refuse_shortage(error, needed, "this restore")
+            needed = needed_descriptors(configs[0]) if configs else MANY_FILES
+            refuse_shortage(error, needed, "this restore")
         raise
 
 

@@ -9,14 +9,17 @@ import sys
 import time
 
 import pyvmm
+from pyvmm.board.disks import prepare_scratch
 from pyvmm.cli.attended import Attendance
 from pyvmm.cli.jailed import (
+    FILES_OF_A_SNAPSHOT,
+    FILES_OF_CLIENTS,
     Jail,
+    close_kvm,
     descriptors_of,
     files_of_a_run,
-    hold_modules,
     may_grow,
-    open_beforehand,
+    prepare_saves,
 )
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
@@ -120,8 +123,9 @@ class Running:
                 machine, config = make(report)
                 stack.enter_context(machine)
                 tell(machine, report)
-                if self._jail.is_on and self._attendance.saves:
-                    hold_modules(self._bundle)
+                saves = self._control is not None or warm is not None
+                if self._jail.is_on and saves:
+                    prepare_saves(machine, self._bundle)
                 attendant = attended.enter_context(contextlib.closing(self._attendance.begin(
                     config, machine, self._bundle, self._control, is_jailed=self._jail.is_on
                 )))
@@ -130,15 +134,15 @@ class Running:
                         machine, config, report, sets_clock=self._sets_clock,
                         make_writer=attendant.snapshot_writer,
                     )
-                snapshot = None
-                if warm is not None:
-                    snapshot = warm(machine, report, attendant.snapshot_writer)
-                self._bundle.__exit__()  # before the jail: its file is mapped
-                self._enter_jail(machine, attendant, report, snapshot)
-                for served in self._control, snapshot:
-                    if served is not None:  # its threads are made now, because none is later
-                        served.start(machine.runner.enter)
+                snapshot = (
+                    None if warm is None else warm(machine, report, attendant.snapshot_writer)
+                )
+                self._bundle.__exit__()  # its descriptor is on no list
+                enter = self._enter_jail(machine, attendant, report, snapshot)
+                if self._control is not None:
+                    self._control.start(enter)
                 if snapshot is not None:
+                    snapshot.start(enter)
                     attendant.wake()  # to make the directory, once the guest is warm
                 guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
                 gc.freeze()  # the present objects stay: no collection need look at them
@@ -161,21 +165,29 @@ class Running:
     def _enter_jail(
         self, machine: Machine, attendant: Attendant, report: Reporter,
         snapshot: WarmSnapshot | None,
-    ) -> None:
-        """Give up what the run does not need; from now on only what is open can be used."""
+    ) -> Callable[[str], None] | None:
+        """Give up what the run does not need; return what confines a thread of a given kind.
+
+        From now on only what is open can be used.
+        """
         if not self._jail.is_on:
-            return
-        open_beforehand(machine, attendant, saves=self._attendance.saves)
+            return None
+        prepare_scratch(machine.board, attendant.scratch_file)
         attendant.jailed()
+        close_kvm(machine)
         kept = descriptors_of(machine) | report.descriptors() | attendant.descriptors()
+        more_files = files_of_a_run(machine)
         if self._control is not None:
             kept |= self._control.descriptors()
+            more_files += FILES_OF_CLIENTS
         if snapshot is not None:
             kept |= snapshot.descriptors()
+            more_files += FILES_OF_A_SNAPSHOT
+        saves = self._control is not None or snapshot is not None
         machine.runner.enter = self._jail.enter(
-            kept, more_files=files_of_a_run(machine, saves=self._attendance.saves),
-            may_grow=self._attendance.saves or may_grow(machine),
+            kept, more_files=more_files, may_grow=saves or may_grow(machine)
         )
+        return machine.runner.enter
 
     def _lines(
         self, machine: Machine, outcome: Outcome, status: int, guest_start_s: float, end_s: float

@@ -81,12 +81,12 @@ class RunControl:
         return None if self._listener is None else self._listener.give_name_away()
 
     def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that are kept open, each with a name; after ``attach``."""
-        found = {} if self._server is None else self._server.descriptors()
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+        found: dict[int, str] = {} if self._server is None else self._server.descriptors()
         if self._listener is not None:
-            found[self._listener.fileno()] = "control: socket"
+            found[self._listener.fileno()] = "control: the socket that clients connect to"
         if self._owner is not None:
-            found[self._owner.fileno()] = "control: owner"
+            found[self._owner.fileno()] = "control: the owner's socket"
         return found
 
     def end(self, outcome: Outcome) -> bool:

@@ -97,6 +97,10 @@ class Server:
         for thread in threads:
             thread.wait()
 
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+        return {fd: f"control: {use}" for fd, use in self._loop.descriptors().items()}
+
     def end(self, outcome: Outcome) -> bool:
         """The run has ended: tell all clients, and wait a little until they have taken it.
 
@@ -123,10 +127,6 @@ class Server:
             self._thread.join(JOIN_S)
         elif not self._thread.has_begun:
             self._loop.close()
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors of its own thread, each with a name; before ``start``."""
-        return {fd: f"control: {use}" for fd, use in self._loop.descriptors().items()}
 
     @property
     def requests_under_way(self) -> int:

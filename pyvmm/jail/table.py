@@ -217,10 +217,8 @@ GUEST = (
         "tell a halt for good from one that an interrupt ends",
     ),
     *_ioctls("KVM_GET_SREGS KVM_TRANSLATE", VCPUS, "describe how a vCPU ended"),
-    *_ioctls(
-        "KVM_GET_REGS KVM_GET_SREGS", ("control", "main"),
-        "a client asks for registers; tell how far a guest came",
-    ),
+    *_ioctls("KVM_GET_REGS KVM_GET_SREGS", ("main", "control"),
+             "a client asks for registers; tell how far a guest came"),
     *_ioctls("KVM_KVMCLOCK_CTRL", VCPUS, "tell the guest that it was paused"),
     *_ioctls(
         "KVM_IRQ_LINE KVM_REGISTER_COALESCED_MMIO KVM_UNREGISTER_COALESCED_MMIO",
