@@ -39,6 +39,12 @@ OFF = "--jail off: a guest that breaks out has all rights of this process"
 FILES_OF_CLIENTS = 1024
 """Descriptors that a control socket's clients bring, with their snapshots and their programs."""
 FILES_OF_A_SNAPSHOT = 32
+LATE_MODULES = (
+    "pyvmm.attendant.beginning", "pyvmm.attendant.start", "pyvmm.jail.confine",
+    "pyvmm.jail.programs", "pyvmm.jail.root", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
+    "pyvmm.startup.late",
+)
+"""All that only a jailed start imports, when it enters its jail."""
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
@@ -143,12 +149,12 @@ def prepare_saves(machine: Machine, bundle: Bundle) -> None:
     import array  # noqa: F401 - C extensions may be files that must be mapped
     import zlib  # noqa: F401
 
-    from pyvmm.control.machine_saves import LATE_MODULES
+    from pyvmm.control import machine_saves
     from pyvmm.kvm.answers import answers_of
     from pyvmm.ram.pages import keep_pagemap
     from pyvmm.startup.late import LateModules
 
-    LateModules(bundle, LATE_MODULES)
+    LateModules(bundle, machine_saves.LATE_MODULES)
     keep_pagemap(machine.board.memory)
     answers_of(_kvm_of(machine)).ask_all()
 
