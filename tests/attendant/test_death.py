@@ -15,7 +15,6 @@ from pyvmm.attendant.death import ending_signal, restore_terminal
 from pyvmm.attendant.start import _modes
 from pyvmm.console.terminal import raw_modes
 
-
 NONE = 1 << 20
 """No descriptor has this number."""
 

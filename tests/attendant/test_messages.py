@@ -83,18 +83,18 @@ def test_each_request_has_its_shape() -> None:
 def full_beginning() -> Beginning:
     """A beginning of which no field has its default."""
     return Beginning(
-        version="1.2", command="restore", kernel="/boot/k\udcff", initrd="", cmdline="quiet",
+        version="1.2", bundle="restore", kernel="/boot/k\udcff", initrd="", cmdline="quiet",
         append="a b", agent="inject", discovery="acpi", cpus=3, disks=("one", "-"),
         kernel_version="6.1", is_linux=False, modules=("os", "pyvmm.errors"),
         snapshot_path="warm", any_snapshot=True, most_scratch_files=4, socket_name="control",
-        socket_device=1 << 40, socket_inode=77, terminal="1 2 3",
+        socket_device=1 << 40, socket_inode=77, terminal="1 2 3", uid=5, gid=6,
     )
 
 
 def test_a_beginning_arrives_as_it_was_sent() -> None:
-    full, least = full_beginning(), Beginning(version="1", command="run", kernel="k")
+    full, least = full_beginning(), Beginning(version="1", bundle="run", kernel="k")
     for name in Beginning._fields:
-        assert name in ("version", "command", "kernel") or (
+        assert name in ("version", "bundle", "kernel") or (
             getattr(full, name) != getattr(least, name)
         ), name
     for one in (full, least):

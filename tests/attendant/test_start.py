@@ -26,7 +26,7 @@ from tests.support.patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGINNING = Beginning(
-    version=pyvmm.__version__, command="run", kernel="/no/kernel", any_snapshot=True,
+    version=pyvmm.__version__, bundle="run", kernel="/no/kernel", any_snapshot=True,
     most_scratch_files=2,
 )
 MACHINE = """\
@@ -40,7 +40,7 @@ listener = Listener("socket")
 name = listener.give_name_away()
 attendant = start(
     Beginning(
-        version=pyvmm.__version__, command="run", kernel="k", most_scratch_files=1,
+        version=pyvmm.__version__, bundle="run", kernel="k", most_scratch_files=1,
         socket_name=name.name, socket_device=name.device, socket_inode=name.inode,
     ), program="pyvmm.cli.attending", directory_fd=name.directory_fd,
 )
