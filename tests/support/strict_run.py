@@ -4,7 +4,8 @@
 
 ROOT is the checkout.  REPORT gets a line for each import, each file, socket or library opened and
 each new module, from the guest's first instruction to the end of ``Machine.run``.  With --no-files
-no descriptor is left once a vCPU looks whether all have halted.
+no descriptor is left once a vCPU looks whether all have halted; then the run has no jail, whose
+filters refuse to change that limit.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import resource
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from unittest import mock
 
 ROOT, REPORT, *OPTIONS = sys.argv[1:]
 sys.path.insert(0, ROOT)
 
 import pyvmm.machine  # noqa: E402
+from pyvmm.cli.jailed import Jail  # noqa: E402
 from pyvmm.cli.main import main  # noqa: E402
 from pyvmm.run.outcome import Outcome  # noqa: E402
 from pyvmm.run.vcpu_loop import VcpuLoop  # noqa: E402
@@ -77,8 +80,20 @@ def run() -> int:
     if "--no-files" in OPTIONS:
         mock.patch.object(VcpuLoop, "_finish_if_halted", look_without_files).start()
     mock.patch.object(pyvmm.machine.Machine, "run", watched_machine).start()
+    options = list(OPTIONS)
+    if "--no-files" in options:
+        options[options.index("--no-files")] = "--jail=off"
     with open(REPORT, "w") as report:  # noqa: PTH123  # now: there may be no descriptor later
-        status = main(["run", *(option for option in OPTIONS if option != "--no-files")])
+        enter = Jail.enter
+
+        def enter_with_report(
+            jail: Jail, kept: Mapping[int, str], *, more_files: int, may_grow: bool
+        ) -> Callable[[str], None] | None:
+            kept = {**kept, report.fileno(): "report"}
+            return enter(jail, kept, more_files=more_files, may_grow=True)
+
+        mock.patch.object(Jail, "enter", enter_with_report).start()
+        status = main(["run", *options])
         report.write("".join(f"{line}\n" for line in [*recorder.lines, f"status {status}"]))
     return status
 
