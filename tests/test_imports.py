@@ -151,7 +151,7 @@ def test_a_restore_imports_no_more_than_it_may(warm: Path) -> None:
     assert len(others) <= MAX_STANDARD + len(set(RESTORE_ALLOWED) - set(ALLOWED))
     for boots in (
         "x86.acpi", "x86.loader", "x86.elf", "x86.bzimage", "x86.boot_params", "x86.cpuid",
-        "x86.cpu", "x86.cpu_features", "x86.cpu_model", "x86.mptable", "board.booting",
+        "x86.cpu_features", "x86.cpu_model", "x86.mptable", "board.booting",
         "board.describe", "cli.run", "control", "snapshot.capture", "snapshot.checkpoints",
         "snapshot.files.writer", "launcher", "linux.",
     ):

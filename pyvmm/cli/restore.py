@@ -108,6 +108,9 @@ def _restore(
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
         from pyvmm.snapshot.opening import open_snapshot
 
+        # It describes a vCPU that has failed: too late for an import in the jail.
+        from pyvmm.x86 import cpu  # noqa: F401
+
         snapshot = opened or open_snapshot(args.directory, disks=disks, report=report)
         with contextlib.closing(snapshot):
             configs.append(snapshot.facts.config)
