@@ -236,7 +236,10 @@ TERMINAL = (
         (_OWN, Condition(2, (signal.SIGTSTP,))),
     ),
     Rule("kill", ("main", "control"), "end this process", "own process", (_OWN,)),
-    *_rules("wait4", ("main", "snapshot"), "the end of the attendant; of a child that saved RAM"),
+    *_rules(
+        "wait4", ("main", "main-export", "snapshot"),
+        "the end of the attendant; of a child that saved RAM",
+    ),
 )
 
 FLAGS = (
