@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
+    from pyvmm.jail.root import User
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
@@ -62,7 +63,9 @@ class Jail:
         self.is_on = mode != "off"
         self._is_strict = mode == "strict"
         self._verbose: int = args.verbose
-        self._user, self._cgroup, self._namespaces = None, None, None
+        self.user: User | None = None
+        """Whom the process becomes; None: nobody else."""
+        self._cgroup, self._namespaces = None, None
         for option, text in (("--user", args.user), ("--cgroup", args.cgroup)):
             if text is not None and not self.is_on:
                 raise ConfigError(f"{option} {text}", "is a part of the jail, and --jail is off")
@@ -70,7 +73,7 @@ class Jail:
             from pyvmm.jail.cgroup import parse_cgroup
             from pyvmm.jail.root import parse_user
 
-            self._user = None if args.user is None else parse_user(args.user)
+            self.user = None if args.user is None else parse_user(args.user)
             self._cgroup = None if args.cgroup is None else parse_cgroup(args.cgroup)
         if not self.is_on:
             say(OFF)
@@ -113,7 +116,7 @@ class Jail:
         done = confine(Plan(
             kept=tuple(kept), more_files=more_files, strict=self._is_strict,
             largest_file_bytes=None if may_grow else _largest_file_bytes(kept),
-            user=self._user, cgroup=self._cgroup, namespaces=self._namespaces,
+            user=self.user, cgroup=self._cgroup, namespaces=self._namespaces,
         ))
         in_force, lacking = list(done.in_force), list(done.lacking)
         if reason:
