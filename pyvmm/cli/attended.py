@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyvmm.run.outcome import Outcome
     from pyvmm.run.verdict import Evidence
     from pyvmm.startup.bundle import Bundle
+    from pyvmm.vhost_user.socket_name import SocketName
 
 PROGRAM = "pyvmm.cli.attending"
 SCRATCH_FILES_PER_DISK = 8
@@ -103,6 +104,21 @@ class Attendance:
         finally:
             if name is not None:
                 name.close()
+
+
+def remover_of(name: SocketName) -> Attendant:
+    """Return an attendant that only removes the socket ``name`` at the end; HostError."""
+    from pyvmm.attendant.beginning import Beginning
+    from pyvmm.attendant.start import start
+
+    try:
+        beginning = Beginning(
+            version=pyvmm.__version__, bundle="", kernel="", socket_name=name.name,
+            socket_device=name.device, socket_inode=name.inode,
+        )
+        return start(beginning, program=PROGRAM, directory_fd=name.directory_fd)
+    finally:
+        name.close()
 
 
 def explain(

@@ -237,7 +237,10 @@ TERMINAL = (
         "tgkill", ("main",), "Ctrl-Z: stop as the shell expects it", "own process; SIGTSTP",
         (_OWN, Condition(2, (signal.SIGTSTP,))),
     ),
-    *_rules("wait4", ("main", "snapshot"), "the end of the attendant; of a child that saved RAM"),
+    *_rules(
+        "wait4", ("main", "main-export", "snapshot"),
+        "the end of the attendant; of a child that saved RAM",
+    ),
 )
 
 FLAGS = (
