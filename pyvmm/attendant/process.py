@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.messages import MAX_BEGIN_BYTES
 from pyvmm.attendant.server import Server
 from pyvmm.attendant.start import Kept
+from pyvmm.jail import privileges
 from pyvmm.vhost_user.socket_name import SocketName
 
 
@@ -26,6 +28,7 @@ def attend(
     The last arguments of the process are the word that woke it, "" if the machine's process has
     ended, and that process's state then.
     """
+    _give_up_privileges()
     os.closerange(max(Kept) + 1, os.sysconf("SC_OPEN_MAX"))
     connection = socket(AF_UNIX, SOCK_SEQPACKET, 0, Kept.CHANNEL)
     try:
@@ -50,6 +53,13 @@ def attend(
         name.remove()
     if has_said_so:
         duties.tidy()
+
+
+def _give_up_privileges() -> None:
+    """Keep the rights that files need, as root: whoever takes over the machine may try us next."""
+    with contextlib.suppress(OSError):  # a container that forbids it
+        privileges.no_new_privileges()
+        privileges.drop_capabilities(kept=privileges.FILE_CAPABILITIES)
 
 
 def _clear_up(beginning: Beginning, first_state: bytes) -> None:
