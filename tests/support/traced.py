@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
 _INSTRUCTION = re.compile(
     r"BPF_(?:STMT|JUMP)\(([0-9a-fx|]+), ([0-9a-fx|]+)(?:, ([0-9a-fx]+), ([0-9a-fx]+))?\)"
 )
-_CLONE_FLAGS = re.compile(r"flags=(0x[0-9a-f]+|\d+)")
+_CLONE_FLAGS = re.compile(r"flags=([0-9a-fx|]+)")
 _CLONE_THREAD = 0x0001_0000
 _SECCOMP_SET_MODE_FILTER = 1
 Call = tuple[str, str, tuple[int, ...]]
@@ -143,14 +143,14 @@ class _Reader:
                     kinds = (*kinds, kind) if kind else kinds
                 elif name in ("clone", "clone3", "fork", "vfork") and result.isdecimal():
                     flags = _CLONE_FLAGS.search(text)
-                    is_thread = flags is not None and int(flags[1], 0) & _CLONE_THREAD
+                    is_thread = flags is not None and _sum(flags[1]) & _CLONE_THREAD
                     yield int(result), process if is_thread else int(result), kinds
 
     def _note(self, kinds: tuple[str, ...], name: str, text: str, process: int) -> None:
         if name in ("clone", "clone3", "seccomp"):
             flags = _CLONE_FLAGS.search(text)
             first = int(text.split(",")[0], 0) if name == "seccomp" else 0
-            numbers = [int(flags[1], 0) | _exit_signal(text) if flags else first]
+            numbers = [_sum(flags[1]) | _exit_signal(text) if flags else first]
         else:
             numbers = [int(one, 0) for one in _NUMBER.findall(text)]
         if name in ("kill", "tgkill") and numbers[0] == process:
