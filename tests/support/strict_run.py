@@ -4,8 +4,7 @@
 
 ROOT is the checkout.  REPORT, the number of a pipe, gets a line for each import, each file, socket
 or library opened and each new module, from the guest's first instruction to the end of
-``Machine.run``.  With --no-files no descriptor is left once a vCPU looks whether all have halted; that run has no
-jail, whose filters refuse to change the limit.
+``Machine.run``.  With --no-files no descriptor is left once a vCPU looks whether all have halted.
 
 A machine that is saved imports modules whose code is in memory, and makes sockets of descriptors.
 With --control or --snapshot these do not count, and the notes end with the last run.
@@ -99,7 +98,7 @@ def run() -> int:
     mock.patch.object(pyvmm.machine.Machine, "run", watched_machine).start()
     tell = running.Running._lines  # its run is over
     mock.patch.object(running.Running, "_lines", watched_lines).start()
-    words = ["--jail=off" if option == "--no-files" else option for option in OPTIONS]
+    words = [option for option in OPTIONS if option != "--no-files"]
     if words[0] != "restore":
         words.insert(0, "run")
     report = int(REPORT)  # open already: there may be no descriptor later, nor a right to it
