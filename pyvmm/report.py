@@ -74,9 +74,18 @@ def echo(data: bytes, *, end: str = "\n") -> None:
 
 def end_line() -> None:
     """Begin a new line on standard output if it is a terminal: a guest may have left one open."""
+    outlet = terminal_outlet()
+    if outlet is not None:
+        with outlet, contextlib.suppress(OSError):
+            outlet.write(b"\n")
+
+
+def terminal_outlet() -> Outlet | None:
+    """Return an outlet to standard output, for the caller to close; None if it is no terminal."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.isatty():
-            write_text_now(sys.stdout, "\n")
+            return Outlet(sys.stdout.fileno())
+    return None
 
 
 class RepeatFilter:

@@ -17,16 +17,17 @@ class Beginning(Record):
 
     ``version`` is pyvmm's: an attendant of another one does nothing.  ``kernel`` to ``discovery``
     are ``RunConfig``'s, ``disks`` the location of each disk whose first bytes are those in its
-    file, "-" for another one.  ``modules`` are those to put into the bundle of ``command``.
+    file, "-" for another one.  ``modules`` are those to put into ``bundle``.
 
     ``snapshot_path``, ``any_snapshot`` and ``most_scratch_files`` are ``Duties``'.  ``socket_name``
     is the name of a socket in the directory that is handed over, ``socket_device`` and
     ``socket_inode`` tell that socket from another one.  ``terminal`` has the modes of the
-    terminal that is handed over (``console.terminal.modes_as_text``).
+    terminal that is handed over (``start``).  ``uid`` and ``gid`` are those of ``--user``, -1
+    without it.
     """
 
     version: str
-    command: str
+    bundle: str
     kernel: str
     initrd: str | None = None
     cmdline: str | None = None
@@ -45,6 +46,8 @@ class Beginning(Record):
     socket_device: int = 0
     socket_inode: int = 0
     terminal: str = ""
+    uid: int = -1
+    gid: int = -1
 
     @property
     def hands_out_files(self) -> bool:

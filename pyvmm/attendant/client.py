@@ -16,6 +16,8 @@ from pyvmm.report import say
 from pyvmm.startup.types import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from pyvmm.run.outcome import Outcome
     from pyvmm.run.verdict import Evidence
     from pyvmm.snapshot.files.making import SnapshotWriter
@@ -30,11 +32,20 @@ class Attendant(Protocol):
         It lies in ``storage.scratch.snapshot_directory()``, and the caller closes it.
         """
 
-    def snapshot_writer(self, path: str) -> SnapshotWriter:
+    def snapshot_writer(self, path: str | PathLike[str]) -> SnapshotWriter:
         """Return the writer of a new snapshot's directory; SnapshotError."""
 
     def ended(self, outcome: Outcome, evidence: Evidence) -> None:
         """Print the explanation of a run that has ended, if there is one; this may take seconds."""
+
+    def module_code(self, name: str) -> tuple[str, bool, bytes]:
+        """Return the file of a module, True if it is a package, and its marshalled code; OSError.
+
+        Modules of pyvmm and of the standard library, in source files.
+        """
+
+    def jailed(self) -> None:
+        """Note that this process can open nothing any more."""
 
     def wake(self) -> None:
         """Make the next request quick, and do not wait for that; idempotent."""
@@ -54,16 +65,15 @@ class LocalAttendant:
         self._is_closed = False
         if duties.hands_out_files:  # imported now, because nothing is while a guest runs
             from pyvmm.snapshot.files.writer import Writer
-            from pyvmm.storage.scratch import open_nameless, snapshot_directory
+            from pyvmm.storage.scratch import nameless_file
 
-            self._make_writer = Writer
-            self._open_nameless, self._scratch_directory = open_nameless, snapshot_directory()
+            self._make_writer, self._nameless_file = Writer, nameless_file
 
     def scratch_file(self) -> int:
         """See ``Attendant``."""
-        return self._open_nameless(self._scratch_directory)
+        return self._nameless_file()
 
-    def snapshot_writer(self, path: str) -> SnapshotWriter:
+    def snapshot_writer(self, path: str | PathLike[str]) -> SnapshotWriter:
         """See ``Attendant``."""
         return self._make_writer(path)
 
@@ -73,6 +83,15 @@ class LocalAttendant:
         with contextlib.suppress(OSError, ImportError):
             for line in self._duties.explain(outcome, evidence):
                 say(line)
+
+    def module_code(self, name: str) -> tuple[str, bool, bytes]:
+        """See ``Attendant``."""
+        from pyvmm.attendant.code import module_code  # nobody here needs it
+
+        return module_code(name)
+
+    def jailed(self) -> None:
+        """See ``Attendant``: it never is."""
 
     def wake(self) -> None:
         """See ``Attendant``: nothing is slow here."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import struct
 import termios
 from typing import Any
 
@@ -15,31 +17,52 @@ JAILED = (
     "the jail ended this machine: a thread made a system call that its filter does not have; "
     "please report this (docs/jail.md)"
 )
+_SIGNAL = 0x7F  # of an exit code; wait(2)
+# struct pidfd_info of linux/pidfd.h: le64 mask, 52 bytes of ids, le32 exit_code.
+_PIDFD_INFO = struct.Struct("<Q52xi")
+_PIDFD_GET_INFO = 0xC040_FF0B  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info of 64 bytes)
+_PIDFD_INFO_EXIT = 8
 _EXIT_CODE = 52 - 3  # proc(5): field 52; the first one behind the last ')' is field 3
 _MODES = 6  # before the characters
 
 
-def ending_signal(stat: bytes) -> int:
-    """Return the signal that ended the process, from its /proc/PID/stat; 0 if none is known."""
+def ending_signal(first_state: bytes, state_fd: int, pidfd: int) -> int:
+    """Return the signal that ended the machine's process; 0 if none has, or if it is not known.
+
+    Only its parent is told for sure.  Until the parent has asked, /proc/PID/stat tells: there are
+    ``first_state``, which was read as soon as possible, and the present one.  Afterwards a pidfd
+    does, since Linux 6.15.
+    """
+    code = _code_of(first_state)
+    with contextlib.suppress(OSError):  # it is reaped
+        code = code or _code_of(os.pread(state_fd, 4096, 0))
+    with contextlib.suppress(OSError):  # it is not, or the kernel does not tell
+        code = code or _code_from(pidfd)
+    return code & _SIGNAL
+
+
+def _code_of(stat: bytes) -> int:
+    """Return the exit code in a /proc/PID/stat, as of wait(2); 0 if it has none."""
     fields = stat.rpartition(b")")[2].split()
-    if len(fields) <= _EXIT_CODE or not fields[_EXIT_CODE].isdigit():
-        return 0
-    return int(fields[_EXIT_CODE]) & 0x7F
+    is_there = len(fields) > _EXIT_CODE and fields[_EXIT_CODE].isdigit()
+    return int(fields[_EXIT_CODE]) if is_there else 0
 
 
-def read_state(fd: int) -> bytes:
-    """Return the present content of ``fd``, a /proc/PID/stat; b"" once the process is reaped."""
-    with contextlib.suppress(OSError):
-        return os.pread(fd, 4096, 0)
-    return b""
+def _code_from(pidfd: int) -> int:
+    """Return the exit code of a process that was reaped; OSError if it is not known."""
+    info = bytearray(_PIDFD_INFO.size)
+    _PIDFD_INFO.pack_into(info, 0, _PIDFD_INFO_EXIT, 0)
+    fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    mask, code = _PIDFD_INFO.unpack(info)
+    return int(code) if mask & _PIDFD_INFO_EXIT else 0
 
 
-def tell(stat: bytes, *, terminal_fd: int) -> None:
-    """Say that the jail has ended the process, if it has.
+def tell(number: int, *, terminal_fd: int) -> None:
+    """Say that the jail has ended the process, if ``number``, the signal that did it, says so.
 
     The guest may have left the cursor of ``terminal_fd`` in the midst of a line; -1 for none.
     """
-    if ending_signal(stat) == signal.SIGSYS:
+    if number == signal.SIGSYS:
         if terminal_fd >= 0:
             with contextlib.suppress(OSError):
                 os.write(terminal_fd, b"\r\n")

@@ -36,12 +36,13 @@ class Ask(IntEnum):
     SNAPSHOT = 2
     ENDED = 3
     END = 4
-    CREATE = 5
-    REOPEN = 6
-    SIZE = 7
-    SETTLE = 8
-    PUBLISH = 9
-    ABORT = 10
+    CODE = 5
+    CREATE = 6
+    REOPEN = 7
+    SIZE = 8
+    SETTLE = 9
+    PUBLISH = 10
+    ABORT = 11
 
 
 SHAPES: Final[dict[int, tuple[type, ...]]] = {
@@ -50,6 +51,7 @@ SHAPES: Final[dict[int, tuple[type, ...]]] = {
     # The kind of outcome, its detail; the evidence: has printed, waits for root, reached init.
     Ask.ENDED: (str, str, int, int, int),
     Ask.END: (),
+    Ask.CODE: (str,),  # a module
     Ask.CREATE: (str,),  # the name of a file
     Ask.REOPEN: (str,),
     Ask.SIZE: (str,),

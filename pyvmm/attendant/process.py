@@ -8,11 +8,13 @@ from collections.abc import Callable
 from socket import AF_UNIX, SOCK_SEQPACKET, socket
 
 from pyvmm.attendant.beginning import Beginning
-from pyvmm.attendant.death import read_state, restore_terminal, tell
+from pyvmm.attendant.death import ending_signal, restore_terminal, tell
 from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.messages import MAX_BEGIN_BYTES
 from pyvmm.attendant.server import Server
 from pyvmm.attendant.start import Kept
+from pyvmm.jail.privileges import drop_capabilities, no_new_privileges
+from pyvmm.jail.root import User
 from pyvmm.vhost_user.socket_name import SocketName
 
 
@@ -34,6 +36,7 @@ def attend(
         return  # pyvmm was upgraded while the guest ran
     if beginning.version != version:
         return
+    _give_up_rights(beginning)
     name = None
     if beginning.socket_name:
         name = SocketName(
@@ -44,7 +47,7 @@ def attend(
     has_said_so = server.serve()
     if not has_said_so:
         word, state = sys.argv[-2:]
-        _clear_up(beginning, read_state(Kept.STATE) if word else state.encode())
+        _clear_up(beginning, b"" if word else os.fsencode(state))
     server.close()
     if name is not None:
         name.remove()
@@ -52,10 +55,19 @@ def attend(
         duties.tidy()
 
 
-def _clear_up(beginning: Beginning, state: bytes) -> None:
+def _give_up_rights(beginning: Beginning) -> None:
+    """Keep the rights of the user, or of ``--user``, and no others; OSError, ConfigError."""
+    no_new_privileges()
+    if beginning.uid >= 0:
+        User(beginning.uid, beginning.gid, str(beginning.uid)).become()
+    drop_capabilities()
+
+
+def _clear_up(beginning: Beginning, first_state: bytes) -> None:
     """Do what the machine's process would have done, had it not been killed."""
+    number = ending_signal(first_state, Kept.STATE, Kept.PROCESS)
     terminal_fd = -1
     if beginning.terminal:
         terminal_fd = Kept.TERMINAL
         restore_terminal(terminal_fd, beginning.terminal)
-    tell(state, terminal_fd=terminal_fd)
+    tell(number, terminal_fd=terminal_fd)

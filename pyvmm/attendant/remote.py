@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from pyvmm.attendant.client import SnapshotWriter
     from pyvmm.attendant.messages import Value
     from pyvmm.run.outcome import Outcome
     from pyvmm.run.verdict import Evidence
+    from pyvmm.snapshot.files.making import SnapshotWriter
 
 WAKE, QUIT = b"wake\n", b"quit\n"
 """What a sleeping attendant is told through its pipe: to begin its work, or that there is none."""
@@ -169,6 +169,7 @@ class RemoteAttendant:
         self._lock = threading.Lock()
         self._is_awake = False
         self._is_closed = False
+        self._is_jailed = False
 
     def descriptors(self) -> dict[int, str]:
         """See ``Attendant``."""
@@ -183,20 +184,25 @@ class RemoteAttendant:
 
     def scratch_file(self) -> int:
         """See ``Attendant``."""
+        if not self._is_jailed:
+            from pyvmm.storage.scratch import nameless_file  # not for a machine without disks
+
+            return nameless_file()
         self.wake()
         return self._channel.ask_for_file(Ask.SCRATCH)[0]
 
-    def snapshot_writer(self, path: str) -> SnapshotWriter:
+    def snapshot_writer(self, path: str | os.PathLike[str]) -> SnapshotWriter:
         """See ``Attendant``."""
         from pyvmm.attendant.remote_writer import RemoteWriter  # imported by ``Channel``
 
+        text = os.fspath(path)
         self.wake()
         try:
             fd, (final, temporary) = self._channel.ask_for_file(
-                Ask.SNAPSHOT, path, shape=(str, str)
+                Ask.SNAPSHOT, text, shape=(str, str)
             )
         except OSError as error:
-            raise SnapshotError(path, f"cannot be written: {error.strerror}") from error
+            raise SnapshotError(text, f"cannot be written: {error.strerror}") from error
         return RemoteWriter(Channel(fd, takes_files=True), str(final), str(temporary))
 
     def ended(self, outcome: Outcome, evidence: Evidence) -> None:
@@ -207,6 +213,22 @@ class RemoteAttendant:
                 Ask.ENDED, str(outcome.kind), outcome.detail[:MAX_DETAIL], evidence.has_printed,
                 evidence.waits_for_root, evidence.reached_init,
             )
+
+    def module_code(self, name: str) -> tuple[str, bool, bytes]:
+        """See ``Attendant``."""
+        self.wake()
+        fd, (path, is_package) = self._channel.ask_for_file(Ask.CODE, name, shape=(str, int))
+        try:
+            pieces = []
+            while piece := os.read(fd, 1 << 20):
+                pieces.append(piece)
+            return str(path), bool(is_package), b"".join(pieces)
+        finally:
+            os.close(fd)
+
+    def jailed(self) -> None:
+        """See ``Attendant``."""
+        self._is_jailed = True
 
     def close(self) -> None:
         """See ``Attendant``."""
@@ -221,6 +243,7 @@ class RemoteAttendant:
                 self._channel.tell(Ask.END)
             else:
                 self._ring(QUIT)
+                self._channel.close()  # one that never slept waits for that
             os.close(self._wake_fd)
             self._wake_fd = -1
         with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: it is reaped already

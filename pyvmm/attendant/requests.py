@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 from socket import socket
 
-from pyvmm.attendant.messages import MAX_BYTES, SHAPES, Answer, Value, check, decode, encode
+from pyvmm.attendant.messages import MAX_BYTES, SHAPES, Answer, check, decode, encode
 from pyvmm.errors import SnapshotError
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.attendant.messages import Value
 
 _MAX_ERROR_TEXT = 2000  # of a subject and of a problem, each: four bytes a character still fit
 

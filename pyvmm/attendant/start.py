@@ -38,14 +38,14 @@ read -r word
 read -r state <&4
 exec "$@" "$word" "$state" </dev/null
 """
-# An import fails if pyvmm was removed while the guest ran.
+# An import fails if pyvmm was removed, or half upgraded, while the guest ran.
 _PROGRAM = """\
 import sys
 sys.path.insert(0, sys.argv[1])
 try:
     from {0} import main
-except ImportError:
-    sys.exit()
+except ImportError as error:
+    sys.exit(f"pyvmm: the process beside the machine cannot begin: {{error}}")
 main()
 """
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -65,6 +65,8 @@ class Kept(IntEnum):
     """The directory with the name of the control socket, if there is one."""
     TERMINAL = 6
     """The terminal with the guest's input, if it is one."""
+    PROCESS = 7
+    """A pidfd of the machine's process."""
 
 
 def start(
@@ -92,6 +94,10 @@ def start(
             state_fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, state_fd)
             keep(state_fd, Kept.STATE)
+            with contextlib.suppress(OSError):  # Linux 5.3
+                pidfd = os.pidfd_open(os.getpid())
+                stack.callback(os.close, pidfd)
+                keep(pidfd, Kept.PROCESS)
             bell, wake_fd = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, bell)
             on_error = stack.enter_context(contextlib.ExitStack())

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from socket import socket
 
 from pyvmm.attendant.handing import hand_over
-from pyvmm.attendant.messages import Answer, Ask, Value, encode
+from pyvmm.attendant.messages import Answer, Ask, encode
 from pyvmm.attendant.requests import answer_error, take_request
 from pyvmm.errors import SnapshotError
 from pyvmm.snapshot.files.writer import Writer
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.attendant.messages import Value
 
 MOST_WRITERS = 2
 """A run makes its own snapshot (--snapshot), and one at a time for its clients (--control)."""

@@ -134,6 +134,8 @@ class Board:
         found |= {source.fd: f"{name}: a source" for name, _, source in self._extra_sources}
         if self.memory.fd is not None:
             found[self.memory.fd] = "guest RAM"
+        if self.memory.pagemap_fd is not None:
+            found[self.memory.pagemap_fd] = "page map"
         for slot in self.slots:
             found |= slot.descriptors()
         return found

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pyvmm.attendant.client import Attendant
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
+    from pyvmm.jail.root import User
     from pyvmm.machine import Machine
     from pyvmm.run.outcome import Outcome
     from pyvmm.run.verdict import Evidence
@@ -30,23 +31,24 @@ SCRATCH_FILES_OF_CLIENTS = 1 << 16
 
 
 class Attendance:
-    """The attendant that ``args``, the options of ``command`` ("run" or "restore"), call for."""
+    """The attendant that ``args``, the options of a command line, call for."""
 
-    def __init__(self, command: str, args: SimpleNamespace) -> None:
-        self._command = command
+    def __init__(self, args: SimpleNamespace) -> None:
         self._has_clients = args.control is not None or args.control_fd is not None
         self._snapshot_path: str | None = getattr(args, "snapshot", None)
+        self.saves = self._has_clients or self._snapshot_path is not None
+        """True if the machine may be saved while it runs."""
 
     def begin(
         self, config: RunConfig, machine: Machine, bundle: Bundle, control: RunControl | None, *,
-        is_jailed: bool,
+        is_jailed: bool, user: User | None = None,
     ) -> Attendant:
         """Return the attendant of ``machine``, which has not run; HostError.
 
-        From now on it has the name of the socket of ``control``.
+        From now on it has the name of the socket of ``control``.  ``user`` is whom the machine's
+        process becomes: so does the attendant.
         """
         name = None if control is None else control.give_name_away()
-        saves = self._has_clients or self._snapshot_path is not None
         most_files = SCRATCH_FILES_PER_DISK * len(config.disks)
         if self._has_clients:
             most_files = SCRATCH_FILES_OF_CLIENTS
@@ -64,7 +66,7 @@ class Attendance:
             return LocalAttendant(Duties(
                 explain=explained, tidy=lambda: bundle.update(missing), socket_name=name,
                 snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
-                most_scratch_files=most_files if saves else 0,
+                most_scratch_files=most_files if self.saves else 0,
             ))
         from pyvmm.attendant.beginning import Beginning
         from pyvmm.attendant.start import start
@@ -74,7 +76,7 @@ class Attendance:
 
         missing = bundle.left_out()
         beginning = Beginning(
-            version=pyvmm.__version__, command=self._command, kernel=os.fspath(config.kernel),
+            version=pyvmm.__version__, bundle=bundle.name, kernel=os.fspath(config.kernel),
             initrd=None if config.initrd is None else os.fspath(config.initrd),
             cmdline=config.cmdline, append=config.append, agent=config.agent,
             discovery=config.discovery, cpus=config.cpus,
@@ -85,8 +87,10 @@ class Attendance:
             kernel_version=machine.kernel.version, is_linux=machine.kernel.is_linux,
             modules=tuple(missing) if bundle.is_worth_writing(missing) else (),
             snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
-            most_scratch_files=most_files if saves else 0,
+            most_scratch_files=most_files if self.saves else 0,
         )
+        if user is not None:
+            beginning = beginning.replace(uid=user.uid, gid=user.gid)
         if name is not None:
             beginning = beginning.replace(
                 socket_name=name.name, socket_device=name.device, socket_inode=name.inode

@@ -55,7 +55,7 @@ def duties_of(beginning: Beginning, socket_name: SocketName | None) -> Duties:
         if beginning.modules:
             for name in beginning.modules:
                 importlib.import_module(name)
-            Bundle(default_path(beginning.command)).update(beginning.modules)
+            Bundle(default_path(beginning.bundle)).update(beginning.modules)
 
     return Duties(
         explain=explained, tidy=tidy, socket_name=socket_name,

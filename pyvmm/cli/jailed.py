@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
+    from pyvmm.jail.root import User
+    from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
+    from pyvmm.startup.bundle import Bundle
 
 JAIL_OPTIONS = (
     Option(name="--jail", metavar="MODE", default="on",
@@ -34,6 +37,15 @@ JAIL_OPTIONS = (
            "limits"),
 )
 OFF = "--jail off: a guest that breaks out has all rights of this process"
+FILES_OF_CLIENTS = 1024
+"""Descriptors that a control socket's clients bring, with their snapshots and their programs."""
+FILES_OF_A_SNAPSHOT = 32
+LATE_MODULES = (
+    "pyvmm.attendant.beginning", "pyvmm.attendant.start", "pyvmm.jail.confine",
+    "pyvmm.jail.programs", "pyvmm.jail.root", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
+    "pyvmm.startup.late",
+)
+"""All that only a jailed start imports, when it enters its jail."""
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
@@ -51,7 +63,9 @@ class Jail:
         self.is_on = mode != "off"
         self._is_strict = mode == "strict"
         self._verbose: int = args.verbose
-        self._user, self._cgroup, self._namespaces = None, None, None
+        self.user: User | None = None
+        """Whom the process becomes; None: nobody else."""
+        self._cgroup, self._namespaces = None, None
         for option, text in (("--user", args.user), ("--cgroup", args.cgroup)):
             if text is not None and not self.is_on:
                 raise ConfigError(f"{option} {text}", "is a part of the jail, and --jail is off")
@@ -59,7 +73,7 @@ class Jail:
             from pyvmm.jail.cgroup import parse_cgroup
             from pyvmm.jail.root import parse_user
 
-            self._user = None if args.user is None else parse_user(args.user)
+            self.user = None if args.user is None else parse_user(args.user)
             self._cgroup = None if args.cgroup is None else parse_cgroup(args.cgroup)
         if not self.is_on:
             say(OFF)
@@ -102,7 +116,7 @@ class Jail:
         done = confine(Plan(
             kept=tuple(kept), more_files=more_files, strict=self._is_strict,
             largest_file_bytes=None if may_grow else _largest_file_bytes(kept),
-            user=self._user, cgroup=self._cgroup, namespaces=self._namespaces,
+            user=self.user, cgroup=self._cgroup, namespaces=self._namespaces,
         ))
         in_force, lacking = list(done.in_force), list(done.lacking)
         if reason:
@@ -121,6 +135,8 @@ def descriptors_of(machine: Machine) -> dict[int, str]:
     found = machine.board.descriptors() | machine.runner.descriptors()
     found |= machine.console.descriptors()
     found[machine.vm.fd] = "KVM: the virtual machine"
+    if (pagemap_fd := machine.board.memory.pagemap_fd) is not None:
+        found[pagemap_fd] = "this process's page map"
     found |= {loop.vcpu.fd: f"KVM: vCPU {index}" for index, loop in enumerate(machine.loops)}
     for moment in (machine.base, machine.newest):
         if moment is not None:
@@ -128,11 +144,33 @@ def descriptors_of(machine: Machine) -> dict[int, str]:
     return found
 
 
+def prepare_saves(machine: Machine, bundle: Bundle) -> None:
+    """Have all at hand that ``machine`` is saved and rewound with, once nothing can be opened.
+
+    Modules come from ``bundle``, or from memory from now on; HostError.
+    """
+    import array  # noqa: F401 - C extensions may be files that must be mapped
+    import zlib  # noqa: F401
+
+    from pyvmm.control import machine_saves
+    from pyvmm.kvm.answers import answers_of
+    from pyvmm.ram.pages import keep_pagemap
+    from pyvmm.startup.late import LateModules
+
+    LateModules(bundle, machine_saves.LATE_MODULES)
+    keep_pagemap(machine.board.memory)
+    answers_of(_kvm_of(machine)).ask_all()
+
+
 def close_kvm(machine: Machine) -> None:
     """Close /dev/kvm, with which another virtual machine could be made."""
+    _kvm_of(machine).close()
+
+
+def _kvm_of(machine: Machine) -> Kvm:
     kvm = machine.loops[0].vcpu.kvm
     assert kvm is not None  # ``build`` has made the vCPUs
-    kvm.close()
+    return kvm
 
 
 def files_of_a_run(machine: Machine) -> int:
@@ -141,7 +179,10 @@ def files_of_a_run(machine: Machine) -> int:
 
 
 def may_grow(machine: Machine) -> bool:
-    """True if a file of ``machine`` may become longer: a person may make a disk larger."""
+    """True if a file of ``machine`` may become longer: a log, or a disk that a person enlarges."""
+    output_fd = machine.console.output_fd
+    if output_fd is not None and stat.S_ISREG(os.fstat(output_fd).st_mode):
+        return True
     return any(
         not (disk.read_only or (isinstance(disk, DiskConfig) and disk.source.snapshot))
         for disk in machine.config.disks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 
@@ -172,7 +173,7 @@ def _run(
     config = config_from(args)
     running = Running(
         verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
-        jail=Jail(args), attendance=Attendance("run", args), control=control,
+        jail=Jail(args), attendance=Attendance(args), control=control,
     )
     warm = None
     if args.snapshot is not None or args.snapshot_at or args.snapshot_exit or args.snapshot_live:
@@ -193,10 +194,11 @@ def _run(
     try:
         return running.run(make, tell, warm)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import needed_descriptors
-        from pyvmm.open_files import refuse_shortage
+        with contextlib.suppress(ImportError):  # in the jail
+            from pyvmm.cli.descriptors import needed_descriptors
+            from pyvmm.open_files import refuse_shortage
 
-        refuse_shortage(error, needed_descriptors(config), "this run")
+            refuse_shortage(error, needed_descriptors(config), "this run")
         raise
 
 

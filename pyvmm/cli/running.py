@@ -9,8 +9,18 @@ import sys
 import time
 
 import pyvmm
+from pyvmm.board.disks import prepare_scratch
 from pyvmm.cli.attended import Attendance
-from pyvmm.cli.jailed import Jail, close_kvm, descriptors_of, files_of_a_run, may_grow
+from pyvmm.cli.jailed import (
+    FILES_OF_A_SNAPSHOT,
+    FILES_OF_CLIENTS,
+    Jail,
+    close_kvm,
+    descriptors_of,
+    files_of_a_run,
+    may_grow,
+    prepare_saves,
+)
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
@@ -96,7 +106,7 @@ class Running:
         self,
         make: Callable[[Reporter], tuple[Machine, RunConfig]],
         tell: Callable[[Machine, Reporter], None],
-        warm: Callable[[Machine, Callable[[str], None]], WarmSnapshot] | None = None,
+        warm: Callable[..., WarmSnapshot] | None = None,
     ) -> int:
         """Run the machine that ``make`` returns to its end; return the exit status.
 
@@ -113,17 +123,29 @@ class Running:
                 machine, config = make(report)
                 stack.enter_context(machine)
                 tell(machine, report)
+                saves = self._control is not None or warm is not None
+                if self._jail.is_on and saves:
+                    prepare_saves(machine, self._bundle)
                 attendant = attended.enter_context(contextlib.closing(self._attendance.begin(
-                    config, machine, self._bundle, self._control, is_jailed=self._jail.is_on
+                    config, machine, self._bundle, self._control, is_jailed=self._jail.is_on,
+                    user=self._jail.user,
                 )))
                 if self._control is not None:
                     self._control.attach(
-                        machine, config, report, sets_clock=self._sets_clock
+                        machine, config, report, sets_clock=self._sets_clock,
+                        make_writer=attendant.snapshot_writer,
                     )
-                snapshot = None if warm is None else warm(machine, report)
-                self._enter_jail(machine, attendant, report)
+                snapshot = (
+                    None if warm is None else warm(machine, report, attendant.snapshot_writer)
+                )
+                self._bundle.__exit__()  # its descriptor is on no list
+                enter = self._enter_jail(machine, attendant, report, snapshot)
+                if self._control is not None:
+                    self._control.start(enter)
+                if snapshot is not None:
+                    snapshot.start(enter)
+                    attendant.wake()  # to make the directory, once the guest is warm
                 guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-                self._bundle.__exit__()
                 gc.freeze()  # the present objects stay: no collection need look at them
                 gc.enable()  # cli.main disabled the collector, and says why
                 outcome = run_at_terminal(machine, snapshot)
@@ -141,17 +163,32 @@ class Running:
                 attendant.ended(outcome, machine.evidence)
         return status
 
-    def _enter_jail(self, machine: Machine, attendant: Attendant, report: Reporter) -> None:
-        """Give up what the run does not need; from now on only what is open can be used."""
+    def _enter_jail(
+        self, machine: Machine, attendant: Attendant, report: Reporter,
+        snapshot: WarmSnapshot | None,
+    ) -> Callable[[str], None] | None:
+        """Give up what the run does not need; return what confines a thread of a given kind.
+
+        From now on only what is open can be used.
+        """
         if not self._jail.is_on:
-            return
-        saves = self._control is not None
-        if not saves:
-            close_kvm(machine)
+            return None
+        prepare_scratch(machine.board, attendant.scratch_file)
+        attendant.jailed()
+        close_kvm(machine)
         kept = descriptors_of(machine) | report.descriptors() | attendant.descriptors()
+        more_files = files_of_a_run(machine)
+        if self._control is not None:
+            kept |= self._control.descriptors()
+            more_files += FILES_OF_CLIENTS
+        if snapshot is not None:
+            kept |= snapshot.descriptors()
+            more_files += FILES_OF_A_SNAPSHOT
+        saves = self._control is not None or snapshot is not None
         machine.runner.enter = self._jail.enter(
-            kept, more_files=files_of_a_run(machine), may_grow=saves or may_grow(machine)
+            kept, more_files=more_files, may_grow=saves or may_grow(machine)
         )
+        return machine.runner.enter
 
     def _lines(
         self, machine: Machine, outcome: Outcome, status: int, guest_start_s: float, end_s: float

@@ -18,6 +18,7 @@ from pyvmm.control.saves import Rewound
 from pyvmm.control.session import Session, ended_event
 from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
+from pyvmm.run.entered import EnteredThread
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.vhost_user.listener import Listener
@@ -83,11 +84,22 @@ class Server:
         self._doorway = None if listener is None else IoSource(
             listener.fileno(), self._accept, edge_triggered=False
         )
-        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._thread = EnteredThread("control", "control", self._run)
 
-    def start(self) -> None:
-        """Begin to serve, in a thread of its own."""
-        self._thread.start()
+    def start(self, enter: Callable[[str], None] | None = None) -> None:
+        """Begin to serve, in threads of its own, which first confine themselves by ``enter``.
+
+        HostError if this user has no thread left, or the host does not confine one.
+        """
+        threads = (self._session.worker.thread, self._thread)
+        for thread in threads:
+            thread.start(enter)
+        for thread in threads:
+            thread.wait()
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+        return {fd: f"control: {use}" for fd, use in self._loop.descriptors().items()}
 
     def end(self, outcome: Outcome) -> bool:
         """The run has ended: tell all clients, and wait a little until they have taken it.
@@ -110,10 +122,10 @@ class Server:
     def close(self) -> None:
         """Stop serving; idempotent."""
         self._session.worker.join(WORK_S)
-        if self._thread.is_alive():
+        if self._thread.is_alive:
             self._loop.stop()
             self._thread.join(JOIN_S)
-        elif self._thread.ident is None:
+        elif not self._thread.has_begun:
             self._loop.close()
 
     @property

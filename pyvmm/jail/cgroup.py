@@ -22,7 +22,8 @@ _MOST_PIDS = 1 << 22
 class Cgroup(Record):
     """A directory of cgroup v2, which is made if it is missing, and its limits; None is none.
 
-    ``cpus`` is a number of CPUs' time, as 1.5.
+    ``cpus`` is a number of CPUs' time, as 1.5.  The directory stays after the end: its
+    ``memory.peak`` and ``cpu.stat`` tell of the run.
     """
 
     directory: str
@@ -42,11 +43,10 @@ class Cgroup(Record):
             self._write("cgroup.procs", "0")
         except ConfigError:
             if made:
-                self.remove()
+                self._remove()
             raise
 
-    def remove(self) -> None:
-        """Remove the directory if no process is in it."""
+    def _remove(self) -> None:
         with contextlib.suppress(OSError):
             os.rmdir(self.directory)
 
@@ -62,7 +62,7 @@ class Cgroup(Record):
             made = True
         if not os.path.exists(f"{self.directory}/cgroup.controllers"):
             if made:
-                self.remove()
+                self._remove()
             raise self._error("is no directory of cgroup v2, as /sys/fs/cgroup/NAME is")
         return made
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pyvmm.jail.cgroup import Cgroup
     from pyvmm.jail.root import Namespaces, User
 
+_LANDLOCK = "Landlock", "the filter alone keeps files out of reach"
+_ROOT = ("an empty root and namespaces of its own",
+         "Landlock and the filter alone keep files and the network out of reach")
+"""Names of steps, and how things are without them."""
 _UNSHARE, _CLONE_THREAD = 272, 0x0001_0000
 _THREAD_ENDS_S = 1.0
 """A thread that was joined may still be ending."""
@@ -59,33 +63,36 @@ def confine(plan: Plan) -> Confinement:
     """
     _check_alone()
     steps = _Steps(plan.strict)
-    steps.take("no new privileges", privileges.no_new_privileges, "a program may gain privileges")
-    # First of all that needs rights: afterwards there is no path to the group.
+    if plan.strict:
+        # While nothing is given up that the caller needs to tell of an error, such as files.
+        steps.try_out(*_LANDLOCK, landlock.abi)
+        if plan.namespaces is not None:
+            steps.try_out(*_ROOT, plan.namespaces.check)
+    steps.take("no_new_privs", "programs may gain some", privileges.no_new_privileges)
+    # Steps that need rights or paths come before those that take them away.
     if plan.cgroup is not None:
         plan.cgroup.join()
         steps.in_force.append(f"cgroup {plan.cgroup.directory}")
     if plan.namespaces is not None:
-        steps.take("own namespaces and an empty root", plan.namespaces.enter,
-                   "other files, the network and IPC can be reached")
+        steps.take(*_ROOT, plan.namespaces.enter)
     if plan.user is not None:
         plan.user.become()
         steps.in_force.append(f"user {plan.user.uid}, group {plan.user.gid}")
-    steps.take("no capabilities", privileges.drop_capabilities, "capabilities stay")
-    # After the user: a change of the uid sets it anew.
-    steps.take("hidden memory", privileges.hide_memory, "this user's processes can read our memory")
-    steps.take("", privileges.no_implied_code, "all memory that can be read can be executed")
-    steps.take("no new code", privileges.no_new_code, "", is_extra=True)
-    steps.take(f"{len(plan.kept)} descriptors", lambda: descriptors.close_others(plan.kept),
-               "inherited descriptors stay open")
+    steps.take("empty capability sets", "those that it has stay", privileges.drop_capabilities)
+    # After the change of the user, which sets it anew.
+    steps.take("hidden memory", "this user's processes can read it", privileges.hide_memory)
+    steps.take("data that cannot be executed", "all of it can be", privileges.no_implied_code)
+    steps.take("W^X memory", None, privileges.no_new_code)
+    steps.take("closed descriptors", "others that were inherited stay open",
+               lambda: descriptors.close_others(plan.kept))
     # Landlock needs a descriptor for a moment, so the limit of open files comes last.
     forbidden: list[str] = []
-    steps.take("Landlock", lambda: forbidden.extend(landlock.forbid_all()),
-               "files can be opened by their paths")
+    steps.take(*_LANDLOCK, lambda: forbidden.extend(landlock.forbid_all()))
     if forbidden:
         steps.in_force[-1] = f"Landlock ({', '.join(forbidden)})"
-    steps.take("limits of files, their size and core dumps", lambda: privileges.limit_resources(
-        plan.kept, plan.more_files, plan.largest_file_bytes
-    ), "resources have no limits")
+    steps.take("limits of files and core dumps", "there are none", lambda: (
+        privileges.limit_resources(plan.kept, plan.more_files, plan.largest_file_bytes)
+    ))
     return Confinement(in_force=tuple(steps.in_force), lacking=tuple(steps.lacking))
 
 
@@ -97,28 +104,26 @@ class _Steps:
         self.in_force: list[str] = []
         self.lacking: list[str] = []
 
-    def take(
-        self, name: str, step: Callable[[], object], danger: str, *, is_extra: bool = False
-    ) -> None:
-        """Call ``step``; if that fails, ``danger`` is what a guest that breaks out could use.
+    def take(self, name: str, otherwise: str | None, step: Callable[[], object]) -> None:
+        """Call ``step``; ``otherwise`` is how things are if it fails.
 
-        A step that ``is_extra`` makes another one stronger: a host may lack it, as older kernels
-        do.
+        A step with None makes another one stronger.  Hosts may lack it, as older kernels do.
         """
+        if self.try_out(name, otherwise, step):
+            self.in_force.append(name)
+
+    def try_out(self, name: str, otherwise: str | None, step: Callable[[], object]) -> bool:
+        """Call ``step``, which need not give up anything; True if it does not fail."""
         try:
             step()
         except OSError as error:
-            if not is_extra:
-                self._lacks(name, danger, error)
-        else:
-            if name:
-                self.in_force.append(name)
-
-    def _lacks(self, name: str, danger: str, error: OSError) -> None:
-        line = f"the jail lacks {name}: {error.strerror}; {danger}"
-        if self._strict:
-            raise HostError(f"--jail strict: {line}") from error
-        self.lacking.append(line)
+            if otherwise is not None:
+                line = f"the jail lacks {name}: {error.strerror}; {otherwise}"
+                if self._strict:
+                    raise HostError(f"--jail strict: {line}") from error
+                self.lacking.append(line)
+            return False
+        return True
 
 
 def _check_alone() -> None:

@@ -120,15 +120,19 @@ class Namespaces:
             self._thread.join()
             self._thread = None
 
-    def enter(self) -> None:
-        """Move this process there, for good; no other thread may run.  OSError.
+    def check(self) -> None:
+        """Wait until they are made; OSError if they cannot be.
 
         EPERM: this process may not make namespaces, as root in a container may not.
         """
         self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def enter(self) -> None:
+        """Move this process there, for good; no other thread may run.  OSError, as ``check``."""
         try:
-            if self._error is not None:
-                raise self._error
+            self.check()
             for fd in self._descriptors:
                 system_call(_SETNS, fd, 0)
         finally:

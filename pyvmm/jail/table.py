@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import signal
+import socket
 from dataclasses import dataclass
 
 from pyvmm.jail.bpf import OWN_PID, Condition
@@ -20,7 +21,7 @@ KINDS = {
     "vcpu-elsewhere": "The same, in a machine with a disk that another process serves",
     "vcpu-serving": "The same, and serves the disks itself (`--serve exit`)",
     "disk": "Serves the queues of a disk in files or memory",
-    "disk-network": "Serves the queues of a disk on an NBD server",
+    "disk-network": "Serves the queues of a disk on an NBD server, or of an overlay of it",
     "disk-elsewhere": "Watches the socket of a vhost-user back end",
     "console": "Serves the virtio console and the UART's gathered bytes",
     "entropy": "Serves the entropy device",
@@ -37,8 +38,8 @@ KINDS = {
 
 ALL = tuple(KINDS)
 VCPUS = ("vcpu", "vcpu-elsewhere", "vcpu-serving")
-DISKS = ("vcpu-serving", "disk", "device")
-"""Kinds that read and write disks in files."""
+DISKS = ("vcpu-serving", "disk", "disk-network", "device")
+"""Kinds that read and write files of disks; an overlay of a disk on a server is one."""
 CLOSERS = (*DISKS, "main", "main-export")
 """These, and the kinds that close disks: an overlay is flushed then."""
 PEERS = ("vcpu-elsewhere", "vcpu-serving", "disk-network", "disk-elsewhere", "device", "main")
@@ -126,8 +127,9 @@ MEMORY = (
         ALL, "the C library gives memory back",
     ),
     _one_of(
-        "madvise", 2, {"MADV_DONTFORK": 10, "MADV_DOFORK": 11, "MADV_GUARD_INSTALL": 102},
-        SAVER, "a child that copies RAM; the guard page of a new thread's stack",
+        "madvise", 2, {"MADV_DONTFORK": 10, "MADV_DOFORK": 11, "MADV_GUARD_INSTALL": 102,
+         "MADV_GUARD_REMOVE": 103},
+        SAVER, "a child that copies RAM; the guard of a new thread's stack",
     ),
 )
 
@@ -181,19 +183,31 @@ PEER_IO = (
         (Condition(5, (0,)),),
     ),
     *_rules(
-        "sendmsg recvfrom recvmsg shutdown getsockopt setsockopt getsockname getpeername",
-        (*PEERS, "control", "main-export"), "a socket it has",
+        "sendmsg recvfrom recvmsg shutdown", (*PEERS, "control", "main-export"), "a socket it has"
     ),
     *_rules("accept4", ("control", "main-export"), "a new client"),
+    *_rules("geteuid", ("control", "main-export", HEIR), "whose client, whose file is it"),
+    *_rules("getsockname", ("main", "control", "main-export"), "Python, of a socket's descriptor"),
+    Rule(
+        "getsockopt", ("main", "control", "main-export"), "Python, of a socket's descriptor",
+        "SO_TYPE, SO_ERROR, SO_PEERCRED, SO_PROTOCOL, SO_DOMAIN",
+        (Condition(1, (socket.SOL_SOCKET,)), Condition(2, (3, 4, 17, 38, 39))),
+    ),
     _one_of(
         "fcntl", 1, {"F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC},
-        ("vcpu-elsewhere", "vcpu-serving"), "RAM for a back end that knows no memory slots",
+        ("main", "vcpu-elsewhere", "vcpu-serving"),
+        "RAM for a back end that knows no memory slots; standard error, if it is a socket",
     ),
     _one_of(
         "fcntl", 1,
         {"F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC, "F_GET_SEALS": fcntl.F_GET_SEALS,
          "F_GETFL": fcntl.F_GETFL, "F_SETFL": fcntl.F_SETFL},
         ("main-export",), "the descriptors that a front end sends",
+    ),
+    *_rules("eventfd2", ("main-export",), "a new front end"),
+    *_rules(
+        "readlinkat", ("main-export",),
+        "is it an eventfd that a front end sends; of a link by its path this tells the target",
     ),
 )
 
@@ -204,23 +218,25 @@ GUEST = (
         "tell a halt for good from one that an interrupt ends",
     ),
     *_ioctls("KVM_GET_SREGS KVM_TRANSLATE", VCPUS, "describe how a vCPU ended"),
+    *_ioctls("KVM_GET_REGS KVM_GET_SREGS", ("main", "control"),
+             "a client asks for registers; tell how far a guest came"),
     *_ioctls("KVM_KVMCLOCK_CTRL", VCPUS, "tell the guest that it was paused"),
     *_ioctls(
         "KVM_IRQ_LINE KVM_REGISTER_COALESCED_MMIO KVM_UNREGISTER_COALESCED_MMIO",
-        (*VCPUS, "console", "main", "control"), "the UART's interrupt and its gathered bytes",
+        (*VCPUS, "console", "main"), "the UART's interrupt and its gathered bytes",
     ),
 )
 
 TERMINAL = (
     *_ioctls("TCGETS TCSETS TCFLSH TIOCGPGRP TIOCOUTQ", ("main",), "the terminal of `pyvmm run`"),
-    *_ioctls("TIOCGWINSZ", ("main", "console", "vcpu"), "the terminal's size"),
-    *_rules("getpgrp getpgid", ("main",), "are we in the foreground of the terminal"),
+    *_ioctls("TIOCGWINSZ", ("main", "console"), "the terminal's size"),
+    *_rules("getpgrp", ("main",), "are we in the foreground of the terminal"),
     *_rules("rt_sigaction", ("main", "main-export"), "handlers, at the end and for a stop"),
+    *_rules("sigaltstack", ("main", "main-export"), "Python's fault handler goes at the end"),
     Rule(
         "tgkill", ("main",), "Ctrl-Z: stop as the shell expects it", "own process; SIGTSTP",
         (_OWN, Condition(2, (signal.SIGTSTP,))),
     ),
-    Rule("kill", ("main", "control"), "end this process", "own process", (_OWN,)),
     *_rules("wait4", ("main", "snapshot"), "the end of the attendant; of a child that saved RAM"),
 )
 
@@ -243,7 +259,11 @@ NEW_TASKS = (
         "prctl", 0, {"PR_SET_NAME": 15, "PR_SET_NO_NEW_PRIVS": 38}, SAVER,
         "a new thread is named, and takes its filter",
     ),
-    _one_of("seccomp", 0, {"SECCOMP_SET_MODE_FILTER": 1}, SAVER, "a new thread takes its filter"),
+    Rule(
+        "seccomp", SAVER, "a new thread is named, and takes its filter",
+        "SECCOMP_SET_MODE_FILTER, with SPEC_ALLOW and no other flag",
+        (Condition(0, (1,)), Condition(1, (4,))),
+    ),
     *_rules("eventfd2 epoll_create1 pipe2 close_range", SAVER, "what a new loop, or a child, has"),
 )
 

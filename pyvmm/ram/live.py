@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 from pyvmm.errors import HostError
+from pyvmm.jail.descriptors import close_others
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
 from pyvmm.ram.runs import USUAL_RUNS
@@ -142,7 +143,7 @@ def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int]) -> None:
     """Write, answer, and end this process."""
     try:
         gc.disable()  # a finalizer of the parent's garbage could do anything
-        _close_all_but(*kept, pipe)
+        close_others([*kept, pipe])  # sockets, locks, and a KVM that lives as long as they do
         # Not PR_SET_PDEATHSIG: that comes when the thread ends that forked, too.
         poll = select.poll()
         poll.register(pipe, 0)
@@ -161,16 +162,6 @@ def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int]) -> None:
         os._exit(0)
     finally:
         os._exit(1)
-
-
-def _close_all_but(*kept: int) -> None:
-    """Close all other descriptors: sockets, locks, and a KVM that lives as long as they do."""
-    top = max(map(int, os.listdir("/proc/self/fd"))) + 1
-    first = 0
-    for fd in sorted(kept):
-        os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, top)
 
 
 def _pack(written: Written) -> bytes:

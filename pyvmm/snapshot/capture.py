@@ -50,7 +50,7 @@ def take(
         if directory is None:
             snapshot = _take_in_memory(machine, live)
         else:
-            with make_writer(directory) as writer:
+            with make_writer(os.fspath(directory)) as writer:
                 snapshot = _take_into(machine, writer, live, base)
         with machine.lock:
             if machine.vm.fd >= 0:  # else it was closed while RAM was written
@@ -129,7 +129,7 @@ def _take_into(
         image = finish_directory(writer, about, host, facts, ram, disks, base)
         undo.pop_all()
         ram.close()
-        return Snapshot(facts, image, disks, writer.path)
+        return Snapshot(facts, image, disks, writer.path, writer.held_bytes)
 
 
 def _freeze(machine: Machine, undo: contextlib.ExitStack) -> list[FrozenDisk]:

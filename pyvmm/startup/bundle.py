@@ -4,7 +4,8 @@ For every module Python asks for half a dozen names in as many system calls.  Th
 examines and reads a ``.pyc``, with a page of Python code in between.  That is more work than the
 top level of most of our modules; where files are far (over 9p in the lab) it is 3 ms a module.
 So the first run leaves ``__pycache__/run.<tag>.bundle`` behind, and later runs import from it.  A
-restore has a bundle of its own, because every start reads the index of all that is in one.
+restore has a bundle of its own, and so has a run that others control, because every start reads
+the index of all that is in one.
 
 Half of the remaining time is Python's import machinery, 80 us a module.  So the loader of one of
 our modules first makes our modules that the ``import`` statements at its left edge name.  The
@@ -60,8 +61,13 @@ class Bundle:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._entries = _read(path)
+        self.entries = _read(path)
         self._known: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        """What ``default_path`` was given."""
+        return os.path.basename(self.path).partition(".")[0]
 
     def __enter__(self) -> Self:
         self._known = set(sys.modules)
@@ -69,9 +75,10 @@ class Bundle:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Find modules no longer."""
+        """Find modules no longer.  The file's mapping goes, which holds a descriptor."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
+        self.entries = {}
 
     def find_spec(
         self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
@@ -80,21 +87,24 @@ class Bundle:
 
         This is ``importlib.abc.MetaPathFinder``'s.
         """
-        entry = self._entries.get(name)
-        if entry is None:
+        entry = self.entries.get(name)
+        if entry is None or not self.is_current(entry):
             return None
-        file, is_package, mtime_ns, size, needs, code = entry
-        try:
-            now = os.stat(file)
-        except OSError:
-            return None
-        if (now.st_mtime_ns, now.st_size) != (mtime_ns, size):
-            return None
+        file, is_package, _, _, needs, code = entry
         loader: Any = _Loader(self, needs, code, file)
         spec = type(sys.__spec__)(name, loader, origin=file)
         if is_package:
             spec.submodule_search_locations = [os.path.dirname(file)]
         return spec
+
+    def is_current(self, entry: Entry) -> bool:
+        """True if the source of the module ``entry`` is unchanged."""
+        file, _, mtime_ns, size, _, _ = entry
+        try:
+            now = os.stat(file)
+        except OSError:
+            return False
+        return (now.st_mtime_ns, now.st_size) == (mtime_ns, size)
 
     def make(self, name: str) -> None:
         """Import module ``name`` as Python would, if ``find_spec`` finds it.
@@ -142,7 +152,7 @@ class Bundle:
         added = set(names)
         if not self.is_worth_writing(added):
             return
-        entries = dict(self._entries)
+        entries = _read(self.path)  # anew: the mapping of the first time may be gone
         for name in added:
             if entry := _entry(name):
                 entries[name] = entry

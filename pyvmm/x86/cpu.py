@@ -200,15 +200,6 @@ _REGISTER_ROWS = (
 )
 
 
-def runs_program(vcpu: Vcpu) -> bool:
-    """Return True if Linux, on this vCPU, runs a program or serves a system call of one.
-
-    Programs keep their thread's data at FS.base, and Linux leaves it there while it serves them.
-    It is 0 in kernel threads, of which the boot is one, and before.
-    """
-    return bool(vcpu.get_sregs().fs.base)
-
-
 def describe_vcpu(memory: GuestMemory, vcpu: Vcpu) -> str:
     """Describe the stopped vCPU for a person: rip, the bytes there, registers; several lines."""
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
+from pyvmm.errors import ConfigError
 from pyvmm.jail.calls import prctl, system_call
 
 NOBODY = 65534
@@ -48,10 +49,13 @@ def apart(function: Callable[[int], T]) -> T:
     if pid == 0:
         try:
             os.close(out)
+            answer: tuple[bool, object]
             try:
                 answer = True, function(into)
+            except ConfigError as error:  # pickle would make it of its text
+                answer = False, (ConfigError, error.subject, error.problem)
             except BaseException as error:
-                answer = False, error  # type: ignore[assignment]
+                answer = False, (type(error), *error.args)
             with os.fdopen(into, "wb") as file:
                 file.write(pickle.dumps(answer))
         finally:
@@ -64,7 +68,8 @@ def apart(function: Callable[[int], T]) -> T:
         raise EndedApartError(status)
     is_result, found = pickle.loads(data)
     if not is_result:
-        raise found
+        kind, *arguments = found
+        raise kind(*arguments)
     return found  # type: ignore[no-any-return]
 
 

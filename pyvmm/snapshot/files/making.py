@@ -10,12 +10,11 @@ from pyvmm.startup.types import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from os import PathLike
     from typing import Self
 
     from pyvmm.errors import SnapshotError
 
-    MakeWriter = Callable[[str | PathLike[str]], "SnapshotWriter"]
+    MakeWriter = Callable[[str], "SnapshotWriter"]
     """Returns the writer of a new directory; SnapshotError."""
 
 
