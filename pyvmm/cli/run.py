@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 
@@ -193,10 +194,11 @@ def _run(
     try:
         return running.run(make, tell, warm)
     except (OSError, PyvmmError) as error:
-        from pyvmm.cli.descriptors import needed_descriptors
-        from pyvmm.open_files import refuse_shortage
+        with contextlib.suppress(ImportError):  # in the jail
+            from pyvmm.cli.descriptors import needed_descriptors
+            from pyvmm.open_files import refuse_shortage
 
-        refuse_shortage(error, needed_descriptors(config), "this run")
+            refuse_shortage(error, needed_descriptors(config), "this run")
         raise
 
 
