@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from pyvmm.numerals import whole_number
 from soak import report
+from soak.errors import PartError, TrialError
 from soak.journal import BusyError, Journal
-from soak.part import Part, TrialError, Work
+from soak.part import Part, Work
 from soak.parts import NAMES, load
 from soak.processes import ROOT, adopt_orphans, left_in, pyvmm, wait_until_alone
 
@@ -46,16 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--here", action="store_true",
                         help="never in the lab (used by the soak itself)")
     options = parser.parse_args(argv)
-    parts = [load(name) for name in NAMES]
     if options.list:
-        for part in parts:
+        for part in map(load, NAMES):
             print(f"{part.name:12} {part.size:6} {part.things:22} {part.about}")
         return 0
     if options.publish:
-        report.publish(_reports(parts, options.out), PAGE)
+        report.publish(_all_reports(options.out), PAGE)
         return 0
     try:
-        chosen = _chosen(options.words, {part.name: part for part in parts})
+        chosen = _chosen(options.words)
     except ValueError as error:
         parser.error(str(error))
     if options.trial is not None and len(chosen) != 1:
@@ -75,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISTAKE
     finally:
         if not options.here:
-            report.write(_reports(parts, options.out), options.out)
+            ours = [part for part, _ in chosen if part.name not in NAMES]
+            report.write(_all_reports(options.out, *ours), options.out)
     if not options.here:
-        print(report.page([one for one in _reports(parts, options.out)
-                           if one["part"] in [part.name for part, _ in chosen]]))
+        print(report.page(_reports([part for part, _ in chosen], options.out)))
     return FOUND if failures else 0
 
 
@@ -91,17 +92,18 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _chosen(words: Sequence[str], parts: dict[str, Part]) -> list[tuple[Part, int]]:
+def _chosen(words: Sequence[str]) -> list[tuple[Part, int]]:
     """Return the parts that ``words`` name, with their sizes; ValueError."""
     found = []
-    for word in words or parts:
+    for word in words or NAMES:
         name, has_size, text = word.partition("=")
-        if name not in parts:
-            raise ValueError(f"{name}: none of {', '.join(parts)}")
-        size = whole_number(text, 1, _MOST) if has_size else parts[name].size
+        if name not in NAMES and not name.startswith("tests."):
+            raise ValueError(f"{name}: none of {', '.join(NAMES)}")
+        part = load(name)
+        size = whole_number(text, 1, _MOST) if has_size else part.size
         if size is None:
             raise ValueError(f"{word}: the size must be a whole number from 1 on")
-        found.append((parts[name], size))
+        found.append((part, size))
     return found
 
 
@@ -112,7 +114,13 @@ def _count(text: str) -> int:
     return number
 
 
-def _reports(parts: Sequence[Part], out: Path) -> list[report.Report]:
+def _all_reports(out: Path, *more: Part) -> list[report.Report]:
+    """Return those of all parts that have run, and of ``more``."""
+    names = [name for name in NAMES if (out / f"{name}.jsonl").exists()]
+    return _reports([*map(load, names), *more], out)
+
+
+def _reports(parts: Iterable[Part], out: Path) -> list[report.Report]:
     found = (report.report_of(part, _journal(out, part)) for part in parts)
     return [one for one in found if one is not None]
 
@@ -142,7 +150,11 @@ def _soak(part: Part, size: int, options: argparse.Namespace) -> int:
             place = SCRATCH if SCRATCH.is_dir() else None
             with tempfile.TemporaryDirectory(prefix="pyvmm-soak-", dir=place) as scratch:
                 work.scratch = Path(scratch)
-                part.run(work)
+                try:
+                    part.run(work)
+                except PartError as error:
+                    say(f"{part.name}: {error}")
+                    return 1
                 _leave_nothing(work, scratch)
         say(work.progress(time.monotonic()))
         return work.failures if options.trial is not None else journal.failures
@@ -169,8 +181,11 @@ def _in_lab(part: Part, size: int, options: argparse.Namespace) -> int:
     words = ["--here", f"{part.name}={size}", "--jobs", "1", "--out", str(options.out.resolve())]
     if options.trial is not None:
         words += ["--trial", str(options.trial)]
-    lab = pyvmm("lab", "--memory", "4G", "--rw", ROOT, "--rw", options.out.resolve(), "--")
-    done = subprocess.run([*lab, sys.executable, "-m", "soak", *words], cwd=ROOT, check=False)
+    lab = pyvmm("lab", "--memory", "4G", "--rw", options.out.resolve(), "--")
+    done = subprocess.run(
+        [*lab, sys.executable, "-m", "soak", *words], cwd=ROOT, check=False,
+        env={**os.environ, report.COMMIT: report.commit()},
+    )
     if done.returncode in (INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise KeyboardInterrupt
     if done.returncode not in (0, FOUND):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from soak.part import TrialError
+from soak.errors import TrialError
 from soak.processes import END_S, killed_at_last, pyvmm
 from soak.records import new_disk
 from soak.usage import Usage

@@ -7,18 +7,23 @@ can be enlarged, and a trial that failed can be done once more alone.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import shutil
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from soak.errors import PartError
 from soak.journal import Journal, Line
+from soak.processes import children
 
 SEED = "pyvmm soak"
 MOST_FAILURES = 20
@@ -26,10 +31,6 @@ MOST_FAILURES = 20
 SHOWN_EVERY_S = 10.0
 
 Figures = dict[str, Any]
-
-
-class TrialError(Exception):
-    """A trial has found something that must not be; the text says it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,7 @@ class Work:
     _ended: int = 0
     failures: int = 0
     is_stopped: bool = False
+    is_killed: bool = False
 
     def left(self) -> list[int]:
         """The numbers of the trials that are to be done, in order."""
@@ -111,11 +113,24 @@ class Work:
         with ThreadPoolExecutor(self.jobs, thread_name_prefix=self.part.name) as pool:
             futures = [pool.submit(self._work, numbers, do) for _ in range(self.jobs)]
             try:
+                wait(futures, return_when=FIRST_EXCEPTION)
                 for future in futures:
                     future.result()
             except BaseException:
-                self.is_stopped = True  # the trials under way come to their end
+                self._wait_or_kill(futures)
                 raise
+
+    def _wait_or_kill(self, futures: Sequence[Future[None]]) -> None:
+        """Wait until the trials under way have ended; once more interrupted, kill their VMs."""
+        try:
+            self.is_stopped = True
+            self.say(f"{self.part.name}: the trials under way come to their end")
+            wait(futures)
+        except KeyboardInterrupt:
+            self.is_killed = True
+            for pid in children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _work(self, numbers: Iterator[int], do: Callable[[Trial], Figures]) -> None:
         while self.failures < MOST_FAILURES and not self.is_stopped:
@@ -132,7 +147,12 @@ class Work:
         began_s = time.monotonic()
         try:
             figures = do(Trial(number, random.Random(f"{SEED} {self.part.name} {number}"), folder))
+        except PartError:
+            remove(folder)
+            raise
         except Exception as error:
+            if self.is_killed:
+                return
             kept = self._keep(number, folder, error)
             self.ended(number, began_s, {"failed": f"{error} ({kept})"})
         else:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from soak.part import Figures, Part, Trial, TrialError, Work
+from soak.errors import TrialError
+from soak.part import Figures, Part, Trial, Work
 from soak.processes import ROOT
 
 _TAIL = 4000

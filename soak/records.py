@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.storage.open import DiskSource
-from soak.part import TrialError
+from soak.errors import TrialError
 from soak.processes import pyvmm
 from tests.support.bare import LONG_MODE_ENTRY, assemble
 from tests.support.kernels import ElfSegment, elf
@@ -95,7 +95,7 @@ def record(number: int) -> bytes:
 
 
 def check_records(
-    data: bytes, acked: Sequence[int], *, first: int, failed: Sequence[int] = ()
+    data: bytes | bytearray, acked: Sequence[int], *, first: int, failed: Sequence[int] = ()
 ) -> int:
     """Return how many records from ``first`` on are in ``data``, as many as were made.
 
@@ -117,7 +117,7 @@ def check_records(
     return len([number for number in found if number >= first])
 
 
-def _is_record(sector: bytes, number: int) -> bool:
+def _is_record(sector: bytes | bytearray, number: int) -> bool:
     if sector != record(number):
         raise TrialError(f"sector {number} is not its record: {sector[:16].hex()} ...")
     return True

@@ -62,6 +62,8 @@ class Drift:
     def of(cls, samples: Sequence[Mapping[str, object]], name: str) -> Drift:
         """Compare the medians of the first and the last quarter of ``samples`` that count."""
         values = [int(str(sample[name])) for sample in samples[int(len(samples) * WARM):]]
+        if not values:
+            return cls(0, 0)
         quarter = max(1, len(values) // 4)
         return cls(_median(values[:quarter]), _median(values[-quarter:]))
 

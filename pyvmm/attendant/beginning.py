@@ -22,7 +22,8 @@ class Beginning(Record):
     ``snapshot_path``, ``any_snapshot`` and ``most_scratch_files`` are ``Duties``'.  ``socket_name``
     is the name of a socket in the directory that is handed over, ``socket_device`` and
     ``socket_inode`` tell that socket from another one.  ``terminal`` has the modes of the
-    terminal that is handed over (``console.terminal.modes_as_text``).
+    terminal that is handed over (``start``).  ``uid`` and ``gid`` are those of ``--user``, -1
+    without it.
     """
 
     version: str
@@ -45,6 +46,8 @@ class Beginning(Record):
     socket_device: int = 0
     socket_inode: int = 0
     terminal: str = ""
+    uid: int = -1
+    gid: int = -1
 
     @property
     def hands_out_files(self) -> bool:

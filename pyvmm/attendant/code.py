@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import marshal
 import re
 import sys
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import PathFinder, SourceFileLoader
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*", re.ASCII)
 MAX_NAME = 80
@@ -22,7 +22,9 @@ def module_code(name: str) -> tuple[str, bool, bytes]:
     top = name.partition(".")[0]
     if top != "pyvmm" and top not in sys.stdlib_module_names:
         raise ImportError(f"{name} is neither pyvmm's nor Python's")
-    spec = importlib.util.find_spec(name)
+    parent = name.rpartition(".")[0]
+    path = getattr(importlib.import_module(parent), "__path__", ()) if parent else None
+    spec = PathFinder.find_spec(name, path)
     if spec is None or not isinstance(spec.loader, SourceFileLoader) or spec.origin is None:
         raise ImportError(f"{name} is no source file")
     code = spec.loader.get_code(name)

@@ -13,6 +13,8 @@ from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.messages import MAX_BEGIN_BYTES
 from pyvmm.attendant.server import Server
 from pyvmm.attendant.start import Kept
+from pyvmm.jail.privileges import drop_capabilities, no_new_privileges
+from pyvmm.jail.root import User
 from pyvmm.vhost_user.socket_name import SocketName
 
 
@@ -34,6 +36,7 @@ def attend(
         return  # pyvmm was upgraded while the guest ran
     if beginning.version != version:
         return
+    _give_up_rights(beginning)
     name = None
     if beginning.socket_name:
         name = SocketName(
@@ -50,6 +53,14 @@ def attend(
         name.remove()
     if has_said_so:
         duties.tidy()
+
+
+def _give_up_rights(beginning: Beginning) -> None:
+    """Keep the rights of the user, or of ``--user``, and no others; OSError, ConfigError."""
+    no_new_privileges()
+    if beginning.uid >= 0:
+        User(beginning.uid, beginning.gid, str(beginning.uid)).become()
+    drop_capabilities()
 
 
 def _clear_up(beginning: Beginning, first_state: bytes) -> None:

@@ -243,6 +243,7 @@ class RemoteAttendant:
                 self._channel.tell(Ask.END)
             else:
                 self._ring(QUIT)
+                self._channel.close()  # one that never slept waits for that
             os.close(self._wake_fd)
             self._wake_fd = -1
         with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: it is reaped already

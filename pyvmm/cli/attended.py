@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from pyvmm.attendant.client import Attendant
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
+    from pyvmm.jail.root import User
     from pyvmm.machine import Machine
     from pyvmm.run.outcome import Outcome
     from pyvmm.run.verdict import Evidence
     from pyvmm.startup.bundle import Bundle
+    from pyvmm.vhost_user.socket_name import SocketName
 
 PROGRAM = "pyvmm.cli.attending"
 SCRATCH_FILES_PER_DISK = 8
@@ -40,11 +42,12 @@ class Attendance:
 
     def begin(
         self, config: RunConfig, machine: Machine, bundle: Bundle, control: RunControl | None, *,
-        is_jailed: bool,
+        is_jailed: bool, user: User | None = None,
     ) -> Attendant:
         """Return the attendant of ``machine``, which has not run; HostError.
 
-        From now on it has the name of the socket of ``control``.
+        From now on it has the name of the socket of ``control``.  ``user`` is whom the machine's
+        process becomes: so does the attendant.
         """
         name = None if control is None else control.give_name_away()
         most_files = SCRATCH_FILES_PER_DISK * len(config.disks)
@@ -87,6 +90,8 @@ class Attendance:
             snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
             most_scratch_files=most_files if self.saves else 0,
         )
+        if user is not None:
+            beginning = beginning.replace(uid=user.uid, gid=user.gid)
         if name is not None:
             beginning = beginning.replace(
                 socket_name=name.name, socket_device=name.device, socket_inode=name.inode
@@ -99,6 +104,21 @@ class Attendance:
         finally:
             if name is not None:
                 name.close()
+
+
+def remover_of(name: SocketName) -> Attendant:
+    """Return an attendant that only removes the socket ``name`` at the end; HostError."""
+    from pyvmm.attendant.beginning import Beginning
+    from pyvmm.attendant.start import start
+
+    try:
+        beginning = Beginning(
+            version=pyvmm.__version__, bundle="", kernel="", socket_name=name.name,
+            socket_device=name.device, socket_inode=name.inode,
+        )
+        return start(beginning, program=PROGRAM, directory_fd=name.directory_fd)
+    finally:
+        name.close()
 
 
 def explain(

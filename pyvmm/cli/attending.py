@@ -43,11 +43,9 @@ def main() -> None:
 
 def duties_of(beginning: Beginning, socket_name: SocketName | None) -> Duties:
     """Return the duties that ``beginning`` tells of."""
-    config = config_of(beginning)
-
     def explained(outcome: Outcome, evidence: Evidence) -> list[str]:
         return explain(
-            config, outcome, evidence, version=beginning.kernel_version,
+            config_of(beginning), outcome, evidence, version=beginning.kernel_version,
             is_linux=beginning.is_linux,
         )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
+    from pyvmm.jail.root import User
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
@@ -39,6 +40,12 @@ OFF = "--jail off: a guest that breaks out has all rights of this process"
 FILES_OF_CLIENTS = 1024
 """Descriptors that a control socket's clients bring, with their snapshots and their programs."""
 FILES_OF_A_SNAPSHOT = 32
+LATE_MODULES = (
+    "pyvmm.attendant.beginning", "pyvmm.attendant.start", "pyvmm.jail.confine",
+    "pyvmm.jail.programs", "pyvmm.jail.root", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
+    "pyvmm.startup.late",
+)
+"""All that only a jailed start imports, when it enters its jail."""
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
@@ -56,7 +63,9 @@ class Jail:
         self.is_on = mode != "off"
         self._is_strict = mode == "strict"
         self._verbose: int = args.verbose
-        self._user, self._cgroup, self._namespaces = None, None, None
+        self.user: User | None = None
+        """Whom the process becomes; None: nobody else."""
+        self._cgroup, self._namespaces = None, None
         for option, text in (("--user", args.user), ("--cgroup", args.cgroup)):
             if text is not None and not self.is_on:
                 raise ConfigError(f"{option} {text}", "is a part of the jail, and --jail is off")
@@ -64,7 +73,7 @@ class Jail:
             from pyvmm.jail.cgroup import parse_cgroup
             from pyvmm.jail.root import parse_user
 
-            self._user = None if args.user is None else parse_user(args.user)
+            self.user = None if args.user is None else parse_user(args.user)
             self._cgroup = None if args.cgroup is None else parse_cgroup(args.cgroup)
         if not self.is_on:
             say(OFF)
@@ -107,7 +116,7 @@ class Jail:
         done = confine(Plan(
             kept=tuple(kept), more_files=more_files, strict=self._is_strict,
             largest_file_bytes=None if may_grow else _largest_file_bytes(kept),
-            user=self._user, cgroup=self._cgroup, namespaces=self._namespaces,
+            user=self.user, cgroup=self._cgroup, namespaces=self._namespaces,
         ))
         in_force, lacking = list(done.in_force), list(done.lacking)
         if reason:
@@ -143,12 +152,12 @@ def prepare_saves(machine: Machine, bundle: Bundle) -> None:
     import array  # noqa: F401 - C extensions may be files that must be mapped
     import zlib  # noqa: F401
 
-    from pyvmm.control.machine_saves import LATE_MODULES
+    from pyvmm.control import machine_saves
     from pyvmm.kvm.answers import answers_of
     from pyvmm.ram.pages import keep_pagemap
     from pyvmm.startup.late import LateModules
 
-    LateModules(bundle, LATE_MODULES)
+    LateModules(bundle, machine_saves.LATE_MODULES)
     keep_pagemap(machine.board.memory)
     answers_of(_kvm_of(machine)).ask_all()
 

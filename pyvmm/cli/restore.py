@@ -147,11 +147,15 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
     import pyvmm.control.target  # noqa: F401 - for each clone's --control-fd
     from pyvmm.cli.errors_told import guarded
     from pyvmm.cli.fork_server import ForkServer
+    from pyvmm.cli.jailed import LATE_MODULES
     from pyvmm.cli.parse import parse_moved_disks
+    from pyvmm.control import machine_saves
     from pyvmm.control.run_control import owner_socket
     from pyvmm.report import say
     from pyvmm.snapshot.opening import open_snapshot
 
+    for name in (*LATE_MODULES, *machine_saves.LATE_MODULES):
+        __import__(name)
     with (
         contextlib.closing(
             owner_socket(args.clones_fd, option="--clones-fd", kind=SOCK_SEQPACKET)

@@ -127,7 +127,8 @@ class Running:
                 if self._jail.is_on and saves:
                     prepare_saves(machine, self._bundle)
                 attendant = attended.enter_context(contextlib.closing(self._attendance.begin(
-                    config, machine, self._bundle, self._control, is_jailed=self._jail.is_on
+                    config, machine, self._bundle, self._control, is_jailed=self._jail.is_on,
+                    user=self._jail.user,
                 )))
                 if self._control is not None:
                     self._control.attach(

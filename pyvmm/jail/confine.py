@@ -69,7 +69,7 @@ def confine(plan: Plan) -> Confinement:
         if plan.namespaces is not None:
             steps.try_out(*_ROOT, plan.namespaces.check)
     steps.take("no_new_privs", "programs may gain some", privileges.no_new_privileges)
-    # What needs rights or paths comes before all that takes them away.
+    # Steps that need rights or paths come before those that take them away.
     if plan.cgroup is not None:
         plan.cgroup.join()
         steps.in_force.append(f"cgroup {plan.cgroup.directory}")

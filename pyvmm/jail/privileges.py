@@ -8,8 +8,9 @@ lacks the step, or a sandbox around this process forbids it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pyvmm.jail.calls import prctl, system_call
 
@@ -20,7 +21,7 @@ _PR_SET_MDWE = 65
 _PR_MDWE_REFUSE_EXEC_GAIN = 1
 
 # <asm/unistd_64.h>
-_CAPSET = 126
+_CAPGET, _CAPSET = 125, 126
 _PERSONALITY = 135
 _PRLIMIT64 = 302
 
@@ -57,6 +58,25 @@ def drop_capabilities() -> None:
     tenth of a millisecond of a start.
     """
     system_call(_CAPSET, _CAP_HEADER, bytes(_CAP_DATA_BYTES))
+
+
+@contextlib.contextmanager
+def capabilities_put_aside() -> Iterator[None]:
+    """Have no effective capability meanwhile.  OSError.
+
+    The kernel remembers with an open file what its opener might do.  A page map that root opens
+    tells physical addresses for ever, one that was opened so tells none.
+    """
+    found = ctypes.create_string_buffer(_CAP_DATA_BYTES)
+    system_call(_CAPGET, _CAP_HEADER, found)
+    before, meanwhile = found.raw, bytearray(found.raw)
+    for low_or_high in (0, 12):  # "effective" is the first of three fields
+        meanwhile[low_or_high : low_or_high + 4] = bytes(4)
+    system_call(_CAPSET, _CAP_HEADER, bytes(meanwhile))
+    try:
+        yield
+    finally:
+        system_call(_CAPSET, _CAP_HEADER, before)
 
 
 def hide_memory() -> None:

@@ -21,7 +21,7 @@ KINDS = {
     "vcpu-elsewhere": "The same, in a machine with a disk that another process serves",
     "vcpu-serving": "The same, and serves the disks itself (`--serve exit`)",
     "disk": "Serves the queues of a disk in files or memory",
-    "disk-network": "Serves the queues of a disk on an NBD server",
+    "disk-network": "Serves the queues of a disk on an NBD server, or of an overlay of it",
     "disk-elsewhere": "Watches the socket of a vhost-user back end",
     "console": "Serves the virtio console and the UART's gathered bytes",
     "entropy": "Serves the entropy device",
@@ -38,8 +38,8 @@ KINDS = {
 
 ALL = tuple(KINDS)
 VCPUS = ("vcpu", "vcpu-elsewhere", "vcpu-serving")
-DISKS = ("vcpu-serving", "disk", "device")
-"""Kinds that read and write disks in files."""
+DISKS = ("vcpu-serving", "disk", "disk-network", "device")
+"""Kinds that read and write files of disks; an overlay of a disk on a server is one."""
 CLOSERS = (*DISKS, "main", "main-export")
 """These, and the kinds that close disks: an overlay is flushed then."""
 PEERS = ("vcpu-elsewhere", "vcpu-serving", "disk-network", "disk-elsewhere", "device", "main")
@@ -127,8 +127,9 @@ MEMORY = (
         ALL, "the C library gives memory back",
     ),
     _one_of(
-        "madvise", 2, {"MADV_DONTFORK": 10, "MADV_DOFORK": 11, "MADV_GUARD_INSTALL": 102},
-        SAVER, "a child that copies RAM; the guard page of a new thread's stack",
+        "madvise", 2, {"MADV_DONTFORK": 10, "MADV_DOFORK": 11, "MADV_GUARD_INSTALL": 102,
+         "MADV_GUARD_REMOVE": 103},
+        SAVER, "a child that copies RAM; the guard of a new thread's stack",
     ),
 )
 
@@ -222,21 +223,24 @@ GUEST = (
     *_ioctls("KVM_KVMCLOCK_CTRL", VCPUS, "tell the guest that it was paused"),
     *_ioctls(
         "KVM_IRQ_LINE KVM_REGISTER_COALESCED_MMIO KVM_UNREGISTER_COALESCED_MMIO",
-        (*VCPUS, "console", "main", "control"), "the UART's interrupt and its gathered bytes",
+        (*VCPUS, "console", "main"), "the UART's interrupt and its gathered bytes",
     ),
 )
 
 TERMINAL = (
     *_ioctls("TCGETS TCSETS TCFLSH TIOCGPGRP TIOCOUTQ", ("main",), "the terminal of `pyvmm run`"),
-    *_ioctls("TIOCGWINSZ", ("main", "console", "vcpu"), "the terminal's size"),
+    *_ioctls("TIOCGWINSZ", ("main", "console"), "the terminal's size"),
     *_rules("getpgrp", ("main",), "are we in the foreground of the terminal"),
     *_rules("rt_sigaction", ("main", "main-export"), "handlers, at the end and for a stop"),
+    *_rules("sigaltstack", ("main", "main-export"), "Python's fault handler goes at the end"),
     Rule(
         "tgkill", ("main",), "Ctrl-Z: stop as the shell expects it", "own process; SIGTSTP",
         (_OWN, Condition(2, (signal.SIGTSTP,))),
     ),
-    Rule("kill", ("main", "control"), "end this process", "own process", (_OWN,)),
-    *_rules("wait4", ("main", "snapshot"), "the end of the attendant; of a child that saved RAM"),
+    *_rules(
+        "wait4", ("main", "main-export", "snapshot"),
+        "the end of the attendant; of a child that saved RAM",
+    ),
 )
 
 FLAGS = (

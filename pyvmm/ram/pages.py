@@ -50,10 +50,14 @@ def own_runs(memory: GuestMemory) -> list[Run]:
 def keep_pagemap(memory: GuestMemory) -> None:
     """Open this process's page map for ``own_runs``, because a jailed process cannot; HostError.
 
-    ``memory`` closes it.  Nothing to do for shared memory, which has no own pages.
+    It tells no physical addresses, also if root opens it.  ``memory`` closes it.  Nothing to do for
+    shared memory, which has no own pages.
     """
     if memory.fd is None and memory.pagemap_fd is None:
-        memory.pagemap_fd = _open_pagemap()
+        from pyvmm.jail.privileges import capabilities_put_aside  # only a machine that is saved
+
+        with capabilities_put_aside():
+            memory.pagemap_fd = _open_pagemap()
 
 
 def _open_pagemap() -> int:

@@ -72,8 +72,8 @@ class Listener:
         status = os.fstat(self._directory)
         if problem := owners.problem(str(path.parent), status, on_the_way=True):
             raise ConfigError(
-                str(path), f"its directory {problem}, so another user could put a socket in its "
-                "place; name a directory of your own, or a sticky one such as /tmp",
+                str(path), f"its directory, {path.parent}: {problem}, so another user could put "
+                "a socket in its place; name a directory of your own, or a sticky one such as /tmp",
             )
         temporary = f".pyvmm-{secrets.token_hex(6)}"
         # The socket's mode becomes the mode of the file that bind makes.  The way through the

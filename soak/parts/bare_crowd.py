@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyvmm.storage.open import DiskSource
-from soak.part import Figures, Part, Trial, TrialError, Work
+from soak.errors import TrialError
+from soak.part import Figures, Part, Trial, Work
 from soak.processes import END_S, killed_at_last
 from soak.records import RecordsGuest, acknowledged, check_records, new_disk, read_disk
 from soak.usage import Usage

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.storage.open import DiskSource
-from soak.part import Figures, Part, Trial, TrialError, Work
+from soak.errors import TrialError
+from soak.part import Figures, Part, Trial, Work
 from soak.processes import END_S, killed_at_last
 from soak.records import RecordsGuest, acknowledged, check_records, new_disk, read_disk
 from tests.support.nbd_servers import qemu_nbd

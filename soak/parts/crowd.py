@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from soak.part import Figures, Part, Trial, TrialError, Work
+from soak.errors import TrialError
+from soak.part import Figures, Part, Trial, Work
 from soak.processes import killed_at_last, pyvmm
 from soak.records import new_disk
 from soak.usage import Usage

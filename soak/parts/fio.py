@@ -13,8 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from soak.errors import TrialError
 from soak.fio_guest import CHECKED, FioGuest, running
-from soak.part import Figures, Part, TrialError, Work
+from soak.part import Figures, Part, Work
 from soak.usage import drift_figures, growth, longest
 
 SLICE_S = 10

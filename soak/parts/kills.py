@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyvmm.storage.open import DiskSource
-from soak.part import Figures, Part, Trial, TrialError, Work
+from soak.errors import TrialError
+from soak.part import Figures, Part, Trial, Work
 from soak.processes import END_S, killed_at_last, pyvmm
 from soak.records import new_disk, read_disk
 from tests.support.guest import KERNEL, MIB, ROOT_DISK, run_in_guest

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyvmm
-from soak.part import Figures, Part, TrialError, Work
+from soak.errors import TrialError
+from soak.part import Figures, Part, Work
 from soak.processes import killed_at_last
 from soak.records import RecordsGuest, acknowledged, new_disk
 from soak.usage import Usage, drift_figures, growth, longest

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from soak.part import Figures, Part, Trial, TrialError, Work
+from soak.errors import TrialError
+from soak.part import Figures, Part, Trial, Work
 from soak.processes import END_S, Family, left_in, pyvmm
 from soak.records import RecordsGuest, new_disk
+from soak.usage import Drift
 from tests.support.patience import patient
 from tests.support.tiny_guests import (
     HALT,
@@ -110,7 +112,7 @@ class Starter:
             (folder / name).unlink()
         if left := left_in(str(folder)):
             raise TrialError(f"{way.name}: {left}")
-        return {"way": way.name}
+        return {"way": way.name, "available_kib": _available_kib()}
 
     def _words(self, way: Way, folder: Path) -> list[str]:
         options = [option.format(folder) for option in way.options]
@@ -133,6 +135,12 @@ class Starter:
                 return b"it has ended: " + vm.communicate()[1]
             vm.send_signal(way.number)
         return vm.communicate(timeout=patient(2 * END_S))[1]
+
+
+def _available_kib() -> int:
+    """Return how much memory the host says it could give to new processes."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0])
 
 
 def save(folder: Path, code: bytes) -> Path:
@@ -161,9 +169,11 @@ def run(work: Work) -> None:
 
 def summary(trials: Sequence[Figures]) -> Figures:
     """Return the figures for the report."""
+    memory = Drift.of([line for line in trials if "available_kib" in line], "available_kib")
     return {
         "starts": len(trials), "ways to run and to end": len({line["way"] for line in trials}),
         "left behind": "no process, file or socket",
+        "available memory of the host in KiB, first to last quarter": str(memory),
     }
 
 

@@ -6,7 +6,7 @@ import errno
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.jail import bpf
@@ -86,6 +86,7 @@ def holds(condition: Condition, arguments: tuple[int, ...]) -> bool:
     return arguments[condition.argument] & condition.mask & 0xFFFFFFFF in condition.values
 
 
+@settings(deadline=None)
 @given(
     table=st.dictionaries(NUMBERS, st.tuples(ALTERNATIVES, st.sampled_from(
         (KILL_PROCESS, bpf.refuse_with(1))

@@ -144,10 +144,14 @@ def test_abort_is_still_told_from_an_escape() -> None:
     assert status_of("vcpu", "os.abort()") == -signal.SIGABRT
 
 
-def test_only_this_process_may_be_signalled() -> None:
-    assert status_of("main", "os.kill(os.getpid(), 0)") == 0
+def test_only_a_kick_of_this_process_s_own_threads_is_a_signal() -> None:
+    kick = "signal.pthread_kill(threading.get_ident(), signal.SIGRTMIN)"
+    ignore = "signal.signal(signal.SIGRTMIN, signal.SIG_IGN)\n"
+    assert status_of("", f"{ignore}seccomp.enter('main')\n{kick}") == 0
+    assert status_of("", f"{ignore}seccomp.enter('disk')\n{kick}") == -signal.SIGSYS
     assert status_of("main", "signal.pthread_kill(threading.get_ident(), 0)") == -signal.SIGSYS
-    assert status_of("vcpu", "os.kill(os.getpid(), 0)") == -signal.SIGSYS
+    assert status_of("main", "os.kill(os.getpid(), 0)") == -signal.SIGSYS
+    assert status_of("main", "libc.syscall(234, os.getppid(), os.getppid(), 34)") == -signal.SIGSYS
 
 
 def test_an_unknown_kind_is_a_mistake_of_ours() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from pyvmm.ram.image import RamImage
 from pyvmm.ram.pages import drop_own, held_runs, keep_pagemap, own_bytes, own_runs
 from pyvmm.ram.runs import Run
 from pyvmm.ram.write import image_in_memory
+from tests.support.apart import status_field
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, put, scattered
 
 
@@ -159,3 +162,17 @@ def test_no_descriptor_is_left() -> None:
         for _ in range(20):
             own_runs(memory)
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_page_map_that_is_kept_tells_no_physical_address() -> None:
+    """Not even root's: whoever takes the process over could aim at a neighbour's memory."""
+    with GuestMemory(REGIONS) as memory:
+        put(memory, 0, b"here")
+        keep_pagemap(memory)
+        assert memory.pagemap_fd is not None
+        view = memory.regions[0].view
+        first = ctypes.addressof(ctypes.c_char.from_buffer(view)) // PAGE
+        (entry,) = struct.unpack("=Q", os.pread(memory.pagemap_fd, 8, 8 * first))
+    assert entry >> 63, "the page is there"
+    assert entry & ((1 << 55) - 1) == 0
+    assert os.geteuid() or int(status_field("CapEff"), 16), "and root is root again"

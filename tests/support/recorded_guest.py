@@ -15,14 +15,15 @@ from tests.support.guest import ROOT, environment
 from tests.support.patience import patient
 from tests.support.power_cut import Flush, Note, PowerCut, Write
 
-GUEST_SECONDS = 20
+RECORDS = 40
+LIMIT_S = 300.0
 DISK_BYTES = 16 << 20
 
 Recording = tuple[bytes, list[Write | Flush | Note]]
 """The disk before, and everything done to it."""
 
 
-def recording(folder: Path, variant: int = 0, seconds: float = GUEST_SECONDS) -> Recording:
+def recording(folder: Path, variant: int = 0, records: int = RECORDS) -> Recording:
     """Return what the guest of ``record_guest`` did to its disk; made once in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     disk, out = folder / "disk.img", folder / "log.pickle"
@@ -36,8 +37,8 @@ def recording(folder: Path, variant: int = 0, seconds: float = GUEST_SECONDS) ->
         host = [] if can_boot.returncode == 0 else [*pyvmm, "lab", "--rw", str(folder), "--"]
         subprocess.run(
             [*host, sys.executable, "-m", "tests.support.record_guest", str(disk),
-             str(patient(seconds)), str(new), str(variant)],
-            cwd=ROOT, env=environment(), check=True, timeout=patient(300), stdout=sys.stderr,
+             str(records), str(new), str(variant)],
+            cwd=ROOT, env=environment(), check=True, timeout=patient(LIMIT_S), stdout=sys.stderr,
         )
         new.rename(out)
     initial, log = pickle.loads(out.read_bytes())

@@ -126,7 +126,8 @@ def test_a_directory_of_another_user_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_away(monkeypatch, tmp_path)
-    with pytest.raises(ConfigError, match=f"its directory belongs to uid {ANOTHER}, so"):
+    said = f"its directory, {tmp_path}: belongs to uid {ANOTHER}, so"
+    with pytest.raises(ConfigError, match=said):
         Listener(str(tmp_path / "s"))
     assert os.listdir(tmp_path) == []
 

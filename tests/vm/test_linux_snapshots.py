@@ -24,6 +24,7 @@ from pyvmm.virtio.spec import Feature
 from tests.support.fio_load import FioLoad
 from tests.support.guest import BUILD, MIB
 from tests.support.linux_machine import LinuxMachine, linux_config
+from tests.support.patience import patient
 from tests.support.stock import BACKPORTS
 
 SNAPSHOTS = int(os.environ.get("PYVMM_SNAPSHOTS", "4"))
@@ -34,7 +35,10 @@ pytestmark = [pytest.mark.kvm, pytest.mark.timeout(1800 + 120 * SNAPSHOTS)]
 
 
 def saveable(config: RunConfig, overlay: Path) -> RunConfig:
-    """``config`` with disks that are not written in place; the file ``overlay`` has vdc's."""
+    """``config`` with disks that are not written in place; the file ``overlay`` has vdc's.
+
+    It has the time of all SNAPSHOTS.
+    """
     disks = []
     for number, disk in enumerate(config.disks):
         assert isinstance(disk, DiskConfig)
@@ -43,7 +47,7 @@ def saveable(config: RunConfig, overlay: Path) -> RunConfig:
             source = DiskSource(location=disk.location, snapshot=True, overlay=path)
             disk = disk.replace(source=source)
         disks.append(disk)
-    return config.replace(disks=tuple(disks))
+    return config.replace(disks=tuple(disks), timeout_s=patient(900 + 120 * SNAPSHOTS))
 
 
 def with_split_ring(linux: LinuxMachine, disk: int) -> None:
@@ -94,7 +98,7 @@ def snapshot_in_the_middle(linux: LinuxMachine, load: FioLoad, folder: Path) -> 
                         load.finish(other)
                 # The pass that was under way wrote before the snapshot and writes in the clone.
                 load.finish(clone)
-                assert clone.complaints() == complaints
+                assert clone.complaints() == complaints, clone.run("dmesg | tail -n 80")
         print(
             f"snapshot {number + 1}, {way}: {taken_s - began_s:.1f} s, its clone good after"
             f" {time.monotonic() - taken_s:.1f} s", flush=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.power_cut import Flush, NumberedCuts, PowerCut
-from tests.support.recorded_guest import Recording, acknowledged, check_cut, recording
+from tests.support.recorded_guest import RECORDS, Recording, acknowledged, check_cut, recording
 
 pytestmark = [pytest.mark.power_cut, pytest.mark.timeout(7200)]
 
@@ -41,7 +41,7 @@ def test_acknowledged_records_survive_every_power_cut(
     initial, log = recorded
     acked = acknowledged(log)
     assert acked == [f"1-{number}" for number in range(1, len(acked) + 1)]
-    assert len(acked) >= 10
+    assert len(acked) >= RECORDS
     flushes = sum(isinstance(event, Flush) for event in log)
     assert flushes >= len(acked)
     cuts = NumberedCuts(initial, log)

@@ -9,12 +9,13 @@ and makes its attempt with all rights that code in this thread would have.
 
 MODE is one of
 
-* ``attempts``: each attempt of ``attempts.py`` under the thread's filter, and once without any
-  filter: the rest of the jail alone;
-* ``numbers``: every system call by its number, under the thread's filter;
+* ``attempts``: each attempt of ``attempts.py`` under the filter of each thread;
+* ``attempts:KIND``: the same in one kind of thread.  KIND "none" stands for no filter: the rest of
+  the jail alone, in the first thread;
+* ``numbers:KIND``: every system call by its number, in one kind of thread;
 * ``real:KIND:ATTEMPT``: no child; the thread of that kind makes the attempt itself.
 
 REPORT becomes JSON: ``{"status": exit status, "kinds": {KIND: {ATTEMPT: [RESULT, TABLE]}}}``.  A
-result is "killed" (SIGSYS), "errno N", "ok", "hung", or "signal N".  TABLE is what the written table
-has: "killed", "errno N" or "allowed".  KIND "" stands for no filter.
+result is "killed" (SIGSYS), "errno N", "ok", "hung", "signal N", or "lost" if the whole process
+ended.  TABLE is what the written table has: "killed", "errno N" or "allowed".
 """
