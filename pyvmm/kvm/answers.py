@@ -1,4 +1,4 @@
-"""What /dev/kvm answers, kept: a jailed process has closed it, and is saved all the same."""
+"""Answers of /dev/kvm, kept: a jailed process has closed it, and is saved all the same."""
 
 from __future__ import annotations
 

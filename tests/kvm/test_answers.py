@@ -1,4 +1,4 @@
-"""What /dev/kvm answered is kept for a process that has closed it."""
+"""The answers of /dev/kvm are kept for a process that has closed it."""
 
 from __future__ import annotations
 
