@@ -17,7 +17,7 @@ IMAGE_PACKAGES := busybox-static e2fsprogs
 LAB_PACKAGES := qemu-system-x86 busybox-static
 AGENT_PACKAGES := musl-tools gcc binutils
 TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd \
-	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod \
+	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod strace \
 	chromium $(AGENT_PACKAGES)
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs gcc libc6-dev
@@ -57,7 +57,7 @@ fi
 endef
 
 .PHONY: help run run-packages shell test test-packages test-kernels lint check slow-tests needs unit unit-tests vm-test
-.PHONY: power-cuts soak fuzz kernel stock debian agent
+.PHONY: power-cuts soak traced fuzz kernel stock debian agent
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -181,6 +181,11 @@ power-cuts:
 # Journals and the report are in build/soak: what is done is not done again.  docs/reliability.md
 soak: needs ## tests that take hours and go on where they were stopped; ARGS='kills cuts=500' picks parts and sizes
 	@$(BIN)/python -m soak $(ARGS)
+
+traced: dev ## hold the jail's table against what the bare tests really call (strace; ARGS='tests/vm/...' picks)
+	@$(call need,strace)
+	$(BIN)/python -m tests.support.traced --rules $(BIN)/python -m pytest -q -m bare -p no:cacheprovider \
+	  --deselect tests/vm/test_bare_escape.py --deselect tests/vm/test_bare_traced.py $(or $(ARGS),tests)
 
 fuzz: dev ## fuzz what reads untrusted bytes for T seconds (60) in all; ARGS='rings text' picks targets
 	@$(BIN)/python -m fuzz --seconds $(T) $(ARGS)

@@ -152,7 +152,7 @@ def _soak(part: Part, size: int, options: argparse.Namespace) -> int:
                 work.scratch = Path(scratch)
                 try:
                     part.run(work)
-                except PartError as error:
+                except (PartError, subprocess.SubprocessError) as error:
                     say(f"{part.name}: {error}")
                     return 1
                 _leave_nothing(work, scratch)

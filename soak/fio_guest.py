@@ -68,6 +68,9 @@ while on_time; do
   if dd if=/dev/zero of=/dev/vdf bs=4k seek=@BAD@ count=1 oflag=direct 2>/dev/null; then
     echo broken vdf-write
   fi
+  if ! dd if=/dev/vdf of=/dev/null bs=4k skip=$((@BAD@ + 1)) count=1 iflag=direct 2>/dev/null; then
+    echo broken vdf-beside
+  fi
   echo failed vdf; sleep 1
 done &
 while on_time && pass vdg /dev/vdg 1; do echo passed vdg; done &

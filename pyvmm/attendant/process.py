@@ -13,7 +13,7 @@ from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.messages import MAX_BEGIN_BYTES
 from pyvmm.attendant.server import Server
 from pyvmm.attendant.start import Kept
-from pyvmm.jail.privileges import drop_capabilities, no_new_privileges
+from pyvmm.jail.privileges import FILE_CAPABILITIES, drop_capabilities, no_new_privileges
 from pyvmm.jail.root import User
 from pyvmm.vhost_user.socket_name import SocketName
 
@@ -56,11 +56,14 @@ def attend(
 
 
 def _give_up_rights(beginning: Beginning) -> None:
-    """Keep the rights of the user, or of ``--user``, and no others; OSError, ConfigError."""
+    """Keep what files need of the user's rights, or those of ``--user``; OSError, ConfigError.
+
+    Whoever takes over the machine may try us next.
+    """
     no_new_privileges()
     if beginning.uid >= 0:
         User(beginning.uid, beginning.gid, str(beginning.uid)).become()
-    drop_capabilities()
+    drop_capabilities(kept=FILE_CAPABILITIES if beginning.uid < 0 else 0)
 
 
 def _clear_up(beginning: Beginning, first_state: bytes) -> None:

@@ -30,6 +30,9 @@ _CAP_HEADER = struct.pack("=Ii", 0x2008_0522, 0)
 _CAP_DATA_BYTES = 24
 """Two struct __user_cap_data_struct: the low and the high half of three sets."""
 
+FILE_CAPABILITIES = 0b1110
+"""CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER: root reads and writes all users' files."""
+
 _READ_IMPLIES_EXEC = 0x0040_0000
 _TELL_PERSONALITY = -1  # 0xffffffff
 
@@ -47,8 +50,9 @@ def no_new_privileges() -> None:
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def drop_capabilities() -> None:
-    """Have no capability: not effective, permitted, inheritable or ambient.
+def drop_capabilities(kept: int = 0) -> None:
+    """Have no capability but those in the mask ``kept``: not effective, permitted, inheritable or
+    ambient.
 
     Root without capabilities is a user who owns root's files.  A user's process has none, but for
     what a container or a file gave it.  The kernel empties the ambient set with the others.
@@ -57,7 +61,13 @@ def drop_capabilities() -> None:
     executed, and ``no_new_privileges`` has it gain none.  To empty it takes 41 system calls, a
     tenth of a millisecond of a start.
     """
-    system_call(_CAPSET, _CAP_HEADER, bytes(_CAP_DATA_BYTES))
+    data = bytes(_CAP_DATA_BYTES)
+    if kept:
+        found = ctypes.create_string_buffer(_CAP_DATA_BYTES)
+        system_call(_CAPGET, _CAP_HEADER, found)
+        permitted = kept & struct.unpack_from("=I", found, 4)[0]
+        data = struct.pack("=6I", permitted, permitted, 0, 0, 0, 0)
+    system_call(_CAPSET, _CAP_HEADER, data)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from soak.records import RecordsGuest, new_disk
 from soak.usage import Drift
 from tests.support.patience import patient
 from tests.support.tiny_guests import (
-    HALT,
     REBOOT,
     REPORT_0,
     REPORT_7,
@@ -68,7 +67,8 @@ WAYS = (
     Way(name="4 vCPUs, two disks", status=0, code=(REPORT_0,),
         options=("--cpus", "4", "--disk", "{0}/disk.img,ro,queues=4",
                  "--disk", "{0}/disk.img,ro")),
-    Way(name="SIGINT", status=128 + signal.SIGINT, code=(prints(UP), SPIN), number=signal.SIGINT),
+    Way(name="SIGINT, no jail", status=128 + signal.SIGINT, code=(prints(UP), SPIN),
+        options=("--jail", "off"), number=signal.SIGINT),
     Way(name="reboots, console in a file", status=0, code=(prints(UP), REBOOT),
         options=("--console", "{0}/console"), makes=frozenset({"console"})),
     Way(name="a disk that is not there", status=125, code=(REPORT_0,),
@@ -76,7 +76,7 @@ WAYS = (
     Way(name="a restored snapshot", status=7, restores=True),
     Way(name="a restored snapshot, SIGTERM", status=128 + signal.SIGTERM, restores=True,
         options=("--control", "{0}/control"), number=signal.SIGTERM),
-    Way(name="SIGHUP, served at the exit", status=128 + signal.SIGHUP, code=(prints(UP), HALT),
+    Way(name="SIGHUP, served at the exit", status=128 + signal.SIGHUP, code=(prints(UP), SPIN),
         options=("--serve", "exit", "--disk", "{0}/disk.img,snapshot"), number=signal.SIGHUP),
 )
 

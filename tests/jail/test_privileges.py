@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm.attendant.process import _give_up_privileges
 from pyvmm.jail import privileges
 from pyvmm.jail.calls import prctl, system_call
 from tests.support.apart import NOBODY, EndedApartError, apart, become_nobody, status_field
@@ -89,6 +90,32 @@ def test_capabilities_that_programs_inherit_are_dropped_too() -> None:
         return before, capabilities()
 
     assert apart(body) == ({1}, {0})
+
+
+@needs_root
+def test_an_attendant_keeps_the_rights_that_files_need() -> None:
+    def body(_: int) -> tuple[str, set[int], str]:
+        _give_up_privileges()
+        return status_field("NoNewPrivs"), capabilities(), status_field("CapEff")
+
+    new_privileges, sets, effective = apart(body)
+    assert new_privileges == "1"
+    assert sets <= {0, privileges.FILE_CAPABILITIES}
+    assert int(effective, 16) & ~privileges.FILE_CAPABILITIES == 0
+
+
+@needs_root
+def test_capabilities_come_back_after_they_were_put_aside() -> None:
+    def body(_: int) -> tuple[str, str, str]:
+        before = status_field("CapEff")
+        with privileges.capabilities_put_aside():
+            meanwhile = status_field("CapEff")
+        return before, meanwhile, status_field("CapEff")
+
+    before, meanwhile, after = apart(body)
+    assert int(before, 16)
+    assert int(meanwhile, 16) == 0
+    assert after == before
 
 
 @needs_root

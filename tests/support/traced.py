@@ -34,8 +34,9 @@ _NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
 _INSTRUCTION = re.compile(
     r"BPF_(?:STMT|JUMP)\(([0-9a-fx|]+), ([0-9a-fx|]+)(?:, ([0-9a-fx]+), ([0-9a-fx]+))?\)"
 )
-_CLONE_FLAGS = re.compile(r"flags=(0x[0-9a-f]+|\d+)")
+_CLONE_FLAGS = re.compile(r"flags=([0-9a-fx|]+)")
 _CLONE_THREAD = 0x0001_0000
+_MAKERS = ("clone", "clone3", "fork", "vfork")
 _SECCOMP_SET_MODE_FILTER = 1
 Call = tuple[str, str, tuple[int, ...]]
 """The kind of a thread, a system call's name, and its arguments."""
@@ -114,10 +115,11 @@ class _Reader:
 
     def read_all(self) -> Traced:
         """Return what all threads have called."""
-        # A thread's parent has a file of its own, which has to be read first.
-        waiting: list[_Thread] = []
-        if self._files:
-            waiting.append((min(self._files), min(self._files), ()))
+        # A thread's parent has a file of its own, which has to be read first.  Numbers wrap round.
+        children = set().union(*map(self._children, self._files))
+        waiting: list[_Thread] = [
+            (thread, thread, ()) for thread in self._files if thread not in children
+        ]
         begun: set[int] = set()
         while waiting:
             thread, process, kinds = waiting.pop()
@@ -125,6 +127,14 @@ class _Reader:
                 begun.add(thread)
                 waiting += self._read(thread, process, kinds)
         return self.found
+
+    def _children(self, thread: int) -> set[int]:
+        """Return the threads and processes that ``thread`` has made."""
+        with self._files[thread].open(errors="replace") as lines:
+            calls = filter(None, map(_CALL.match, lines))
+            return {
+                int(call[3]) for call in calls if call[1] in _MAKERS and call[3].isdecimal()
+            }
 
     def _read(
         self, thread: int, process: int, kinds: tuple[str, ...]
@@ -141,16 +151,16 @@ class _Reader:
                 if name == "seccomp" and result == "0":
                     kind = self._kind_of(text)
                     kinds = (*kinds, kind) if kind else kinds
-                elif name in ("clone", "clone3", "fork", "vfork") and result.isdecimal():
+                elif name in _MAKERS and result.isdecimal():
                     flags = _CLONE_FLAGS.search(text)
-                    is_thread = flags is not None and int(flags[1], 0) & _CLONE_THREAD
+                    is_thread = flags is not None and _sum(flags[1]) & _CLONE_THREAD
                     yield int(result), process if is_thread else int(result), kinds
 
     def _note(self, kinds: tuple[str, ...], name: str, text: str, process: int) -> None:
         if name in ("clone", "clone3", "seccomp"):
             flags = _CLONE_FLAGS.search(text)
             first = int(text.split(",")[0], 0) if name == "seccomp" else 0
-            numbers = [int(flags[1], 0) | _exit_signal(text) if flags else first]
+            numbers = [_sum(flags[1]) | _exit_signal(text) if flags else first]
         else:
             numbers = [int(one, 0) for one in _NUMBER.findall(text)]
         if name in ("kill", "tgkill") and numbers[0] == process:
