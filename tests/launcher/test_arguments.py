@@ -32,6 +32,7 @@ VALUES: dict[str, list[Any]] = {
     "rtc": ["utc", "none"],
     "discovery": ["both", "acpi", "cmdline"],
     "agent": [False, "image", True],
+    "jail": ["on", "off", "strict"],
     "disks": [[], ["a.img"], ["a.img", "b,c.img"]],
 }
 
