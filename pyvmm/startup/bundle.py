@@ -66,7 +66,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """What ``default_path`` was given."""
+        """The text that ``default_path`` was given."""
         return os.path.basename(self.path).partition(".")[0]
 
     def __enter__(self) -> Self:

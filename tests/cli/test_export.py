@@ -27,6 +27,7 @@ from pyvmm.vhost_user.protocol import (
 )
 from tests.support.export_process import Export
 from tests.support.patience import patient
+from tests.support.stand_in_target import wait_until
 
 PROTOCOL = int(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
 
@@ -130,12 +131,37 @@ def test_a_killed_export_leaves_a_socket_that_the_next_one_replaces(
     tmp_path: Path, disk: Path
 ) -> None:
     path = tmp_path / "s"
-    with Export(disk, path) as export:
+    with Export(disk, path, "--jail=off") as export:
         export.kill()
     assert path.exists()
     with Export(disk, path) as export, Caller(path) as caller:
         caller.ask(Request.GET_FEATURES)
         assert export.stop() == 0
+
+
+def test_a_killed_export_with_an_attendant_leaves_none(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path) as export:
+        export.wait_for("is served at")
+        export.kill()
+    wait_until(lambda: not path.exists())
+
+
+@pytest.mark.parametrize("options", [(), ("--jail=strict",)], ids=["on", "strict"])
+def test_every_thread_of_an_export_has_its_filter(
+    tmp_path: Path, disk: Path, options: tuple[str, ...]
+) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path, *options) as export, Caller(path) as caller:
+        caller.ask(Request.GET_FEATURES)
+        tasks = Path(f"/proc/{export.process.pid}/task")
+        modes = [
+            line for task in tasks.iterdir() for line in (task / "status").read_text().splitlines()
+            if line.startswith("Seccomp:")
+        ]
+        assert modes == ["Seccomp:\t2"] * 2
+        assert export.stop() == 0
+    assert not path.exists()
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: str | Path) -> str:
