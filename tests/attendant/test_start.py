@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ attendant = start(
     ), program="pyvmm.cli.attending", directory_fd=name.directory_fd,
 )
 attendant.jailed()
+open("attendant", "w").write(str(attendant.pid))
 drop_capabilities()
 hide_memory()
 """
@@ -184,12 +186,17 @@ def test_without_a_shell_python_begins_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 def machine(folder: Path, *lines: str, most_s: float = 60) -> tuple[int, str]:
     """Run ``lines`` in a process with an attendant and a socket; its end, and what was printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join((MACHINE.format(root=str(ROOT)), *lines))],
-        capture_output=True, text=True, cwd=folder, timeout=patient(most_s), check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    return done.returncode, done.stderr
+    with tempfile.TemporaryFile("w+") as said:  # a parent that asks at once, as shells do
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join((MACHINE.format(root=str(ROOT)), *lines))],
+            stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd=folder,
+            timeout=patient(most_s), check=False,
+        )
+        (attendant,) = map(int, (folder / "attendant").read_text().split())
+        (folder / "attendant").unlink()
+        until(lambda: not os.path.exists(f"/proc/{attendant}"))
+        said.seek(0)
+        return done.returncode, said.read()
 
 
 KILL = "os.kill(os.getpid(), signal.{})"
