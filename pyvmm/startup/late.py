@@ -37,6 +37,7 @@ class LateModules(Bundle):
             for name in missing:
                 __import__(name)
         self.path = bundle.path
+        self.missed = bundle.missed
         self.entries = {
             name: (*entry[:-1], bytes(entry[-1])) for name, entry in waiting.items()
             if name not in sys.modules and bundle.is_current(entry)
