@@ -155,7 +155,7 @@ def prepare_saves(machine: Machine, bundle: Bundle) -> None:
 
     from pyvmm.control import machine_saves
     from pyvmm.kvm.answers import answers_of
-    from pyvmm.ram.pages import keep_pagemap
+    from pyvmm.ram.pagemap import keep_pagemap
     from pyvmm.startup.late import LateModules
 
     LateModules(bundle, machine_saves.LATE_MODULES)
