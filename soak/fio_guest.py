@@ -104,7 +104,7 @@ class FioGuest:
         for word, disk in _WORD.findall(text):
             self.counts[f"{word} {disk}".strip()] += 1
             if word == "broken":
-                raise TrialError(f"{disk} is wrong: {text}")
+                raise TrialError(f"{disk} is wrong: {text!r}")
         if self.vm.poll() is not None and not self.counts["finished"]:
             assert self.vm.stderr is not None
             raise TrialError(f"ended with {self.vm.returncode}: {self.vm.stderr.read()!r}")
