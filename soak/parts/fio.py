@@ -28,8 +28,7 @@ def run(work: Work) -> None:
     folder = work.scratch / "vm"
     folder.mkdir()
     try:
-        # Its own clock may go slower than ours while it boots, never faster.
-        with running(folder, seconds=(len(left) + 1) * SLICE_S) as guest:
+        with running(folder, seconds=len(left) * SLICE_S) as guest:
             guest.wait_until_works()
             guest.server.kill()
             _watch(work, guest, left)
