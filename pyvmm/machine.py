@@ -31,7 +31,7 @@ from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.x86 import layout
-from pyvmm.x86.program import runs_program
+from pyvmm.x86.stopped import runs_program
 
 if TYPE_CHECKING:
     from uuid import UUID

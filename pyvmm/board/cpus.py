@@ -13,6 +13,7 @@ from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS, KVM_CAP_TSC_DEADLINE_TIMER
 from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
+from pyvmm.x86.stopped import describe_vcpu
 
 
 def check_cpus(kvm: Kvm, cpus: int) -> None:
@@ -71,6 +72,4 @@ def describe_cpus(config: RunConfig, kvm: Kvm, vcpus: Sequence[Vcpu], memory_end
 
 
 def _describe(board: Board, vcpu: Vcpu) -> str:
-    from pyvmm.x86 import cpu  # a machine of a snapshot needs it only now
-
-    return cpu.describe_vcpu(board.memory, vcpu)
+    return describe_vcpu(board.memory, vcpu)

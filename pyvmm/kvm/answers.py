@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from pyvmm.errors import HostError, KvmError
+from pyvmm.kvm import cpuid_entry
 from pyvmm.kvm.abi import Ioctl
 from pyvmm.kvm.ioctl import ioctl
 from pyvmm.startup.types import TYPE_CHECKING
@@ -30,14 +31,14 @@ class Answers:
         self._kvm = kvm
         self._capabilities: dict[int, int] = {}
         self._msr_indices: tuple[int, ...] | None = None
-        self._cpuid: list[CpuidEntry] | None = None
+        self._cpuid: bytearray | None = None
 
     def ask_all(self) -> None:
         """Ask for everything that a save, a restore and a snapshot's record of the host need."""
         for capability in CAPABILITIES:
             self.capability(capability)
         self.msr_indices()
-        self.supported_cpuid()
+        self._packed_cpuid()
 
     def capability(self, number: int) -> int:
         """Return the answer of ``Kvm.check_extension``."""
@@ -53,8 +54,11 @@ class Answers:
 
     def supported_cpuid(self) -> list[CpuidEntry]:
         """Return ``Kvm.supported_cpuid``."""
+        return cpuid_entry.unpack(self._packed_cpuid())
+
+    def _packed_cpuid(self) -> bytearray:
         if self._cpuid is None:
-            self._cpuid = self._open_kvm().supported_cpuid()
+            self._cpuid = self._open_kvm().packed_cpuid()
         return self._cpuid
 
     def _open_kvm(self) -> Kvm:

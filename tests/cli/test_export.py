@@ -318,6 +318,7 @@ def test_fault_25_an_export_without_room_for_a_front_end_says_so(
     # An attendant, for an export in a jail, needs more of them than that.
     with limited(13, "export", "--disk", disk, "--socket", path, "--jail=off") as export:
         assert export.stdout
+        assert "--jail off" in export.stdout.readline()
         line = export.stdout.readline()
         export.terminate()
         rest = export.stdout.read()
