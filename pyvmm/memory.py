@@ -104,7 +104,7 @@ class GuestMemory:
     ) -> None:
         offsets, total = _place(ranges)
         self.fd: int | None = None
-        self.pagemap_fd: int | None = None  # ram.pages.keep_pagemap opens it
+        self.pagemap_fd: int | None = None  # ram.pagemap opens it
         self.image: MappableImage | None = None
         self._map: mmap.mmap | None = None
         try:

@@ -20,7 +20,14 @@ from soak.errors import PartError, TrialError
 from soak.journal import BusyError, Journal
 from soak.part import Part, Work
 from soak.parts import NAMES, load
-from soak.processes import ROOT, adopt_orphans, left_in, pyvmm, wait_until_alone
+from soak.processes import (
+    ROOT,
+    adopt_orphans,
+    end_children,
+    left_in,
+    pyvmm,
+    wait_until_alone,
+)
 
 OUT = ROOT / "build" / "soak"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -167,6 +174,7 @@ def _leave_nothing(work: Work, scratch: str) -> None:
         left = left_in(scratch)
     except TrialError as error:
         left = str(error)
+        end_children()
     if left:
         work.leave(left)
 

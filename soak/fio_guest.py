@@ -8,6 +8,7 @@ early: from then on every request must fail, and nothing else may.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -44,8 +45,8 @@ read * sectors {BAD_SECTORS}: EIO
 SCRIPT = r"""
 mount -t tmpfs -o size=90% t /mnt; dmesg -n 1
 dd if=/dev/zero of=/mnt/fill bs=1M count=@FILL@ 2>/dev/null; rm /mnt/fill
-end=$(($(cut -d. -f1 /proc/uptime) + @SECONDS@))
-on_time() { [ $(cut -d. -f1 /proc/uptime) -lt $end ]; }
+(read line; touch /mnt/stop) </dev/console &
+on_time() { [ ! -e /mnt/stop ]; }
 pass() {
   fio --name=t --filename=$2 --rw=randrw --bs=4k-64k --iodepth=16 --ioengine=libaio --direct=1 \
     --verify=crc32c --verify_fatal=1 --randseed=$3 --size=4m --minimal --aux-path=/mnt \
@@ -95,7 +96,11 @@ class FioGuest:
 
     def listen(self) -> None:
         """Count what the guest has said since; TrialError if a disk was wrong, or it has ended."""
-        with (self.folder / "console").open("rb") as console:
+        new = b""
+        with (
+            contextlib.suppress(FileNotFoundError),  # the VM has not made it yet
+            (self.folder / "console").open("rb") as console,
+        ):
             console.seek(self._heard)
             new = console.read()
         new = new[: new.rfind(b"\n") + 1]
@@ -104,7 +109,7 @@ class FioGuest:
         for word, disk in _WORD.findall(text):
             self.counts[f"{word} {disk}".strip()] += 1
             if word == "broken":
-                raise TrialError(f"{disk} is wrong: {text}")
+                raise TrialError(f"{disk} is wrong: {text!r}")
         if self.vm.poll() is not None and not self.counts["finished"]:
             assert self.vm.stderr is not None
             raise TrialError(f"ended with {self.vm.returncode}: {self.vm.stderr.read()!r}")
@@ -114,17 +119,22 @@ class FioGuest:
         return Usage.of(self.vm.pid, ram_kib=RAM_MIB << 10)
 
     def ask_status(self) -> None:
+        """Ask over the control socket how the machine is; TrialError."""
+        self._ask("status", {})
+
+    def _ask(self, method: str, params: dict[str, object]) -> None:
         """Ask over the control socket, as a client that comes and goes; TrialError."""
+        request = json.dumps({"id": 1, "method": method, "params": params})
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(patient(END_S))
             client.connect(str(self.folder / "control"))
             with client.makefile("rwb") as lines:
-                lines.readline()
-                lines.write(b'{"id":1,"method":"status"}\n')
+                lines.readline()  # its greeting
+                lines.write(f"{request}\n".encode())
                 lines.flush()
                 answer = json.loads(lines.readline())
         if "result" not in answer:
-            raise TrialError(f"status: {answer}")
+            raise TrialError(f"{method}: {answer}")
 
     def wait_until_works(self) -> None:
         """Wait until fio has passed on each of the disks."""
@@ -132,7 +142,8 @@ class FioGuest:
         self._wait(lambda: all(self.counts[name] for name in names), BOOT_S)
 
     def finish(self) -> str:
-        """Wait until it has come to its end, with a clean file system; return pyvmm's lines."""
+        """Tell it to finish; wait until it has, with a clean file system; return pyvmm's lines."""
+        self._ask("console.write", {"data": base64.b64encode(b"stop\n").decode()})
         self._wait(lambda: bool(self.counts["finished"]), FINISH_S)
         _, said = self.vm.communicate(timeout=patient(END_S))
         if self.vm.returncode or not self.counts["clean vdc"]:
@@ -151,13 +162,14 @@ class FioGuest:
 
 @contextlib.contextmanager
 def running(folder: Path, seconds: int) -> Iterator[FioGuest]:
-    """A guest that works for ``seconds`` of its own time, and then comes to its end."""
+    """A guest that works until it is told to finish; it will not be needed for more than
+    ``seconds`` once it works."""
     images = [new_disk(folder / f"vd{letter}.img", DISK_MIB * MIB // 512) for letter in "bcdefg"]
     plain, under, written_through, elsewhere, failing, remote = images
     (folder / "faults").write_text(FAULTS)
     script = folder / "script"
     text = SCRIPT
-    for name, value in (("FILL", RAM_MIB * 3 // 5), ("SECONDS", seconds), ("BAD", BAD_BLOCK)):
+    for name, value in (("FILL", RAM_MIB * 3 // 5), ("BAD", BAD_BLOCK)):
         text = text.replace(f"@{name}@", str(value))
     script.write_bytes(text.encode().ljust(8192, b"\n"))
     with (
@@ -175,7 +187,7 @@ def running(folder: Path, seconds: int) -> Iterator[FioGuest]:
             pyvmm("run", "--kernel", KERNEL, *ROOT_DISK, *options, "--cpus", str(CPUS),
                   "--memory", f"{RAM_MIB}M", "--console", folder / "console",
                   "--control", folder / "control",
-                  "--timeout", f"{patient(BOOT_S + FINISH_S) + 20 * seconds:g}",
+                  "--timeout", f"{patient(2 * (BOOT_S + FINISH_S)) + 2 * seconds:g}",
                   "--append", f"quiet console=hvc0 {run_in_guest('sh /dev/vdh')}"),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             start_new_session=True,

@@ -153,7 +153,7 @@ class Work:
         except Exception as error:
             if self.is_killed:
                 return
-            kept = self._keep(number, folder, error)
+            kept = self.keep(str(number), folder, error)
             self.ended(number, began_s, {"failed": f"{error} ({kept})"})
         else:
             remove(folder)
@@ -190,9 +190,9 @@ class Work:
             f"{to_go}"
         )
 
-    def _keep(self, number: int, folder: Path, error: Exception) -> Path:
+    def keep(self, name: str, folder: Path, error: Exception) -> Path:
         """Keep what is left of a trial that failed; return its place."""
-        kept = self.folder / f"failed-{number}"
+        kept = self.folder / f"failed-{name}"
         remove(kept)
         shutil.move(folder, kept)
         (kept / "why").write_text("".join(traceback.format_exception(error)))

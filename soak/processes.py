@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -48,6 +49,16 @@ def children() -> list[int]:
 def wait_until_alone(timeout_s: float = END_S) -> None:
     """Wait until no child is left, and reap them; TrialError that names those that stay."""
     _wait_for(children, timeout_s)
+
+
+def end_children() -> None:
+    """Kill whatever is left, so that the next part does not find it."""
+    while left := children():
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def _wait_for(find: Callable[[], list[int]], timeout_s: float) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import struct
 import termios
+import time
 from typing import Any
 
 from pyvmm.console.terminal import raw_modes
@@ -22,6 +23,9 @@ _SIGNAL = 0x7F  # of an exit code; wait(2)
 _PIDFD_INFO = struct.Struct("<Q52xi")
 _PIDFD_GET_INFO = 0xC040_FF0B  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info of 64 bytes)
 _PIDFD_INFO_EXIT = 8
+_IS_KNOWN = 1 << 16
+REAPED_S = 1.0
+_PAUSE_S = 0.01
 _EXIT_CODE = 52 - 3  # proc(5): field 52; the first one behind the last ')' is field 3
 _MODES = 6  # before the characters
 
@@ -30,14 +34,20 @@ def ending_signal(first_state: bytes, state_fd: int, pidfd: int) -> int:
     """Return the signal that ended the machine's process; 0 if none has, or if it is not known.
 
     Only its parent is told for sure.  Until the parent has asked, /proc/PID/stat tells: there are
-    ``first_state``, which was read as soon as possible, and the present one.  Afterwards a pidfd
-    does, since Linux 6.15.
+    ``first_state``, which was read as soon as possible, and the present one.  Recent kernels do not
+    tell it of a process that hides its memory.  A pidfd does, since Linux 6.15, but only once the
+    parent has asked: that may take a moment, REAPED_S at most.
     """
     code = _code_of(first_state)
-    with contextlib.suppress(OSError):  # it is reaped
-        code = code or _code_of(os.pread(state_fd, 4096, 0))
-    with contextlib.suppress(OSError):  # it is not, or the kernel does not tell
-        code = code or _code_from(pidfd)
+    until_s = time.monotonic() + REAPED_S
+    while not code:
+        with contextlib.suppress(OSError):  # it is reaped
+            code = _code_of(os.pread(state_fd, 4096, 0))
+        with contextlib.suppress(OSError):  # it is not, or the kernel does not tell
+            code = code or _code_from(pidfd)
+        if code or time.monotonic() >= until_s:
+            break
+        time.sleep(_PAUSE_S)
     return code & _SIGNAL
 
 
@@ -54,7 +64,8 @@ def _code_from(pidfd: int) -> int:
     _PIDFD_INFO.pack_into(info, 0, _PIDFD_INFO_EXIT, 0)
     fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
     mask, code = _PIDFD_INFO.unpack(info)
-    return int(code) if mask & _PIDFD_INFO_EXIT else 0
+    # An end with status 0 is known as well: nothing else has a bit above these.
+    return int(code) | _IS_KNOWN if mask & _PIDFD_INFO_EXIT else 0
 
 
 def tell(number: int, *, terminal_fd: int) -> None:

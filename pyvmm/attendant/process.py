@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Callable
 from socket import AF_UNIX, SOCK_SEQPACKET, socket
@@ -28,6 +29,8 @@ def attend(
     The last arguments of the process are the word that woke it, "" if the machine's process has
     ended, and that process's state then.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # the shell's was for the shell
     os.closerange(max(Kept) + 1, os.sysconf("SC_OPEN_MAX"))
     connection = socket(AF_UNIX, SOCK_SEQPACKET, 0, Kept.CHANNEL)
     try:

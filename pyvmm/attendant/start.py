@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 _SHELL = "/bin/sh"
 # $1 and what follows is Python.  The pipe at standard input tells "wake" or "quit", or ends with
 # the machine's process.  Then its state is read at once, before its parent has reaped it.  The
-# limit is for a machine's process that was taken over and sends a line without an end.
+# limit, in KiB, is for a machine's process that was taken over and sends a line without an end;
+# Python takes it back.
 _SLEEPER = f"""\
-ulimit -S -d 65536 2>/dev/null
+ulimit -S -d 16384 2>/dev/null
 read -r word
 [ "$word" = {QUIT.decode().strip()} ] && exit
 read -r state <&4

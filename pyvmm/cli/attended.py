@@ -9,6 +9,7 @@ import os
 
 import pyvmm
 from pyvmm.config import DiskConfig
+from pyvmm.startup.bundle import Bundle
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class Attendance:
                 )
 
             return LocalAttendant(Duties(
-                explain=explained, tidy=lambda: bundle.update(missing), socket_name=name,
-                snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
+                explain=explained, tidy=lambda: Bundle(bundle.path).update(missing),
+                socket_name=name, snapshot_path=self._snapshot_path,
+                any_snapshot=self._has_clients,
                 most_scratch_files=most_files if self.saves else 0,
             ))
         from pyvmm.attendant.beginning import Beginning

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
-    from pyvmm.jail.root import User
+    from pyvmm.jail.root import Namespaces, User
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
@@ -53,10 +53,11 @@ class Jail:
     """The jail that the options in ``args`` ask for, of this process; ConfigError.
 
     ``verbose`` is the number of -v: with one a line says what is in force, with two the kept
-    descriptors are listed.
+    descriptors are listed.  ``namespaces`` are root's, if they are made already; the jail owns
+    them.
     """
 
-    def __init__(self, args: SimpleNamespace) -> None:
+    def __init__(self, args: SimpleNamespace, namespaces: Namespaces | None = None) -> None:
         mode = args.jail
         if mode not in MODES:
             raise ConfigError(f"--jail {mode}", f"is none of {', '.join(MODES)}")
@@ -65,7 +66,7 @@ class Jail:
         self._verbose: int = args.verbose
         self.user: User | None = None
         """Whom the process becomes; None: nobody else."""
-        self._cgroup, self._namespaces = None, None
+        self._cgroup, self._namespaces = None, namespaces
         for option, text in (("--user", args.user), ("--cgroup", args.cgroup)):
             if text is not None and not self.is_on:
                 raise ConfigError(f"{option} {text}", "is a part of the jail, and --jail is off")
@@ -77,7 +78,7 @@ class Jail:
             self._cgroup = None if args.cgroup is None else parse_cgroup(args.cgroup)
         if not self.is_on:
             say(OFF)
-        elif os.geteuid() == 0:
+        elif namespaces is None and os.geteuid() == 0:
             from pyvmm.jail.root import Namespaces
 
             self._namespaces = Namespaces()  # made by a thread, while the machine is built
@@ -154,7 +155,7 @@ def prepare_saves(machine: Machine, bundle: Bundle) -> None:
 
     from pyvmm.control import machine_saves
     from pyvmm.kvm.answers import answers_of
-    from pyvmm.ram.pages import keep_pagemap
+    from pyvmm.ram.pagemap import keep_pagemap
     from pyvmm.startup.late import LateModules
 
     LateModules(bundle, machine_saves.LATE_MODULES)

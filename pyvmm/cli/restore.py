@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
+    from pyvmm.jail.root import Namespaces
     from pyvmm.machine import Machine
     from pyvmm.report import Reporter
     from pyvmm.snapshot.snapshot import Snapshot
@@ -83,14 +84,17 @@ def restore_main(argv: list[str], bundle: Bundle) -> int:
     args = parse_options(COMMAND, argv)
     if args.clones_fd is not None:
         return _serve_clones(args, bundle)
-    return with_control(args, functools.partial(_restore, args, started_s, bundle, None))
+    return with_control(args, functools.partial(_restore, args, started_s, bundle))
 
 
 def _restore(
-    args: SimpleNamespace, started_s: float, bundle: Bundle, opened: Snapshot | None,
-    control: RunControl | None,
+    args: SimpleNamespace, started_s: float, bundle: Bundle, control: RunControl | None, *,
+    opened: Snapshot | None = None, namespaces: Namespaces | None = None,
 ) -> int:
-    """Make and run the clone that ``args`` ask for, of ``opened`` if that is the snapshot."""
+    """Make and run the clone that ``args`` ask for, of ``opened`` if that is the snapshot.
+
+    ``namespaces`` are those of its jail, if they are made already.
+    """
     from pyvmm.cli.parse import parse_console, parse_moved_disks, parse_seconds
 
     if args.clock not in CLOCKS:
@@ -100,7 +104,7 @@ def _restore(
     timeout_s = parse_seconds("--timeout", args.timeout) if args.timeout is not None else None
     running = Running(
         verbose=bool(args.verbose), timing=False, started_s=started_s, bundle=bundle,
-        jail=Jail(args), attendance=Attendance(args), control=control,
+        jail=Jail(args, namespaces), attendance=Attendance(args), control=control,
         sets_clock=args.clock == "now",
     )
     configs: list[RunConfig] = []
@@ -151,6 +155,7 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
     from pyvmm.cli.parse import parse_moved_disks
     from pyvmm.control import machine_saves
     from pyvmm.control.run_control import owner_socket
+    from pyvmm.jail.root import NextNamespaces
     from pyvmm.report import say
     from pyvmm.snapshot.opening import open_snapshot
 
@@ -171,14 +176,23 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
 
         def run(options: list[str]) -> int:
             words = [args.directory, *options]
-            return guarded("restore", words, lambda: _run_clone(words, bundle, snapshot))
+            return guarded(
+                "restore", words, lambda: _run_clone(words, bundle, snapshot, following.taken)
+            )
 
-        ForkServer(owner, run).serve()
+        with contextlib.closing(NextNamespaces()) as following:
+            ForkServer(
+                owner, run, before_fork=following.wait, after_fork=following.renew
+            ).serve()
     return 0
 
 
-def _run_clone(argv: list[str], bundle: Bundle, snapshot: Snapshot) -> int:
+def _run_clone(
+    argv: list[str], bundle: Bundle, snapshot: Snapshot, namespaces: Namespaces | None
+) -> int:
     started_s = process_start_s()
     args = parse_options(COMMAND, argv)
     opened = None if args.disk else snapshot
-    return with_control(args, functools.partial(_restore, args, started_s, bundle, opened))
+    return with_control(args, functools.partial(
+        _restore, args, started_s, bundle, opened=opened, namespaces=namespaces
+    ))

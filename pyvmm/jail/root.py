@@ -109,10 +109,14 @@ class Namespaces:
     def __init__(self) -> None:
         self._descriptors: list[int] = []
         self._error: OSError | None = None
-        self._thread: threading.Thread | None = threading.Thread(
-            target=self._make, name="namespaces"
-        )
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        thread = threading.Thread(target=self._make, name="namespaces")
+        try:
+            thread.start()
+        except RuntimeError:  # as if none could be made
+            self._error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Wait until the thread is done: afterwards it is gone."""
@@ -156,6 +160,33 @@ class Namespaces:
             _empty_root("/proc")
         except OSError as error:
             self._error = error
+
+
+class NextNamespaces:
+    """Root's namespaces for one forked process after another, made before they are asked for.
+
+    Each process has its own.  Whoever forks calls ``wait`` before and ``renew`` afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.taken = Namespaces() if os.geteuid() == 0 else None
+        """Those of the process that is forked next; None if this is not root."""
+
+    def wait(self) -> None:
+        """Wait until the thread that makes them is gone."""
+        if self.taken is not None:
+            self.taken.wait()
+
+    def renew(self) -> None:
+        """Leave the present ones to the forked process, and begin to make the next ones."""
+        if self.taken is not None:
+            self.taken.close()
+            self.taken = Namespaces()
+
+    def close(self) -> None:
+        """Free those that nobody has taken; idempotent."""
+        if self.taken is not None:
+            self.taken.close()
 
 
 def _empty_root(place: str) -> None:

@@ -188,6 +188,7 @@ PEER_IO = (
     *_rules("accept4", ("control", "main-export"), "a new client"),
     *_rules("geteuid", ("control", "main-export", HEIR), "whose client, whose file is it"),
     *_rules("getsockname", ("main", "control", "main-export"), "Python, of a socket's descriptor"),
+    *_rules("getpeername", ("main-export",), "is it one end of a socketpair that a peer sends"),
     Rule(
         "getsockopt", ("main", "control", "main-export"), "Python, of a socket's descriptor",
         "SO_TYPE, SO_ERROR, SO_PEERCRED, SO_PROTOCOL, SO_DOMAIN",

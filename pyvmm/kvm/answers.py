@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from pyvmm.errors import HostError, KvmError
-from pyvmm.kvm import state_abi
+from pyvmm.kvm.abi import Ioctl
 from pyvmm.kvm.ioctl import ioctl
 from pyvmm.startup.types import TYPE_CHECKING
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from pyvmm.kvm.cpuid_entry import CpuidEntry
     from pyvmm.kvm.handles import Kvm
 
-_CAPABILITIES = (
-    state_abi.KVM_CAP_SREGS2, state_abi.KVM_CAP_XSAVE2, state_abi.KVM_CAP_XCRS,
-    state_abi.KVM_CAP_GET_TSC_KHZ,
-)
+# Of ``state_abi``, whose structures would take each start 1 ms: linux/kvm.h.
+KVM_GET_MSR_INDEX_LIST = Ioctl(0xC004AE02)
+CAPABILITIES = (200, 208, 56, 61)
+"""KVM_CAP_SREGS2, XSAVE2, XCRS and GET_TSC_KHZ."""
 _MOST_MSRS = 4096
 
 
@@ -34,7 +34,7 @@ class Answers:
 
     def ask_all(self) -> None:
         """Ask for everything that a save, a restore and a snapshot's record of the host need."""
-        for capability in _CAPABILITIES:
+        for capability in CAPABILITIES:
             self.capability(capability)
         self.msr_indices()
         self.supported_cpuid()
@@ -73,11 +73,11 @@ def answers_of(kvm: Kvm) -> Answers:
 def _msr_indices(kvm: Kvm) -> tuple[int, ...]:
     count = 0
     while True:
-        data = bytearray(bytes(state_abi.kvm_msr_list(nmsrs=count)) + bytes(4 * count))
+        data = bytearray(count.to_bytes(4, "little") + bytes(4 * count))  # struct kvm_msr_list
         try:
-            ioctl(kvm.fd, state_abi.KVM_GET_MSR_INDEX_LIST, data)
+            ioctl(kvm.fd, KVM_GET_MSR_INDEX_LIST, data)
             return tuple(memoryview(data)[4:].cast("I"))
         except KvmError as error:
             if error.errno != errno.E2BIG or count:
                 raise
-            count = min(state_abi.kvm_msr_list.from_buffer_copy(data).nmsrs, _MOST_MSRS)
+            count = min(int.from_bytes(data[:4], "little"), _MOST_MSRS)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pyvmm.errors import HostError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.ram.image import RamImage
+from pyvmm.ram.pagemap import open_pagemap
 from pyvmm.ram.runs import Run, coarser, joined, total, union
 
 # Of a pagemap entry's highest byte: bit 63 present, 62 swapped, 61 a page of a file (or shared).
@@ -40,31 +41,11 @@ def own_runs(memory: GuestMemory) -> list[Run]:
         raise ValueError("shared RAM has no own pages")
     if memory.pagemap_fd is not None:
         return list(joined(_own_runs(memory, memory.pagemap_fd)))
-    pagemap = _open_pagemap()
+    pagemap = open_pagemap()
     try:
         return list(joined(_own_runs(memory, pagemap)))
     finally:
         os.close(pagemap)
-
-
-def keep_pagemap(memory: GuestMemory) -> None:
-    """Open this process's page map for ``own_runs``, because a jailed process cannot; HostError.
-
-    It tells no physical addresses, also if root opens it.  ``memory`` closes it.  Nothing to do for
-    shared memory, which has no own pages.
-    """
-    if memory.fd is None and memory.pagemap_fd is None:
-        from pyvmm.jail.privileges import capabilities_put_aside  # only a machine that is saved
-
-        with capabilities_put_aside():
-            memory.pagemap_fd = _open_pagemap()
-
-
-def _open_pagemap() -> int:
-    try:
-        return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise HostError(f"cannot see which pages of RAM are used: {error}") from error
 
 
 def own_bytes(memory: GuestMemory) -> int:

@@ -62,15 +62,15 @@ class Bundle:
     def __init__(self, path: str) -> None:
         self.path = path
         self.entries = _read(path)
-        self._known: set[str] = set()
+        self.missed: set[str] = set()
+        """The modules that were asked for and not found."""
 
     @property
     def name(self) -> str:
-        """What ``default_path`` was given."""
+        """The text that ``default_path`` was given."""
         return os.path.basename(self.path).partition(".")[0]
 
     def __enter__(self) -> Self:
-        self._known = set(sys.modules)
         sys.meta_path.insert(0, self)
         return self
 
@@ -89,6 +89,7 @@ class Bundle:
         """
         entry = self.entries.get(name)
         if entry is None or not self.is_current(entry):
+            self.missed.add(name)
             return None
         file, is_package, _, _, needs, code = entry
         loader: Any = _Loader(self, needs, code, file)
@@ -134,11 +135,7 @@ class Bundle:
 
     def left_out(self) -> set[str]:
         """Return the modules imported since ``__enter__`` that the bundle lacked but could hold."""
-        return {
-            name for name in set(sys.modules) - self._known
-            if not isinstance(getattr(sys.modules[name], "__loader__", None), _Loader)
-            and _source(name)
-        }
+        return {name for name in self.missed if name in sys.modules and _source(name)}
 
     def is_worth_writing(self, names: Collection[str]) -> bool:
         """True if ``update`` would write the modules ``names``."""

@@ -13,13 +13,13 @@ from pyvmm.startup.bundle import Bundle
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from pyvmm.startup.bundle import Entry
 
 
 class LateModules(Bundle):
-    """A finder, from now on, of all modules of ``bundle``, which is left, that are not loaded yet.
+    """A finder, from now on, of modules of ``bundle``, which is left: ``names`` and their needs.
 
     It opens nothing.  Afterwards ``names``, and all that they import, can be imported.  If the
     bundle lacks one of them, or a source was changed, they are imported now; the end of the run
@@ -28,8 +28,7 @@ class LateModules(Bundle):
 
     def __init__(self, bundle: Bundle, names: Iterable[str]) -> None:
         missing = [name for name in names if name not in sys.modules]
-        entries = bundle.entries
-        waiting = {name: entry for name, entry in entries.items() if name not in sys.modules}
+        waiting = _needed(bundle.entries, missing)
         if not (
             all(name in waiting for name in missing)
             and all(map(bundle.is_current, waiting.values()))
@@ -37,6 +36,7 @@ class LateModules(Bundle):
             for name in missing:
                 __import__(name)
         self.path = bundle.path
+        self.missed = bundle.missed
         self.entries = {
             name: (*entry[:-1], bytes(entry[-1])) for name, entry in waiting.items()
             if name not in sys.modules and bundle.is_current(entry)
@@ -47,3 +47,16 @@ class LateModules(Bundle):
     def is_current(self, _entry: Entry) -> bool:
         """True: all sources were looked at."""
         return True
+
+
+def _needed(entries: Mapping[str, Entry], names: Iterable[str]) -> dict[str, Entry]:
+    """Return the ``entries`` that are not loaded: of ``names``, of all that they need, and of the
+    standard library, whose needs no entry tells."""
+    found: dict[str, Entry] = {}
+    waiting = [*names, *(name for name in entries if not name.startswith("pyvmm."))]
+    while waiting:
+        name = waiting.pop()
+        if name in entries and name not in sys.modules and name not in found:
+            found[name] = entry = entries[name]
+            waiting += (*entry[4], name.rpartition(".")[0])
+    return found

@@ -8,14 +8,13 @@ interrupted goes on with another VM, so its stretches are shorter.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 
 from soak.errors import TrialError
 from soak.fio_guest import CHECKED, FioGuest, running
-from soak.part import Figures, Part, Work
+from soak.part import Figures, Part, Work, remove
 from soak.usage import drift_figures, growth, longest
 
 SLICE_S = 10
@@ -29,8 +28,7 @@ def run(work: Work) -> None:
     folder = work.scratch / "vm"
     folder.mkdir()
     try:
-        # Its own clock may go slower than ours while it boots, never faster.
-        with running(folder, seconds=(len(left) + 1) * SLICE_S) as guest:
+        with running(folder, seconds=len(left) * SLICE_S) as guest:
             guest.wait_until_works()
             guest.server.kill()
             _watch(work, guest, left)
@@ -38,9 +36,10 @@ def run(work: Work) -> None:
         work.say(f"fio: {dict(guest.counts)}; pyvmm said: {said.strip() or 'nothing'}")
         if found := growth(longest(work.journal.trials, LEAST_SAMPLES)):
             work.leave(found)
-    except TrialError as error:
-        work.leave(str(error))
-    shutil.rmtree(folder)
+    except (TrialError, OSError) as error:  # OSError: of a process that has just ended
+        kept = work.keep(f"stretch-{work.journal.legs}", folder, error)
+        work.leave(f"{error} ({kept})")
+    remove(folder)
 
 
 def _watch(work: Work, guest: FioGuest, left: Sequence[int]) -> None:

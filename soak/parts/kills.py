@@ -42,6 +42,7 @@ SCRIPT = (
     " i=$((i+1)); echo record 1-$i > /mnt/d/r1-$i; sync /mnt/d/r1-$i; echo ack 1-$i; done"
 )
 ACK = re.compile(r"^ack (1-\d+)\r?$", re.MULTILINE)
+"""Of a line that the kill has cut, the number is that of an earlier record, acknowledged too."""
 
 
 class Killer:

@@ -357,9 +357,9 @@ def test_ps_looks_from_where_the_attendant_is(tmp_path: Path) -> None:
         (folder / "cwd").mkdir(parents=True)
         (folder / "cmdline").write_bytes(cmdline)
         (folder / "stat").write_text(f"{pid} (a) b) S {parent} " + " ".join(["0"] * 17) + " 100 0")
-    for pid, size in (("8", 1), ("9", 64 << 20)):
-        (tmp_path / pid / "cwd" / "warm").mkdir()
-        with (tmp_path / pid / "cwd" / "warm" / "ram").open("wb") as ram:
+    for name, size in (("8", 1), ("9", 64 << 20)):
+        (tmp_path / name / "cwd" / "warm").mkdir()
+        with (tmp_path / name / "cwd" / "warm" / "ram").open("wb") as ram:
             ram.truncate(size)
     assert [machine["memory"] for machine in ps.machines(str(tmp_path))] == [64 << 20]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +14,7 @@ from typing import TypeVar
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.jail.root import Namespaces, User, parse_user
+from pyvmm.jail.root import Namespaces, NextNamespaces, User, parse_user
 from tests.support.apart import NOBODY, apart, become_nobody, refuse_calls
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has what is given up here")
@@ -265,3 +267,60 @@ def test_a_call_that_is_forbidden_is_told_and_nothing_is_left(number: int) -> No
         return refusal(made.enter), set(os.listdir(fds)) == before
 
     assert apart(body) == ("EPERM", True)
+
+
+@needs_root
+def test_each_forked_process_has_namespaces_of_its_own() -> None:
+    def body(_: int) -> tuple[list[str], list[int]]:
+        following, entered = NextNamespaces(), list[str]()
+        proc = os.open("/proc", os.O_RDONLY)
+        descriptors, children = [], []
+        for _turn in range(3):
+            following.wait()
+            out, into = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                assert following.taken is not None
+                following.taken.enter()
+                os.write(into, os.readlink("thread-self/ns/net", dir_fd=proc).encode())
+                signal.pause()
+            children.append(pid)
+            following.renew()
+            entered.append(os.read(out, 100).decode())
+            os.close(out)
+            os.close(into)
+            following.wait()
+            descriptors.append(len(os.listdir("/proc/self/fd")))
+        following.close()
+        following.close()
+        for pid in children:  # the number of a namespace that is gone is another's soon
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        return [*entered, os.readlink("/proc/self/ns/net")], descriptors
+
+    links, descriptors = apart(body)
+    assert len(set(links)) == 4
+    assert len(set(descriptors)) == 1
+
+
+def test_a_user_forks_without_namespaces() -> None:
+    def body(_: int) -> bool:
+        become_nobody()
+        following = NextNamespaces()
+        following.wait()
+        following.renew()
+        following.close()
+        return following.taken is None
+
+    assert apart(body)
+
+
+@needs_root
+def test_no_thread_to_make_them_is_as_if_they_could_not_be_made(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert refusal(Namespaces().enter) == "EAGAIN"

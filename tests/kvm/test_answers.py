@@ -7,7 +7,7 @@ import os
 import pytest
 
 from pyvmm.errors import HostError
-from pyvmm.kvm import state_abi
+from pyvmm.kvm import answers, state_abi
 from pyvmm.kvm.answers import Answers, answers_of
 from pyvmm.kvm.handles import Kvm
 
@@ -31,6 +31,14 @@ def test_a_vcpu_is_saved_and_restored_without_the_kvm_that_was_asked_before() ->
             assert not [fd for fd in os.listdir("/proc/self/fd") if _leads_to_kvm(fd)]
 
 
+def test_the_numbers_are_those_of_the_state_s_module() -> None:
+    assert state_abi.KVM_GET_MSR_INDEX_LIST == answers.KVM_GET_MSR_INDEX_LIST
+    assert set(answers.CAPABILITIES) == {
+        state_abi.KVM_CAP_SREGS2, state_abi.KVM_CAP_XSAVE2, state_abi.KVM_CAP_XCRS,
+        state_abi.KVM_CAP_GET_TSC_KHZ,
+    }
+
+
 def test_each_answer_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     real = Kvm.check_extension
@@ -41,21 +49,21 @@ def test_each_answer_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Kvm, "check_extension", count)
     with Kvm() as kvm:
-        answers = answers_of(kvm)
-        answers.ask_all()
+        kept = answers_of(kvm)
+        kept.ask_all()
         before = list(asked)
-        answers.ask_all()
-        assert answers.capability(state_abi.KVM_CAP_XCRS) == 1
+        kept.ask_all()
+        assert kept.capability(state_abi.KVM_CAP_XCRS) == 1
         assert asked == before
         assert len(set(asked)) == len(asked)
-        assert answers_of(kvm) is answers
+        assert answers_of(kvm) is kept
 
 
 def test_what_was_not_asked_before_the_end_is_an_error() -> None:
     kvm = Kvm()
     kvm.close()
-    answers = Answers(kvm)
-    for ask in (answers.msr_indices, answers.supported_cpuid, lambda: answers.capability(1)):
+    kept = Answers(kvm)
+    for ask in (kept.msr_indices, kept.supported_cpuid, lambda: kept.capability(1)):
         with pytest.raises(HostError, match="only while the /dev/kvm that made it is open"):
             ask()
 

@@ -19,7 +19,7 @@ import pytest
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.live import LiveWriter, fork_writer
-from pyvmm.ram.pages import keep_pagemap
+from pyvmm.ram.pagemap import keep_pagemap
 from pyvmm.ram.write import image_in_memory, write_ram
 from tests.support.patience import patient
 from tests.support.ram_images import MIB, PAGE, REGIONS, content, in_use, put, scattered

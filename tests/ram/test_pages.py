@@ -15,7 +15,8 @@ import pytest
 
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
-from pyvmm.ram.pages import drop_own, held_runs, keep_pagemap, own_bytes, own_runs
+from pyvmm.ram.pagemap import keep_pagemap
+from pyvmm.ram.pages import drop_own, held_runs, own_bytes, own_runs
 from pyvmm.ram.runs import Run
 from pyvmm.ram.write import image_in_memory
 from tests.support.apart import status_field

@@ -14,6 +14,7 @@ import pytest
 
 from soak.journal import read_lines
 from soak.processes import ROOT
+from tests.support.launched import is_there
 from tests.support.patience import patient
 
 TOY = "tests.support.soak_toy"
@@ -112,6 +113,8 @@ def test_whatever_is_wrong_is_a_failure_that_stays(
         assert "Error: planted" in why
     if plant == "daemon":
         assert "sleep 300" in said
+        pid = int(said.partition("left behind: process ")[2].partition(":")[0])
+        assert not is_there(pid), "the next part must not find it"
     assert soak(tmp_path, f"{TOY}=10")[0] == 1, "it is not forgotten when the part goes on"
 
 
