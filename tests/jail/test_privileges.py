@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.attendant.process import _give_up_privileges
 from pyvmm.jail import privileges
 from pyvmm.jail.calls import prctl, system_call
 from tests.support.apart import NOBODY, EndedApartError, apart, become_nobody, status_field
@@ -93,13 +92,12 @@ def test_capabilities_that_programs_inherit_are_dropped_too() -> None:
 
 
 @needs_root
-def test_an_attendant_keeps_the_rights_that_files_need() -> None:
-    def body(_: int) -> tuple[str, set[int], str]:
-        _give_up_privileges()
-        return status_field("NoNewPrivs"), capabilities(), status_field("CapEff")
+def test_an_attendant_keeps_the_capabilities_that_files_need() -> None:
+    def body(_: int) -> tuple[set[int], str]:
+        privileges.drop_capabilities(kept=privileges.FILE_CAPABILITIES)
+        return capabilities(), status_field("CapEff")
 
-    new_privileges, sets, effective = apart(body)
-    assert new_privileges == "1"
+    sets, effective = apart(body)
     assert sets <= {0, privileges.FILE_CAPABILITIES}
     assert int(effective, 16) & ~privileges.FILE_CAPABILITIES == 0
 

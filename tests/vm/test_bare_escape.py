@@ -11,6 +11,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,29 @@ def test_nothing_gets_out_of_a_thread_that_only_some_machines_have(
     assert status == 7, escape.stderr
     assert set(found) == {kind}
     check(found)
+
+
+@pytest.mark.parametrize("kind", ["main-export", "export-watch"])
+def test_nothing_gets_out_of_an_export(kind: str, escape: Escape, tmp_path: Path) -> None:
+    path = tmp_path / "export"
+    served = threading.Thread(target=end_once_there, args=(path, tmp_path / "pid"))
+    served.start()
+    status, found = escape.command(
+        f"attempts:{kind}", "export", "--disk", str(escape.disk), "--socket", str(path),
+        prefix=("sh", "-c", f'echo $$ >{tmp_path}/pid; exec "$@"', "sh"),
+    )
+    served.join()
+    assert status == 0, escape.stderr
+    assert set(found) == {kind}
+    check(found)
+
+
+def end_once_there(path: Path, pid: Path) -> None:
+    """End the process whose number is in ``pid`` once its socket ``path`` is there."""
+    until_s = time.monotonic() + patient(60)
+    while not path.exists() and time.monotonic() < until_s:
+        time.sleep(0.05)
+    os.kill(int(pid.read_text()), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("who", [

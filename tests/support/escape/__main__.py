@@ -148,7 +148,7 @@ class Escape:
 
 
 def run(report: str, mode: str, command: list[str]) -> int:
-    """Run pyvmm in a child process, and write REPORT; return 0."""
+    """Run pyvmm in a child process, which gets our SIGTERM, and write REPORT; return 0."""
     results = Results(len(KINDS), COLUMNS)
     pid = os.fork()
     if not pid:
@@ -160,6 +160,7 @@ def run(report: str, mode: str, command: list[str]) -> int:
         except BaseException:
             traceback.print_exc()
         os._exit(status)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if mode.startswith("numbers"):
         names = [str(number) for number in NUMBERS]
