@@ -34,6 +34,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 SCRATCH = Path("/dev/shm")
 FOUND, MISTAKE, INTERRUPTED = 1, 2, 130
 _MOST = 1_000_000_000
+_PREFIX = "pyvmm-soak-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,8 +155,10 @@ def _soak(part: Part, size: int, options: argparse.Namespace) -> int:
                 return _in_lab(part, size, options)
             if options.trial is None:
                 journal.add(report.this_leg(size))
-            place = SCRATCH if SCRATCH.is_dir() else None
-            with tempfile.TemporaryDirectory(prefix="pyvmm-soak-", dir=place) as scratch:
+            place = SCRATCH if SCRATCH.is_dir() else Path(tempfile.gettempdir())
+            _remove_leftovers(place)
+            prefix = f"{_PREFIX}{os.getpid()}-"
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as scratch:
                 work.scratch = Path(scratch)
                 try:
                     part.run(work)
@@ -165,6 +168,14 @@ def _soak(part: Part, size: int, options: argparse.Namespace) -> int:
                 _leave_nothing(work, scratch)
         say(work.progress(time.monotonic()))
         return work.failures if options.trial is not None else journal.failures
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Remove the scratch folders of soaks that were killed."""
+    for folder in place.glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _leave_nothing(work: Work, scratch: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from soak.processes import ROOT
 
 Report = dict[str, object]
 BEGIN, END = "<!-- soak report: python -m soak --publish -->", "<!-- end of the soak report -->"
+COLUMNS = 99
 COMMIT = "PYVMM_SOAK_COMMIT"
 _FAILURES_SHOWN = 20
 
@@ -98,10 +100,18 @@ def _details(one: Report) -> list[str]:
     assert isinstance(figures, dict)
     assert isinstance(failures, list)
     assert isinstance(where, list)
-    lines = [f"**{one['part']}**: {one['about']}. On {'; '.join(where)}.", ""]
-    lines += [f"- {name}: {value}" for name, value in figures.items()]
+    lines = [*_wrapped(f"**{one['part']}**: {one['about']}. On {'; '.join(where)}."), ""]
+    for name, value in figures.items():
+        lines += _wrapped(f"- {name}: {value}")
     lines += [f"- FAILED: {text}" for text in failures]
     return [*lines, ""] if figures or failures else lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, COLUMNS, subsequent_indent="  " if text.startswith("- ") else "",
+        break_long_words=False, break_on_hyphens=False,
+    )
 
 
 def publish(reports: Sequence[Report], path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_part_goes_on_after_a_signal(tmp_path: Path, number: signal.Signals) -
         assert "interrupted; the same command goes on" in said
     status, said = soak(tmp_path, f"{TOY}=200")
     assert status == 0, said
+    assert not list(Path("/dev/shm").glob(f"pyvmm-soak-{process.pid}-*"))
     assert sorted(trials(tmp_path)) == list(range(200))
     (report,) = json.loads((tmp_path / "report.json").read_text())
     assert (report["done"], report["failed"], report["stretches"]) == (200, 0, 2)
