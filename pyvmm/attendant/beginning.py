@@ -13,7 +13,7 @@ _BETWEEN = "\0"  # in no file name and no option
 
 
 class Beginning(Record):
-    """What a start tells its attendant.  Texts are as in the options; None: not given.
+    """A start's words to its attendant.  Texts are as in the options; None: not given.
 
     ``version`` is pyvmm's: an attendant of another one does nothing.  ``kernel`` to ``discovery``
     are ``RunConfig``'s, ``disks`` the location of each disk whose first bytes are those in its

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pyvmm.snapshot.files.making import SnapshotWriter
 
 WAKE, QUIT = b"wake\n", b"quit\n"
-"""What a sleeping attendant is told through its pipe: to begin its work, or that there is none."""
+"""The words to a sleeping attendant, through its pipe: begin your work; there is none."""
 _GONE = "the process beside the machine that does this has ended"
 
 

@@ -41,7 +41,7 @@ class Taken(Protocol):
     """A snapshot that is whole; ``pyvmm.snapshot`` has them."""
 
     held_bytes: int
-    """What its files take on their disk."""
+    """The bytes that its files take on their disk."""
 
     def close(self) -> None:
         """Free what it holds in this process."""

@@ -12,7 +12,7 @@ from pyvmm.startup.types import Protocol
 
 
 class InTheMaking(Protocol):
-    """What ``write_state`` needs of a writer."""
+    """The part of a writer that ``write_state`` needs."""
 
     @property
     def path(self) -> str:
