@@ -187,20 +187,17 @@ class Verdict:
     def doubt_silence(
         self, report: Callable[[str], None], incomplete_kvm: str = INCOMPLETE_KVM
     ) -> None:
-        """Report a Linux that prints nothing for SILENCE_S, if this KVM is incomplete.
-
-        Call it before the run, because a jailed process sees no file later.
-        """
+        """Report a Linux that prints nothing for SILENCE_S, if this KVM is incomplete."""
 
         def look() -> None:
-            if not self.evidence.has_printed:
+            if not self.evidence.has_printed and os.path.exists(incomplete_kvm):
                 report(
                     f"the kernel has printed nothing for {SILENCE_S:g} s: this host's KVM is "
                     f"{os.path.basename(incomplete_kvm)}, which cannot run a stock Linux kernel; "
                     f"{_IN_THE_LAB} boots it on an emulated host"
                 )
 
-        if self._is_linux and os.path.exists(incomplete_kvm):
+        if self._is_linux:
             self._run.call_after(SILENCE_S, look)
 
     def judge(
