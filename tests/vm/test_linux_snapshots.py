@@ -128,7 +128,10 @@ def test_fio_verifies_two_disks_in_debian_with_systemd_and_in_every_clone(tmp_pa
     tools, *data = config.disks
     root = DiskConfig(source=DiskSource(location=str(BUILD / "debian.img"), snapshot=True))
     config = config.replace(
-        disks=(root, *data, tools), memory_bytes=512 * MIB, append="root=/dev/vda rw quiet",
+        disks=(root, *data, tools), memory_bytes=512 * MIB,
+        # The lab may stand still for longer than the 20 s of its watchdog; that a pause is no
+        # lock-up to it is shown in test_stock_kernels.py and test_linux_save.py.
+        append="root=/dev/vda rw quiet watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=300",
     )
     with LinuxMachine(saveable(config, tmp_path / "overlay")) as linux:
         linux.begin("pyvmm login: ")
