@@ -145,7 +145,7 @@ def test_the_last_root_counts() -> None:
 @pytest.mark.parametrize(("initrd", "compression", "is_ram_disk"), [
     (None, None, False),
     (b"070701", Compression.NONE, False),
-    (gzip.compress(b"070701"), Compression.GZIP, False),
+    (gzip.compress(b"070701", mtime=0), Compression.GZIP, False),
     (disk_heads.file_system("squashfs"), Compression.NONE, True),
     (disk_heads.file_system("ext2"), Compression.NONE, True),
     (b"", Compression.NONE, False),
