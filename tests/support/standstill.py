@@ -73,7 +73,7 @@ _HEART = pytest.StashKey[Heartbeat]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Have tests run again whose machine stood still."""
-    if config.option.reruns is None:
+    if getattr(config.option, "reruns", 0) is None:  # else the plugin is off, or asked for more
         config.option.reruns, config.option.only_rerun = 1, [StandstillError.__name__]
 
 
