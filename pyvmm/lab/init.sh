@@ -35,14 +35,6 @@ done
 # the default tolerance (250 ppm; 620 were seen) makes KVM refuse the vCPU's rate, and the clock of
 # every guest in this lab stands still.
 echo 10000 >/sys/module/kvm/parameters/tsc_tolerance_ppm || fail "kvm has no tsc_tolerance_ppm"
-# Compaction moves pages so that huge ones come free.  Emulated, it took the one CPU for up to 38 s at
-# a time (khugepaged, a vCPU at a page fault), and every guest's clocks went on.  So huge pages are
-# only made of what is free at a page fault.
-HUGE=/sys/kernel/mm/transparent_hugepage
-echo never >$HUGE/defrag && echo 0 >$HUGE/khugepaged/defrag &&
-  echo 1 >$HUGE/khugepaged/pages_to_scan &&
-  echo 4294967295 >$HUGE/khugepaged/scan_sleep_millisecs &&
-  echo 0 >/proc/sys/vm/compaction_proactiveness || fail "cannot forbid compaction"
 . /lab/run
 
 # The control port is the last: once it is connected to pyvmm, so are the others.  A port that is
