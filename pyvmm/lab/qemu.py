@@ -19,12 +19,13 @@ PORT_NUMBERS = {"terminal": 0, "in": 1, "out": 2, "err": 3, "control": 4}
 
 CPU = (
     "max,+svm,-la57,-cx16,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-fma,-f16c,-vaes,"
-    "-vpclmulqdq,-mpx,-pku"
+    "-vpclmulqdq,-mpx,-pku,-erms,-fsrm"
 )
 """Four-level paging is cheaper to emulate.  xsave is left out because QEMU's SVM does not intercept
 XSETBV: a guest's guest would change state that its KVM does not know of, and Linux there warns of
 it.  QEMU keeps the features that depend on xsave, and Linux would use these, so they are removed by
-name."""
+name.  With erms Linux clears pages byte by byte: QEMU takes twice as long for one that once held
+code, whose translation each store may invalidate (see ``init.sh``)."""
 
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 panic=-1 tsc=reliable nokaslr norandmaps mitigations=off init_on_alloc=0 "
