@@ -17,6 +17,7 @@ from pyvmm.cli.test_output import TestOutput
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.launcher.limits import BOOT_TIMEOUT_S, LAB_BOOT_TIMEOUT_S, boot_timeout_s
 from pyvmm.launcher.vm import launch
+from pyvmm.report import MAX_LOG_BYTES
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
 from pyvmm.startup.types import TYPE_CHECKING
@@ -247,7 +248,7 @@ def _lost_log(result: BootResult, console_bytes: int) -> list[str]:
     with contextlib.suppress(OSError):
         if result.console_log and os.path.isfile(result.console_log):
             size = os.stat(result.console_log).st_size
-            if size < printed:
+            if size < min(printed, MAX_LOG_BYTES):
                 return [
                     f"--console-log {result.console_log}: has {size} of {printed} bytes: the disk "
                     "is full, or another program changed it"

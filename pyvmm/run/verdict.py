@@ -187,17 +187,20 @@ class Verdict:
     def doubt_silence(
         self, report: Callable[[str], None], incomplete_kvm: str = INCOMPLETE_KVM
     ) -> None:
-        """Report a Linux that prints nothing for SILENCE_S, if this KVM is incomplete."""
+        """Report a Linux that prints nothing for SILENCE_S, if this KVM is incomplete.
+
+        Call it before the run, because a jailed process sees no file later.
+        """
 
         def look() -> None:
-            if not self.evidence.has_printed and os.path.exists(incomplete_kvm):
+            if not self.evidence.has_printed:
                 report(
                     f"the kernel has printed nothing for {SILENCE_S:g} s: this host's KVM is "
                     f"{os.path.basename(incomplete_kvm)}, which cannot run a stock Linux kernel; "
                     f"{_IN_THE_LAB} boots it on an emulated host"
                 )
 
-        if self._is_linux:
+        if self._is_linux and os.path.exists(incomplete_kvm):
             self._run.call_after(SILENCE_S, look)
 
     def judge(

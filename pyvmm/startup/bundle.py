@@ -4,7 +4,8 @@ For every module Python asks for half a dozen names in as many system calls.  Th
 examines and reads a ``.pyc``, with a page of Python code in between.  That is more work than the
 top level of most of our modules; where files are far (over 9p in the lab) it is 3 ms a module.
 So the first run leaves ``__pycache__/run.<tag>.bundle`` behind, and later runs import from it.  A
-restore has a bundle of its own, because every start reads the index of all that is in one.
+restore has a bundle of its own, and so has a run that others control, because every start reads
+the index of all that is in one.
 
 Half of the remaining time is Python's import machinery, 80 us a module.  So the loader of one of
 our modules first makes our modules that the ``import`` statements at its left edge name.  The
@@ -30,7 +31,7 @@ import sys
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any, Self
@@ -60,18 +61,24 @@ class Bundle:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._entries = _read(path)
-        self._known: set[str] = set()
+        self.entries = _read(path)
+        self.missed: set[str] = set()
+        """The modules that were asked for and not found."""
+
+    @property
+    def name(self) -> str:
+        """The text that ``default_path`` was given."""
+        return os.path.basename(self.path).partition(".")[0]
 
     def __enter__(self) -> Self:
-        self._known = set(sys.modules)
         sys.meta_path.insert(0, self)
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Find modules no longer."""
+        """Find modules no longer.  The file's mapping goes, which holds a descriptor."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
+        self.entries = {}
 
     def find_spec(
         self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
@@ -80,21 +87,25 @@ class Bundle:
 
         This is ``importlib.abc.MetaPathFinder``'s.
         """
-        entry = self._entries.get(name)
-        if entry is None:
+        entry = self.entries.get(name)
+        if entry is None or not self.is_current(entry):
+            self.missed.add(name)
             return None
-        file, is_package, mtime_ns, size, needs, code = entry
-        try:
-            now = os.stat(file)
-        except OSError:
-            return None
-        if (now.st_mtime_ns, now.st_size) != (mtime_ns, size):
-            return None
+        file, is_package, _, _, needs, code = entry
         loader: Any = _Loader(self, needs, code, file)
         spec = type(sys.__spec__)(name, loader, origin=file)
         if is_package:
             spec.submodule_search_locations = [os.path.dirname(file)]
         return spec
+
+    def is_current(self, entry: Entry) -> bool:
+        """True if the source of the module ``entry`` is unchanged."""
+        file, _, mtime_ns, size, _, _ = entry
+        try:
+            now = os.stat(file)
+        except OSError:
+            return False
+        return (now.st_mtime_ns, now.st_size) == (mtime_ns, size)
 
     def make(self, name: str) -> None:
         """Import module ``name`` as Python would, if ``find_spec`` finds it.
@@ -124,11 +135,11 @@ class Bundle:
 
     def left_out(self) -> set[str]:
         """Return the modules imported since ``__enter__`` that the bundle lacked but could hold."""
-        return {
-            name for name in set(sys.modules) - self._known
-            if not isinstance(getattr(sys.modules[name], "__loader__", None), _Loader)
-            and _source(name)
-        }
+        return {name for name in self.missed if name in sys.modules and _source(name)}
+
+    def is_worth_writing(self, names: Collection[str]) -> bool:
+        """True if ``update`` would write the modules ``names``."""
+        return len(names) >= WORTH_WRITING and not sys.dont_write_bytecode
 
     def update(self, names: Iterable[str]) -> None:
         """Write the file anew with the modules ``names`` too, if that is worth it and allowed.
@@ -136,9 +147,9 @@ class Bundle:
         The write is atomic, and errors are ignored: a missing bundle only costs time.
         """
         added = set(names)
-        if len(added) < WORTH_WRITING or sys.dont_write_bytecode:
+        if not self.is_worth_writing(added):
             return
-        entries = dict(self._entries)
+        entries = _read(self.path)  # anew: the mapping of the first time may be gone
         for name in added:
             if entry := _entry(name):
                 entries[name] = entry

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from pyvmm.errors import PyvmmError
 from pyvmm.virtio.ring.rings import first_base
@@ -85,13 +84,21 @@ class Vring:
             self.close_fd(name)
 
 
-def check_eventfd(fd: int) -> None:
-    """Raise RefusedError unless ``fd`` is an eventfd.
+def open_links() -> int:
+    """Return a descriptor of the directory that tells what our descriptors lead to; OSError.
+
+    A jailed process cannot open it later.
+    """
+    return os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def check_eventfd(fd: int, links_fd: int) -> None:
+    """Raise RefusedError unless ``fd`` is an eventfd; ``links_fd`` is of ``open_links``.
 
     Waiting on or writing to any other file could block us.
     """
     try:
-        kind = str(Path(f"/proc/self/fd/{fd}").readlink())
+        kind = os.readlink(str(fd), dir_fd=links_fd)
     except OSError as error:
         kind = f"unknown ({error.strerror})"
     if kind != _EVENTFD:

@@ -27,6 +27,7 @@ from pyvmm.vhost_user.protocol import (
 )
 from tests.support.export_process import Export
 from tests.support.patience import patient
+from tests.support.stand_in_target import wait_until
 
 PROTOCOL = int(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
 
@@ -130,12 +131,37 @@ def test_a_killed_export_leaves_a_socket_that_the_next_one_replaces(
     tmp_path: Path, disk: Path
 ) -> None:
     path = tmp_path / "s"
-    with Export(disk, path) as export:
+    with Export(disk, path, "--jail=off") as export:
         export.kill()
     assert path.exists()
     with Export(disk, path) as export, Caller(path) as caller:
         caller.ask(Request.GET_FEATURES)
         assert export.stop() == 0
+
+
+def test_a_killed_export_with_an_attendant_leaves_none(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path) as export:
+        export.wait_for("is served at")
+        export.kill()
+    wait_until(lambda: not path.exists())
+
+
+@pytest.mark.parametrize("options", [(), ("--jail=strict",)], ids=["on", "strict"])
+def test_every_thread_of_an_export_has_its_filter(
+    tmp_path: Path, disk: Path, options: tuple[str, ...]
+) -> None:
+    path = tmp_path / "s"
+    with Export(disk, path, *options) as export, Caller(path) as caller:
+        caller.ask(Request.GET_FEATURES)
+        tasks = Path(f"/proc/{export.process.pid}/task")
+        modes = [
+            line for task in tasks.iterdir() for line in (task / "status").read_text().splitlines()
+            if line.startswith("Seccomp:")
+        ]
+        assert modes == ["Seccomp:\t2"] * 2
+        assert export.stop() == 0
+    assert not path.exists()
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: str | Path) -> str:
@@ -289,15 +315,17 @@ def test_fault_25_an_export_without_room_for_a_front_end_says_so(
     tmp_path: Path, disk: Path
 ) -> None:
     path = tmp_path / "s"
-    with limited(13, "export", "--disk", disk, "--socket", path) as export:
+    # An attendant, for an export in a jail, needs more of them than that.
+    with limited(13, "export", "--disk", disk, "--socket", path, "--jail=off") as export:
         assert export.stdout
+        assert "--jail off" in export.stdout.readline()
         line = export.stdout.readline()
         export.terminate()
         rest = export.stdout.read()
     assert re.fullmatch(
         r"pyvmm: too few open files: the limit is 13, .* needs (\d+); .*`ulimit -n \1`\n", line
     ), line
-    assert rest == f"pyvmm: {disk} is served at {path}\n"
+    assert f"pyvmm: {disk} is served at {path}\n" in rest
 
 
 def test_fault_25_no_front_end_ends_an_export_that_is_short_of_open_files(
@@ -305,6 +333,7 @@ def test_fault_25_no_front_end_ends_an_export_that_is_short_of_open_files(
 ) -> None:
     path = tmp_path / "s"
     with Export(disk, path) as export:
+        export.wait_for("is served at")  # it is in its jail
         pid = export.process.pid
         usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         used = len(os.listdir(f"/proc/{pid}/fd"))

@@ -1,0 +1,168 @@
+"""Start an attendant: a shell that sleeps until there is something to do, then becomes Python.
+
+Most runs ask for nothing.  A Python that waits would cost each of them 10 ms of CPU time and 3 MB;
+a shell costs 0.4 ms and 0.1 MB.  A fork of this process would cost 0.8 ms, and then each page that
+is written anew here.  It would have this process's memory layout, too, and register pages that the
+guest reads.  The shell has nothing of all that, and none of our descriptors but those in ``Kept``.
+
+Signals are the machine's business.  So the attendant is in a process group of its own (a terminal's
+Ctrl-C, Ctrl-Z and hang-up do not reach it) and blocks every signal that can be blocked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import sys
+import termios
+
+from pyvmm.attendant.beginning import Beginning
+from pyvmm.attendant.remote import QUIT, Channel, RemoteAttendant
+from pyvmm.console.terminal import is_in_front
+from pyvmm.errors import HostError
+from pyvmm.startup.types import TYPE_CHECKING, IntEnum
+
+if TYPE_CHECKING:
+    _Action = tuple[int, int, int] | tuple[int, int, str, int, int]
+
+_SHELL = "/bin/sh"
+# $1 and what follows is Python.  The pipe at standard input tells "wake" or "quit", or ends with
+# the machine's process.  Then its state is read at once, before its parent has reaped it.  The
+# limit, in KiB, is for a machine's process that was taken over and sends a line without an end;
+# Python takes it back.
+_SLEEPER = f"""\
+ulimit -S -d 16384 2>/dev/null
+read -r word
+[ "$word" = {QUIT.decode().strip()} ] && exit
+read -r state <&4
+exec "$@" "$word" "$state" </dev/null
+"""
+# An import fails if pyvmm was removed, or half upgraded, while the guest ran.
+_PROGRAM = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+try:
+    from {0} import main
+except ImportError as error:
+    sys.exit(f"pyvmm: the process beside the machine cannot begin: {{error}}")
+main()
+"""
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_SIGNALS = range(1, 32)
+_SEQPACKET_CLOEXEC = 5 | os.O_CLOEXEC  # SOCK_SEQPACKET | SOCK_CLOEXEC
+_CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4
+_ABOVE = 10  # no descriptor here collides with one of the attendant's
+
+
+class Kept(IntEnum):
+    """The attendant's descriptors, besides standard error."""
+
+    CHANNEL = 3
+    STATE = 4
+    """/proc/PID/stat of the machine's process."""
+    DIRECTORY = 5
+    """The directory with the name of the control socket, if there is one."""
+    TERMINAL = 6
+    """The terminal with the guest's input, if it is one."""
+    PROCESS = 7
+    """A pidfd of the machine's process."""
+
+
+def start(
+    beginning: Beginning, *, program: str, directory_fd: int = -1, input_fd: int | None = None
+) -> RemoteAttendant:
+    """Start the attendant of this process, in the module ``program``; HostError.
+
+    ``directory_fd`` is of the directory with the socket's name, ``input_fd`` of the guest's input:
+    its modes are restored if it is a terminal and this process does not do it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            actions: list[_Action] = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+
+            def keep(fd: int, kept: int) -> None:
+                copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+                stack.callback(os.close, copy)
+                actions.append((os.POSIX_SPAWN_DUP2, copy, kept))
+
+            if input_fd is not None and (modes := _modes(input_fd)):
+                beginning = beginning.replace(terminal=modes)
+                keep(input_fd, Kept.TERMINAL)
+            if directory_fd >= 0:
+                keep(directory_fd, Kept.DIRECTORY)
+            state_fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, state_fd)
+            keep(state_fd, Kept.STATE)
+            with contextlib.suppress(OSError):  # Linux 5.3
+                pidfd = os.pidfd_open(os.getpid())
+                stack.callback(os.close, pidfd)
+                keep(pidfd, Kept.PROCESS)
+            bell, wake_fd = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, bell)
+            on_error = stack.enter_context(contextlib.ExitStack())
+            on_error.callback(os.close, wake_fd)
+            keep(bell, 0)
+            ours, theirs = _socket_pair()
+            stack.callback(os.close, theirs)
+            on_error.callback(os.close, ours)
+            keep(theirs, Kept.CHANNEL)
+            os.write(ours, beginning.message())
+            _close_on_exec()
+            pid = _spawn(_command(program), actions)
+            on_error.pop_all()
+        except (OSError, ValueError) as error:
+            raise HostError(
+                f"the process beside the machine cannot be started: {error} (--jail off does "
+                "without it)"
+            ) from error
+    channel = Channel(ours, takes_files=beginning.hands_out_files)
+    return RemoteAttendant(
+        pid, channel, wake_fd, has_work_at_the_end=beginning.has_work_at_the_end
+    )
+
+
+def _command(program: str) -> list[str]:
+    """Return the words that start Python with ``program``."""
+    options = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
+    return [sys.executable, *options, "-c", _PROGRAM.format(program), _ROOT]
+
+
+def _spawn(command: list[str], actions: list[_Action]) -> int:
+    """Return the id of the process that will run ``command``, asleep if there is a shell."""
+    asleep = ["sh", "-c", _SLEEPER, "pyvmm-attendant", *command]
+    for path, words in ((_SHELL, asleep), (command[0], [*command, "", ""])):
+        with contextlib.suppress(FileNotFoundError):
+            return os.posix_spawn(
+                path, words, os.environ, file_actions=actions, setpgroup=0, setsigmask=_SIGNALS
+            )
+    raise FileNotFoundError(f"there is neither {_SHELL} nor {command[0]}")
+
+
+def _socket_pair() -> tuple[int, int]:
+    """Return two connected sockets; OSError.  Importing ``socket`` would take 4 ms."""
+    pair = (ctypes.c_int * 2)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.socketpair(1, _SEQPACKET_CLOEXEC, 0, pair):  # AF_UNIX
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return pair[0], pair[1]
+
+
+def _close_on_exec() -> None:
+    """Let no program that is started inherit a descriptor that the caller left open for us.
+
+    Kernels before 5.11 cannot: such a descriptor then stays open until the attendant is awake.
+    """
+    ctypes.CDLL(None).syscall(_CLOSE_RANGE, 3, ctypes.c_uint(0xFFFF_FFFF), _CLOSE_RANGE_CLOEXEC)
+
+
+def _modes(fd: int) -> str:
+    """Return the modes of the terminal ``fd`` as text; "" unless we are in front there."""
+    if not is_in_front(fd):
+        return ""
+    with contextlib.suppress(OSError, termios.error):
+        *modes, characters = termios.tcgetattr(fd)
+        codes = (one if isinstance(one, int) else one[0] for one in characters)
+        return " ".join(map(str, (*modes, *codes)))
+    return ""

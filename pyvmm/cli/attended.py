@@ -1,0 +1,139 @@
+"""A command line's machine and its attendant (``attendant/``): all that comes after the guest.
+
+A machine that is not in a jail does the same itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pyvmm
+from pyvmm.config import DiskConfig
+from pyvmm.startup.bundle import Bundle
+from pyvmm.startup.types import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import SimpleNamespace
+
+    from pyvmm.attendant.client import Attendant
+    from pyvmm.config import RunConfig
+    from pyvmm.control.run_control import RunControl
+    from pyvmm.jail.root import User
+    from pyvmm.machine import Machine
+    from pyvmm.run.outcome import Outcome
+    from pyvmm.run.verdict import Evidence
+    from pyvmm.startup.bundle import Bundle
+    from pyvmm.vhost_user.socket_name import SocketName
+
+PROGRAM = "pyvmm.cli.attending"
+SCRATCH_FILES_PER_DISK = 8
+SCRATCH_FILES_OF_CLIENTS = 1 << 16
+"""A client may take that many checkpoints; each may need a nameless file."""
+
+
+class Attendance:
+    """The attendant that ``args``, the options of a command line, call for."""
+
+    def __init__(self, args: SimpleNamespace) -> None:
+        self._has_clients = args.control is not None or args.control_fd is not None
+        self._snapshot_path: str | None = getattr(args, "snapshot", None)
+        self.saves = self._has_clients or self._snapshot_path is not None
+        """True if the machine may be saved while it runs."""
+
+    def begin(
+        self, config: RunConfig, machine: Machine, bundle: Bundle, control: RunControl | None, *,
+        is_jailed: bool, user: User | None = None,
+    ) -> Attendant:
+        """Return the attendant of ``machine``, which has not run; HostError.
+
+        From now on it has the name of the socket of ``control``.  ``user`` is whom the machine's
+        process becomes: so does the attendant.
+        """
+        name = None if control is None else control.give_name_away()
+        most_files = SCRATCH_FILES_PER_DISK * len(config.disks)
+        if self._has_clients:
+            most_files = SCRATCH_FILES_OF_CLIENTS
+        if not is_jailed:
+            from pyvmm.attendant.client import LocalAttendant
+            from pyvmm.attendant.duties import Duties
+
+            kernel, missing = machine.kernel, bundle.left_out()
+
+            def explained(outcome: Outcome, evidence: Evidence) -> Iterable[str]:
+                return explain(
+                    config, outcome, evidence, version=kernel.version, is_linux=kernel.is_linux
+                )
+
+            return LocalAttendant(Duties(
+                explain=explained, tidy=lambda: Bundle(bundle.path).update(missing),
+                socket_name=name, snapshot_path=self._snapshot_path,
+                any_snapshot=self._has_clients,
+                most_scratch_files=most_files if self.saves else 0,
+            ))
+        from pyvmm.attendant.beginning import Beginning
+        from pyvmm.attendant.start import start
+
+        # Imported now, so that the bundle gets them as well.
+        from pyvmm.jail import confine, programs, seccomp  # noqa: F401
+
+        missing = bundle.left_out()
+        beginning = Beginning(
+            version=pyvmm.__version__, bundle=bundle.name, kernel=os.fspath(config.kernel),
+            initrd=None if config.initrd is None else os.fspath(config.initrd),
+            cmdline=config.cmdline, append=config.append, agent=config.agent,
+            discovery=config.discovery, cpus=config.cpus,
+            disks=tuple(
+                disk.location if isinstance(disk, DiskConfig) and not disk.source.overlay else "-"
+                for disk in config.disks
+            ),
+            kernel_version=machine.kernel.version, is_linux=machine.kernel.is_linux,
+            modules=tuple(missing) if bundle.is_worth_writing(missing) else (),
+            snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
+            most_scratch_files=most_files if self.saves else 0,
+        )
+        if user is not None:
+            beginning = beginning.replace(uid=user.uid, gid=user.gid)
+        if name is not None:
+            beginning = beginning.replace(
+                socket_name=name.name, socket_device=name.device, socket_inode=name.inode
+            )
+        try:
+            return start(
+                beginning, program=PROGRAM, input_fd=machine.console.input_fd,
+                directory_fd=-1 if name is None else name.directory_fd,
+            )
+        finally:
+            if name is not None:
+                name.close()
+
+
+def remover_of(name: SocketName) -> Attendant:
+    """Return an attendant that only removes the socket ``name`` at the end; HostError."""
+    from pyvmm.attendant.beginning import Beginning
+    from pyvmm.attendant.start import start
+
+    try:
+        beginning = Beginning(
+            version=pyvmm.__version__, bundle="", kernel="", socket_name=name.name,
+            socket_device=name.device, socket_inode=name.inode,
+        )
+        return start(beginning, program=PROGRAM, directory_fd=name.directory_fd)
+    finally:
+        name.close()
+
+
+def explain(
+    config: RunConfig, outcome: Outcome, evidence: Evidence, *, version: str, is_linux: bool
+) -> list[str]:
+    """Return the lines that explain a run which has ended; OSError, ImportError.
+
+    ``version`` is the kernel's own text.
+    """
+    from pyvmm.cli import explain
+    from pyvmm.cli.first_look import has_known_configuration
+
+    return explain.after(
+        config, outcome, evidence, is_known=has_known_configuration(config.kernel, version),
+        is_linux=is_linux, version=version,
+    )
