@@ -16,7 +16,7 @@ from pyvmm.config import (
     format_size,
 )
 from pyvmm.errors import ConfigError
-from pyvmm.jail import MODES
+from pyvmm.jail import check_mode
 from pyvmm.numerals import shown, size_in_bytes
 from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.virtio.rate_limit import RateLimit
@@ -77,8 +77,7 @@ class MachineConfig(Record):
         check_type("cpu", self.cpu, str, "str")
         check_type("append", self.append, str, "str")
         check_type("cmdline", self.cmdline, (str, type(None)), "str or None")
-        if self.jail not in MODES:
-            raise ConfigError(f"--jail {self.jail}", f"is none of {', '.join(MODES)}")
+        check_mode(self.jail)
         check_type("timeout_s", self.timeout_s, (*number, type(None)), "seconds or None")
         return RunConfig(
             kernel=self.kernel,

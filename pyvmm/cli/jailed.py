@@ -11,7 +11,7 @@ import stat
 
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.jail import MODES
+from pyvmm.jail import check_mode
 from pyvmm.report import say
 from pyvmm.startup.commands import Option
 from pyvmm.startup.types import TYPE_CHECKING
@@ -58,9 +58,7 @@ class Jail:
     """
 
     def __init__(self, args: SimpleNamespace, namespaces: Namespaces | None = None) -> None:
-        mode = args.jail
-        if mode not in MODES:
-            raise ConfigError(f"--jail {mode}", f"is none of {', '.join(MODES)}")
+        mode = check_mode(args.jail)
         self.is_on = mode != "off"
         self._is_strict = mode == "strict"
         self._verbose: int = args.verbose

@@ -143,6 +143,7 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
     """Fork clones for the owner of the socket of ``args``, until it is closed; return 0.
 
     All that a clone needs is opened and imported once, here: a first clone is made and dropped.
+    Each clone has the jail that ``args`` ask for.
     """
     import gc
     from socket import SOCK_SEQPACKET
@@ -175,12 +176,12 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
         gc.freeze()  # a collection in a clone would copy the pages of all these objects
 
         def run(options: list[str]) -> int:
-            words = [args.directory, *options]
+            words = [args.directory, f"--jail={args.jail}", *options]
             return guarded(
                 "restore", words, lambda: _run_clone(words, bundle, snapshot, following.taken)
             )
 
-        with contextlib.closing(NextNamespaces()) as following:
+        with contextlib.closing(NextNamespaces(args.jail != "off")) as following:
             ForkServer(
                 owner, run, before_fork=following.wait, after_fork=following.renew
             ).serve()

@@ -166,11 +166,12 @@ class NextNamespaces:
     """Root's namespaces for one forked process after another, made before they are asked for.
 
     Each process has its own.  Whoever forks calls ``wait`` before and ``renew`` afterwards.
+    There are none unless ``are_wanted``.
     """
 
-    def __init__(self) -> None:
-        self.taken = Namespaces() if os.geteuid() == 0 else None
-        """Those of the process that is forked next; None if this is not root."""
+    def __init__(self, are_wanted: bool = True) -> None:
+        self.taken = Namespaces() if are_wanted and os.geteuid() == 0 else None
+        """Those of the process that is forked next; None if it enters none."""
 
     def wait(self) -> None:
         """Wait until the thread that makes them is gone."""

@@ -57,6 +57,7 @@ def boot_test(run: Run, folder: str) -> BootTest:
         machine=MachineConfig(
             kernel=guest.kernel, initrd=guest.initrd or None, append=guest.append,
             disks=guest.disks, memory=guest.memory, cpus=guest.cpus, agent=guest.agent,
+            jail=guest.jail,
         ),
         command=order.argv, env=dict(order.env), cwd=order.cwd, expect=order.expect,
         fail_on=order.fail_on, boot_timeout_s=order.boot_timeout_s, timeout_s=order.timeout_s,
