@@ -5,6 +5,7 @@ Apart from that, because a machine that may be saved opens it at its start.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from pyvmm.errors import HostError
@@ -14,10 +15,17 @@ from pyvmm.memory import GuestMemory
 def keep_pagemap(memory: GuestMemory) -> None:
     """Open the page map for ``pages.own_runs``, because a jailed process cannot; HostError.
 
-    ``memory`` closes it.  Nothing to do for shared memory, which has no own pages.
+    It tells no physical addresses, also if root opens it.  ``memory`` closes it.  Nothing to do for
+    shared memory, which has no own pages.
     """
     if memory.fd is None and memory.pagemap_fd is None:
-        memory.pagemap_fd = open_pagemap()
+        from pyvmm.jail.privileges import capabilities_put_aside  # only a machine that is saved
+
+        with contextlib.ExitStack() as stack:
+            # A sandbox may refuse it.  Then the jail lacks that step too, and says so.
+            with contextlib.suppress(OSError):
+                stack.enter_context(capabilities_put_aside())
+            memory.pagemap_fd = open_pagemap()
 
 
 def open_pagemap() -> int:

@@ -157,6 +157,16 @@ def test_a_kept_page_map_is_used_and_closed_with_the_memory(
         assert memory.pagemap_fd is None
 
 
+def test_a_kept_page_map_tells_the_same_pages_as_one_that_is_opened_for_once() -> None:
+    with GuestMemory(REGIONS) as memory:
+        for page in (0, 1, 5, 200):
+            put(memory, page * PAGE, b"own")
+        for_once = own_runs(memory)
+        keep_pagemap(memory)
+        assert memory.pagemap_fd is not None
+        assert own_runs(memory) == for_once
+
+
 def test_no_descriptor_is_left() -> None:
     with GuestMemory(REGIONS) as memory:
         before = len(os.listdir("/proc/self/fd"))
