@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from pyvmm.errors import PyvmmError
+from pyvmm.jail.calls import system_call
 from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import Feature
 
 _EVENTFD = "anon_inode:[eventfd]"
 _HALF_BASE = 0xFFFF
+_LINKS = "/proc/self/fd"
+_OPEN_TREE, _AT_FDCWD, _OPEN_TREE_CLONE = 428, -100, 1  # Linux 5.2
 
 
 class RefusedError(PyvmmError):
@@ -87,9 +91,15 @@ class Vring:
 def open_links() -> int:
     """Return a descriptor of the directory that tells what our descriptors lead to; OSError.
 
-    A jailed process cannot open it later.
+    A jailed process cannot open it later.  Root's is the root of a mount of its own, with nothing
+    above: else ".." would lead from it to the host's files, out of the jail's empty root.  Others
+    may make no mounts; they have no empty root either.
     """
-    return os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        return system_call(
+            _OPEN_TREE, _AT_FDCWD, _LINKS.encode(), _OPEN_TREE_CLONE | os.O_CLOEXEC
+        )
+    return os.open(_LINKS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def check_eventfd(fd: int, links_fd: int) -> None:

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli.main import main
+from pyvmm.jail.calls import system_call
 from pyvmm.vhost_user.protocol import (
     CONFIG,
     U64,
@@ -29,6 +31,7 @@ from tests.support.export_process import Export
 from tests.support.patience import patient
 from tests.support.stand_in_target import wait_until
 
+PIDFD_GETFD = 438
 PROTOCOL = int(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
 
 
@@ -162,6 +165,28 @@ def test_every_thread_of_an_export_has_its_filter(
         assert modes == ["Seccomp:\t2"] * 2
         assert export.stop() == 0
     assert not path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may take a jailed process's descriptors")
+def test_from_no_descriptor_of_an_export_leads_a_way_up(tmp_path: Path, disk: Path) -> None:
+    """The jail's root is empty, but from a directory of the host's ".." goes on."""
+    path = tmp_path / "s"
+    with Export(disk, path) as export, Caller(path) as caller, contextlib.ExitStack() as stack:
+        caller.ask(Request.GET_FEATURES)
+        process = os.pidfd_open(export.process.pid)
+        stack.callback(os.close, process)
+        directories = []
+        for name in os.listdir(f"/proc/{export.process.pid}/fd"):
+            fd = system_call(PIDFD_GETFD, process, int(name), 0)
+            stack.callback(os.close, fd)
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                directories.append(fd)
+        for fd in directories:
+            above = os.open("../..", os.O_PATH, dir_fd=fd)
+            stack.callback(os.close, above)
+            assert os.path.samestat(os.fstat(above), os.fstat(fd))
+        assert len(directories) == 1
+        assert export.stop() == 0
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: str | Path) -> str:

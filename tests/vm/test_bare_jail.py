@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -134,6 +135,31 @@ def test_nothing_is_open_but_what_the_list_names(
         assert len(polls) == workers
         assert len(own) == len(pipes) + len(polls), own
         assert not [link for link in present.values() if link == "/dev/kvm"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may look into a process in the jail")
+@pytest.mark.parametrize("options", [
+    ("--disk", "DISK,snapshot"), ("--disk", "DISK,overlay=OVERLAY", "--control", "SOCKET"),
+    ("--disk", "DISK,snapshot", "--snapshot", "WARM", "--control", "SOCKET", "--agent"),
+], ids=["run", "control", "snapshot"])
+def test_no_directory_stays_open(tmp_path: Path, disk: str, options: tuple[str, ...]) -> None:
+    """From one ".." leads to the host's root, also behind an empty one."""
+    places = {"DISK": disk, "OVERLAY": str(tmp_path / "overlay"), "WARM": str(tmp_path / "warm"),
+              "SOCKET": str(tmp_path / "socket")}
+    words = []
+    for option in options:
+        for name, place in places.items():
+            option = option.replace(name, place)
+        words.append(option)
+    with running(tmp_path, *words) as run:
+        run.wait_for_guest()
+        present = run.open
+        directories = [
+            present[fd] for fd in present
+            if stat.S_ISDIR((run.folder / "fd" / str(fd)).stat().st_mode)
+        ]
+        assert len(present) > 5
+        assert directories == []
 
 
 def test_a_descriptor_that_somebody_left_open_is_closed(tmp_path: Path) -> None:
