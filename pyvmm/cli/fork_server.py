@@ -114,6 +114,9 @@ class ForkServer:
     def _tell_end(self, pidfd: int) -> None:
         pid = self._children.pop(pidfd)
         os.close(pidfd)
+        # A clone that was taken over may leave children: its jail lets none leave its group.
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         self._tell("ended", pid, os.waitstatus_to_exitcode(status))
 
