@@ -23,7 +23,7 @@ class Beginning(Record):
     is the name of a socket in the directory that is handed over, ``socket_device`` and
     ``socket_inode`` tell that socket from another one.  ``terminal`` has the modes of the
     terminal that is handed over (``start``).  ``uid`` and ``gid`` are those of ``--user``, -1
-    without it.
+    without it.  With ``is_silent`` another attendant tells how the machine has ended.
     """
 
     version: str
@@ -48,6 +48,7 @@ class Beginning(Record):
     terminal: str = ""
     uid: int = -1
     gid: int = -1
+    is_silent: bool = False
 
     @property
     def hands_out_files(self) -> bool:
@@ -85,6 +86,6 @@ class Beginning(Record):
             given[name] = tuple(str(given[name]).split(_BETWEEN)) if given[name] else ()
         for name in ("initrd", "cmdline", "snapshot_path"):
             given[name] = given[name] if isinstance(given[name], str) else None
-        for name in ("is_linux", "any_snapshot"):
+        for name in ("is_linux", "any_snapshot", "is_silent"):
             given[name] = bool(given[name])
         return cls(**given)  # type: ignore[arg-type]

@@ -50,7 +50,8 @@ def attend(
     has_said_so = server.serve()
     if not has_said_so:
         word, state = sys.argv[-2:]
-        _clear_up(beginning, b"" if word else os.fsencode(state))
+        if not beginning.is_silent:
+            _clear_up(beginning, b"" if word else os.fsencode(state))
     server.close()
     if name is not None:
         name.remove()

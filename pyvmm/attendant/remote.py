@@ -163,6 +163,8 @@ class RemoteAttendant:
         self, pid: int, channel: Channel, wake_fd: int, *, has_work_at_the_end: bool
     ) -> None:
         self.pid = pid
+        self.beside: RemoteAttendant | None = None
+        """Another one of this machine, with other rights; it is asked for nothing."""
         self._channel = channel
         self._wake_fd = wake_fd
         self._has_work_at_the_end = has_work_at_the_end
@@ -173,7 +175,8 @@ class RemoteAttendant:
 
     def descriptors(self) -> dict[int, str]:
         """See ``Attendant``."""
-        return {self._channel.fd: "attendant", self._wake_fd: "attendant's bell"}
+        found = {self._channel.fd: "attendant", self._wake_fd: "attendant's bell"}
+        return found if self.beside is None else found | self.beside.descriptors()
 
     def wake(self) -> None:
         """See ``Attendant``: to wake up takes it 50 ms."""
@@ -249,6 +252,8 @@ class RemoteAttendant:
         with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: it is reaped already
             os.waitpid(self.pid, 0)
         self._channel.close()
+        if self.beside is not None:
+            self.beside.close()
 
     def _ring(self, word: bytes) -> None:
         with contextlib.suppress(OSError):  # it has ended; a request says so

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import SimpleNamespace
 
     from pyvmm.attendant.client import Attendant
+    from pyvmm.attendant.remote import RemoteAttendant
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
     from pyvmm.jail.root import User
@@ -94,29 +95,41 @@ class Attendance:
         )
         if user is not None:
             beginning = beginning.replace(uid=user.uid, gid=user.gid)
-        if name is not None:
+        remover = None
+        if name is not None and user is None:
             beginning = beginning.replace(
                 socket_name=name.name, socket_device=name.device, socket_inode=name.inode
             )
+        elif name is not None:  # that user may not remove root's socket from root's directory
+            remover, name = remover_of(name, is_silent=True), None
         try:
-            return start(
+            attendant = start(
                 beginning, program=PROGRAM, input_fd=machine.console.input_fd,
                 directory_fd=-1 if name is None else name.directory_fd,
             )
+        except BaseException:
+            if remover is not None:
+                remover.close()
+            raise
         finally:
             if name is not None:
                 name.close()
+        attendant.beside = remover
+        return attendant
 
 
-def remover_of(name: SocketName) -> Attendant:
-    """Return an attendant that only removes the socket ``name`` at the end; HostError."""
+def remover_of(name: SocketName, *, is_silent: bool = False) -> RemoteAttendant:
+    """Return an attendant that only removes the socket ``name`` at the end; HostError.
+
+    With ``is_silent`` it does not tell how the machine has ended.
+    """
     from pyvmm.attendant.beginning import Beginning
     from pyvmm.attendant.start import start
 
     try:
         beginning = Beginning(
             version=pyvmm.__version__, bundle="", kernel="", socket_name=name.name,
-            socket_device=name.device, socket_inode=name.inode,
+            socket_device=name.device, socket_inode=name.inode, is_silent=is_silent,
         )
         return start(beginning, program=PROGRAM, directory_fd=name.directory_fd)
     finally:

@@ -87,7 +87,7 @@ def full_beginning() -> Beginning:
         append="a b", agent="inject", discovery="acpi", cpus=3, disks=("one", "-"),
         kernel_version="6.1", is_linux=False, modules=("os", "pyvmm.errors"),
         snapshot_path="warm", any_snapshot=True, most_scratch_files=4, socket_name="control",
-        socket_device=1 << 40, socket_inode=77, terminal="1 2 3", uid=5, gid=6,
+        socket_device=1 << 40, socket_inode=77, terminal="1 2 3", uid=5, gid=6, is_silent=True,
     )
 
 

@@ -40,11 +40,16 @@ class Run:
         assert self.process.stdout.readline() == b"hello\n"
 
     @property
-    def attendant(self) -> int:
-        """The process beside it."""
+    def attendants(self) -> list[int]:
+        """The processes beside it."""
         pid = self.process.pid
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        (child,) = map(int, text.split())
+        return list(map(int, text.split()))
+
+    @property
+    def attendant(self) -> int:
+        """The only process beside it."""
+        (child,) = self.attendants
         return child
 
     def end(self) -> tuple[int, str]:
@@ -94,6 +99,19 @@ def test_a_killed_machine_leaves_no_socket_and_no_process(tmp_path: Path, number
     os.killpg(run.process.pid, number)
     assert run.end() == (-number, f"{JAILED}\n" if number == signal.SIGSYS else "")
     until(lambda: not is_there(beside))
+    assert os.listdir(tmp_path) == ["guest.elf"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSYS])
+def test_a_machine_of_another_user_leaves_no_socket_of_roots(tmp_path: Path, number: int) -> None:
+    run = Run(tmp_path, SPIN, options=("--control", "socket", "--user", "54321:54321"))
+    beside = run.attendants
+    assert os.path.exists(tmp_path / "socket")
+    os.killpg(run.process.pid, number)
+    _, said = run.end()
+    assert said.splitlines().count(JAILED) == (number == signal.SIGSYS)
+    until(lambda: not any(map(is_there, beside)))
     assert os.listdir(tmp_path) == ["guest.elf"]
 
 
