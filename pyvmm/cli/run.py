@@ -171,15 +171,16 @@ def _run(
 ) -> int:
     """Build and run the machine of ``args``; see ``run_main``."""
     config = config_from(args)
-    running = Running(
-        verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
-        jail=Jail(args), attendance=Attendance(args), control=control,
-    )
     warm = None
     if args.snapshot is not None or args.snapshot_at or args.snapshot_exit or args.snapshot_live:
         from pyvmm.cli.warm import prepare
 
         warm = prepare(args)
+    running = Running(
+        verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
+        attendance=Attendance(args), control=control,
+        jail=Jail(args),  # last: it is closed by ``run``
+    )
 
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
         from pyvmm.machine import build
