@@ -104,8 +104,8 @@ def _restore(
     timeout_s = parse_seconds("--timeout", args.timeout) if args.timeout is not None else None
     running = Running(
         verbose=bool(args.verbose), timing=False, started_s=started_s, bundle=bundle,
-        jail=Jail(args, namespaces), attendance=Attendance(args), control=control,
-        sets_clock=args.clock == "now",
+        attendance=Attendance(args), control=control, sets_clock=args.clock == "now",
+        jail=Jail(args, namespaces),  # last: it is closed by ``run``
     )
     configs: list[RunConfig] = []
 

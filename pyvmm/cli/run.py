@@ -178,7 +178,8 @@ def _run(
         warm = prepare(args)
     running = Running(
         verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
-        jail=Jail(args), attendance=Attendance(args), control=control,
+        attendance=Attendance(args), control=control,
+        jail=Jail(args),  # last: it is closed by ``run``
     )
 
     def make(report: Reporter) -> tuple[Machine, RunConfig]:

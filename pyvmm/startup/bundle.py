@@ -282,6 +282,6 @@ def _needs(file: str) -> Iterator[str]:
         lines = source.read().split("\n")
     for line in lines:
         words = line.replace(",", " ").split()
-        if line.startswith("from pyvmm.") and words[2:3] == ["import"]:
+        if line.startswith(("from pyvmm.", "from pyvmm ")) and words[2:3] == ["import"]:
             submodules = [f"{words[1]}.{word}" for word in words[3:]]
             yield from (name for name in (words[1], *submodules) if name in sys.modules)
