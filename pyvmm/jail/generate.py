@@ -15,6 +15,7 @@ from pathlib import Path
 from pyvmm.jail import bpf
 from pyvmm.jail.syscalls import NUMBERS
 from pyvmm.jail.table import ALL, HEIR, KINDS, REFUSED, RULES, VCPUS, Refusal, Rule
+from pyvmm.report import show
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 PAGE = Path(__file__).parents[2] / "docs" / "jail.md"
@@ -137,7 +138,7 @@ def main(arguments: list[str]) -> int:
     stale = [path for path, text in wanted.items() if path.read_text() != text]
     if "--check" in arguments:
         for path in stale:
-            print(f"{path}: not as the table says; run python -m pyvmm.jail.generate")
+            show(f"{path}: not as the table says; run python -m pyvmm.jail.generate")
         return 1 if stale else 0
     for path in stale:
         path.write_text(wanted[path])
