@@ -36,13 +36,12 @@ class Ask(IntEnum):
     SNAPSHOT = 2
     ENDED = 3
     END = 4
-    CODE = 5
-    CREATE = 6
-    REOPEN = 7
-    SIZE = 8
-    SETTLE = 9
-    PUBLISH = 10
-    ABORT = 11
+    CREATE = 5
+    REOPEN = 6
+    SIZE = 7
+    SETTLE = 8
+    PUBLISH = 9
+    ABORT = 10
 
 
 SHAPES: Final[dict[int, tuple[type, ...]]] = {
@@ -51,7 +50,6 @@ SHAPES: Final[dict[int, tuple[type, ...]]] = {
     # The kind of outcome, its detail; the evidence: has printed, waits for root, reached init.
     Ask.ENDED: (str, str, int, int, int),
     Ask.END: (),
-    Ask.CODE: (str,),  # a module
     Ask.CREATE: (str,),  # the name of a file
     Ask.REOPEN: (str,),
     Ask.SIZE: (str,),

@@ -214,18 +214,6 @@ class RemoteAttendant:
                 evidence.waits_for_root, evidence.reached_init,
             )
 
-    def module_code(self, name: str) -> tuple[str, bool, bytes]:
-        """See ``Attendant``."""
-        self.wake()
-        fd, (path, is_package) = self._channel.ask_for_file(Ask.CODE, name, shape=(str, int))
-        try:
-            pieces = []
-            while piece := os.read(fd, 1 << 20):
-                pieces.append(piece)
-            return str(path), bool(is_package), b"".join(pieces)
-        finally:
-            os.close(fd)
-
     def jailed(self) -> None:
         """See ``Attendant``."""
         self._is_jailed = True

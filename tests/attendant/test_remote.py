@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,16 +125,6 @@ def test_errors_name_the_directory_and_its_file(tmp_path: Path, attendant: Atten
         assert str(writer.failed(error)) == (
             f"{tmp_path}/warm/ram: cannot be written: No space left on device"
         )
-
-
-def test_a_module_comes_with_its_file(attendant: Attendant) -> None:
-    path, is_package, code = attendant.module_code("pyvmm.snapshot")
-    assert path.endswith("/pyvmm/snapshot/__init__.py")
-    assert is_package
-    path, is_package, code = attendant.module_code("textwrap")
-    assert path == textwrap.__file__
-    assert not is_package
-    assert b"dedent" in code
 
 
 def test_a_sleeping_attendant_is_woken_once(remote: Remote) -> None:

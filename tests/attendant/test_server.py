@@ -186,17 +186,3 @@ def test_clients_may_name_any_new_directory_two_at_a_time(tmp_path: Path) -> Non
             os.close(fd)
         channel.close()
     assert os.listdir(tmp_path) == ["old"]
-
-
-def test_only_clients_bring_modules_along() -> None:
-    with Attended(snapshot_path="warm") as attended:
-        assert attended.ask(encode(Ask.CODE, "pyvmm.errors")) == failed(errno.EPERM)
-
-
-@pytest.mark.parametrize("name", [
-    "", "..", "/etc/passwd", "pyvmm.no_such", "hypothesis", "_socket", "sys", "x" * 81, "tests",
-    "pyvmm.errors\0", "Pyvmm",
-])
-def test_only_source_files_of_pyvmm_and_python_are_modules(name: str) -> None:
-    with Attended(any_snapshot=True) as attended:
-        assert attended.ask(encode(Ask.CODE, name)) == failed(errno.ENOENT)
