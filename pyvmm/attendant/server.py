@@ -16,7 +16,8 @@ from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
 
 from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.handing import hand_over
-from pyvmm.attendant.messages import Answer, Ask, encode
+from pyvmm.attendant.messages import Ask, encode
+from pyvmm.attendant.reading import Answer
 from pyvmm.attendant.requests import answer_error, take_request
 from pyvmm.attendant.writer_server import MOST_WRITERS, WriterServer
 from pyvmm.errors import SnapshotError

@@ -19,7 +19,7 @@ import sys
 import termios
 
 from pyvmm.attendant.beginning import Beginning
-from pyvmm.attendant.remote import QUIT, Channel, RemoteAttendant
+from pyvmm.attendant.remote import QUIT, Line, RemoteAttendant
 from pyvmm.console.terminal import is_in_front
 from pyvmm.errors import HostError
 from pyvmm.startup.types import TYPE_CHECKING, IntEnum
@@ -117,10 +117,12 @@ def start(
                 f"the process beside the machine cannot be started: {error} (--jail off does "
                 "without it)"
             ) from error
-    channel = Channel(ours, takes_files=beginning.hands_out_files)
-    return RemoteAttendant(
-        pid, channel, wake_fd, has_work_at_the_end=beginning.has_work_at_the_end
-    )
+    has_work = beginning.has_work_at_the_end
+    if beginning.hands_out_files:
+        from pyvmm.attendant.remote_files import Channel, FilesAttendant
+
+        return FilesAttendant(pid, Channel(ours), wake_fd, has_work_at_the_end=has_work)
+    return RemoteAttendant(pid, Line(ours), wake_fd, has_work_at_the_end=has_work)
 
 
 def _command(program: str) -> list[str]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
-    from pyvmm.jail.root import Namespaces, User
+    from pyvmm.jail.namespaces import Namespaces
+    from pyvmm.jail.root import User
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
     from pyvmm.startup.bundle import Bundle
@@ -41,8 +42,9 @@ FILES_OF_CLIENTS = 1024
 """Descriptors that a control socket's clients bring, with their snapshots and their programs."""
 FILES_OF_A_SNAPSHOT = 32
 LATE_MODULES = (
-    "pyvmm.attendant.beginning", "pyvmm.attendant.start", "pyvmm.jail.confine",
-    "pyvmm.jail.programs", "pyvmm.jail.root", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
+    "pyvmm.attendant.beginning", "pyvmm.attendant.remote_files", "pyvmm.attendant.start",
+    "pyvmm.jail.confine",
+    "pyvmm.jail.namespaces", "pyvmm.jail.programs", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
     "pyvmm.startup.late",
 )
 """All that only a jailed start imports, when it enters its jail."""
@@ -79,7 +81,7 @@ class Jail:
         if not self.is_on:
             say(OFF)
         elif namespaces is None and os.geteuid() == 0:
-            from pyvmm.jail.root import Namespaces
+            from pyvmm.jail.namespaces import Namespaces
 
             self._namespaces = Namespaces()  # made by a thread, while the machine is built
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
-    from pyvmm.jail.root import Namespaces
+    from pyvmm.jail.namespaces import Namespaces
     from pyvmm.machine import Machine
     from pyvmm.report import Reporter
     from pyvmm.snapshot.snapshot import Snapshot

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.attendant.messages import MAX_BYTES, SHAPES, Answer, Ask, decode, encode
+from pyvmm.attendant.messages import MAX_BYTES, Ask, encode
+from pyvmm.attendant.reading import SHAPES, Answer, decode
 from pyvmm.attendant.server import FORBIDDEN
 from pyvmm.attendant.writer_server import MOST_WRITERS
 from pyvmm.run.outcome import Kind

@@ -32,7 +32,7 @@ class Host:
         self.reason = ""
         monkeypatch.setattr(confining, "confine", self._confine)
         monkeypatch.setattr(seccomp, "why_not", lambda: self.reason)
-        monkeypatch.setattr("pyvmm.jail.root.Namespaces", SimpleNamespace)
+        monkeypatch.setattr("pyvmm.jail.namespaces.Namespaces", SimpleNamespace)
         monkeypatch.setattr("os.geteuid", lambda: 1000)
 
     def _confine(self, plan: Plan) -> Confinement:

@@ -14,7 +14,8 @@ from typing import TypeVar
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.jail.root import Namespaces, NextNamespaces, User, parse_user
+from pyvmm.jail.namespaces import Namespaces
+from pyvmm.jail.root import NextNamespaces, User, parse_user
 from tests.support.apart import NOBODY, apart, become_nobody, refuse_calls
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has what is given up here")
