@@ -83,12 +83,7 @@ class Jail:
         elif namespaces is None and os.geteuid() == 0:
             from pyvmm.jail.namespaces import Namespaces
 
-            self._namespaces = Namespaces()  # made by a thread, while the machine is built
-
-    def wait(self) -> None:
-        """Wait until no thread of the jail's own is left: afterwards this process may fork."""
-        if self._namespaces is not None:
-            self._namespaces.wait()
+            self._namespaces = Namespaces()
 
     def close(self) -> None:
         """Free what was made for a jail that is not entered; idempotent."""

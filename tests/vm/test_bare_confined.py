@@ -55,8 +55,6 @@ def run_confined(
         its_namespaces = Namespaces() if namespaces else None
         machine = built(config)  # not closed: the Kvm object does not know that its file is
         before()
-        if its_namespaces is not None:
-            its_namespaces.wait()
         confine(Plan(
             kept=(*open_descriptors(), fd), more_files=MORE_FILES, user=user,
             namespaces=its_namespaces,
