@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import SimpleNamespace
 
     from pyvmm.attendant.client import Attendant
+    from pyvmm.attendant.start import Sleeper
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
     from pyvmm.jail.root import User
@@ -40,6 +41,25 @@ class Attendance:
         self._snapshot_path: str | None = getattr(args, "snapshot", None)
         self.saves = self._has_clients or self._snapshot_path is not None
         """True if the machine may be saved while it runs."""
+        self._has_input = args.console == "stdio"
+        self._can_sleep = args.control is None
+        self._sleeper: Sleeper | None = None
+
+    def prepare(self) -> None:
+        """Start a jailed machine's attendant, which has not been built; HostError.
+
+        One that must have the control socket's name is not started yet.
+        """
+        if self._can_sleep:
+            from pyvmm.attendant.start import Sleeper
+
+            self._sleeper = Sleeper(PROGRAM, input_fd=0 if self._has_input else None)
+
+    def close(self) -> None:
+        """Let an attendant go whose machine has not come; idempotent."""
+        if self._sleeper is not None:
+            self._sleeper.close()
+            self._sleeper = None
 
     def begin(
         self, config: RunConfig, machine: Machine, bundle: Bundle, control: RunControl | None, *,
@@ -91,13 +111,15 @@ class Attendance:
             modules=tuple(missing) if bundle.is_worth_writing(missing) else (),
             snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
             most_scratch_files=most_files if self.saves else 0,
+            uid=-1 if user is None else user.uid, gid=-1 if user is None else user.gid,
         )
-        if user is not None:
-            beginning = beginning.replace(uid=user.uid, gid=user.gid)
         if name is not None:
             beginning = beginning.replace(
                 socket_name=name.name, socket_device=name.device, socket_inode=name.inode
             )
+        sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            return sleeper.begin(beginning)
         try:
             return start(
                 beginning, program=PROGRAM, input_fd=machine.console.input_fd,

@@ -120,6 +120,9 @@ class Running:
                 contextlib.closing(Reporter(sys.stderr)) as report, contextlib.ExitStack() as stack
             ):
                 stack.callback(self._jail.close)
+                stack.callback(self._attendance.close)
+                if self._jail.is_on:
+                    self._attendance.prepare()
                 machine, config = make(report)
                 stack.enter_context(machine)
                 tell(machine, report)
