@@ -125,7 +125,7 @@ class Jail:
             say(line)
         if self._verbose:
             say(f"jail: {'; '.join(in_force)}")
-        return None if reason else seccomp.enter
+        return None if reason else seccomp.load  # ``confine`` has set no_new_privs
 
 
 def descriptors_of(machine: Machine) -> dict[int, str]:
