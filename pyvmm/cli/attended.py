@@ -9,11 +9,9 @@ import os
 
 import pyvmm
 from pyvmm.config import DiskConfig
-from pyvmm.startup.bundle import Bundle
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from types import SimpleNamespace
 
     from pyvmm.attendant.client import Attendant
@@ -22,10 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.control.run_control import RunControl
     from pyvmm.jail.root import User
     from pyvmm.machine import Machine
-    from pyvmm.run.outcome import Outcome
-    from pyvmm.run.verdict import Evidence
     from pyvmm.startup.bundle import Bundle
-    from pyvmm.vhost_user.socket_name import SocketName
 
 PROGRAM = "pyvmm.cli.attending"
 SCRATCH_FILES_PER_DISK = 8
@@ -75,22 +70,12 @@ class Attendance:
         if self._has_clients:
             most_files = SCRATCH_FILES_OF_CLIENTS
         if not is_jailed:
-            from pyvmm.attendant.client import LocalAttendant
-            from pyvmm.attendant.duties import Duties
+            from pyvmm.cli.unattended import local_attendant
 
-            kernel, missing = machine.kernel, bundle.left_out()
-
-            def explained(outcome: Outcome, evidence: Evidence) -> Iterable[str]:
-                return explain(
-                    config, outcome, evidence, version=kernel.version, is_linux=kernel.is_linux
-                )
-
-            return LocalAttendant(Duties(
-                explain=explained, tidy=lambda: Bundle(bundle.path).update(missing),
-                socket_name=name, snapshot_path=self._snapshot_path,
-                any_snapshot=self._has_clients,
-                most_scratch_files=most_files if self.saves else 0,
-            ))
+            return local_attendant(
+                config, machine, bundle, socket_name=name, snapshot_path=self._snapshot_path,
+                any_snapshot=self._has_clients, most_scratch_files=most_files if self.saves else 0,
+            )
         from pyvmm.attendant.beginning import Beginning
         from pyvmm.attendant.start import start
 
@@ -128,34 +113,3 @@ class Attendance:
         finally:
             if name is not None:
                 name.close()
-
-
-def remover_of(name: SocketName) -> Attendant:
-    """Return an attendant that only removes the socket ``name`` at the end; HostError."""
-    from pyvmm.attendant.beginning import Beginning
-    from pyvmm.attendant.start import start
-
-    try:
-        beginning = Beginning(
-            version=pyvmm.__version__, bundle="", kernel="", socket_name=name.name,
-            socket_device=name.device, socket_inode=name.inode,
-        )
-        return start(beginning, program=PROGRAM, directory_fd=name.directory_fd)
-    finally:
-        name.close()
-
-
-def explain(
-    config: RunConfig, outcome: Outcome, evidence: Evidence, *, version: str, is_linux: bool
-) -> list[str]:
-    """Return the lines that explain a run which has ended; OSError, ImportError.
-
-    ``version`` is the kernel's own text.
-    """
-    from pyvmm.cli import explain
-    from pyvmm.cli.first_look import has_known_configuration
-
-    return explain.after(
-        config, outcome, evidence, is_known=has_known_configuration(config.kernel, version),
-        is_linux=is_linux, version=version,
-    )

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pyvmm.jail.root import User
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
-    from pyvmm.startup.bundle import Bundle
 
 JAIL_OPTIONS = (
     Option(name="--jail", metavar="MODE", default="on",
@@ -41,13 +40,6 @@ OFF = "--jail off: a guest that breaks out has all rights of this process"
 FILES_OF_CLIENTS = 1024
 """Descriptors that a control socket's clients bring, with their snapshots and their programs."""
 FILES_OF_A_SNAPSHOT = 32
-LATE_MODULES = (
-    "pyvmm.attendant.beginning", "pyvmm.attendant.remote_files", "pyvmm.attendant.start",
-    "pyvmm.jail.confine",
-    "pyvmm.jail.namespaces", "pyvmm.jail.programs", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
-    "pyvmm.startup.late",
-)
-"""All that only a jailed start imports, when it enters its jail."""
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
@@ -142,30 +134,13 @@ def descriptors_of(machine: Machine) -> dict[int, str]:
     return found
 
 
-def prepare_saves(machine: Machine, bundle: Bundle) -> None:
-    """Have all at hand that ``machine`` is saved and rewound with, once nothing can be opened.
-
-    Modules come from ``bundle``, or from memory from now on; HostError.
-    """
-    import array  # noqa: F401 - C extensions may be files that must be mapped
-    import zlib  # noqa: F401
-
-    from pyvmm.control import machine_saves
-    from pyvmm.kvm.answers import answers_of
-    from pyvmm.ram.pagemap import keep_pagemap
-    from pyvmm.startup.late import LateModules
-
-    LateModules(bundle, machine_saves.LATE_MODULES)
-    keep_pagemap(machine.board.memory)
-    answers_of(_kvm_of(machine)).ask_all()
-
-
 def close_kvm(machine: Machine) -> None:
     """Close /dev/kvm, with which another virtual machine could be made."""
-    _kvm_of(machine).close()
+    kvm_of(machine).close()
 
 
-def _kvm_of(machine: Machine) -> Kvm:
+def kvm_of(machine: Machine) -> Kvm:
+    """Return the /dev/kvm with which ``machine`` was made."""
     kvm = machine.loops[0].vcpu.kvm
     assert kvm is not None  # ``build`` has made the vCPUs
     return kvm

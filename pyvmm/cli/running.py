@@ -19,7 +19,6 @@ from pyvmm.cli.jailed import (
     descriptors_of,
     files_of_a_run,
     may_grow,
-    prepare_saves,
 )
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
@@ -128,6 +127,8 @@ class Running:
                 tell(machine, report)
                 saves = self._control is not None or warm is not None
                 if self._jail.is_on and saves:
+                    from pyvmm.cli.saves import prepare_saves
+
                     prepare_saves(machine, self._bundle)
                 attendant = attended.enter_context(contextlib.closing(self._attendance.begin(
                     config, machine, self._bundle, self._control, is_jailed=self._jail.is_on,
