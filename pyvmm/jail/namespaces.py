@@ -28,8 +28,9 @@ class Namespaces:
     Open files and connected sockets stay as they are.  Nobody is left to reach: no file, no host on
     the network, no queue or shared memory of another process, no name of the host.
 
-    Making a network takes the kernel 0.6 ms, all of it 1.2 ms.  A thread beside the start that did
-    it made the start 1.3 ms longer than this: the two wait for Python's lock in turn.
+    Making a network takes the kernel 0.6 ms, all of it 1.2 ms.  A thread beside the start takes 1.5
+    to 3 ms more CPU time for it, because the two wait for Python's lock in turn.  It is quicker
+    only while the kernel itself must wait long, for other CPUs that are busy.
 
     There is no PID namespace: only children would be in it, and a machine has none.
     """
