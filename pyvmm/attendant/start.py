@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -92,7 +93,7 @@ class Sleeper:
                 actions: list[_Action] = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 
                 def keep(fd: int, kept: int) -> None:
-                    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+                    copy = _copy_above(fd)
                     stack.callback(os.close, copy)
                     actions.append((os.POSIX_SPAWN_DUP2, copy, kept))
 
@@ -157,6 +158,17 @@ def _cannot_start(error: Exception) -> HostError:
     return HostError(
         f"the process beside the machine cannot be started: {error} (--jail off does without it)"
     )
+
+
+def _copy_above(fd: int) -> int:
+    """Return a copy of ``fd`` whose number is none of the attendant's; OSError."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # The limit of open files allows no such number.
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
 
 
 def _command(program: str) -> list[str]:
