@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 MAX_LINE = 1000
 """Characters: their bytes fit into PIPE_BUF, which a pipe takes all of or nothing."""
 
-REPEAT_S = 60.0
 MAX_LINES_AN_HOUR = 200
 """Of a ``Reporter``: a guest that complains for ever writes 5 MB a day (20 MB, if each character
 takes 4 bytes)."""
@@ -86,33 +85,6 @@ def terminal_outlet() -> Outlet | None:
         if sys.stdout.isatty():
             return Outlet(sys.stdout.fileno())
     return None
-
-
-class RepeatFilter:
-    """Callable that passes a line to ``report`` unless the same line went there under REPEAT_S ago.
-
-    For complaints about a peer that repeats itself, such as a VMM that keeps reconnecting.
-    """
-
-    _MOST = 100  # lines whose time is kept
-
-    def __init__(
-        self, report: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._report = report
-        self._clock = clock
-        self._said_s: dict[str, float] = {}
-
-    def __call__(self, line: str) -> None:
-        """Pass ``line`` to ``report``, unless it is a repetition."""
-        now_s = self._clock()
-        said_s = self._said_s.get(line)
-        if said_s is None or now_s - said_s >= REPEAT_S:
-            self._report(line)
-            self._said_s.pop(line, None)
-            if len(self._said_s) >= self._MOST:
-                del self._said_s[next(iter(self._said_s))]
-            self._said_s[line] = now_s
 
 
 class Allowance:

@@ -15,13 +15,12 @@ from typing import TextIO
 
 import pytest
 
+from pyvmm.cli.repeats import REPEAT_S, RepeatFilter
 from pyvmm.report import (
     MAX_LINE,
     MAX_LINES_AN_HOUR,
-    REPEAT_S,
     FileLimit,
     Outlet,
-    RepeatFilter,
     Reporter,
 )
 

@@ -6,7 +6,7 @@ adds to it.
 
 from __future__ import annotations
 
-from pyvmm.attendant.messages import BEGIN, MAX_BEGIN_BYTES, decode, encode
+from pyvmm.attendant.messages import BEGIN, MAX_BEGIN_BYTES, encode
 from pyvmm.startup.types import Record
 
 _BETWEEN = "\0"  # in no file name and no option
@@ -78,6 +78,8 @@ class Beginning(Record):
     @classmethod
     def read(cls, data: bytes) -> Beginning:
         """Return what ``message`` made of it; ValueError, also if another version made it."""
+        from pyvmm.attendant.reading import decode  # only the attendant reads
+
         kind, values = decode(data, most_bytes=MAX_BEGIN_BYTES)
         if kind != BEGIN or len(values) != len(cls._fields):
             raise ValueError("the first message is not a beginning")

@@ -38,12 +38,6 @@ class Attendant(Protocol):
     def ended(self, outcome: Outcome, evidence: Evidence) -> None:
         """Print the explanation of a run that has ended, if there is one; this may take seconds."""
 
-    def module_code(self, name: str) -> tuple[str, bool, bytes]:
-        """Return the file of a module, True if it is a package, and its marshalled code; OSError.
-
-        Modules of pyvmm and of the standard library, in source files.
-        """
-
     def jailed(self) -> None:
         """Note that this process can open nothing any more."""
 
@@ -83,12 +77,6 @@ class LocalAttendant:
         with contextlib.suppress(OSError, ImportError):
             for line in self._duties.explain(outcome, evidence):
                 say(line)
-
-    def module_code(self, name: str) -> tuple[str, bool, bytes]:
-        """See ``Attendant``."""
-        from pyvmm.attendant.code import module_code  # nobody here needs it
-
-        return module_code(name)
 
     def jailed(self) -> None:
         """See ``Attendant``: it never is."""

@@ -25,9 +25,7 @@ class Duties(Record):
 
     Snapshots go to ``snapshot_path`` (of ``--snapshot``; None: to none) or, with ``any_snapshot``
     (of ``--control``), wherever a client names a directory that does not exist.
-    ``most_scratch_files`` is the number of nameless files that a whole run may ask for.  With
-    ``any_snapshot`` it may ask for the code of modules, too: a start has not loaded all that its
-    clients can call for.
+    ``most_scratch_files`` is the number of nameless files that a whole run may ask for.
     """
 
     explain: Callable[[Outcome, Evidence], Iterable[str]]

@@ -6,7 +6,6 @@ import os
 import socket
 import struct
 
-import pyvmm.attendant.remote_writer  # noqa: F401 - whoever takes files may make snapshots
 from pyvmm.attendant.messages import MAX_BYTES
 
 _FD = struct.Struct("i")

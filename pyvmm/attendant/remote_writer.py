@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from pyvmm.attendant.messages import Value
-    from pyvmm.attendant.remote import Channel
+    from pyvmm.attendant.remote_files import Channel
 
 
 class RemoteWriter:

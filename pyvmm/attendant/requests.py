@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 from socket import socket
 
-from pyvmm.attendant.messages import MAX_BYTES, SHAPES, Answer, check, decode, encode
+from pyvmm.attendant.messages import MAX_BYTES, encode
+from pyvmm.attendant.reading import SHAPES, Answer, check, decode
 from pyvmm.errors import SnapshotError
 from pyvmm.startup.types import TYPE_CHECKING
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import threading
 from collections.abc import Callable, Sequence
 from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
 
-from pyvmm.attendant.code import module_code
 from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.handing import hand_over
-from pyvmm.attendant.messages import Answer, Ask, encode
+from pyvmm.attendant.messages import Ask, encode
+from pyvmm.attendant.reading import Answer
 from pyvmm.attendant.requests import answer_error, take_request
 from pyvmm.attendant.writer_server import MOST_WRITERS, WriterServer
 from pyvmm.errors import SnapshotError
@@ -53,7 +52,6 @@ class Server:
         """
         requests: dict[int, Callable[..., None]] = {
             Ask.SCRATCH: self._scratch, Ask.SNAPSHOT: self._snapshot, Ask.ENDED: self._ended,
-            Ask.CODE: self._code,
         }
         while True:
             try:
@@ -88,21 +86,6 @@ class Server:
             raise PermissionError(errno.EPERM, "too many files without a name")
         self._scratch_files += 1
         hand_over(self._connection, encode(Answer.DONE), nameless_file())
-
-    def _code(self, name: str) -> None:
-        if not self._duties.any_snapshot:
-            raise PermissionError(errno.EPERM, "no client can call for a module")
-        try:
-            path, is_package, code = module_code(name)
-        except (ImportError, ValueError) as error:
-            raise FileNotFoundError(errno.ENOENT, str(error)) from error
-        fd = os.memfd_create("code", os.MFD_CLOEXEC)
-        with contextlib.ExitStack() as undo:
-            undo.callback(os.close, fd)
-            os.pwrite(fd, code, 0)
-            answer = encode(Answer.DONE, path, is_package)
-            undo.pop_all()
-        hand_over(self._connection, answer, fd)
 
     def _snapshot(self, path: str) -> None:
         if not (self._duties.any_snapshot or path == self._duties.snapshot_path):

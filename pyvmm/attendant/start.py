@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
+import struct
 import sys
 import termios
 
 from pyvmm.attendant.beginning import Beginning
-from pyvmm.attendant.remote import QUIT, Channel, RemoteAttendant
+from pyvmm.attendant.remote import QUIT, Line, RemoteAttendant
 from pyvmm.console.terminal import is_in_front
 from pyvmm.errors import HostError
+from pyvmm.jail.calls import system_call
 from pyvmm.startup.types import TYPE_CHECKING, IntEnum
 
 if TYPE_CHECKING:
@@ -52,7 +55,9 @@ main()
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _SIGNALS = range(1, 32)
 _SEQPACKET_CLOEXEC = 5 | os.O_CLOEXEC  # SOCK_SEQPACKET | SOCK_CLOEXEC
-_CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4
+_PAIR = struct.Struct("=ii")
+_SOCKETPAIR, _CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 53, 436, 4
+_LAST = (1 << 31) - 1
 _ABOVE = 10  # no descriptor here collides with one of the attendant's
 
 
@@ -70,57 +75,100 @@ class Kept(IntEnum):
     """A pidfd of the machine's process."""
 
 
+class Sleeper:
+    """A process that will be the attendant of this one, asleep; HostError.
+
+    It knows nothing of the machine yet, so it can be started before that is built: then it falls
+    asleep meanwhile, on a CPU of its own.  ``program`` is the module that it will run.
+    ``directory_fd`` is of the directory with the control socket's name, ``input_fd`` of the guest's
+    input: its modes are restored if it is a terminal and this process does not do it.
+    """
+
+    def __init__(
+        self, program: str, *, directory_fd: int = -1, input_fd: int | None = None
+    ) -> None:
+        self._terminal = "" if input_fd is None else _modes(input_fd)
+        with contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
+            try:
+                actions: list[_Action] = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+
+                def keep(fd: int, kept: int) -> None:
+                    copy = _copy_above(fd)
+                    stack.callback(os.close, copy)
+                    actions.append((os.POSIX_SPAWN_DUP2, copy, kept))
+
+                if self._terminal and input_fd is not None:
+                    keep(input_fd, Kept.TERMINAL)
+                if directory_fd >= 0:
+                    keep(directory_fd, Kept.DIRECTORY)
+                state_fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, state_fd)
+                keep(state_fd, Kept.STATE)
+                with contextlib.suppress(OSError):  # Linux 5.3
+                    pidfd = os.pidfd_open(os.getpid())
+                    stack.callback(os.close, pidfd)
+                    keep(pidfd, Kept.PROCESS)
+                bell, self._wake_fd = os.pipe2(os.O_CLOEXEC)
+                stack.callback(os.close, bell)
+                on_error.callback(os.close, self._wake_fd)
+                keep(bell, 0)
+                self._line_fd, theirs = _socket_pair()
+                stack.callback(os.close, theirs)
+                on_error.callback(os.close, self._line_fd)
+                keep(theirs, Kept.CHANNEL)
+                _close_on_exec()
+                self._pid = _spawn(_command(program), actions)
+            except OSError as error:
+                raise _cannot_start(error) from error
+            on_error.pop_all()
+
+    def begin(self, beginning: Beginning) -> RemoteAttendant:
+        """Make it the attendant that ``beginning`` tells of, once; HostError."""
+        if self._terminal:
+            beginning = beginning.replace(terminal=self._terminal)
+        try:
+            os.write(self._line_fd, beginning.message())
+        except (OSError, ValueError) as error:
+            self.close()
+            raise _cannot_start(error) from error
+        pid, has_work = self._pid, beginning.has_work_at_the_end
+        if beginning.hands_out_files:
+            from pyvmm.attendant.remote_files import Channel, FilesAttendant
+
+            line = Channel(self._line_fd)
+            return FilesAttendant(pid, line, self._wake_fd, has_work_at_the_end=has_work)
+        return RemoteAttendant(
+            pid, Line(self._line_fd), self._wake_fd, has_work_at_the_end=has_work
+        )
+
+    def close(self) -> None:
+        """Let it go: there is no machine for it."""
+        line = Line(self._line_fd)
+        RemoteAttendant(self._pid, line, self._wake_fd, has_work_at_the_end=False).close()
+
+
 def start(
     beginning: Beginning, *, program: str, directory_fd: int = -1, input_fd: int | None = None
 ) -> RemoteAttendant:
-    """Start the attendant of this process, in the module ``program``; HostError.
+    """Start the attendant of this process; HostError.  See ``Sleeper``."""
+    return Sleeper(program, directory_fd=directory_fd, input_fd=input_fd).begin(beginning)
 
-    ``directory_fd`` is of the directory with the socket's name, ``input_fd`` of the guest's input:
-    its modes are restored if it is a terminal and this process does not do it.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            actions: list[_Action] = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 
-            def keep(fd: int, kept: int) -> None:
-                copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
-                stack.callback(os.close, copy)
-                actions.append((os.POSIX_SPAWN_DUP2, copy, kept))
-
-            if input_fd is not None and (modes := _modes(input_fd)):
-                beginning = beginning.replace(terminal=modes)
-                keep(input_fd, Kept.TERMINAL)
-            if directory_fd >= 0:
-                keep(directory_fd, Kept.DIRECTORY)
-            state_fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, state_fd)
-            keep(state_fd, Kept.STATE)
-            with contextlib.suppress(OSError):  # Linux 5.3
-                pidfd = os.pidfd_open(os.getpid())
-                stack.callback(os.close, pidfd)
-                keep(pidfd, Kept.PROCESS)
-            bell, wake_fd = os.pipe2(os.O_CLOEXEC)
-            stack.callback(os.close, bell)
-            on_error = stack.enter_context(contextlib.ExitStack())
-            on_error.callback(os.close, wake_fd)
-            keep(bell, 0)
-            ours, theirs = _socket_pair()
-            stack.callback(os.close, theirs)
-            on_error.callback(os.close, ours)
-            keep(theirs, Kept.CHANNEL)
-            os.write(ours, beginning.message())
-            _close_on_exec()
-            pid = _spawn(_command(program), actions)
-            on_error.pop_all()
-        except (OSError, ValueError) as error:
-            raise HostError(
-                f"the process beside the machine cannot be started: {error} (--jail off does "
-                "without it)"
-            ) from error
-    channel = Channel(ours, takes_files=beginning.hands_out_files)
-    return RemoteAttendant(
-        pid, channel, wake_fd, has_work_at_the_end=beginning.has_work_at_the_end
+def _cannot_start(error: Exception) -> HostError:
+    return HostError(
+        f"the process beside the machine cannot be started: {error} (--jail off does without it)"
     )
+
+
+def _copy_above(fd: int) -> int:
+    """Return a copy of ``fd`` whose number is none of the attendant's; OSError."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # The limit of open files allows no such number.
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
 
 
 def _command(program: str) -> list[str]:
@@ -142,11 +190,10 @@ def _spawn(command: list[str], actions: list[_Action]) -> int:
 
 def _socket_pair() -> tuple[int, int]:
     """Return two connected sockets; OSError.  Importing ``socket`` would take 4 ms."""
-    pair = (ctypes.c_int * 2)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.socketpair(1, _SEQPACKET_CLOEXEC, 0, pair):  # AF_UNIX
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return pair[0], pair[1]
+    pair = ctypes.create_string_buffer(_PAIR.size)
+    system_call(_SOCKETPAIR, 1, _SEQPACKET_CLOEXEC, 0, pair)  # AF_UNIX
+    ours, theirs = _PAIR.unpack(pair)
+    return ours, theirs
 
 
 def _close_on_exec() -> None:
@@ -154,7 +201,8 @@ def _close_on_exec() -> None:
 
     Kernels before 5.11 cannot: such a descriptor then stays open until the attendant is awake.
     """
-    ctypes.CDLL(None).syscall(_CLOSE_RANGE, 3, ctypes.c_uint(0xFFFF_FFFF), _CLOSE_RANGE_CLOEXEC)
+    with contextlib.suppress(OSError):
+        system_call(_CLOSE_RANGE, 3, _LAST, _CLOSE_RANGE_CLOEXEC)
 
 
 def _modes(fd: int) -> str:

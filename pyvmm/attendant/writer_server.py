@@ -10,7 +10,8 @@ from collections.abc import Callable
 from socket import socket
 
 from pyvmm.attendant.handing import hand_over
-from pyvmm.attendant.messages import Answer, Ask, encode
+from pyvmm.attendant.messages import Ask, encode
+from pyvmm.attendant.reading import Answer
 from pyvmm.attendant.requests import answer_error, take_request
 from pyvmm.errors import SnapshotError
 from pyvmm.snapshot.files.writer import Writer

@@ -9,23 +9,18 @@ import os
 
 import pyvmm
 from pyvmm.config import DiskConfig
-from pyvmm.startup.bundle import Bundle
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from types import SimpleNamespace
 
     from pyvmm.attendant.client import Attendant
-    from pyvmm.attendant.remote import RemoteAttendant
+    from pyvmm.attendant.start import Sleeper
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
     from pyvmm.jail.root import User
     from pyvmm.machine import Machine
-    from pyvmm.run.outcome import Outcome
-    from pyvmm.run.verdict import Evidence
     from pyvmm.startup.bundle import Bundle
-    from pyvmm.vhost_user.socket_name import SocketName
 
 PROGRAM = "pyvmm.cli.attending"
 SCRATCH_FILES_PER_DISK = 8
@@ -41,6 +36,25 @@ class Attendance:
         self._snapshot_path: str | None = getattr(args, "snapshot", None)
         self.saves = self._has_clients or self._snapshot_path is not None
         """True if the machine may be saved while it runs."""
+        self._has_input = args.console == "stdio"
+        self._can_sleep = args.control is None
+        self._sleeper: Sleeper | None = None
+
+    def prepare(self) -> None:
+        """Start a jailed machine's attendant, which has not been built; HostError.
+
+        One that must have the control socket's name is not started yet.
+        """
+        if self._can_sleep:
+            from pyvmm.attendant.start import Sleeper
+
+            self._sleeper = Sleeper(PROGRAM, input_fd=0 if self._has_input else None)
+
+    def close(self) -> None:
+        """Let an attendant go whose machine has not come; idempotent."""
+        if self._sleeper is not None:
+            self._sleeper.close()
+            self._sleeper = None
 
     def begin(
         self, config: RunConfig, machine: Machine, bundle: Bundle, control: RunControl | None, *,
@@ -56,22 +70,12 @@ class Attendance:
         if self._has_clients:
             most_files = SCRATCH_FILES_OF_CLIENTS
         if not is_jailed:
-            from pyvmm.attendant.client import LocalAttendant
-            from pyvmm.attendant.duties import Duties
+            from pyvmm.cli.unattended import local_attendant
 
-            kernel, missing = machine.kernel, bundle.left_out()
-
-            def explained(outcome: Outcome, evidence: Evidence) -> Iterable[str]:
-                return explain(
-                    config, outcome, evidence, version=kernel.version, is_linux=kernel.is_linux
-                )
-
-            return LocalAttendant(Duties(
-                explain=explained, tidy=lambda: Bundle(bundle.path).update(missing),
-                socket_name=name, snapshot_path=self._snapshot_path,
-                any_snapshot=self._has_clients,
-                most_scratch_files=most_files if self.saves else 0,
-            ))
+            return local_attendant(
+                config, machine, bundle, socket_name=name, snapshot_path=self._snapshot_path,
+                any_snapshot=self._has_clients, most_scratch_files=most_files if self.saves else 0,
+            )
         from pyvmm.attendant.beginning import Beginning
         from pyvmm.attendant.start import start
 
@@ -92,16 +96,20 @@ class Attendance:
             modules=tuple(missing) if bundle.is_worth_writing(missing) else (),
             snapshot_path=self._snapshot_path, any_snapshot=self._has_clients,
             most_scratch_files=most_files if self.saves else 0,
+            uid=-1 if user is None else user.uid, gid=-1 if user is None else user.gid,
         )
-        if user is not None:
-            beginning = beginning.replace(uid=user.uid, gid=user.gid)
+        sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            return sleeper.begin(beginning)
         remover = None
         if name is not None and user is None:
             beginning = beginning.replace(
                 socket_name=name.name, socket_device=name.device, socket_inode=name.inode
             )
         elif name is not None:  # that user may not remove root's socket from root's directory
-            remover, name = remover_of(name, is_silent=True), None
+            from pyvmm.cli.remover import remover_of
+
+            remover, name = remover_of(name, PROGRAM, is_silent=True), None
         try:
             attendant = start(
                 beginning, program=PROGRAM, input_fd=machine.console.input_fd,
@@ -116,37 +124,3 @@ class Attendance:
                 name.close()
         attendant.beside = remover
         return attendant
-
-
-def remover_of(name: SocketName, *, is_silent: bool = False) -> RemoteAttendant:
-    """Return an attendant that only removes the socket ``name`` at the end; HostError.
-
-    With ``is_silent`` it does not tell how the machine has ended.
-    """
-    from pyvmm.attendant.beginning import Beginning
-    from pyvmm.attendant.start import start
-
-    try:
-        beginning = Beginning(
-            version=pyvmm.__version__, bundle="", kernel="", socket_name=name.name,
-            socket_device=name.device, socket_inode=name.inode, is_silent=is_silent,
-        )
-        return start(beginning, program=PROGRAM, directory_fd=name.directory_fd)
-    finally:
-        name.close()
-
-
-def explain(
-    config: RunConfig, outcome: Outcome, evidence: Evidence, *, version: str, is_linux: bool
-) -> list[str]:
-    """Return the lines that explain a run which has ended; OSError, ImportError.
-
-    ``version`` is the kernel's own text.
-    """
-    from pyvmm.cli import explain
-    from pyvmm.cli.first_look import has_known_configuration
-
-    return explain.after(
-        config, outcome, evidence, is_known=has_known_configuration(config.kernel, version),
-        is_linux=is_linux, version=version,
-    )

@@ -14,10 +14,11 @@ import pyvmm
 from pyvmm.attendant.beginning import Beginning
 from pyvmm.attendant.duties import Duties
 from pyvmm.attendant.process import attend
-from pyvmm.cli.attended import explain
+from pyvmm.cli.unattended import explain
 from pyvmm.config import DiskConfig, RunConfig, VhostUserDiskConfig
 from pyvmm.report import say
 from pyvmm.startup.bundle import Bundle, default_path
+from pyvmm.startup.bundle_writing import update
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.open import DiskSource
 
@@ -53,7 +54,7 @@ def duties_of(beginning: Beginning, socket_name: SocketName | None) -> Duties:
         if beginning.modules:
             for name in beginning.modules:
                 importlib.import_module(name)
-            Bundle(default_path(beginning.bundle)).update(beginning.modules)
+            update(Bundle(default_path(beginning.bundle)), beginning.modules)
 
     return Duties(
         explain=explained, tidy=tidy, socket_name=socket_name,

@@ -8,18 +8,20 @@ import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
-from pyvmm.cli.attended import remover_of
+from pyvmm.cli.attended import PROGRAM
 from pyvmm.cli.descriptors import (
     allow_many_descriptors,
     needed_for_export,
 )
 from pyvmm.cli.jailed import JAIL_OPTIONS, Jail
 from pyvmm.cli.parse import parse_disk
+from pyvmm.cli.remover import remover_of
+from pyvmm.cli.repeats import RepeatFilter
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.open_files import descriptor_limit, refuse_shortage, too_few
 from pyvmm.peers.eventfds import EventfdWriter
-from pyvmm.report import RepeatFilter, Reporter
+from pyvmm.report import Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
 from pyvmm.startup.commands import Command, Option
@@ -141,7 +143,7 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
                 report(f"{disk.location} is served at {args.socket}")
                 return None
             (server,) = servers
-            attendant = remover_of(server.give_name_away())
+            attendant = remover_of(server.give_name_away(), PROGRAM)
             stack.callback(attendant.close)
             kept = {
                 **kept, **server.descriptors(), **descriptors_of(backend), **report.descriptors(),

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import SimpleNamespace
 
-    from pyvmm.jail.root import Namespaces, User
+    from pyvmm.jail.namespaces import Namespaces
+    from pyvmm.jail.root import User
     from pyvmm.kvm.handles import Kvm
     from pyvmm.machine import Machine
-    from pyvmm.startup.bundle import Bundle
 
 JAIL_OPTIONS = (
     Option(name="--jail", metavar="MODE", default="on",
@@ -40,12 +40,6 @@ OFF = "--jail off: a guest that breaks out has all rights of this process"
 FILES_OF_CLIENTS = 1024
 """Descriptors that a control socket's clients bring, with their snapshots and their programs."""
 FILES_OF_A_SNAPSHOT = 32
-LATE_MODULES = (
-    "pyvmm.attendant.beginning", "pyvmm.attendant.start", "pyvmm.jail.confine",
-    "pyvmm.jail.programs", "pyvmm.jail.root", "pyvmm.jail.seccomp", "pyvmm.kvm.answers",
-    "pyvmm.startup.late",
-)
-"""All that only a jailed start imports, when it enters its jail."""
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 
@@ -77,14 +71,9 @@ class Jail:
         if not self.is_on:
             say(OFF)
         elif namespaces is None and os.geteuid() == 0:
-            from pyvmm.jail.root import Namespaces
+            from pyvmm.jail.namespaces import Namespaces
 
-            self._namespaces = Namespaces()  # made by a thread, while the machine is built
-
-    def wait(self) -> None:
-        """Wait until no thread of the jail's own is left: afterwards this process may fork."""
-        if self._namespaces is not None:
-            self._namespaces.wait()
+            self._namespaces = Namespaces()
 
     def close(self) -> None:
         """Free what was made for a jail that is not entered; idempotent."""
@@ -126,7 +115,7 @@ class Jail:
             say(line)
         if self._verbose:
             say(f"jail: {'; '.join(in_force)}")
-        return None if reason else seccomp.enter
+        return None if reason else seccomp.load  # ``confine`` has set no_new_privs
 
 
 def descriptors_of(machine: Machine) -> dict[int, str]:
@@ -143,30 +132,13 @@ def descriptors_of(machine: Machine) -> dict[int, str]:
     return found
 
 
-def prepare_saves(machine: Machine, bundle: Bundle) -> None:
-    """Have all at hand that ``machine`` is saved and rewound with, once nothing can be opened.
-
-    Modules come from ``bundle``, or from memory from now on; HostError.
-    """
-    import array  # noqa: F401 - C extensions may be files that must be mapped
-    import zlib  # noqa: F401
-
-    from pyvmm.control import machine_saves
-    from pyvmm.kvm.answers import answers_of
-    from pyvmm.ram.pagemap import keep_pagemap
-    from pyvmm.startup.late import LateModules
-
-    LateModules(bundle, machine_saves.LATE_MODULES)
-    keep_pagemap(machine.board.memory)
-    answers_of(_kvm_of(machine)).ask_all()
-
-
 def close_kvm(machine: Machine) -> None:
     """Close /dev/kvm, with which another virtual machine could be made."""
-    _kvm_of(machine).close()
+    kvm_of(machine).close()
 
 
-def _kvm_of(machine: Machine) -> Kvm:
+def kvm_of(machine: Machine) -> Kvm:
+    """Return the /dev/kvm with which ``machine`` was made."""
     kvm = machine.loops[0].vcpu.kvm
     assert kvm is not None  # ``build`` has made the vCPUs
     return kvm

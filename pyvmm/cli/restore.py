@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
-    from pyvmm.jail.root import Namespaces
+    from pyvmm.jail.namespaces import Namespaces
     from pyvmm.machine import Machine
     from pyvmm.report import Reporter
     from pyvmm.snapshot.snapshot import Snapshot
@@ -112,9 +112,6 @@ def _restore(
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
         from pyvmm.snapshot.opening import open_snapshot
 
-        # It describes a vCPU that has failed: too late for an import in the jail.
-        from pyvmm.x86 import cpu  # noqa: F401
-
         snapshot = opened or open_snapshot(args.directory, disks=disks, report=report)
         with contextlib.closing(snapshot):
             configs.append(snapshot.facts.config)
@@ -152,13 +149,14 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
     import pyvmm.control.target  # noqa: F401 - for each clone's --control-fd
     from pyvmm.cli.errors_told import guarded
     from pyvmm.cli.fork_server import ForkServer
-    from pyvmm.cli.jailed import LATE_MODULES
     from pyvmm.cli.parse import parse_moved_disks
+    from pyvmm.cli.saves import LATE_MODULES
     from pyvmm.control import machine_saves
     from pyvmm.control.run_control import owner_socket
     from pyvmm.jail.root import NextNamespaces
     from pyvmm.report import say
     from pyvmm.snapshot.opening import open_snapshot
+    from pyvmm.startup.bundle_writing import update
 
     for name in (*LATE_MODULES, *machine_saves.LATE_MODULES):
         __import__(name)
@@ -171,7 +169,7 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
         ) as snapshot,
     ):
         snapshot.clone(report=say).close()
-        bundle.update(bundle.left_out())
+        update(bundle, bundle.left_out())
         bundle.__exit__()
         gc.freeze()  # a collection in a clone would copy the pages of all these objects
 

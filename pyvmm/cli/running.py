@@ -19,7 +19,6 @@ from pyvmm.cli.jailed import (
     descriptors_of,
     files_of_a_run,
     may_grow,
-    prepare_saves,
 )
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
@@ -120,11 +119,16 @@ class Running:
                 contextlib.closing(Reporter(sys.stderr)) as report, contextlib.ExitStack() as stack
             ):
                 stack.callback(self._jail.close)
+                stack.callback(self._attendance.close)
+                if self._jail.is_on:
+                    self._attendance.prepare()
                 machine, config = make(report)
                 stack.enter_context(machine)
                 tell(machine, report)
                 saves = self._control is not None or warm is not None
                 if self._jail.is_on and saves:
+                    from pyvmm.cli.saves import prepare_saves
+
                     prepare_saves(machine, self._bundle)
                 attendant = attended.enter_context(contextlib.closing(self._attendance.begin(
                     config, machine, self._bundle, self._control, is_jailed=self._jail.is_on,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.jail.cgroup import Cgroup
-    from pyvmm.jail.root import Namespaces, User
+    from pyvmm.jail.namespaces import Namespaces
+    from pyvmm.jail.root import User
 
 _LANDLOCK = "Landlock", "the filter alone keeps files out of reach"
 _ROOT = ("an empty root and namespaces of its own",

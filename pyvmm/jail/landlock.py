@@ -1,7 +1,8 @@
 """Landlock: no file can be opened by its path, no socket connected, no other process signalled.
 
 Open descriptors stay usable.  Landlock does not keep a process from asking for a file's status, or
-from changing its mode or owner, by its path: an empty root (``jail.root``) and the filter do.
+from changing its mode or owner, by its path: an empty root (``jail.namespaces``) and the
+filter do.
 Source: Documentation/userspace-api/landlock.rst and <linux/landlock.h> of Linux 7.2.
 """
 

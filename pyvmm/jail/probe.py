@@ -69,7 +69,7 @@ def _enter(kept: int) -> tuple[list[str], list[str]]:
     """Enter the jail; return what is in force, and what is lacking."""
     namespaces = None
     if os.geteuid() == 0:
-        from pyvmm.jail.root import Namespaces
+        from pyvmm.jail.namespaces import Namespaces
 
         namespaces = Namespaces()
     try:

@@ -1,4 +1,4 @@
-"""Rights that only root has to give up: its user, its network, its files."""
+"""The user that root becomes, and root's namespaces for one machine after another."""
 
 from __future__ import annotations
 
@@ -8,22 +8,11 @@ import threading
 
 from pyvmm.errors import ConfigError
 from pyvmm.jail.calls import system_call
+from pyvmm.jail.namespaces import Namespaces, empty_root, unshare
 from pyvmm.numerals import shown, whole_number
 from pyvmm.startup.types import Record
 
-# <asm/unistd_64.h>
-_PIVOT_ROOT, _CHROOT, _MOUNT, _UMOUNT2, _UNSHARE, _SETNS = 155, 161, 165, 166, 272, 308
-
-# <linux/sched.h>
-_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC, _CLONE_NEWNET = (
-    0x0002_0000, 0x0400_0000, 0x0800_0000, 0x4000_0000
-)
-
-# <linux/mount.h>
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_MS_MOVE, _MS_REC, _MS_PRIVATE = 1 << 13, 1 << 14, 1 << 18
-_MNT_DETACH = 2
-
+_SETNS = 308
 _LARGEST_ID = (1 << 32) - 2
 """(uid_t)-1 means: leave it as it is."""
 
@@ -95,18 +84,14 @@ def _group(option: str, name: str) -> int:
         raise ConfigError(option, f"there is no group {shown(name)!r}") from None
 
 
-class Namespaces:
-    """A mount, network, IPC and UTS namespace of one's own, and an empty root directory.
+class MadeNamespaces(Namespaces):
+    """Namespaces that a thread makes now, for a process that is forked later and enters them.
 
-    Making a network takes the kernel a millisecond or more, so a thread makes all of them beside
-    the start of a run; entering them later is four short system calls.  Open files and connected
-    sockets stay as they are.  Nobody is left to reach: no file, no host on the network, no queue
-    or shared memory of another process, no name of the host.
-
-    There is no PID namespace: only children would be in it, and a machine has none.
+    Entering them takes 0.1 ms.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._descriptors: list[int] = []
         self._error: OSError | None = None
         self._thread: threading.Thread | None = None
@@ -125,16 +110,13 @@ class Namespaces:
             self._thread = None
 
     def check(self) -> None:
-        """Wait until they are made; OSError if they cannot be.
-
-        EPERM: this process may not make namespaces, as root in a container may not.
-        """
+        """Wait until they are made; OSError if they cannot be."""
         self.wait()
         if self._error is not None:
             raise self._error
 
     def enter(self) -> None:
-        """Move this process there, for good; no other thread may run.  OSError, as ``check``."""
+        """See ``Namespaces``."""
         try:
             self.check()
             for fd in self._descriptors:
@@ -151,13 +133,11 @@ class Namespaces:
     def _make(self) -> None:
         """Make the namespaces, of which this thread is the only member."""
         try:
-            # With a mount namespace of its own the thread also has a root and a working directory
-            # of its own: the other threads keep theirs.
-            system_call(_UNSHARE, _CLONE_NEWNS | _CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS)
+            unshare()
             for name in ("net", "ipc", "uts", "mnt"):
                 path = f"/proc/thread-self/ns/{name}"
                 self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            _empty_root("/proc")
+            empty_root()
         except OSError as error:
             self._error = error
 
@@ -170,7 +150,7 @@ class NextNamespaces:
     """
 
     def __init__(self, are_wanted: bool = True) -> None:
-        self.taken = Namespaces() if are_wanted and os.geteuid() == 0 else None
+        self.taken = MadeNamespaces() if are_wanted and os.geteuid() == 0 else None
         """Those of the process that is forked next; None if it enters none."""
 
     def wait(self) -> None:
@@ -182,33 +162,9 @@ class NextNamespaces:
         """Leave the present ones to the forked process, and begin to make the next ones."""
         if self.taken is not None:
             self.taken.close()
-            self.taken = Namespaces()
+            self.taken = MadeNamespaces()
 
     def close(self) -> None:
         """Free those that nobody has taken; idempotent."""
         if self.taken is not None:
             self.taken.close()
-
-
-def _empty_root(place: str) -> None:
-    """Put an empty directory that nobody can write in the root's place; OSError.
-
-    ``place`` is any directory, for the moment between.  Only for a mount namespace of one's own.
-    """
-    # Else the mounts below would be made in the host's namespace too.
-    system_call(_MOUNT, 0, b"/", 0, _MS_REC | _MS_PRIVATE, 0)
-    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    system_call(_MOUNT, b"pyvmm", place.encode(), b"tmpfs", flags, b"mode=0500,nr_inodes=1")
-    os.chdir(place)
-    try:
-        # The old root then lies over the new one (pivot_root(2), "pivot_root(".", ".")").
-        system_call(_PIVOT_ROOT, b".", b".")
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        # An initramfs cannot be pivoted away: it is covered, as switch_root(8) does.
-        system_call(_MOUNT, b".", b"/", 0, _MS_MOVE, 0)
-        system_call(_CHROOT, b".")
-    else:
-        system_call(_UMOUNT2, b".", _MNT_DETACH)
-    os.chdir("/")

@@ -34,18 +34,32 @@ def enter(kind: str) -> None:
     Sets no_new_privs for the thread too, without which only root may do this.  HostError if the
     kernel refuses; KeyError for an unknown kind.
     """
+    try:
+        privileges.no_new_privileges()
+    except OSError as error:
+        raise _refused(kind, error) from error
+    load(kind)
+
+
+def load(kind: str) -> None:
+    """Do the same as ``enter`` for a thread that has no_new_privs already, from its process.
+
+    It makes one system call: around each one a thread waits for Python's lock, and every vCPU for
+    that thread.
+    """
     data, pid_places = PROGRAMS[kind]
     program = ctypes.create_string_buffer(data, len(data))
     for place in pid_places:
         struct.pack_into("=I", program, place, os.getpid())
     header = _PROGRAM.pack(len(data) // _INSTRUCTION_BYTES, ctypes.addressof(program))
     try:
-        privileges.no_new_privileges()
         system_call(_SECCOMP, _SET_MODE_FILTER, _SPEC_ALLOW, header)
     except OSError as error:
-        raise HostError(
-            f"no filter for the system calls of a thread ({kind}): {error.strerror}"
-        ) from error
+        raise _refused(kind, error) from error
+
+
+def _refused(kind: str, error: OSError) -> HostError:
+    return HostError(f"no filter for the system calls of a thread ({kind}): {error.strerror}")
 
 
 def why_not() -> str:

@@ -12,14 +12,11 @@ from pyvmm.attendant.beginning import Beginning
 from pyvmm.attendant.messages import (
     MAX_BEGIN_BYTES,
     MAX_BYTES,
-    MAX_TEXT,
     MAX_VALUES,
-    SHAPES,
     Ask,
-    check,
-    decode,
     encode,
 )
+from pyvmm.attendant.reading import MAX_TEXT, SHAPES, check, decode
 
 NAMES = st.binary(max_size=40).map(lambda raw: raw.decode("utf-8", "surrogateescape"))
 VALUES = st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.text(max_size=40) | NAMES, max_size=9)

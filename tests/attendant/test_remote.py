@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,10 @@ from socket import AF_UNIX, SOCK_SEQPACKET, socketpair
 import pytest
 
 from pyvmm.attendant.client import Attendant, LocalAttendant
-from pyvmm.attendant.messages import Answer, Ask, encode
-from pyvmm.attendant.remote import Channel, RemoteAttendant
+from pyvmm.attendant.messages import Ask, encode
+from pyvmm.attendant.reading import Answer
+from pyvmm.attendant.remote import Line, RemoteAttendant
+from pyvmm.attendant.remote_files import Channel, FilesAttendant
 from pyvmm.errors import SnapshotError
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.verdict import Evidence
@@ -29,7 +30,7 @@ class Remote:
         self.attended = attended
         self.bell, wake_fd = os.pipe()
         pid = os.posix_spawn("/bin/true", ["true"], {})
-        self.attendant = RemoteAttendant(
+        self.attendant = FilesAttendant(
             pid, attended.channel(), wake_fd, has_work_at_the_end=False
         )
         self.attendant.jailed()
@@ -128,14 +129,25 @@ def test_errors_name_the_directory_and_its_file(tmp_path: Path, attendant: Atten
         )
 
 
-def test_a_module_comes_with_its_file(attendant: Attendant) -> None:
-    path, is_package, code = attendant.module_code("pyvmm.snapshot")
-    assert path.endswith("/pyvmm/snapshot/__init__.py")
-    assert is_package
-    path, is_package, code = attendant.module_code("textwrap")
-    assert path == textwrap.__file__
-    assert not is_package
-    assert b"dedent" in code
+def test_a_machine_that_calls_for_no_files_gets_none_in_its_jail(tmp_path: Path) -> None:
+    attended, (bell, wake_fd) = Attended(), os.pipe()
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    plain = RemoteAttendant(
+        pid, Line(attended.taken()), wake_fd, has_work_at_the_end=False
+    )
+    os.close(plain.scratch_file())
+    plain.jailed()
+    with pytest.raises(PermissionError, match="no option of this run calls for files"):
+        plain.scratch_file()
+    with pytest.raises(SnapshotError, match="warm: no option of this run allows a snapshot there"):
+        plain.snapshot_writer(tmp_path / "warm")
+    plain.ended(Outcome(Kind.PANIC), Evidence())
+    assert len(attended.explained) == 1
+    plain.close()
+    plain.ended(Outcome(Kind.PANIC), Evidence())
+    assert os.read(bell, 100) == b"wake\n"
+    os.close(bell)
+    assert attended.end()
 
 
 def test_a_sleeping_attendant_is_woken_once(remote: Remote) -> None:
@@ -174,7 +186,7 @@ def test_an_attendant_that_is_gone_is_an_error_of_the_host(tmp_path: Path) -> No
 def test_a_wrong_answer_is_an_error_too(answer: bytes) -> None:
     """The last one is a file's without a file."""
     ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
-    channel = Channel(ours.detach(), takes_files=True)
+    channel = Channel(ours.detach())
     with theirs:
         theirs.send(answer)
         with pytest.raises(OSError, match=r"bad answer|no file came|Unknown error"):

@@ -32,7 +32,7 @@ class Host:
         self.reason = ""
         monkeypatch.setattr(confining, "confine", self._confine)
         monkeypatch.setattr(seccomp, "why_not", lambda: self.reason)
-        monkeypatch.setattr("pyvmm.jail.root.Namespaces", SimpleNamespace)
+        monkeypatch.setattr("pyvmm.jail.namespaces.Namespaces", SimpleNamespace)
         monkeypatch.setattr("os.geteuid", lambda: 1000)
 
     def _confine(self, plan: Plan) -> Confinement:
@@ -82,7 +82,7 @@ def test_off_is_said_aloud_and_gives_nothing_up(
 
 
 def test_on_is_silent(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Jail(options()).enter({}) is seccomp.enter
+    assert Jail(options()).enter({}) is seccomp.load
     assert capsys.readouterr().err == ""
 
 

@@ -17,7 +17,8 @@ from pyvmm.jail import landlock
 from pyvmm.jail.calls import prctl, system_call
 from pyvmm.jail.cgroup import Cgroup
 from pyvmm.jail.confine import Confinement, Plan, confine
-from pyvmm.jail.root import Namespaces, User
+from pyvmm.jail.namespaces import Namespaces
+from pyvmm.jail.root import User
 from tests.support.apart import NOBODY, apart, become_nobody, refuse_calls
 
 CAPGET, CAPSET, PERSONALITY, PRCTL, UNSHARE = 125, 126, 135, 157, 272

@@ -14,7 +14,8 @@ from typing import TypeVar
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.jail.root import Namespaces, NextNamespaces, User, parse_user
+from pyvmm.jail.namespaces import Namespaces
+from pyvmm.jail.root import MadeNamespaces, NextNamespaces, User, parse_user
 from tests.support.apart import NOBODY, apart, become_nobody, refuse_calls
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has what is given up here")
@@ -209,7 +210,7 @@ def test_the_process_and_the_host_stay_as_they_are_until_it_enters() -> None:
 
     def body(_: int) -> tuple[list[str], list[str], str, str]:
         before, place = namespaces_of(), os.getcwd()
-        made = Namespaces()
+        made = MadeNamespaces()
         made.wait()
         return before, namespaces_of(), place, os.getcwd()
 
@@ -228,7 +229,7 @@ def test_no_descriptor_is_left() -> None:
 
         fds = os.open("/proc/self/fd", os.O_RDONLY)
         found = [descriptors()]
-        unused = Namespaces()
+        unused = MadeNamespaces()
         unused.close()
         unused.close()
         found.append(descriptors())
@@ -257,16 +258,37 @@ def test_a_process_that_may_not_make_them_is_told() -> None:
 
 
 @needs_root
+@pytest.mark.parametrize("kind", [Namespaces, MadeNamespaces])
 @pytest.mark.parametrize("number", [UNSHARE, MOUNT, PIVOT_ROOT, SETNS])
-def test_a_call_that_is_forbidden_is_told_and_nothing_is_left(number: int) -> None:
-    def body(_: int) -> tuple[str, bool]:
+def test_a_call_that_is_forbidden_is_told_and_nothing_is_left(
+    number: int, kind: type[Namespaces]
+) -> None:
+    """Later steps of the jail still see the host's /proc."""
+    def body(_: int) -> tuple[str, bool, bool]:
         fds = os.open("/proc/self/fd", os.O_RDONLY)
         before = set(os.listdir(fds))
         refuse_calls(errno.EPERM, number)
-        made = Namespaces()
-        return refusal(made.enter), set(os.listdir(fds)) == before
+        made = kind()
+        return (
+            refusal(made.enter), set(os.listdir(fds)) == before, os.path.exists("/proc/self/task")
+        )
 
-    assert apart(body) == ("EPERM", True)
+    if number != SETNS or kind is MadeNamespaces:
+        assert apart(body) == ("EPERM", True, True)
+
+
+@needs_root
+def test_they_can_be_made_before_anything_is_given_up() -> None:
+    def body(_: int) -> tuple[bool, bool, list[str]]:
+        before, made = namespaces_of(), Namespaces()
+        made.check()
+        are_others = not set(before) & set(namespaces_of())
+        sees_files = os.path.exists("/proc/self/task")
+        made.check()
+        made.enter()
+        return are_others, sees_files, os.listdir("/")
+
+    assert apart(body) == (True, True, [])
 
 
 @needs_root
@@ -323,4 +345,4 @@ def test_no_thread_to_make_them_is_as_if_they_could_not_be_made(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert refusal(Namespaces().enter) == "EAGAIN"
+    assert refusal(MadeNamespaces().enter) == "EAGAIN"

@@ -39,7 +39,8 @@ with Bundle(default_path("late")) as bundle:
         __import__(name)
     os.stat = real
     notes["is_closed"] = False
-bundle.update(missing)
+from pyvmm.startup.bundle_writing import update
+update(bundle, missing)
 notes["events"] = events
 notes["file"] = sys.modules[json.loads(sys.argv[2])[0]].__file__
 print(json.dumps(notes))

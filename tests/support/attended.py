@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from socket import AF_UNIX, SHUT_RDWR, SOCK_SEQPACKET, socket, socketpair
 
 from pyvmm.attendant.duties import Duties
-from pyvmm.attendant.messages import decode
-from pyvmm.attendant.remote import Channel
+from pyvmm.attendant.reading import decode
+from pyvmm.attendant.remote_files import Channel
 from pyvmm.attendant.server import Server
 from pyvmm.run.outcome import Outcome
 from pyvmm.run.verdict import Evidence
@@ -40,10 +40,14 @@ class Attended:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def channel(self, *, takes_files: bool = True) -> Channel:
+    def channel(self) -> Channel:
         """Return the machine's end with the code that a machine has; it is closed by that."""
+        return Channel(self.taken())
+
+    def taken(self) -> int:
+        """Return the descriptor of the machine's end, which the caller closes."""
         self.socket.setblocking(True)
-        return Channel(self.socket.detach(), takes_files=takes_files)
+        return self.socket.detach()
 
     def ask(self, data: bytes) -> tuple[int, tuple[int | str, ...]]:
         """Send ``data``, whatever it is, and return the answer."""

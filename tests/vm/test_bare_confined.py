@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.jail.confine import Plan, confine
-from pyvmm.jail.root import Namespaces, User
+from pyvmm.jail.namespaces import Namespaces
+from pyvmm.jail.root import User
 from pyvmm.run.outcome import Kind, Outcome
 from tests.support.apart import NOBODY, apart, become_nobody, refuse_calls
 from tests.support.disk_guest import built, disk_machine, expected_disk, wait_for_rounds
@@ -54,8 +55,6 @@ def run_confined(
         its_namespaces = Namespaces() if namespaces else None
         machine = built(config)  # not closed: the Kvm object does not know that its file is
         before()
-        if its_namespaces is not None:
-            its_namespaces.wait()
         confine(Plan(
             kept=(*open_descriptors(), fd), more_files=MORE_FILES, user=user,
             namespaces=its_namespaces,

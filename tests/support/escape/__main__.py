@@ -50,10 +50,10 @@ class Escape:
         self._results = results
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._buffers = Buffers()
-        self._enter = seccomp.enter
+        self._enter = seccomp.load
         self._machine = Machine()
         self._limit_s = patient(HANGS_S)  # it looks at the host, which the jail forbids
-        seccomp.enter = self.enter
+        seccomp.load = self.enter
         self._watch(handles.Vm, "vm")
         self._watch(handles.Vcpu, "vcpu")
 
@@ -68,7 +68,7 @@ class Escape:
         setattr(handle, "__init__", note)  # noqa: B010 - mypy takes no other type for it
 
     def enter(self, kind: str) -> None:
-        """Stand in for ``seccomp.enter``."""
+        """Stand in for ``seccomp.load``."""
         found = self.attempts()
         if self._mode != "real":
             if self._kind in ("", kind):
