@@ -232,7 +232,7 @@ class Controlled:
 
     def __init__(self, folder: Path, *code: bytes, options: tuple[str, ...]) -> None:
         self._path = folder / "control"
-        self.run = StrictRun(folder, *code, options=("--control", str(self._path), *options))
+        self.run = StrictRun(folder, *code, options=(*options, "--control", str(self._path)))
         wait_until(self._path.exists, 60)
         self.client = Client.connect(str(self._path), timeout_s=patient(60))
 
