@@ -86,7 +86,7 @@ def _details(one: Report) -> list[str]:
 
 def _shown(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{count} {kind}" for kind, count in sorted(value.items()))
+        return "; ".join(f"{count} {kind}" for kind, count in sorted(value.items()))
     return str(value)
 
 

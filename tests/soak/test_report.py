@@ -47,7 +47,7 @@ def test_counts_of_kinds_and_many_commits_are_one_line(tmp_path: Path) -> None:
     assert found is not None
     text = report.page([{**found, "figures": {"VMs": {"raw": 3, "nbd": 12}}}])
     assert "| 2026-12-00 to 2026-12-05 | 6, from c0 to c5 |" in text
-    assert "- VMs: 12 nbd, 3 raw\n" in text
+    assert "- VMs: 12 nbd; 3 raw\n" in text
 
 
 def test_a_part_that_has_not_run_is_not_in_it(tmp_path: Path) -> None:
