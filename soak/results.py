@@ -61,7 +61,7 @@ def read(path: Path) -> list[Run]:
 def add(runs: Iterable[Run], path: Path) -> list[Run]:
     """Add ``runs`` to the file ``path``, or put them in the place of older selves; return all."""
     known = {run["id"]: run for run in [*read(path), *runs]}
-    found = sorted(known.values(), key=lambda run: (run["part"], run["date"], run["id"]))
+    found = sorted(known.values(), key=lambda run: (run["part"], run["date"]))
     path.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
     return found
 
