@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from pyvmm.numerals import whole_number
-from soak import report
+from soak import report, results
 from soak.errors import PartError, TrialError
 from soak.journal import BusyError, Journal
 from soak.part import Part, Work
@@ -49,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=_count, default=2, help="trials at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=OUT, help="state and report")
     parser.add_argument("--trial", type=_count, help="only that trial of PART, done or not")
-    parser.add_argument("--fresh", action="store_true", help="forget what was done of the parts")
+    parser.add_argument("--results", type=Path, default=results.RESULTS,
+                        help="what was published: those trials are done "
+                             f"(default: {results.RESULTS.relative_to(ROOT)})")
+    parser.add_argument("--fresh", action="store_true",
+                        help="begin the parts anew, whatever was done and published")
     parser.add_argument("--list", action="store_true", help="say what parts there are")
     parser.add_argument("--publish", action="store_true",
-                        help=f"put the report into {PAGE.relative_to(ROOT)}")
+                        help=f"add what was done to --results, and put the totals into "
+                             f"{PAGE.relative_to(ROOT)}")
     parser.add_argument("--here", action="store_true",
                         help="never in the lab (used by the soak itself)")
     options = parser.parse_args(argv)
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{part.name:12} {part.size:6} {part.things:22} {part.about}")
         return 0
     if options.publish:
-        report.publish(_all_reports(options.out), PAGE)
+        _publish(options.out, options.results)
         return 0
     try:
         chosen = _chosen(options.words)
@@ -85,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if not options.here:
             ours = [part for part, _ in chosen if part.name not in NAMES]
-            report.write(_all_reports(options.out, *ours), options.out)
+            report.write(_reports([*map(load, NAMES), *ours], options.out), options.out)
     if not options.here:
         print(report.page(_reports([part for part, _ in chosen], options.out)))
     return FOUND if failures else 0
@@ -122,15 +127,20 @@ def _count(text: str) -> int:
     return number
 
 
-def _all_reports(out: Path, *more: Part) -> list[report.Report]:
-    """Return those of all parts that have run, and of ``more``."""
-    names = [name for name in NAMES if (out / f"{name}.jsonl").exists()]
-    return _reports([*map(load, names), *more], out)
-
-
-def _reports(parts: Iterable[Part], out: Path) -> list[report.Report]:
-    found = (report.report_of(part, _journal(out, part)) for part in parts)
+def _reports(parts: Iterable[Part], out: Path) -> list[results.Report]:
+    """Return those of the ``parts`` that have run here."""
+    found = (results.report_of(part, results.runs_of(part, _journal(out, part))) for part in parts)
     return [one for one in found if one is not None]
+
+
+def _publish(out: Path, kept: Path) -> None:
+    """Add the runs in ``out`` to the file ``kept``, and put the totals of that into the page."""
+    parts = [load(name) for name in NAMES]
+    runs = results.add(
+        [run for part in parts for run in results.runs_of(part, _journal(out, part))], kept
+    )
+    found = (results.report_of(part, runs) for part in parts)
+    report.publish([one for one in found if one is not None], PAGE)
 
 
 def _journal(out: Path, part: Part) -> Path:
@@ -145,9 +155,13 @@ def _soak(part: Part, size: int, options: argparse.Namespace) -> int:
         shutil.rmtree(options.out / part.name, ignore_errors=True)
     # In the lab a lock would not be seen from outside: the soak outside has it.
     with Journal(path, is_locked=not options.here) as journal:
+        if options.fresh:
+            journal.add({"fresh": True})
         work = Work(
             part=part, journal=journal, size=size, folder=options.out / part.name,
             scratch=Path(), say=say, jobs=max(1, options.jobs), only=options.trial,
+            published=frozenset() if journal.is_fresh
+            else results.trials_of(results.read(options.results), part.name),
         )
         if work.left():
             work.folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +211,8 @@ def _runs_linux() -> bool:
 def _in_lab(part: Part, size: int, options: argparse.Namespace) -> int:
     """Do the same in the lab, which writes the journal here as it goes."""
     options.out.mkdir(parents=True, exist_ok=True)
-    words = ["--here", f"{part.name}={size}", "--jobs", "1", "--out", str(options.out.resolve())]
+    words = ["--here", f"{part.name}={size}", "--jobs", "1", "--out", str(options.out.resolve()),
+             "--results", str(options.results.resolve())]
     if options.trial is not None:
         words += ["--trial", str(options.trial)]
     lab = pyvmm("lab", "--memory", "4G", "--rw", options.out.resolve(), "--")

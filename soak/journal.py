@@ -27,7 +27,8 @@ class Journal:
     """The lines of the file ``path``, which is made if there is none; locked until it is closed.
 
     A line with ``leg`` begins a stretch without interruption; one with ``trial`` is a trial's, and
-    has ``failed`` if that did; one with ``left`` names what the part has left behind.
+    has ``failed`` if that did; one with ``left`` names what the part has left behind; one with
+    ``fresh`` says that published trials do not count as done.
     Its methods may be called from any thread.  BusyError if another process has the file.
     """
 
@@ -62,6 +63,12 @@ class Journal:
         """The trials so far, in the order in which they ended."""
         with self._lock:
             return [line for line in self._lines if "trial" in line]
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if the part was begun anew, whatever had been published of it."""
+        with self._lock:
+            return any("fresh" in line for line in self._lines)
 
     @property
     def legs(self) -> int:

@@ -78,7 +78,8 @@ class Work:
     """The trials of ``part`` up to ``size`` that ``journal`` does not have yet.
 
     ``folder`` is the part's, for what it makes once and keeps; ``scratch`` is gone at the end.
-    ``only``: that one trial, done or not, and without a note in the journal.
+    ``only``: that one trial, done or not, and without a note in the journal.  ``published`` are
+    trials that count as done, wherever that was.
     """
 
     part: Part
@@ -89,6 +90,7 @@ class Work:
     say: Callable[[str], None]
     jobs: int = 2
     only: int | None = None
+    published: frozenset[int] = frozenset()
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _began_s: float = field(default_factory=time.monotonic)
     _shown_s: float = 0.0
@@ -101,8 +103,13 @@ class Work:
         """The numbers of the trials that are to be done, in order."""
         if self.only is not None:
             return [self.only]
-        done = {line["trial"] for line in self.journal.trials}
+        done = {line["trial"] for line in self._done()}
         return [number for number in self.part.trials(self.size) if number not in done]
+
+    def _done(self) -> list[Line]:
+        here = self.journal.trials
+        elsewhere = self.published - {line["trial"] for line in here}
+        return [*here, *({"trial": number} for number in elsewhere)]
 
     def each(self, do: Callable[[Trial], Figures]) -> None:
         """Do every trial that is left, ``jobs`` at a time.
@@ -182,7 +189,7 @@ class Work:
 
     def progress(self, now_s: float) -> str:
         """Return a line on how far the work is."""
-        done = self.part.things_done(self.journal.trials)
+        done = self.part.things_done(self._done())
         rate = self._ended / max(now_s - self._began_s, 1e-3)
         to_go = f", {len(self.left()) / rate / 60:.0f} min to go" if self._ended else ""
         return (
@@ -194,6 +201,9 @@ class Work:
         """Keep what is left of a trial that failed; return its place."""
         kept = self.folder / f"failed-{name}"
         remove(kept)
+        for path in folder.rglob("*"):
+            if not (path.is_dir() or path.is_file()):
+                path.unlink()  # a socket of a server that was killed: no other file system takes it
         shutil.move(folder, kept)
         (kept / "why").write_text("".join(traceback.format_exception(error)))
         return kept

@@ -6,28 +6,28 @@ import datetime
 import json
 import os
 import platform
+import secrets
 import subprocess
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from soak.journal import Line, read_lines
-from soak.part import Part
+from soak.journal import Line
 from soak.processes import ROOT
+from soak.results import Report
 
-Report = dict[str, object]
 BEGIN, END = "<!-- soak report: python -m soak --publish -->", "<!-- end of the soak report -->"
 COLUMNS = 99
 COMMIT = "PYVMM_SOAK_COMMIT"
-_FAILURES_SHOWN = 20
+_COMMITS_SHOWN = 4
 
 
 def this_leg(size: int) -> Line:
     """Return the line that begins a stretch of work on ``size`` things, here and now."""
     return {
-        "leg": _now(), "size": size, "commit": commit(), "host": platform.release(),
-        "python": platform.python_version(), "cpus": len(os.sched_getaffinity(0)),
-        "lab": bool(os.environ.get("PYVMM_LAB")),
+        "leg": _now(), "id": secrets.token_hex(6), "size": size, "commit": commit(),
+        "host": platform.release(), "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)), "lab": bool(os.environ.get("PYVMM_LAB")),
     }
 
 
@@ -46,35 +46,6 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def report_of(part: Part, journal: Path) -> Report | None:
-    """Return the report on ``part``; None if it has never run."""
-    lines = list(read_lines(journal))
-    trials = [line for line in lines if "trial" in line]
-    legs = [line for line in lines if "leg" in line]
-    if not trials:
-        return None
-    failed = [f"trial {line['trial']}: {line['failed']}" for line in trials if "failed" in line]
-    left = [line["left"] for line in lines if "left" in line]
-    good = [line for line in trials if "failed" not in line]
-    return {
-        "part": part.name, "about": part.about, "things": part.things,
-        "done": part.things_done(trials),
-        "asked": max((line["size"] for line in legs), default=0),
-        "failed": len(failed) + len(left), "failures": [*failed[:_FAILURES_SHOWN], *left],
-        "hours": round(sum(line["s"] for line in trials) / 3600, 2),
-        "stretches": len(legs),
-        "commits": sorted({line["commit"] for line in legs}),
-        "from": legs[0]["leg"] if legs else "",
-        "where": sorted({_where(line) for line in legs}),
-        "figures": dict(part.summary(good)),
-    }
-
-
-def _where(leg: Mapping[str, object]) -> str:
-    place = "the lab" if leg["lab"] else "this host"
-    return f"{place}, Linux {leg['host']}, {leg['cpus']} CPUs, Python {leg['python']}"
-
-
 def write(reports: Sequence[Report], out: Path) -> None:
     """Write ``report.json`` and ``report.md`` into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
@@ -84,27 +55,39 @@ def write(reports: Sequence[Report], out: Path) -> None:
 
 def page(reports: Sequence[Report]) -> str:
     """Return the reports as Markdown: a table, then the figures of each part."""
-    rows = ["| part | done | failed | VM hours | date | commit |", "|---|---|---|---|---|---|"]
-    for one in reports:
-        commits = one["commits"]
-        assert isinstance(commits, list)
-        rows.append(
-            f"| `{one['part']}` | {one['done']} {one['things']} | {one['failed']} |"
-            f" {one['hours']} | {str(one['from'])[:10]} | {', '.join(commits)} |"
-        )
+    rows = ["| part | done | failed | VM hours | when | commits |", "|---|---|---|---|---|---|"]
+    rows += [
+        f"| `{one['part']}` | {one['done']} {one['things']} | {one['failed']} | {one['hours']} |"
+        f" {_days(one)} | {_commits(one['commits'])} |"
+        for one in reports
+    ]
     return "\n".join([*rows, "", *(line for one in reports for line in _details(one))])
+
+
+def _days(one: Report) -> str:
+    first, last = one["from"][:10], one["to"][:10]
+    return str(first if first == last else f"{first} to {last}")
+
+
+def _commits(commits: Sequence[str]) -> str:
+    if len(commits) <= _COMMITS_SHOWN:
+        return ", ".join(commits)
+    return f"{len(commits)}, from {commits[0]} to {commits[-1]}"
 
 
 def _details(one: Report) -> list[str]:
     figures, failures, where = one["figures"], one["failures"], one["where"]
-    assert isinstance(figures, dict)
-    assert isinstance(failures, list)
-    assert isinstance(where, list)
     lines = [*_wrapped(f"**{one['part']}**: {one['about']}. On {'; '.join(where)}."), ""]
     for name, value in figures.items():
-        lines += _wrapped(f"- {name}: {value}")
+        lines += _wrapped(f"- {name}: {_shown(value)}")
     lines += [f"- FAILED: {text}" for text in failures]
     return [*lines, ""] if figures or failures else lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{count} {kind}" for kind, count in sorted(value.items()))
+    return str(value)
 
 
 def _wrapped(text: str) -> list[str]:

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from typing import NoReturn
 
 import pyvmm
@@ -25,23 +26,30 @@ LIMIT_S = 600.0
 def main() -> int:
     """Command line."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    with pyvmm.Snapshot.open(sys.argv[1]) as snapshot:
-        for line in sys.stdin:
-            pid = os.fork()
-            if not pid:
-                _be_a_vm(snapshot, *json.loads(line))
-            print(pid, flush=True)
+    directory = sys.argv[1]
+    with pyvmm.Snapshot.open(directory) as snapshot, snapshot.clone():
+        pass  # all modules are loaded before the first fork: in the lab they take seconds
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            _be_a_vm(directory, *json.loads(line))
+        print(pid, flush=True)
     return 0
 
 
-def _be_a_vm(snapshot: pyvmm.Snapshot, console: str, image: str, overlay: str) -> NoReturn:
-    """Run a clone, whose end is this process's."""
+def _be_a_vm(directory: str, console: str, image: str, overlay: str) -> NoReturn:
+    """Run a clone, whose end is this process's; a Snapshot is not for more than one process."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         disk = pyvmm.Overlay(image, overlay) if overlay else pyvmm.RawDisk(image)
-        with snapshot.clone(console=console, disks={DISK: disk}, timeout_s=LIMIT_S) as clone:
+        with (
+            pyvmm.Snapshot.open(directory) as snapshot,
+            snapshot.clone(console=console, disks={DISK: disk}, timeout_s=LIMIT_S) as clone,
+        ):
             status = clone.run().exit_status
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

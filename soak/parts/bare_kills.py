@@ -11,6 +11,7 @@ import contextlib
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def summary(trials: Sequence[Figures]) -> Figures:
     return {
         "SIGKILLs": sum(line.get("kills", 0) for line in trials),
         "records acknowledged, all found": sum(line.get("acked", 0) for line in trials),
-        "kinds of disk": len({line.get("kind") for line in trials}),
+        "trials, by kind of disk": dict(Counter(line["kind"] for line in trials)),
     }
 
 

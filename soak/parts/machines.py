@@ -125,7 +125,7 @@ def summary(trials: Sequence[Figures]) -> Figures:
     """Return the figures for the report."""
     samples = longest(trials, LEAST_SAMPLES)
     return {
-        "machines": len(trials), "the most in one process": len(samples), **drift_figures(samples),
+        "the most in one process": str(len(samples)), **drift_figures(samples),
     }
 
 

@@ -171,7 +171,7 @@ def summary(trials: Sequence[Figures]) -> Figures:
     """Return the figures for the report."""
     memory = Drift.of([line for line in trials if "available_kib" in line], "available_kib")
     return {
-        "starts": len(trials), "ways to run and to end": len({line["way"] for line in trials}),
+        "ways to run and to end": str(len({line["way"] for line in trials})),
         "left behind": "no process, file or socket",
         "available memory of the host in KiB, first to last quarter": str(memory),
     }

@@ -28,7 +28,7 @@ def test_each_part_does_what_is_asked_and_finds_nothing(tmp_path: Path) -> None:
     }
     words = [f"{name}={size}" for name, size in sizes.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "soak", *words, "--out", str(tmp_path)],
+        [sys.executable, "-m", "soak", "--fresh", *words, "--out", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=patient(240), check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

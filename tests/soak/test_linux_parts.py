@@ -20,7 +20,8 @@ SIZES = {"kills": 4, "crowd": 3, "fio": 20}
 def test_each_part_does_what_is_asked_and_finds_nothing(tmp_path: Path) -> None:
     words = [f"{name}={size}" for name, size in SIZES.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "soak", "--here", "--jobs", "1", *words, "--out", str(tmp_path)],
+        [sys.executable, "-m", "soak", "--here", "--fresh", "--jobs", "1", *words,
+         "--out", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=patient(900), check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from soak import report
+from soak import report, results
 from soak.journal import Journal
 from soak.part import Part
 
 PART = Part(
     name="toy", about="a toy", things="toys", size=40, unit=2, run=lambda work: None,
     summary=lambda trials: {"good trials": len(trials)},
-)
-CROWD = Part(
-    name="crowd", about="a crowd", things="VMs", size=20, at_once=True, run=lambda work: None,
 )
 
 
@@ -28,12 +25,12 @@ def test_a_report_has_all_that_ran(tmp_path: Path) -> None:
         journal.add({**report.this_leg(6), "commit": "other"})
         journal.add({"trial": 2, "s": 3600.0})
         journal.add({"left": "a file"})
-    found = report.report_of(PART, journal.path)
+    found = results.report_of(PART, results.runs_of(PART, journal.path))
     assert found is not None
     assert (found["done"], found["asked"], found["hours"]) == (6, 8, 2.0)
     assert (found["failed"], found["failures"]) == (2, ["trial 1: so", "a file"])
     assert found["figures"] == {"good trials": 2}
-    assert len(found["commits"]) == 2  # type: ignore[arg-type]
+    assert found["commits"] == [report.commit(), "other"]
     report.write([found], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == [found]
     text = (tmp_path / "out" / "report.md").read_text()
@@ -41,20 +38,23 @@ def test_a_report_has_all_that_ran(tmp_path: Path) -> None:
     assert "- FAILED: trial 1: so\n" in text
 
 
+def test_counts_of_kinds_and_many_commits_are_one_line(tmp_path: Path) -> None:
+    with Journal(tmp_path / "toy.jsonl") as journal:
+        for number in range(6):
+            journal.add({**report.this_leg(8), "commit": f"c{number}", "leg": f"2026-12-0{number}"})
+            journal.add({"trial": number, "s": 1.0})
+    found = results.report_of(PART, results.runs_of(PART, journal.path))
+    assert found is not None
+    text = report.page([{**found, "figures": {"VMs": {"raw": 3, "nbd": 12}}}])
+    assert "| 2026-12-00 to 2026-12-05 | 6, from c0 to c5 |" in text
+    assert "- VMs: 12 nbd; 3 raw\n" in text
+
+
 def test_a_part_that_has_not_run_is_not_in_it(tmp_path: Path) -> None:
-    assert report.report_of(PART, tmp_path / "none") is None
+    assert results.runs_of(PART, tmp_path / "none") == []
     with Journal(tmp_path / "toy.jsonl") as journal:
         journal.add(report.this_leg(8))
-    assert report.report_of(PART, journal.path) is None
-
-
-def test_of_crowds_the_largest_counts(tmp_path: Path) -> None:
-    with Journal(tmp_path / "a.jsonl") as journal:
-        for number in (3, 20, 10):
-            journal.add({"trial": number, "s": 1.0})
-    found = report.report_of(CROWD, journal.path)
-    assert found is not None
-    assert found["done"] == 20
+    assert results.report_of(PART, results.runs_of(PART, journal.path)) is None
 
 
 def test_it_is_published_between_two_marks(tmp_path: Path) -> None:

@@ -119,6 +119,20 @@ def test_whatever_is_wrong_is_a_failure_that_stays(
     assert soak(tmp_path, f"{TOY}=10")[0] == 1, "it is not forgotten when the part goes on"
 
 
+def test_what_was_published_is_done_unless_all_begins_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps([{"part": "toy", "trials": "0-3 5"}]))
+    here = tmp_path / "here"
+    assert soak(here, f"{TOY}=6", "--results", str(kept))[0] == 0
+    assert trials(here) == [4]
+    status, said = soak(here, f"{TOY}=6", "--results", str(kept))
+    assert (status, trials(here)) == (0, [4])
+    assert "toy: 6 of 6 toys" in said
+    assert soak(here, f"{TOY}=3", "--results", str(kept), "--fresh")[0] == 0
+    assert soak(here, f"{TOY}=6", "--results", str(kept))[0] == 0
+    assert sorted(trials(here)) == list(range(6)), "once begun anew, it goes on like that"
+
+
 def test_one_trial_is_done_once_more_alone(tmp_path: Path) -> None:
     soak(tmp_path, f"{TOY}=5", plant="fails")
     before = list(read_lines(tmp_path / "toy.jsonl"))

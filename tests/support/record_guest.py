@@ -41,6 +41,7 @@ STOPPED = Outcome(Kind.STOPPED)
 class Variant:
     """A guest: its writers and vCPUs, and how its disk is offered and mounted."""
 
+    name: str
     writers: int = 1
     cpus: int = 1
     disk: str = ""
@@ -61,10 +62,10 @@ class Variant:
 
 
 VARIANTS = (
-    Variant(),
-    Variant(writers=4, cpus=4, disk=",queues=4"),
-    Variant(disk=",writeback=off"),
-    Variant(writers=2, mount="-o data=journal"),
+    Variant("one writer"),
+    Variant("four writers, vCPUs and queues", writers=4, cpus=4, disk=",queues=4"),
+    Variant("no volatile cache", disk=",writeback=off"),
+    Variant("data in the journal", writers=2, mount="-o data=journal"),
 )
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def _trial(trial: Trial) -> Figures:
         case "fails":
             raise TrialError("planted")
         case "raises":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(trial.folder / "socket"))
             raise ZeroDivisionError("planted")
         case "daemon":
             subprocess.run(["setsid", "sh", "-c", "sleep 300 >/dev/null 2>&1 &"], check=True)
@@ -31,7 +34,7 @@ def _trial(trial: Trial) -> Figures:
             subprocess.run(["sleep", "300"], check=True)
         case "cannot":
             raise PartError("planted")
-    return {"random": trial.random.random()}
+    return {"random": trial.random.randrange(1_000_000)}
 
 
 def _run(work: Work) -> None:
@@ -39,7 +42,7 @@ def _run(work: Work) -> None:
 
 
 def _summary(trials: Sequence[Figures]) -> Figures:
-    return {"sum": round(sum(line["random"] for line in trials), 6)}
+    return {"sum": sum(line["random"] for line in trials)}
 
 
 PART = Part(name="toy", about="a toy", things="toys", size=40, run=_run, summary=_summary)

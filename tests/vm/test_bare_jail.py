@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli.jailed import OFF
+from tests.support.bare import LONG_MODE_ENTRY, assemble
+from tests.support.kernels import ElfSegment, elf
 from tests.support.nbd_servers import nbdkit
 from tests.support.patience import patient
 from tests.support.tiny_guests import REPORT_7, SPIN, prints, write_guest
@@ -216,6 +218,21 @@ def test_a_jail_changes_neither_output_nor_status(tmp_path: Path, mode: str) -> 
     )
     assert (done.returncode, done.stdout) == (7, "hello\n")
     assert done.stderr == ("" if mode == "on" else f"pyvmm: {OFF}\n")
+
+
+@pytest.mark.parametrize("serve", ["thread", "exit"])
+def test_a_guest_in_the_jail_is_given_random_bytes(tmp_path: Path, serve: str) -> None:
+    """The vCPU's thread makes them: the entropy device is served at the exit (machine.py)."""
+    kernel = tmp_path / "asks.elf"
+    code = assemble("ask_device", LONG_MODE_ENTRY, tmp_path)
+    kernel.write_bytes(elf(ElfSegment(data=code, p_memsz=len(code))))
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "run", "--kernel", str(kernel), "--serve", serve,
+         "--timeout", str(patient(DEADLINE_S))],
+        stdin=subprocess.DEVNULL, capture_output=True, check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, b""), "the devices that it was told of"
+    assert len(set(done.stdout)) > 16, "of 64 random bytes"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
