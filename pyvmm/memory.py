@@ -104,6 +104,7 @@ class GuestMemory:
     ) -> None:
         offsets, total = _place(ranges)
         self.fd: int | None = None
+        self.pagemap_fd: int | None = None  # ram.pagemap opens it
         self.image: MappableImage | None = None
         self._map: mmap.mmap | None = None
         try:
@@ -146,7 +147,7 @@ class GuestMemory:
     def empty(cls) -> GuestMemory:
         """Return a memory without RAM; ``add`` gives it regions that somebody else owns."""
         memory = cls.__new__(cls)
-        memory.fd = None
+        memory.fd = memory.pagemap_fd = None
         memory.image = None
         memory._map = None
         memory._closed = False
@@ -290,8 +291,9 @@ class GuestMemory:
             with contextlib.suppress(BufferError):
                 self._map.close()
             self._map = None
-        if self.fd is not None:
-            os.close(self.fd)
+        for fd in (self.fd, self.pagemap_fd):
+            if fd is not None:
+                os.close(fd)
         if self.image is not None:
             self.image.close()
 

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+from pyvmm import owners
 from pyvmm.control.connection import Call, Connection
 from pyvmm.control.messages import PROTOCOL, Params, RequestError, encode, shorten
 from pyvmm.control.methods import METHODS
@@ -17,6 +18,7 @@ from pyvmm.control.saves import Rewound
 from pyvmm.control.session import Session, ended_event
 from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
+from pyvmm.run.entered import EnteredThread
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.vhost_user.listener import Listener
@@ -82,11 +84,22 @@ class Server:
         self._doorway = None if listener is None else IoSource(
             listener.fileno(), self._accept, edge_triggered=False
         )
-        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._thread = EnteredThread("control", "control", self._run)
 
-    def start(self) -> None:
-        """Begin to serve, in a thread of its own."""
-        self._thread.start()
+    def start(self, enter: Callable[[str], None] | None = None) -> None:
+        """Begin to serve, in threads of its own, which first confine themselves by ``enter``.
+
+        HostError if this user has no thread left, or the host does not confine one.
+        """
+        threads = (self._session.worker.thread, self._thread)
+        for thread in threads:
+            thread.start(enter)
+        for thread in threads:
+            thread.wait()
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the descriptors that a jailed process must keep open for it, each with a name."""
+        return {fd: f"control: {use}" for fd, use in self._loop.descriptors().items()}
 
     def end(self, outcome: Outcome) -> bool:
         """The run has ended: tell all clients, and wait a little until they have taken it.
@@ -109,10 +122,10 @@ class Server:
     def close(self) -> None:
         """Stop serving; idempotent."""
         self._session.worker.join(WORK_S)
-        if self._thread.is_alive():
+        if self._thread.is_alive:
             self._loop.stop()
             self._thread.join(JOIN_S)
-        elif self._thread.ident is None:
+        elif not self._thread.has_begun:
             self._loop.close()
 
     @property
@@ -214,14 +227,12 @@ class Server:
             self._loop.remove(doorway)
             self._loop.call_in(ACCEPT_PAUSE_S, lambda: self._loop.add(doorway))
             return
-        if len(self._subscriptions) < MAX_CLIENTS:
+        if not _is_of_trusted_user(client):
+            _hang_up(client, "refused", "this machine belongs to another user")
+        elif len(self._subscriptions) >= MAX_CLIENTS:
+            _hang_up(client, "limit", f"{MAX_CLIENTS} clients are connected already")
+        else:
             self._connect(client)
-            return
-        with client, contextlib.suppress(OSError):
-            client.setblocking(False)
-            client.send(encode({"id": None, "error": {
-                "kind": "limit", "message": f"{MAX_CLIENTS} clients are connected already",
-            }}))
 
     def _connect(self, client: socket.socket, *, is_owner: bool = False) -> None:
         connection = Connection(
@@ -328,3 +339,17 @@ class Server:
             subscription.knows_the_end = True
             connection.send(ended)
 
+
+def _is_of_trusted_user(client: socket.socket) -> bool:
+    """True for this user and root, whatever the mode of the socket's file has become."""
+    try:
+        return owners.is_trusted(owners.peer_uid(client))
+    except OSError:
+        return False
+
+
+def _hang_up(client: socket.socket, kind: str, message: str) -> None:
+    """Tell ``client`` why it is not served, if it takes that now, and close it."""
+    with client, contextlib.suppress(OSError):
+        client.setblocking(False)
+        client.send(encode({"id": None, "error": {"kind": kind, "message": message}}))

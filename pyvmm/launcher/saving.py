@@ -21,9 +21,13 @@ WORK_TIMEOUT_S = 900.0
 
 
 def snapshot(
-    session: Session, directory: str | PathLike[str] | None, *, live: bool, diff: bool
+    session: Session, directory: str | PathLike[str] | None, *, live: bool, diff: bool,
+    jail: str,
 ) -> Clones:
-    """Save the machine and return the clones of it; see ``Vm.snapshot``."""
+    """Save the machine and return the clones of it; see ``Vm.snapshot``.
+
+    ``jail`` is that of each clone's process.
+    """
     check_path_or_none("directory", directory)
     check_flag("live", live)
     check_flag("diff", diff)
@@ -32,10 +36,10 @@ def snapshot(
         _call(session, "snapshot", {"dir": path, "live": live, "diff": diff})
 
     if directory is None:
-        return Clones.in_temporary_directory(make)
+        return Clones.in_temporary_directory(make, jail)
     path = os.path.abspath(directory)
     make(path)
-    return Clones(path)
+    return Clones(path, jail=jail)
 
 
 def checkpoint(session: Session) -> int:

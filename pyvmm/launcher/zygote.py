@@ -19,6 +19,7 @@ from pyvmm.launcher.process import (
     TERM_TIMEOUT_S,
     MachineProcess,
     both_ends,
+    end_children,
     environment,
 )
 from pyvmm.startup.types import TYPE_CHECKING
@@ -115,7 +116,11 @@ class Zygote:
             self._news.wait_for(lambda: pid in self._statuses or self._is_over, timeout_s)
             if pid in self._statuses:
                 return self._statuses[pid]
-            return _LOST if self._is_over and not _is_there(pid) else None
+            if not self._is_over or _is_there(pid):
+                return None
+        # Nobody waits for the clone any more; children that it has left keep its number in use.
+        end_children(pid)
+        return _LOST
 
     def forget(self, pid: int) -> None:
         """Forget a clone's process, which has ended."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pyvmm.config import MAX_CPUS, AnyDiskConfig, format_size
 from pyvmm.errors import ConfigError
+from pyvmm.jail import MODES
 from pyvmm.launcher.limits import boot_timeout_s
 from pyvmm.matrix.entries import (
     MAX_S,
@@ -36,7 +37,7 @@ MAX_FILE_BYTES = 1 << 20
 AGENTS = ("inject", "image")
 DEFAULT_MEMORY = "256M"
 _Value = TypeVar("_Value", str, int)
-TOP_KEYS = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "timeout",
+TOP_KEYS = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "jail", "timeout",
         "boot-timeout", "fail-on", "no-fail-on", "allow", "include", "exclude")
 
 
@@ -56,6 +57,7 @@ class Plan(Record):
     commands: tuple[tuple[str, Order], ...]
     append: str = ""
     agent: str = "inject"
+    jail: str = "on"
     excludes: tuple[tuple[tuple[str, str], ...], ...] = ()
     includes: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -109,6 +111,7 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
         ),
         append=read_append(top),
         agent=top.choice("agent", AGENTS, "inject"),
+        jail=top.choice("jail", MODES, "on"),
     )
     return plan.replace(
         excludes=tuple(_exclude(table, plan) for table in top.tables("exclude")),

@@ -52,6 +52,7 @@ class ConsoleDevice(RingDevice):
     """
 
     device_type = DeviceType.CONSOLE
+    thread_kind = "console"
 
     def __init__(
         self,
