@@ -17,7 +17,7 @@ IMAGE_PACKAGES := busybox-static e2fsprogs
 LAB_PACKAGES := qemu-system-x86 busybox-static
 AGENT_PACKAGES := musl-tools gcc binutils
 TEST_PACKAGES := gcc libc6-dev linux-libc-dev e2fsprogs nbdkit qemu-utils qemu-system-common acpica-tools lz4 zstd \
-	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod strace \
+	fdisk binutils xz-utils xfsprogs btrfs-progs squashfs-tools erofs-utils fakeroot dpkg-dev apt-utils kmod \
 	chromium $(AGENT_PACKAGES)
 # What guests of the tests run, from the host's packages: build/tools.img.
 TOOL_PACKAGES := fio util-linux e2fsprogs gcc libc6-dev
@@ -57,7 +57,7 @@ fi
 endef
 
 .PHONY: help run run-packages shell test test-packages test-kernels lint check slow-tests needs unit unit-tests vm-test
-.PHONY: power-cuts soak traced fuzz kernel stock debian agent
+.PHONY: power-cuts soak fuzz kernel stock debian agent
 .PHONY: image venv dev bench doctor clean
 
 help: ## this list
@@ -157,7 +157,7 @@ endef
 # $(call vm_tests,OPTIONS)
 define vm_tests
 $(call choose_host,--timeout 3600 --memory 3G)
-select=kvm rooms="tests/vm tests/docs tests/examples tests/soak"
+select=kvm rooms="tests/vm tests/docs tests/examples"
 [ -r /dev/kvm -a -w /dev/kvm ] || { select="kvm or bare"; rooms="$$rooms tests/api tests/board"; }
 $$host $(BIN)/python -m pytest -q -m "$$select" $(1) $$rooms $(PYTEST_ARGS)
 endef
@@ -178,14 +178,13 @@ vm-tests-%:
 power-cuts:
 	@$(BIN)/python -m pytest -q -m power_cut tests/vm $(PYTEST_ARGS)
 
-# Journals and the report are in build/soak: what is done is not done again.  docs/reliability.md
-soak: needs ## tests that take hours and go on where they were stopped; ARGS='kills cuts=500' picks parts and sizes
-	@$(BIN)/python -m soak $(ARGS)
-
-traced: dev ## hold the jail's table against what the bare tests really call (strace; ARGS='tests/vm/...' picks)
-	@$(call need,strace)
-	$(BIN)/python -m tests.support.traced --rules $(BIN)/python -m pytest -q -m bare -p no:cacheprovider \
-	  --deselect tests/vm/test_bare_escape.py --deselect tests/vm/test_bare_traced.py $(or $(ARGS),tests)
+soak: needs ## an hour of rings, 10,000 power cuts, a minute of load on four vCPUs, 50 snapshots of Linux, 100 clones
+	@$(call choose_host,--memory 4G)
+	PYVMM_SOAK_S=$${PYVMM_SOAK_S:-3600} $(BIN)/python -m pytest -q -s --timeout 0 tests/virtio/ring/test_ring_model.py
+	PYVMM_STRESS_S=60 $$host $(BIN)/python -m pytest -q --timeout 1200 tests/vm/test_smp.py
+	PYVMM_SNAPSHOTS=50 PYVMM_CLONES=100 $$host $(BIN)/python -m pytest -q -s --timeout 0 \
+	  tests/vm/test_linux_snapshots.py tests/vm/test_linux_clones.py
+	PYVMM_POWER_CUTS=10000 $(BIN)/python -m pytest -q -m power_cut --timeout 7200 tests/vm
 
 fuzz: dev ## fuzz what reads untrusted bytes for T seconds (60) in all; ARGS='rings text' picks targets
 	@$(BIN)/python -m fuzz --seconds $(T) $(ARGS)

@@ -46,7 +46,6 @@ def suites(contenders: dict[str, tuple[Contender, ...]]) -> tuple[Suite, ...]:
         bare.START_SUITE,
         boot.USER_SPACE_SUITE,
         boot.MEMORY_SUITE,
-        bare.jail_suite(ours),
         bare.exits_suite(ours),
         ram.suite(ours),
         *snapshot.suites(ours),

@@ -57,18 +57,8 @@ class _SignalsLetIn(SignalsAsTheyAre):
 def main() -> int:
     """Run ``pyvmm`` with the process's arguments, flush its output and return the exit status.
 
-    Print errors of any kind as lines of ours.  If a thread is left, the process ends here.
+    Print errors of any kind as lines of ours.
     """
-    status = _run()
-    threading = sys.modules.get("threading")
-    if threading is not None and threading.active_count() > 1:
-        # A thread that waits for a dead disk, say.  At Python's own end it would be ended by
-        # pthread_exit, for which the C library opens another library: in the jail it aborts.
-        os._exit(status)
-    return status
-
-
-def _run() -> int:
     try:
         status = run_command(sys.argv[1:], signals=_SignalsLetIn())
         sys.stdout.flush()

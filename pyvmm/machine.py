@@ -31,7 +31,6 @@ from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.entropy.device import EntropyDevice
 from pyvmm.x86 import layout
-from pyvmm.x86.stopped import runs_program
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -80,7 +79,8 @@ def build(
         made = plug_disks(board, config, runner, stack, report)
         console = stack.enter_context(contextlib.closing(open_console(config)))
         output = OutputBuffer(
-            console.output_fd, runner.wake, watch.feed, write=console.write,
+            console.output_fd, runner.wake, watch.feed,
+            write=console.outlet.write if console.outlet else None,
         )
         consoles = Consoles(config, board, console, output, runner.input_room)
         board.plug(EntropyDevice(), "entropy", at_exit=True)
@@ -294,8 +294,10 @@ class Machine:
             )
 
     def _runs_program(self) -> bool:
+        from pyvmm.x86 import cpu  # a machine of a snapshot needs it only now
+
         vcpus = (loop.vcpu for loop in self.loops)
-        return bool(self._timer.marks) or any(map(runs_program, vcpus))
+        return bool(self._timer.marks) or any(map(cpu.runs_program, vcpus))
 
     def pause(self, timeout_s: float | None = None) -> bool:
         """Pause the guest, from another thread than the one in ``run``: see ``Runner.pause``."""

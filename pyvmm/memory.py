@@ -104,7 +104,6 @@ class GuestMemory:
     ) -> None:
         offsets, total = _place(ranges)
         self.fd: int | None = None
-        self.pagemap_fd: int | None = None  # ram.pagemap opens it
         self.image: MappableImage | None = None
         self._map: mmap.mmap | None = None
         try:
@@ -147,7 +146,7 @@ class GuestMemory:
     def empty(cls) -> GuestMemory:
         """Return a memory without RAM; ``add`` gives it regions that somebody else owns."""
         memory = cls.__new__(cls)
-        memory.fd = memory.pagemap_fd = None
+        memory.fd = None
         memory.image = None
         memory._map = None
         memory._closed = False
@@ -291,9 +290,8 @@ class GuestMemory:
             with contextlib.suppress(BufferError):
                 self._map.close()
             self._map = None
-        for fd in (self.fd, self.pagemap_fd):
-            if fd is not None:
-                os.close(fd)
+        if self.fd is not None:
+            os.close(self.fd)
         if self.image is not None:
             self.image.close()
 

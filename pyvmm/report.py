@@ -30,11 +30,7 @@ if TYPE_CHECKING:
 MAX_LINE = 1000
 """Characters: their bytes fit into PIPE_BUF, which a pipe takes all of or nothing."""
 
-MAX_LINES_AN_HOUR = 200
-"""Of a ``Reporter``: a guest that complains for ever writes 5 MB a day (20 MB, if each character
-takes 4 bytes)."""
-MAX_LOG_BYTES = 1 << 30
-"""The most that one file takes of what a guest prints or sends.  Pipes and terminals take all."""
+REPEAT_S = 60.0
 
 
 def escape(text: str) -> str:
@@ -73,50 +69,44 @@ def echo(data: bytes, *, end: str = "\n") -> None:
 
 def end_line() -> None:
     """Begin a new line on standard output if it is a terminal: a guest may have left one open."""
-    outlet = terminal_outlet()
-    if outlet is not None:
-        with outlet, contextlib.suppress(OSError):
-            outlet.write(b"\n")
-
-
-def terminal_outlet() -> Outlet | None:
-    """Return an outlet to standard output, for the caller to close; None if it is no terminal."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.isatty():
-            return Outlet(sys.stdout.fileno())
-    return None
+            write_text_now(sys.stdout, "\n")
 
 
-class Allowance:
-    """Lets at most ``burst`` lines pass in ``period_s`` seconds, and MAX_LINES_AN_HOUR."""
+class RepeatFilter:
+    """Callable that passes a line to ``report`` unless the same line went there under REPEAT_S ago.
 
-    def __init__(self, burst: int, period_s: float, clock: Callable[[], float]) -> None:
+    For complaints about a peer that repeats itself, such as a VMM that keeps reconnecting.
+    """
+
+    _MOST = 100  # lines whose time is kept
+
+    def __init__(
+        self, report: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._report = report
         self._clock = clock
-        now_s = clock()
-        an_hour = max(burst, MAX_LINES_AN_HOUR)
-        self._windows = [[now_s, period_s, 0, burst], [now_s, 3600.0, 0, an_hour]]
-        """Each: its beginning, its length in seconds, the lines that passed in it, its limit."""
+        self._said_s: dict[str, float] = {}
 
-    def take(self) -> bool:
-        """Return True, and count the line, if one more may pass now."""
+    def __call__(self, line: str) -> None:
+        """Pass ``line`` to ``report``, unless it is a repetition."""
         now_s = self._clock()
-        for window in self._windows:
-            if now_s - window[0] >= window[1]:
-                window[0], window[2] = now_s, 0
-        if any(count >= limit for _, _, count, limit in self._windows):
-            return False
-        for window in self._windows:
-            window[2] += 1
-        return True
+        said_s = self._said_s.get(line)
+        if said_s is None or now_s - said_s >= REPEAT_S:
+            self._report(line)
+            self._said_s.pop(line, None)
+            if len(self._said_s) >= self._MOST:
+                del self._said_s[next(iter(self._said_s))]
+            self._said_s[line] = now_s
 
 
 class Reporter:
     """Callable that prints ``pyvmm: <line>``; at most ``burst`` lines in ``period_s`` seconds.
 
-    In an hour it prints MAX_LINES_AN_HOUR.  Lines over the limit, and lines for which the reader
-    has no room at once, are counted.  The next line that passes, or ``close()``, tells the count.
-    Control characters are escaped, because a line may quote bytes that the guest chose; a line ends
-    after MAX_LINE characters.
+    Lines over the limit, and lines for which the reader has no room at once, are counted.  The
+    next line that passes, or ``close()``, tells the count.  Control characters are escaped, because
+    a line may quote bytes that the guest chose; a line ends after MAX_LINE characters.
     """
 
     def __init__(
@@ -132,15 +122,23 @@ class Reporter:
         if (fd := _fd_of(self._stream)) is not None:
             with contextlib.suppress(OSError):
                 self._outlet = Outlet(fd)
-        self._allowance = Allowance(burst, period_s, clock)
+        self._burst = burst
+        self._period_s = period_s
+        self._clock = clock
         self._lock = threading.Lock()
+        self._window_start = clock()
+        self._in_window = 0
         self._dropped = 0
         self._is_cut = False  # True if the last line was cut and has no line end
 
     def __call__(self, line: str) -> None:
         """Print ``line``, or count it after too many lines."""
         with self._lock:
-            if not self._allowance.take():
+            now = self._clock()
+            if now - self._window_start >= self._period_s:
+                self._window_start, self._in_window = now, 0
+            self._in_window += 1
+            if self._in_window > self._burst:
                 self._dropped += 1
                 return
             self._say_dropped()
@@ -154,10 +152,6 @@ class Reporter:
             outlet, self._outlet = self._outlet, None
             if outlet is not None:
                 outlet.close()
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptor that was opened for the lines, with a name, if there is one."""
-        return {} if self._outlet is None else self._outlet.descriptors()
 
     def _say_dropped(self) -> None:
         if self._dropped and self._print(f"({self._dropped} more lines like these were left out)"):
@@ -221,7 +215,6 @@ class Outlet:
 
     def __init__(self, fd: int, *, is_ours: bool = False) -> None:
         self._close: Callable[[], None] | None = None
-        self._fd, self._own_fd = fd, -1
         self.write: Callable[[bytes], int]
         """Write some of the bytes and return how many; BlockingIOError if none, OSError."""
         mode = os.fstat(fd).st_mode
@@ -230,7 +223,7 @@ class Outlet:
             import socket
 
             own = socket.socket(fileno=os.dup(fd))
-            self._close, self._own_fd = own.close, own.fileno()
+            self._close = own.close
             self.write = lambda data: own.send(data, socket.MSG_DONTWAIT)
         elif not is_ours and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -242,17 +235,12 @@ class Outlet:
                     fd, data, 1 if is_character else len(data)
                 )
             else:
-                self._close, self._own_fd = functools.partial(os.close, again), again
+                self._close = functools.partial(os.close, again)
                 self.write = functools.partial(os.write, again)
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptor that the outlet opened, with a name, if there is one."""
-        return {self._own_fd: f"write to {self._fd}"} if self._own_fd >= 0 else {}
 
     def close(self) -> None:
         """Close what the outlet opened, not ``fd``; idempotent.  ``write`` then raises OSError."""
         close, self._close = self._close, None
-        self._own_fd = -1
         self.write = _write_after_close
         if close is not None:
             close()
@@ -262,30 +250,6 @@ class Outlet:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
-
-
-class FileLimit:
-    """Writes to a file by ``write``, as ``Outlet.write`` does, until it has ``limit`` bytes.
-
-    The last bytes are a line that says so.  Later bytes are dropped, and count as written: the
-    guest goes on.
-    """
-
-    def __init__(self, write: Callable[[bytes], int], limit: int = MAX_LOG_BYTES) -> None:
-        self._write = write
-        self._room = limit
-        self._note = f"\r\n==== pyvmm: this file takes no more than {limit} bytes ====\r\n".encode()
-
-    def write(self, data: bytes) -> int:
-        """Write some of the bytes and return how many; BlockingIOError if none, OSError."""
-        if self._room <= 0:
-            return len(data)
-        done = self._write(data if len(data) <= self._room else data[: self._room])
-        self._room -= done
-        if not self._room:
-            with contextlib.suppress(OSError):
-                self._write(self._note)
-        return done
 
 
 def _write_after_close(_data: bytes) -> int:

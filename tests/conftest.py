@@ -28,18 +28,6 @@ REPORT = "PYVMM_TEST_REPORT"
 SHOWN = 20
 
 
-@pytest.fixture(autouse=True)
-def _no_jail_around_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail a test that runs a machine's command in this process without ``--jail off``.
-
-    The jail would be around all further tests.
-    """
-    def refuse(_plan: object) -> None:
-        pytest.fail("this test would put pytest itself into the jail: give --jail off")
-
-    monkeypatch.setattr("pyvmm.jail.confine.confine", refuse)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--part N/M``: every M-th test, from the N-th on, of those that are selected."""
     parser.addoption("--part", metavar="N/M", default="1/1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import os
@@ -15,14 +14,7 @@ from typing import TextIO
 
 import pytest
 
-from pyvmm.cli.repeats import REPEAT_S, RepeatFilter
-from pyvmm.report import (
-    MAX_LINE,
-    MAX_LINES_AN_HOUR,
-    FileLimit,
-    Outlet,
-    Reporter,
-)
+from pyvmm.report import MAX_LINE, REPEAT_S, Outlet, RepeatFilter, Reporter
 
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
@@ -46,19 +38,6 @@ def test_a_flood_is_counted_not_printed() -> None:
     assert out.getvalue().splitlines()[3:] == [
         "pyvmm: (997 more lines like these were left out)", "pyvmm: later"
     ]
-
-
-def test_a_flood_that_never_ends_is_bounded_by_the_hour() -> None:
-    now_s = [0.0]
-    out = io.StringIO()
-    report = Reporter(out, clock=lambda: now_s[0])
-    for second in range(3 * 3600):
-        now_s[0] = second
-        for _ in range(3):
-            report("complaint")
-    said = out.getvalue().splitlines()
-    assert said.count("pyvmm: complaint") == 3 * MAX_LINES_AN_HOUR
-    assert len(said) < 3 * MAX_LINES_AN_HOUR + 200
 
 
 def test_control_characters_are_escaped() -> None:
@@ -221,29 +200,3 @@ def test_fault_40_an_outlet_writes_without_opening_anything(
     assert os.get_blocking(writer)
     os.close(reader)
     os.close(writer)
-
-
-def test_a_file_takes_no_more_than_its_limit_and_says_so() -> None:
-    written = bytearray()
-
-    def write(data: bytes) -> int:
-        written.extend(data[:7])  # short, as a full pipe's
-        return min(len(data), 7)
-
-    limited = FileLimit(write, 100)
-    for _ in range(50):
-        data = b"0123456789"
-        while data:
-            data = data[limited.write(data) :]
-    assert written[:100] == b"0123456789" * 10
-    assert written[100:] == b"\r\n==== "
-
-
-def test_a_file_that_fails_at_its_limit_fails_no_run() -> None:
-    def write(data: bytes) -> int:
-        if b"pyvmm" in data:
-            raise OSError(errno.ENOSPC, "full")
-        return len(data)
-
-    limited = FileLimit(write, 4)
-    assert [limited.write(b"abc"), limited.write(b"def"), limited.write(b"ef")] == [3, 1, 2]

@@ -30,7 +30,6 @@ from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import Exits, VcpuLoop
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.x86 import cpu, cpuid, layout
-from pyvmm.x86.stopped import describe_vcpu
 
 if TYPE_CHECKING:
     from pyvmm.api.hook_calls import Refusal
@@ -183,7 +182,7 @@ class BareGuest:
             return outcome
         with self._judging:  # whoever closes the guest waits here, too, before the vCPU is gone
             if not self._registers_at_end:
-                self._registers_at_end = describe_vcpu(self.board.memory, self.loops[0].vcpu)
+                self._registers_at_end = cpu.describe_vcpu(self.board.memory, self.loops[0].vcpu)
         return outcome.replace(
             detail=f"after {self._timeout_s:g} s\n{self._registers_at_end}"
         )
@@ -250,7 +249,7 @@ def _make_loop(
         _set_real_mode(vcpu, address)
     return VcpuLoop(
         vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish,
-        describe=functools.partial(describe_vcpu, board.memory, vcpu),
+        describe=functools.partial(cpu.describe_vcpu, board.memory, vcpu),
     )
 
 

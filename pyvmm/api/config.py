@@ -16,7 +16,6 @@ from pyvmm.config import (
     format_size,
 )
 from pyvmm.errors import ConfigError
-from pyvmm.jail import check_mode
 from pyvmm.numerals import shown, size_in_bytes
 from pyvmm.startup.types import TYPE_CHECKING, Record
 from pyvmm.virtio.rate_limit import RateLimit
@@ -41,10 +40,6 @@ class MachineConfig(Record):
     True to bring one into it, ``none`` or False for neither.  ``mmio``, ``serve``, ``rtc`` and
     ``discovery`` are explained by ``pyvmm run --help``.
 
-    ``jail`` is for the process that ``pyvmm.launch`` starts: ``on``, ``off`` or ``strict``
-    (docs/jail.md).  ``pyvmm.Machine`` runs in the script's own process, and has an argument of
-    its own.
-
     ConfigError, when a machine is made of it, names the option of the command line.
     """
 
@@ -62,7 +57,6 @@ class MachineConfig(Record):
     rtc: str = "utc"
     discovery: str = "both"
     agent: str | bool = "none"
-    jail: str = "on"
 
     def run_config(self) -> RunConfig:
         """Return the same as the command line's configuration; ConfigError, TypeError."""
@@ -77,7 +71,6 @@ class MachineConfig(Record):
         check_type("cpu", self.cpu, str, "str")
         check_type("append", self.append, str, "str")
         check_type("cmdline", self.cmdline, (str, type(None)), "str or None")
-        check_mode(self.jail)
         check_type("timeout_s", self.timeout_s, (*number, type(None)), "seconds or None")
         return RunConfig(
             kernel=self.kernel,

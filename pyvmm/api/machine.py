@@ -19,7 +19,7 @@ from pyvmm.api.arguments import (
     check_seconds,
 )
 from pyvmm.api.config import as_disk_config, check_type
-from pyvmm.api.running import RunningMachine, check_devices, entrance_of, log_line
+from pyvmm.api.running import RunningMachine, check_devices, log_line
 from pyvmm.config import DiskConfig, Source
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine as CoreMachine
@@ -48,8 +48,7 @@ class Machine(RunningMachine):
 
     ``report`` is called with lines about what is odd, from any thread; by default they go to the
     logger ``pyvmm`` as warnings.  ``devices`` are virtio devices of your own, by name
-    (docs/devices.md).  With ``jail="threads"`` each thread of the run may make only the system
-    calls of its work; hooks, disks and devices of your own run in these threads (docs/api.md).
+    (docs/devices.md).
 
     ConfigError for files and options that cannot work, HostError for a host that cannot.
     RuntimeError for a second start, for use after ``close``, and for a call that would wait for
@@ -208,7 +207,6 @@ class Snapshot:
         timeout_s: float | None = None,
         clock: str = "keep",
         report: Callable[[str], None] | None = None,
-        jail: str | None = None,
     ) -> Machine:
         """Return a machine that goes on from here once it is started, as often as you like.
 
@@ -217,8 +215,7 @@ class Snapshot:
         content, such as ``Overlay(base, path)``.  ``devices`` are needed again if the saved
         machine had any, with the same names.  ``console`` is a file that gets the guest's output
         too.  The run ends after ``timeout_s`` seconds.  ``clock`` "keep" has the guest's clock go
-        on from the snapshot, "now" has it show that time has passed.  ``jail`` is that of
-        ``Machine``.
+        on from the snapshot, "now" has it show that time has passed.
 
         A prepared clone is taken if there is one, unless ``disks``, ``devices`` or ``console`` ask
         for another machine.  SnapshotError, ConfigError, HostError.
@@ -228,7 +225,6 @@ class Snapshot:
         check_type("clock", clock, str, "'keep' or 'now'")
         check_report(report)
         check_devices(devices)
-        enter = entrance_of(jail)
         if disks is not None:
             check_by_index(disks)
         sources = {index: _source(index, disk) for index, disk in (disks or {}).items()}
@@ -244,9 +240,7 @@ class Snapshot:
                     devices=devices, report=tell,
                 )
             shell.lines.to = tell
-            machine = shell.become_clone(timeout_s=timeout_s, clock=clock)
-            machine.runner.enter = enter
-            return machine
+            return shell.become_clone(timeout_s=timeout_s, clock=clock)
 
         try:
             with EnoughFiles():

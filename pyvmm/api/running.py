@@ -12,7 +12,6 @@ from pyvmm.api.hooks import Hooks
 from pyvmm.api.lifetime import Lifetime
 from pyvmm.api.memory import MemoryHandle
 from pyvmm.api.vcpus import VcpuHandle
-from pyvmm.errors import ConfigError, HostError
 from pyvmm.open_files import EnoughFiles
 from pyvmm.report import escape
 from pyvmm.run.outcome import Kind, Outcome
@@ -31,10 +30,7 @@ if TYPE_CHECKING:
 
 
 class RunningMachine:
-    """``pyvmm.Machine`` without snapshots and checkpoints: it runs once, from start to end.
-
-    With ``jail="threads"`` each thread of the run has the filter of its kind (docs/api.md).
-    """
+    """``pyvmm.Machine`` without snapshots and checkpoints: it runs once, from start to end."""
 
     def __init__(
         self,
@@ -42,19 +38,16 @@ class RunningMachine:
         *,
         report: Callable[[str], None] | None = None,
         devices: Mapping[str, VirtioDevice] = MappingProxyType({}),
-        jail: str | None = None,
     ) -> None:
         if not isinstance(config, MachineConfig):
             raise TypeError(f"Machine takes a MachineConfig, not {type(config).__name__}")
         if report is not None and not callable(report):
             raise TypeError(f"report must be a function of a text, not {type(report).__name__}")
         check_devices(devices)
-        enter = entrance_of(jail)
         self._report = report or log_line
         self._is_built = False
         with EnoughFiles():
             self._take(built.build(config.run_config(), report=self._tell, devices=devices))
-        self._machine.runner.enter = enter
 
     def _take(self, machine: built.Machine) -> None:
         """Become the face of ``machine``, which was just built."""
@@ -239,22 +232,6 @@ def check_devices(devices: object) -> None:
                 type(device).__name__
             )
             raise TypeError(f"device {name}: must be a VirtioDevice, not {what}")
-
-
-def entrance_of(jail: str | None) -> Callable[[str], None] | None:
-    """Return what confines a machine's threads, for ``jail="threads"``; ConfigError, HostError."""
-    if jail is None:
-        return None
-    if jail != "threads":
-        raise ConfigError(
-            f"jail {jail!r}", "is 'threads' or None for a machine in your own process; "
-            "pyvmm.launch starts a process of its own, and MachineConfig(jail='on') confines it"
-        )
-    from pyvmm.jail import seccomp
-
-    if reason := seccomp.why_not():
-        raise HostError(f"jail='threads': {reason}")
-    return seccomp.enter
 
 
 def log_line(line: str) -> None:

@@ -15,7 +15,6 @@ from pyvmm.errors import ConfigError
 from pyvmm.kvm.handles import Vm
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.run.io_loop import LAST_WAIT_S, IoSource
-from pyvmm.run.threads import Worker
 from pyvmm.run.vcpu_loop import MMIO_GRANULE_BITS
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.virtio.device import VirtioDevice
@@ -54,8 +53,7 @@ class Board:
         self._stack = stack
         self._maps_pages = maps_pages
         self._report = report
-        self._extra_sources: list[tuple[str, str, IoSource]] = []
-        self._own_descriptors: dict[int, str] = {}
+        self._extra_sources: list[tuple[str, IoSource]] = []
         self._is_hurried = False
         # All in one piece of memory, because each piece is a slot of KVM's, and each slot that is
         # set waits until no vCPU of the host looks at the old ones: 1 to 8 ms.
@@ -97,12 +95,9 @@ class Board:
         self.slots.append(slot)
         return slot
 
-    def add_source(self, thread: str, source: IoSource, *, kind: str = "device") -> None:
-        """Have the thread called ``thread``, a slot's or one of its own, serve ``source`` too.
-
-        ``kind`` is that of a thread of its own (``Worker.kind``).
-        """
-        self._extra_sources.append((thread, kind, source))
+    def add_source(self, thread: str, source: IoSource) -> None:
+        """Have the thread called ``thread``, a slot's or one of its own, serve ``source`` too."""
+        self._extra_sources.append((thread, source))
 
     def add_port(self, name: str, base: int, chip: Chip) -> None:
         """Give ``chip`` its ports from ``base``; its state is saved as ``name``.
@@ -119,26 +114,12 @@ class Board:
         self.parts[name] = part
 
     @property
-    def workers(self) -> list[Worker]:
-        """The threads, each with its sources."""
-        kinds = {slot.name: slot.device.thread_kind for slot in self.slots}
-        sources = {slot.name: list(slot.sources) for slot in self.slots}
-        for name, kind, source in self._extra_sources:
-            kinds.setdefault(name, kind)
-            sources.setdefault(name, []).append(source)
-        return [Worker(name, kinds[name], found) for name, found in sources.items()]
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that all on the board keep open, each with a name."""
-        found = dict(self._own_descriptors)
-        found |= {source.fd: f"{name}: a source" for name, _, source in self._extra_sources}
-        if self.memory.fd is not None:
-            found[self.memory.fd] = "guest RAM"
-        if self.memory.pagemap_fd is not None:
-            found[self.memory.pagemap_fd] = "page map"
-        for slot in self.slots:
-            found |= slot.descriptors()
-        return found
+    def workers(self) -> list[tuple[str, list[IoSource]]]:
+        """The threads by name, each with what it has to serve."""
+        threads = {slot.name: list(slot.sources) for slot in self.slots}
+        for name, source in self._extra_sources:
+            threads.setdefault(name, []).append(source)
+        return list(threads.items())
 
     def map_memory(self, vm: Vm, *, can_map_pages: bool) -> None:
         """Give ``vm`` all memory: RAM, and the register pages if they are to be mapped.
@@ -162,8 +143,6 @@ class Board:
     def connect(self, vm: Vm) -> None:
         """Connect every slot with the interrupt chips of ``vm``."""
         ignored_ack_fd = eventfd(self._stack) if self._maps_pages else None
-        if ignored_ack_fd is not None:
-            self._own_descriptors[ignored_ack_fd] = "acknowledgements that nobody reads"
         for slot in self.slots:
             slot.connect(vm, ignored_ack_fd)
         self.vmgenid.connect(vm)

@@ -82,7 +82,7 @@ class Consoles:
         )
         self._board.pio.add(layout.SERIAL_PORT, Serial.LENGTH, self.uart)
         self._board.add_part("serial", self.uart)
-        self._board.add_source(THREAD, IoSource(polled_fd, self.uart.tick), kind=THREAD)
+        self._board.add_source(THREAD, IoSource(polled_fd, self.uart.tick))
         self.receive = serial.receive
         if self._hvc0 is not None and self._is_virtio:
             self.receive = self._hvc0.device.receive

@@ -13,7 +13,6 @@ from pyvmm.kvm.abi import KVM_CAP_MAX_VCPUS, KVM_CAP_TSC_DEADLINE_TIMER
 from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.run.runner import Runner
 from pyvmm.run.vcpu_loop import VcpuLoop
-from pyvmm.x86.stopped import describe_vcpu
 
 
 def check_cpus(kvm: Kvm, cpus: int) -> None:
@@ -46,17 +45,8 @@ def make_loops(
             vcpu, pio=board.pio, mmio=board.mmio, finish=runner.finish, machine=loops,
             describe=functools.partial(_describe, board, vcpu),
             at_end=consoles.finish, can_be_woken=vm.can_wake,
-            kind=_thread_kind(config, board),
         ))
     return loops
-
-
-def _thread_kind(config: RunConfig, board: Board) -> str:
-    """Return the kind of the vCPUs' threads, for a jail (docs/jail.md)."""
-    if config.serve == "exit":
-        return "vcpu-serving"
-    is_elsewhere = any(slot.device.is_served_elsewhere for slot in board.slots)
-    return "vcpu-elsewhere" if is_elsewhere else "vcpu"
 
 
 def describe_cpus(config: RunConfig, kvm: Kvm, vcpus: Sequence[Vcpu], memory_end: int) -> None:
@@ -72,4 +62,6 @@ def describe_cpus(config: RunConfig, kvm: Kvm, vcpus: Sequence[Vcpu], memory_end
 
 
 def _describe(board: Board, vcpu: Vcpu) -> str:
-    return describe_vcpu(board.memory, vcpu)
+    from pyvmm.x86 import cpu  # a machine of a snapshot needs it only now
+
+    return cpu.describe_vcpu(board.memory, vcpu)

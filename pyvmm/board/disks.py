@@ -72,19 +72,6 @@ def freeze_disks(board: Board) -> list[FrozenDisk]:
         return frozen
 
 
-def prepare_scratch(board: Board, open_file: Callable[[], int]) -> None:
-    """Have ``open_file`` make the nameless files for what the guest writes, the first ones now.
-
-    For a machine that goes into a jail, where a disk's thread can open nothing.
-    """
-    for slot in board.slots:
-        disk = getattr(slot.device, "disk", None)
-        disk = getattr(disk, "inner", disk)  # behind faults
-        use_scratch = getattr(disk, "use_scratch", None)
-        if use_scratch is not None:
-            use_scratch(open_file)
-
-
 def check_way_back(board: Board, frozen: Sequence[FrozenDisk]) -> None:
     """Raise SnapshotError, naming the disk and the remedy, unless ``revert_disks`` can be done."""
     from pyvmm.storage.freezing import check_revertible

@@ -23,8 +23,5 @@ class Origin(Record):
 class Base(Protocol):
     """The snapshot over whose image a machine's RAM is mapped (``pyvmm.snapshot``)."""
 
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that it keeps open, each with a name."""
-
     def close(self) -> None:
         """Give up the machine's share of it."""

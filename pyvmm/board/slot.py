@@ -130,13 +130,6 @@ class Slot:
             for queue, doorbell in enumerate(self.doorbells):
                 vm.ioeventfd(doorbell, self.base + Register.QUEUE_NOTIFY, 4, datamatch=queue)
 
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors of the slot and its device, each with a name."""
-        found = {self.irq_fd: "interrupt", self._news_fd: "look at the host"}
-        found |= {fd: f"doorbell {queue}" for queue, fd in enumerate(self.doorbells)}
-        found |= self.device.descriptors()
-        return {fd: f"{self.name}: {use}" for fd, use in found.items()}
-
     def close(self) -> None:
         """Stop and close the device, free its eventfds; idempotent."""
         self._resources.close()

@@ -1,10 +1,9 @@
-"""``pyvmm doctor``: report what this host's KVM and its jail can do, with remedies."""
+"""``pyvmm doctor``: report the abilities of this host's KVM, with a remedy for each failure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyvmm.jail.probe import Part, parts
 from pyvmm.kvm import probe
 from pyvmm.kvm.handles import Kvm
 from pyvmm.kvm.probe import Check, Host
@@ -15,9 +14,8 @@ from pyvmm.x86 import trial
 
 DESCRIPTION = """\
 Say what this host's KVM can do, one line each: ok, note (pyvmm works without it, less well) or
-FAIL with a remedy. Then a guest of a few instructions is run, to see whether this KVM can do what
-every Linux kernel does: return from an interrupt, take a breakpoint, take an interrupt. At the end
-a process enters the jail of a run (docs/jail.md), to see which parts of it this host has.
+FAIL with a remedy. At the end a guest of a few instructions is run, to see whether this KVM can do
+what every Linux kernel does: return from an interrupt, take a breakpoint, take an interrupt.
 """
 EPILOG = """\
 exit status: 0 if a stock Linux kernel can run here, 1 if not (then `pyvmm lab -- CMD` can)
@@ -53,9 +51,6 @@ def doctor_main(argv: list[str], host: Host | None = None) -> int:
             for line in _lines(check):
                 show(line)
     if not options.quiet:
-        for part in parts():
-            for line in _lines(_of_the_jail(part)):
-                show(line)
         show()
         show(_verdict(healthy))
     return 0 if healthy else 1
@@ -92,12 +87,6 @@ def _trials(kvm: Kvm, host: Host) -> Iterator[Check]:
             detail="works" if result.passed else result.detail,
             remedy="" if result.passed else remedy + probe.LAB,
         )
-
-
-def _of_the_jail(part: Part) -> Check:
-    return Check(
-        name="jail", passed=part.is_there, required=False, detail=part.text, remedy=part.remedy
-    )
 
 
 def _lines(check: Check) -> Iterator[str]:

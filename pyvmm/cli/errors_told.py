@@ -62,23 +62,11 @@ def output_failed(error: OSError) -> int:
 def show_traceback(args: list[str]) -> None:
     """Print the traceback of the present error, if ``args`` have -vv."""
     if "-vv" in args or args.count("-v") + args.count("--verbose") > 1:
-        try:
-            import traceback
-        except ImportError:  # in a jail, where the sources cannot be read either
-            _show_places()
-            return
+        import traceback
+
         for part in traceback.format_exception(*sys.exc_info()):
             # A frame has two lines; an error's text is one line, whatever is in it.
             complain(*(part.splitlines() if part.startswith("  ") else [part.strip("\n")]))
-
-
-def _show_places() -> None:
-    """Print where the present error was raised, and through which calls it came."""
-    place = sys.exc_info()[2]
-    while place is not None:
-        code = place.tb_frame.f_code
-        complain(f'  File "{code.co_filename}", line {place.tb_lineno}, in {code.co_name}')
-        place = place.tb_next
 
 
 def complain(*lines: str) -> None:

@@ -5,28 +5,22 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
-from pyvmm.cli.attended import PROGRAM
 from pyvmm.cli.descriptors import (
     allow_many_descriptors,
     needed_for_export,
 )
-from pyvmm.cli.jailed import JAIL_OPTIONS, Jail
 from pyvmm.cli.parse import parse_disk
-from pyvmm.cli.remover import remover_of
-from pyvmm.cli.repeats import RepeatFilter
 from pyvmm.config import DiskConfig
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.open_files import descriptor_limit, refuse_shortage, too_few
 from pyvmm.peers.eventfds import EventfdWriter
-from pyvmm.report import Reporter
+from pyvmm.report import RepeatFilter, Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.serving import serve
 from pyvmm.startup.commands import Command, Option
 from pyvmm.startup.options import parse_options
-from pyvmm.storage.backend import descriptors_of
 from pyvmm.vhost_user.server import Server
 from pyvmm.virtio.block import BlockDevice
 from pyvmm.virtio.block.config import MAX_QUEUE_SIZE
@@ -35,8 +29,6 @@ from pyvmm.virtio.rate_limit import RateLimiter
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
 """Signals that end an export as intended, with status 0."""
 
-FILES_OF_FRONT_ENDS = 1 << 14
-"""Descriptors that all front ends of an export may have it hold, at one time."""
 _ONE_DISK = "start one export for each disk"
 
 EPILOG = """\
@@ -79,7 +71,6 @@ COMMAND = Command(
         Option(name="--trust-memory",
                help="take memory from files that could shrink, too: a front end that shrinks "
                "one kills the export"),
-        *JAIL_OPTIONS,
         Option(name="--verbose", short="-v",
                help="say who connects and hangs up; -vv: tracebacks of errors too"),
     ),
@@ -108,8 +99,6 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
     report, eventfd_writer = Reporter(sys.stderr), EventfdWriter()
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
-        jail = Jail(args)
-        stack.callback(jail.close)
         made = contextlib.ExitStack()
         backend = stack.enter_context(
             contextlib.closing(disk.source.open(report=report, until_s=None, made=made))
@@ -135,23 +124,11 @@ def _export(args: SimpleNamespace, disk: DiskConfig, needed: int) -> int:
             servers.append(stack.enter_context(contextlib.closing(server)))
             return [IoSource(server.fileno(), server.service, edge_triggered=False)]
 
-        def begun(kept: Mapping[int, str]) -> Callable[[str], None] | None:
+        def begun() -> None:
             made.pop_all()
             if descriptor_limit() < needed:
                 report(too_few(needed, "this export with a front end"))
-            if not jail.is_on:
-                report(f"{disk.location} is served at {args.socket}")
-                return None
-            (server,) = servers
-            attendant = remover_of(server.give_name_away(), PROGRAM)
-            stack.callback(attendant.close)
-            kept = {
-                **kept, **server.descriptors(), **descriptors_of(backend), **report.descriptors(),
-                **attendant.descriptors(),
-            }
-            enter = jail.enter(kept, more_files=FILES_OF_FRONT_ENDS, may_grow=True)
             report(f"{disk.location} is served at {args.socket}")
-            return enter
 
         def refresh() -> None:
             before = backend.size_bytes

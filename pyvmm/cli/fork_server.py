@@ -2,8 +2,7 @@
 
 A start of Python and of pyvmm's modules costs more than all of a clone.  So this process pays for
 it once, and each clone is a fork of it that runs ``pyvmm restore`` with the modules that are there.
-The process has one thread when it forks, so a fork is safe.  It ends when its owner's end of the
-socket closes.
+The process has one thread, so a fork is safe.  It ends when its owner's end of the socket closes.
 
 Each message of the owner, over a SOCK_SEQPACKET socket, is a JSON list of the clone's options.
 Descriptors come with it: standard error first, then those that the options name by index,
@@ -27,29 +26,15 @@ MAX_MESSAGE_BYTES = 64 << 10
 MAX_FDS = 8
 
 
-def _do_nothing() -> None:
-    pass
-
-
 class ForkServer:
     """Forks a process for each message on ``owner``, until that is closed.
 
     ``run`` runs a command with some options in the forked process and returns its exit status.
-    ``before_fork`` ends all other threads; ``after_fork`` prepares the next clone.
     """
 
-    def __init__(
-        self,
-        owner: socket.socket,
-        run: Callable[[list[str]], int],
-        *,
-        before_fork: Callable[[], None] = _do_nothing,
-        after_fork: Callable[[], None] = _do_nothing,
-    ) -> None:
+    def __init__(self, owner: socket.socket, run: Callable[[list[str]], int]) -> None:
         self._owner = owner
         self._run = run
-        self._before_fork = before_fork
-        self._after_fork = after_fork
         self._children: dict[int, int] = {}  # by its pidfd, the process
 
     def serve(self) -> None:
@@ -77,16 +62,12 @@ class ForkServer:
             if not data:
                 return None
             words = _words(data, fds)
-            self._before_fork()
             pid = os.fork()
             if pid == 0:
                 self._become(words, fds)
-            try:
-                pidfd = _watch(pid)
-                self._children[pidfd] = pid
-                self._tell("started", pid)
-            finally:
-                self._after_fork()
+            pidfd = _watch(pid)
+            self._children[pidfd] = pid
+            self._tell("started", pid)
             return pidfd
         except (OSError, ValueError) as error:
             self._tell("failed", str(error))
@@ -114,9 +95,6 @@ class ForkServer:
     def _tell_end(self, pidfd: int) -> None:
         pid = self._children.pop(pidfd)
         os.close(pidfd)
-        # A clone that was taken over may leave children: its jail lets none leave its group.
-        with contextlib.suppress(OSError):
-            os.killpg(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         self._tell("ended", pid, os.waitstatus_to_exitcode(status))
 

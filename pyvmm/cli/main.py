@@ -69,7 +69,7 @@ def _run_command(command: str, args: list[str], signals: SignalsAsTheyAre) -> in
             gc.disable()
             from pyvmm.startup.bundle import Bundle, default_path
 
-            with Bundle(default_path(_bundle_name(args))) as bundle:
+            with Bundle(default_path()) as bundle:
                 from pyvmm.cli.run import run_main
 
                 return run_main(rest, bundle)
@@ -77,7 +77,7 @@ def _run_command(command: str, args: list[str], signals: SignalsAsTheyAre) -> in
             gc.disable()  # as for a run
             from pyvmm.startup.bundle import Bundle, default_path
 
-            with Bundle(default_path(_bundle_name(args))) as bundle:
+            with Bundle(default_path("restore")) as bundle:
                 from pyvmm.cli.restore import restore_main
 
                 return restore_main(rest, bundle)
@@ -145,15 +145,6 @@ def _run_command(command: str, args: list[str], signals: SignalsAsTheyAre) -> in
         case _:
             say_error(_no_such_command(args))
             return HOST_ERROR_STATUS
-
-
-def _bundle_name(args: list[str]) -> str:
-    """Return the name of the bundle of ``args``: a command, and another one if others control it.
-
-    Those have modules that a machine is saved with (``startup/late.py``).
-    """
-    is_controlled = any(word.startswith(("--control", "--clones-fd")) for word in args)
-    return f"{args[0]}-controlled" if is_controlled else args[0]
 
 
 def _no_such_command(args: list[str]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pyvmm.cli.descriptors import allow_many_descriptors
 from pyvmm.cli.parse import parse_disk
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.jail import check_mode
 from pyvmm.lab import INSIDE
 from pyvmm.matrix.display import progress_for
 from pyvmm.matrix.executor import Executor, Runner
@@ -72,9 +71,6 @@ examples:
         Option(name="--html", metavar="FILE", help="write the page to FILE instead"),
         Option(name="--only", metavar="PATTERN", many=True,
                help="only the runs whose names match PATTERN, as 'debian+*'; repeat for several"),
-        Option(name="--jail", metavar="MODE",
-               help="the jail of each VM's process, as in pyvmm run: on, strict or off (default: "
-               "FILE's jail, else on)"),
         Option(name="--list", help="print the names of the runs and do nothing else"),
         Option(name="--verbose", short="-v", help="-vv: tracebacks of errors"),
     ),
@@ -89,8 +85,6 @@ def matrix_main(argv: list[str], runner: Runner = run_one) -> int:
     """
     args = parse_options(COMMAND, argv)
     plan = read_plan(args.file, parse_disk)
-    if args.jail is not None:
-        plan = plan.replace(jail=check_mode(args.jail))
     runs = chosen(runs_of(plan), args.only)
     if args.list:
         for run in runs:

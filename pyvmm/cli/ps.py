@@ -100,9 +100,10 @@ def _facts(pid: int, folder: str, words: list[str]) -> dict[str, Any]:
 
 def _clone_facts(pid: int, folder: str, args: SimpleNamespace) -> dict[str, Any]:
     status = _ask(args, folder)
+    directory = os.path.join(f"{folder}/cwd", args.directory)
     memory = None
     with contextlib.suppress(OSError):
-        memory = os.stat(f"{_seen_by(folder, args.directory)}/ram").st_size
+        memory = os.stat(f"{directory}/ram").st_size
     return {
         "pid": pid,
         "uid": os.stat(folder).st_uid,
@@ -125,31 +126,13 @@ def _ask(args: SimpleNamespace, folder: str) -> dict[str, Any]:
     """Return the status that the machine itself tells; {} if it does not."""
     if args.control is None:
         return {}
+    # The name is relative to the other process's directory; /proc leads there.
+    path = args.control if args.control.startswith("/") else f"{folder}/cwd/{args.control}"
     try:
-        with Client.connect(_seen_by(folder, args.control), timeout_s=ASK_S) as client:
+        with Client.connect(path, timeout_s=ASK_S) as client:
             return client.call("status", timeout_s=ASK_S)
     except PyvmmError:
         return {}
-
-
-def _seen_by(folder: str, path: str) -> str:
-    """Return a path to the file that the process in ``folder`` of /proc has given as ``path``.
-
-    A relative name is looked for in its working directory.  A machine in its jail has none that
-    others may see, or an empty one, but the attendant, its child, has stayed where both began.
-    """
-    if path.startswith("/"):
-        return path
-    proc, _, pid = folder.rpartition("/")
-    here = f"{folder}/cwd/{path}"
-    if os.path.exists(here):
-        return here
-    for name in filter(str.isdecimal, os.listdir(proc)):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            found = f"{proc}/{name}/cwd/{path}"
-            if _parent(proc, f"{proc}/{name}") == f"{proc}/{pid}/cmdline" and os.path.exists(found):
-                return found
-    return here
 
 
 def _age_s(folder: str) -> float:

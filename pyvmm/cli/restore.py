@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 
-from pyvmm.cli.attended import Attendance
-from pyvmm.cli.jailed import JAIL_OPTIONS, Jail
 from pyvmm.cli.running import (
     CONTROL_OPTIONS,
     STATUSES,
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     from pyvmm.config import RunConfig
     from pyvmm.control.run_control import RunControl
-    from pyvmm.jail.namespaces import Namespaces
     from pyvmm.machine import Machine
     from pyvmm.report import Reporter
     from pyvmm.snapshot.snapshot import Snapshot
@@ -66,7 +63,6 @@ COMMAND = Command(
         Option(name="--timeout", metavar="S",
                help="stop the guest S seconds after it went on, with exit status 124"),
         *CONTROL_OPTIONS,
-        *JAIL_OPTIONS,
         Option(name="--clones-fd", metavar="N",
                help="serve the owner of socket N, which is inherited: fork a clone for each of its "
                "messages (used by pyvmm.launch)"),
@@ -84,17 +80,14 @@ def restore_main(argv: list[str], bundle: Bundle) -> int:
     args = parse_options(COMMAND, argv)
     if args.clones_fd is not None:
         return _serve_clones(args, bundle)
-    return with_control(args, functools.partial(_restore, args, started_s, bundle))
+    return with_control(args, functools.partial(_restore, args, started_s, bundle, None))
 
 
 def _restore(
-    args: SimpleNamespace, started_s: float, bundle: Bundle, control: RunControl | None, *,
-    opened: Snapshot | None = None, namespaces: Namespaces | None = None,
+    args: SimpleNamespace, started_s: float, bundle: Bundle, opened: Snapshot | None,
+    control: RunControl | None,
 ) -> int:
-    """Make and run the clone that ``args`` ask for, of ``opened`` if that is the snapshot.
-
-    ``namespaces`` are those of its jail, if they are made already.
-    """
+    """Make and run the clone that ``args`` ask for, of ``opened`` if that is the snapshot."""
     from pyvmm.cli.parse import parse_console, parse_moved_disks, parse_seconds
 
     if args.clock not in CLOCKS:
@@ -104,8 +97,7 @@ def _restore(
     timeout_s = parse_seconds("--timeout", args.timeout) if args.timeout is not None else None
     running = Running(
         verbose=bool(args.verbose), timing=False, started_s=started_s, bundle=bundle,
-        attendance=Attendance(args), control=control, sets_clock=args.clock == "now",
-        jail=Jail(args, namespaces),  # last: it is closed by ``run``
+        control=control, sets_clock=args.clock == "now",
     )
     configs: list[RunConfig] = []
 
@@ -127,12 +119,11 @@ def _restore(
     try:
         return running.run(make, tell)
     except (OSError, PyvmmError) as error:
-        with contextlib.suppress(ImportError):  # in the jail
-            from pyvmm.cli.descriptors import MANY_FILES, needed_descriptors
-            from pyvmm.open_files import refuse_shortage
+        from pyvmm.cli.descriptors import MANY_FILES, needed_descriptors
+        from pyvmm.open_files import refuse_shortage
 
-            needed = needed_descriptors(configs[0]) if configs else MANY_FILES
-            refuse_shortage(error, needed, "this restore")
+        needed = needed_descriptors(configs[0]) if configs else MANY_FILES
+        refuse_shortage(error, needed, "this restore")
         raise
 
 
@@ -140,7 +131,6 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
     """Fork clones for the owner of the socket of ``args``, until it is closed; return 0.
 
     All that a clone needs is opened and imported once, here: a first clone is made and dropped.
-    Each clone has the jail that ``args`` ask for.
     """
     import gc
     from socket import SOCK_SEQPACKET
@@ -150,16 +140,10 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
     from pyvmm.cli.errors_told import guarded
     from pyvmm.cli.fork_server import ForkServer
     from pyvmm.cli.parse import parse_moved_disks
-    from pyvmm.cli.saves import LATE_MODULES
-    from pyvmm.control import machine_saves
     from pyvmm.control.run_control import owner_socket
-    from pyvmm.jail.root import NextNamespaces
     from pyvmm.report import say
     from pyvmm.snapshot.opening import open_snapshot
-    from pyvmm.startup.bundle_writing import update
 
-    for name in (*LATE_MODULES, *machine_saves.LATE_MODULES):
-        __import__(name)
     with (
         contextlib.closing(
             owner_socket(args.clones_fd, option="--clones-fd", kind=SOCK_SEQPACKET)
@@ -169,29 +153,20 @@ def _serve_clones(args: SimpleNamespace, bundle: Bundle) -> int:
         ) as snapshot,
     ):
         snapshot.clone(report=say).close()
-        update(bundle, bundle.left_out())
+        bundle.update(bundle.left_out())
         bundle.__exit__()
         gc.freeze()  # a collection in a clone would copy the pages of all these objects
 
         def run(options: list[str]) -> int:
-            words = [args.directory, f"--jail={args.jail}", *options]
-            return guarded(
-                "restore", words, lambda: _run_clone(words, bundle, snapshot, following.taken)
-            )
+            words = [args.directory, *options]
+            return guarded("restore", words, lambda: _run_clone(words, bundle, snapshot))
 
-        with contextlib.closing(NextNamespaces(args.jail != "off")) as following:
-            ForkServer(
-                owner, run, before_fork=following.wait, after_fork=following.renew
-            ).serve()
+        ForkServer(owner, run).serve()
     return 0
 
 
-def _run_clone(
-    argv: list[str], bundle: Bundle, snapshot: Snapshot, namespaces: Namespaces | None
-) -> int:
+def _run_clone(argv: list[str], bundle: Bundle, snapshot: Snapshot) -> int:
     started_s = process_start_s()
     args = parse_options(COMMAND, argv)
     opened = None if args.disk else snapshot
-    return with_control(args, functools.partial(
-        _restore, args, started_s, bundle, opened=opened, namespaces=namespaces
-    ))
+    return with_control(args, functools.partial(_restore, args, started_s, bundle, opened))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 
-from pyvmm.cli.attended import Attendance
 from pyvmm.cli.first_look import has_known_configuration, root_is_special
-from pyvmm.cli.jailed import JAIL_OPTIONS, Jail
 from pyvmm.cli.parse import parse_console, parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.cli.running import (
     CONTROL_OPTIONS,
@@ -97,7 +94,6 @@ COMMAND = Command(
                help="bring pyvmm's agent into the guest, by an initramfs: whatever the image is, "
                "it then takes orders (docs/devices.md)"),
         *CONTROL_OPTIONS,
-        *JAIL_OPTIONS,
         Option(name="--snapshot", metavar="DIR",
                help="save the whole machine in the new directory DIR, once, when the guest is "
                "warm; pyvmm restore DIR goes on from there, as often as you like "
@@ -171,16 +167,15 @@ def _run(
 ) -> int:
     """Build and run the machine of ``args``; see ``run_main``."""
     config = config_from(args)
+    running = Running(
+        verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
+        control=control,
+    )
     warm = None
     if args.snapshot is not None or args.snapshot_at or args.snapshot_exit or args.snapshot_live:
         from pyvmm.cli.warm import prepare
 
         warm = prepare(args)
-    running = Running(
-        verbose=bool(args.verbose), timing=bool(args.timing), started_s=started_s, bundle=bundle,
-        attendance=Attendance(args), control=control,
-        jail=Jail(args),  # last: it is closed by ``run``
-    )
 
     def make(report: Reporter) -> tuple[Machine, RunConfig]:
         from pyvmm.machine import build
@@ -195,11 +190,10 @@ def _run(
     try:
         return running.run(make, tell, warm)
     except (OSError, PyvmmError) as error:
-        with contextlib.suppress(ImportError):  # in the jail
-            from pyvmm.cli.descriptors import needed_descriptors
-            from pyvmm.open_files import refuse_shortage
+        from pyvmm.cli.descriptors import needed_descriptors
+        from pyvmm.open_files import refuse_shortage
 
-            refuse_shortage(error, needed_descriptors(config), "this run")
+        refuse_shortage(error, needed_descriptors(config), "this run")
         raise
 
 

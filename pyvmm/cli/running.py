@@ -9,17 +9,6 @@ import sys
 import time
 
 import pyvmm
-from pyvmm.board.disks import prepare_scratch
-from pyvmm.cli.attended import Attendance
-from pyvmm.cli.jailed import (
-    FILES_OF_A_SNAPSHOT,
-    FILES_OF_CLIENTS,
-    Jail,
-    close_kvm,
-    descriptors_of,
-    files_of_a_run,
-    may_grow,
-)
 from pyvmm.config import RunConfig
 from pyvmm.report import Reporter, end_line, say
 from pyvmm.run.outcome import MAX_GUEST_STATUS, Kind, Outcome
@@ -30,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import SimpleNamespace
 
-    from pyvmm.attendant.client import Attendant
     from pyvmm.cli.warm import WarmSnapshot
     from pyvmm.control.run_control import RunControl
     from pyvmm.machine import Machine
@@ -89,15 +77,13 @@ class Running:
     """
 
     def __init__(
-        self, *, verbose: bool, timing: bool, started_s: float, bundle: Bundle, jail: Jail,
-        attendance: Attendance, control: RunControl | None, sets_clock: bool = False,
+        self, *, verbose: bool, timing: bool, started_s: float, bundle: Bundle,
+        control: RunControl | None, sets_clock: bool = False,
     ) -> None:
         self._verbose = verbose
         self._timing = timing
         self._started_s = started_s
         self._bundle = bundle
-        self._jail = jail
-        self._attendance = attendance
         self._control = control
         self._sets_clock = sets_clock
 
@@ -105,7 +91,7 @@ class Running:
         self,
         make: Callable[[Reporter], tuple[Machine, RunConfig]],
         tell: Callable[[Machine, Reporter], None],
-        warm: Callable[..., WarmSnapshot] | None = None,
+        warm: Callable[[Machine, Callable[[str], None]], WarmSnapshot] | None = None,
     ) -> int:
         """Run the machine that ``make`` returns to its end; return the exit status.
 
@@ -114,85 +100,38 @@ class Running:
         """
         from pyvmm.cli.session import run_at_terminal  # not for a mistake in the options
 
-        with contextlib.ExitStack() as attended:
-            with (
-                contextlib.closing(Reporter(sys.stderr)) as report, contextlib.ExitStack() as stack
-            ):
-                stack.callback(self._jail.close)
-                stack.callback(self._attendance.close)
-                if self._jail.is_on:
-                    self._attendance.prepare()
-                machine, config = make(report)
-                stack.enter_context(machine)
-                tell(machine, report)
-                saves = self._control is not None or warm is not None
-                if self._jail.is_on and saves:
-                    from pyvmm.cli.saves import prepare_saves
-
-                    prepare_saves(machine, self._bundle)
-                attendant = attended.enter_context(contextlib.closing(self._attendance.begin(
-                    config, machine, self._bundle, self._control, is_jailed=self._jail.is_on,
-                    user=self._jail.user,
-                )))
-                if self._control is not None:
-                    self._control.attach(
-                        machine, config, report, sets_clock=self._sets_clock,
-                        make_writer=attendant.snapshot_writer,
-                    )
-                snapshot = (
-                    None if warm is None else warm(machine, report, attendant.snapshot_writer)
+        with contextlib.closing(Reporter(sys.stderr)) as report, contextlib.ExitStack() as stack:
+            machine, config = make(report)
+            stack.enter_context(machine)
+            tell(machine, report)
+            if self._control is not None:
+                self._control.attach(
+                    machine, config, report, sets_clock=self._sets_clock
                 )
-                self._bundle.__exit__()  # its descriptor is on no list
-                enter = self._enter_jail(machine, attendant, report, snapshot)
-                if self._control is not None:
-                    self._control.start(enter)
-                if snapshot is not None:
-                    snapshot.start(enter)
-                    attendant.wake()  # to make the directory, once the guest is warm
-                guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-                gc.freeze()  # the present objects stay: no collection need look at them
-                gc.enable()  # cli.main disabled the collector, and says why
-                outcome = run_at_terminal(machine, snapshot)
-                if self._control is not None:
-                    outcome = _end_control(self._control, machine, outcome)
-                status = outcome.exit_status if snapshot is None else snapshot.end(outcome)
-                end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-            gc.unfreeze()
-            if not machine.console_line_ended:
-                end_line()
-            for line in self._lines(machine, outcome, status, guest_start_s, end_s):
-                say(line)
-            # Last, because explaining may take seconds: whoever does not wait has seen the rest.
-            if machine.evidence.wants_explanation(outcome):
-                attendant.ended(outcome, machine.evidence)
+            snapshot = None if warm is None else warm(machine, report)
+            guest_start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+            self._bundle.__exit__()
+            gc.freeze()  # the present objects stay: no collection need look at them
+            gc.enable()  # cli.main disabled the collector, and says why
+            outcome = run_at_terminal(machine, snapshot)
+            if self._control is not None:
+                outcome = _end_control(self._control, machine, outcome)
+            status = outcome.exit_status if snapshot is None else snapshot.end(outcome)
+            end_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+            missing = self._bundle.left_out()
+        gc.unfreeze()
+        if not machine.console_line_ended:
+            end_line()
+        for line in self._lines(machine, outcome, status, guest_start_s, end_s):
+            say(line)
+        # Last, because explaining may take seconds: whoever does not wait has seen the rest.
+        if machine.evidence.wants_explanation(outcome):
+            # The outcome stands, even if no descriptor is left to read a remedy with.
+            with contextlib.suppress(OSError, ImportError):
+                for line in _explain(config, outcome, machine):
+                    say(line)
+        self._bundle.update(missing)
         return status
-
-    def _enter_jail(
-        self, machine: Machine, attendant: Attendant, report: Reporter,
-        snapshot: WarmSnapshot | None,
-    ) -> Callable[[str], None] | None:
-        """Give up what the run does not need; return what confines a thread of a given kind.
-
-        From now on only what is open can be used.
-        """
-        if not self._jail.is_on:
-            return None
-        prepare_scratch(machine.board, attendant.scratch_file)
-        attendant.jailed()
-        close_kvm(machine)
-        kept = descriptors_of(machine) | report.descriptors() | attendant.descriptors()
-        more_files = files_of_a_run(machine)
-        if self._control is not None:
-            kept |= self._control.descriptors()
-            more_files += FILES_OF_CLIENTS
-        if snapshot is not None:
-            kept |= snapshot.descriptors()
-            more_files += FILES_OF_A_SNAPSHOT
-        saves = self._control is not None or snapshot is not None
-        machine.runner.enter = self._jail.enter(
-            kept, more_files=more_files, may_grow=saves or may_grow(machine)
-        )
-        return machine.runner.enter
 
     def _lines(
         self, machine: Machine, outcome: Outcome, status: int, guest_start_s: float, end_s: float
@@ -235,6 +174,17 @@ def _lines_of(outcome: Outcome) -> list[str]:
     if outcome.kind in (Kind.TRIPLE_FAULT, Kind.INTERNAL_ERROR):  # our own line ends
         return text.split("\n")
     return [text]
+
+
+def _explain(config: RunConfig, outcome: Outcome, machine: Machine) -> list[str]:
+    from pyvmm.cli import explain
+    from pyvmm.cli.first_look import has_known_configuration
+
+    return explain.after(
+        config, outcome, machine.evidence,
+        is_known=has_known_configuration(config.kernel, machine.kernel.version),
+        is_linux=machine.kernel.is_linux, version=machine.kernel.version,
+    )
 
 
 def process_start_s() -> float:

@@ -15,10 +15,8 @@ from pyvmm.api.config import MachineConfig
 from pyvmm.cli.parse import parse_cpus, parse_disk, parse_memory, parse_seconds
 from pyvmm.cli.test_output import TestOutput
 from pyvmm.errors import ConfigError, HostError, PyvmmError
-from pyvmm.jail import check_mode
 from pyvmm.launcher.limits import BOOT_TIMEOUT_S, LAB_BOOT_TIMEOUT_S, boot_timeout_s
 from pyvmm.launcher.vm import launch
-from pyvmm.report import MAX_LOG_BYTES
 from pyvmm.startup.commands import Command, Option, Word
 from pyvmm.startup.options import parse_options
 from pyvmm.startup.types import TYPE_CHECKING
@@ -108,9 +106,6 @@ COMMAND = Command(
                help="guest RAM, as 256M or 1G (default 256M)"),
         Option(name="--cpu", metavar="MODEL", default="host", help="as in pyvmm run"),
         Option(name="--cpus", metavar="N", default="1", help="vCPUs, 1 to 8 (default 1)"),
-        Option(name="--jail", metavar="MODE", default="on",
-               help="the jail of the VM's process, as in pyvmm run: on, strict or off (default "
-               "on)"),
         Option(name="--verbose", short="-v",
                help="show the console as it comes, on standard error; -vv: tracebacks of errors"),
     ),
@@ -159,7 +154,6 @@ def boot_test_from(args: SimpleNamespace) -> BootTest:
             append=" ".join(args.append),
             cmdline=args.cmdline,
             agent=args.agent if args.command else "none",
-            jail=check_mode(args.jail),
         ),
         command=tuple(args.command),
         name=args.name,
@@ -253,7 +247,7 @@ def _lost_log(result: BootResult, console_bytes: int) -> list[str]:
     with contextlib.suppress(OSError):
         if result.console_log and os.path.isfile(result.console_log):
             size = os.stat(result.console_log).st_size
-            if size < min(printed, MAX_LOG_BYTES):
+            if size < printed:
                 return [
                     f"--console-log {result.console_log}: has {size} of {printed} bytes: the disk "
                     "is full, or another program changed it"

@@ -6,10 +6,7 @@ thread of its own takes the snapshot, because the run's threads may not wait for
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +15,7 @@ from pyvmm.console.line_match import LineMatch, line_pattern
 from pyvmm.devices.warm_port import WarmPort
 from pyvmm.errors import ConfigError, PyvmmError, SnapshotError
 from pyvmm.machine import Machine
-from pyvmm.report import terminal_outlet
-from pyvmm.run.entered import EnteredThread
+from pyvmm.report import end_line
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.snapshot.files.layout import TEMPORARY
 from pyvmm.startup.types import TYPE_CHECKING, Protocol, Record
@@ -29,19 +25,13 @@ if TYPE_CHECKING:
     import re
     from types import SimpleNamespace
 
-    from pyvmm.snapshot.files.making import MakeWriter
-
-HOLD_S = 30.0
-"""The longest time that a vCPU waits at the warm port for the pause of a snapshot: the process that
-makes the directory may have to start first (``attendant/``), on a busy host."""
+HOLD_S = 2.0
+"""The longest time that a vCPU waits at the warm port for the pause of a snapshot."""
 POLL_S = 0.0005
 
 
 class Taken(Protocol):
     """A snapshot that is whole; ``pyvmm.snapshot`` has them."""
-
-    held_bytes: int
-    """The bytes that its files take on their disk."""
 
     def close(self) -> None:
         """Free what it holds in this process."""
@@ -98,8 +88,7 @@ def plan_from(args: SimpleNamespace) -> WarmPlan:
 class WarmSnapshot:
     """The snapshot of one run of ``machine``, taken once at most.  Any thread may use it.
 
-    ``take`` is ``snapshot.capture.take``; ``report`` gets a line about how it went.  The thread
-    that takes it is there from ``start`` to ``end``, because a jailed process makes none later.
+    ``take`` is ``snapshot.capture.take``; ``report`` gets a line about how it went.
     """
 
     def __init__(
@@ -111,12 +100,7 @@ class WarmSnapshot:
         self._report = report
         self._take = take
         self._lock = threading.Lock()
-        self._thread = EnteredThread("snapshot", "snapshot", self._run)
-        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        """For the thread: True, take it; False, the run has ended."""
-        self._line_end = terminal_outlet()
-        self.is_taking = False
-        """True while a snapshot is being taken."""
+        self._thread: threading.Thread | None = None
         self._has_written = False
         self._has_failed = False
         self._was_warm = False
@@ -129,14 +113,11 @@ class WarmSnapshot:
             match = LineMatch(self._plan.pattern, self._on_line)
             self._machine.output.add_observer(match.feed)
 
-    def start(self, enter: Callable[[str], None] | None = None) -> None:
-        """Make the thread that takes it, which first confines itself by ``enter``; HostError."""
-        self._thread.start(enter)
-        self._thread.wait()
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that a jailed process must keep open for it, each with a name."""
-        return {} if self._line_end is None else self._line_end.descriptors()
+    @property
+    def is_taking(self) -> bool:
+        """True while a snapshot is being taken."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def on_key(self) -> None:
         """Begin the snapshot because a person asks for it, again if it has failed."""
@@ -149,10 +130,8 @@ class WarmSnapshot:
 
         The machine must not be closed before.
         """
-        self._wanted.put(False)
-        self._thread.join()
-        if self._line_end is not None:
-            self._line_end.close()
+        if self._thread is not None:
+            self._thread.join()
         if not (self._has_written or self._has_failed):
             self._report(
                 f"snapshot {self._plan.directory}: none was taken, because the run ended before "
@@ -188,27 +167,23 @@ class WarmSnapshot:
         with self._lock:
             if self._has_written or self.is_taking:
                 return False
-            self.is_taking = True
-            self._wanted.put(True)
+            self._thread = threading.Thread(target=self._run, name="snapshot", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # no thread is left to this user
+                self._thread = None
+                self._fail(str(error))
             return True
 
     # Its thread
 
     def _run(self) -> None:
-        while self._wanted.get():
-            try:
-                self._take_it()
-            finally:
-                self.is_taking = False
-
-    def _take_it(self) -> None:
         started_s = time.monotonic()
         runner = self._machine.runner
         if self._plan.exits:
             runner.begin_pause()  # nothing of the guest goes on behind its snapshot
         try:
-            taken = self._take(self._machine, self._plan.directory, live=self._plan.live)
-            taken.close()
+            self._take(self._machine, self._plan.directory, live=self._plan.live).close()
         except Exception as error:  # a defect of ours, too, is a line, and the guest goes on
             self._fail(_reason(error, self._plan.directory))
             return
@@ -216,7 +191,7 @@ class WarmSnapshot:
         self._has_written = True
         directory = self._plan.directory
         self._tell(
-            f"snapshot {directory}: {_shown(taken.held_bytes)} in {took_ms:.0f} ms; "
+            f"snapshot {directory}: {_held(directory)} in {took_ms:.0f} ms; "
             f"pyvmm restore {directory} goes on from there"
         )
         if self._plan.exits:
@@ -226,9 +201,7 @@ class WarmSnapshot:
         """Report ``line``, on a line of its own if the guest's prompt is on a terminal."""
         output = self._machine.output
         if not output.line_ended:
-            if self._line_end is not None:
-                with contextlib.suppress(OSError):
-                    self._line_end.write(b"\n")
+            end_line()
             output.line_ended = True  # else the end of the run would begin another line
         self._report(line)
 
@@ -240,22 +213,20 @@ class WarmSnapshot:
             self._machine.runner.finish(Outcome(Kind.STOPPED, detail="its snapshot has failed"))
 
 
-def prepare(args: SimpleNamespace) -> Callable[..., WarmSnapshot]:
+def prepare(
+    args: SimpleNamespace,
+) -> Callable[[Machine, Callable[[str], None]], WarmSnapshot]:
     """Return the function that gives a built machine its snapshot to take; ConfigError.
 
-    It takes the machine, whoever reports lines, and whoever makes the directory's writer; None:
-    this process does.  It raises SnapshotError if the machine has something that cannot be saved.
+    That function raises SnapshotError if the machine has something that cannot be saved.
     """
     plan = plan_from(args)
     # Not while the guest waits: importing this takes longer than the pause of a snapshot.
     from pyvmm.snapshot.capture import check, take
 
-    def plug(
-        machine: Machine, report: Callable[[str], None], make_writer: MakeWriter | None = None
-    ) -> WarmSnapshot:
+    def plug(machine: Machine, report: Callable[[str], None]) -> WarmSnapshot:
         check(machine, plan.directory)
-        take_it = take if make_writer is None else functools.partial(take, make_writer=make_writer)
-        warm = WarmSnapshot(plan, machine, report, take_it)
+        warm = WarmSnapshot(plan, machine, report, take)
         warm.plug()
         return warm
 
@@ -271,8 +242,12 @@ def _reason(error: Exception, directory: str) -> str:
     return f"internal error: {type(error).__name__}: {error}"
 
 
-def _shown(total: int) -> str:
-    """Return ``total`` bytes as a person reads them: ``12 MiB``."""
+def _held(directory: str) -> str:
+    """Return how much the files in ``directory`` take on their disk: ``12 MiB``."""
+    total = 0
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            total += entry.stat(follow_symlinks=False).st_blocks * 512
     if total < 10 << 20:
         return f"{-(-total >> 10)} KiB"
     return f"{total >> 20} MiB"

@@ -9,11 +9,10 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Callable
 
 from pyvmm.console.terminal import Screen, is_behind
 from pyvmm.errors import ConfigError
-from pyvmm.report import FileLimit, Outlet
+from pyvmm.report import Outlet
 
 _DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/", f"/proc/{os.getpid()}/fd/")
 
@@ -37,20 +36,12 @@ class Console:
         self.output_fd = output_fd
         self.outlet = None if output_fd is None else Outlet(output_fd, is_ours=is_emptied)
         """Writes to ``output_fd``."""
-        self.write = self._writer(is_limited=owns_output)
-        """Writes the guest's output; a file that ``--console`` names takes MAX_LOG_BYTES of it."""
         self.name = name
         self.screen = Screen.behind(output_fd)
         """The terminal where the output ends; None if there is none."""
         self._owns_output = owns_output
         self._is_emptied = is_emptied
         self._awaits_reader = owns_output and output_fd is not None and _is_fifo(output_fd)
-
-    def _writer(self, *, is_limited: bool) -> Callable[[bytes], int] | None:
-        if self.outlet is None or self.output_fd is None:
-            return None
-        is_file = stat.S_ISREG(os.fstat(self.output_fd).st_mode)
-        return FileLimit(self.outlet.write).write if is_limited and is_file else self.outlet.write
 
     @classmethod
     def open(cls, where: str) -> Console:
@@ -105,16 +96,6 @@ class Console:
         except OSError:
             return (0, 0)
         return (columns, rows)
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors of the console, each with a name."""
-        found = {} if self.input_fd is None else {self.input_fd: "console input"}
-        if self.output_fd is not None:
-            found[self.output_fd] = "console output"
-        for part in (self.outlet, self.screen):
-            if part is not None:
-                found |= part.descriptors()
-        return found
 
     def begin(self) -> None:
         """Empty the file for a run that is about to start; a refused run leaves it as it was."""

@@ -94,7 +94,14 @@ class RawTerminal:
             now = termios.tcgetattr(self.fd)
             if self._saved is not None and now == self._raw:
                 return  # nobody else had it
-            raw = raw_modes(now, cooks_output=self._cooks_output)
+            raw = termios.tcgetattr(self.fd)
+            raw[0] &= ~(termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
+                        | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON)
+            if not self._cooks_output:
+                raw[1] &= ~termios.OPOST
+            raw[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG
+                        | termios.IEXTEN)
+            raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
             # TCSANOW, here and below: TCSADRAIN waits for ever if the terminal was stopped.
             termios.tcsetattr(self.fd, termios.TCSANOW, raw)
             self._saved, self._raw = now, termios.tcgetattr(self.fd)
@@ -216,11 +223,6 @@ class Screen:
             with contextlib.suppress(OSError):
                 self._outlet.write(modes)
 
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that were opened for it, each with a name."""
-        own = {self._own_fd: "the terminal"} if self._own_fd >= 0 else {}
-        return {**own, **self._outlet.descriptors()}
-
     def close(self) -> None:
         """Close what was opened for it; idempotent."""
         self._outlet.close()
@@ -236,18 +238,6 @@ def _open_controlling_terminal() -> int:
 def _queued_bytes(fd: int) -> int:
     """Return the number of bytes that wait for a serial line; 0 for any pseudo terminal."""
     return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-
-
-def raw_modes(modes: list[Any], *, cooks_output: bool = True) -> list[Any]:
-    """Return the modes of a terminal for a guest, from ``modes``: those of ``tcgetattr``."""
-    raw = [*modes[:6], [*modes[6]]]
-    raw[0] &= ~(termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
-                | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON)
-    if not cooks_output:
-        raw[1] &= ~termios.OPOST
-    raw[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
-    raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
-    return raw
 
 
 def is_in_front(fd: int) -> bool:

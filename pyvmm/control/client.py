@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from types import MappingProxyType
 from typing import Any
 
-from pyvmm import owners
 from pyvmm.control.messages import PROTOCOL, LineReader, RequestError, decode, encode
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.peers.unix_socket import connect_unix
@@ -89,18 +88,11 @@ class Client:
         on_end: Callable[[], None] | None = None,
         timeout_s: float = HELLO_S,
     ) -> Client:
-        """Return a client of the server at ``path``.
-
-        ControlError if there is none, or if it belongs to another user: its answers could name
-        files here, and its console is shown on a terminal.
-        """
+        """Return a client of the server at ``path``; ControlError if there is none."""
         try:
             sock = connect_unix(path, time.monotonic() + timeout_s)
         except OSError as error:
             raise ControlError("closed", f"{path}: {_no_connection(path, error)}") from error
-        if problem := _foreign(sock):
-            sock.close()
-            raise ControlError("closed", f"{path}: {problem}")
         client = cls(sock, on_event=on_event, on_end=on_end)
         try:
             client.wait_hello(timeout_s)
@@ -265,14 +257,6 @@ def error_of(event: Mapping[str, Any]) -> PyvmmError:
     if event.get("kind") == "ConfigError":
         return ConfigError(str(event.get("subject", "")), str(event.get("problem", "")))
     return HostError(str(event.get("message", "")))
-
-
-def _foreign(sock: socket.socket) -> str:
-    """Return why the user behind ``sock`` is not believed, "" if it is this user or root."""
-    uid = owners.peer_uid(sock)
-    if owners.is_trusted(uid):
-        return ""
-    return f"belongs to {owners.user_name(uid)}; control a machine as the user who runs it"
 
 
 def _no_connection(path: str, error: OSError) -> str:

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from pyvmm.control.saves import Rewound, Saved
 from pyvmm.errors import SnapshotError
 from pyvmm.machine import Machine
-from pyvmm.startup.types import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pyvmm.snapshot.files.making import MakeWriter
-
-
-LATE_MODULES = (
-    "pyvmm.attendant.handing", "pyvmm.attendant.remote_writer", "pyvmm.board.state",
-    "pyvmm.kvm.state", "pyvmm.run.verdict_state", "pyvmm.snapshot.capture",
-    "pyvmm.snapshot.checkpoints", "pyvmm.state", "pyvmm.storage.freezing", "pyvmm.storage.saving",
-    "uuid",
-)
-"""A start loads none of the modules that save a machine: these, and all that they need."""
 
 
 class MachineSaves:
     """``Saves`` of ``machine``.
 
     ``attach`` is called before a guest that was rewound goes on, with True if its run begins anew.
-    ``make_writer`` makes the directories of snapshots; None: this process does.
+    A start loads none of the modules that save a machine.
     """
 
-    def __init__(
-        self, machine: Machine, attach: Callable[[bool], None],
-        make_writer: MakeWriter | None = None,
-    ) -> None:
+    def __init__(self, machine: Machine, attach: Callable[[bool], None]) -> None:
         self._machine = machine
         self._attach = attach
-        self._make_writer = make_writer
 
     @property
     def can_rewind(self) -> bool:
@@ -63,10 +45,7 @@ class MachineSaves:
 
         if directory is None and (is_live or is_diff):
             raise SnapshotError("snapshot()", "live and diff are for a directory")
-        take_it = take if self._make_writer is None else functools.partial(
-            take, make_writer=self._make_writer
-        )
-        with take_it(self._machine, directory, live=is_live, diff=is_diff) as taken:
+        with take(self._machine, directory, live=is_live, diff=is_diff) as taken:
             return Saved(id=str(taken.id), path=taken.path)
 
     def checkpoint(self) -> int:

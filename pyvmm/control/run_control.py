@@ -20,15 +20,13 @@ from pyvmm.run.outcome import Outcome
 from pyvmm.startup.types import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyvmm.snapshot.files.making import MakeWriter
     from pyvmm.vhost_user.listener import Listener
-    from pyvmm.vhost_user.socket_name import SocketName
 
 
 class RunControl:
     """The control of one run; a context manager.
 
-    The socket at ``path`` is there from now on, and its clients are served from ``start`` on.
+    The socket at ``path`` is there from now on, and its clients are served from ``attach`` on.
     ``fd`` is the text of ``--control-fd``; ``version`` is pyvmm's.  ConfigError if one of them
     cannot be used.
     """
@@ -50,12 +48,11 @@ class RunControl:
 
     def attach(
         self, machine: Machine, config: RunConfig, report: Callable[[str], None], *,
-        sets_clock: bool = False, make_writer: MakeWriter | None = None,
+        sets_clock: bool = False,
     ) -> None:
-        """Prepare to serve ``machine``, which has not run yet.
+        """Serve ``machine``, which has not run yet.
 
         With ``sets_clock`` the agent of a clone sets its guest's date to this host's.
-        ``make_writer`` makes the directories of snapshots; None: this process does.
         """
         facts: dict[str, object] = {
             "pyvmm": self._version,
@@ -66,28 +63,10 @@ class RunControl:
         }
         self._end_watch()
         self._server = Server(
-            MachineTarget(machine, facts, sets_clock=sets_clock, make_writer=make_writer),
-            listener=self._listener, owner=self._owner, report=report,
+            MachineTarget(machine, facts, sets_clock=sets_clock), listener=self._listener,
+            owner=self._owner, report=report,
         )
-
-    def start(self, enter: Callable[[str], None] | None = None) -> None:
-        """Begin to serve the machine that was attached, in threads that confine themselves by
-        ``enter`` first; see ``Server.start``."""
-        assert self._server is not None  # ``attach`` comes before
-        self._server.start(enter)
-
-    def give_name_away(self) -> SocketName | None:
-        """Return the name of the socket at ``path``, for the caller to remove; None for none."""
-        return None if self._listener is None else self._listener.give_name_away()
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that a jailed process must keep open for it, each with a name."""
-        found: dict[int, str] = {} if self._server is None else self._server.descriptors()
-        if self._listener is not None:
-            found[self._listener.fileno()] = "control: the socket that clients connect to"
-        if self._owner is not None:
-            found[self._owner.fileno()] = "control: the owner's socket"
-        return found
+        self._server.start()
 
     def end(self, outcome: Outcome) -> bool:
         """Tell all clients that the run has ended with ``outcome``; the machine is not closed.

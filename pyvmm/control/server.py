@@ -10,7 +10,6 @@ import socket
 import threading
 from collections.abc import Callable
 
-from pyvmm import owners
 from pyvmm.control.connection import Call, Connection
 from pyvmm.control.messages import PROTOCOL, Params, RequestError, encode, shorten
 from pyvmm.control.methods import METHODS
@@ -18,7 +17,6 @@ from pyvmm.control.saves import Rewound
 from pyvmm.control.session import Session, ended_event
 from pyvmm.control.target import Target
 from pyvmm.errors import PyvmmError
-from pyvmm.run.entered import EnteredThread
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.vhost_user.listener import Listener
@@ -84,22 +82,11 @@ class Server:
         self._doorway = None if listener is None else IoSource(
             listener.fileno(), self._accept, edge_triggered=False
         )
-        self._thread = EnteredThread("control", "control", self._run)
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
-    def start(self, enter: Callable[[str], None] | None = None) -> None:
-        """Begin to serve, in threads of its own, which first confine themselves by ``enter``.
-
-        HostError if this user has no thread left, or the host does not confine one.
-        """
-        threads = (self._session.worker.thread, self._thread)
-        for thread in threads:
-            thread.start(enter)
-        for thread in threads:
-            thread.wait()
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that a jailed process must keep open for it, each with a name."""
-        return {fd: f"control: {use}" for fd, use in self._loop.descriptors().items()}
+    def start(self) -> None:
+        """Begin to serve, in a thread of its own."""
+        self._thread.start()
 
     def end(self, outcome: Outcome) -> bool:
         """The run has ended: tell all clients, and wait a little until they have taken it.
@@ -122,10 +109,10 @@ class Server:
     def close(self) -> None:
         """Stop serving; idempotent."""
         self._session.worker.join(WORK_S)
-        if self._thread.is_alive:
+        if self._thread.is_alive():
             self._loop.stop()
             self._thread.join(JOIN_S)
-        elif not self._thread.has_begun:
+        elif self._thread.ident is None:
             self._loop.close()
 
     @property
@@ -227,12 +214,14 @@ class Server:
             self._loop.remove(doorway)
             self._loop.call_in(ACCEPT_PAUSE_S, lambda: self._loop.add(doorway))
             return
-        if not _is_of_trusted_user(client):
-            _hang_up(client, "refused", "this machine belongs to another user")
-        elif len(self._subscriptions) >= MAX_CLIENTS:
-            _hang_up(client, "limit", f"{MAX_CLIENTS} clients are connected already")
-        else:
+        if len(self._subscriptions) < MAX_CLIENTS:
             self._connect(client)
+            return
+        with client, contextlib.suppress(OSError):
+            client.setblocking(False)
+            client.send(encode({"id": None, "error": {
+                "kind": "limit", "message": f"{MAX_CLIENTS} clients are connected already",
+            }}))
 
     def _connect(self, client: socket.socket, *, is_owner: bool = False) -> None:
         connection = Connection(
@@ -339,17 +328,3 @@ class Server:
             subscription.knows_the_end = True
             connection.send(ended)
 
-
-def _is_of_trusted_user(client: socket.socket) -> bool:
-    """True for this user and root, whatever the mode of the socket's file has become."""
-    try:
-        return owners.is_trusted(owners.peer_uid(client))
-    except OSError:
-        return False
-
-
-def _hang_up(client: socket.socket, kind: str, message: str) -> None:
-    """Tell ``client`` why it is not served, if it takes that now, and close it."""
-    with client, contextlib.suppress(OSError):
-        client.setblocking(False)
-        client.send(encode({"id": None, "error": {"kind": kind, "message": message}}))

@@ -18,8 +18,6 @@ from pyvmm.startup.types import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from pyvmm.snapshot.files.making import MakeWriter
-
 MAX_TYPED_BYTES = 1 << 20
 """Bytes for the console that may wait until the guest reads them."""
 
@@ -82,8 +80,7 @@ class MachineTarget:
     """``machine`` as a ``Target``; made before its run."""
 
     def __init__(
-        self, machine: Machine, config_facts: dict[str, object], *, sets_clock: bool = False,
-        make_writer: MakeWriter | None = None,
+        self, machine: Machine, config_facts: dict[str, object], *, sets_clock: bool = False
     ) -> None:
         self._machine = machine
         self._runner = machine.runner
@@ -92,7 +89,7 @@ class MachineTarget:
         self._lock = threading.Lock()
         self.vcpu_count = len(self._vcpus)
         self.agent_port: Port | None = machine.agent_port
-        self.saves: Saves | None = MachineSaves(machine, self._attach, make_writer)
+        self.saves: Saves | None = MachineSaves(machine, self._attach)
         self.sets_clock = sets_clock
         self._woken: Callable[[], None] = lambda: None
         version = machine.kernel.version

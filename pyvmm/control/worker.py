@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import queue
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -11,7 +10,6 @@ from typing import Generic, TypeVar
 from pyvmm.control.connection import Call
 from pyvmm.control.messages import RequestError
 from pyvmm.errors import PyvmmError, SnapshotError
-from pyvmm.run.entered import EnteredThread
 from pyvmm.run.io_loop import IoLoop
 
 T = TypeVar("T")
@@ -56,23 +54,22 @@ def _refusal_of(method: str, error: Exception) -> tuple[str, str, dict[str, obje
 
 
 class Worker:
-    """Does one piece of work after the other; methods are called in the thread of ``loop``.
+    """Does one piece of work after the other; every method is called in the thread of ``loop``.
 
     ``idle`` is called when there is no more.  Work whose client goes away before its turn is
     dropped; work that has begun goes on to its end.
-
-    ``thread`` is there from the start, because a jailed process makes no thread later.
     """
 
     def __init__(self, loop: IoLoop, idle: Callable[[], None]) -> None:
         self._loop = loop
         self._idle = idle
         self._waiting: deque[Work[object]] = deque()
-        self._given: queue.SimpleQueue[Work[object] | None] = queue.SimpleQueue()
-        """For the thread: the work under way; None, there will be no more."""
-        self.thread = EnteredThread("control snapshot", "snapshot", self._run)
-        self.is_busy = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
         """True while work is under way or waits; from any thread."""
+        return self._thread is not None
 
     def submit(self, call: Call, act: Callable[[], T], done: Callable[[T], None]) -> None:
         """Have ``act`` called, and ``done`` with its result; RequestError if too much waits.
@@ -86,32 +83,33 @@ class Worker:
         work = Work(call, act, done)
         self._waiting.append(work)  # type: ignore[arg-type] # its result goes to its own ``done``
         call.when_over = lambda: self._forget(work)  # type: ignore[arg-type]
-        if not self.is_busy:
-            self.is_busy = True
+        if self._thread is None:
             self._begin()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the work under way, and do no more; from any thread."""
-        self._given.put(None)
-        self.thread.join(timeout_s)
+        """Wait for the work under way; from any thread."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
 
     def _begin(self) -> None:
         work = self._waiting.popleft()
         work.call.when_over = None
-        self._given.put(work)
+        self._thread = threading.Thread(
+            target=self._run, args=(work,), name=f"control {work.call.method}", daemon=True
+        )
+        self._thread.start()
 
-    def _run(self) -> None:
-        while (work := self._given.get()) is not None:
-            work.run()
-            self._loop.call_soon(functools.partial(self._end, work))
-            del work  # its machine may be closed while this thread waits
+    def _run(self, work: Work[object]) -> None:
+        work.run()
+        self._loop.call_soon(lambda: self._end(work))
 
     def _end(self, work: Work[object]) -> None:
         work.finish()
         if self._waiting:
             self._begin()
         else:
-            self.is_busy = False
+            self._thread = None
             self._idle()
 
     def _forget(self, work: Work[object]) -> None:

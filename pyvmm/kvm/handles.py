@@ -13,17 +13,14 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from types import TracebackType
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm import abi, cpuid_entry
 from pyvmm.kvm.cpuid_entry import CpuidEntry
 from pyvmm.kvm.exits import CoalescedRing, RunPage
-from pyvmm.kvm.ioctl import MSR_ENTRY, MSR_HEAD, ioctl, map_over, msr_buffer, vcpu_entry
+from pyvmm.kvm.ioctl import MSR_ENTRY, MSR_HEAD, ioctl, msr_buffer, vcpu_entry
 from pyvmm.kvm.nmi import ioapic_can_wake, pit_can_wake
-from pyvmm.startup.types import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pyvmm.kvm.answers import Answers
 
 DEFAULT_PATH = "/dev/kvm"
 _MAX_CPUID_ENTRIES = 4096
@@ -43,17 +40,21 @@ class _Handle:
         if fd >= 0:
             os.close(fd)
 
-    def __exit__(self, *_exc: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 class Kvm(_Handle):
     """``/dev/kvm``: KvmError if it cannot be opened, HostError if it is not API version 12."""
 
-    __slots__ = ("answers", "api_version")
+    __slots__ = ("api_version",)
 
     def __init__(self, path: str = DEFAULT_PATH) -> None:
-        self.answers: Answers | None = None
         try:
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
@@ -108,7 +109,7 @@ class Kvm(_Handle):
                 count *= 2
 
     def create_vm(self) -> Vm:
-        """Return a VM with no memory and no vCPU.  It outlives this handle (``kvm.answers``)."""
+        """Return a VM with no memory and no vCPU.  It outlives this handle, but for ``save``."""
         return Vm(ioctl(self.fd, abi.KVM_CREATE_VM), self.vcpu_mmap_size, self)
 
 
@@ -232,7 +233,7 @@ class Vm(_Handle):
         """Create vCPU ``index``, which is also its APIC ID; index 0 is the boot processor."""
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
         try:
-            page = map_over(fd, self._mmap_bytes)
+            page = mmap.mmap(fd, self._mmap_bytes)
         except OSError as error:
             os.close(fd)
             raise HostError(f"cannot map the run page of vCPU {index}: {error}") from error

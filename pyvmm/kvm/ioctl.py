@@ -11,7 +11,6 @@ import ctypes
 import errno
 import fcntl
 import functools
-import mmap
 import os
 import struct
 import sys
@@ -24,7 +23,6 @@ MSR_HEAD = struct.Struct("=I4x")
 """kvm_msrs."""
 MSR_ENTRY = struct.Struct("=I4xQ")
 """kvm_msr_entry."""
-_MAP_FIXED = 0x10
 _INT_MAX = (1 << 31) - 1
 _ULONG_MAX = (1 << 64) - 1
 
@@ -101,26 +99,6 @@ def entry_by_libc(fd: int) -> Callable[[], object]:
 
 vcpu_entry = entry_by_fcntl if sys.version_info < (3, 14) else entry_by_libc
 """Return a function that enters the vCPU ``fd``."""
-
-
-def map_over(fd: int, length: int) -> mmap.mmap:
-    """Return ``length`` bytes of ``fd`` as memory, which closing unmaps; OSError.
-
-    ``mmap.mmap(fd, length)`` keeps a duplicate of ``fd``, whose number nobody can know: then no
-    list of open descriptors would be complete.
-    """
-    mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    place = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    libc_mmap = _libc().mmap
-    libc_mmap.restype = ctypes.c_void_p
-    libc_mmap.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
-    )
-    flags = mmap.MAP_SHARED | _MAP_FIXED
-    if libc_mmap(place, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != place:
-        mapping.close()
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return mapping
 
 
 def msr_buffer(msrs: Mapping[int, int]) -> bytearray:

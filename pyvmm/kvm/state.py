@@ -24,7 +24,6 @@ import struct
 
 from pyvmm.errors import HostError, KvmError, StateError
 from pyvmm.kvm import abi, irqchip_abi, state_abi, tsc
-from pyvmm.kvm.answers import answers_of
 from pyvmm.kvm.ioctl import ioctl, msr_buffer
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.state import Fields
@@ -60,28 +59,27 @@ _CHIP_BYTES = ctypes.sizeof(irqchip_abi.kvm_irqchip)
 
 def save_vcpu(vcpu: Vcpu) -> dict[str, object]:
     """Return the state of ``vcpu``.  KvmError; HostError if its /dev/kvm is not open any more."""
-    if vcpu.kvm is None:
-        raise HostError("a vCPU is saved only if it is known which /dev/kvm made it")
-    answers, fd = answers_of(vcpu.kvm), vcpu.fd
+    if vcpu.kvm is None or vcpu.kvm.fd < 0:
+        raise HostError("a vCPU is saved only while the /dev/kvm that made it is open")
+    kvm, fd = vcpu.kvm, vcpu.fd
     # Before everything else: in KVM an INIT or SIPI that waits happens now.
     state: dict[str, object] = {"mp_state": vcpu.get_mp_state()}
     state["regs"] = _get(fd, abi.KVM_GET_REGS)
     # sregs2 has PAE's page-directory pointers besides.
-    has_sregs2 = answers.capability(state_abi.KVM_CAP_SREGS2)
+    has_sregs2 = kvm.check_extension(state_abi.KVM_CAP_SREGS2)
     state["sregs"] = None if has_sregs2 else _get(fd, abi.KVM_GET_SREGS)
     state["sregs2"] = _get(fd, state_abi.KVM_GET_SREGS2) if has_sregs2 else None
-    if size := answers.capability(state_abi.KVM_CAP_XSAVE2):
+    if size := kvm.check_extension(state_abi.KVM_CAP_XSAVE2):
         state["xsave"] = _get(fd, state_abi.KVM_GET_XSAVE2, size)
     else:
         state["xsave"] = _get(fd, state_abi.KVM_GET_XSAVE)
-    has_xcrs = answers.capability(state_abi.KVM_CAP_XCRS)
+    has_xcrs = kvm.check_extension(state_abi.KVM_CAP_XCRS)
     state["xcrs"] = _get(fd, state_abi.KVM_GET_XCRS) if has_xcrs else None
     state["debugregs"] = _get(fd, state_abi.KVM_GET_DEBUGREGS)
     state["lapic"] = _get_unless(fd, irqchip_abi.KVM_GET_LAPIC, errno.EINVAL)
-    state["tsc_khz"] = tsc_khz_of(vcpu, vcpu.kvm)
+    state["tsc_khz"] = tsc_khz_of(vcpu, kvm)
     state["tsc_offset"] = tsc.offset_of(vcpu)
-    indices = list(dict.fromkeys((*answers.msr_indices(), *_UNLISTED_MSRS)))
-    state["msrs"] = [[index, value] for index, value in _get_msrs(vcpu, indices).items()]
+    state["msrs"] = [[index, value] for index, value in _get_msrs(vcpu, _msr_indices(kvm)).items()]
     state["events"] = _get(fd, state_abi.KVM_GET_VCPU_EVENTS)  # last: all others may change it
     return state
 
@@ -129,8 +127,7 @@ def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
     if (sregs is None) == (sregs2 is None):
         raise fields.error("sregs", "and sregs2: exactly one must be there")
     least = _size(state_abi.KVM_SET_XSAVE)
-    answers = answers_of(vcpu.kvm) if vcpu.kvm else None
-    needed = answers.capability(state_abi.KVM_CAP_XSAVE2) if answers else 0
+    needed = vcpu.kvm.check_extension(state_abi.KVM_CAP_XSAVE2) if vcpu.kvm else 0
     xsave = fields.octets("xsave", max(least, needed), max(least, needed, _MOST_XSAVE_BYTES))
     xcrs = fields.optional_octets("xcrs", _size(state_abi.KVM_SET_XCRS))
     debugregs = fields.octets("debugregs", *_exactly(state_abi.KVM_SET_DEBUGREGS))
@@ -142,8 +139,8 @@ def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
     if advance_ns and tsc_khz is not None and tsc.TSC in msrs:
         msrs[tsc.TSC] = msrs[tsc.TSC] + tsc.ticks(tsc_khz, advance_ns) & _MASK
     _match(fields, "lapic", lapic, _get_unless(vcpu.fd, irqchip_abi.KVM_GET_LAPIC, errno.EINVAL))
-    if answers is not None:
-        has_xcrs = answers.capability(state_abi.KVM_CAP_XCRS)
+    if vcpu.kvm is not None:
+        has_xcrs = vcpu.kvm.check_extension(state_abi.KVM_CAP_XCRS)
         _match(fields, "xcrs", xcrs, _get(vcpu.fd, state_abi.KVM_GET_XCRS) if has_xcrs else None)
 
     put = _Putter(vcpu.fd, fields)
@@ -173,7 +170,7 @@ def restore_vcpu(vcpu: Vcpu, data: object, advance_ns: int = 0) -> None:
 
 def tsc_khz_of(vcpu: Vcpu, kvm: Kvm) -> int | None:
     """Return the rate of the vCPU's TSC in kHz; None if KVM does not tell."""
-    if not answers_of(kvm).capability(state_abi.KVM_CAP_GET_TSC_KHZ):
+    if not kvm.check_extension(state_abi.KVM_CAP_GET_TSC_KHZ):
         return None
     return ioctl(vcpu.fd, state_abi.KVM_GET_TSC_KHZ)
 
@@ -305,6 +302,22 @@ def _set_tsc_khz(vcpu: Vcpu, khz: int, fields: Fields) -> None:
             ioctl(vcpu.fd, state_abi.KVM_SET_TSC_KHZ, khz)
     except KvmError as error:
         raise _refused(fields, "tsc_khz", error) from error
+
+
+def _msr_indices(kvm: Kvm) -> list[int]:
+    """Return the indices of all MSRs that a vCPU of ``kvm`` may have a state in."""
+    count = 0
+    while True:
+        data = bytearray(bytes(state_abi.kvm_msr_list(nmsrs=count)) + bytes(4 * count))
+        try:
+            ioctl(kvm.fd, state_abi.KVM_GET_MSR_INDEX_LIST, data)
+            break
+        except KvmError as error:
+            if error.errno != errno.E2BIG or count:
+                raise
+            count = min(state_abi.kvm_msr_list.from_buffer_copy(data).nmsrs, _MOST_MSRS)
+    listed = memoryview(data)[4:].cast("I").tolist()
+    return list(dict.fromkeys((*listed, *_UNLISTED_MSRS)))
 
 
 def _get_msrs(vcpu: Vcpu, indices: list[int]) -> dict[int, int]:

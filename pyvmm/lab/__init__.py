@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pyvmm import owners
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.lab import initramfs, kernel, qemu
 from pyvmm.lab.session import Session, Wiring
@@ -86,27 +85,12 @@ class LabConfig:
                 raise ConfigError(f"--rw {directory}", "is not a directory")
             if directory == Path("/"):
                 raise ConfigError("--rw /", "would give away the whole host; name a directory")
-            status = directory.stat()
-            if problem := owners.problem(str(directory), status, on_the_way=True):
-                raise ConfigError(
-                    f"--rw {directory}", f"{problem}, and what is there can be run in the lab with "
-                    "your rights; use a directory of your own, or run as its owner",
-                )
 
 
 def default_writable(cwd: Path) -> tuple[Path, ...]:
-    """Return the git checkout around ``cwd``, else ``cwd`` itself; never the host's root.
-
-    ConfigError if another user has made it a checkout, as with a .git in /tmp: all of /tmp would
-    be writable in the lab.
-    """
+    """Return the git checkout around ``cwd``, else ``cwd`` itself; never the host's root."""
     checkout = next((path for path in (cwd, *cwd.parents) if (path / ".git").exists()), cwd)
-    if checkout == Path("/"):
-        return ()
-    mark = checkout / ".git"
-    if mark.exists() and (problem := owners.problem(str(mark), mark.lstat())):
-        raise ConfigError(str(mark), f"{problem}; name the directory to write in: --rw DIR")
-    return (checkout,)
+    return () if checkout == Path("/") else (checkout,)
 
 
 def resolve_command(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.rate_limit import RateLimit
 
 _DEFAULTS = {"cpus": 1, "cpu": "host", "mmio": "mapped", "serve": "thread", "rtc": "utc",
-             "discovery": "both", "jail": "on"}
+             "discovery": "both"}
 
 
 class Arguments:

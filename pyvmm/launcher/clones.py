@@ -19,7 +19,6 @@ from pyvmm.api.arguments import (
 )
 from pyvmm.api.config import check_type
 from pyvmm.errors import ConfigError, SnapshotError
-from pyvmm.jail import MODES, check_mode
 from pyvmm.launcher.arguments import Arguments
 from pyvmm.launcher.session import Session
 from pyvmm.launcher.zygote import ForkedProcess, Zygote
@@ -37,23 +36,18 @@ class Clones:
     def __init__(
         self, path: str | PathLike[str], *,
         disks: Mapping[int, str | PathLike[str]] | None = None,
-        jail: str = "on",
     ) -> None:
-        check_type("jail", jail, str, f"one of {', '.join(MODES)}")
-        check_mode(jail)
         check_path("path", path)
         if disks is not None:
             check_files_by_index(disks)
         self._path = os.path.abspath(path)
         self._disks = {number: os.fspath(place) for number, place in (disks or {}).items()}
-        self.jail = jail
-        """The jail of each clone's process."""
         self._held = held = _Held()
         # Also if nobody closes it, and at the interpreter's end.
         self._close = weakref.finalize(self, held.close)
 
     @classmethod
-    def in_temporary_directory(cls, make: Callable[[str], None], jail: str = "on") -> Clones:
+    def in_temporary_directory(cls, make: Callable[[str], None]) -> Clones:
         """Have ``make`` write a snapshot to a path and return its clones; ``close`` removes it.
 
         SnapshotError without a directory for it.
@@ -68,7 +62,7 @@ class Clones:
             ) from error
         try:
             make(os.path.join(place, "snapshot"))
-            found = cls(os.path.join(place, "snapshot"), jail=jail)
+            found = cls(os.path.join(place, "snapshot"))
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
@@ -121,7 +115,6 @@ class Clones:
     def _started(self) -> Zygote:
         words = [self._path]
         words += [f"--disk={number}={place}" for number, place in self._disks.items()]
-        words += [f"--jail={self.jail}"] * (self.jail != "on")
         return self._held.started(words)
 
 

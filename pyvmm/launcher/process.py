@@ -9,14 +9,11 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 from pyvmm.errors import HostError
 from pyvmm.launcher.arguments import Arguments
 
-_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.0005, 0.05
 PROGRAM = (sys.executable, "-P", "-m", "pyvmm", "run")
 END_TIMEOUT_S = 10.0
 """Time for the process to end by itself once its socket is closed."""
@@ -81,7 +78,6 @@ class VmProcess(MachineProcess):
     ) -> None:
         super().__init__(process.pid, connection, stderr_fd)
         self._process = process
-        self._reaping = threading.Lock()
 
     @classmethod
     def start(cls, arguments: Arguments) -> VmProcess:
@@ -104,42 +100,14 @@ class VmProcess(MachineProcess):
 
     def wait(self, timeout_s: float) -> int | None:
         """See ``MachineProcess.wait``."""
-        until_s, pause_s = time.monotonic() + timeout_s, _LEAST_PAUSE_S
-        while self._process.returncode is None and not _has_ended(self.pid):
-            left_s = until_s - time.monotonic()
-            if left_s <= 0:
-                return None
-            pause_s = min(2 * pause_s, _MOST_PAUSE_S, left_s)
-            time.sleep(pause_s)
-        with self._reaping:
-            if self._process.returncode is None:
-                end_children(self.pid)
-            return self._process.wait()
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
 
     def wait_for_ever(self) -> int:
         """See ``MachineProcess.wait_for_ever``."""
-        while (status := self.wait(TERM_TIMEOUT_S)) is None:
-            pass
-        return status
-
-
-def end_children(pid: int) -> None:
-    """Kill all that is left of the process group of ``pid``, a machine that has ended.
-
-    A machine forks only to save its RAM, but one that was taken over may leave children, which have
-    its disks.  Its jail lets none of them leave the group.  To be called before anybody has waited
-    for ``pid``: until then the number is nobody else's, also if nothing is left.
-    """
-    with contextlib.suppress(OSError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _has_ended(pid: int) -> bool:
-    """True if the child ``pid`` has ended; nobody has waited for it, or all have."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-    except ChildProcessError:
-        return True
+        return self._process.wait()
 
 
 def both_ends(

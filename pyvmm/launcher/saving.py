@@ -21,13 +21,9 @@ WORK_TIMEOUT_S = 900.0
 
 
 def snapshot(
-    session: Session, directory: str | PathLike[str] | None, *, live: bool, diff: bool,
-    jail: str,
+    session: Session, directory: str | PathLike[str] | None, *, live: bool, diff: bool
 ) -> Clones:
-    """Save the machine and return the clones of it; see ``Vm.snapshot``.
-
-    ``jail`` is that of each clone's process.
-    """
+    """Save the machine and return the clones of it; see ``Vm.snapshot``."""
     check_path_or_none("directory", directory)
     check_flag("live", live)
     check_flag("diff", diff)
@@ -36,10 +32,10 @@ def snapshot(
         _call(session, "snapshot", {"dir": path, "live": live, "diff": diff})
 
     if directory is None:
-        return Clones.in_temporary_directory(make, jail)
+        return Clones.in_temporary_directory(make)
     path = os.path.abspath(directory)
     make(path)
-    return Clones(path, jail=jail)
+    return Clones(path)
 
 
 def checkpoint(session: Session) -> int:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 
-from pyvmm.report import Allowance, escape
+from pyvmm.report import escape
 
 MAX_LINE_BYTES = 4096
-BURST, PERIOD_S = 100, 5.0
-"""More lines than that process's own ``Reporter`` lets pass; one that a guest has taken over does
-not keep to it."""
 KEPT_BYTES = 16 << 10
 """Of all that came, so much of the end is kept for the message if the process dies."""
 SHOWN_LINES = 5
@@ -23,7 +19,7 @@ class StderrThread:
     """A thread that reads ``fd`` to its end and calls ``report`` with each line.
 
     Until ``release`` the lines are only kept: if the machine cannot be built, they are in the
-    error.  At most BURST lines in PERIOD_S are reported; the others are counted.
+    error.
     """
 
     def __init__(self, fd: int, report: Callable[[str], None], *, name: str) -> None:
@@ -33,8 +29,6 @@ class StderrThread:
         self._is_released = False
         self._line = bytearray()
         self._kept = bytearray()
-        self._allowance = Allowance(BURST, PERIOD_S, time.monotonic)
-        self._dropped = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -70,22 +64,11 @@ class StderrThread:
                     self._tell(lines)
                 else:
                     self._line = self._line[-KEPT_BYTES:]
-        with self._lock:
-            self._tell_dropped()
 
     def _tell(self, lines: list[bytearray]) -> None:
         for line in lines:
-            if not self._allowance.take():
-                self._dropped += 1
-                continue
-            self._tell_dropped()
             text = line[:MAX_LINE_BYTES].removeprefix(_PREFIX).decode("utf-8", "replace")
             self._report(text)
-
-    def _tell_dropped(self) -> None:
-        if self._dropped:
-            self._report(f"({self._dropped} more lines of the machine's process were left out)")
-            self._dropped = 0
 
 
 def log_line(line: str) -> None:

@@ -48,8 +48,7 @@ def launch(
     ConfigError for files and options that cannot work, HostError for a host that cannot, TypeError
     for a disk that only this process has (``MemoryDisk``).
     """
-    session = Session.start(config, console_log=console_log, control=control, report=report)
-    return Vm(session, config.jail)
+    return Vm(Session.start(config, console_log=console_log, control=control, report=report))
 
 
 class Vm:
@@ -63,9 +62,8 @@ class Vm:
     own thread, as ``run`` in a callback of the console would.
     """
 
-    def __init__(self, session: Session, jail: str = "on") -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._jail = jail
         self.console: VmConsole = session.console
         """The guest's output and a keyboard: see ``ConsoleHandle``."""
         self.memory = VmMemory(session)
@@ -111,17 +109,14 @@ class Vm:
 
         Without one it is a temporary directory, which goes when the snapshot is closed.  With
         ``live`` the guest runs on while its memory is written.  With ``diff`` only the pages are
-        saved that differ from the snapshot of which this machine is a clone.  Its clones have this
-        machine's jail.
+        saved that differ from the snapshot of which this machine is a clone.
 
         SnapshotError for what cannot be saved, before the guest is paused: a disk that is written
         in place, for instance.
         """
         from pyvmm.launcher.saving import snapshot
 
-        return VmSnapshot.of(
-            snapshot(self._session, directory, live=live, diff=diff, jail=self._jail)
-        )
+        return VmSnapshot.of(snapshot(self._session, directory, live=live, diff=diff))
 
     def checkpoint(self) -> int:
         """Keep this moment in the memory of the machine's process; return its number."""
@@ -330,8 +325,7 @@ class VmSnapshot:
 
     Each clone is a process of its own, so one that breaks harms no other.  A process that has all
     modules loaded forks them: a clone then costs a fraction of a start.  ``disks`` are other
-    places of the snapshot's disks, by number.  ``jail`` is that of each clone's process: ``on``,
-    ``off`` or ``strict`` (docs/jail.md).
+    places of the snapshot's disks, by number.
 
     A context manager: leaving it ends that process, and removes the directory if the snapshot was
     made without one.  Clones that still run go on.  All methods may be called from any thread.
@@ -342,9 +336,8 @@ class VmSnapshot:
     def __init__(
         self, path: str | PathLike[str], *,
         disks: Mapping[int, str | PathLike[str]] | None = None,
-        jail: str = "on",
     ) -> None:
-        self._clones = Clones(path, disks=disks, jail=jail)
+        self._clones = Clones(path, disks=disks)
 
     @classmethod
     def of(cls, clones: Clones) -> VmSnapshot:
@@ -377,7 +370,7 @@ class VmSnapshot:
         return Vm(self._clones.start(
             clock=clock, timeout_s=timeout_s, console_log=console_log, control=control,
             report=report,
-        ), self._clones.jail)
+        ))
 
     def close(self) -> None:
         """End the process that makes clones, and remove a temporary directory; idempotent."""

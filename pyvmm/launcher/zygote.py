@@ -19,7 +19,6 @@ from pyvmm.launcher.process import (
     TERM_TIMEOUT_S,
     MachineProcess,
     both_ends,
-    end_children,
     environment,
 )
 from pyvmm.startup.types import TYPE_CHECKING
@@ -116,11 +115,7 @@ class Zygote:
             self._news.wait_for(lambda: pid in self._statuses or self._is_over, timeout_s)
             if pid in self._statuses:
                 return self._statuses[pid]
-            if not self._is_over or _is_there(pid):
-                return None
-        # Nobody waits for the clone any more; children that it has left keep its number in use.
-        end_children(pid)
-        return _LOST
+            return _LOST if self._is_over and not _is_there(pid) else None
 
     def forget(self, pid: int) -> None:
         """Forget a clone's process, which has ended."""

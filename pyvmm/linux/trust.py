@@ -13,12 +13,12 @@ import os
 import stat
 from collections.abc import Iterator
 
-from pyvmm import owners
 from pyvmm.errors import HostError
 
 MAX_LINKS = 40
 """Symbolic links on the way to one path, as many as Linux follows."""
 REMEDY = "set PYVMM_CACHE to a directory of your own"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def check_directory(path: str | os.PathLike[str]) -> None:
@@ -158,14 +158,48 @@ def _check_regular(path: str, status: os.stat_result) -> None:
 
 def _check_entry(path: str, status: os.stat_result, *, is_last: bool = True) -> None:
     """Refuse a file, directory or link that another user owns or may write."""
-    if owner := owners.foreign_owner(status, on_the_way=not is_last or path == "/"):
+    trusted = {0, os.geteuid()}
+    if not is_last:
+        # In a user namespace without a name for root, root has another number, as "/" shows.
+        trusted.add(os.lstat("/").st_uid)
+    if status.st_uid not in trusted and path != "/":
         hint = ", or sudo -H" if os.geteuid() == 0 else ""
-        raise HostError(f"{path}: belongs to {owner}, who could change what pyvmm "
+        raise HostError(f"{path}: belongs to {_user(status.st_uid)}, who could change what pyvmm "
                         f"runs from there; {REMEDY}{hint}")
-    if owners.others_may_write(path, status):
+    if stat.S_ISLNK(status.st_mode) or not status.st_mode & _OTHERS_WRITE:
+        return
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
+        return
+    if status.st_mode & stat.S_IWOTH or not _is_private_group(path, status):
         mode = stat.S_IMODE(status.st_mode)
         raise HostError(f"{path}: others may write there (mode {mode:04o}), and so change "
                         f"what pyvmm runs; run: chmod go-w {path}, or {REMEDY}")
+
+
+def _is_private_group(path: str, status: os.stat_result) -> bool:
+    """True if only its owner is in the group, as in the group that useradd makes for each user."""
+    import grp
+    import pwd
+
+    try:
+        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    try:
+        os.getxattr(path, "system.posix_acl_access", follow_symlinks=False)
+    except OSError:
+        only_member = set(group.gr_mem) <= {owner.pw_name}
+        return only_member and owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name
+    return False  # with an access control list these bits are for the users that it names
+
+
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
 
 
 def _kind(mode: int) -> str:

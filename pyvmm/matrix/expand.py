@@ -72,7 +72,6 @@ def _run(plan: Plan, places: tuple[str, ...], name: str = "") -> Run:
         guest=Guest(
             kernel=kernel.kernel, initrd=kernel.initrd, append=" ".join(filter(None, appends)),
             disks=disk.disks if disk else (), memory=memory, cpus=int(cpus), agent=plan.agent,
-            jail=plan.jail,
         ),
         order=dict(plan.commands)[command],
     )

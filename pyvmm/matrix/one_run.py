@@ -15,7 +15,6 @@ from pyvmm.matrix.executor import Watch
 from pyvmm.matrix.output import RESULT
 from pyvmm.matrix.results import RunResult, shortened
 from pyvmm.matrix.runs import Run
-from pyvmm.report import MAX_LOG_BYTES
 from pyvmm.testing.boot_result import BootResult
 from pyvmm.testing.boot_test import BootTest, run_boot_test
 
@@ -57,7 +56,6 @@ def boot_test(run: Run, folder: str) -> BootTest:
         machine=MachineConfig(
             kernel=guest.kernel, initrd=guest.initrd or None, append=guest.append,
             disks=guest.disks, memory=guest.memory, cpus=guest.cpus, agent=guest.agent,
-            jail=guest.jail,
         ),
         command=order.argv, env=dict(order.env), cwd=order.cwd, expect=order.expect,
         fail_on=order.fail_on, boot_timeout_s=order.boot_timeout_s, timeout_s=order.timeout_s,
@@ -79,24 +77,17 @@ class Counter:
 
 
 class Log:
-    """A file for one stream of a command, of at most MAX_LOG_BYTES.
-
-    A full disk ends the log, not the run.
-    """
+    """A file for one stream of a command.  A full disk ends the log, not the run."""
 
     def __init__(self, folder: str, name: str) -> None:
         self._path = Path(folder, name)
         self._file: BinaryIO | None = self._path.open("wb", buffering=0)
-        self._room = MAX_LOG_BYTES
         self.problem = ""
         """The reason for bytes that are missing, "" if there are none."""
 
     def write(self, data: bytes) -> None:
         """Write ``data``, unless a write failed before."""
-        view = memoryview(data)[: self._room]
-        if len(view) < len(data) and not self.problem:
-            self.problem = f"{self._path}: has only the first {MAX_LOG_BYTES} bytes"
-        self._room -= len(view)
+        view = memoryview(data)
         try:
             while self._file is not None and view:
                 view = view[self._file.write(view) :]
@@ -124,7 +115,7 @@ def _missing(log: str, printed: int) -> str:
         size = os.stat(log).st_size
     except OSError as error:
         return f"{log}: {error.strerror}"
-    if size >= min(printed, MAX_LOG_BYTES):
+    if size >= printed:
         return ""
     return f"{log}: has {size} of {printed} bytes: the disk is full"
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from pyvmm.config import MAX_CPUS, AnyDiskConfig, format_size
 from pyvmm.errors import ConfigError
-from pyvmm.jail import MODES
 from pyvmm.launcher.limits import boot_timeout_s
 from pyvmm.matrix.entries import (
     MAX_S,
@@ -37,7 +36,7 @@ MAX_FILE_BYTES = 1 << 20
 AGENTS = ("inject", "image")
 DEFAULT_MEMORY = "256M"
 _Value = TypeVar("_Value", str, int)
-TOP_KEYS = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "jail", "timeout",
+TOP_KEYS = ("kernels", "disks", "commands", "memory", "cpus", "append", "agent", "timeout",
         "boot-timeout", "fail-on", "no-fail-on", "allow", "include", "exclude")
 
 
@@ -57,7 +56,6 @@ class Plan(Record):
     commands: tuple[tuple[str, Order], ...]
     append: str = ""
     agent: str = "inject"
-    jail: str = "on"
     excludes: tuple[tuple[tuple[str, str], ...], ...] = ()
     includes: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -111,7 +109,6 @@ def read_plan(path: str, parse_disk: Callable[[str], AnyDiskConfig]) -> Plan:
         ),
         append=read_append(top),
         agent=top.choice("agent", AGENTS, "inject"),
-        jail=top.choice("jail", MODES, "on"),
     )
     return plan.replace(
         excludes=tuple(_exclude(table, plan) for table in top.tables("exclude")),

@@ -16,7 +16,7 @@ class Guest(Record):
     """The machine of a run.
 
     Paths are absolute.  ``memory`` is a text as
-    ``512M``.  ``agent`` is ``inject`` or ``image``.  ``jail`` is the mode of its process's.
+    ``512M``.  ``agent`` is ``inject`` or ``image``.
     """
 
     kernel: str
@@ -26,7 +26,6 @@ class Guest(Record):
     memory: str = "256M"
     cpus: int = 1
     agent: str = "inject"
-    jail: str = "on"
 
 
 class Order(Record):

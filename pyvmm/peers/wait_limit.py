@@ -45,10 +45,6 @@ class WaitLimit:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._fd)
 
-    def descriptors(self) -> dict[int, str]:
-        """Return its descriptor, with a name."""
-        return {self._fd: "an end to a wait"}
-
     def close(self) -> None:
         """Free the eventfd; idempotent.  Nobody waits any more."""
         if self._fd >= 0:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.jail import MODES
-
 AUTO, NEVER = "auto", "never"
 MAX_KERNELS = 1000
 
@@ -21,7 +19,6 @@ class Options:
 
     ``disks`` are texts, FILE or URI with an optional ``,ro`` or ``,rw``.  ``logs`` is None if
     nobody asked for logs.  ``lab_writable`` are further directories for the lab to write back.
-    ``jail`` is that of the machines' processes.
     """
 
     kernels: tuple[str, ...]
@@ -30,7 +27,6 @@ class Options:
     lab: str
     lab_memory: str
     lab_writable: tuple[Path, ...]
-    jail: str
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -62,17 +58,12 @@ def add_options(parser: pytest.Parser) -> None:
         "--pyvmm-lab-rw", metavar="DIR", action="append", dest="pyvmm_lab_rw",
         help="a further directory in which the lab may write; repeat for several",
     )
-    group.addoption(
-        "--pyvmm-jail", choices=MODES, dest="pyvmm_jail",
-        help="the jail of the machines' processes: on (the default), off, or strict",
-    )
     parser.addini("pyvmm_kernel", "as --pyvmm-kernel, one a line", type="paths", default=[])
     parser.addini("pyvmm_disk", "as --pyvmm-disk, one a line", type="linelist", default=[])
     parser.addini("pyvmm_logs", "as --pyvmm-logs", default="")
     parser.addini("pyvmm_lab", "as --pyvmm-lab", default=AUTO)
     parser.addini("pyvmm_lab_memory", "as --pyvmm-lab-memory", default="2G")
     parser.addini("pyvmm_lab_rw", "as --pyvmm-lab-rw, one a line", type="paths", default=[])
-    parser.addini("pyvmm_jail", "as --pyvmm-jail", default="on")
 
 
 def read_options(config: pytest.Config) -> Options:
@@ -103,9 +94,6 @@ def read_options(config: pytest.Config) -> Options:
     lab = config.getoption("pyvmm_lab") or config.getini("pyvmm_lab")
     if lab not in (AUTO, NEVER):
         raise pytest.UsageError(f"pyvmm_lab = {lab}: must be {AUTO} or {NEVER}")
-    jail = config.getoption("pyvmm_jail") or config.getini("pyvmm_jail")
-    if jail not in MODES:
-        raise pytest.UsageError(f"pyvmm_jail = {jail}: must be one of {', '.join(MODES)}")
     writable = [here / text for text in _given(config, "pyvmm_lab_rw")]
     return Options(
         kernels=tuple(kernels),
@@ -114,7 +102,6 @@ def read_options(config: pytest.Config) -> Options:
         lab=lab,
         lab_memory=config.getoption("pyvmm_lab_memory") or config.getini("pyvmm_lab_memory"),
         lab_writable=tuple(writable or config.getini("pyvmm_lab_rw")),
-        jail=jail,
     )
 
 

@@ -54,12 +54,11 @@ def make_plan(
     root: Path,
     is_lab: bool,
     in_process: bool = False,
-    jail: str = "on",
 ) -> Plan:
     """Return the plan for checked ``arguments``; ``kernel`` and ``disks`` are the session's.
 
     Relative paths are relative to ``root``.  ``in_process`` plans a ``pyvmm.Machine``, which has no
-    agent; ``jail`` is for others.  ArgumentsError without a kernel; ConfigError for what cannot be.
+    agent.  ArgumentsError without a kernel; ConfigError for what cannot be.
     """
     chosen = arguments.get("kernel", kernel)
     if isinstance(chosen, (list, tuple)):
@@ -89,7 +88,6 @@ def make_plan(
     config = MachineConfig(
         kernel=path,
         disks=[_disk(one, root) for one in wanted],
-        jail=jail,
         **given,  # type: ignore[arg-type]  # checked by marker.checked and by MachineConfig
     )
     return Plan(

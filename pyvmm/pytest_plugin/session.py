@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import PyvmmError
 from pyvmm.pytest_plugin import lab
 from pyvmm.pytest_plugin.clones import Origins
 from pyvmm.pytest_plugin.guests import Guest, Guests
@@ -61,10 +61,7 @@ class Session:
             if note is None or not lab.write_note(note, reason):
                 self.why_no_lab = "this worker of pytest-xdist is on another host"
             return
-        try:
-            lab.go(self._config, self._options, reason, self.write_line)
-        except ConfigError as error:  # a checkout that another user has made
-            self.why_no_lab = str(error)
+        lab.go(self._config, self._options, reason, self.write_line)
 
     def write_line(self, line: str) -> None:
         """Write a line to pytest's terminal."""
@@ -94,7 +91,6 @@ class Session:
         try:
             return make_plan(
                 {**arguments_of(node), **changes}, kernel=kernel, disks=self._options.disks,
-                jail=self._options.jail,
                 root=self._config.rootpath, is_lab=bool(os.environ.get("PYVMM_LAB")),
                 in_process=in_process,
             )

@@ -9,7 +9,6 @@ import stat
 import threading
 from collections.abc import Sequence
 
-from pyvmm import owners
 from pyvmm.errors import HostError, SnapshotError
 from pyvmm.memory import PAGE_SIZE, RamLayer
 from pyvmm.ram.runs import MOST_RUNS, Run
@@ -42,12 +41,9 @@ class RamImage:
         self._is_closed = False
 
     @classmethod
-    def open_file(cls, path: str, size_bytes: int, *, fd: int | None = None) -> RamImage:
-        """Return the image that the file ``path`` holds whole; SnapshotError.
-
-        ``fd``, if given, is a descriptor of it for reading, and closed with the image or the error.
-        """
-        return cls(size_bytes, [(_File(_checked(path, size_bytes, fd)), None)])
+    def open_file(cls, path: str, size_bytes: int) -> RamImage:
+        """Return the image that the file ``path`` holds whole; SnapshotError."""
+        return cls(size_bytes, [(_File(_open(path, size_bytes)), None)])
 
     @classmethod
     def from_memfd(cls, fd: int, size_bytes: int, runs: Sequence[Run] | None = None) -> RamImage:
@@ -55,15 +51,10 @@ class RamImage:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         return cls(size_bytes, [(_File(fd), None if runs is None else tuple(runs))])
 
-    def over(self, path: str, runs: Sequence[Run], *, fd: int | None = None) -> RamImage:
-        """Return this image with ``runs`` from the file ``path``; see ``open_file``."""
-        try:
-            self._check_diff(path, runs)
-        except SnapshotError:
-            if fd is not None:
-                os.close(fd)
-            raise
-        return self._with(_File(_checked(path, self.size_bytes, fd)), runs)
+    def over(self, path: str, runs: Sequence[Run]) -> RamImage:
+        """Return this image with ``runs`` from the file ``path``; SnapshotError."""
+        self._check_diff(path, runs)
+        return self._with(_File(_open(path, self.size_bytes)), runs)
 
     def over_memfd(self, fd: int, runs: Sequence[Run]) -> RamImage:
         """Return this image with ``runs`` from the memfd ``fd``, sealed now; owns ``fd``.
@@ -181,27 +172,20 @@ class _File:
             os.close(self.fd)
 
 
-def _open(path: str) -> int:
+def _open(path: str, size_bytes: int) -> int:
+    """Return a descriptor of ``path``, locked against writers; SnapshotError."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(path, flags)
+        fd = os.open(path, flags)
     except OSError as error:
         problem = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise SnapshotError(path, f"{problem}") from error
-
-
-def _checked(path: str, size_bytes: int, fd: int | None) -> int:
-    """Return a descriptor of ``path``, ``fd`` if given, locked against writers; SnapshotError."""
-    if fd is None:
-        fd = _open(path)
     try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
             raise SnapshotError(path, "is not a regular file")
         if facts.st_size != size_bytes:
             raise SnapshotError(path, f"has {facts.st_size} bytes, not {size_bytes} as the RAM")
-        if owner := owners.foreign_owner(facts):
-            raise SnapshotError(path, f"belongs to {owner}; {owners.COPY_IT}")
         if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise SnapshotError(path, "others may write it, under a running guest; chmod 0400")
         _lock(fd, path)

@@ -2,7 +2,6 @@
 
 The child is a copy of this process with one thread.  Any lock may be held for ever in it, so it
 imports nothing, reports nothing, closes the descriptors that are not its own, and ends by _exit.
-Of a jailed process the child has the jail: it opens nothing, and ends when its pipe is closed.
 """
 
 from __future__ import annotations
@@ -18,18 +17,17 @@ import time
 from collections.abc import Sequence
 
 from pyvmm.errors import HostError
-from pyvmm.jail.descriptors import close_others
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
 from pyvmm.ram.runs import USUAL_RUNS
 from pyvmm.ram.write import RamWriter, Written
 
-# le32 errno (0: all is written); le32 CRCs; le64 held_bytes; le32 runs; le32 is a diff.
+# le32 errno (0: all is written); le32 CRCs; le64 held_bytes; le32 runs; le32 is a diff.  With
+# _HOST_ERROR the text of one follows.
 _HEAD = struct.Struct("<IIQII")
 _CRC = struct.Struct("<II")
 _RUN = struct.Struct("<QQ")
-_LAST_S, _LOOK_S = 1.0, 0.001
-"""Seconds that a child has to end once its pipe is closed, and between two looks."""
+_HOST_ERROR = 0xFFFF_FFFF
 
 
 def fork_writer(
@@ -102,13 +100,11 @@ class LiveWriter:
             raise HostError(f"the process that writes RAM ended with {how}") from None
 
     def kill(self) -> None:
-        """End the child, if it has not ended; idempotent.
-
-        Its pipe is closed, which it sees before its next chunk.  A child that does not, as when it
-        was stopped, gets SIGKILL after _LAST_S.  A jail forbids that.
-        """
+        """End the child, if it has not ended; idempotent."""
         if not self._is_reaped:
-            self._reap(time.monotonic() + _LAST_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._reap()
 
     def __enter__(self) -> LiveWriter:
         return self
@@ -116,24 +112,13 @@ class LiveWriter:
     def __exit__(self, *exc: object) -> None:
         self.kill()
 
-    def _reap(self, until_s: float | None = None) -> int:
-        """Close the pipe and return the exit status, negative for a signal.
-
-        A child that does not end by itself has until ``until_s`` (time.monotonic).
-        """
+    def _reap(self) -> int:
+        """Return the exit status, negative for a signal; close the pipe."""
         if self._is_reaped:
             raise ValueError("the result was taken, or the child killed")
         self._is_reaped = True
         os.close(self._reader)
         try:
-            if until_s is not None:
-                while time.monotonic() < until_s:
-                    pid, status = os.waitpid(self.pid, os.WNOHANG)
-                    if pid:
-                        return os.waitstatus_to_exitcode(status)
-                    time.sleep(_LOOK_S)
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(self.pid, signal.SIGKILL)
             return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         except ChildProcessError:  # the program that we run in reaps all children
             return 0
@@ -143,7 +128,7 @@ def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int]) -> None:
     """Write, answer, and end this process."""
     try:
         gc.disable()  # a finalizer of the parent's garbage could do anything
-        close_others([*kept, pipe])  # sockets, locks, and a KVM that lives as long as they do
+        _close_all_but(*kept, pipe)
         # Not PR_SET_PDEATHSIG: that comes when the thread ends that forked, too.
         poll = select.poll()
         poll.register(pipe, 0)
@@ -156,12 +141,24 @@ def _child(ram_writer: RamWriter, pipe: int, kept: Sequence[int]) -> None:
             answer = _pack(ram_writer.write(before_chunk=check_parent))
         except OSError as error:
             answer = _HEAD.pack(error.errno or errno.EIO, 0, 0, 0, 0)
+        except HostError as error:
+            answer = _HEAD.pack(_HOST_ERROR, 0, 0, 0, 0) + str(error).encode()
         at = 0
         while at < len(answer):
             at += os.write(pipe, answer[at:])
         os._exit(0)
     finally:
         os._exit(1)
+
+
+def _close_all_but(*kept: int) -> None:
+    """Close all other descriptors: sockets, locks, and a KVM that lives as long as they do."""
+    top = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    first = 0
+    for fd in sorted(kept):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, top)
 
 
 def _pack(written: Written) -> bytes:
@@ -178,6 +175,8 @@ def _unpack(answer: bytearray) -> Written:
     """Return the result, or raise the child's error; struct.error or ValueError if it is cut off.
     """
     error, crcs, held_bytes, runs, is_diff = _HEAD.unpack_from(answer)
+    if error == _HOST_ERROR:
+        raise HostError(answer[_HEAD.size :].decode())
     if error:
         raise OSError(error, os.strerror(error))
     end = _HEAD.size + crcs * _CRC.size

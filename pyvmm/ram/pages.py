@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pyvmm.errors import HostError
 from pyvmm.memory import PAGE_SIZE, GuestMemory
 from pyvmm.ram.image import RamImage
-from pyvmm.ram.pagemap import open_pagemap
 from pyvmm.ram.runs import Run, coarser, joined, total, union
 
 # Of a pagemap entry's highest byte: bit 63 present, 62 swapped, 61 a page of a file (or shared).
@@ -39,9 +38,10 @@ def own_runs(memory: GuestMemory) -> list[Run]:
     """
     if memory.fd is not None:
         raise ValueError("shared RAM has no own pages")
-    if memory.pagemap_fd is not None:
-        return list(joined(_own_runs(memory, memory.pagemap_fd)))
-    pagemap = open_pagemap()
+    try:
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"cannot see which pages of RAM are used: {error}") from error
     try:
         return list(joined(_own_runs(memory, pagemap)))
     finally:
@@ -64,11 +64,7 @@ def drop_own(memory: GuestMemory) -> None:
 
 def held_runs(memory: GuestMemory) -> list[Run]:
     """Return the parts of RAM that may not be zero: own pages, and data of the image."""
-    return with_image(own_runs(memory), memory)
-
-
-def with_image(own: list[Run], memory: GuestMemory) -> list[Run]:
-    """Return ``own``, the own pages, and the data of the image of ``memory``, if it has one."""
+    own = own_runs(memory)
     return union(own, data_runs(memory.image)) if isinstance(memory.image, RamImage) else own
 
 

@@ -11,7 +11,7 @@ from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory, Region
 from pyvmm.ram.compare import differing_runs
 from pyvmm.ram.image import RamImage, new_memfd
-from pyvmm.ram.pages import own_runs, with_image
+from pyvmm.ram.pages import held_runs, own_runs
 from pyvmm.ram.runs import USUAL_RUNS, Run, coarser, parts_in_regions, total
 from pyvmm.startup.types import Record
 
@@ -53,15 +53,13 @@ def image_in_memory(memory: GuestMemory) -> RamImage:
     base = memory.image
     fd = new_memfd(memory.size_bytes)
     try:
-        own = own_runs(memory)
-        held = with_image(own, memory)
-        ram_writer = RamWriter(memory, fd, own=own)
+        held = held_runs(memory)
         if isinstance(base, RamImage) and base.room:
-            runs = coarser(own, memory.size_bytes, base.room)
+            runs = coarser(own_runs(memory), memory.size_bytes, base.room)
             if total(runs) <= total(held) // 2:
-                ram_writer.copy(runs)
+                RamWriter(memory, fd).copy(runs)
                 return base.over_memfd(fd, runs)
-        ram_writer.copy(held)
+        RamWriter(memory, fd).copy(held)
         return RamImage.from_memfd(fd, memory.size_bytes)
     except OSError as error:
         os.close(fd)
@@ -122,10 +120,8 @@ def _by_chunk(runs: Iterable[Run]) -> Iterator[tuple[int, list[Run]]]:
 class RamWriter:
     """One writing of ``memory`` into ``fd``, as ``write_ram`` does it.
 
-    Once it is made, ``write`` needs no lock of the C library's and opens nothing: a forked child
-    may call it.  The pages that RAM holds are those of the moment when it is made: ``own``, if they
-    are known.  If RAM is not mapped over ``over``, as after a checkpoint, both are compared then.
-    HostError.
+    Once it is made, ``write`` needs no lock of the C library's: a forked child may call it.  If RAM
+    is not mapped over ``over``, as after a checkpoint, both are compared when it is made.
     """
 
     def __init__(
@@ -135,16 +131,14 @@ class RamWriter:
         *,
         over: RamImage | None = None,
         most_runs: int = USUAL_RUNS,
-        own: list[Run] | None = None,
     ) -> None:
         self._most_runs = most_runs
         self._memory = memory
         self._fd = fd
         self._is_diff = over is not None
+        self._runs: Sequence[Run] | None = None
         if over is not None and (memory.image is None or memory.image.layers != over.layers):
             self._runs = differing_runs(memory, over)
-        else:
-            self._runs = own_runs(memory) if own is None else own
         self._held_bytes = 0
         self._differ: Callable[[int, bytes, int], int] = ctypes.CDLL(None).memcmp
         self._differ.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
@@ -154,9 +148,10 @@ class RamWriter:
         size_bytes, is_diff = self._memory.size_bytes, self._is_diff
         os.ftruncate(self._fd, size_bytes)
         if is_diff:
-            runs = coarser(self._runs, size_bytes, self._most_runs)
+            own = own_runs(self._memory) if self._runs is None else self._runs
+            runs = coarser(own, size_bytes, self._most_runs)
         else:
-            runs = with_image(self._runs, self._memory)
+            runs = held_runs(self._memory)
         crcs = {}
         for chunk, parts in _by_chunk(runs):
             if before_chunk is not None:

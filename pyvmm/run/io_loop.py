@@ -237,11 +237,6 @@ class IoLoop:
         self._stopping = True
         self._add_request(lambda: None)
 
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that the loop made for itself, each with a name."""
-        own = {self._poller.fileno(): "epoll"}
-        return own | {self._wake_fd: "wake"} if self._owns_wake_fd else own
-
     def close(self) -> None:
         """Release what the loop made for itself; idempotent.  ``run`` does it at its end."""
         with self._lock:
@@ -340,6 +335,8 @@ class IoLoop:
     def _answer_requests(self) -> None:
         while self._requests:
             self._requests.pop(0)()
+
+    # Helpers
 
     def _request(self, action: Callable[[], object]) -> None:
         """Call ``action`` where it may change ``_due_s``: at once in the loop's own thread."""

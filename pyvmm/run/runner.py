@@ -20,22 +20,18 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.console.output import DRAIN_TIMEOUT_S, STALL_S, OutputBuffer, OutputPump
 from pyvmm.console.place import Console
-from pyvmm.errors import HostError
 from pyvmm.run.console_output import PluggedOutput
-from pyvmm.run.entrance import Entrance
 from pyvmm.run.halts import HaltWatch
-from pyvmm.run.io_loop import Deadline, IoLoop
+from pyvmm.run.io_loop import Deadline, IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.pausing import PausableRun
 from pyvmm.run.signals import KICK_SIGNAL, KickHandler
 from pyvmm.run.stillness import Stillness
-from pyvmm.run.threads import OneRun, RunThreads, Worker, do_all, failure_of
+from pyvmm.run.threads import OneRun, RunThreads, culprit_of, do_all, place_of
 from pyvmm.run.vcpu_loop import VcpuLoop
 from pyvmm.run.vcpus import Vcpus
 
 JOIN_TIMEOUT_S = 5.0
-HOUSE_KIND = "main"
-"""The kind of the thread that keeps house (docs/jail.md)."""
 ASKED_FOR = (Kind.QUIT, Kind.STOPPED, Kind.TIMEOUT, Kind.SIGNAL)
 """Ends that somebody outside asked for: nobody then waits for a reader of the console."""
 
@@ -63,9 +59,6 @@ class Runner(PausableRun):
         except OSError:
             os.close(self._workers_wake_fd)
             raise
-        self.enter: Callable[[str], None] | None = None
-        """Called with its kind at the start of every thread of a run; no vCPU enters the guest
-        before all these calls have returned.  HostError ends the run.  None for no jail."""
         self.input_waits = False
         """True if typed bytes wait for room in the guest; whoever holds the bytes sets it."""
         self._has_begun = threading.Lock()
@@ -188,7 +181,7 @@ class Runner(PausableRun):
         self,
         *,
         vcpus: Sequence[VcpuLoop],
-        workers: Sequence[Worker],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
         console: Console,
         output: OutputBuffer,
         at_end: Sequence[Callable[[], None]] = (),
@@ -204,7 +197,7 @@ class Runner(PausableRun):
         self,
         *,
         vcpus: Sequence[VcpuLoop],
-        workers: Sequence[Worker],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
         console: Console,
         output: OutputBuffer,
         at_end: Sequence[Callable[[], None]] = (),
@@ -227,7 +220,7 @@ class Runner(PausableRun):
     def _start(
         self,
         vcpus: Sequence[VcpuLoop],
-        workers: Sequence[Worker],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
         console: Console,
         output: OutputBuffer,
         at_end: Sequence[Callable[[], None]],
@@ -237,7 +230,6 @@ class Runner(PausableRun):
         def keep_house() -> None:
             self._house = threading.current_thread()
             try:
-                self._threads.let_in(HOUSE_KIND)
                 self.loop.run()
             except BaseException as error:
                 self._fail_in("the house's thread", error)
@@ -257,23 +249,22 @@ class Runner(PausableRun):
         self,
         *,
         vcpus: Sequence[VcpuLoop],
-        workers: Sequence[Worker],
+        workers: Sequence[tuple[str, Sequence[IoSource]]],
         console: Console,
         output: OutputBuffer,
         at_end: Sequence[Callable[[], None]] = (),
     ) -> Outcome:
         """Run to the end and keep house in the calling thread; every thread is stopped then.
 
-        ``workers`` have a thread each, so that one disk that waits never holds up another.  The
-        calls in ``at_end`` are made before the threads are joined, because a thread may be waiting
-        for a peer.
+        ``workers`` are ``(thread name, sources)``: a thread each, so that one disk that waits
+        never holds up another.  The calls in ``at_end`` are made before the threads are joined,
+        because a thread may be waiting for a peer.
         """
         self._begin()
         self._set_up(console, output, at_end)
         self._house = threading.current_thread()
         try:
             self._start_threads(vcpus, workers)
-            self._threads.let_in(HOUSE_KIND)
             self.loop.run()
         except BaseException as error:
             self._fail_in("the run", error)
@@ -281,11 +272,6 @@ class Runner(PausableRun):
         finally:
             self._end()
         return self._this_run.outcomes[0]
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that the runner keeps open before its run, each with a name."""
-        found = {self._workers_wake_fd: "workers: wake"}
-        return found | {fd: f"house: {use}" for fd, use in self.loop.descriptors().items()}
 
     def close(self) -> None:
         """Close the runner's own eventfds; idempotent, before a run or after it."""
@@ -347,25 +333,24 @@ class Runner(PausableRun):
             )
         KickHandler.begin()
 
-    def _start_threads(self, vcpus: Sequence[VcpuLoop], workers: Sequence[Worker]) -> None:
-        if self.enter is not None:
-            threads = len(vcpus) + len(workers) + 1  # the house's
-            self._threads.entrance = Entrance(self.enter, threads, self._end_unconfined)
+    def _start_threads(
+        self, vcpus: Sequence[VcpuLoop], workers: Sequence[tuple[str, Sequence[IoSource]]]
+    ) -> None:
         # The guest first: a doorbell that it rings before the workers start waits in an eventfd.
         self._vcpus.begin(vcpus)
         for index, vcpu in enumerate(vcpus):
-            run = functools.partial(self._vcpus.run, vcpu)
-            self._threads.spawn(f"vcpu{index}", vcpu.kind, run, is_vcpu=True)
-        for worker in workers:
-            loop = IoLoop(worker.sources, self._workers_wake_fd)
+            self._threads.spawn(f"vcpu{index}", functools.partial(self._vcpus.run, vcpu))
+        for name, sources in workers:
+            loop = IoLoop(sources, self._workers_wake_fd)
             self._stillness.add(loop)
-            self._threads.spawn(worker.name, worker.kind, loop.run)
-
-    def _end_unconfined(self, error: HostError) -> None:
-        self.finish(Outcome(Kind.HOST_ERROR, detail=str(error)))
+            self._threads.spawn(name, loop.run)
 
     def _fail_in(self, name: str, error: BaseException) -> None:
-        self.finish(failure_of(name, error))
+        self.finish(Outcome(
+            Kind.HOST_ERROR,
+            detail=f"{culprit_of(error)} in {name}: {type(error).__name__}: {error} "
+            f"({place_of(error)})",
+        ))
 
     def _end(self) -> None:
         """Stop and join every thread, and show the last of the output."""

@@ -6,10 +6,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from pyvmm.peers.eventfds import EventfdWriter
-from pyvmm.run.entered import EnteredThread
 from pyvmm.run.io_loop import LAST_WAIT_S, IoLoop, IoSource
 from pyvmm.run.signals import (
     KICK_SIGNAL,
@@ -26,7 +25,7 @@ WATCH_S = 0.05
 def serve(
     start: Callable[[], Sequence[IoSource]],
     *,
-    begun: Callable[[Mapping[int, str]], Callable[[str], None] | None] = lambda _kept: None,
+    begun: Callable[[], None] = lambda: None,
     refresh: Callable[[], None],
     hurry: Callable[[float], None],
     eventfd_writer: EventfdWriter,
@@ -35,9 +34,7 @@ def serve(
 
     Call it in the main thread, which serves.  ``start`` is called once signals are taken, because
     whoever sees the socket it makes may send one.  ``begun`` is called when nothing can go wrong
-    any more, with the descriptors that serving itself needs, each with a name.  It may put the
-    process into a jail, and then returns what confines a thread of a given kind.  ``refresh`` is
-    called after every REFRESH_SIGNAL.
+    any more, ``refresh`` after every REFRESH_SIGNAL.
 
     The first stop signal calls ``hurry`` with the time (time.monotonic) until which a source may
     still wait.  The signal's handler makes that call, because the main thread may be waiting in a
@@ -53,7 +50,7 @@ def serve(
             if len(stops) == 1:
                 hurry(time.monotonic() + LAST_WAIT_S)
 
-    with Signals(take, job_control=False) as signals:
+    with Signals(take, job_control=False) as signals, _WriteWatch(eventfd_writer):
 
         def look() -> None:
             os.read(signals.wakeup_fd, 4096)  # the handlers have run by now
@@ -66,12 +63,8 @@ def serve(
 
         source = IoSource(signals.wakeup_fd, look, edge_triggered=False)
         loop = IoLoop([*start(), source])
-        enter = begun(loop.descriptors() | signals.descriptors())
-        # The watch's thread comes behind the jail's door: one from before would stay free.
-        with _WriteWatch(eventfd_writer, enter):
-            if enter is not None:
-                enter("main-export")
-            loop.run()
+        begun()
+        loop.run()
     return taken[0]
 
 
@@ -82,15 +75,12 @@ class _WriteWatch:
     signal only if the same write was under way at two looks.
     """
 
-    def __init__(
-        self, eventfd_writer: EventfdWriter, enter: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, eventfd_writer: EventfdWriter) -> None:
         self._eventfd_writer = eventfd_writer
-        self._enter = enter
         self._writing_thread = threading.get_ident()
         self._stopping = False
         self._woken = threading.Event()
-        self._thread = EnteredThread("eventfd watch", "export-watch", self._run)
+        self._thread = threading.Thread(target=self._run, name="eventfd watch", daemon=True)
 
     def _run(self) -> None:
         eventfd_writer, seen = self._eventfd_writer, -1
@@ -109,8 +99,7 @@ class _WriteWatch:
 
     def __enter__(self) -> None:
         KickHandler.begin()
-        self._thread.start(self._enter)
-        self._thread.wait()
+        self._thread.start()
 
     def __exit__(self, *_exc: object) -> None:
         self._stopping = True

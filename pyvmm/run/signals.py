@@ -98,10 +98,6 @@ class Signals:
         self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
         return self
 
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that are kept open inside, each with a name."""
-        return {self.wakeup_fd: "signals", self._wakeup_write_fd: "signals, for the kernel"}
-
     def __exit__(self, *_exc: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
         for number, handler in self._saved.items():

@@ -7,22 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pyvmm.run.entrance import Entrance
-from pyvmm.run.io_loop import IoSource
-from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.startup.types import Record
-
-
-class Worker(Record, kw_only=False):
-    """A thread that serves ``sources``.
-
-    ``kind`` is that of its work, such as "disk": a jail gives each kind of thread the system calls
-    of its own (docs/jail.md).
-    """
-
-    name: str
-    kind: str
-    sources: Sequence[IoSource]
+from pyvmm.run.outcome import Outcome
 
 
 class RunThreads:
@@ -35,19 +20,12 @@ class RunThreads:
     def __init__(self, failed: Callable[[str, BaseException], None]) -> None:
         self._failed = failed
         self._threads: list[threading.Thread] = []
-        self.entrance: Entrance | None = None
-        """Each thread passes it before its body; None for a run without a jail."""
 
-    def spawn(
-        self, name: str, kind: str, body: Callable[[], None], *, is_vcpu: bool = False
-    ) -> None:
-        """Run ``body`` in a new thread called ``name``, whose work is of ``kind``."""
-        entrance = self.entrance
-
+    def spawn(self, name: str, body: Callable[[], None]) -> None:
+        """Run ``body`` in a new thread called ``name``."""
         def guarded() -> None:
             try:
-                if entrance is None or entrance.let_in(kind, waits=is_vcpu):
-                    body()
+                body()
             except BaseException as error:
                 self._failed(name, error)
 
@@ -55,18 +33,8 @@ class RunThreads:
         self._threads.append(thread)  # before it can ask whether it is one of them
         thread.start()
 
-    def let_in(self, kind: str) -> None:
-        """Have the calling thread, the run's own but not of ``spawn``, pass the entrance."""
-        if self.entrance is not None:
-            self.entrance.let_in(kind)
-
     def join(self, timeout_s: float) -> list[str]:
-        """Join all, within ``timeout_s`` seconds; return the names of the threads still alive.
-
-        Nobody waits at the entrance any more.
-        """
-        if self.entrance is not None:
-            self.entrance.close()
+        """Join all, within ``timeout_s`` seconds; return the names of the threads still alive."""
         until_s = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive():  # a thread that could not be started cannot be joined
@@ -120,15 +88,6 @@ def do_all(actions: Sequence[Callable[[], None]], report: Callable[[str], None])
             action()
         except BaseException as error:  # the threads must be stopped all the same
             report(f"at the end of the run: {type(error).__name__}: {error}")
-
-
-def failure_of(name: str, error: BaseException) -> Outcome:
-    """Return the outcome of a run whose thread ``name`` has raised ``error``."""
-    return Outcome(
-        Kind.HOST_ERROR,
-        detail=f"{culprit_of(error)} in {name}: {type(error).__name__}: {error} "
-        f"({place_of(error)})",
-    )
 
 
 def place_of(error: BaseException) -> str:

@@ -70,7 +70,7 @@ class VcpuLoop:
 
     ``machine`` has the loops of all vCPUs, once they run.  ``can_be_woken`` returns True if a
     device may wake a vCPU that has interrupts off.  ``at_end`` is called in the vCPU's thread when
-    the vCPU has run for the last time.  ``kind`` is that of the thread in ``run``, for a jail.
+    the vCPU has run for the last time.
     """
 
     def __init__(
@@ -84,10 +84,8 @@ class VcpuLoop:
         machine: Sequence[VcpuLoop] | None = None,
         at_end: Callable[[], None] = lambda: None,
         can_be_woken: Callable[[], bool] = lambda: False,
-        kind: str = "vcpu",
     ) -> None:
         self.vcpu = vcpu
-        self.kind = kind
         self.enter = vcpu.enter
         """KVM_RUN.  A hook may put a function of its own before it, until ``run`` is called."""
         self.answered_io = self.answered_mmio = 0

@@ -100,14 +100,10 @@ class Verdict:
     is known to be something else: it owes nobody an init.
     """
 
-    def __init__(
-        self, run: Run, *, is_linux: bool, incomplete_kvm: str = INCOMPLETE_KVM
-    ) -> None:
+    def __init__(self, run: Run, *, is_linux: bool) -> None:
         self.evidence = Evidence()
         self._run = run
         self._is_linux = is_linux
-        # Looked at now: a jailed process sees no file later.
-        self._incomplete_kvm = incomplete_kvm if os.path.exists(incomplete_kvm) else None
         self._is_deaf = False
         self._ends: list[Deadline] = []
         """Ends of the run that the evidence has made due."""
@@ -188,21 +184,21 @@ class Verdict:
             PANIC_GRACE_S, Outcome(Kind.PANIC, detail=self.evidence.panic_reason)
         ))
 
-    def doubt_silence(self, report: Callable[[str], None]) -> None:
+    def doubt_silence(
+        self, report: Callable[[str], None], incomplete_kvm: str = INCOMPLETE_KVM
+    ) -> None:
         """Report a Linux that prints nothing for SILENCE_S, if this KVM is incomplete."""
-        if not self._is_linux or self._incomplete_kvm is None:
-            return
-        incomplete_kvm = os.path.basename(self._incomplete_kvm)
 
         def look() -> None:
-            if not self.evidence.has_printed:
+            if not self.evidence.has_printed and os.path.exists(incomplete_kvm):
                 report(
                     f"the kernel has printed nothing for {SILENCE_S:g} s: this host's KVM is "
-                    f"{incomplete_kvm}, which cannot run a stock Linux kernel; "
+                    f"{os.path.basename(incomplete_kvm)}, which cannot run a stock Linux kernel; "
                     f"{_IN_THE_LAB} boots it on an emulated host"
                 )
 
-        self._run.call_after(SILENCE_S, look)
+        if self._is_linux:
+            self._run.call_after(SILENCE_S, look)
 
     def judge(
         self, outcome: Outcome, runs_program: Callable[[], bool] = lambda: False

@@ -16,12 +16,8 @@ from pyvmm.snapshot.files.writer import Writer
 from pyvmm.snapshot.snapshot import Facts, Snapshot
 from pyvmm.snapshot.still import one_moment, state_of, still
 from pyvmm.snapshot.writing import LiveImage, WrittenRam, finish_directory, host_of
-from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.virtio.spec import DeviceType
-
-if TYPE_CHECKING:
-    from pyvmm.snapshot.files.making import MakeWriter, SnapshotWriter
 
 CALL = "snapshot()"
 
@@ -32,15 +28,13 @@ def take(
     *,
     live: bool = False,
     diff: bool = False,
-    make_writer: MakeWriter = Writer,
 ) -> Snapshot:
     """Return a snapshot of ``machine``, for the caller to close.
 
     It is in memory, or in ``directory``, which is made.  The guest is held still meanwhile; what
     ran runs on afterwards, what was paused stays so, also after an error.  With ``live`` a child
     process copies RAM, and the guest stands only until it is forked.  A ``diff`` into a directory
-    has only the pages that differ from the snapshot from which the machine goes on.  The directory
-    is made by ``make_writer``.
+    has only the pages that differ from the snapshot from which the machine goes on.
 
     SnapshotError for a machine that cannot be saved, or a directory that cannot be made; where
     that can be known, before the guest is paused.  HostError.
@@ -50,7 +44,7 @@ def take(
         if directory is None:
             snapshot = _take_in_memory(machine, live)
         else:
-            with make_writer(os.fspath(directory)) as writer:
+            with Writer(directory) as writer:
                 snapshot = _take_into(machine, writer, live, base)
         with machine.lock:
             if machine.vm.fd >= 0:  # else it was closed while RAM was written
@@ -116,7 +110,7 @@ def _take_in_memory(machine: Machine, live: bool) -> Snapshot:
 
 
 def _take_into(
-    machine: Machine, writer: SnapshotWriter, live: bool, base: Snapshot | None
+    machine: Machine, writer: Writer, live: bool, base: Snapshot | None
 ) -> Snapshot:
     about, memory = About.new(live=live), machine.board.memory
     with contextlib.ExitStack() as undo:
@@ -129,7 +123,7 @@ def _take_into(
         image = finish_directory(writer, about, host, facts, ram, disks, base)
         undo.pop_all()
         ram.close()
-        return Snapshot(facts, image, disks, writer.path, writer.held_bytes)
+        return Snapshot(facts, image, disks, writer.path)
 
 
 def _freeze(machine: Machine, undo: contextlib.ExitStack) -> list[FrozenDisk]:

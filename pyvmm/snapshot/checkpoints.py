@@ -129,10 +129,6 @@ class Checkpoints:
             else:
                 self._go_back(kept, attach)
 
-    def descriptors(self) -> dict[int, str]:
-        """Return none: checkpoints are made while the machine runs."""
-        return {}
-
     def close(self) -> None:
         """Forget all checkpoints, before the machine is closed; idempotent."""
         with self._machine.lock:

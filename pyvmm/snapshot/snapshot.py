@@ -44,8 +44,7 @@ class Snapshot:
     """A machine at one moment: its RAM ``image``, its ``disks``, and all other ``facts``.
 
     Nothing ever changes it.  Clones map its RAM privately and write to disks of their own over
-    its frozen ones.  ``path`` is its directory, None if it is in memory only; ``held_bytes`` is
-    what the directory's files took on their disk when this process had them made.
+    its frozen ones.  ``path`` is its directory, None if it is in memory only.
 
     Each holder closes its share once; the RAM and the disks are freed with the last one.  Clones
     hold what they need, so a snapshot may be closed before them.  All methods may be called from
@@ -53,14 +52,12 @@ class Snapshot:
     """
 
     def __init__(
-        self, facts: Facts, image: RamImage, disks: Sequence[FrozenDisk], path: str | None = None,
-        held_bytes: int = 0,
+        self, facts: Facts, image: RamImage, disks: Sequence[FrozenDisk], path: str | None = None
     ) -> None:
         self.facts = facts
         self.image = image
         self.disks = tuple(disks)
         self.path = path
-        self.held_bytes = held_bytes
         self._lock = threading.Lock()
         self._shares = 1
 
@@ -83,13 +80,6 @@ class Snapshot:
                 raise RuntimeError(f"{self.name} was closed")
             self._shares += 1
         return self
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that it keeps open, each with a name."""
-        found = {layer.fd: "a snapshot's RAM" for layer in self.image.layers}
-        for disk in self.disks:
-            found |= disk.descriptors()
-        return found
 
     def close(self) -> None:
         """Give up a share."""

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 
 from pyvmm.errors import HostError
-from pyvmm.kvm.answers import answers_of
 from pyvmm.kvm.state import tsc_khz_of
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage, new_memfd
@@ -17,13 +16,13 @@ from pyvmm.snapshot.config_record import save_config, save_kernel
 from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam
 from pyvmm.snapshot.files.host import host_record
 from pyvmm.snapshot.files.layout import RAM, overlay_name
+from pyvmm.snapshot.files.writer import Writer
 from pyvmm.snapshot.snapshot import Facts, Snapshot
 from pyvmm.startup.types import TYPE_CHECKING
 from pyvmm.storage.frozen import FrozenDisk
 
 if TYPE_CHECKING:
     from pyvmm.machine import Machine
-    from pyvmm.snapshot.files.making import SnapshotWriter
 
 
 class LiveImage:
@@ -87,7 +86,7 @@ class WrittenRam:
     """
 
     def __init__(
-        self, memory: GuestMemory, writer: SnapshotWriter, *, live: bool, over: RamImage | None
+        self, memory: GuestMemory, writer: Writer, *, live: bool, over: RamImage | None
     ) -> None:
         self.regions = tuple((region.gpa, region.length) for region in memory.regions)
         self.size_bytes = memory.size_bytes
@@ -135,7 +134,7 @@ class WrittenRam:
 
 
 def finish_directory(
-    writer: SnapshotWriter,
+    writer: Writer,
     about: About,
     host: dict[str, object],
     facts: Facts,
@@ -161,10 +160,10 @@ def finish_directory(
             base.path, base.id.bytes, writer.path
         ).record(),
     })
-    path, fd = f"{writer.path}/{RAM}", writer.reopen(RAM)
+    path = f"{writer.path}/{RAM}"
     if base is None or saved_ram.runs is None:
-        return RamImage.open_file(path, ram.size_bytes, fd=fd)
-    return base.image.over(path, saved_ram.runs, fd=fd)
+        return RamImage.open_file(path, ram.size_bytes)
+    return base.image.over(path, saved_ram.runs)
 
 
 def host_of(machine: Machine) -> dict[str, object]:
@@ -173,18 +172,18 @@ def host_of(machine: Machine) -> dict[str, object]:
     kvm = vcpus[0].kvm
     assert kvm is not None  # ``build`` has made the vCPUs
     return host_record(
-        supported=answers_of(kvm).supported_cpuid(), given=[vcpu.cpuid for vcpu in vcpus],
+        supported=kvm.supported_cpuid(), given=[vcpu.cpuid for vcpu in vcpus],
         tsc_khz=tsc_khz_of(vcpus[0], kvm),
     )
 
 
-def _save_disk(writer: SnapshotWriter, index: int, disk: FrozenDisk) -> SavedDisk:
-    name = overlay_name(index)
+def _save_disk(writer: Writer, index: int, disk: FrozenDisk) -> SavedDisk:
+    path = writer.path_of(overlay_name(index))
     try:
-        held = disk.save_overlay(lambda: writer.create(name), f"{writer.path}/{name}")
+        held = disk.save_overlay(path)
+        size = None if held is None else os.stat(path).st_size
     except OSError as error:
-        raise writer.failed(error, name) from error
-    size = None if held is None else writer.size_of(name)
+        raise writer.failed(error, overlay_name(index)) from error
     return SavedDisk(
         index=index, location=disk.location, size_bytes=disk.size_bytes, stamp_ns=disk.stamp_ns,
         read_only=disk.read_only, overlay_bytes=size,

@@ -87,24 +87,6 @@ class BlockBackend(Protocol):
         """Free what it holds; idempotent.  Does not flush."""
 
 
-def thread_kind_of(disk: BlockBackend) -> str:
-    """Return the kind of the thread that serves ``disk``, for a jail (docs/jail.md).
-
-    pyvmm's own disks know it: ``thread_kind``.  A script's own disk may do anything: "device".
-    """
-    kind: str = getattr(disk, "thread_kind", "device")
-    return kind
-
-
-def descriptors_of(disk: BlockBackend) -> dict[int, str]:
-    """Return the descriptors that ``disk`` keeps open, each with a name.
-
-    pyvmm's own disks know them: ``descriptors()``.  Those of a script's own disk are the script's.
-    """
-    own: Callable[[], dict[int, str]] | None = getattr(disk, "descriptors", None)
-    return {} if own is None else own()
-
-
 class OutsideError(OSError):
     """The caller asked for bytes that are not on the disk; the host was not asked."""
 
@@ -116,7 +98,7 @@ class HostErrors:
     """
 
     def __init__(self, name: str, report: Callable[[str], None]) -> None:
-        self.name = name
+        self._name = name
         self._report = report
         self._said: set[tuple[str, str]] = set()
 
@@ -128,7 +110,7 @@ class HostErrors:
             return
         self._said.add(kind)
         self._report(
-            f"{self.name}: {operation} failed: {kind[1]}; the guest gets I/O errors (said once)"
+            f"{self._name}: {operation} failed: {kind[1]}; the guest gets I/O errors (said once)"
         )
 
 

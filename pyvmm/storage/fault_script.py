@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import errno
 import re
+from dataclasses import dataclass
 from enum import Enum
 
 from pyvmm.errors import ConfigError
 from pyvmm.numerals import decimal_number, shown, whole_number
-from pyvmm.startup.types import Record
 from pyvmm.storage.backend import SECTOR_SIZE
 
 
@@ -39,7 +39,8 @@ class Effect(Enum):
     DELAY = "delay"
 
 
-class Fault(Record):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
     """``effect`` on matching operations ``first`` to ``last`` (None: for ever).
 
     An operation matches if it is one of ``operations`` and, unless ``sectors`` is None, touches one

@@ -9,13 +9,7 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.peers.wait_limit import WaitLimit
 from pyvmm.startup.types import Record
-from pyvmm.storage.backend import (
-    BlockBackend,
-    buffers_slice,
-    check_range,
-    descriptors_of,
-    thread_kind_of,
-)
+from pyvmm.storage.backend import BlockBackend, buffers_slice, check_range
 from pyvmm.storage.fault_script import Effect, Fault, Operation
 
 
@@ -77,15 +71,6 @@ class FaultyBackend:
         """Go back to ``state``, of the same faults."""
         self._counts = list(state.counts)
         self._flush_errno = state.flush_errno
-
-    @property
-    def thread_kind(self) -> str:
-        """The kind of the thread that serves it: see ``backend.thread_kind_of``."""
-        return thread_kind_of(self._backend)
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
-        return {**descriptors_of(self._backend), **self._limit.descriptors()}
 
     @property
     def size_bytes(self) -> int:

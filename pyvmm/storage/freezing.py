@@ -16,7 +16,7 @@ from pyvmm.storage.overlay import OverlayBackend
 from pyvmm.storage.private import PrivateDisk
 from pyvmm.storage.raw import RawBackend
 from pyvmm.storage.saving import copy_blocks
-from pyvmm.storage.scratch import nameless_file, snapshot_directory, take_stripe
+from pyvmm.storage.scratch import snapshot_directory, take_stripe
 
 _READABLE_TWICE = (RawBackend, MemoryBackend)
 
@@ -115,10 +115,7 @@ def _copied(overlay: OverlayBackend) -> FrozenDisk:
         bitmap, (store, data) = BlockBitmap(), overlay.place
         for start, length in overlay.held_runs():
             if stripe is None:
-                stripe = take_stripe(
-                    None, below.stripe_bytes, overlay.report,
-                    overlay.open_scratch or nameless_file,
-                )
+                stripe = take_stripe(None, below.stripe_bytes, overlay.report)
             copy_blocks(store, data + start, stripe.store, stripe.offset + start, length)
             bitmap.hold(start, length)
         if stripe is None:

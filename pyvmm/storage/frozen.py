@@ -113,10 +113,6 @@ class FrozenDisk:
         """The disk below all layers, which stays this one's; its kind says what can be done."""
         return self.tree.base
 
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
-        return self.tree.descriptors()
-
     @property
     def stripe_bytes(self) -> int:
         """Bytes of a stripe for a layer over this disk."""
@@ -202,12 +198,11 @@ class FrozenDisk:
             page = self._blocks[index] = map_page(self.newest, index)
             return page
 
-    def save_overlay(self, create: Callable[[], int], name: str) -> int | None:
-        """Write all layers to a new overlay file over the base; return the bytes held.
+    def save_overlay(self, path: str) -> int | None:
+        """Write all layers to the new overlay file ``path`` over the base; return the bytes held.
 
-        ``create`` returns the file's descriptor, which is closed; errors call the file ``name``.
         None, and no file, if they hold nothing.  The file is stable when this returns, but for its
-        name.  OSError: the file is of no use.
+        name.  OSError, and no file.
         """
         from pyvmm.storage.saving import copy_blocks, write_overlay
 
@@ -237,7 +232,7 @@ class FrozenDisk:
                     return
                 store.discard(at, length)  # where holes are, nothing is copied
 
-        return write_overlay(create(), name, self.size_bytes, self.stamp_ns, runs, copy_unmoved)
+        return write_overlay(path, self.size_bytes, self.stamp_ns, runs, copy_unmoved)
 
     def hurry(self, until_s: float) -> None:
         """See ``BlockBackend.hurry``: for the base, unless others use it too."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pyvmm.errors import HostError
 from pyvmm.startup.types import TYPE_CHECKING
-from pyvmm.storage.backend import BlockBackend, BufferCursor, descriptors_of
+from pyvmm.storage.backend import BlockBackend, BufferCursor
 from pyvmm.storage.bitmap import BLOCK_SIZE, BLOCKS_PER_PAGE, BlockBitmap, bit_runs, block_count
 from pyvmm.storage.files import copy_range
 from pyvmm.storage.memory import MemoryBackend
@@ -118,14 +118,6 @@ class LayerTree:
                     newest.above -= 1
             if not self._disks:
                 self.base.close()
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors of the base and of all layers: see ``descriptors_of``."""
-        with self.lock:
-            found = descriptors_of(self.base)
-            for layer in self.layers.values():
-                found |= layer.place[0].descriptors()
-        return found
 
     @property
     def has_one_disk(self) -> bool:

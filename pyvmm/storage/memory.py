@@ -20,7 +20,6 @@ class MemoryBackend:
     block_size = SECTOR_SIZE
     extra_calls = 0
     merges = False
-    thread_kind = "disk"
 
     def __init__(
         self, buffer: bytearray | memoryview | mmap.mmap | bytes, *, read_only: bool = False

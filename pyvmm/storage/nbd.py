@@ -108,7 +108,6 @@ class NbdBackend:
         self._cookie = 0
         self.extra_calls = 0
         self.merges = False
-        self.thread_kind = "disk-network"
         self._is_lost = False
         address = parse_nbd_uri(uri)
         now_s = time.monotonic()
@@ -198,11 +197,6 @@ class NbdBackend:
             self._ranges(Command.WRITE_ZEROES, offset, length, flags)
         else:
             write_real_zeroes(self, offset, length)
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
-        limit = self._limit.descriptors()
-        return {self._connection.fileno(): self.uri, **limit}
 
     def refresh_size(self) -> int:
         """Return the size, which NBD tells only once a connection."""

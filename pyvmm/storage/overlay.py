@@ -12,12 +12,7 @@ import errno
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from pyvmm.storage.backend import (
-    BlockBackend,
-    check_range,
-    descriptors_of,
-    thread_kind_of,
-)
+from pyvmm.storage.backend import BlockBackend, check_range
 from pyvmm.storage.bitmap import PAGE_SIZE, BlockBitmap
 from pyvmm.storage.copy_on_write import CopyOnWrite
 from pyvmm.storage.overlay_format import (
@@ -70,8 +65,6 @@ class OverlayBackend(CopyOnWrite):
         self._data = data_offset(self.size_bytes)
         # Pages with bits of blocks that were written since the last flush.
         self._dirty = self._bitmap.changed
-        self.open_scratch: Callable[[], int] | None = None
-        """Makes the nameless file into which a frozen copy goes; None: ``nameless_file``."""
         # The errno, not the error, whose traceback would keep the caller's buffers.
         self._failed_errno = 0
         self._closed = False
@@ -118,15 +111,6 @@ class OverlayBackend(CopyOnWrite):
             raise
 
     @property
-    def thread_kind(self) -> str:
-        """The kind of the thread that serves it: see ``backend.thread_kind_of``."""
-        return thread_kind_of(self.base)
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
-        return {**descriptors_of(self.base), **descriptors_of(self._store)}
-
-    @property
     def place(self) -> tuple[BlockBackend, int]:
         """The store, which stays this disk's, and where the disk's first byte is in it."""
         return self._place()
@@ -136,10 +120,6 @@ class OverlayBackend(CopyOnWrite):
         for start, length, is_held in self._bitmap.runs(0, self.size_bytes):
             if is_held:
                 yield start, length
-
-    def use_scratch(self, open_file: Callable[[], int]) -> None:
-        """Have ``open_file`` make the files for frozen copies: a jailed process cannot."""
-        self.open_scratch = open_file
 
     def hurry(self, until_s: float) -> None:
         """See ``BlockBackend.hurry``."""

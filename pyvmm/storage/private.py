@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Sequence
 
 from pyvmm.startup.types import TYPE_CHECKING
-from pyvmm.storage.backend import BlockBackend, check_range, read_only_error, thread_kind_of
+from pyvmm.storage.backend import BlockBackend, check_range, read_only_error
 from pyvmm.storage.bitmap import BlockBitmap
 from pyvmm.storage.copy_on_write import CopyOnWrite
-from pyvmm.storage.scratch import ScratchFile, Stripe, nameless_file, take_stripe
+from pyvmm.storage.scratch import ScratchFile, Stripe, take_stripe
 
 if TYPE_CHECKING:
     from pyvmm.storage.frozen import FrozenDisk
@@ -20,8 +18,8 @@ class PrivateDisk(CopyOnWrite):
     """``frozen`` with what was written over it; owns this share of ``frozen``.
 
     No run will ever read the writes again, so a flush does nothing.  The file for them is made by
-    the first write, or by ``make_room`` or ``use_scratch``.  ``report`` takes a line for each kind
-    of error that the host answers, and one if the file cannot be made.
+    the first write, or by ``make_room``.  ``report`` takes a line for each kind of error that the
+    host answers, and one if the file cannot be made.
     """
 
     def __init__(self, frozen: FrozenDisk, *, report: Callable[[str], None]) -> None:
@@ -33,9 +31,6 @@ class PrivateDisk(CopyOnWrite):
         self._has_complained = False
         self._file: ScratchFile | None = None  # of the newest stripe
         self._top: Stripe | None = None
-        self._open_file: Callable[[], int] = nameless_file
-        self._is_ahead = False  # stripes are taken ahead of the writes
-        self._no_file_errno = 0  # there is none, and no write may make one
         self._closed = False
 
     @property
@@ -43,37 +38,11 @@ class PrivateDisk(CopyOnWrite):
         """The disk below, which stays this one's."""
         return self._frozen
 
-    @property
-    def thread_kind(self) -> str:
-        """The kind of the thread that serves it: see ``backend.thread_kind_of``."""
-        return thread_kind_of(self._frozen.base)
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
-        own = {} if self._top is None else self._top.store.descriptors()
-        return {**self._frozen.descriptors(), **own}
-
     def make_room(self) -> None:
         """Make the file for writes now; OSError if it cannot be made."""
         if self._top is None and not self.read_only:
-            if self._no_file_errno:
-                raise OSError(self._no_file_errno, os.strerror(self._no_file_errno))
-            self._top = take_stripe(
-                self._file, self._frozen.stripe_bytes, self._report, self._open_file
-            )
+            self._top = take_stripe(self._file, self._frozen.stripe_bytes, self._report)
             self._file = self._top.file
-
-    def use_scratch(self, open_file: Callable[[], int]) -> None:
-        """Have ``open_file`` make the files for writes, now and in ``freeze``, never in a write.
-
-        A jailed disk thread can ask nobody for a file.  If none can be made, each write fails.
-        """
-        self._open_file, self._is_ahead = open_file, True
-        self._no_file_errno = 0
-        try:
-            self.make_room()
-        except OSError as error:
-            self._no_file_errno = error.errno or errno.EIO
 
     def _place(self) -> tuple[BlockBackend, int]:
         if self._top is None:
@@ -149,8 +118,6 @@ class PrivateDisk(CopyOnWrite):
             self._top, self._bitmap = None, BlockBitmap()
             below.close()
             self._frozen.merge_layers()
-        if self._is_ahead:
-            self.use_scratch(self._open_file)
         return self._frozen.share()
 
     def revert(self, frozen: FrozenDisk) -> None:

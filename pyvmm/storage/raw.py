@@ -50,7 +50,6 @@ class RawBackend:
 
     extra_calls = 0
     merges = True
-    thread_kind = "disk"
 
     def __init__(
         self, path: str, *, read_only: bool = False, report: Callable[[str], None],
@@ -95,10 +94,6 @@ class RawBackend:
     def fileno(self) -> int:
         """Return the file's descriptor, which stays this disk's."""
         return self._fd
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors it keeps open: see ``backend.descriptors_of``."""
-        return {self._fd: self._errors.name}
 
     def extend(self, length: int) -> None:
         """Make the file ``length`` bytes long, for an owner that uses it as a store; OSError."""

@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Callable
 
-from pyvmm import owners
 from pyvmm.errors import ConfigError, SnapshotError
 from pyvmm.storage.bitmap import BlockBitmap
 from pyvmm.storage.files import check_disk, lock_disk
@@ -59,8 +58,6 @@ def open_saved_layer(
     except OSError as error:
         raise SnapshotError(path, f"cannot be opened: {error.strerror}") from error
     try:
-        if problem := owners.problem(fd, os.fstat(fd)):
-            raise ConfigError(path, f"{problem}; {owners.COPY_IT}")
         check_disk(fd, path)
         lock_disk(fd, path, True, report)
     except ConfigError as error:

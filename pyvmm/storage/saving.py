@@ -59,17 +59,18 @@ def _data_ranges(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]
 
 
 def write_overlay(
-    fd: int, name: str, size_bytes: int, stamp_ns: int, runs: Iterable[tuple[int, int]],
+    path: str, size_bytes: int, stamp_ns: int, runs: Iterable[tuple[int, int]],
     copy: Callable[[RawBackend, int, int, int], None],
 ) -> int:
-    """Make the new file ``fd`` the overlay of a disk of ``size_bytes``; return the bytes it holds.
+    """Make the overlay file ``path`` of a disk of ``size_bytes``; return the bytes it holds.
 
-    ``fd`` is closed.  Errors call the file ``name``.  ``runs`` are the (offset, length) that it
-    holds; ``copy(store, at, offset, length)`` puts these bytes of the disk into ``store`` from
-    ``at`` on.  The file is stable when this returns, but for its name, and nobody may write it.
-    OSError: the file is of no use, and its maker's to remove.
+    ``runs`` are the (offset, length) that it holds; ``copy(store, at, offset, length)`` puts these
+    bytes of the disk into ``store`` from ``at`` on.  The file is stable when this returns, but for
+    its name, and nobody may write it.  OSError, and no file is left.
     """
-    store = RawBackend(name, report=_say_nothing, fd=fd)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
+    store = RawBackend(path, report=_say_nothing, fd=fd)
     try:
         store.extend(store_bytes(size_bytes))
         format_store(store, size_bytes, stamp_ns)
@@ -82,6 +83,9 @@ def write_overlay(
             store.writev([memoryview(page)], BITMAP_OFFSET + index * PAGE_SIZE)
         os.fchmod(fd, 0o400)
         os.fsync(fd)
+    except BaseException:
+        os.unlink(path)
+        raise
     finally:
         store.close()
     return held

@@ -26,26 +26,14 @@ def snapshot_directory() -> str:
     return os.environ.get("TMPDIR") or "/var/tmp"  # /tmp is often memory
 
 
-def nameless_file() -> int:
-    """Return a descriptor, for reading and writing, of a new file without a name; OSError.
-
-    It is in ``snapshot_directory()``.
-    """
-    return open_nameless(snapshot_directory())
-
-
 class ScratchFile:
     """A nameless file in ``snapshot_directory()``; OSError if it cannot be made.
 
     It is closed when its last stripe is freed.  ``report`` takes a line for each kind of error that
-    the host answers.  ``open_file`` makes it as ``nameless_file`` does; a jailed process has
-    another one do that.
+    the host answers.
     """
 
-    def __init__(
-        self, stripe_bytes: int, report: Callable[[str], None],
-        open_file: Callable[[], int] = nameless_file,
-    ) -> None:
+    def __init__(self, stripe_bytes: int, report: Callable[[str], None]) -> None:
         self._stripe_bytes = stripe_bytes
         self._lock = threading.Lock()
         self._free: list[int] = []
@@ -56,7 +44,7 @@ class ScratchFile:
             directory,
             report=report,
             called=f"{directory} (a snapshot's writes go there; TMPDIR names another)",
-            fd=open_file(),
+            fd=_open_nameless(directory),
         )
 
     def take(self) -> Stripe | None:
@@ -122,18 +110,17 @@ class Stripe:
 
 
 def take_stripe(
-    file: ScratchFile | None, stripe_bytes: int, report: Callable[[str], None],
-    open_file: Callable[[], int] = nameless_file,
+    file: ScratchFile | None, stripe_bytes: int, report: Callable[[str], None]
 ) -> Stripe:
     """Return a stripe of ``file``, or of a new file if there is none or it is full; OSError."""
     stripe = None if file is None else file.take()
     if stripe is None:
-        stripe = ScratchFile(stripe_bytes, report, open_file).take()
+        stripe = ScratchFile(stripe_bytes, report).take()
     assert stripe is not None  # a new file has room for one
     return stripe
 
 
-def open_nameless(directory: str) -> int:
+def _open_nameless(directory: str) -> int:
     """Return a descriptor of a new file without a name."""
     flags = os.O_RDWR | os.O_CLOEXEC
     try:

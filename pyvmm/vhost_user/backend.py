@@ -34,9 +34,6 @@ _NO_MEMORY = "none is shared (QEMU: -object memory-backend-memfd,share=on)"
 class KickWatcher(Protocol):
     """Waits for the kicks of rings, and writes eventfds, for one thread."""
 
-    links_fd: int
-    """Tells what a descriptor leads to; see ``vring.open_links``."""
-
     @property
     def eventfd_writer(self) -> EventfdWriter:
         """Writes the front end's eventfds."""
@@ -276,7 +273,7 @@ class ServedDevice:
         vring = self._vring(index)
         if fd < 0:
             raise RefusedError("no file descriptor, and this back end does not poll")
-        check_eventfd(fd, self._kicks.links_fd)
+        check_eventfd(fd)
         if not vring.is_set_up:
             raise RefusedError(f"ring {index} has had no SET_VRING_NUM and SET_VRING_ADDR")
         self._stop(vring)
@@ -287,7 +284,7 @@ class ServedDevice:
         """SET_VRING_CALL; without an eventfd, used chains are not announced."""
         vring = self._vring(index)
         if fd >= 0:
-            check_eventfd(fd, self._kicks.links_fd)
+            check_eventfd(fd)
         vring.keep_fd("call", fd)
         if vring.is_running:
             # Chains used before the eventfd came were announced to nobody.
@@ -297,7 +294,7 @@ class ServedDevice:
         """SET_VRING_ERR."""
         vring = self._vring(index)
         if fd >= 0:
-            check_eventfd(fd, self._kicks.links_fd)
+            check_eventfd(fd)
         vring.keep_fd("err", fd)
 
     def set_vring_enable(self, index: int, enable: int) -> None:

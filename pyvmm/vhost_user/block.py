@@ -83,7 +83,6 @@ class VhostUserBlock(VirtioDevice):
 
     device_type = DeviceType.BLOCK
     is_served_elsewhere = True
-    thread_kind = "disk-elsewhere"
 
     def __init__(
         self,
@@ -287,10 +286,6 @@ class VhostUserBlock(VirtioDevice):
         super().plug(slot)
         # Edge-triggered, because a socket whose peer has gone stays readable.
         return (IoSource(self.fileno(), self.look),)
-
-    def descriptors(self) -> dict[int, str]:
-        """See ``VirtioDevice.descriptors``: those of the session with the back end."""
-        return self._frontend.descriptors()
 
     def hurry(self, until_s: float) -> None:
         """See ``VirtioDevice.hurry``: limit the wait of a vCPU for the back end in a reset."""

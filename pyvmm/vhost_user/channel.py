@@ -107,10 +107,6 @@ class Channel:
         """The socket, to wait on; -1 once closed."""
         return self._socket.fileno()
 
-    def descriptors(self) -> dict[int, str]:
-        """Return its own descriptors, each with a name."""
-        return {self.fileno(): self.peer, **self._limit.descriptors()}
-
     @property
     def is_mid_message(self) -> bool:
         """True if a part of a message has arrived, and the rest has not."""

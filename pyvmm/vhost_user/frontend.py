@@ -302,10 +302,6 @@ class Frontend:
         """The socket.  It is readable once the back end has gone: then call ``check``."""
         return self._channel.fileno()
 
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors of the session, each with a name."""
-        return self._channel.descriptors()
-
     def check(self) -> None:
         """Look, without waiting, if the back end is still there.
 

@@ -7,6 +7,7 @@ killed is replaced.  A socket on which somebody answers is not, nor a file of an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -14,10 +15,8 @@ import socket
 import stat
 from pathlib import Path
 
-from pyvmm import owners
 from pyvmm.errors import ConfigError
 from pyvmm.vhost_user.hints import lab_hint
-from pyvmm.vhost_user.socket_name import SocketName
 
 _MAX_PATH_BYTES = 107  # sun_path of unix(7), with its NUL
 _BACKLOG = 16
@@ -33,7 +32,7 @@ class Listener:
             )
         self.path = path
         self._directory = -1
-        self._name: SocketName | None = None
+        self._identity: tuple[int, int] | None = None
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._check_free()
@@ -52,13 +51,11 @@ class Listener:
     def _check_free(self) -> None:
         """Raise ConfigError if the path is a socket in use or another kind of file."""
         try:
-            found = Path(self.path).lstat()
+            mode = Path(self.path).lstat().st_mode
         except FileNotFoundError:
             return
-        if not stat.S_ISSOCK(found.st_mode):
+        if not stat.S_ISSOCK(mode):
             raise ConfigError(self.path, "is there, and is no socket")
-        if owner := owners.foreign_owner(found):
-            raise ConfigError(self.path, f"belongs to {owner}; name another path")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
             caller.setblocking(False)
             answer = caller.connect_ex(self.path)
@@ -69,12 +66,6 @@ class Listener:
         path = Path(self.path)
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(path.parent, flags)
-        status = os.fstat(self._directory)
-        if problem := owners.problem(str(path.parent), status, on_the_way=True):
-            raise ConfigError(
-                str(path), f"its directory, {path.parent}: {problem}, so another user could put "
-                "a socket in its place; name a directory of your own, or a sticky one such as /tmp",
-            )
         temporary = f".pyvmm-{secrets.token_hex(6)}"
         # The socket's mode becomes the mode of the file that bind makes.  The way through the
         # directory's descriptor leaves room for a name of any length.
@@ -89,21 +80,18 @@ class Listener:
         except OSError:
             os.unlink(temporary, dir_fd=self._directory)
             raise
-        self._name = SocketName.of(self._directory, path.name)
-        self._directory = -1  # the name's
+        self._identity = self._look()
 
-    def give_name_away(self) -> SocketName:
-        """Return the socket's name, for the caller to remove; once, and before ``close``."""
-        name, self._name = self._name, None
-        assert name is not None  # nobody has it yet
-        return name
+    def _look(self) -> tuple[int, int]:
+        status = os.stat(Path(self.path).name, dir_fd=self._directory, follow_symlinks=False)
+        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         """Stop listening and remove the name, unless somebody else has it now; idempotent."""
-        if self._name is not None:
-            self._name.remove()
-            self._name = None
         if self._directory >= 0:
+            with contextlib.suppress(OSError):
+                if self._identity is not None and self._look() == self._identity:
+                    os.unlink(Path(self.path).name, dir_fd=self._directory)
             os.close(self._directory)
             self._directory = -1
         self.socket.close()

@@ -8,7 +8,6 @@ there is no other system call between a kick and the pass over its ring.
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import struct
@@ -20,8 +19,6 @@ from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.vhost_user.channel import Channel
 from pyvmm.vhost_user.listener import Listener
 from pyvmm.vhost_user.session import Session
-from pyvmm.vhost_user.socket_name import SocketName
-from pyvmm.vhost_user.vring import open_links
 from pyvmm.virtio.device import VirtioDevice
 
 MAX_FRONTENDS = 64
@@ -74,20 +71,7 @@ class Server:
             self._listener = stack.enter_context(contextlib.closing(Listener(path)))
             self._poller = stack.enter_context(contextlib.closing(select.epoll()))
             self._poller.register(self._listener.fileno(), select.EPOLLIN)
-            self.links_fd = open_links()
-            """See ``KickWatcher``."""
             stack.pop_all()
-
-    def give_name_away(self) -> SocketName:
-        """See ``Listener.give_name_away``."""
-        return self._listener.give_name_away()
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors of the server itself, each with a name."""
-        return {
-            self._listener.fileno(): "socket that front ends connect to",
-            self._poller.fileno(): "epoll of the front ends", self.links_fd: "/proc/self/fd",
-        }
 
     def fileno(self) -> int:
         """Readable when ``service`` has something to do."""
@@ -138,9 +122,6 @@ class Server:
         if not self._poller.closed:
             self._poller.close()
         self._listener.close()
-        links_fd, self.links_fd = self.links_fd, -1
-        if links_fd >= 0:
-            os.close(links_fd)
 
     # KickWatcher: see ``backend.KickWatcher``
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.jail.calls import system_call
 from pyvmm.virtio.ring.rings import first_base
 from pyvmm.virtio.spec import Feature
 
 _EVENTFD = "anon_inode:[eventfd]"
 _HALF_BASE = 0xFFFF
-_LINKS = "/proc/self/fd"
-_OPEN_TREE, _AT_FDCWD, _OPEN_TREE_CLONE = 428, -100, 1  # Linux 5.2
 
 
 class RefusedError(PyvmmError):
@@ -88,27 +85,13 @@ class Vring:
             self.close_fd(name)
 
 
-def open_links() -> int:
-    """Return a descriptor of the directory that tells what our descriptors lead to; OSError.
-
-    A jailed process cannot open it later.  Root's is the root of a mount of its own, with nothing
-    above: else ".." would lead from it to the host's files, out of the jail's empty root.  Others
-    may make no mounts; they have no empty root either.
-    """
-    with contextlib.suppress(OSError):
-        return system_call(
-            _OPEN_TREE, _AT_FDCWD, _LINKS.encode(), _OPEN_TREE_CLONE | os.O_CLOEXEC
-        )
-    return os.open(_LINKS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-def check_eventfd(fd: int, links_fd: int) -> None:
-    """Raise RefusedError unless ``fd`` is an eventfd; ``links_fd`` is of ``open_links``.
+def check_eventfd(fd: int) -> None:
+    """Raise RefusedError unless ``fd`` is an eventfd.
 
     Waiting on or writing to any other file could block us.
     """
     try:
-        kind = os.readlink(str(fd), dir_fd=links_fd)
+        kind = str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError as error:
         kind = f"unknown ({error.strerror})"
     if kind != _EVENTFD:

@@ -90,8 +90,6 @@ class VirtioDevice(abc.ABC):
     is_served_elsewhere: ClassVar[bool] = False
     """True if another process serves the queues.  It waits for the slot's doorbells itself and
     writes the slot's ``irq_fd``; guest RAM is memory that it can map."""
-    thread_kind = "device"
-    """The kind of the thread that serves the device, for a jail (docs/jail.md)."""
 
     def __init__(self, *, avail_features: int, queue_max_sizes: tuple[int, ...]) -> None:
         if not queue_max_sizes or not all(0 < size <= MAX_QUEUE_SIZE for size in queue_max_sizes):
@@ -136,10 +134,6 @@ class VirtioDevice(abc.ABC):
 
         Called once, when the run ends, from any thread.
         """
-
-    def descriptors(self) -> dict[int, str]:
-        """Return the descriptors that the device itself keeps open, each with a name."""
-        return {}
 
     def close(self) -> None:  # noqa: B027 - most devices open nothing
         """Free what the device itself has opened; idempotent.  It has been reset before."""

@@ -1,4 +1,4 @@
-"""The boot processor's state before the first instruction.
+"""The boot processor's state before the first instruction, and its description after the last.
 
 There are two such states, one for each ``EntryKind`` of a kernel:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 
+from pyvmm.errors import GuestMemoryError, KvmError
 from pyvmm.kvm.abi import kvm_fpu, kvm_regs, kvm_segment, kvm_sregs
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.memory import PAGE_SIZE, GuestMemory
@@ -50,6 +51,7 @@ _MSR_MTRR_DEF_TYPE, _MTRR_ENABLE, _WRITE_BACK = 0x2FF, 1 << 11, 6
 
 _FCW_DEFAULT = 0x37F  # as after FNINIT: all exceptions masked, extended precision
 _MXCSR_DEFAULT = 0x1F80
+_MAX_INSTRUCTION = 15
 
 
 def setup_boot(memory: GuestMemory, vcpu: Vcpu, kernel: Kernel) -> None:
@@ -188,3 +190,54 @@ def _long_mode(sregs: kvm_sregs) -> kvm_sregs:
     sregs.cr4 = _CR4_PAE
     sregs.efer = _EFER_LME | _EFER_LMA
     return sregs
+
+
+_REGISTER_ROWS = (
+    ("rax", "rbx", "rcx", "rdx"),
+    ("rsi", "rdi", "rsp", "rbp"),
+    ("r8", "r9", "r10", "r11"),
+    ("r12", "r13", "r14", "r15"),
+)
+
+
+def runs_program(vcpu: Vcpu) -> bool:
+    """Return True if Linux, on this vCPU, runs a program or serves a system call of one.
+
+    Programs keep their thread's data at FS.base, and Linux leaves it there while it serves them.
+    It is 0 in kernel threads, of which the boot is one, and before.
+    """
+    return bool(vcpu.get_sregs().fs.base)
+
+
+def describe_vcpu(memory: GuestMemory, vcpu: Vcpu) -> str:
+    """Describe the stopped vCPU for a person: rip, the bytes there, registers; several lines."""
+    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    linear = regs.rip if sregs.cs.l else (sregs.cs.base + regs.rip) & 0xFFFF_FFFF
+    lines = [
+        f"rip {regs.rip:#018x} rflags {regs.rflags:#x}",
+        f"code {_code_at(memory, vcpu, linear)}",
+    ]
+    for row in _REGISTER_ROWS:
+        lines.append(" ".join(f"{name:>3} {getattr(regs, name):016x}" for name in row))
+    lines.append(
+        " ".join(f"{name} {getattr(sregs, name):x}" for name in ("cr0", "cr2", "cr3", "cr4"))
+        + f" efer {sregs.efer:x} cs {sregs.cs.selector:x} ss {sregs.ss.selector:x}"
+    )
+    return "\n".join(lines)
+
+
+def _code_at(memory: GuestMemory, vcpu: Vcpu, linear: int) -> str:
+    """Return the bytes of at most one instruction; ``??`` from the first that is not in RAM."""
+    code = b""
+    while len(code) < _MAX_INSTRUCTION:
+        address = (linear + len(code)) & 0xFFFF_FFFF_FFFF_FFFF
+        length = min(_MAX_INSTRUCTION - len(code), PAGE_SIZE - address % PAGE_SIZE)
+        try:
+            gpa = vcpu.translate(address)
+            if gpa is None:
+                break
+            code += memory.read(gpa, length)
+        except (GuestMemoryError, KvmError):
+            break
+    cut = "" if len(code) == _MAX_INSTRUCTION else "??"
+    return f"{code.hex(' ')} {cut}".strip()

@@ -44,7 +44,6 @@ def test_a_snapshot_is_not_opened_with_a_wrong_type(
 
 @pytest.mark.parametrize(("options", "problem"), [
     *OPENED, ({"path": 5}, "path must be a path, not int"),
-    ({"jail": True}, "jail must be one of on, off, strict, not bool"),
 ])
 def test_a_snapshot_of_processes_is_not_made_with_a_wrong_type(
     options: dict[str, Any], problem: str

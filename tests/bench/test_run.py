@@ -105,7 +105,6 @@ def test_every_figure_of_the_issue_is_planned_with_its_target() -> None:
         "device.read.d1": "ratio >= 1.0",
         "device.write.d1": "ratio >= 1.0",
         "start.instruction": "ratio <= 0.8",
-        "start.jail": "ratio <= 1.08",
         "start.user_space": "ratio <= 0.9",
         "memory": "ratio <= 0.5 and ours <= 25",
         "bare.exits": "ratio >= 0.95",

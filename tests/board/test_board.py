@@ -154,7 +154,7 @@ class Window:
 @contextlib.contextmanager
 def serving(board: Board) -> Iterator[None]:
     """The threads of ``board``, as the runner starts them."""
-    loops = [(worker.name, IoLoop(worker.sources)) for worker in board.workers]
+    loops = [(name, IoLoop(sources)) for name, sources in board.workers]
     threads = [threading.Thread(target=loop.run, name=name) for name, loop in loops]
     for thread in threads:
         thread.start()
@@ -221,8 +221,8 @@ def test_each_device_is_announced_in_its_order_and_has_its_own_thread_and_interr
     rig.describe(tmp_path)
     assert rig.told == [(slot.base, slot.gsi) for slot in slots]
     assert rig.told_by_acpi == [slot.base for slot in slots]
-    assert [worker.name for worker in rig.board.workers] == ["entropy", "more", "virtio2"]
-    fds = [source.fd for worker in rig.board.workers for source in worker.sources]
+    assert [name for name, _ in rig.board.workers] == ["entropy", "more", "virtio2"]
+    fds = [source.fd for _, sources in rig.board.workers for source in sources]
     fds += [slot.irq_fd for slot in slots]
     assert len(set(fds)) == len(fds) == 3 * 3  # a queue, a look at the host, an interrupt
     assert len({slot.gsi for slot in slots}) == 3
@@ -293,10 +293,10 @@ def test_more_sources_join_a_slots_thread_or_get_one_of_their_own(rig: Rig) -> N
     rig.board.plug(EntropyDevice(), "entropy")
     for fd, thread in enumerate(("entropy", "clock", "clock"), start=1000):
         rig.board.add_source(thread, IoSource(fd, lambda: None))
-    own, more = rig.board.workers
-    assert (own.name, own.kind, more.name, more.kind) == ("entropy", "entropy", "clock", "device")
-    assert own.sources[-1].fd == 1000
-    assert [source.fd for source in more.sources] == [1001, 1002]
+    (first, own), (second, more) = rig.board.workers
+    assert (first, second) == ("entropy", "clock")
+    assert own[-1].fd == 1000
+    assert [source.fd for source in more] == [1001, 1002]
 
 
 def test_a_device_that_is_served_elsewhere_leaves_its_doorbells_alone(rig: Rig) -> None:

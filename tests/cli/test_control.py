@@ -348,22 +348,6 @@ def test_clones_are_listed_and_whoever_forks_them_is_not(tmp_path: Path) -> None
     assert {(one["kernel"], one["memory"]) for one in found} == {("clone of warm", 64 << 20)}
 
 
-def test_ps_looks_from_where_the_attendant_is(tmp_path: Path) -> None:
-    """A machine in its jail has an empty directory, or one that nobody else may see."""
-    for pid, parent, cmdline in (
-        (7, 1, b"pyvmm\0restore\0warm\0"), (8, 1, b"sh\0"), (9, 7, b"sh\0-c\0...\0")
-    ):
-        folder = tmp_path / str(pid)
-        (folder / "cwd").mkdir(parents=True)
-        (folder / "cmdline").write_bytes(cmdline)
-        (folder / "stat").write_text(f"{pid} (a) b) S {parent} " + " ".join(["0"] * 17) + " 100 0")
-    for name, size in (("8", 1), ("9", 64 << 20)):
-        (tmp_path / name / "cwd" / "warm").mkdir()
-        with (tmp_path / name / "cwd" / "warm" / "ram").open("wb") as ram:
-            ram.truncate(size)
-    assert [machine["memory"] for machine in ps.machines(str(tmp_path))] == [64 << 20]
-
-
 def test_processes_that_end_or_lie_meanwhile_are_left_out(tmp_path: Path) -> None:
     for pid, cmdline in (
         ("7", b"python\0-m\0pyvmm\0run\0--kernel\0k\0"), ("8", b""), ("9", b"\xff" * 100),

@@ -9,7 +9,6 @@ import re
 import resource
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -17,10 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli.export import FILES_OF_FRONT_ENDS
 from pyvmm.cli.main import main
-from pyvmm.jail.calls import system_call
-from pyvmm.jail.privileges import descriptor_limit
 from pyvmm.vhost_user.protocol import (
     CONFIG,
     U64,
@@ -31,9 +27,7 @@ from pyvmm.vhost_user.protocol import (
 )
 from tests.support.export_process import Export
 from tests.support.patience import patient
-from tests.support.stand_in_target import wait_until
 
-PIDFD_GETFD = 438
 PROTOCOL = int(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
 
 
@@ -91,8 +85,7 @@ def test_there_is_room_for_what_many_front_ends_share(tmp_path: Path, disk: Path
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
         with Export(disk, tmp_path / "s") as export:
-            limit, most = resource.prlimit(export.process.pid, resource.RLIMIT_NOFILE)
-            assert limit == most >= min(hard, FILES_OF_FRONT_ENDS)  # the jail has the rest
+            assert resource.prlimit(export.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -137,58 +130,11 @@ def test_a_killed_export_leaves_a_socket_that_the_next_one_replaces(
     tmp_path: Path, disk: Path
 ) -> None:
     path = tmp_path / "s"
-    with Export(disk, path, "--jail=off") as export:
+    with Export(disk, path) as export:
         export.kill()
     assert path.exists()
     with Export(disk, path) as export, Caller(path) as caller:
         caller.ask(Request.GET_FEATURES)
-        assert export.stop() == 0
-
-
-def test_a_killed_export_with_an_attendant_leaves_none(tmp_path: Path, disk: Path) -> None:
-    path = tmp_path / "s"
-    with Export(disk, path) as export:
-        export.wait_for("is served at")
-        export.kill()
-    wait_until(lambda: not path.exists())
-
-
-@pytest.mark.parametrize("options", [(), ("--jail=strict",)], ids=["on", "strict"])
-def test_every_thread_of_an_export_has_its_filter(
-    tmp_path: Path, disk: Path, options: tuple[str, ...]
-) -> None:
-    path = tmp_path / "s"
-    with Export(disk, path, *options) as export, Caller(path) as caller:
-        caller.ask(Request.GET_FEATURES)
-        tasks = Path(f"/proc/{export.process.pid}/task")
-        modes = [
-            line for task in tasks.iterdir() for line in (task / "status").read_text().splitlines()
-            if line.startswith("Seccomp:")
-        ]
-        assert modes == ["Seccomp:\t2"] * 2
-        assert export.stop() == 0
-    assert not path.exists()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may take a jailed process's descriptors")
-def test_from_no_descriptor_of_an_export_leads_a_way_up(tmp_path: Path, disk: Path) -> None:
-    """The jail's root is empty, but from a directory of the host's ".." goes on."""
-    path = tmp_path / "s"
-    with Export(disk, path) as export, Caller(path) as caller, contextlib.ExitStack() as stack:
-        caller.ask(Request.GET_FEATURES)
-        process = os.pidfd_open(export.process.pid)
-        stack.callback(os.close, process)
-        directories = []
-        for name in os.listdir(f"/proc/{export.process.pid}/fd"):
-            fd = system_call(PIDFD_GETFD, process, int(name), 0)
-            stack.callback(os.close, fd)
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                directories.append(fd)
-        for fd in directories:
-            above = os.open("../..", os.O_PATH, dir_fd=fd)
-            stack.callback(os.close, above)
-            assert os.path.samestat(os.fstat(above), os.fstat(fd))
-        assert len(directories) == 1
         assert export.stop() == 0
 
 
@@ -343,17 +289,15 @@ def test_fault_25_an_export_without_room_for_a_front_end_says_so(
     tmp_path: Path, disk: Path
 ) -> None:
     path = tmp_path / "s"
-    # An attendant, for an export in a jail, needs more of them than that.
-    with limited(13, "export", "--disk", disk, "--socket", path, "--jail=off") as export:
+    with limited(13, "export", "--disk", disk, "--socket", path) as export:
         assert export.stdout
-        assert "--jail off" in export.stdout.readline()
         line = export.stdout.readline()
         export.terminate()
         rest = export.stdout.read()
     assert re.fullmatch(
         r"pyvmm: too few open files: the limit is 13, .* needs (\d+); .*`ulimit -n \1`\n", line
     ), line
-    assert f"pyvmm: {disk} is served at {path}\n" in rest
+    assert rest == f"pyvmm: {disk} is served at {path}\n"
 
 
 def test_fault_25_no_front_end_ends_an_export_that_is_short_of_open_files(
@@ -361,13 +305,11 @@ def test_fault_25_no_front_end_ends_an_export_that_is_short_of_open_files(
 ) -> None:
     path = tmp_path / "s"
     with Export(disk, path) as export:
-        export.wait_for("is served at")  # it is in its jail
         pid = export.process.pid
         usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        used = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
+        used = len(os.listdir(f"/proc/{pid}/fd"))
         for more in range(4):
-            limit = descriptor_limit(used, more)
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, usual[1]))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + more, usual[1]))
             said = len(export.messages)
             with Caller(path) as caller, contextlib.suppress(OSError, struct.error):
                 if not more:

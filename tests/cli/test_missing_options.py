@@ -152,7 +152,7 @@ class Rig:
     def run(self, options: Arguments, outcome: Outcome = NO_ROOT) -> tuple[list[str], list[str]]:
         """The lines that ``run`` says before the guest runs, and after it ended in ``outcome``."""
         self._machine.outcome = outcome
-        main(["run", "--jail", "off", "--kernel", str(self.kernel), *self._written(options)])
+        main(["run", "--kernel", str(self.kernel), *self._written(options)])
         after = self._capsys.readouterr().err
         return _lines(self._machine.said_before), _lines(after)
 
@@ -169,9 +169,7 @@ class Rig:
 
 def _lines(text: str) -> list[str]:
     return [line.removeprefix("pyvmm: ") for line in text.splitlines()
-            if not line.startswith((
-                "pyvmm: --jail off", "pyvmm: neither --disk nor", "pyvmm: kernel panic: ",
-            ))]
+            if not line.startswith(("pyvmm: neither --disk nor", "pyvmm: kernel panic: "))]
 
 
 @pytest.fixture

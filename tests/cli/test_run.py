@@ -380,8 +380,7 @@ def test_fault_21_a_guest_that_ran_keeps_its_overlay(tmp_path: Path, disk: Path)
     """Even if it wrote nothing: who names a file finds it."""
     new = disk.with_name("new.overlay")
     guest = write_guest(tmp_path / "guest", REPORT_0)
-    assert main(["run", "--kernel", str(guest), "--disk", f"{disk},overlay={new}",
-                 "--jail", "off"]) == 0
+    assert main(["run", "--kernel", str(guest), "--disk", f"{disk},overlay={new}"]) == 0
     assert new.stat().st_size > disk.stat().st_size
 
 

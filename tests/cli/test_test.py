@@ -281,12 +281,12 @@ def test_options_become_a_test() -> None:
         *K, "--disk", "root.img,ro", "--memory", "1G", "--cpus", "2", "--append", "a", "--append",
         "b", "--expect", "e", "--fail-on", "f", "--no-fail-on", "warning", "--allow", "w",
         "--boot-timeout", "5", "--timeout", "7", "--put", "in:/tmp/", "--get", "/a:b:c", "--env",
-        "A=b=c", "--cwd", "/tmp", "--agent", "image", "--jail", "off", "--", "echo", "--json",
+        "A=b=c", "--cwd", "/tmp", "--agent", "image", "--", "echo", "--json",
     ])
     test = command.boot_test_from(args)
     machine = test.machine
     assert (machine.memory, machine.cpus, machine.append) == (1 << 30, 2, "a b")
-    assert (machine.agent, len(machine.disks), machine.jail) == ("image", 1, "off")
+    assert (machine.agent, len(machine.disks)) == ("image", 1)
     assert test.command == ("echo", "--json")
     assert (test.expect, test.fail_on.patterns, test.fail_on.allowed) == (("e",), ("f",), ("w",))
     assert "warning" not in test.fail_on.classes
@@ -309,7 +309,6 @@ def test_options_become_a_test() -> None:
     (["--get", "/log:none/x", "y"], "--get /log:none/x: there is no directory none"),
     (["--get", "/log:.", "--expect", "x"], "--get: needs a CMD"),
     (["--env", "A", "y"], "--env A: must be NAME=VALUE"),
-    (["--jail", "maybe", "y"], "--jail maybe: is none of on, off, strict"),
     (["--agent", "no", "y"], "--agent no: must be one of inject, image, none"),
     (["--agent", "none", "y"], "--agent none: leaves nobody to run CMD"),
 ])

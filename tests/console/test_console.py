@@ -14,13 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.console import place
 from pyvmm.console.output import LineWatch, OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.console.terminal import RawTerminal
 from pyvmm.console.typed import EscapeFilter, help_text
 from pyvmm.errors import ConfigError
-from pyvmm.report import FileLimit
 from tests.support.patience import patient
 
 
@@ -226,24 +224,3 @@ def test_a_console_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_console_none_has_neither_input_nor_output() -> None:
     console = Console.open("none")
     assert (console.input_fd, console.output_fd) == (None, None)
-
-
-@pytest.mark.parametrize("how", ["named", "inherited"])
-def test_a_file_takes_the_beginning_of_an_endless_console(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(place, "FileLimit", functools.partial(FileLimit, limit=1000))
-    path = tmp_path / "console.log"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.set_inheritable(fd, True)  # as the launcher hands it over
-    where = str(path) if how == "named" else f"/proc/self/fd/{fd}"
-    with contextlib.closing(Console.open(where)) as console:
-        seen = bytearray()
-        output = OutputBuffer(console.output_fd, lambda: None, seen.extend, console.write)
-        for _ in range(100):
-            output.write(b"x" * 99 + b"\n")
-            drained(output)
-    os.close(fd)
-    assert len(seen) == 10_000, "verdicts see all"
-    note = b"\r\n==== pyvmm: this file takes no more than 1000 bytes ====\r\n"
-    assert path.read_bytes() == (b"x" * 99 + b"\n") * 10 + note

@@ -32,7 +32,6 @@ VALUES: dict[str, list[Any]] = {
     "rtc": ["utc", "none"],
     "discovery": ["both", "acpi", "cmdline"],
     "agent": [False, "image", True],
-    "jail": ["on", "off", "strict"],
     "disks": [[], ["a.img"], ["a.img", "b,c.img"]],
 }
 
@@ -181,16 +180,3 @@ def test_mistakes_are_those_of_the_command_line() -> None:
             arguments_of(MachineConfig(kernel="k"), console_log=log)
     with pytest.raises(ConfigError, match="NUL"):
         arguments_of(MachineConfig(kernel="k", disks=[pyvmm.disk("/a", serial="x\0")]))
-
-
-@pytest.mark.parametrize(("jail", "words"), [
-    ("on", []), ("off", ["--jail=off"]), ("strict", ["--jail=strict"]),
-])
-def test_the_jail_is_passed_on_unless_it_is_the_default(jail: str, words: list[str]) -> None:
-    arguments = arguments_of(MachineConfig(kernel="k", jail=jail))
-    assert [word for word in arguments.words if word.startswith("--jail")] == words
-
-
-def test_a_jail_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--jail maybe: is none of on, off, strict"):
-        arguments_of(MachineConfig(kernel="k", jail="maybe"))

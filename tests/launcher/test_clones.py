@@ -221,26 +221,6 @@ def test_the_fork_server_refuses_what_is_no_message(message: bytes) -> None:
         thread.join()
 
 
-def test_the_fork_server_prepares_for_the_next_clone_after_each_fork() -> None:
-    done: list[str] = []
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server = ForkServer(
-        theirs, lambda _: len(done), before_fork=lambda: done.append("before"),
-        after_fork=lambda: done.append("after"),
-    )
-    thread = threading.Thread(target=server.serve)
-    with ours, theirs:
-        thread.start()
-        for forks in (1, 2):
-            socket.send_fds(ours, [b"[]"], [ours.fileno()])
-            assert json.loads(ours.recv(1 << 16))[0] == "started"
-            # The clone has seen what was done before its fork, and nothing of afterwards.
-            assert json.loads(ours.recv(1 << 16))[2] == 2 * forks - 1
-        ours.shutdown(socket.SHUT_RDWR)
-        thread.join()
-    assert done == ["before", "after"] * 2
-
-
 def test_a_child_that_the_fork_server_cannot_watch_is_ended(
     monkeypatch: pytest.MonkeyPatch
 ) -> None:

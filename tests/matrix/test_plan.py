@@ -11,7 +11,6 @@ import pytest
 from pyvmm.cli.parse import parse_disk
 from pyvmm.errors import ConfigError
 from pyvmm.matrix.expand import MAX_RUNS, chosen, runs_of
-from pyvmm.matrix.one_run import boot_test
 from pyvmm.matrix.plan import MAX_FILE_BYTES, read_plan
 from pyvmm.matrix.runs import Run
 
@@ -42,14 +41,6 @@ def test_the_smallest_matrix_is_one_run(runs: Runs, tmp_path: Path) -> None:
     assert run.guest.kernel == str(tmp_path / "bzImage")
     assert run.order.argv == ("true",)
     assert (run.guest.disks, run.guest.cpus, run.guest.agent) == ((), 1, "inject")
-    assert run.guest.jail == "on"
-
-
-@pytest.mark.parametrize("jail", ["on", "off", "strict"])
-def test_the_jail_is_every_machines(runs: Runs, tmp_path: Path, jail: str) -> None:
-    found = runs(f"jail = '{jail}'\ncpus = [1, 2]\n{SMALL}")
-    configs = [boot_test(run, str(tmp_path)).machine for run in found]
-    assert [(config.cpus, config.jail) for config in configs] == [(1, jail), (2, jail)]
 
 
 def test_all_combinations_less_the_excluded_and_the_included_ones(runs: Runs) -> None:
@@ -162,7 +153,6 @@ MISTAKES = {
     "true": (f"cpus = true\n{SMALL}", "cpus: must be whole numbers from 1 to 8, not True"),
     "no time": (f"timeout = 0\n{SMALL}", "timeout: must be a number of seconds above 0"),
     "nan": (f"timeout = nan\n{SMALL}", "timeout: must be a number of seconds above 0"),
-    "jail": (f"jail = 'maybe'\n{SMALL}", "jail: must be on or off or strict, not 'maybe'"),
     "agent": (f"agent = 'injekt'\n{SMALL}", "agent: must be inject or image, not 'injekt'"),
     "append": (f"append = 'ä'\n{SMALL}", "append: 'ä' is not ASCII"),
     "command as a text": (SMALL.replace('["true"]', '"ls -l"'),

@@ -123,15 +123,6 @@ def test_a_projects_own_fixture_of_that_name_is_none_of_ours(host: pytest.Pytest
     host.runpytest_subprocess().assert_outcomes(passed=1)
 
 
-def test_a_checkout_that_others_may_change_does_not_go(host: pytest.Pytester) -> None:
-    mark = host.path / ".git"
-    mark.mkdir()
-    mark.chmod(0o777)
-    done = host.runpytest_subprocess("-rA")
-    done.assert_outcomes(passed=1, failed=1, errors=1)
-    done.stdout.fnmatch_lines([f"*and no lab: {mark}: others may write it (mode 0777); *--rw DIR*"])
-
-
 def test_with_xdist_the_controller_goes(host: pytest.Pytester) -> None:
     done = host.runpytest_subprocess("-n", "2")
     assert done.ret == 42

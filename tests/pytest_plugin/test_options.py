@@ -18,7 +18,7 @@ def test_a_session_without_virtual_machines_imports_little(pytester: pytest.Pyte
             ours = {name for name in sys.modules if name.startswith("pyvmm")}
             assert ours == {
                 "pyvmm", "pyvmm.pytest_plugin", "pyvmm.pytest_plugin.plugin",
-                "pyvmm.pytest_plugin.options", "pyvmm.jail",
+                "pyvmm.pytest_plugin.options",
             }
     """)
     done = pytester.runpytest_subprocess()
@@ -31,7 +31,6 @@ def test_a_session_without_virtual_machines_imports_little(pytester: pytest.Pyte
     (["--pyvmm-disk", "missing,ro"], "--pyvmm-disk */missing,ro: there is no such file"),
     (["--pyvmm-kernel", "a", "--pyvmm-kernel", "./a"], "--pyvmm-kernel */a: given more than once"),
     (["-o", "pyvmm_lab=maybe"], "pyvmm_lab = maybe: must be auto or never"),
-    (["-o", "pyvmm_jail=maybe"], "pyvmm_jail = maybe: must be one of on, off, strict"),
     (["--pyvmm-lab", "maybe"], "*--pyvmm-lab: invalid choice: 'maybe'*"),
 ])
 def test_a_bad_option_ends_the_session_by_name(
@@ -56,7 +55,6 @@ def test_the_configuration_file_says_the_same(pytester: pytest.Pytester) -> None
         pyvmm_lab = never
         pyvmm_lab_memory = 3G
         pyvmm_lab_rw = out
-        pyvmm_jail = strict
     """)
     here = pytester.path
     found = read_options(pytester.parseconfigure())
@@ -64,7 +62,6 @@ def test_the_configuration_file_says_the_same(pytester: pytest.Pytester) -> None
     assert found.disks == (f"{here}/d.img,ro", "nbd://localhost/x")
     assert found.logs == here / "out" / "logs"
     assert (found.lab, found.lab_memory, found.lab_writable) == ("never", "3G", (here / "out",))
-    assert found.jail == "strict"
 
 
 def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
@@ -73,13 +70,12 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\npyvmm_kernel = k1\npyvmm_disk = a\npyvmm_logs = l\npyvmm_lab=never")
     here = pytester.path
     found = read_options(pytester.parseconfigure(
-        "--pyvmm-kernel", "k2", "--pyvmm-disk", "b,rw", "--pyvmm-logs", "m", "--pyvmm-lab", "auto",
-        "--pyvmm-jail", "off",
+        "--pyvmm-kernel", "k2", "--pyvmm-disk", "b,rw", "--pyvmm-logs", "m", "--pyvmm-lab", "auto"
     ))
     assert found.kernels == (str(here / "k2"),)
     assert found.disks == (f"{here}/b,rw",)
     assert found.logs == here / "m"
-    assert (found.lab, found.jail) == ("auto", "off")
+    assert found.lab == "auto"
 
 
 def test_the_plugin_is_found_by_its_entry_point() -> None:

@@ -31,12 +31,6 @@ def test_the_marker_wins_over_the_option(tmp_path: Path) -> None:
     assert plan(tmp_path, "/k", disks=[]).config.disks == []
 
 
-def test_the_jail_is_the_sessions(tmp_path: Path) -> None:
-    found = make_plan({}, kernel="k", disks=[], root=tmp_path, is_lab=False, jail="strict")
-    assert found.config.jail == "strict"
-    assert plan(tmp_path, "k").config.jail == "on"
-
-
 @pytest.mark.parametrize(("disk", "shown"), [
     ("a.img", "Overlay(RawDisk('ROOT/a.img'))"),
     ("a.img,snapshot", "Overlay(RawDisk('ROOT/a.img'))"),

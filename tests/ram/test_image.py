@@ -16,7 +16,6 @@ from pyvmm.ram.pages import drop_own
 from pyvmm.ram.runs import MOST_RUNS
 from pyvmm.ram.write import image_in_memory, write_ram
 from pyvmm.storage.files import set_lock
-from tests.support.planted import ANOTHER, give_away
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, in_use, put, scattered
 
 
@@ -95,14 +94,6 @@ def test_a_file_that_could_not_be_trusted_is_refused(
         RamImage.open_file(str(ram_file), SIZE)
     assert caught.value.subject == str(ram_file)
     assert in_use() == before
-
-
-def test_a_file_of_another_user_is_refused(
-    ram_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    give_away(monkeypatch, ram_file)
-    with pytest.raises(SnapshotError, match=f"belongs to uid {ANOTHER}"):
-        RamImage.open_file(str(ram_file), SIZE)
 
 
 def test_a_file_that_somebody_writes_is_refused(ram_file: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import random
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +13,9 @@ import pytest
 
 from pyvmm.memory import GuestMemory
 from pyvmm.ram.image import RamImage
-from pyvmm.ram.pagemap import keep_pagemap
 from pyvmm.ram.pages import drop_own, held_runs, own_bytes, own_runs
 from pyvmm.ram.runs import Run
 from pyvmm.ram.write import image_in_memory
-from tests.support.apart import status_field
 from tests.support.ram_images import MIB, PAGE, REGIONS, SIZE, content, put, scattered
 
 
@@ -139,51 +135,9 @@ def test_shared_memory_has_no_own_pages() -> None:
         own_runs(memory)
 
 
-def test_a_kept_page_map_is_used_and_closed_with_the_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    with GuestMemory(REGIONS) as memory:
-        keep_pagemap(memory)
-        keep_pagemap(memory)
-        assert len(os.listdir("/proc/self/fd")) == before + 1
-        put(memory, PAGE, b"own")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "open", pytest.fail)
-            assert 1 in pages_of(own_runs(memory))
-    assert len(os.listdir("/proc/self/fd")) == before
-    with GuestMemory(REGIONS, shared=True) as memory:
-        keep_pagemap(memory)
-        assert memory.pagemap_fd is None
-
-
-def test_a_kept_page_map_tells_the_same_pages_as_one_that_is_opened_for_once() -> None:
-    with GuestMemory(REGIONS) as memory:
-        for page in (0, 1, 5, 200):
-            put(memory, page * PAGE, b"own")
-        for_once = own_runs(memory)
-        keep_pagemap(memory)
-        assert memory.pagemap_fd is not None
-        assert own_runs(memory) == for_once
-
-
 def test_no_descriptor_is_left() -> None:
     with GuestMemory(REGIONS) as memory:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
             own_runs(memory)
         assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_a_page_map_that_is_kept_tells_no_physical_address() -> None:
-    """Not even root's: whoever takes the process over could aim at a neighbour's memory."""
-    with GuestMemory(REGIONS) as memory:
-        put(memory, 0, b"here")
-        keep_pagemap(memory)
-        assert memory.pagemap_fd is not None
-        view = memory.regions[0].view
-        first = ctypes.addressof(ctypes.c_char.from_buffer(view)) // PAGE
-        (entry,) = struct.unpack("=Q", os.pread(memory.pagemap_fd, 8, 8 * first))
-    assert entry >> 63, "the page is there"
-    assert entry & ((1 << 55) - 1) == 0
-    assert os.geteuid() or int(status_field("CapEff"), 16), "and root is root again"

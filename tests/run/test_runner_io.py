@@ -16,7 +16,6 @@ from pyvmm.kvm import abi
 from pyvmm.kvm.exits import ExitReason
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.run.threads import Worker
 from tests.support.patience import patient
 from tests.support.runner_rig import FakeVcpu, Rig, idle
 
@@ -199,7 +198,7 @@ def test_a_doorbell_is_served_until_there_is_no_more_work(rig: Rig) -> None:
         return 0.0
 
     os.eventfd_write(doorbell, 1)
-    assert rig.run(idle, [Worker("disk", "disk", [IoSource(doorbell, service)])]).kind is Kind.RESET
+    assert rig.run(idle, [("disk", [IoSource(doorbell, service)])]).kind is Kind.RESET
     assert left == [0]
     os.close(doorbell)
 
@@ -215,7 +214,7 @@ def test_a_busy_source_does_not_starve_another(rig: Rig) -> None:
         return None
 
     sources = [IoSource(first, endless), IoSource(second, other)]
-    assert rig.run(idle, [Worker("disk", "disk", sources)]).kind is Kind.RESET
+    assert rig.run(idle, [("disk", sources)]).kind is Kind.RESET
     os.close(first)
     os.close(second)
 
@@ -237,7 +236,7 @@ def test_a_limited_source_is_called_again_in_time_and_holds_up_no_other(rig: Rig
         return 0.0
 
     sources = [IoSource(limited, slow), IoSource(free, fast)]
-    assert rig.run(idle, [Worker("disk", "disk", sources)]).kind is Kind.RESET
+    assert rig.run(idle, [("disk", sources)]).kind is Kind.RESET
     gaps_s = [later - earlier for earlier, later in itertools.pairwise(calls_s)]
     assert all(gap_s > 0.09 for gap_s in gaps_s)
     assert served[0] > 100

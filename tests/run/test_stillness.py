@@ -12,7 +12,6 @@ from pyvmm.console.place import Console
 from pyvmm.run.io_loop import IoLoop, IoSource
 from pyvmm.run.outcome import Kind, Outcome
 from pyvmm.run.runner import Runner
-from pyvmm.run.threads import Worker
 from tests.support.patience import patient
 from tests.support.started_runner import Started
 
@@ -127,8 +126,7 @@ def begin_anew(started: Started, served: threading.Event) -> None:
         served.set()
 
     started.runner.run_again(
-        vcpus=[started.loop],
-        workers=[Worker("disk", "disk", [IoSource(started.doorbell, service)])],
+        vcpus=[started.loop], workers=[("disk", [IoSource(started.doorbell, service)])],
         console=Console(None, None), output=started.output,
     )
 

@@ -13,7 +13,6 @@ from pyvmm.console.place import Console
 from pyvmm.kvm import abi
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.run.threads import Worker
 from pyvmm.run.vcpu_loop import VcpuLoop
 from tests.support.patience import patient
 from tests.support.runner_rig import FakeVcpu, Rig, SpinningVcpu, idle, loop_of
@@ -249,7 +248,7 @@ def test_the_runs_own_threads_may_not_pause_it(rig: Rig) -> None:
 
     doorbell = os.eventfd(0, os.EFD_NONBLOCK)
     rig.receive = receive  # type: ignore[method-assign]
-    assert rig.run(guest, [Worker("disk", "disk", [IoSource(doorbell, service)])]) == END
+    assert rig.run(guest, [("disk", [IoSource(doorbell, service)])]) == END
     assert refused == ["vcpu", "worker", "main"]
     os.close(doorbell)
 

@@ -222,8 +222,8 @@ def test_fault_37_silence_on_an_incomplete_kvm_is_reported(
     run: FakeRun, tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    verdict = Verdict(run, is_linux=True, incomplete_kvm=str(tmp_path))
-    verdict.doubt_silence(lines.append)
+    verdict = Verdict(run, is_linux=True)
+    verdict.doubt_silence(lines.append, str(tmp_path))
     ((delay_s, look),) = run.calls
     assert delay_s == SILENCE_S
     look()
@@ -239,8 +239,7 @@ def test_fault_37_silence_on_an_incomplete_kvm_is_reported(
 def test_fault_37_other_guests_and_hosts_are_left_alone(
     run: FakeRun, tmp_path: Path, is_linux: bool, module: str
 ) -> None:
-    verdict = Verdict(run, is_linux=is_linux, incomplete_kvm=str(tmp_path / module))
-    verdict.doubt_silence(pytest.fail)
+    Verdict(run, is_linux=is_linux).doubt_silence(pytest.fail, str(tmp_path / module))
     for _, look in run.calls:
         look()
 

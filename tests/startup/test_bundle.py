@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from pyvmm.startup import bundle
-from pyvmm.startup.bundle_writing import update
 from tests.support.planted import ANOTHER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,8 +22,7 @@ from pyvmm.startup.bundle import Bundle, default_path
 with Bundle(default_path()) as bundle:
     import pyvmm.config, pyvmm.run.runner
     missing = bundle.left_out()
-from pyvmm.startup.bundle_writing import update
-update(bundle, missing)
+bundle.update(missing)
 loaders = {name: type(module.__loader__).__name__ for name, module in sys.modules.items()}
 print(sum(kind == "_Loader" for kind in loaders.values()), loaders["pyvmm.config"])
 print(pyvmm.config.__file__, getattr(pyvmm.config, "ADDED", None), pyvmm.virtio.__path__)
@@ -133,9 +131,9 @@ def test_a_source_that_has_become_nonsense_meanwhile_is_left_out(
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "run.bundle"
     names = [name for name in sys.modules if name.startswith("pyvmm.")]
-    update(bundle.Bundle(str(path)), names)
-    assert "pyvmm.errors" in bundle.read_entries(str(path))
-    assert "pyvmm.config" not in bundle.read_entries(str(path))
+    bundle.Bundle(str(path)).update(names)
+    assert "pyvmm.errors" in bundle._read(str(path))
+    assert "pyvmm.config" not in bundle._read(str(path))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000, -1])
@@ -170,7 +168,7 @@ def test_one_that_cannot_be_written_is_done_without(
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     made = bundle.Bundle(str(tmp_path / "nowhere" / "run.bundle"))
-    update(made, (name for name in sys.modules if name.startswith("pyvmm.")))
+    made.update(name for name in sys.modules if name.startswith("pyvmm."))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +177,7 @@ def test_few_new_modules_are_not_worth_it(
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "run.bundle"
-    update(bundle.Bundle(str(path)), ["pyvmm.errors", "pyvmm.startup.types"])
+    bundle.Bundle(str(path)).update(["pyvmm.errors", "pyvmm.startup.types"])
     assert not path.exists()
 
 

@@ -12,7 +12,7 @@ from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.freezing import revert
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.open import DiskSource, open_backend
-from tests.support.frozen_disks import BLOCK, content, frozen_of, opened_clone, save_overlay, write
+from tests.support.frozen_disks import BLOCK, content, frozen_of, opened_clone, write
 
 pytestmark = pytest.mark.usefixtures("scratch")
 
@@ -69,9 +69,9 @@ def test_a_saved_disk_is_opened_again(base: Path, tmp_path: Path, stack: ExitSta
     below = frozen_of(disk, stack)
     write(disk, b"2" * 5000, 90000)
     frozen, path = frozen_of(disk, stack), tmp_path / "disk0.overlay"
-    assert save_overlay(below, path) == 2 * BLOCK
+    assert below.save_overlay(str(path)) == 2 * BLOCK
     path.unlink()
-    assert save_overlay(frozen, path) == frozen.held_bytes == 5 * BLOCK
+    assert frozen.save_overlay(str(path)) == frozen.held_bytes == 5 * BLOCK
     assert path.stat().st_mode & 0o777 == 0o400
     saved = FrozenDisk.open_saved(
         frozen.location, str(path), size_bytes=frozen.size_bytes, stamp_ns=frozen.stamp_ns,
@@ -88,7 +88,7 @@ def test_a_disk_that_nobody_wrote_has_no_overlay(
     base: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     frozen = frozen_of(opened_snapshot(base, stack), stack)
-    assert save_overlay(frozen, tmp_path / "o") is None
+    assert frozen.save_overlay(str(tmp_path / "o")) is None
     assert not (tmp_path / "o").exists()
 
 

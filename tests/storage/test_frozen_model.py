@@ -26,7 +26,6 @@ from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.freezing import freeze, revert
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.open import DiskSource, open_backend
-from tests.support.frozen_disks import save_overlay
 
 SECTORS = 8 * 20 + 3  # the last block is cut off
 RANGES = st.integers(0, SECTORS - 1).flatmap(
@@ -136,10 +135,10 @@ class Machines(RuleBasedStateMachine):
     @rule(target=frozen, frozen=frozen)
     def save(self, frozen: Frozen) -> Frozen:
         self.number += 1
-        path = self.directory / f"{self.number}.overlay"
-        held = save_overlay(frozen.disk, path)
+        path = str(self.directory / f"{self.number}.overlay")
+        held = frozen.disk.save_overlay(path)
         saved = FrozenDisk.open_saved(
-            frozen.disk.location, None if held is None else str(path),
+            frozen.disk.location, None if held is None else path,
             size_bytes=frozen.disk.size_bytes, stamp_ns=frozen.disk.stamp_ns, read_only=False,
             report=pytest.fail,
         )

@@ -17,15 +17,7 @@ from pyvmm.storage.backend import BlockBackend
 from pyvmm.storage.freezing import freeze, revert
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.private import PrivateDisk
-from tests.support.frozen_disks import (
-    BLOCK,
-    MIB,
-    layers_of,
-    read,
-    save_overlay,
-    snapshot_disk,
-    write,
-)
+from tests.support.frozen_disks import BLOCK, MIB, layers_of, read, snapshot_disk, write
 from tests.support.patience import patient
 
 pytestmark = pytest.mark.usefixtures("scratch")
@@ -236,7 +228,7 @@ def test_blocks_in_several_pages_of_the_bitmap(
             assert read(clone, offset - BLOCK, 5 * BLOCK) == bytes(BLOCK) + data + bytes(BLOCK)
         assert read(clone, 5 * page, 512) == b"e" * 512
     path = tmp_path / "o"
-    held = save_overlay(frozen, path)
+    held = frozen.save_overlay(str(path))
     assert held == frozen.held_bytes
     saved = stack.enter_context(closing(FrozenDisk.open_saved(
         frozen.location, str(path), size_bytes=frozen.size_bytes, stamp_ns=frozen.stamp_ns,

@@ -17,7 +17,6 @@ from pyvmm.storage.memory import MemoryBackend
 from pyvmm.storage.open import DiskSource
 from pyvmm.storage.overlay import OverlayBackend
 from pyvmm.storage.overlay_format import format_store, store_bytes
-from tests.support.frozen_disks import save_overlay
 from tests.support.power_cut import RecordingBackend, power_cuts
 
 SECTORS = 8 * 40 + 3
@@ -65,7 +64,7 @@ def saved_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytearray:
         for offset in (0, 5000 // 512 * 512, 100 * 512):
             disk.writev([memoryview(BASE[offset : offset + 9 * 512])], offset)
         with closing(freeze(disk)) as frozen:
-            assert save_overlay(frozen, tmp_path / "o")
+            assert frozen.save_overlay(str(tmp_path / "o"))
     return bytearray((tmp_path / "o").read_bytes())
 
 

@@ -16,7 +16,7 @@ from pyvmm.storage.freezing import freeze
 from pyvmm.storage.frozen import FrozenDisk
 from pyvmm.storage.overlay_format import store_bytes
 from pyvmm.storage.raw import RawBackend
-from tests.support.frozen_disks import BLOCK, SIZE, content, from_source, save_overlay, write
+from tests.support.frozen_disks import BLOCK, SIZE, content, from_source, write
 from tests.support.raw_disks import opened
 
 pytestmark = pytest.mark.usefixtures("scratch")
@@ -41,7 +41,7 @@ def overlay(base: Path, tmp_path: Path) -> tuple[FrozenDisk, Path]:
         disk = from_source(stack, location=str(base), snapshot=True)
         write(disk, b"w" * 512, 8192)
         frozen = stack.enter_context(closing(freeze(disk)))
-        assert save_overlay(frozen, path) == BLOCK
+        assert frozen.save_overlay(str(path)) == BLOCK
         return frozen, path
 
 
@@ -116,11 +116,13 @@ def test_a_saved_overlay_is_an_ordinary_one(
     disk.flush()
 
 
-def test_an_error_in_saving_is_raised_and_the_file_closed(
-    tmp_path: Path, overlay: tuple[FrozenDisk, Path], stack: ExitStack,
+def test_saving_never_overwrites_and_leaves_nothing_behind(
+    base: Path, tmp_path: Path, overlay: tuple[FrozenDisk, Path], stack: ExitStack,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     frozen = stack.enter_context(closing(saved(*overlay)))
+    with pytest.raises(FileExistsError):
+        frozen.save_overlay(str(overlay[1]))
 
     def fail(*_arguments: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -129,8 +131,8 @@ def test_an_error_in_saving_is_raised_and_the_file_closed(
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
             with pytest.raises(OSError, match="No space left"):
-                save_overlay(frozen, tmp_path / call)
-        assert not [fd for fd in os.listdir("/proc/self/fd") if _is_in(fd, tmp_path / call)]
+                frozen.save_overlay(str(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("refused", [errno.EXDEV, errno.EOPNOTSUPP, None])
@@ -158,7 +160,7 @@ def test_a_host_that_can_neither_copy_nor_tell_holes(
     write(disk, os.urandom(3 * BLOCK), 1000)
     disk.write_zeroes(20 * BLOCK, 10 * BLOCK, unmap=True)
     frozen = stack.enter_context(closing(freeze(disk)))
-    assert save_overlay(frozen, tmp_path / "o") == 14 * BLOCK
+    assert frozen.save_overlay(str(tmp_path / "o")) == 14 * BLOCK
     again = stack.enter_context(closing(saved(frozen, tmp_path / "o")))
     assert content(stack.enter_context(closing(again.open(report=print)))) == content(disk)
 
@@ -170,7 +172,7 @@ def test_zeroed_blocks_take_no_room(base: Path, tmp_path: Path, stack: ExitStack
     write(disk, b"d" * BLOCK, 5 * BLOCK)
     frozen = stack.enter_context(closing(freeze(disk)))
     path = tmp_path / "o"
-    assert save_overlay(frozen, path) == SIZE
+    assert frozen.save_overlay(str(path)) == SIZE
     assert path.stat().st_blocks * 512 <= 8 * BLOCK
     again = stack.enter_context(closing(saved(frozen, path)))
     assert content(stack.enter_context(closing(again.open(report=print)))) == content(disk)

@@ -9,19 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.storage.freezing import freeze, revert
-from pyvmm.storage.overlay import OverlayBackend
-from pyvmm.storage.private import PrivateDisk
-from pyvmm.storage.scratch import nameless_file
-from tests.support.frozen_disks import (
-    BLOCK,
-    MIB,
-    from_source,
-    layers_of,
-    read,
-    snapshot_disk,
-    write,
-)
+from pyvmm.storage.freezing import freeze
+from tests.support.frozen_disks import BLOCK, MIB, layers_of, read, snapshot_disk, write
 
 pytestmark = pytest.mark.usefixtures("scratch")
 
@@ -105,101 +94,3 @@ def test_a_file_that_is_full_of_stripes_has_a_successor(
     assert len({layer.place[0] for layer in layers_of(disk)}) == 3
     for number, frozen in enumerate(kept):
         assert read(frozen, number * BLOCK, 512) == bytes([number]) * 512
-
-
-# Files that are made ahead, by another process ---------------------------------------------------
-
-
-class Opener:
-    """Makes files as ``nameless_file`` does, and counts; or fails while ``error`` is not 0."""
-
-    def __init__(self) -> None:
-        self.made = self.error = 0
-
-    def __call__(self) -> int:
-        self.made += 1
-        if self.error:
-            raise OSError(self.error, os.strerror(self.error))
-        return nameless_file()
-
-
-def forbid_opening(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every os.open fail, as in a jail."""
-    monkeypatch.setattr(os, "open", pytest.fail)
-
-
-def test_a_file_made_ahead_serves_writes_freezes_and_reverts_that_open_nothing(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = snapshot_disk(stack, tmp_path / "base.img", MIB)
-    frozen = stack.enter_context(closing(freeze(base)))
-    opener = Opener()
-    clone = stack.enter_context(closing(frozen.open(report=pytest.fail)))
-    assert isinstance(clone, PrivateDisk)
-    clone.use_scratch(opener)
-    assert opener.made == 1
-    with monkeypatch.context() as patch:
-        forbid_opening(patch)
-        for turn in range(5):
-            write(clone, bytes([turn + 1]) * BLOCK, turn * BLOCK)
-            stack.enter_context(closing(freeze(clone)))
-        write(clone, b"x" * BLOCK, 0)
-        revert(clone, frozen)
-        write(clone, b"y" * BLOCK, 0)
-        assert read(clone, 0, 2 * BLOCK) == b"y" * BLOCK + bytes(BLOCK)
-    assert opener.made == 1
-
-
-def test_a_full_file_s_successor_is_made_by_the_freeze_and_not_by_a_write(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pyvmm.storage.scratch.MAX_FILE_BYTES", 2 * MIB)
-    disk, opener = snapshot_disk(stack, tmp_path / "base.img", MIB), Opener()
-    disk.use_scratch(opener)
-    made = []
-    for turn in range(5):
-        write(disk, bytes([turn + 1]) * BLOCK, turn * BLOCK)
-        made.append(opener.made)
-        stack.enter_context(closing(freeze(disk)))
-        made.append(opener.made)
-    assert made == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]  # snapshot_disk has made the first one
-
-
-def test_without_a_file_made_ahead_writes_fail_until_a_freeze_gets_one(
-    tmp_path: Path, stack: ExitStack
-) -> None:
-    base = snapshot_disk(stack, tmp_path / "base.img", MIB)
-    frozen = stack.enter_context(closing(freeze(base)))
-    lines: list[str] = []
-    opener = Opener()
-    clone = stack.enter_context(closing(frozen.open(report=lines.append)))
-    assert isinstance(clone, PrivateDisk)
-    opener.error = errno.ENOSPC
-    clone.use_scratch(opener)
-    for _ in range(2):
-        with pytest.raises(OSError, match="No space left"):
-            write(clone, b"c" * 512, 0)
-    assert opener.made == 1
-    assert len(lines) == 1
-    assert "no file can be made for what the guest writes: No space left on device" in lines[0]
-    opener.error = 0
-    stack.enter_context(closing(freeze(clone)))
-    write(clone, b"c" * 512, 0)
-    assert read(clone, 0, 512) == b"c" * 512
-
-
-def test_the_copy_of_an_overlay_goes_into_a_file_that_another_makes(
-    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "base.img").write_bytes(bytes(MIB))
-    disk = from_source(
-        stack, location=str(tmp_path / "base.img"), snapshot=True, overlay=str(tmp_path / "o")
-    )
-    assert isinstance(disk, OverlayBackend)
-    write(disk, b"w" * BLOCK, 0)
-    opener = Opener()
-    disk.use_scratch(opener)
-    assert opener.made == 0
-    frozen = stack.enter_context(closing(freeze(disk)))
-    assert opener.made == 1
-    assert read(frozen, 0, BLOCK) == b"w" * BLOCK

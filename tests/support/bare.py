@@ -17,7 +17,6 @@ from pyvmm.kvm.exits import Direction, Exit, IoExit, MmioExit, decode
 from pyvmm.kvm.handles import Kvm, Vcpu, Vm
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import cpu, cpuid, layout
-from pyvmm.x86.stopped import describe_vcpu
 from pyvmm.x86.trial import deadline
 from tests.support.patience import patient
 
@@ -100,7 +99,7 @@ class BareMachine:
 
     def describe(self) -> str:
         """The vCPU's state, for a failure's message."""
-        return describe_vcpu(self.memory, self.vcpu)
+        return cpu.describe_vcpu(self.memory, self.vcpu)
 
     def _serve_port(self, seen: IoExit) -> None:
         page = self.vcpu.page

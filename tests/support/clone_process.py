@@ -1,13 +1,11 @@
 """A process as ``pyvmm restore DIR --clones-fd N``: each of its clones is the agent on this host.
 
-DIR decides: ``missing`` is refused as a missing snapshot is, ``dies`` ends each clone at once,
-``forks`` leaves a child of each.
+DIR decides: ``missing`` is refused as a missing snapshot is, ``dies`` ends each clone at once.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 
@@ -27,11 +25,6 @@ def main() -> int:
         if name == "dies":
             print("pyvmm: it dies", file=sys.stderr, flush=True)
             return 9
-        if name == "forks":
-            fd = int(words[-1].partition("=")[2])
-            if child := os.fork():
-                os.write(fd, b"%d" % child)
-            signal.pause()
         for word in words:
             if word.startswith("--console=/"):
                 with open(word.partition("=")[2], "ab") as log:  # noqa: PTH123 - as the real one

@@ -39,16 +39,6 @@ def frozen_of(disk: BlockBackend, stack: ExitStack) -> FrozenDisk:
     return stack.enter_context(closing(freeze(disk)))
 
 
-def new_file(path: Path) -> int:
-    """Return a descriptor of the file ``path``, which must not be there."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-
-def save_overlay(frozen: FrozenDisk, path: Path) -> int | None:
-    """Write the layers of ``frozen`` to the new file ``path``; see ``FrozenDisk.save_overlay``."""
-    return frozen.save_overlay(lambda: new_file(path), str(path))
-
-
 def opened_clone(frozen: FrozenDisk, stack: ExitStack) -> BlockBackend:
     return stack.enter_context(closing(frozen.open(report=pytest.fail)))
 

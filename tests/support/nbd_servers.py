@@ -36,21 +36,20 @@ def nbdkit_tcp(*arguments: str) -> Iterator[int]:
 
 @contextmanager
 def qemu_nbd(
-    socket_path: Path, image: Path, *arguments: str, stderr: int | None = None
+    socket_path: Path, image: Path, *arguments: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """qemu-nbd serving ``image`` under the name "disk"."""
     command = ["qemu-nbd", "--persistent", "--format=raw", "--export-name=disk",
                f"--socket={socket_path}", *arguments, str(image)]
-    with _server(command, socket.AF_UNIX, str(socket_path), stderr) as server:
+    with _server(command, socket.AF_UNIX, str(socket_path)) as server:
         yield server
 
 
 @contextmanager
 def _server(
-    command: list[str], family: socket.AddressFamily, address: str | tuple[str, int],
-    stderr: int | None = None,
+    command: list[str], family: socket.AddressFamily, address: str | tuple[str, int]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(command, stderr=stderr) as server:
+    with subprocess.Popen(command) as server:
         try:
             _wait_for(server, family, address)
             yield server

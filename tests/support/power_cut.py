@@ -122,52 +122,6 @@ def power_cuts(recorder: RecordingBackend, rng: random.Random, count: int) -> It
         start = point
 
 
-class NumberedCuts:
-    """Cuts of a recorded disk by number: number N is the same whenever it is made.
-
-    One number after another they go through the moments just before each flush and the end of the
-    log, again and again.  ``initial`` and ``log`` are a recorder's.
-    """
-
-    def __init__(self, initial: bytes, log: Sequence[Write | Flush | Note]) -> None:
-        self._initial = initial
-        self._log = log
-        self._points = [i for i, event in enumerate(log) if isinstance(event, Flush)] + [len(log)]
-        self._begin_again()
-
-    def _begin_again(self) -> None:
-        self._stable = bytearray(self._initial)
-        self._notes: list[object] = []
-        self._point = -1
-
-    def make(self, number: int) -> PowerCut:
-        """Return cut ``number``; cheap if it is behind the one before."""
-        wanted = number % len(self._points)
-        if wanted < self._point:
-            self._begin_again()
-        while self._point < wanted:
-            self._store(self._writes())
-            self._point += 1
-            self._notes += [event.value for event in self._events() if isinstance(event, Note)]
-        image = bytearray(self._stable)
-        _store_some(image, self._writes(), random.Random(f"power cut {number}"))
-        return PowerCut(image, list(self._notes))
-
-    def _events(self) -> Sequence[Write | Flush | Note]:
-        """Return all between the flush before the present moment and that moment."""
-        if self._point < 0:
-            return ()
-        start = self._points[self._point - 1] if self._point else 0
-        return self._log[start : self._points[self._point]]
-
-    def _writes(self) -> list[Write]:
-        return [event for event in self._events() if isinstance(event, Write)]
-
-    def _store(self, writes: Sequence[Write]) -> None:
-        for write in writes:
-            self._stable[write.offset : write.offset + len(write.data)] = write.data
-
-
 def _store_some(image: bytearray, writes: Sequence[Write], rng: random.Random) -> None:
     """Store a random subset of ``writes``, and of some only some sectors.
 

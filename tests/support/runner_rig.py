@@ -18,9 +18,9 @@ from pyvmm.kvm import abi
 from pyvmm.kvm.exits import EXIT_REASON_WORD, RunPage
 from pyvmm.kvm.handles import Vcpu
 from pyvmm.report import Reporter
+from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Outcome
 from pyvmm.run.runner import Runner
-from pyvmm.run.threads import Worker
 from pyvmm.run.vcpu_loop import VcpuLoop
 
 PAGE_BYTES = 8192
@@ -91,7 +91,7 @@ class Rig:
     def run(
         self,
         guest: Callable[[FakeVcpu], int],
-        workers: list[Worker] | None = None,
+        workers: list[tuple[str, list[IoSource]]] | None = None,
         at_end: Sequence[Callable[[], None]] = (),
     ) -> Outcome:
         self.vcpu = FakeVcpu(guest)

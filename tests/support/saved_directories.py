@@ -34,15 +34,15 @@ def disk_image(index: int) -> Path:
     return path
 
 
-def make_overlay(fd: int, name: str, index: int, content: bytes) -> None:
-    """Make the new file ``fd`` an overlay over disk ``index``: the disk begins with ``content``."""
+def make_overlay(path: str, index: int, content: bytes) -> None:
+    """Make the overlay ``path`` over disk ``index``: the disk begins with ``content``."""
     held = content.ljust(-(-len(content) // 4096) * 4096, b"\0")
 
     def copy(store: RawBackend, at: int, offset: int, length: int) -> None:
         store.writev([memoryview(held)[offset : offset + length]], at)
 
     stamp_ns = disk_image(index).stat().st_mtime_ns
-    write_overlay(fd, name, MIB, stamp_ns, [(0, len(held))], copy)
+    write_overlay(path, MIB, stamp_ns, [(0, len(held))], copy)
 
 
 def make_writable(path: Path) -> None:
@@ -112,7 +112,7 @@ def make_saved(
         for index, content in overlays.items():
             name = layout.overlay_name(index)
             try:
-                make_overlay(writer.create(name), name, index, content)
+                make_overlay(writer.path_of(name), index, content)
             except OSError as error:
                 raise writer.failed(error, name) from error
         saved_ram = SavedRam(

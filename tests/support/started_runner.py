@@ -12,7 +12,6 @@ from pyvmm.console.place import Console
 from pyvmm.report import Reporter
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.runner import Runner
-from pyvmm.run.threads import Worker
 from pyvmm.run.vcpu_loop import VcpuLoop
 from tests.support.runner_rig import FakeVcpu, idle
 
@@ -36,8 +35,7 @@ class Started:
             finish=self.runner.finish,
         )
         self.runner.start(
-            vcpus=[loop],
-            workers=[Worker("disk", "disk", [IoSource(self.doorbell, lambda: self.service())])],
+            vcpus=[loop], workers=[("disk", [IoSource(self.doorbell, lambda: self.service())])],
             console=Console(None, None), output=self.output, at_end=self.at_end,
         )
 

@@ -12,7 +12,6 @@ from pyvmm.peers.eventfds import EventfdWriter
 from pyvmm.storage.memory import MemoryBackend
 from pyvmm.vhost_user.backend import ServedDevice
 from pyvmm.vhost_user.protocol import PROTOCOL_FEATURES, MemoryRegion
-from pyvmm.vhost_user.vring import open_links
 from pyvmm.virtio.block import BlockConfig, BlockDevice
 from pyvmm.virtio.spec import Feature
 from tests.support.vhost_rig import RAM_BYTES, USER_BASE, held, memfd
@@ -24,7 +23,6 @@ class FullKicks:
 
     def __init__(self) -> None:
         self.eventfd_writer = EventfdWriter()
-        self.links_fd = open_links()
         self.is_full = True
 
     def watch(self, fd: int, serve: Callable[[], float | None]) -> None:
@@ -33,9 +31,6 @@ class FullKicks:
 
     def unwatch(self, fd: int) -> None:
         """Nothing was kept."""
-
-    def close(self) -> None:
-        os.close(self.links_fd)
 
 
 def test_a_ring_that_cannot_be_waited_for_is_not_started() -> None:
@@ -61,7 +56,6 @@ def test_a_ring_that_cannot_be_waited_for_is_not_started() -> None:
     backend.set_vring_kick(0, kick)
     assert [queue.ready for queue in device.queues] == [True]
     backend.close()
-    kicks.close()
     os.close(ram)
     os.close(kick)
     assert held() == before

@@ -12,7 +12,6 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.vhost_user.listener import Listener
-from tests.support.planted import ANOTHER, give_away
 from tests.support.vhost_rig import open_fds
 
 
@@ -120,34 +119,3 @@ def test_a_name_that_is_somebody_elses_by_now(tmp_path: Path) -> None:
     first.close()
     assert connects(path)
     second.close()
-
-
-def test_a_directory_of_another_user_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    give_away(monkeypatch, tmp_path)
-    said = f"its directory, {tmp_path}: belongs to uid {ANOTHER}, so"
-    with pytest.raises(ConfigError, match=said):
-        Listener(str(tmp_path / "s"))
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o707, 0o773])
-def test_a_directory_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
-    tmp_path.chmod(mode)
-    with pytest.raises(ConfigError, match=rf"others may write it \(mode {mode:04o}\)"):
-        Listener(str(tmp_path / "s"))
-    tmp_path.chmod(0o1777)
-    Listener(str(tmp_path / "s")).close()
-
-
-def test_the_socket_of_another_user_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(str(path))
-    give_away(monkeypatch, path)
-    with pytest.raises(ConfigError, match=f"s: belongs to uid {ANOTHER}; name another path"):
-        Listener(str(path))
-    assert stat.S_ISSOCK(path.lstat().st_mode)

@@ -141,7 +141,7 @@ def test_fault_35_a_pipe_is_not_read_further_than_a_guest_reads(tmp_path: Path) 
     """``yes | pyvmm run``: what waits stays in the pipe."""
     kernel = write_guest(tmp_path / "guest", prints(b"runs"), SPIN)
     process = subprocess.Popen(
-        command("--timeout", str(patient(4)), kernel=kernel), stdin=subprocess.PIPE,
+        command("--timeout", "4", kernel=kernel), stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
     )
     assert process.stdin is not None

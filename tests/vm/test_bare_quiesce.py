@@ -12,7 +12,6 @@ from pyvmm.console.output import OutputBuffer
 from pyvmm.console.place import Console
 from pyvmm.run.io_loop import IoSource
 from pyvmm.run.outcome import Kind, Outcome
-from pyvmm.run.threads import Worker
 from tests.support.bare import LONG_MODE_ENTRY, MEMORY_BYTES, assemble
 from tests.support.patience import patient
 from tests.vm.test_bare_smp import COUNTER, load, machine
@@ -49,7 +48,7 @@ def test_nothing_moves_while_a_busy_machine_is_quiesced(tmp_path: Path, cpus: in
 
         runner = smp.runner
         runner.start(
-            vcpus=smp.loops, workers=[Worker("disk", "disk", [IoSource(doorbell, serve)])],
+            vcpus=smp.loops, workers=[("disk", [IoSource(doorbell, serve)])],
             console=Console(None, None), output=OutputBuffer(None, runner.wake, lambda _: None),
         )
         took_s = []

@@ -40,7 +40,6 @@ class Taking:
         self.saved: list[dict[str, object]] = []
         self.outputs: list[bytes] = []
         self.threads: list[threading.Thread] = []
-        self.held_bytes = 3 << 20
         self._error = error
         self._hold_s = hold_s
 
@@ -55,6 +54,7 @@ class Taking:
         self.saved.append(machine.save())
         time.sleep(self._hold_s)
         os.mkdir(directory)
+        Path(directory, "ram").write_bytes(bytes(3 << 20))
         if not was_paused:
             machine.resume()
         return self
@@ -86,7 +86,6 @@ class Rig:
             self.machine, self.lines.append, take,
         )
         self.warm.plug()
-        self.warm.start()
 
     def run(self) -> tuple[Outcome, int]:
         """Run to the end; the outcome, and the exit status with the snapshot's say."""

@@ -69,8 +69,7 @@ def test_fault_26_only_linux_is_told_that_it_has_no_root(
         is_linux and bool(parsed(path).version)
     )
     # CODE of the synthetic kernels does nothing good; what is said before it runs counts.
-    main(["run", "--kernel", str(path), "--console", "none", "--timeout", "1",
-          "--jail", "off"])
+    main(["run", "--kernel", str(path), "--console", "none", "--timeout", "1"])
     said = capfd.readouterr().err
     if "/dev/kvm" not in said:
         assert ("no root to mount" in said) is is_linux

@@ -14,11 +14,11 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from pyvmm.errors import SnapshotError
 from pyvmm.snapshot.files import layout
-from pyvmm.snapshot.files.finishing import write_failed, write_state
+from pyvmm.snapshot.files.records import encode
 from pyvmm.snapshot.files.sparse import sparse_crc
 
 _RENAME_NOREPLACE = 1
@@ -43,8 +43,6 @@ class Writer:
         self.path = layout.absolute(path)
         """The directory that there will be."""
         self.temporary_path = self.path + layout.TEMPORARY
-        self.held_bytes = 0
-        """The bytes that the files take on their disk, once the directory has its name."""
         self._fd = -1
         self._is_finished = False
         self._refuse_existing()
@@ -69,27 +67,15 @@ class Writer:
         except OSError as error:
             raise self._failed(error, name) from error
 
-    def reopen(self, name: str) -> int:
-        """Return a descriptor, for reading, of the file ``name``, before ``finish`` or after it.
-
-        The caller closes it.
-        """
+    def path_of(self, name: str) -> str:
+        """Return the path of the file ``name``, for a callee that makes it itself."""
         self._check_name(name)
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            if self._is_finished:
-                return os.open(f"{self.path}/{name}", flags)
-            return os.open(name, flags, dir_fd=self._fd)
-        except OSError as error:
-            raise self._failed(error, name) from error
+        return f"{self.temporary_path}/{name}"
 
     def size_of(self, name: str) -> int:
         """Return the size in bytes of the file ``name``, which is there."""
         self._check_name(name)
-        try:
-            return os.lstat(name, dir_fd=self._fd).st_size
-        except OSError as error:
-            raise self._failed(error, name) from error
+        return os.lstat(name, dir_fd=self._fd).st_size
 
     def failed(self, error: OSError, name: str = layout.RAM) -> SnapshotError:
         """Return what to raise after ``error`` at the file ``name``: it names the final path."""
@@ -100,32 +86,26 @@ class Writer:
 
         SnapshotError: nothing is left then.
         """
-        write_state(self, state)
-
-    def settle(self) -> dict[str, int]:
-        """Make the files so far stable and read-only; return the CRCs of those that need one.
-
-        SnapshotError: nothing is left then.
-        """
-        with self._removed_on_error() as at:
-            crcs = {}
-            for at.name in sorted(os.listdir(self._fd)):
-                if (crc := self._settle(at.name)) is not None:
-                    crcs[at.name] = crc
-            return crcs
-
-    def publish(self) -> None:
-        """Make ``state`` stable, which was written last, and give the directory its name.
-
-        SnapshotError: nothing is left then, unless the directory has its name.
-        """
-        with self._removed_on_error() as at:
-            at.name = layout.STATE
-            self._settle(at.name)
-            at.name = ""
-            self.held_bytes = self._held_bytes()
+        name = layout.STATE
+        try:
+            crcs: dict[str, object] = {}
+            for name in sorted(os.listdir(self._fd)):
+                if (crc := self._settle(name)) is not None:
+                    crcs[name] = crc
+            name = layout.STATE
+            data = encode(
+                {**state, layout.FILES: crcs}, name=f"{self.path}/{name}", versions=layout.RECORDS
+            )
+            self._write_state(data)
+            name = ""
             os.fsync(self._fd)
             self._rename()
+        except OSError as error:
+            self.abort()
+            raise self._failed(error, name) from error
+        except BaseException:
+            self.abort()
+            raise
         self._is_finished = True
         self._release()
         # The directory is whole by now; after a power cut it may have its old name, or none.
@@ -133,23 +113,6 @@ class Writer:
             _sync_directory(os.path.dirname(self.path))
         except OSError as error:
             raise self._failed(error) from error
-
-    @contextlib.contextmanager
-    def _removed_on_error(self) -> Iterator[_Place]:
-        """Abort on an error, and raise one of the host's as SnapshotError at the place's file."""
-        at = _Place()
-        try:
-            yield at
-        except OSError as error:
-            self.abort()
-            raise self._failed(error, at.name) from error
-        except BaseException:
-            self.abort()
-            raise
-
-    def _held_bytes(self) -> int:
-        with os.scandir(self._fd) as entries:
-            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
 
     def abort(self) -> None:
         """Remove everything that was made; idempotent, and nothing after ``finish``."""
@@ -264,7 +227,7 @@ class Writer:
             os.unlink(name, dir_fd=self._fd)
 
     def _settle(self, name: str) -> int | None:
-        """Make the file ``name`` stable and read-only; return its CRC if ``state`` has one."""
+        """Make the file ``name`` stable and read-only; return its CRC, None for RAM's."""
         self._check_name(name)
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
                      dir_fd=self._fd)
@@ -273,7 +236,18 @@ class Writer:
                 raise SnapshotError(f"{self.path}/{name}", "is no regular file")
             os.fchmod(fd, 0o400)
             os.fsync(fd)
-            return None if name in (layout.RAM, layout.STATE) else sparse_crc(fd)
+            return None if name == layout.RAM else sparse_crc(fd)
+        finally:
+            os.close(fd)
+
+    def _write_state(self, data: bytes) -> None:
+        fd = os.open(layout.STATE, _NEW, 0o600, dir_fd=self._fd)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fchmod(fd, 0o400)
+            os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -297,13 +271,10 @@ class Writer:
             os.close(fd)
 
     def _failed(self, error: OSError | ValueError, name: str = "") -> SnapshotError:
-        return write_failed(self.path, error, name)
-
-
-class _Place:
-    """The file at which an error arises; "" for the directory."""
-
-    name = ""
+        subject = f"{self.path}/{name}" if name else self.path
+        if isinstance(error, ValueError):
+            return SnapshotError(repr(subject), f"is no file name: {error}")
+        return SnapshotError(subject, f"cannot be written: {error.strerror}")
 
 
 def rename_new(source: str, target: str) -> None:

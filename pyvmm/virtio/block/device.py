@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from pyvmm.errors import GuestError
 from pyvmm.memory import GuestMemory
-from pyvmm.storage.backend import BlockBackend, descriptors_of, thread_kind_of
+from pyvmm.storage.backend import BlockBackend
 from pyvmm.virtio.block.config import (
     WRITEBACK_OFFSET,
     BlockConfig,
@@ -34,7 +34,13 @@ from pyvmm.virtio.block.request import (
     data_views,
     status_of,
 )
-from pyvmm.virtio.device import CALL_WORK, MAX_CHAIN_BYTES, Interrupt, RingDevice, for_one_pass
+from pyvmm.virtio.device import (
+    CALL_WORK,
+    MAX_CHAIN_BYTES,
+    Interrupt,
+    RingDevice,
+    for_one_pass,
+)
 from pyvmm.virtio.rate_limit import RateLimit, RateLimiter
 from pyvmm.virtio.ring.queue import Buffer, Chain, Queue, Ring
 from pyvmm.virtio.spec import (
@@ -82,7 +88,6 @@ class BlockDevice(RingDevice):
     ) -> None:
         self._config = config
         self.disk = self._backend = backend
-        self.thread_kind = thread_kind_of(backend)
         self._clock = clock
         self._read_only = config.read_only or backend.read_only
         self._id = config.serial.encode("ascii").ljust(BLOCK_ID_SIZE, b"\0")
@@ -130,10 +135,6 @@ class BlockDevice(RingDevice):
     def hurry(self, until_s: float) -> None:
         """See ``VirtioDevice.hurry``: whoever serves the backend may be slow."""
         self._backend.hurry(until_s)
-
-    def descriptors(self) -> dict[int, str]:
-        """See ``VirtioDevice.descriptors``: those of the backend."""
-        return descriptors_of(self.disk)
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of configuration space from ``offset``; zeros behind its end."""

@@ -52,7 +52,6 @@ class ConsoleDevice(RingDevice):
     """
 
     device_type = DeviceType.CONSOLE
-    thread_kind = "console"
 
     def __init__(
         self,

@@ -19,7 +19,6 @@ class EntropyDevice(RingDevice):
     """Fills buffers with random bytes; it has no features and no configuration space."""
 
     device_type = DeviceType.ENTROPY
-    thread_kind = "entropy"
 
     def __init__(self) -> None:
         features = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX

@@ -56,7 +56,6 @@ class PortDevice(RingDevice):
     """
 
     device_type = DeviceType.CONSOLE
-    thread_kind = "agent"
 
     def __init__(self) -> None:
         features = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX

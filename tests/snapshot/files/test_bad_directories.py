@@ -19,7 +19,6 @@ from pyvmm.snapshot.files.content import About, Base, SavedDisk, SavedRam
 from pyvmm.snapshot.files.records import MAX_STATE_BYTES, decode, encode
 from pyvmm.snapshot.files.saved import open_saved
 from tests.support.patience import patient
-from tests.support.planted import ANOTHER, give_away
 from tests.support.saved_directories import MIB, make_saved, make_writable
 
 RAM_BYTES = 3 * MIB + (640 << 10)
@@ -386,46 +385,3 @@ def test_bases_that_go_round_in_a_circle_are_refused(tmp_path: Path, length: int
         base = Base.over(str(tmp_path / f"s{(at + 1) % length}"), ids[(at + 1) % length], str(path))
         change(path, base=base.record())
     assert "its bases go round in a circle" in refusal(tmp_path / "s0")
-
-
-# Other users --------------------------------------------------------------------------------------
-
-
-PARTS = [".", "state", "ram", "disk0.overlay"]
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_part_that_another_user_owns_is_refused(
-    part: str, warm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    give_away(monkeypatch, warm / part, alone=True)
-    said = refusal(warm)
-    assert said.startswith(f"{warm / part}: belongs to uid {ANOTHER}; ")
-    assert "cp -r" in said
-
-
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("mode", [0o666, 0o622, 0o602])
-def test_a_part_that_others_may_write_is_refused(part: str, mode: int, warm: Path) -> None:
-    mode |= 0o111 if part == "." else 0
-    (warm / part).chmod(mode)
-    assert refusal(warm).startswith(
-        f"{warm / part}: others may write it (mode {mode:04o}); "
-    )
-
-
-def test_a_base_that_another_user_owns_is_refused(
-    tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with open_saved(warm) as saved:
-        make_saved(tmp_path / "diff", base=(warm, saved.id))
-    give_away(monkeypatch, warm)
-    said = refusal(tmp_path / "diff")
-    assert f"its base cannot be used: {warm}: belongs to uid {ANOTHER}" in said
-
-
-def test_a_copy_of_it_is_ones_own(tmp_path: Path, warm: Path) -> None:
-    warm.chmod(0o777)
-    assert "others may write it" in refusal(warm)
-    subprocess.run(["cp", "-r", warm, tmp_path / "own"], check=True, umask=0o022)
-    open_saved(tmp_path / "own").close()

@@ -161,6 +161,13 @@ def test_files_that_are_none_of_a_snapshot_are_told(tmp_path: Path) -> None:
     assert found(tmp_path / "warm") == ["notes: is no file of a snapshot"]
 
 
+def test_ram_that_others_may_write_is_told(tmp_path: Path) -> None:
+    make_saved(tmp_path / "warm")
+    (tmp_path / "warm" / "ram").chmod(0o666)
+    assert len(found(tmp_path / "warm")) == 1
+    assert "others may write it" in found(tmp_path / "warm")[0]
+
+
 # merge --------------------------------------------------------------------------------------------
 
 

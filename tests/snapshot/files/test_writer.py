@@ -134,7 +134,7 @@ def test_names_that_cannot_be(
 ])
 def test_only_files_of_a_snapshot_are_made(tmp_path: Path, name: str) -> None:
     with Writer(tmp_path / "warm") as writer:
-        for call in writer.create, writer.reopen, writer.size_of:
+        for call in writer.create, writer.path_of, writer.size_of:
             with pytest.raises(SnapshotError, match="is no file of a snapshot"):
                 call(name)
 

@@ -1,1 +1,0 @@
-"""The attendant: a process beside a jailed machine that does what the machine may not."""
