@@ -20,8 +20,7 @@ for number in (signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 
-STANDSTILL = "tests.support.standstill"
-pytest_plugins = ("pytester", STANDSTILL)
+pytest_plugins = ("pytester",)
 
 REPORT = "PYVMM_TEST_REPORT"
 """The environment variable that names the file from which ``make test`` makes its last lines."""
@@ -78,13 +77,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     stats = terminalreporter.stats
     bad = [f"{kind.upper()} {found.nodeid}" for kind in ("failed", "error")
            for found in stats.get(kind, [])]
-    kinds = ("passed", "failed", "error", "skipped", "rerun")
-    counts = [f"{len(stats[kind])} {kind}" for kind in kinds if stats.get(kind)]
+    counts = [f"{len(stats[kind])} {kind}" for kind in ("passed", "failed", "error", "skipped")
+              if stats.get(kind)]
     more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
     with Path(path).open("a", encoding="utf-8") as report:
-        config = terminalreporter.config
-        standstill = config.pluginmanager.get_plugin(STANDSTILL)
-        assert standstill is not None
-        stood = standstill.told(config)
-        for line in (", ".join(counts) or "no tests", *stood, *bad[:SHOWN], *more):
+        for line in (", ".join(counts) or "no tests", *bad[:SHOWN], *more):
             report.write(f"{line}\n")

@@ -35,9 +35,6 @@ done
 # the default tolerance (250 ppm; 620 were seen) makes KVM refuse the vCPU's rate, and the clock of
 # every guest in this lab stands still.
 echo 10000 >/sys/module/kvm/parameters/tsc_tolerance_ppm || fail "kvm has no tsc_tolerance_ppm"
-# Where code was translated from, QEMU takes 26 ms to clear a page (see ACCELERATOR in qemu.py).  Of a
-# huge page Linux clears 512 at once, and no process gets its turn meanwhile.
-echo never >/sys/kernel/mm/transparent_hugepage/enabled || fail "cannot do without huge pages"
 . /lab/run
 
 # The control port is the last: once it is connected to pyvmm, so are the others.  A port that is

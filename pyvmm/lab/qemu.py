@@ -19,19 +19,17 @@ PORT_NUMBERS = {"terminal": 0, "in": 1, "out": 2, "err": 3, "control": 4}
 
 CPU = (
     "max,+svm,-la57,-cx16,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-fma,-f16c,-vaes,"
-    "-vpclmulqdq,-mpx,-pku,-erms,-fsrm"
+    "-vpclmulqdq,-mpx,-pku"
 )
 """Four-level paging is cheaper to emulate.  xsave is left out because QEMU's SVM does not intercept
 XSETBV: a guest's guest would change state that its KVM does not know of, and Linux there warns of
 it.  QEMU keeps the features that depend on xsave, and Linux would use these, so they are removed by
-name.  With erms Linux clears pages byte by byte: QEMU takes twice as long for one that once held
-code, whose translation each store may invalidate."""
+name."""
 
 ACCELERATOR = "tcg,thread=multi,tb-size=128"
-"""128 MiB for translated code.  With the 1 GiB that QEMU takes else, it keeps for an hour what was
-translated from pages that are used for other things since, and has to find and forget it at each
-store to them: once guests had come and gone, a new one stood still for 4 to 38 s at a time, while
-Linux cleared its memory, and five short boots took 224 s rather than 45."""
+"""QEMU keeps at most 128 MiB of translated code; its own choice is 1 GiB.  When a page is written,
+QEMU looks for stale code that was translated from that page.  In labs where guests had come and
+gone, this took so long that no process ran for 4 to 38 s while Linux cleared a new guest's RAM."""
 
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 panic=-1 tsc=reliable nokaslr norandmaps mitigations=off init_on_alloc=0 "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -126,30 +125,37 @@ def test_who_comes_and_goes_is_noted(tmp_path: Path, stack: ExitStack) -> None:
     assert rig.reports == []
 
 
+@contextmanager
+def room_for_descriptors(count: int) -> Iterator[None]:
+    """Let this process open ``count`` descriptors more, meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(line.split()[0]) for line in open_fds())
+    fillers: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + count, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                fillers.append(os.dup(0))
+        for _ in range(count):
+            os.close(fillers.pop())
+        yield
+    finally:
+        for fd in fillers:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_no_file_descriptors_left(tmp_path: Path, stack: ExitStack) -> None:
     rig = stack.enter_context(ExportRig(tmp_path / "s", config=READ_ONLY))
     driver = rig.connect().start()
     caller = stack.enter_context(socket.socket(socket.AF_UNIX))
     caller.settimeout(patient(2))
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(line.split()[0]) for line in open_fds())
-    fillers = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
-    try:
-        while True:
-            try:
-                fillers.append(os.dup(0))
-            except OSError:
-                break
+    with room_for_descriptors(0):
         caller.connect(rig.path)
         rig.turn()
         assert rig.delay_s == 1.0  # not at once, again and again
         assert "nobody is let in for now: Too many open files" in rig.reports[0]
         assert driver.request(IN, 1, room=512).data == b"\1" * 512
-    finally:
-        for fd in fillers:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     rig.now_s += 1
     rig.turn()
     caller.sendall(b"\x11\0\0\0\1\0\0\0\0\0\0\0")  # GET_QUEUE_NUM
@@ -166,21 +172,9 @@ def test_an_eventfd_that_cannot_be_kept(tmp_path: Path, stack: ExitStack) -> Non
     frontend.share()
     driver = frontend.driver()
     frontend.set_up(driver)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(line.split()[0]) for line in open_fds())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, limits[1]))
-    fillers = []
-    with contextlib.suppress(OSError):
-        while True:
-            fillers.append(os.dup(0))
-    os.close(fillers.pop())  # room for the descriptor that arrives, none for the duplicate
-    try:
+    with room_for_descriptors(1):  # for the one that arrives, not for its duplicate
         call = [frontend.call_fds[0]]
         assert frontend.ack(Request.SET_VRING_CALL, U64.pack(0), call) == 1
-    finally:
-        for fd in fillers:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "SET_VRING_CALL: [Errno 24] Too many open files" in rig.reports[0]
     frontend.run()
     assert driver.request(IN, 1, room=512).data == b"\1" * 512

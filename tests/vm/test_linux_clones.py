@@ -1,6 +1,6 @@
 """Many clones of one booted Linux at once: all answer, each takes little, nothing is left.
 
-``PYVMM_CLONES`` is their number, 8 unless set; ``make soak``: 100.
+``PYVMM_CLONES`` is their number, 20 unless set; ``make soak``: 100.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.guest import IMAGE, MIB
 from tests.support.linux_machine import LinuxMachine, linux_config
 from tests.support.snapshots import Resources
 
-CLONES = int(os.environ.get("PYVMM_CLONES", "8"))
+CLONES = int(os.environ.get("PYVMM_CLONES", "20"))
 IDLE_S = 10.0
 MOST_OWN_BYTES = 3 * MIB
 DESCRIPTORS = 4096

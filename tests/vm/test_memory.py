@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,33 +15,16 @@ pytestmark = pytest.mark.kvm
 
 MOST_EXITS = 5_000
 """2 MiB pages make some 3,000 exits of a boot, 4 KiB pages 7,800: each page's first use is one."""
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
-
-
-@contextlib.contextmanager
-def setting(name: str, value: str) -> Iterator[None]:
-    """Have the host's setting ``name`` of huge pages be ``value`` meanwhile."""
-    path = HUGE_PAGES / name
-    before = path.read_text("ascii").partition("[")[2].partition("]")[0]
-    path.write_text(value, "ascii")
-    try:
-        yield
-    finally:
-        path.write_text(before, "ascii")
-
-
-@pytest.fixture(autouse=True)
-def huge_pages() -> Iterator[None]:
-    """Let memory have huge pages where they are asked for; the lab forbids that."""
-    with setting("enabled", "madvise"):
-        yield
+SHARED_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 @pytest.fixture
 def huge_shared_pages() -> Iterator[None]:
-    """The same of memfds; most hosts forbid that."""
-    with setting("shmem_enabled", "advise"):
-        yield
+    """Let memfds have huge pages where they are asked for; most hosts forbid that."""
+    before = SHARED_PAGES.read_text("ascii").partition("[")[2].partition("]")[0]
+    SHARED_PAGES.write_text("advise", "ascii")
+    yield
+    SHARED_PAGES.write_text(before, "ascii")
 
 
 def exits_of_a_boot(*options: str) -> int:
